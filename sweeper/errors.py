@@ -1,0 +1,60 @@
+"""Every error a user can meet. Foreign errors are turned into one of these at the seam, nowhere else.
+
+    SweeperError
+    ├── ConfigError        a setting, key, group or search space is wrong (exit 2)
+    ├── DataError          a data file cannot be read as what it claims to be
+    ├── ModelError         the base model cannot be loaded, or the adapter does not fit it
+    ├── StudyError         the study cannot be opened, resumed or found
+    │   ├── StudyLocked    another driver runs it
+    │   └── StudyMismatch  its name stands for a different question
+    └── Diverged           the loss or the gradient is no longer finite (a trial's outcome)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SweeperError(Exception):
+    """Base of all: its message is written for the user and is printed without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(SweeperError):
+    """All that is wrong with a configuration, at once."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__("\n".join([f"{head} in the configuration:", *self._items()]))
+
+    def _items(self) -> list[str]:
+        return ["  - " + problem.replace("\n", "\n    ") for problem in self.problems]
+
+
+class DataError(SweeperError):
+    """A data file cannot be read as what it claims to be."""
+
+
+class ModelError(SweeperError):
+    """The base model cannot be loaded, or the adapter does not fit it."""
+
+
+class StudyError(SweeperError):
+    """The study cannot be opened, resumed or found."""
+
+
+class StudyLocked(StudyError):
+    """Another driver runs this study."""
+
+
+class StudyMismatch(StudyError):
+    """The study of this name answers a different question."""
+
+
+class Diverged(SweeperError):
+    """The training loss or the gradient norm is no longer finite."""

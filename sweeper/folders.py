@@ -1,0 +1,156 @@
+"""Every file name under outputs/, in one place, and the one way to write a file: whole or not at all.
+
+Knows nothing about what is in the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader (or a crash) sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write one JSON document atomically; NaN and infinity are refused (they are not JSON)."""
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(value, dict), f"{path} holds no JSON object"
+    return value
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """The folder of one trial: what a worker writes and everybody else only reads."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The composed config the trial was trained with; `sweeper trial` runs it again."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: step, time (Unix seconds) and metrics by name."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        """How the trial ended; written last, so its presence means the folder is complete."""
+        return self.path / "outcome.json"
+
+    @property
+    def provenance(self) -> Path:
+        """Code, packages, machine, data and base digests."""
+        return self.path / "provenance.json"
+
+    @property
+    def log_text(self) -> Path:
+        """The training log for people."""
+        return self.path / "training_log.txt"
+
+    @property
+    def log_json(self) -> Path:
+        """The training log for machines."""
+        return self.path / "training_log.json"
+
+    @property
+    def adapter(self) -> Path:
+        """The best adapter, in PEFT's layout."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The best weights of a full fine-tune, in transformers' layout."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resume state while the trial runs; removed when it ends."""
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the worker that trains here."""
+        return self.path / ".lock"
+
+    @property
+    def artifact(self) -> Path | None:
+        """What the trial is kept for: the adapter or the full model, if it got that far."""
+        return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
+
+    def clear_results(self) -> None:
+        """Remove what an earlier attempt wrote, keeping its checkpoints."""
+        for path in (self.outcome, self.log_text, self.log_json):
+            path.unlink(missing_ok=True)
+        for folder in (self.adapter, self.model):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The folder of one study_name: its database, its lock, its arms' trials, its answer."""
+
+    path: Path
+
+    @property
+    def database(self) -> Path:
+        """Optuna's storage, one study per arm."""
+        return self.path / "study.db"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one driver."""
+        return self.path / "driver.lock"
+
+    @property
+    def facts(self) -> Path:
+        """What the study knows before its first trial: digests, counts, the untuned base's loss."""
+        return self.path / "study.json"
+
+    @property
+    def results(self) -> Path:
+        """The answer, for machines."""
+        return self.path / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """The answer, for people (Markdown)."""
+        return self.path / "report.md"
+
+    def worker_log(self, worker: int) -> Path:
+        """What worker number `worker` printed."""
+        return self.path / f"worker_{worker}.log"
+
+    def trial(self, arm: str, number: int) -> TrialFolder:
+        """The folder of trial `number` of an arm."""
+        return TrialFolder(self.path / arm / f"trial_{number:04d}")
+
+
+def size_mib(folder: Path) -> float:
+    """Size of all files under a folder, in MiB."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
