@@ -7,6 +7,7 @@
     ├── StudyError         the study cannot be opened, resumed or found
     │   ├── StudyLocked    another driver runs it
     │   └── StudyMismatch  its name stands for a different question
+    ├── WorkerError        workers cannot be started
     └── Diverged           the loss or the gradient is no longer finite (a trial's outcome)
 """
 
@@ -54,6 +55,10 @@ class StudyLocked(StudyError):
 
 class StudyMismatch(StudyError):
     """The study of this name answers a different question."""
+
+
+class WorkerError(SweeperError):
+    """Workers cannot be started, or die before they can do anything."""
 
 
 class Diverged(SweeperError):

@@ -55,24 +55,26 @@ class Pairs:
 
 def docstring_pairs() -> Pairs:
     """Extract and clean the rows of the running Python's standard library (about 2 s)."""
+    return clean({split: list(_raw_rows(split)) for split in SPLITS})
+
+
+def clean(raw: dict[str, list[Row]]) -> Pairs:
+    """Drop what is defective by itself, then what repeats an earlier row; order is kept."""
     dropped = dict.fromkeys(DROP_REASONS, 0)
-    splits: list[str] = []
-    rows: list[Row] = []
+    sound: list[tuple[str, Row]] = []
     for split in reversed(SPLITS):  # test claims its text first, train last
-        for row in _raw_rows(split):
-            defect = _defect(row)
-            if defect:
-                dropped[defect] += 1
-                continue
-            splits.append(split)
-            rows.append(row)
-    kept: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for split, row, reason in zip(splits, rows, _likeness(splits, rows), strict=True):
+        for row in raw[split]:
+            if reason := _defect(row):
+                dropped[reason] += 1
+            else:
+                sound.append((split, row))
+    rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
+    for (split, row), reason in zip(sound, _repetitions(sound), strict=True):
         if reason:
             dropped[reason] += 1
         else:
-            kept[split].append(row)
-    return Pairs(kept, dropped)
+            rows[split].append(row)
+    return Pairs(rows, dropped)
 
 
 def first_sentence(docstring: str) -> str:
@@ -109,7 +111,7 @@ def _defect(row: Row) -> str:
     output = row["output"]
     if ">>>" in output:
         return "doctest"
-    if len(output) < MIN_OUTPUT_CHARS:
+    if len(output) < MIN_OUTPUT_CHARS or " " not in output:
         return "too_short"
     if len(output) > MAX_OUTPUT_CHARS or len(row["input"]) > MAX_INPUT_CHARS:
         return "too_long"
@@ -120,33 +122,34 @@ def _defect(row: Row) -> str:
     return ""
 
 
-def _likeness(splits: Sequence[str], rows: Sequence[Row]) -> Iterator[str]:
-    """Why each row repeats an earlier kept one, or "": exact Jaccard over character shingles.
+def _repetitions(rows: Sequence[tuple[str, Row]]) -> Iterator[str]:
+    """Why each (split, row) repeats an earlier kept one, or "": Jaccard over shingles, exact.
 
     Two sets with Jaccard >= t share an element among the first |set| - ceil(t |set|) + 1 of each,
     in any order common to both; with the rarest first, few rows share one (prefix filtering), so
     that comparing all pairs costs well under a second.
     """
-    texts = [row_text(row) for row in rows]
+    texts = [row_text(row) for _, row in rows]
     sets = [shingles(text) for text in texts]
     rarity = Counter(shingle for items in sets for shingle in items)
     index: defaultdict[str, list[int]] = defaultdict(list)
     for number, items in enumerate(sets):
         ordered = sorted(items, key=lambda shingle: (rarity[shingle], shingle))
         prefix = ordered[: len(items) - ceil(NEAR_DUPLICATE_JACCARD * len(items)) + 1]
-        rivals = sorted({rival for shingle in prefix for rival in index[shingle]})
-        alike = [rival for rival in rivals if _jaccard(items, sets[rival]) >= NEAR_DUPLICATE_JACCARD]
+        rivals = {rival for shingle in prefix for rival in index[shingle]}
+        alike = {rival for rival in rivals if jaccard(items, sets[rival]) >= NEAR_DUPLICATE_JACCARD}
         if not alike:
             for shingle in prefix:
                 index[shingle].append(number)
             yield ""
-        elif any(splits[rival] != splits[number] for rival in alike):
+        elif any(rows[rival][0] != rows[number][0] for rival in alike):
             yield "leak"
         else:
             exact = any(texts[rival] == texts[number] for rival in alike)
             yield "duplicate" if exact else "near_duplicate"
 
 
-def _jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+    """Shared share of two non-empty sets, 0 to 1."""
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)

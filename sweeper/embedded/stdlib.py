@@ -12,22 +12,27 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-TRAIN_MODULES: frozenset[str] = frozenset(
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TRAIN_MODULES: frozenset[str] = _names(
     """
     asyncio collections copyreg csv dis ftplib genericpath linecache logging mailbox
     multiprocessing netrc ntpath numbers operator poplib posixpath pprint pty pydoc shlex
-    sysconfig tarfile tomllib types warnings webbrowser xml zipfile zoneinfo
-    """.split()
+    tarfile tomllib types webbrowser xml zipfile zoneinfo
+    """
 )
-VALIDATION_MODULES: frozenset[str] = frozenset(
+VALIDATION_MODULES: frozenset[str] = _names(
     """
     bdb calendar functools pathlib random selectors trace tracemalloc wsgiref
-    """.split()
-)
-TEST_MODULES: frozenset[str] = frozenset(
     """
-    ast bz2 contextlib enum heapq html imaplib locale ssl symtable
-    """.split()
+)
+TEST_MODULES: frozenset[str] = _names(
+    """
+    ast contextlib enum heapq html imaplib locale ssl symtable warnings
+    """
 )
 
 TASK_MODULES: dict[str, frozenset[str]] = {
@@ -44,10 +49,10 @@ that distributions do not package apart (as they do with tkinter, idlelib, distu
 with short docstrings, so that the long prose stays on the pre-training side.
 """
 
-HELD_OUT_MODULES: frozenset[str] = frozenset(
+HELD_OUT_MODULES: frozenset[str] = _names(
     """
     gzip ipaddress optparse shutil socketserver uuid
-    """.split()
+    """
 )
 """Pre-training modules kept out of the training stream, to measure the base's loss on."""
 

@@ -1,0 +1,374 @@
+"""The only Hydra and OmegaConf code: overrides in, plain resolved dicts out.
+
+Hydra reports the first bad override and stops; here every override is tried, so that a user sees all
+that is wrong at once. Knows nothing of what the settings mean (sweeper.settings does).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sweeper.errors import ConfigError
+from sweeper.settings import EMBEDDED
+from sweeper.space import Choice, Domain, Interval, Scalar
+
+CONFIG_NAME = "config"
+AUTO_GROUPS = ("space", "training")
+"""Groups whose choice `auto` means tiny for the embedded base and real for every other."""
+
+FLAGS_WITH_VALUE = frozenset(
+    {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"}
+    | {"-cd", "--config-dir", "--experimental-rerun", "-sc", "--shell-completion"}
+)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composed configuration: the trial's part, the study's part, and which files were chosen."""
+
+    config: dict[str, Any]
+    sweeper: dict[str, Any]
+    choices: dict[str, str]
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Hydra's command line, sorted: flags first, so that -m may stand anywhere."""
+
+    flags: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def multirun(self) -> bool:
+        """Whether a study was asked for."""
+        return not {"-m", "--multirun"}.isdisjoint(self.flags)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the command runs something, rather than showing help or the config."""
+        return set(self.flags) <= {"-m", "--multirun", "-r", "--run"}
+
+    @property
+    def argv(self) -> list[str]:
+        """The arguments in the order that Hydra's parser understands."""
+        return [*self.flags, *self.overrides]
+
+
+def conf_dir() -> Path:
+    """The configuration that travels with the package: inside a wheel, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    candidates = (package / "conf", package.parent / "conf")
+    return next(path for path in candidates if (path / f"{CONFIG_NAME}.yaml").is_file())
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Sort flags before overrides; argparse alone refuses `+experiment=e -m key=value`."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--info":
+            flags.append(token)
+        elif token.startswith("-"):
+            flags.append(token)
+            if token in FLAGS_WITH_VALUE:
+                flags.extend(value for value in [next(tokens, None)] if value is not None)
+        else:
+            overrides.append(token)
+    return CommandLine(tuple(flags), tuple(overrides))
+
+
+def with_user_conf(overrides: Sequence[str], cwd: Path) -> list[str]:
+    """Let the user's own ./conf be searched too, unless it is the packaged one or they set a path."""
+    conf = cwd / "conf"
+    taken = any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides)
+    if taken or not conf.is_dir() or conf.resolve() == conf_dir().resolve():
+        return list(overrides)
+    return [*overrides, f"hydra.searchpath=[{_quote('file://' + str(conf.resolve()))}]"]
+
+
+def with_auto_groups(overrides: Sequence[str]) -> list[str]:
+    """Replace the choice `auto` by what the base model asks for.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    fixed = [text for text in overrides if not _is_sweep(text)]
+    composition, _ = compose_leniently(fixed)
+    if composition.config["model"]["base_model"] == EMBEDDED:
+        return list(overrides)
+    auto = {group for group in AUTO_GROUPS if composition.choices.get(group) == "auto"}
+    kept = [text for text in overrides if key_of(text) not in auto]
+    return kept + [f"{group}=real" for group in sorted(auto)]
+
+
+def compose(overrides: Sequence[str]) -> Composition:
+    """Compose conf/config.yaml with overrides (no sweeps among them) into plain values.
+
+    Raises:
+        ConfigError: Hydra refused it; only its first reason (`compose_leniently` collects all).
+    """
+    try:
+        return _compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_reason(error)]) from None
+
+
+def compose_leniently(overrides: Sequence[str]) -> tuple[Composition, list[str]]:
+    """Compose what can be composed; everything else comes back as problems, one per override."""
+    try:
+        return _compose(overrides), []
+    except (HydraException, OmegaConfBaseException):
+        pass
+    accepted: list[str] = []
+    refused: list[tuple[str, Exception]] = []
+    for override in sorted(overrides, key=_groups_first):
+        try:
+            _compose([*accepted, override])
+            accepted.append(override)
+        except (HydraException, OmegaConfBaseException) as error:
+            refused.append((override, error))
+    if not refused:  # each is right alone, but not all together
+        raise ConfigError([f"{' '.join(overrides)}: these do not fit together"])
+    valid = _compose(accepted)
+    return valid, [_explain(override, error, valid) for override, error in refused]
+
+
+def expand_experiments(overrides: Sequence[str]) -> list[list[str]]:
+    """`+experiment=a,b` asks for two studies; everything else belongs to both."""
+    for index, text in enumerate(overrides):
+        override = _parse(text)
+        if override is not None and override.key_or_group == "experiment":
+            if not override.is_sweep_override():
+                break
+            names = [str(value) for value in override.sweep_string_iterator()]
+            before, after = overrides[:index], overrides[index + 1 :]
+            return [[*before, f"+experiment={name}", *after] for name in names]
+    return [list(overrides)]
+
+
+def split_sweeps(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separate fixed overrides from swept ones: (fixed texts, {key: sweep text})."""
+    fixed: list[str] = []
+    swept: dict[str, str] = {}
+    for text in overrides:
+        if _is_sweep(text):
+            key, _, value = text.partition("=")
+            swept[key.lstrip("+")] = value
+        else:
+            fixed.append(text)
+    return fixed, swept
+
+
+def key_of(override: str) -> str:
+    """The dotted key or group an override speaks of."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def parse_domain(key: str, words: object) -> Domain | Scalar:
+    """Read one entry of a search space: a domain, or a plain value that is simply fixed.
+
+    `words` is what stands in the YAML or after `key=` on the command line: `interval(a,b)`,
+    `tag(log, interval(a,b))`, `int(interval(a,b))`, `choice(...)`, `a,b,c`, a YAML list, and
+    `range(start, stop[, step])` with the stop excluded, as everywhere in Hydra.
+
+    Raises:
+        ValueError: not a word of that grammar, or an empty or impossible domain.
+    """
+    if isinstance(words, list):
+        return Choice(tuple(_scalar(value) for value in words))
+    if not isinstance(words, str):
+        return _scalar(words)
+    try:
+        override = OverridesParser.create().parse_override(f"{key}={words}")
+    except OverrideParseException as error:
+        raise ValueError(f"{words!r} is not a search-space expression: {_first_line(error)}") from None
+    value = override.value()
+    match value:
+        case ChoiceSweep():
+            return Choice(tuple(_scalar(item) for item in value.list))
+        case IntervalSweep():
+            return _interval(value)
+        case RangeSweep():
+            return _range(value)
+        case _:
+            return _scalar(value)
+
+
+def with_values(config: Mapping[str, Any], point: Mapping[str, Scalar]) -> dict[str, Any]:
+    """A copy of a composed config with dotted keys set, each text read as Hydra would read it.
+
+    Much faster than composing again; group choices need `compose`.
+    """
+    changed = OmegaConf.create(dict(config))
+    for key, value in point.items():
+        override = OverridesParser.create().parse_override(format_override(key, value))
+        OmegaConf.update(changed, key, override.value())
+    container = OmegaConf.to_container(changed)
+    assert isinstance(container, dict)
+    return {str(name): node for name, node in container.items()}
+
+
+def format_override(key: str, value: Scalar) -> str:
+    """Write one value as a Hydra override; `_scalar`'s list texts pass as they are."""
+    match value:
+        case None:
+            return f"{key}=null"
+        case bool():
+            return f"{key}={str(value).lower()}"
+        case str() if not value.startswith(("[", "{")) and not re.fullmatch(r"[\w./:@-]+", value):
+            return f"{key}={_quote(value)}"
+        case _:
+            return f"{key}={value}"
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """The composed config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A composed config back from its YAML file."""
+    container = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    if not isinstance(container, dict):
+        raise ConfigError([f"{path}: holds no configuration"])
+    return {str(key): value for key, value in container.items()}
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra is a process-wide singleton: use the running application's, or one of our own."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+    else:
+        with initialize_config_dir(str(conf_dir()), job_name="sweeper", version_base="1.3"):
+            yield
+
+
+def _compose(overrides: Sequence[str]) -> Composition:
+    return _compose_once(tuple(overrides))
+
+
+@lru_cache(maxsize=64)  # one command composes the same overrides several times, 65 ms each
+def _compose_once(overrides: tuple[str, ...]) -> Composition:
+    with _hydra():
+        composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+        sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
+        choices = OmegaConf.to_container(composed.hydra.runtime.choices)
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
+        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    assert isinstance(sweeper, dict)
+    assert isinstance(choices, dict)
+    sweeper.pop("_target_", None)
+    return Composition(
+        config={str(key): value for key, value in config.items()},
+        sweeper={str(key): value for key, value in sweeper.items()},
+        choices={str(key): str(value) for key, value in choices.items()},
+    )
+
+
+def _parse(text: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except OverrideParseException:
+        return None  # compose_leniently reports it
+
+
+def _is_sweep(text: str) -> bool:
+    override = _parse(text)
+    return override is not None and override.is_sweep_override()
+
+
+def _groups_first(override: str) -> bool:
+    return "." in key_of(override)
+
+
+def _explain(override: str, error: Exception, valid: Composition) -> str:
+    """The override, why Hydra refused it, and what would be valid."""
+    key = key_of(override)
+    if _is_sweep(override):
+        return f"{override}: several values make a study; add -m"
+    if "not in struct" in str(error) or "not in struct" in str(error.__cause__):
+        return f"{override}: no such key; {_suggest(key, valid)}"
+    return f"{override}: {_reason(error)}"
+
+
+def _suggest(key: str, valid: Composition) -> str:
+    node: Any = {**valid.config, "hydra": {"sweeper": valid.sweeper}}
+    parent: list[str] = []
+    for part in key.split(".")[:-1]:
+        if not (isinstance(node, dict) and part in node):
+            break
+        node = node[part]
+        parent.append(part)
+    names = sorted(str(name) for name in node) if isinstance(node, dict) else []
+    wanted = key.split(".")[len(parent)] if len(parent) < len(key.split(".")) else key
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean {'.'.join([*parent, close[0]])}? " if close else ""
+    place = ".".join(parent) or "the top level"
+    return f"{hint}valid keys of {place}: {', '.join(names)}"
+
+
+def _reason(error: Exception) -> str:
+    """Hydra's own words without its layout: the first line and the available options."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    first = first.removeprefix(f"In '{CONFIG_NAME}': ")
+    options = [line for line in lines[1:] if ":" not in line and line != first]
+    if "Available options" in str(error):
+        return f"{first}; available: {', '.join(options)}"
+    return first
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _interval(sweep: IntervalSweep) -> Interval:
+    low, high = sweep.start, sweep.end
+    assert low is not None
+    assert high is not None
+    integer = isinstance(low, int) and isinstance(high, int)
+    return Interval(low, high, log="log" in sweep.tags, integer=integer)
+
+
+def _range(sweep: RangeSweep) -> Interval | Choice:
+    values = list(sweep.range())
+    if not values:
+        raise ValueError(f"range({sweep.start}, {sweep.stop}, {sweep.step}) is empty")
+    if len(values) == 1 or sweep.step < 0:
+        return Choice(tuple(values))
+    integer = all(isinstance(value, int) for value in values)
+    return Interval(values[0], values[-1], integer=integer, step=sweep.step)
+
+
+def _scalar(value: Any) -> Scalar:
+    """A value Optuna can store; lists and dicts become their override text."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, list | dict):
+        return str(Override._get_value_element_as_str(value))
+    return str(value.text) if hasattr(value, "text") else str(value)
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

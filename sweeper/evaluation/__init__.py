@@ -1,0 +1,1 @@
+"""One evaluator for the untuned base, LoRA and full fine-tuning."""

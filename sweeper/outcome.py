@@ -1,0 +1,68 @@
+"""What workers tell about a trial: the vocabulary shared by the worker's and the driver's side.
+
+Plain frozen values that travel as JSON; no torch, no Optuna, no MLflow.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Cause = Literal[
+    "finished",
+    "early_stopped",
+    "pruned",
+    "oom",
+    "diverged",
+    "timeout",
+    "crash",
+    "cancelled",
+    "error",
+    "refused",
+    "duplicate",
+]
+"""Why a trial ended."""
+
+StopCause = Literal["pruned", "cancelled"]
+"""Why the driver may ask a worker to stop a trial."""
+
+
+class Value(BaseModel):
+    """Base of everything that travels or is stored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Outcome(Value):
+    """How a trial ended. Names in `metrics` carry their unit; all values are finite."""
+
+    cause: Cause
+    best_value: float | None = None
+    """The objective at its best evaluation: eval/loss in nats per target token."""
+    best_step: int | None = None
+    steps: int = 0
+    """Optimiser steps that were trained."""
+    metrics: dict[str, float] = {}
+    message: str | None = None
+    """For people: why it failed, or the traceback of a code error."""
+
+
+class Facts(Value):
+    """What is known of an arm before its first trial."""
+
+    base_digest: str
+    base_loss: float
+    """eval/loss of the untuned base, as this arm holds it."""
+    base_perplexity: float
+    base_parameters: int
+    data_digest: str
+    data_source: str
+    data_format: str
+    rows: dict[str, int]
+    """Examples by split, after dropping."""
+    dropped: dict[str, int]
+    target_tokens: int
+    """Target tokens of the validation split: what the loss is a mean over."""
+    device: str
+    dtype: str

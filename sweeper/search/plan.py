@@ -1,0 +1,260 @@
+"""From the command line to a validated plan: which arms, which spaces, which settings for a point.
+
+Everything that can be wrong without loading a model is found here, all at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from sweeper import compose
+from sweeper.errors import ConfigError
+from sweeper.settings import Sampler, Settings, Study, describe, validate
+from sweeper.space import Choice, Interval, Point, Scalar, Space, grid
+
+LORA = "lora"
+"""The arm that `hydra.sweeper.params` describes."""
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One arm: its own Optuna study, its own space, its own overrides on the shared experiment."""
+
+    name: str
+    overrides: tuple[str, ...]
+    space: Space
+    priors: tuple[Point, ...]
+    n_trials: int
+    sampler: Sampler
+    settings: Settings
+    """The arm's settings before any point of the space is applied."""
+
+    def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
+        """The arm's overrides with a point of its space."""
+        values = [compose.format_override(key, value) for key, value in point.items()]
+        return [*self.overrides, *values]
+
+    def settings_at(self, point: Mapping[str, Scalar]) -> Settings:
+        """The full settings of the trial at a point.
+
+        Raises:
+            ConfigError: the point is impossible (say, a target that the group does not have).
+        """
+        return validate(Settings, compose.compose(self.overrides_at(point)).config)
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A validated study: the question, and everything needed to ask it."""
+
+    experiment: str
+    study: Study
+    arms: tuple[ArmPlan, ...]
+    command: str
+    """What the user typed after `python -m sweeper`, for reports and error messages."""
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that all arms share (output_dir, workers, tracking)."""
+        return self.arms[0].settings
+
+
+def single(overrides: Sequence[str]) -> Settings:
+    """Validated settings of one trial.
+
+    Raises:
+        ConfigError: everything that is wrong.
+    """
+    composition, problems = compose.compose_leniently(overrides)
+    problems += _setting_problems(composition.config)
+    if problems:
+        raise ConfigError(problems)
+    return validate(Settings, composition.config)
+
+
+def studies(overrides: Sequence[str]) -> list[StudyPlan]:
+    """One plan per experiment named on the command line.
+
+    Raises:
+        ConfigError: everything that is wrong in any of them.
+    """
+    plans: list[StudyPlan] = []
+    problems: list[str] = []
+    for texts in compose.expand_experiments(overrides):
+        try:
+            plans.append(_plan(texts))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    if problems:
+        raise ConfigError(problems)
+    return plans
+
+
+def _plan(overrides: Sequence[str]) -> StudyPlan:
+    fixed, swept = compose.split_sweeps(overrides)
+    composition, problems = compose.compose_leniently(fixed)
+    problems += _setting_problems(composition.config)
+    problems += _unknown_keys(swept, composition.config, composition.choices)
+    try:
+        study = validate(Study, composition.sweeper, "hydra.sweeper")
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    arms = _arms(study, fixed, swept)
+    command = " ".join([*overrides, "-m"])
+    return StudyPlan(composition.choices.get("experiment", "default"), study, arms, command)
+
+
+def _setting_problems(config: Mapping[str, Any]) -> list[str]:
+    try:
+        Settings.model_validate(config)
+    except ValidationError as error:
+        return describe(error, Settings)
+    return []
+
+
+def _unknown_keys(
+    swept: Mapping[str, Scalar], config: Mapping[str, Any], choices: Mapping[str, str]
+) -> list[str]:
+    return [
+        f"{key}={words}: {key} is no setting to sweep over"
+        for key, words in swept.items()
+        if key not in choices and not _has(config, key)
+    ]
+
+
+def _has(config: Mapping[str, Any], key: str) -> bool:
+    node: Any = config
+    for part in key.split("."):
+        if not (isinstance(node, Mapping) and part in node):
+            return False
+        node = node[part]
+    return True
+
+
+def _arms(study: Study, fixed: Sequence[str], swept: Mapping[str, str]) -> tuple[ArmPlan, ...]:
+    """The lora arm and its rivals; values of the lora arm's keys on the command line are its own."""
+    searched = {**study.params, **swept}
+    own = [text for text in fixed if compose.key_of(text) in searched]
+    shared = [text for text in fixed if text not in own]
+    params = {key: searched[key] for key in searched if key not in set(map(compose.key_of, own))}
+    problems: list[str] = []
+    arms: list[ArmPlan] = []
+    blueprints = [
+        (LORA, [*shared, *own], params, study.priors, study.n_trials, study.sampler),
+        *(
+            (
+                name,
+                [*_without_replaced_groups(shared, arm.overrides), *arm.overrides],
+                arm.params,
+                arm.priors,
+                arm.n_trials,
+                study.sampler.model_copy(update={"name": arm.sampler or study.sampler.name}),
+            )
+            for name, arm in study.arms.items()
+        ),
+    ]
+    for blueprint in blueprints:
+        try:
+            arms.append(_arm(*blueprint))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return tuple(arms)
+
+
+def _without_replaced_groups(shared: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """An arm that replaces a group (adapter=none) leaves that group's values behind as well."""
+    replaced = {compose.key_of(text) for text in overrides}
+    return [text for text in shared if compose.key_of(text).split(".")[0] not in replaced]
+
+
+def _arm(
+    name: str,
+    overrides: Sequence[str],
+    params: Mapping[str, Any],
+    priors: Sequence[Mapping[str, Any]],
+    n_trials: int,
+    sampler: Sampler,
+) -> ArmPlan:
+    composition, problems = compose.compose_leniently(overrides)
+    problems += _setting_problems(composition.config)
+    space, fixed, space_problems = _space(params)
+    problems += space_problems
+    if not problems:
+        problems += _point_problems(space, fixed, overrides)
+    points = [_prior(prior, space) for prior in priors]
+    problems += [
+        f"priors[{index}]: gives no value for {', '.join(sorted(set(space) - set(point)))}"
+        for index, point in enumerate(points)
+        if set(space) - set(point)
+    ]
+    count = _grid_count(space, n_trials, sampler, problems)
+    if problems:
+        raise ConfigError([problem if name == LORA else f"arm {name}: {problem}" for problem in problems])
+    texts = (*overrides, *(compose.format_override(key, value) for key, value in fixed.items()))
+    settings = validate(Settings, compose.compose(texts).config)
+    return ArmPlan(name, texts, space, tuple(points), count, sampler, settings)
+
+
+def _space(params: Mapping[str, Any]) -> tuple[Space, Point, list[str]]:
+    space: Space = {}
+    fixed: Point = {}
+    problems: list[str] = []
+    for key, words in params.items():
+        try:
+            domain = compose.parse_domain(key, words)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+            continue
+        if isinstance(domain, Choice | Interval):
+            space[key] = domain
+        else:
+            fixed[key] = domain
+    return space, fixed, problems
+
+
+def _prior(prior: Mapping[str, Any], space: Space) -> Point:
+    """A known-good point, reduced to what is searched; a fixed key keeps its fixed value."""
+    return {key: value for key, value in prior.items() if key in space}
+
+
+def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> list[str]:
+    """Try the ends of every domain, one key at a time, against the settings' own rules."""
+    problems: list[str] = []
+    for point in _probe_points(space, fixed):
+        values = {key: value for key, value in point.items() if "." in key or key == "seed"}
+        groups = [compose.format_override(key, point[key]) for key in point if key not in values]
+        composition, found = compose.compose_leniently([*overrides, *groups])
+        found += _unknown_keys(values, composition.config, composition.choices)
+        if not found:
+            found = _setting_problems(compose.with_values(composition.config, values))
+        problems += [problem for problem in found if problem not in problems]
+    return problems
+
+
+def _probe_points(space: Space, fixed: Point) -> Iterator[Point]:
+    """Enough points that every probe value of every domain appears once."""
+    columns = [[(key, value) for value in domain.probes()] for key, domain in space.items()]
+    for row in itertools.zip_longest(*columns):
+        yield {**fixed, **dict(cell for cell in row if cell is not None)}
+    if not columns:
+        yield dict(fixed)
+
+
+def _grid_count(space: Space, n_trials: int, sampler: Sampler, problems: list[str]) -> int:
+    """A grid has only so many points; asking for more ends the arm when they are used up."""
+    if sampler.name != "grid":
+        return n_trials
+    try:
+        return min(n_trials, sum(1 for _ in grid(space)))
+    except ValueError as error:
+        problems.append(str(error))
+        return n_trials

@@ -1,0 +1,1 @@
+"""Train one trial: schedule, early stopping, best checkpoint, resume."""

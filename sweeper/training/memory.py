@@ -1,0 +1,32 @@
+"""Peak memory of one trial in a process that outlives it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Start counting anew: CUDA's allocator statistics, or the kernel's high-water mark (Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR.exists():
+        _CLEAR.write_text("5")  # proc(5): resets VmHWM to the current resident size
+
+
+def peak_mib() -> float:
+    """MiB at the peak since `reset_peak`: allocated on the GPU, else resident in this process.
+
+    Without /proc (macOS) it is the current resident size, a lower bound.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if _STATUS.exists():
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 1024
+    return float(psutil.Process().memory_info().rss) / 2**20

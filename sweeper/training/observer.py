@@ -1,0 +1,20 @@
+"""What a trial in training tells the outside, and how the outside can stop it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from sweeper.outcome import StopCause
+
+
+class Observer(Protocol):
+    """The worker's side of a running trial; every call returns at once."""
+
+    def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
+        """An optimiser step was taken."""
+
+    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
+        """The validation loss was measured."""
+
+    def stop_cause(self) -> StopCause | None:
+        """Why the trial shall stop at the next step, or None to go on."""

@@ -1,0 +1,201 @@
+"""The real trial runner: keeps the base loaded and the data tokenized from trial to trial.
+
+One instance lives in each worker. Its folder protocol: config first, outcome last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from filelock import FileLock
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from sweeper.compose import to_yaml
+from sweeper.data.splits import Splits, load_splits
+from sweeper.data.tokens import Collator, Encoded, encode
+from sweeper.errors import ConfigError, DataError, Diverged, ModelError
+from sweeper.evaluation.loss import evaluate_loss
+from sweeper.folders import TrialFolder, write_atomic, write_json
+from sweeper.modeling.adapter import attach, detach
+from sweeper.modeling.base import Base, device, load_base
+from sweeper.outcome import Facts, Outcome
+from sweeper.settings import Data, LoraAdapter, TrialSettings
+from sweeper.training.log import training_log
+from sweeper.training.observer import Observer
+from sweeper.training.trial import TrialInputs, train_trial
+
+LOCK_SECONDS = 60
+"""How long a trial's folder may still be held by the worker of a killed driver."""
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The data of a configuration, through every stage."""
+
+    splits: Splits
+    train: Encoded
+    validation: Encoded
+
+
+class TransformersRunner:
+    """Runs trials with transformers.Trainer on a warm base."""
+
+    def __init__(self, threads: int, worker: int) -> None:
+        torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
+        if torch.cuda.is_available():
+            torch.cuda.set_device(worker % torch.cuda.device_count())
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        # bitsandbytes warns of its own casts on every layer call
+        warnings.filterwarnings("ignore", message="MatMul8bitLt")
+        self._warm: dict[str, Base] = {}
+        self._data: dict[tuple[str, str], Tokenized] = {}
+
+    def probe(self, settings: TrialSettings) -> Facts:
+        """Load what an arm's trials share and judge the untuned base.
+
+        Raises:
+            DataError: the data cannot be read.
+            ModelError: the base cannot be loaded.
+        """
+        base = self._base(settings)
+        data = self._tokenized(settings.data, base)
+        collator = Collator(base.tokenizer.pad_token_id)
+        size = settings.evaluation.per_device_eval_batch_size
+        loss = evaluate_loss(base.model, data.validation.rows, collator, size)
+        counts = {**data.splits.counts, "train": len(data.train.rows)}
+        return Facts(
+            base_digest=base.digest,
+            base_loss=loss.mean,
+            base_perplexity=loss.perplexity,
+            base_parameters=int(base.model.num_parameters()),
+            data_digest=data.splits.digest,
+            data_source=data.splits.source,
+            data_format=data.splits.format,
+            rows=counts,
+            dropped={**data.splits.dropped, "over_max_length": data.train.dropped},
+            target_tokens=loss.tokens,
+            device=_device_name(),
+            dtype=str(base.model.dtype).removeprefix("torch."),
+        )
+
+    def run(
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: Mapping[str, Any],
+        observer: Observer,
+    ) -> Outcome:
+        """Train one trial and write its folder; every failure of the trial itself is an outcome.
+
+        Raises:
+            Exception: an error in the code (the worker reports it with its traceback).
+        """
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
+            folder.clear_results()
+            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
+            write_json(folder.provenance, provenance)
+            started = time.time()
+            outcome = self._outcome(settings, folder, observer)
+            seconds = time.time() - started
+            metrics = {**outcome.metrics, "cost/seconds": seconds}
+            outcome = outcome.model_copy(update={"metrics": metrics})
+            text, document = training_log(settings, outcome, folder, started)
+            write_atomic(folder.log_text, text)
+            write_json(folder.log_json, document)
+            write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
+        return outcome
+
+    def _outcome(
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer
+    ) -> Outcome:
+        try:
+            return self._train(settings, folder, observer)
+        except Diverged as error:
+            return Outcome(cause="diverged", message=str(error), steps=_last_step(folder))
+        except (ModelError, DataError, ConfigError) as error:
+            return Outcome(cause="refused", message=str(error))
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            return Outcome(cause="oom", message=message, steps=_last_step(folder))
+
+    def _train(
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer
+    ) -> Outcome:
+        base = self._base(settings)
+        data = self._tokenized(settings.data, base)
+        set_seed(settings.seed)  # before the adapter: its initialisation is random
+        if not isinstance(settings.adapter, LoraAdapter):
+            inputs = TrialInputs(base.model, base.tokenizer, data.train, data.validation)
+            return train_trial(inputs, settings, folder, observer)
+        model = attach(base.model, settings.adapter)
+        try:
+            inputs = TrialInputs(model, base.tokenizer, data.train, data.validation)
+            return train_trial(inputs, settings, folder, observer)
+        finally:
+            detach(model)
+
+    def _base(self, settings: TrialSettings) -> Base:
+        """The warm base of LoRA trials; full fine-tuning changes its base, so it gets a fresh one."""
+        if not isinstance(settings.adapter, LoraAdapter):
+            self._warm.clear()
+            return load_base(settings.model, settings.quantization, trained=True)
+        key = settings.model.model_dump_json() + settings.quantization.model_dump_json()
+        if key not in self._warm:
+            self._warm.clear()  # one base at a time: memory is what it is all about
+            self._warm[key] = load_base(settings.model, settings.quantization, trained=False)
+        return self._warm[key]
+
+    def _tokenized(self, settings: Data, base: Base) -> Tokenized:
+        key = (settings.model_dump_json(), base.digest)
+        if key not in self._data:
+            splits = load_splits(settings)
+            limit = base.model.config.max_position_embeddings
+            train = encode(splits.examples["train"], base.tokenizer, min(settings.max_length, limit))
+            validation = encode(splits.examples["validation"], base.tokenizer, limit)
+            _require_rows(train, validation, settings, limit)
+            self._data[key] = Tokenized(splits, train, validation)
+        return self._data[key]
+
+
+def _require_rows(train: Encoded, validation: Encoded, settings: Data, limit: int) -> None:
+    if not train.rows:
+        raise DataError(
+            f"{settings.train}: all {train.dropped} training rows are longer than "
+            f"data.max_length={settings.max_length} tokens"
+        )
+    if validation.dropped:
+        raise DataError(
+            f"{settings.train}: {validation.dropped} validation rows are longer than the model's "
+            f"{limit} positions; shorten or remove them (evaluation never truncates)"
+        )
+
+
+def _last_step(folder: TrialFolder) -> int:
+    """The last step that left a line in the spool."""
+    lines = folder.metrics.read_text(encoding="utf-8").splitlines()
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(words in text for words in known)
+
+
+def _device_name() -> str:
+    on = device()
+    if on.type == "cuda":
+        return str(torch.cuda.get_device_name(on))
+    return f"{on.type}, {torch.get_num_threads()} of {os.cpu_count()} threads"

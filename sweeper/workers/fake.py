@@ -1,0 +1,132 @@
+"""A runner that only pretends to train: a smooth loss surface, milliseconds a trial.
+
+For tests of the driver and for trying out a study's set-up. What happens to which trial is told by
+`workers.fake.plan`; everything else finishes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from typing import Any
+
+from sweeper.errors import Diverged
+from sweeper.folders import TrialFolder, write_atomic, write_json
+from sweeper.outcome import Facts, Outcome
+from sweeper.settings import FakeTrainer, LoraAdapter, TrialSettings
+from sweeper.training.observer import Observer
+
+BASE_LOSS = 4.5
+EVALUATIONS = 5
+
+
+def fake_loss(settings: TrialSettings, fraction: float = 1.0) -> float:
+    """Nats after a fraction of the schedule: a valley in log learning rate, shallower for small r.
+
+    Its floor lies at 5e-3 for LoRA and at 5e-4 for full fine-tuning.
+    """
+    adapter = settings.adapter
+    floor, best = (3.95, 5e-4)
+    if isinstance(adapter, LoraAdapter):
+        floor, best = 3.9 + 0.2 / adapter.r, 5e-3
+    distance = math.log10(settings.training.learning_rate / best)
+    final = min(floor + 0.15 * distance**2, BASE_LOSS)
+    return final + (BASE_LOSS - final) * (1 - fraction) ** 2
+
+
+class FakeRunner:
+    """Writes what a real runner writes, but for the weights."""
+
+    def __init__(self, settings: FakeTrainer) -> None:
+        self._settings = settings
+
+    def probe(self, settings: TrialSettings) -> Facts:
+        """Facts of a base that does not exist."""
+        return Facts(
+            base_digest="fake",
+            base_loss=BASE_LOSS,
+            base_perplexity=math.exp(BASE_LOSS),
+            base_parameters=1_000_000,
+            data_digest=f"fake {settings.data.train}",
+            data_source="fake",
+            data_format="alpaca",
+            rows={"train": 100, "validation": 10, "test": 10},
+            dropped={},
+            target_tokens=100,
+            device="fake",
+            dtype="float32",
+        )
+
+    def run(
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: dict[str, Any],
+        observer: Observer,
+    ) -> Outcome:
+        """Pretend to train; raises, hangs or dies if the plan says so for this trial."""
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.metrics.write_text("", encoding="utf-8")
+        write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
+        write_json(folder.provenance, provenance)
+        try:
+            outcome = self._train(settings, folder, observer)
+        except Diverged as error:
+            outcome = Outcome(cause="diverged", message=str(error), steps=2)
+        write_atomic(folder.outcome, outcome.model_dump_json())
+        return outcome
+
+    def _train(
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer
+    ) -> Outcome:
+        total = self._settings.steps
+        every = max(1, total // EVALUATIONS)
+        best, best_step = math.inf, 0
+        for step in range(1, total + 1):
+            time.sleep(self._settings.step_seconds)
+            self._misbehave(_planned(self._settings, folder), step)
+            observer.progress(step, total, 1000.0)
+            if step % every == 0 or step == total:
+                loss = fake_loss(settings, step / total)
+                best, best_step = min((best, best_step), (loss, step))
+                line = {"step": step, "time": time.time(), "eval/loss": loss}
+                with folder.metrics.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                observer.evaluated(step, total, loss)
+            if cause := observer.stop_cause():
+                return _ended(cause, best, best_step, step)
+        if _planned(self._settings, folder) == "oom":
+            return Outcome(cause="oom", message="fake: out of memory", steps=total)
+        return _ended("finished", best, best_step, total)
+
+    def _misbehave(self, plan: str, step: int) -> None:
+        """Half-way, so that something was trained and reported before."""
+        if step != max(2, self._settings.steps // 2):
+            return
+        match plan:
+            case "diverge":
+                raise Diverged(f"fake: train/loss is nan at step {step}")
+            case "error":
+                raise ValueError("fake: an error in the code")
+            case "crash":
+                os._exit(9)
+            case "hang":
+                time.sleep(3600)
+
+
+def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:
+    """The plan speaks of the lora arm's trial numbers."""
+    if folder.path.parent.name != "lora":
+        return "finish"
+    return settings.plan.get(int(folder.path.name.rpartition("_")[2]), "finish")
+
+
+def _ended(cause: Any, best: float, best_step: int, steps: int) -> Outcome:
+    if math.isinf(best):
+        return Outcome(cause=cause, steps=steps)
+    metrics = {"best/eval_loss": best, "best/eval_perplexity": math.exp(best)}
+    return Outcome(
+        cause=cause, best_value=best, best_step=best_step, steps=steps, metrics=metrics
+    )

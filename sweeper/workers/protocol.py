@@ -1,0 +1,160 @@
+"""The protocol between driver and worker: frozen messages that travel as JSON.
+
+A worker announces free slots; down go submit, stop, probe and close; up come events that carry the
+trial and the attempt. One slot a worker today; packed training announces more and changes nothing
+here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import Field, TypeAdapter
+
+from sweeper.folders import TrialFolder
+from sweeper.outcome import Facts, Outcome, StopCause, Value
+from sweeper.settings import TrialSettings
+from sweeper.training.observer import Observer
+
+
+class Submit(Value):
+    """Train this trial."""
+
+    kind: Literal["submit"] = "submit"
+    trial: str
+    attempt: int
+    folder: Path
+    settings: TrialSettings
+    provenance: dict[str, Any]
+
+
+class Stop(Value):
+    """End this trial at its next step."""
+
+    kind: Literal["stop"] = "stop"
+    trial: str
+    cause: StopCause
+
+
+class Probe(Value):
+    """Tell what an arm's trials have in common, and how good the untuned base is."""
+
+    kind: Literal["probe"] = "probe"
+    arm: str
+    settings: TrialSettings
+
+
+class Close(Value):
+    """End when idle."""
+
+    kind: Literal["close"] = "close"
+
+
+class Slots(Value):
+    """A worker can take this many trials more than it has."""
+
+    kind: Literal["slots"] = "slots"
+    worker: int
+    free: int
+
+
+class Progress(Value):
+    """A trial took steps."""
+
+    kind: Literal["progress"] = "progress"
+    trial: str
+    attempt: int
+    step: int
+    total_steps: int
+    tokens_per_second: float
+
+
+class Evaluated(Value):
+    """A trial was judged on the validation split."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    trial: str
+    attempt: int
+    step: int
+    total_steps: int
+    loss: float
+
+
+class Ended(Value):
+    """A trial ended, and its folder is complete."""
+
+    kind: Literal["ended"] = "ended"
+    trial: str
+    attempt: int
+    outcome: Outcome
+
+
+class Probed(Value):
+    """The answer to a probe: facts, or why there are none."""
+
+    kind: Literal["probed"] = "probed"
+    arm: str
+    facts: Facts | None
+    message: str | None
+
+
+class Lost(Value):
+    """A worker died; `trial` is what it was training, if anything."""
+
+    kind: Literal["lost"] = "lost"
+    worker: int
+    trial: str | None
+    attempt: int
+    message: str
+
+
+AnyCommand = Submit | Stop | Probe | Close
+AnyEvent = Slots | Progress | Evaluated | Ended | Probed | Lost
+COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(
+    Annotated[AnyCommand, Field(discriminator="kind")]
+)
+EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
+
+
+class Runner(Protocol):
+    """What a worker runs: the real trainer, or the fake one of the tests."""
+
+    def probe(self, settings: TrialSettings) -> Facts:
+        """Facts shared by the trials of an arm; raises SweeperError if they cannot be trained."""
+
+    def run(
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: dict[str, Any],
+        observer: Observer,
+    ) -> Outcome:
+        """Train one trial to its outcome and write its folder."""
+
+
+class Engine(Protocol):
+    """Hosts workers somewhere and carries messages to and from them.
+
+    Who calls it: the driver, from one thread. `next_event` is the only call that waits. A worker
+    takes work after it announced a slot (`Slots`); a dead one is announced (`Lost`) and replaced.
+    """
+
+    def probe(self, worker: int, probe: Probe) -> None:
+        """Have a free worker answer with `Probed`."""
+
+    def submit(self, worker: int, submit: Submit) -> None:
+        """Hand a trial to a free slot; `Ended` or `Lost` follows."""
+
+    def stop(self, trial: str, cause: StopCause) -> None:
+        """Ask for a trial's end; its `Ended` follows. Unknown trials (just ended) are ignored."""
+
+    def next_event(self, timeout_s: float) -> AnyEvent | None:
+        """The next event, or None if none came in time.
+
+        Raises:
+            WorkerError: workers die before they can do anything.
+        """
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing."""

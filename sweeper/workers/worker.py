@@ -1,0 +1,168 @@
+"""The worker's side: take commands from a channel, run trials, send events.
+
+Touches neither the study nor MLflow. Ends itself when its driver is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import traceback
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from sweeper.errors import SweeperError
+from sweeper.folders import TrialFolder
+from sweeper.outcome import Facts, Outcome, StopCause, Value
+from sweeper.settings import Workers
+from sweeper.workers.protocol import (
+    AnyCommand,
+    Close,
+    Ended,
+    Evaluated,
+    Probe,
+    Probed,
+    Progress,
+    Runner,
+    Slots,
+    Stop,
+    Submit,
+)
+
+TRACEBACK_LINES = 30
+
+
+class Channel(Protocol):
+    """One end of a two-way line to the driver."""
+
+    def send(self, message: Value) -> None:
+        """Send an event; never blocks for long."""
+
+    def receive(self) -> AnyCommand:
+        """Wait for a command; raises EOFError when the driver is gone."""
+
+
+@dataclass
+class Orders:
+    """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
+
+    work: queue.Queue[Submit | Probe | Close] = field(default_factory=queue.Queue)
+    stops: dict[str, StopCause] = field(default_factory=dict)
+
+    def read(self, channel: Channel) -> None:
+        """Read for ever; a driver that is gone leaves no reason to go on computing."""
+        try:
+            while True:
+                command = channel.receive()
+                if isinstance(command, Stop):
+                    self.stops[command.trial] = command.cause
+                else:
+                    self.work.put(command)
+                    if isinstance(command, Close):
+                        return
+        except (EOFError, OSError):
+            os._exit(1)  # nothing to save: checkpoints are on disk, the spool is flushed
+
+
+@dataclass(frozen=True)
+class RemoteObserver:
+    """An observer whose other side is the driver."""
+
+    channel: Channel
+    orders: Orders
+    trial: str
+    attempt: int
+
+    def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
+        """See Observer."""
+        self.channel.send(
+            Progress(
+                trial=self.trial,
+                attempt=self.attempt,
+                step=step,
+                total_steps=total_steps,
+                tokens_per_second=tokens_per_second,
+            )
+        )
+
+    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
+        """See Observer."""
+        self.channel.send(
+            Evaluated(
+                trial=self.trial,
+                attempt=self.attempt,
+                step=step,
+                total_steps=total_steps,
+                loss=loss,
+            )
+        )
+
+    def stop_cause(self) -> StopCause | None:
+        """See Observer."""
+        return self.orders.stops.get(self.trial)
+
+
+class Farewell(Enum):
+    """Why a worker ended by itself."""
+
+    CLOSED = "closed"
+    OUT_OF_MEMORY = "out of memory"
+
+
+def serve(channel: Channel, runner: Runner, worker: int) -> Farewell:
+    """Run commands one after the other until told to close, or until memory ran out.
+
+    After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
+    """
+    orders = Orders()
+    threading.Thread(target=orders.read, args=(channel,), daemon=True).start()
+    while True:
+        channel.send(Slots(worker=worker, free=1))
+        command = orders.work.get()
+        if isinstance(command, Close):
+            return Farewell.CLOSED
+        if isinstance(command, Probe):
+            channel.send(_probed(command, runner))
+            continue
+        outcome = _outcome(command, runner, channel, orders)
+        channel.send(Ended(trial=command.trial, attempt=command.attempt, outcome=outcome))
+        if outcome.cause == "oom":
+            return Farewell.OUT_OF_MEMORY
+
+
+def make_runner(workers: Workers, worker: int, n_jobs: int) -> Runner:
+    """The runner of `workers.trainer`; heavy imports happen here, in the worker."""
+    if workers.trainer == "fake":
+        from sweeper.workers.fake import FakeRunner
+
+        return FakeRunner(workers.fake)
+    from sweeper.training.runner import TransformersRunner
+
+    return TransformersRunner(threads=max(1, (os.cpu_count() or 1) // n_jobs), worker=worker)
+
+
+def _probed(command: Probe, runner: Runner) -> Probed:
+    facts: Facts | None = None
+    message: str | None = None
+    try:
+        facts = runner.probe(command.settings)
+    except SweeperError as error:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
+        message = _traceback()
+    return Probed(arm=command.arm, facts=facts, message=message)
+
+
+def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:
+    observer = RemoteObserver(channel, orders, command.trial, command.attempt)
+    folder = TrialFolder(command.folder)
+    try:
+        return runner.run(command.settings, folder, command.provenance, observer)
+    except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
+        return Outcome(cause="error", message=_traceback())
+
+
+def _traceback() -> str:
+    return "\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:])
