@@ -20,6 +20,9 @@ class Choice:
 
     values: tuple[Scalar, ...]
 
+    def __contains__(self, value: Scalar) -> bool:
+        return value in self.values
+
     def probes(self) -> tuple[Scalar, ...]:
         """Values whose validity stands for the whole domain's: here all of them."""
         return self.values
@@ -45,6 +48,9 @@ class Interval:
             raise ValueError(f"{self} is on a log scale, so its lower bound must be above 0")
         if self.log and self.step is not None:
             raise ValueError(f"{self}: a log scale takes no step")
+
+    def __contains__(self, value: Scalar) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
 
     def probes(self) -> tuple[Scalar, ...]:
         """The two bounds."""

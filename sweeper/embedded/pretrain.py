@@ -126,19 +126,22 @@ def build_base(
 
 
 def pretraining_text() -> Text:
-    """Docstrings of the modules outside the task, and the language reference for training."""
+    """Docstrings of the modules outside the task, and the language reference for training.
+
+    Each document occurs once: the library repeats some word for word, also across modules.
+    """
     outputs = {
         normalised(row["output"]) for rows in docstring_pairs().rows.values() for row in rows
     }
-    train, held_out, repeats = language_reference(), list[str](), 0
+    train, held_out, repeats = dict.fromkeys(language_reference()), dict[str, None](), 0
     for source in documented(pretraining_modules()):
         if normalised(first_sentence(source.docstring)) in outputs:
             repeats += 1
         elif source.module in HELD_OUT_MODULES:
-            held_out.append(source.docstring)
+            held_out[source.docstring] = None
         else:
-            train.append(source.docstring)
-    return Text(train, held_out, repeats)
+            train[source.docstring] = None
+    return Text(list(train), [text for text in held_out if text not in train], repeats)
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:

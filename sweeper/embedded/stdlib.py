@@ -91,7 +91,7 @@ def documented(modules: Iterable[str], root: Path | None = None) -> Iterator[Doc
     base = _root(root)
     for module in sorted(modules):
         for file in _files(base, module):
-            yield from _documented(module, "", _parse(file), owner="")
+            yield from _documented(module, _parse(file), owner="")
 
 
 def language_reference() -> list[str]:
@@ -130,15 +130,14 @@ def _parse(file: Path) -> ast.Module:
         return ast.parse(file.read_bytes())
 
 
-def _documented(
-    module: str, signature: str, node: ast.Module | _Definition, owner: str
-) -> Iterator[Documented]:
+def _documented(module: str, node: ast.Module | _Definition, owner: str) -> Iterator[Documented]:
     docstring = ast.get_docstring(node)
     if docstring:
+        signature = "" if isinstance(node, ast.Module) else _signature(node, owner)
         yield Documented(module, signature, docstring)
     inner = node.name if isinstance(node, ast.ClassDef) else ""
     for child in _definitions(node):
-        yield from _documented(module, _signature(child, inner), child, inner)
+        yield from _documented(module, child, inner)
 
 
 def _definitions(node: ast.AST) -> Iterator[_Definition]:

@@ -18,7 +18,7 @@ from sweeper.workers.protocol import (
     Stop,
     Submit,
 )
-from sweeper.workers.worker import Farewell, make_runner, serve
+from sweeper.workers.worker import Farewell, Orders, make_runner, serve
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class InlineEngine:
 
     def _serve(self, workers: Workers) -> None:
         runner = make_runner(workers, worker=0, n_jobs=1)
-        while serve(self._channel, runner, worker=0) is not Farewell.CLOSED:
+        orders = Orders.listen(self._channel)
+        while serve(self._channel, orders, runner, worker=0) is not Farewell.CLOSED:
             pass  # out of memory: a process would be replaced, a thread can only start over
 
     def probe(self, worker: int, probe: Probe) -> None:

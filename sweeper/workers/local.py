@@ -33,7 +33,7 @@ from sweeper.workers.protocol import (
     Stop,
     Submit,
 )
-from sweeper.workers.worker import make_runner, serve
+from sweeper.workers.worker import Orders, make_runner, serve
 
 CLOSE_SECONDS = 5.0
 MAX_FAILED_STARTS = 3
@@ -177,7 +177,9 @@ def _main(connection: Connection, worker: int, workers: str, n_jobs: int, log: s
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
     settings = Workers.model_validate_json(workers)
-    serve(PipeChannel(connection), make_runner(settings, worker, n_jobs), worker)
+    channel = PipeChannel(connection)
+    orders = Orders.listen(channel)  # before the slow imports: the driver may die meanwhile
+    serve(channel, orders, make_runner(settings, worker, n_jobs), worker)
     # not sys.exit: the reader thread waits on the pipe, and CUDA's own atexit handlers may hang
     os._exit(0)
 

@@ -51,7 +51,14 @@ class Orders:
     work: queue.Queue[Submit | Probe | Close] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
 
-    def read(self, channel: Channel) -> None:
+    @classmethod
+    def listen(cls, channel: Channel) -> Orders:
+        """Start reading a channel in the background."""
+        orders = cls()
+        threading.Thread(target=orders._read, args=(channel,), daemon=True).start()
+        return orders
+
+    def _read(self, channel: Channel) -> None:
         """Read for ever; a driver that is gone leaves no reason to go on computing."""
         try:
             while True:
@@ -111,13 +118,11 @@ class Farewell(Enum):
     OUT_OF_MEMORY = "out of memory"
 
 
-def serve(channel: Channel, runner: Runner, worker: int) -> Farewell:
+def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Farewell:
     """Run commands one after the other until told to close, or until memory ran out.
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """
-    orders = Orders()
-    threading.Thread(target=orders.read, args=(channel,), daemon=True).start()
     while True:
         channel.send(Slots(worker=worker, free=1))
         command = orders.work.get()

@@ -8,6 +8,7 @@ import sys
 import time
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +164,37 @@ def test_signatures_read_like_source() -> None:
     assert "def split(s, comments=False, posix=True)" in signatures
     assert "class ArgumentParser(_AttributeHolder, _ActionsContainer)" in signatures
     assert "class ArgumentParser:\n    def error(self, message)" in signatures
+
+
+def test_documented_reads_a_library_in_order(tmp_path: Path) -> None:
+    """Modules and files go by name, definitions by line; tests and absent modules are skipped."""
+    (tmp_path / "ast.py").touch()
+    (tmp_path / "box" / "tests").mkdir(parents=True)
+    (tmp_path / "box" / "tests" / "case.py").write_text('"""A test."""')
+    (tmp_path / "box" / "__init__.py").write_text('"""The box."""')
+    (tmp_path / "box" / "lid.py").write_text(
+        "class Lid(Top, metaclass=Meta):\n"
+        "    if True:\n"
+        "        async def lift(self, *, by: int = 1) -> None:\n"
+        '            """Lift it."""\n'
+        "            def inner():\n"
+        '                """Within."""\n'
+    )
+    (tmp_path / "axe.py").write_text('class Axe(Tool, metaclass=Meta):\n    """Cuts."""\n')
+    found = stdlib.documented(["box", "axe", "absent"], root=tmp_path)
+    assert [(each.module, each.signature, each.docstring) for each in found] == [
+        ("axe", "class Axe(Tool, metaclass=Meta)", "Cuts."),
+        ("box", "", "The box."),
+        ("box", "class Lid:\n    async def lift(self, *, by: int=1) -> None", "Lift it."),
+        ("box", "def inner()", "Within."),
+    ]
+    assert stdlib.library_modules(tmp_path) == ["ast", "axe", "box"]
+
+
+def test_library_without_source_is_refused(tmp_path: Path) -> None:
+    """A Python without .py files gets a message, not an empty data set."""
+    with pytest.raises(FileNotFoundError, match="installed as source files"):
+        stdlib.library_modules(tmp_path)
 
 
 def _run(code: str, **environment: str) -> str:

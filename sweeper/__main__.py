@@ -1,0 +1,92 @@
+"""The command line: verbs go to typer, everything else to Hydra.
+
+Kept light: spawned workers import this module, and --help must answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sweeper.errors import SweeperError
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point of `sweeper` and `python -m sweeper`."""
+    argv = sys.argv[1:]
+    from sweeper.cli import VERBS
+
+    try:
+        if argv and argv[0] in VERBS:
+            from sweeper.cli import app
+
+            app(prog_name="sweeper")
+        else:
+            _hydra(argv)
+    except SweeperError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; the same command resumes it", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def run_studies(overrides: Sequence[str]) -> None:
+    """Run the studies of a command line one after the other (called by the Hydra plugin)."""
+    from sweeper.search.plan import studies
+    from sweeper.session import run_study
+
+    _or_exit(lambda: [run_study(plan) for plan in studies(overrides)])
+
+
+def _hydra(argv: Sequence[str]) -> None:
+    """Check the whole command line, then let Hydra run it."""
+    from sweeper import compose
+    from sweeper.search.plan import single, studies
+
+    line = compose.parse_command_line(argv)
+    overrides = compose.with_user_conf(line.overrides, Path.cwd())
+    if line.trains:
+        overrides = compose.with_auto_groups(overrides)
+        plans = studies(overrides) if line.multirun else [single(overrides)]
+        assert plans
+    sys.argv = [sys.argv[0], *line.flags, *overrides]
+    _hydra_application()
+
+
+def _hydra_application() -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    from sweeper import compose
+
+    @hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
+    def application(config: DictConfig) -> None:
+        from sweeper.folders import TrialFolder
+        from sweeper.search.plan import single
+        from sweeper.session import run_single
+
+        hydra_config = HydraConfig.get()
+        overrides = [*hydra_config.overrides.hydra, *hydra_config.overrides.task]
+        folder = TrialFolder(Path(hydra_config.runtime.output_dir))
+        _or_exit(lambda: run_single(single(overrides), folder))
+
+    application()
+
+
+def _or_exit(run: object) -> None:
+    """Hydra prints a stack trace for exceptions, but lets SystemExit pass."""
+    assert callable(run)
+    try:
+        run()
+    except SweeperError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The verbs: reading and steering. Training is Hydra overrides (see __main__)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+VERBS = ("report", "trial", "build-base")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def verbs() -> None:
+    """Read studies and re-run trials; to train, see `python -m sweeper --help`."""
+
+
+@app.command()
+def report(
+    name: Annotated[str, typer.Argument(help="The study_name.")],
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    markdown: Annotated[bool, typer.Option(help="Print Markdown instead of tables.")] = False,
+) -> None:
+    """Show a study's leaderboards, its comparison and its verdict."""
+    from sweeper.reporting.tables import markdown_report
+    from sweeper.reporting.view import make_console
+    from sweeper.session import load_results, print_results
+
+    results = load_results(name, output_dir)
+    if markdown:
+        typer.echo(markdown_report(results))
+    else:
+        print_results(results, make_console())
+
+
+@app.command()
+def trial(
+    folder: Annotated[Path, typer.Argument(help="A trial's folder, with its config.yaml.")],
+    into: Annotated[Path, typer.Option(help="Where the new trial goes.")],
+) -> None:
+    """Train a trial again by hand, from the config.yaml of an earlier one."""
+    from sweeper.compose import compose, read_yaml
+    from sweeper.errors import StudyError
+    from sweeper.folders import TrialFolder
+    from sweeper.session import run_single
+    from sweeper.settings import Settings, validate
+
+    source = TrialFolder(folder).config
+    if not source.exists():
+        raise StudyError(f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007")
+    settings = validate(Settings, {**compose([]).config, **read_yaml(source)})
+    run_single(settings, TrialFolder(into))
+
+
+@app.command(name="build-base")
+def build_base(
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2_600_000,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+) -> None:
+    """Pre-train the embedded base model again from the standard library's text (minutes)."""
+    from sweeper.embedded.pretrain import build_base as build
+
+    build(out, tokens=tokens, seed=seed)

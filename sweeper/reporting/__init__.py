@@ -1,0 +1,1 @@
+"""What a person sees: during a study, at its end, and later."""

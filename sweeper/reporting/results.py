@@ -1,0 +1,141 @@
+"""Results: what a study's storage says, as plain values ready to be shown.
+
+Reads Optuna's storage and the study's folder; needs no worker, no torch and no MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sweeper.outcome import Facts, Outcome
+from sweeper.search.states import STATES
+from sweeper.space import Scalar
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One finished trial."""
+
+    arm: str
+    number: int
+    point: Mapping[str, Scalar]
+    outcome: Outcome
+
+    @property
+    def loss(self) -> float | None:
+        """The best eval/loss, if the trial may be compared by it."""
+        feasible = not STATES[self.outcome.cause].infeasible
+        return self.outcome.best_value if feasible else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it ran to its own end, so that it can be the best."""
+        return self.outcome.cause in ("finished", "early_stopped")
+
+    def metric(self, name: str) -> float | None:
+        """A figure of the trial, if it has it."""
+        return self.outcome.metrics.get(name)
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm: what it started from, and its trials, the best first."""
+
+    name: str
+    wanted: int
+    method: str
+    base: str
+    facts: Facts
+    trials: tuple[TrialResult, ...]
+
+    @property
+    def best(self) -> TrialResult | None:
+        """The complete trial with the lowest loss."""
+        complete = [trial for trial in self.trials if trial.complete and trial.loss is not None]
+        return min(complete, key=lambda trial: trial.loss or 0.0, default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Worker time of all trials."""
+        return sum(trial.metric("cost/seconds") or 0.0 for trial in self.trials)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study as a whole."""
+
+    study_name: str
+    command: str
+    arms: tuple[ArmResult, ...]
+
+    def arm(self, name: str) -> ArmResult | None:
+        """An arm by name."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+
+def rank(trials: list[TrialResult]) -> tuple[TrialResult, ...]:
+    """Complete trials by loss, then pruned ones by loss, then the failed ones."""
+
+    def order(trial: TrialResult) -> tuple[int, float, int]:
+        group = 0 if trial.complete else 1 if trial.loss is not None else 2
+        return group, trial.loss if trial.loss is not None else 0.0, trial.number
+
+    return tuple(sorted(trials, key=order))
+
+
+def to_document(results: Results) -> dict[str, Any]:
+    """results.json."""
+    return {
+        "study_name": results.study_name,
+        "command": results.command,
+        "arms": {
+            arm.name: {
+                "method": arm.method,
+                "base": arm.base,
+                "n_trials": arm.wanted,
+                "facts": arm.facts.model_dump(mode="json"),
+                "best": None if arm.best is None else arm.best.number,
+                "trials": [
+                    {
+                        "number": trial.number,
+                        "params": dict(trial.point),
+                        **trial.outcome.model_dump(mode="json"),
+                    }
+                    for trial in arm.trials
+                ],
+            }
+            for arm in results.arms
+        },
+    }
+
+
+def from_document(document: Mapping[str, Any]) -> Results:
+    """Results back from results.json."""
+    return Results(
+        study_name=document["study_name"],
+        command=document["command"],
+        arms=tuple(_arm(name, arm) for name, arm in document["arms"].items()),
+    )
+
+
+def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
+    fields = set(Outcome.model_fields)
+    trials = [
+        TrialResult(
+            arm=name,
+            number=trial["number"],
+            point=trial["params"],
+            outcome=Outcome.model_validate({key: trial[key] for key in fields if key in trial}),
+        )
+        for trial in document["trials"]
+    ]
+    return ArmResult(
+        name=name,
+        wanted=document["n_trials"],
+        method=document["method"],
+        base=document["base"],
+        facts=Facts.model_validate(document["facts"]),
+        trials=rank(trials),
+    )

@@ -1,0 +1,191 @@
+"""The answer in tables and one sentence: leaderboard, LoRA against full fine-tuning against the base.
+
+A sheet is plain text cells; it is drawn for a terminal by rich, or written as Markdown.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.search.board import short_names
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of text; `left` names the columns that are words rather than numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: frozenset[str] = frozenset()
+
+    def draw(self) -> Table:
+        """For a terminal."""
+        table = Table(title=self.title, title_justify="left", title_style="bold")
+        for column in self.columns:
+            table.add_column(column, justify="left" if column in self.left else "right")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a file."""
+        marks = [":--" if column in self.left else "--:" for column in self.columns]
+        lines = [self.columns, tuple(marks), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison(results: Results) -> Sheet:
+    """One row per untuned base and one per arm's best trial."""
+    rows = [*_base_rows(results), *(_arm_row(arm) for arm in results.arms)]
+    columns = (
+        *("method", "trials", "trainable", "% of all", "eval loss", "against base", "perplexity"),
+        *("time", "peak memory", "artifact"),
+    )
+    return Sheet("LoRA against full fine-tuning", columns, tuple(rows), frozenset({"method"}))
+
+
+def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
+    """An arm's trials, the best first."""
+    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
+    columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
+    columns += ("eval loss", "perplexity", "best step", "time", "ended")
+    rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
+    title = f"{arm.name}: {len(arm.trials)} trials, {_duration(arm.seconds)} in all"
+    return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+
+
+def verdict(results: Results) -> str:
+    """The answer in words, as far as the numbers carry it."""
+    lora, full = results.arm("lora"), results.arm("full")
+    if lora is None or lora.best is None:
+        return "No LoRA trial has finished yet."
+    name = f"The best {lora.method} ({_point(lora.best)})"
+    gain = lora.facts.base_loss - (lora.best.loss or 0.0)
+    if gain <= 0:
+        return f"{name} is no better than the untuned base."
+    if full is None or full.best is None:
+        return f"{name} lowers the eval loss by {gain:.3f} nats; there is no full fine-tune to compare."
+    return f"{name} {_against_full(lora, full, gain)} One seed each: small differences may be chance."
+
+
+def markdown_report(results: Results) -> str:
+    """report.md: the verdict, the comparison, every arm's leaderboard."""
+    parts = [
+        f"# {results.study_name}",
+        verdict(results),
+        f"`python -m sweeper {results.command}`",
+        "## " + comparison(results).title,
+        comparison(results).markdown(),
+    ]
+    for arm in results.arms:
+        sheet = leaderboard(arm)
+        parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm)}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_data(arm: ArmResult) -> str:
+    """Where the data came from, how much of it, and its digest."""
+    facts = arm.facts
+    counts = " / ".join(f"{count:,} {name}" for name, count in facts.rows.items())
+    dropped = sum(facts.dropped.values())
+    reasons = ", ".join(f"{count} {why}" for why, count in facts.dropped.items() if count)
+    lost = f", dropped {dropped} ({reasons})" if dropped else ""
+    return (
+        f"{facts.data_source} ({facts.data_format}): {counts} rows{lost}; "
+        f"{facts.target_tokens:,} validation tokens; digest {facts.data_digest[:12]}"
+    )
+
+
+def _against_full(lora: ArmResult, full: ArmResult, gain: float) -> str:
+    assert lora.best is not None
+    assert full.best is not None
+    full_gain = full.facts.base_loss - (full.best.loss or 0.0)
+    if full_gain <= 0:
+        return f"lowers the eval loss by {gain:.3f} nats; full fine-tuning does not lower it at all."
+    share = 100 * gain / full_gain
+    parts = [
+        f"reaches {share:.1f} % of full fine-tuning's improvement "
+        f"(eval loss {lora.best.loss:.4f} against {full.best.loss:.4f})"
+    ]
+    trained = _ratio(lora.best, full.best, "parameters/trainable")
+    if trained is not None:
+        parts.append(f"with {100 * trained:.1f} % of the trainable parameters")
+    time = _ratio(lora.best, full.best, "cost/seconds")
+    if time is not None:
+        parts.append(f"in {time:.1f}× the time of a trial")
+    return " ".join(parts) + "."
+
+
+def _ratio(one: TrialResult, other: TrialResult, name: str) -> float | None:
+    above, below = one.metric(name), other.metric(name)
+    return above / below if above is not None and below else None
+
+
+def _base_rows(results: Results) -> list[tuple[str, ...]]:
+    """The untuned base, once per way it is held in memory."""
+    bases = {arm.base: arm.facts for arm in results.arms}
+    return [
+        (
+            *(f"untuned base, {base}", DASH, "0", DASH),
+            *(f"{facts.base_loss:.4f}", DASH, f"{facts.base_perplexity:.2f}"),
+            *(DASH, DASH, DASH),
+        )
+        for base, facts in bases.items()
+    ]
+
+
+def _arm_row(arm: ArmResult) -> tuple[str, ...]:
+    best = arm.best
+    if best is None:
+        return (f"{arm.name}: {arm.method}", str(len(arm.trials)), *([DASH] * 8))
+    assert best.loss is not None
+    return (
+        f"{arm.name}: {arm.method}, best of",
+        str(len(arm.trials)),
+        _number(best.metric("parameters/trainable")),
+        _number(best.metric("parameters/trainable_percent"), "{:.2f} %"),
+        f"{best.loss:.4f}",
+        f"{best.loss - arm.facts.base_loss:+.4f}",
+        _number(best.metric("best/eval_perplexity"), "{:.2f}"),
+        _duration(best.metric("cost/seconds")),
+        _number(best.metric("cost/peak_memory_mib"), "{:,.0f} MiB"),
+        _number(best.metric("cost/artifact_mib"), "{:.2f} MiB"),
+    )
+
+
+def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
+    shown = short_names(trial.point)
+    loss = DASH if trial.loss is None else f"{trial.loss:.4f}"
+    return (
+        str(place),
+        str(trial.number),
+        *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+        loss,
+        _number(trial.metric("best/eval_perplexity"), "{:.2f}"),
+        DASH if trial.outcome.best_step is None else str(trial.outcome.best_step),
+        _duration(trial.metric("cost/seconds")),
+        trial.outcome.cause,
+    )
+
+
+def _point(trial: TrialResult) -> str:
+    return ", ".join(f"{name}={value}" for name, value in short_names(trial.point).items())
+
+
+def _number(value: float | None, form: str = "{:,.0f}") -> str:
+    return DASH if value is None else form.format(value)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return DASH
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

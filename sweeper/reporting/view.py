@@ -1,0 +1,134 @@
+"""What the terminal shows while a study runs: a live table, or plain lines where there is none.
+
+The driver fills the board; a view only draws it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from sweeper.search.board import Board, TrialView, View, format_scalar
+
+RECENT_EVENTS = 4
+MAX_ROWS = 20
+STYLES = {
+    "finished": "green",
+    "early_stopped": "green",
+    "pruned": "yellow",
+    "running": "cyan",
+    "waiting": "dim",
+    "cancelled": "dim",
+    "duplicate": "dim",
+}
+
+
+class PlainView:
+    """One line an event: for logs, pipes and NO_COLOR."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def event(self, text: str) -> None:
+        """See View."""
+        self._console.print(f"{time.strftime('%H:%M:%S')}  {text}", highlight=False, soft_wrap=True)
+
+    def update(self, board: Board) -> None:
+        """See View."""
+
+
+class LiveView:
+    """A table that is drawn again while it changes, and the last events under it."""
+
+    def __init__(self, console: Console) -> None:
+        self._events: list[str] = []
+        self._board = Board()
+        self._live = Live(
+            console=console, refresh_per_second=4, get_renderable=self._draw, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def event(self, text: str) -> None:
+        """See View."""
+        self._events.append(f"{time.strftime('%H:%M:%S')}  {text}")
+        del self._events[:-RECENT_EVENTS]
+
+    def update(self, board: Board) -> None:
+        """See View."""
+        self._board = board
+
+    def _draw(self) -> Group:
+        return Group(board_table(self._board), *(Text(text, style="dim") for text in self._events))
+
+
+def make_view(console: Console) -> View:
+    """The live table on a terminal with colours, plain lines everywhere else."""
+    if console.is_terminal and not console.no_color:
+        return LiveView(console)
+    return PlainView(console)
+
+
+def make_console() -> Console:
+    """Where everything is printed; wide enough for a table when it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def board_table(board: Board) -> Table:
+    """The running arm's trials, the newest last."""
+    trials = board.current()
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
+    table = Table(title=_headline(board, trials), title_justify="left", title_style="bold", box=None)
+    for name in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
+        table.add_column(name, justify="right" if name == "trial" else "left")
+    for name in ("progress", "tokens/s", "eval loss", "best", "state"):
+        table.add_column(name, justify="right")
+    best = min((t.best for t in trials if t.best is not None and t.state in STYLES), default=None)
+    for trial in trials[-MAX_ROWS:]:
+        table.add_row(*_cells(trial, keys, best))
+    return table
+
+
+def _headline(board: Board, trials: list[TrialView]) -> str:
+    done = sum(trial.state not in ("running", "waiting", "cancelled") for trial in trials)
+    base = "" if board.base_loss is None else f"   untuned base {board.base_loss:.4f}"
+    return f"{board.arm}: {done} of {board.wanted} trials{base}" if board.arm else "starting …"
+
+
+def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text | ProgressBar]:
+    style = STYLES.get(trial.state, "red")
+    running = trial.state == "running"
+    bar: Text | ProgressBar = Text("")
+    if running and trial.total_steps:
+        bar = ProgressBar(total=trial.total_steps, completed=trial.step, width=12)
+    elif trial.seconds is not None:
+        bar = Text(f"{trial.seconds:.0f} s")
+    speed = f"{trial.tokens_per_second:,.0f}" if running and trial.tokens_per_second else ""
+    is_best = best is not None and trial.best == best
+    return [
+        Text(str(trial.number)),
+        *(Text(format_scalar(trial.point.get(key, ""))) for key in keys),
+        bar,
+        Text(speed),
+        Text("" if trial.loss is None else f"{trial.loss:.4f}"),
+        Text("" if trial.best is None else f"{trial.best:.4f}", style="bold green" if is_best else ""),
+        Text(trial.state, style=style),
+    ]

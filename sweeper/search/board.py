@@ -1,0 +1,100 @@
+"""The board: what the driver knows of the trials of this run, for whoever draws it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from sweeper.outcome import Outcome
+from sweeper.space import Scalar
+
+
+@dataclass
+class TrialView:
+    """One trial as the board knows it."""
+
+    key: str
+    arm: str
+    number: int
+    point: Mapping[str, Scalar]
+    state: str = "waiting"
+    step: int = 0
+    total_steps: int = 0
+    loss: float | None = None
+    best: float | None = None
+    tokens_per_second: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    seconds: float | None = None
+
+    def evaluated(self, loss: float) -> None:
+        """Take note of an evaluation."""
+        self.loss = loss
+        self.best = loss if self.best is None else min(self.best, loss)
+
+    def ended(self, outcome: Outcome) -> None:
+        """Take note of the end."""
+        self.state = outcome.cause
+        self.best = outcome.best_value
+        self.seconds = outcome.metrics.get("cost/seconds")
+
+    def summary(self, outcome: Outcome) -> str:
+        """One line for the log: what was tried and what came of it."""
+        values = ", ".join(f"{name}={value}" for name, value in short_names(self.point).items())
+        result = "" if outcome.best_value is None else f", eval loss {outcome.best_value:.4f}"
+        seconds = "" if self.seconds is None else f", {self.seconds:.0f} s"
+        reason = "" if outcome.message is None else f" ({outcome.message.splitlines()[-1]})"
+        return f"{self.key} {outcome.cause}{result}{seconds}: {values}{reason}"
+
+
+def short_names(point: Mapping[str, Scalar]) -> dict[str, str]:
+    """Values by the last part of their key, as short as they can be read."""
+    return {key.rsplit(".", 1)[-1]: format_scalar(value) for key, value in point.items()}
+
+
+def format_scalar(value: Scalar) -> str:
+    """A float with three digits, everything else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Board:
+    """All trials of a run of the driver, by key, in the order they came."""
+
+    def __init__(self) -> None:
+        self.arm = ""
+        self.wanted = 0
+        self.base_loss: float | None = None
+        self.trials: dict[str, TrialView] = {}
+
+    def open_arm(self, arm: str, wanted: int, base_loss: float) -> None:
+        """From now on the trials are this arm's."""
+        self.arm, self.wanted, self.base_loss = arm, wanted, base_loss
+
+    def add(self, trial: TrialView) -> None:
+        """Show a trial."""
+        self.trials[trial.key] = trial
+
+    def current(self) -> list[TrialView]:
+        """The trials of the arm that runs."""
+        return [trial for trial in self.trials.values() if trial.arm == self.arm]
+
+
+class View(Protocol):
+    """Draws. Used as a context manager around the whole study."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def event(self, text: str) -> None:
+        """Something happened that a person may want to know later."""
+
+    def update(self, board: Board) -> None:
+        """The board changed."""

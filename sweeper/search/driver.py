@@ -1,0 +1,290 @@
+"""The driver's loop for one arm: ask, hand out, listen, prune, tell.
+
+No batch barrier: the moment a slot is free the next trial is asked. The driver owns the study and the
+tracker; workers know neither.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import optuna
+from optuna.trial import Trial, TrialState
+
+from sweeper.errors import ConfigError, StudyError
+from sweeper.folders import StudyFolder
+from sweeper.outcome import Facts, Outcome
+from sweeper.search.board import Board, TrialView, View
+from sweeper.search.plan import ArmPlan
+from sweeper.search.pruning import permille, should_prune
+from sweeper.search.states import MAX_ATTEMPTS, STATES, tell
+from sweeper.search.study import adopt, counted, suggest, twin
+from sweeper.settings import Pruner, Settings, flatten
+from sweeper.space import Point
+from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.workers.protocol import AnyEvent, Ended, Engine, Evaluated, Lost, Progress, Slots, Submit
+
+MAX_ASKED = 3
+"""Asked trials per counted one: a space of impossible points must end."""
+MAX_SAME_ERRORS = 3
+POLL_SECONDS = 1.0
+CANCEL_SECONDS = 10.0
+
+
+@dataclass
+class Live:
+    """A trial between ask and tell."""
+
+    trial: Trial
+    point: Point
+    settings: Settings
+    record: TrialRecord
+    view: TrialView
+    attempt: int = 1
+    reported: set[int] = field(default_factory=set)
+    stopping: bool = False
+
+
+@dataclass
+class ArmDriver:
+    """Runs one arm to its n_trials. `slots` (worker -> free slots) is shared by the arms."""
+
+    arm: ArmPlan
+    study: optuna.Study
+    facts: Facts
+    folder: StudyFolder
+    pruner: Pruner
+    engine: Engine
+    tracker: Tracker
+    view: View
+    board: Board
+    provenance: Mapping[str, str]
+    slots: dict[int, int]
+    _live: dict[str, Live] = field(default_factory=dict)
+    _waiting: list[Live] = field(default_factory=list)
+    _errors: Counter[str] = field(default_factory=Counter)
+
+    def run(self) -> None:
+        """Until n_trials are used up, the space is exhausted, or the user stops it.
+
+        Raises:
+            StudyError: the same code error came MAX_SAME_ERRORS times.
+            KeyboardInterrupt: after the running trials were told as cancelled.
+        """
+        self._recall_finished()
+        try:
+            for trial in adopt(self.study):
+                self._adopt(trial)
+            while self._more():
+                self._dispatch()
+                if event := self.engine.next_event(POLL_SECONDS):
+                    self._handle(event)
+                    self.view.update(self.board)
+        except (KeyboardInterrupt, StudyError):
+            self._cancel()
+            raise
+
+    def _more(self) -> bool:
+        return bool(self._live or self._waiting) or self._may_ask()
+
+    def _may_ask(self) -> bool:
+        trials = self.study.get_trials(deepcopy=False)
+        open_count = len(self._live) + len(self._waiting)
+        asked = sum(trial.state is not TrialState.WAITING for trial in trials)
+        exhausted = self.arm.sampler.name == "grid" and asked == len(trials)
+        wanted = counted(self.study) + open_count < self.arm.n_trials
+        return wanted and not exhausted and asked < MAX_ASKED * self.arm.n_trials
+
+    def _dispatch(self) -> None:
+        for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
+            live = self._waiting.pop(0) if self._waiting else self._ask()
+            if live is None:
+                return
+            self._submit(live, worker)
+
+    def _ask(self) -> Live | None:
+        """The next trial that needs training; twins and impossible points are answered at once."""
+        while self._may_ask():
+            trial = self.study.ask()
+            point = suggest(trial, self.arm.space)
+            if earlier := twin(self.study, trial):
+                self._answer_twin(trial, earlier.number, Outcome.model_validate(earlier.user_attrs["outcome"]))
+                continue
+            live = self._prepare(trial, point)
+            if live is not None:
+                return live
+        return None
+
+    def _answer_twin(self, trial: Trial, number: int, outcome: Outcome) -> None:
+        message = f"the same point as trial {number}"
+        duplicate = Outcome(cause="duplicate", best_value=outcome.best_value, message=message)
+        if outcome.best_value is None:
+            duplicate = Outcome(cause="refused", message=message)
+        tell(self.study, trial, duplicate, self.facts.base_loss)
+        self.view.event(f"{self.arm.name} {trial.number}: {message}; not trained again")
+
+    def _prepare(self, trial: Trial, point: Point) -> Live | None:
+        key = f"{self.arm.name}/{trial.number:04d}"
+        view = TrialView(key=key, arm=self.arm.name, number=trial.number, point=point)
+        self.board.add(view)
+        overrides = self.arm.overrides_at(point)
+        trial.set_user_attr("overrides", overrides)
+        try:
+            settings = self.arm.settings_at(point)
+        except ConfigError as error:
+            self._tell_refused(trial, view, str(error))
+            return None
+        folder = self.folder.trial(self.arm.name, trial.number)
+        params = flatten(settings.trial.model_dump(mode="json"))
+        tags = {"arm": self.arm.name, "sweeper.study": self.folder.path.name}
+        record = TrialRecord(key, folder, params, {**tags, **self.provenance})
+        return Live(trial, point, settings, record, view)
+
+    def _tell_refused(self, trial: Trial, view: TrialView, message: str) -> None:
+        tell(self.study, trial, Outcome(cause="refused", message=message), self.facts.base_loss)
+        view.state = "refused"
+        self.view.event(f"{view.key} refused: {message}")
+
+    def _submit(self, live: Live, worker: int) -> None:
+        self.slots[worker] -= 1
+        live.trial.set_user_attr("attempt", live.attempt)
+        live.view.state = "running"
+        self._live[live.record.key] = live
+        self.tracker.start(live.record)
+        digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
+        self.engine.submit(
+            worker,
+            Submit(
+                trial=live.record.key,
+                attempt=live.attempt,
+                folder=live.record.folder.path.resolve(),
+                settings=live.settings.trial,
+                provenance={**self.provenance, **digests, "attempt": live.attempt},
+            ),
+        )
+
+    def _handle(self, event: AnyEvent) -> None:
+        match event:
+            case Slots():
+                self.slots[event.worker] = event.free
+            case Progress():
+                self._progressed(event)
+            case Evaluated():
+                self._evaluated(event)
+            case Ended():
+                self._ended(event)
+            case Lost():
+                self._lost(event)
+
+    def _progressed(self, event: Progress) -> None:
+        live = self._live.get(event.trial)
+        if live is not None:
+            live.view.step, live.view.total_steps = event.step, event.total_steps
+            live.view.tokens_per_second = event.tokens_per_second
+
+    def _evaluated(self, event: Evaluated) -> None:
+        live = self._live.get(event.trial)
+        if live is None or event.attempt != live.attempt:
+            return
+        live.view.step, live.view.total_steps = event.step, event.total_steps
+        live.view.evaluated(event.loss)
+        step = permille(event.step, event.total_steps)
+        if step not in live.reported:
+            live.reported.add(step)
+            live.trial.report(event.loss, step)
+        self.tracker.ship(live.record)
+        training = live.settings.training
+        if not live.stopping and should_prune(
+            self.pruner, training, live.trial, event.step, event.total_steps
+        ):
+            live.stopping = True
+            self.engine.stop(event.trial, "pruned")
+
+    def _ended(self, event: Ended) -> None:
+        live = self._live.pop(event.trial, None)
+        if live is not None:
+            self._tell(live, event.outcome)
+
+    def _tell(self, live: Live, outcome: Outcome) -> None:
+        if STATES[outcome.cause].state is TrialState.COMPLETE and outcome.best_value is None:
+            if not STATES[outcome.cause].infeasible:
+                outcome = outcome.model_copy(
+                    update={"cause": "error", "message": "ended without a single evaluation"}
+                )
+        tell(self.study, live.trial, outcome, self.facts.base_loss)
+        live.view.ended(outcome)
+        status = STATES[outcome.cause].status
+        if status is not None:
+            self.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
+        self.view.event(live.view.summary(outcome))
+        if outcome.cause == "error":
+            self._count_error(outcome.message or "")
+
+    def _count_error(self, message: str) -> None:
+        self._errors[message] += 1
+        if self._errors[message] >= MAX_SAME_ERRORS:
+            raise StudyError(
+                f"the same error ended {MAX_SAME_ERRORS} trials of arm {self.arm.name}; "
+                f"the study stops here:\n{message}"
+            )
+
+    def _lost(self, event: Lost) -> None:
+        """A worker died: its trial gets a new attempt, from its checkpoint, or ends as a crash."""
+        self.slots.pop(event.worker, None)
+        live = self._live.pop(event.trial or "", None)
+        if live is None:
+            return
+        self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
+        if live.attempt >= MAX_ATTEMPTS:
+            self._tell(live, Outcome(cause="crash", message=event.message))
+        else:
+            live.attempt += 1
+            live.view.state = "waiting"
+            self._waiting.append(live)
+
+    def _adopt(self, trial: Trial) -> None:
+        """A trial that a killed driver left behind: the same point, one attempt more."""
+        frozen = next(t for t in self.study.get_trials() if t.number == trial.number)
+        live = self._prepare(trial, suggest(trial, self.arm.space))
+        if live is None:
+            return
+        live.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
+        live.reported = set(frozen.intermediate_values)
+        if live.attempt > MAX_ATTEMPTS:
+            self._tell(live, Outcome(cause="crash", message="every attempt's driver was killed"))
+        else:
+            live.view.state = "waiting"
+            self._waiting.append(live)
+
+    def _recall_finished(self) -> None:
+        """Show what earlier runs finished, and record what they could not."""
+        for frozen in self.study.get_trials(deepcopy=False):
+            if not frozen.state.is_finished() or "outcome" not in frozen.user_attrs:
+                continue
+            outcome = Outcome.model_validate(frozen.user_attrs["outcome"])
+            key = f"{self.arm.name}/{frozen.number:04d}"
+            view = TrialView(key=key, arm=self.arm.name, number=frozen.number, point=frozen.params)
+            view.ended(outcome)
+            self.board.add(view)
+            status = STATES[outcome.cause].status
+            if status is not None:
+                folder = self.folder.trial(self.arm.name, frozen.number)
+                record = TrialRecord(key, folder, {}, {"arm": self.arm.name})
+                self.tracker.end(record, status, outcome.metrics, {"cause": outcome.cause})
+
+    def _cancel(self) -> None:
+        """Stop what runs, wait a moment for it, and tell all of it as cancelled."""
+        for key in self._live:
+            self.engine.stop(key, "cancelled")
+        waited = 0.0
+        while self._live and waited < CANCEL_SECONDS:
+            event = self.engine.next_event(POLL_SECONDS)
+            waited += POLL_SECONDS if event is None else 0.0
+            if isinstance(event, Ended):
+                self._ended(event)
+        for live in [*self._live.values(), *self._waiting]:
+            self._tell(live, Outcome(cause="cancelled"))
+        self._live.clear()
+        self._waiting.clear()

@@ -1,0 +1,84 @@
+"""What happened to a trial, and what each side is told about it: one table.
+
+An infeasible trial (out of memory, diverged, refused) is told as COMPLETE with the untuned base's
+loss and a constraint above zero: every sampler learns from that, and no best trial is ever one of
+them. FAIL would teach nothing, and PRUNED with a constraint is ignored by the GP sampler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from optuna import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from sweeper.outcome import Cause, Outcome
+from sweeper.tracking.tracker import RunStatus
+
+MAX_ATTEMPTS = 3
+"""Executions of one trial before a crash is its outcome."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one cause means to Optuna, to MLflow, and to the budget."""
+
+    state: TrialState
+    status: RunStatus | None
+    counts: Literal["yes", "no", "if trained"]
+    infeasible: bool = False
+
+
+STATES: dict[Cause, Row] = {
+    "finished": Row(TrialState.COMPLETE, "FINISHED", "yes"),
+    "early_stopped": Row(TrialState.COMPLETE, "FINISHED", "yes"),
+    "pruned": Row(TrialState.PRUNED, "KILLED", "yes"),
+    "oom": Row(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
+    "diverged": Row(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
+    "refused": Row(TrialState.COMPLETE, None, "no", infeasible=True),
+    "duplicate": Row(TrialState.COMPLETE, None, "no"),
+    "error": Row(TrialState.FAIL, "FAILED", "no"),
+    "crash": Row(TrialState.FAIL, "FAILED", "yes"),
+    "timeout": Row(TrialState.FAIL, "FAILED", "yes"),
+    "cancelled": Row(TrialState.FAIL, "KILLED", "no"),
+}
+
+
+def tell(study: Study, trial: Trial, outcome: Outcome, base_loss: float) -> None:
+    """Tell Optuna an outcome: attributes first, the state last, so that a crash in between is seen
+    as a trial that still runs.
+
+    Args:
+        study: the arm's study.
+        trial: as asked or adopted.
+        outcome: how it ended.
+        base_loss: the untuned base's eval/loss, what an infeasible trial is worth.
+    """
+    row = STATES[outcome.cause]
+    trial.set_user_attr("cause", outcome.cause)
+    trial.set_user_attr("counts", _counts(row, outcome))
+    trial.set_user_attr("outcome", outcome.model_dump(mode="json"))
+    if row.infeasible:
+        trial.set_constraint(outcome.cause, 1.0)
+        study.tell(trial.number, base_loss)
+    elif row.state is TrialState.COMPLETE:
+        assert outcome.best_value is not None, f"{outcome.cause} without an evaluation"
+        study.tell(trial.number, outcome.best_value)
+    else:
+        study.tell(trial.number, state=row.state)
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether a trial uses up one of n_trials."""
+    return bool(trial.user_attrs.get("counts", False)) and trial.state.is_finished()
+
+
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial's value may be the best."""
+    cause = trial.user_attrs.get("cause")
+    return trial.state is TrialState.COMPLETE and not (cause and STATES[cause].infeasible)
+
+
+def _counts(row: Row, outcome: Outcome) -> bool:
+    return row.counts == "yes" or (row.counts == "if trained" and outcome.steps > 0)

@@ -1,0 +1,1 @@
+"""MLflow runs, and where a result comes from."""

@@ -1,0 +1,244 @@
+"""MLflow behind the Tracker protocol: one thread, one client, idempotent by tags and timestamps.
+
+Runs are found again by their tags, so that a resumed study continues its runs; metric points carry
+the time they were measured, so that a point sent twice is one row in MLflow's store.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper.folders import TrialFolder
+from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+STUDY_TAG, TRIAL_TAG = "sweeper.study", "sweeper.trial"
+PARENT_TAG = "mlflow.parentRunId"
+BATCH = 1000
+"""MLflow takes at most this many metrics a request."""
+
+
+def local_uri(root: Path) -> str:
+    """The store under a folder: one SQLite file, artifacts beside it."""
+    return f"sqlite:///{root / 'mlflow.db'}"
+
+
+class MlflowTracker:
+    """Every call returns at once; the work is done in order in one background thread."""
+
+    def __init__(self, uri: str | None, root: Path) -> None:
+        """`uri` is a tracking server or database; without one the store is local, under `root`."""
+        self._uri = uri
+        self._root = root
+        self._problems: list[str] = []
+        self._runs: dict[str, str] = {}
+        self._final: set[str] = set()
+        self._experiment = ""
+        self._parent: str | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._client: Future[MlflowClient] = self._pool.submit(self._connect)
+
+    def open_study(self, study: StudyRecord) -> None:
+        """See Tracker."""
+        self._later(f"study {study.name}", lambda client: self._open_study(client, study))
+
+    def start(self, trial: TrialRecord) -> None:
+        """See Tracker."""
+        self._later(f"start of {trial.key}", lambda client: self._start(client, trial))
+
+    def ship(self, trial: TrialRecord) -> None:
+        """See Tracker."""
+        self._later(f"metrics of {trial.key}", lambda client: self._ship(client, trial))
+
+    def end(
+        self,
+        trial: TrialRecord,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> None:
+        """See Tracker."""
+        self._later(
+            f"end of {trial.key}", lambda client: self._end(client, trial, status, metrics, tags)
+        )
+
+    def close_study(
+        self,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        params: Mapping[str, Any],
+        note: str,
+        artifacts: Sequence[Path],
+    ) -> None:
+        """See Tracker."""
+
+        def close(client: MlflowClient) -> None:
+            assert self._parent is not None
+            _log_final(client, self._parent, metrics)
+            client.set_tag(self._parent, "mlflow.note.content", note[:8000])
+            for name, value in params.items():
+                client.set_tag(self._parent, f"best.{name}", str(value))
+            for path in artifacts:
+                client.log_artifact(self._parent, str(path))
+            client.set_terminated(self._parent, status)
+
+        self._later("the parent run", close)
+
+    def close(self) -> list[str]:
+        """See Tracker."""
+        self._pool.shutdown(wait=True)
+        return list(dict.fromkeys(self._problems))
+
+    def _connect(self) -> MlflowClient:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        import mlflow  # two seconds, and not needed before the first trial is on its way
+
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        if self._uri is None:
+            self._root.mkdir(parents=True, exist_ok=True)
+        return mlflow.MlflowClient(self._uri or local_uri(self._root))
+
+    def _later(self, what: str, work: Callable[[MlflowClient], None]) -> None:
+        self._pool.submit(self._try, what, work)
+
+    def _try(self, what: str, work: Callable[[MlflowClient], None]) -> None:
+        try:
+            work(self._client.result())
+        except Exception as error:  # noqa: BLE001 - the tracker's edge: an outage stops no training
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self._problems.append(f"{what}: {reason}")
+
+    def _open_study(self, client: MlflowClient, study: StudyRecord) -> None:
+        self._experiment = self._experiment_id(client, study.experiment)
+        query = f"tags.`{STUDY_TAG}` = '{study.name}'"
+        runs = list(_search(client, self._experiment, query))
+        parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
+        if parents:
+            self._parent = parents[0].info.run_id
+            client.update_run(self._parent, status="RUNNING")
+        else:
+            tags = {STUDY_TAG: study.name, **study.tags}
+            run = client.create_run(self._experiment, run_name=study.name, tags=tags)
+            self._parent = run.info.run_id
+            _log_params(client, self._parent, study.params)
+        for run in runs:
+            if key := run.data.tags.get(TRIAL_TAG):
+                self._runs[key] = run.info.run_id
+                if run.info.status != "RUNNING":
+                    self._final.add(key)
+
+    def _experiment_id(self, client: MlflowClient, name: str) -> str:
+        found = client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        location = None
+        if self._uri is None:  # MLflow would take the current folder of whoever comes first
+            location = (self._root / "artifacts" / name).resolve().as_uri()
+        identity = str(client.create_experiment(name, artifact_location=location))
+        client.set_experiment_tag(identity, "mlflow.experiment.primaryMetric.name", "best/eval_loss")
+        client.set_experiment_tag(
+            identity, "mlflow.experiment.primaryMetric.greaterIsBetter", "false"
+        )
+        return identity
+
+    def _start(self, client: MlflowClient, trial: TrialRecord) -> None:
+        if trial.key in self._runs:
+            client.update_run(self._runs[trial.key], status="RUNNING")
+            self._final.discard(trial.key)
+            return
+        if not self._experiment:
+            self._experiment = self._experiment_id(client, "single trials")
+        tags = {TRIAL_TAG: trial.key, **trial.tags}
+        if self._parent is not None:
+            tags[PARENT_TAG] = self._parent
+        run = client.create_run(self._experiment, run_name=trial.key, tags=tags)
+        self._runs[trial.key] = run.info.run_id
+        _log_params(client, run.info.run_id, trial.params)
+
+    def _ship(self, client: MlflowClient, trial: TrialRecord) -> None:
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(name, value, int(line["time"] * 1000), int(line["step"]))
+            for line in _spool(trial.folder)
+            for name, value in line.items()
+            if name not in ("time", "step")
+        ]
+        for start in range(0, len(points), BATCH):
+            client.log_batch(self._runs[trial.key], metrics=points[start : start + BATCH])
+
+    def _end(
+        self,
+        client: MlflowClient,
+        trial: TrialRecord,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> None:
+        if trial.key in self._final:
+            return
+        if trial.key not in self._runs:
+            self._start(client, trial)
+        run = self._runs[trial.key]
+        self._ship(client, trial)
+        _log_final(client, run, metrics)
+        for name, value in tags.items():
+            client.set_tag(run, name, value)
+        _log_artifacts(client, run, trial.folder)
+        client.set_terminated(run, status)
+        self._final.add(trial.key)
+
+
+def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment], filter_string=query, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _spool(folder: TrialFolder) -> Iterator[dict[str, Any]]:
+    """The complete lines of metrics.jsonl; a line still being written comes with the next shipment."""
+    if not folder.metrics.exists():
+        return
+    for line in folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            yield json.loads(line)
+
+
+def _log_params(client: MlflowClient, run: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    client.log_batch(run, params=[Param(name, str(value)) for name, value in params.items()])
+
+
+def _log_final(client: MlflowClient, run: str, metrics: Mapping[str, float]) -> None:
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    client.log_batch(run, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+
+
+def _log_artifacts(client: MlflowClient, run: str, folder: TrialFolder) -> None:
+    """The small files and the adapter; full weights stay in the trial folder, whose path is a tag."""
+    for path in (
+        *(folder.config, folder.outcome, folder.provenance),
+        *(folder.log_text, folder.log_json),
+    ):
+        if path.exists():
+            client.log_artifact(run, str(path))
+    if folder.adapter.is_dir():
+        client.log_artifacts(run, str(folder.adapter), "adapter")
+    client.set_tag(run, "folder", str(folder.path))

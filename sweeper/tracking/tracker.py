@@ -1,0 +1,108 @@
+"""What the driver tells a tracker: one parent run a study, one child run a trial.
+
+No call waits for a network: a tracker works in its own thread. What it could not record it says at
+the end; the trial folders remain the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from sweeper.folders import TrialFolder
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+"""MLflow's final states; KILLED is what it shows for a pruned trial."""
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """The parent run."""
+
+    experiment: str
+    name: str
+    params: Mapping[str, Any]
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """A child run; `key` ("lora/0007") is its identity across attempts and restarts."""
+
+    key: str
+    folder: TrialFolder
+    params: Mapping[str, Any]
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+class Tracker(Protocol):
+    """Records runs."""
+
+    def open_study(self, study: StudyRecord) -> None:
+        """Create the parent run, or open it again."""
+
+    def start(self, trial: TrialRecord) -> None:
+        """Create the child run, or open it again for another attempt."""
+
+    def ship(self, trial: TrialRecord) -> None:
+        """Send the trial's spool as it stands; sending a line twice records it once."""
+
+    def end(
+        self,
+        trial: TrialRecord,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Ship the rest, the artifacts and the final state; does nothing to a run that has one."""
+
+    def close_study(
+        self,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        params: Mapping[str, Any],
+        note: str,
+        artifacts: Sequence[Path],
+    ) -> None:
+        """Give the parent run its final state, the answer and the best trial's figures."""
+
+    def close(self) -> list[str]:
+        """Wait for what is under way; say what could not be recorded, one line each."""
+
+
+class NullTracker:
+    """tracking=none."""
+
+    def open_study(self, study: StudyRecord) -> None:
+        """See Tracker."""
+
+    def start(self, trial: TrialRecord) -> None:
+        """See Tracker."""
+
+    def ship(self, trial: TrialRecord) -> None:
+        """See Tracker."""
+
+    def end(
+        self,
+        trial: TrialRecord,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+    ) -> None:
+        """See Tracker."""
+
+    def close_study(
+        self,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        params: Mapping[str, Any],
+        note: str,
+        artifacts: Sequence[Path],
+    ) -> None:
+        """See Tracker."""
+
+    def close(self) -> list[str]:
+        """See Tracker."""
+        return []
