@@ -64,7 +64,6 @@ def _hydra_application() -> None:
 
     from sweeper import compose
 
-    @hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
     def application(config: DictConfig) -> None:
         from sweeper.folders import TrialFolder
         from sweeper.search.plan import single
@@ -75,7 +74,8 @@ def _hydra_application() -> None:
         folder = TrialFolder(Path(hydra_config.runtime.output_dir))
         _or_exit(lambda: run_single(single(overrides), folder))
 
-    application()
+    decorate = hydra.main("1.3", str(compose.conf_dir()), "config")
+    decorate(application)()
 
 
 def _or_exit(run: object) -> None:

@@ -49,7 +49,9 @@ def trial(
 
     source = TrialFolder(folder).config
     if not source.exists():
-        raise StudyError(f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007")
+        raise StudyError(
+            f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007"
+        )
     settings = validate(Settings, {**compose([]).config, **read_yaml(source)})
     run_single(settings, TrialFolder(into))
 

@@ -198,7 +198,9 @@ def parse_domain(key: str, words: object) -> Domain | Scalar:
     try:
         override = OverridesParser.create().parse_override(f"{key}={words}")
     except OverrideParseException as error:
-        raise ValueError(f"{words!r} is not a search-space expression: {_first_line(error)}") from None
+        raise ValueError(
+            f"{words!r} is not a search-space expression: {_first_line(error)}"
+        ) from None
     value = override.value()
     match value:
         case ChoiceSweep():

@@ -1,14 +1,14 @@
 """Every error a user can meet. Foreign errors are turned into one of these at the seam, nowhere else.
 
-    SweeperError
-    ├── ConfigError        a setting, key, group or search space is wrong (exit 2)
-    ├── DataError          a data file cannot be read as what it claims to be
-    ├── ModelError         the base model cannot be loaded, or the adapter does not fit it
-    ├── StudyError         the study cannot be opened, resumed or found
-    │   ├── StudyLocked    another driver runs it
-    │   └── StudyMismatch  its name stands for a different question
-    ├── WorkerError        workers cannot be started
-    └── Diverged           the loss or the gradient is no longer finite (a trial's outcome)
+SweeperError
+├── ConfigError        a setting, key, group or search space is wrong (exit 2)
+├── DataError          a data file cannot be read as what it claims to be
+├── ModelError         the base model cannot be loaded, or the adapter does not fit it
+├── StudyError         the study cannot be opened, resumed or found
+│   ├── StudyLocked    another driver runs it
+│   └── StudyMismatch  its name stands for a different question
+├── WorkerError        workers cannot be started
+└── Diverged           the loss or the gradient is no longer finite (a trial's outcome)
 """
 
 from __future__ import annotations

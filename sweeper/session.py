@@ -27,7 +27,13 @@ from sweeper.reporting.results import (
     rank,
     to_document,
 )
-from sweeper.reporting.tables import comparison, describe_data, leaderboard, markdown_report, verdict
+from sweeper.reporting.tables import (
+    comparison,
+    describe_data,
+    leaderboard,
+    markdown_report,
+    verdict,
+)
 from sweeper.reporting.view import make_console, make_view
 from sweeper.search.board import Board, View
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
@@ -138,7 +144,9 @@ class StudySession:
             if isinstance(event, Slots):
                 self._slots[event.worker] = event.free
             elif isinstance(event, Lost):
-                raise WorkerError(f"the worker died while it loaded the base model:\n{event.message}")
+                raise WorkerError(
+                    f"the worker died while it loaded the base model:\n{event.message}"
+                )
             elif isinstance(event, Probed) and event.facts is None:
                 raise StudyError(f"arm {arm.name}: {event.message}")
             elif isinstance(event, Probed) and event.facts is not None:
@@ -276,7 +284,9 @@ def _train_one(
                 )
             case Evaluated():
                 tracker.ship(record)
-                console.print(f"step {event.step} of {event.total_steps}: eval loss {event.loss:.4f}")
+                console.print(
+                    f"step {event.step} of {event.total_steps}: eval loss {event.loss:.4f}"
+                )
             case Ended():
                 return event.outcome
             case Lost() if submitted:

@@ -210,7 +210,9 @@ class Settings(TrialSettings):
     @property
     def trial(self) -> TrialSettings:
         """The part that decides what is computed, without the machinery."""
-        return TrialSettings.model_validate(self.model_dump(include=set(TrialSettings.model_fields)))
+        return TrialSettings.model_validate(
+            self.model_dump(include=set(TrialSettings.model_fields))
+        )
 
 
 class Sampler(Section):

@@ -72,12 +72,16 @@ def render(rows: Sequence[Row], format_name: str, where: str) -> list[Example]:
         DataError: a column is missing, no text, or empty where an answer must be.
     """
     kind = FORMATS[format_name]
-    return [_render(row, kind, f"{where}: row {number}") for number, row in enumerate(rows, start=1)]
+    return [
+        _render(row, kind, f"{where}: row {number}") for number, row in enumerate(rows, start=1)
+    ]
 
 
 def _render(row: Row, kind: Format, where: str) -> Example:
     texts = {column: _text(row, column, where) for column in kind.required}
-    texts |= {column: _text({column: "", **_present(row)}, column, where) for column in kind.optional}
+    texts |= {
+        column: _text({column: "", **_present(row)}, column, where) for column in kind.optional
+    }
     example = kind.render(texts)
     if not example.completion.strip():
         raise DataError(f"{where}: {kind.required[-1]} is empty, so there is nothing to learn")

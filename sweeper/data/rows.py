@@ -56,7 +56,9 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         shown = text[:80] + ("…" if len(text) > 80 else "")
-        raise DataError(f"{where}: broken JSON ({error.msg} at column {error.colno}): {shown}") from None
+        raise DataError(
+            f"{where}: broken JSON ({error.msg} at column {error.colno}): {shown}"
+        ) from None
 
 
 def _object(value: Any, where: str) -> Row:

@@ -65,7 +65,9 @@ def load_splits(settings: Data) -> Splits:
 def _embedded(settings: Data) -> Splits:
     for name in ("validation", "test"):
         if getattr(settings, name) is not None:
-            raise DataError(f"data.{name} needs data.train=FILE; the embedded pairs bring their own")
+            raise DataError(
+                f"data.{name} needs data.train=FILE; the embedded pairs bring their own"
+            )
     pairs = docstring_pairs()
     source = f"docstring pairs of {platform.python_implementation()} {platform.python_version()}"
     examples = {name: render(rows, "alpaca", source) for name, rows in pairs.rows.items()}
@@ -76,11 +78,11 @@ def _files(settings: Data) -> Splits:
     paths = {"train": settings.train, "validation": settings.validation, "test": settings.test}
     given = {name: Path(path).expanduser() for name, path in paths.items() if path is not None}
     rows = {name: read_rows(path) for name, path in given.items()}
-    rows = _split_off(rows, settings)
     where = str(given["train"])
-    found = settings.format
+    found: str = settings.format
     if found == "auto":
-        found = detect_format(rows["train"][0] if rows["train"] else {}, where)
+        found = detect_format(rows["train"][0], where)
+    rows = _split_off(rows, settings)
     examples = {name: render(rows[name], found, str(given.get(name, where))) for name in rows}
     return Splits(examples, found, where, {})
 

@@ -73,7 +73,9 @@ def base_folder(settings: Model) -> Path:
         fetched = snapshot_download(
             settings.base_model, revision=settings.revision, allow_patterns=list(WEIGHTS)
         )
-    except Exception as error:  # huggingface_hub, requests and OS errors alike: all mean "not there"
+    except (
+        Exception
+    ) as error:  # huggingface_hub, requests and OS errors alike: all mean "not there"
         raise ModelError(
             f"model.base_model={settings.base_model!r} is no local folder, and the hub did not give "
             f"it ({type(error).__name__}: {str(error).splitlines()[0]}); give a folder, or a hub id "

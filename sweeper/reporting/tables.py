@@ -71,7 +71,9 @@ def verdict(results: Results) -> str:
         return f"{name} is no better than the untuned base."
     if full is None or full.best is None:
         return f"{name} lowers the eval loss by {gain:.3f} nats; there is no full fine-tune to compare."
-    return f"{name} {_against_full(lora, full, gain)} One seed each: small differences may be chance."
+    return (
+        f"{name} {_against_full(lora, full, gain)} One seed each: small differences may be chance."
+    )
 
 
 def markdown_report(results: Results) -> str:
@@ -107,7 +109,9 @@ def _against_full(lora: ArmResult, full: ArmResult, gain: float) -> str:
     assert full.best is not None
     full_gain = full.facts.base_loss - (full.best.loss or 0.0)
     if full_gain <= 0:
-        return f"lowers the eval loss by {gain:.3f} nats; full fine-tuning does not lower it at all."
+        return (
+            f"lowers the eval loss by {gain:.3f} nats; full fine-tuning does not lower it at all."
+        )
     share = 100 * gain / full_gain
     parts = [
         f"reaches {share:.1f} % of full fine-tuning's improvement "

@@ -96,7 +96,9 @@ def board_table(board: Board) -> Table:
     """The running arm's trials, the newest last."""
     trials = board.current()
     keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
-    table = Table(title=_headline(board, trials), title_justify="left", title_style="bold", box=None)
+    table = Table(
+        title=_headline(board, trials), title_justify="left", title_style="bold", box=None
+    )
     for name in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
         table.add_column(name, justify="right" if name == "trial" else "left")
     for name in ("progress", "tokens/s", "eval loss", "best", "state"):
@@ -129,6 +131,8 @@ def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text |
         bar,
         Text(speed),
         Text("" if trial.loss is None else f"{trial.loss:.4f}"),
-        Text("" if trial.best is None else f"{trial.best:.4f}", style="bold green" if is_best else ""),
+        Text(
+            "" if trial.best is None else f"{trial.best:.4f}", style="bold green" if is_best else ""
+        ),
         Text(trial.state, style=style),
     ]

@@ -24,7 +24,16 @@ from sweeper.search.study import adopt, counted, suggest, twin
 from sweeper.settings import Pruner, Settings, flatten
 from sweeper.space import Point
 from sweeper.tracking.tracker import Tracker, TrialRecord
-from sweeper.workers.protocol import AnyEvent, Ended, Engine, Evaluated, Lost, Progress, Slots, Submit
+from sweeper.workers.protocol import (
+    AnyEvent,
+    Ended,
+    Engine,
+    Evaluated,
+    Lost,
+    Progress,
+    Slots,
+    Submit,
+)
 
 MAX_ASKED = 3
 """Asked trials per counted one: a space of impossible points must end."""
@@ -110,7 +119,9 @@ class ArmDriver:
             trial = self.study.ask()
             point = suggest(trial, self.arm.space)
             if earlier := twin(self.study, trial):
-                self._answer_twin(trial, earlier.number, Outcome.model_validate(earlier.user_attrs["outcome"]))
+                self._answer_twin(
+                    trial, earlier.number, Outcome.model_validate(earlier.user_attrs["outcome"])
+                )
                 continue
             live = self._prepare(trial, point)
             if live is not None:
@@ -208,11 +219,10 @@ class ArmDriver:
             self._tell(live, event.outcome)
 
     def _tell(self, live: Live, outcome: Outcome) -> None:
-        if STATES[outcome.cause].state is TrialState.COMPLETE and outcome.best_value is None:
-            if not STATES[outcome.cause].infeasible:
-                outcome = outcome.model_copy(
-                    update={"cause": "error", "message": "ended without a single evaluation"}
-                )
+        row = STATES[outcome.cause]
+        if row.state is TrialState.COMPLETE and not row.infeasible and outcome.best_value is None:
+            message = "ended without a single evaluation"
+            outcome = outcome.model_copy(update={"cause": "error", "message": message})
         tell(self.study, live.trial, outcome, self.facts.base_loss)
         live.view.ended(outcome)
         status = STATES[outcome.cause].status

@@ -198,7 +198,9 @@ def _arm(
     ]
     count = _grid_count(space, n_trials, sampler, problems)
     if problems:
-        raise ConfigError([problem if name == LORA else f"arm {name}: {problem}" for problem in problems])
+        raise ConfigError(
+            [problem if name == LORA else f"arm {name}: {problem}" for problem in problems]
+        )
     texts = (*overrides, *(compose.format_override(key, value) for key, value in fixed.items()))
     settings = validate(Settings, compose.compose(texts).config)
     return ArmPlan(name, texts, space, tuple(points), count, sampler, settings)

@@ -49,9 +49,7 @@ def optuna_name(study_name: str, arm: str) -> str:
     return f"{study_name}/{arm}"
 
 
-def open_study(
-    plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage
-) -> optuna.Study:
+def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage) -> optuna.Study:
     """Create or resume the Optuna study of an arm, and enqueue what is to be tried first.
 
     Raises:
@@ -140,9 +138,7 @@ def question(arm: ArmPlan, facts: Facts) -> dict[str, str]:
     }
 
 
-def _check_question(
-    study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts
-) -> None:
+def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts) -> None:
     asked = question(arm, facts)
     before = study.user_attrs.get("question")
     if before is None:

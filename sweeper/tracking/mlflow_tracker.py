@@ -145,7 +145,9 @@ class MlflowTracker:
         if self._uri is None:  # MLflow would take the current folder of whoever comes first
             location = (self._root / "artifacts" / name).resolve().as_uri()
         identity = str(client.create_experiment(name, artifact_location=location))
-        client.set_experiment_tag(identity, "mlflow.experiment.primaryMetric.name", "best/eval_loss")
+        client.set_experiment_tag(
+            identity, "mlflow.experiment.primaryMetric.name", "best/eval_loss"
+        )
         client.set_experiment_tag(
             identity, "mlflow.experiment.primaryMetric.greaterIsBetter", "false"
         )

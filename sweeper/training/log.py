@@ -66,4 +66,6 @@ def _method(settings: TrialSettings) -> str:
     base = "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
     targets = adapter.target_modules
     shown = targets if isinstance(targets, str) else ", ".join(targets)
-    return f"{base} r={adapter.r} alpha={adapter.alpha:g} dropout={adapter.lora_dropout:g} on {shown}"
+    return (
+        f"{base} r={adapter.r} alpha={adapter.alpha:g} dropout={adapter.lora_dropout:g} on {shown}"
+    )

@@ -115,9 +115,7 @@ class TransformersRunner:
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
         return outcome
 
-    def _outcome(
-        self, settings: TrialSettings, folder: TrialFolder, observer: Observer
-    ) -> Outcome:
+    def _outcome(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         try:
             return self._train(settings, folder, observer)
         except Diverged as error:
@@ -130,9 +128,7 @@ class TransformersRunner:
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return Outcome(cause="oom", message=message, steps=_last_step(folder))
 
-    def _train(
-        self, settings: TrialSettings, folder: TrialFolder, observer: Observer
-    ) -> Outcome:
+    def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         base = self._base(settings)
         data = self._tokenized(settings.data, base)
         set_seed(settings.seed)  # before the adapter: its initialisation is random
@@ -162,7 +158,9 @@ class TransformersRunner:
         if key not in self._data:
             splits = load_splits(settings)
             limit = base.model.config.max_position_embeddings
-            train = encode(splits.examples["train"], base.tokenizer, min(settings.max_length, limit))
+            train = encode(
+                splits.examples["train"], base.tokenizer, min(settings.max_length, limit)
+            )
             validation = encode(splits.examples["validation"], base.tokenizer, limit)
             _require_rows(train, validation, settings, limit)
             self._data[key] = Tokenized(splits, train, validation)

@@ -39,16 +39,20 @@ from sweeper.settings import Training, TrialSettings
 from sweeper.training.memory import peak_mib, reset_peak
 from sweeper.training.observer import Observer
 
-Model = PreTrainedModel | PeftModel
+Judge = Callable[[torch.nn.Module], Loss]
 PROGRESS_SECONDS = 0.5
-TRAIN_METRICS = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
+TRAIN_METRICS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+}
 
 
 @dataclass(frozen=True)
 class TrialInputs:
     """What a trial is trained on: a model ready to train, its tokenizer, and the encoded splits."""
 
-    model: Model
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     validation: Encoded
@@ -196,7 +200,7 @@ class Rows(Dataset[Tokens]):
 class JudgedTrainer(Trainer):  # type: ignore[misc]
     """transformers.Trainer with our evaluator in place of its batch-mean loss."""
 
-    def __init__(self, *, judge: Callable[[Model], Loss], **options: Any) -> None:
+    def __init__(self, *, judge: Judge, **options: Any) -> None:
         super().__init__(**options)
         self._judge = judge
 
@@ -204,7 +208,8 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """Called by the training loop every eval_steps; early stopping reads `eval_loss`."""
         loss = self._judge(self.model)
         metrics = {"eval_loss": loss.mean, "eval_perplexity": loss.perplexity}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: TrainerControl = self.control
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
         return metrics
 
 
@@ -257,7 +262,9 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._step_ended = now = time.monotonic()
-        if state.global_step >= self.total_steps:  # transformers evaluates multiples of eval_steps only
+        if (
+            state.global_step >= self.total_steps
+        ):  # transformers evaluates multiples of eval_steps only
             control.should_evaluate = control.should_save = True
         if now - self._last_progress >= PROGRESS_SECONDS:
             self._last_progress = now
@@ -326,7 +333,7 @@ def save_artifact(inputs: TrialInputs, folder: TrialFolder) -> None:
     partial.replace(target)
 
 
-def _judge(inputs: TrialInputs, settings: TrialSettings) -> Callable[[Model], Loss]:
+def _judge(inputs: TrialInputs, settings: TrialSettings) -> Judge:
     collator = Collator(_pad_id(inputs.tokenizer))
     rows, size = inputs.validation.rows, settings.evaluation.per_device_eval_batch_size
     return lambda model: evaluate_loss(model, rows, collator, size)

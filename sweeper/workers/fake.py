@@ -78,9 +78,7 @@ class FakeRunner:
         write_atomic(folder.outcome, outcome.model_dump_json())
         return outcome
 
-    def _train(
-        self, settings: TrialSettings, folder: TrialFolder, observer: Observer
-    ) -> Outcome:
+    def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         total = self._settings.steps
         every = max(1, total // EVALUATIONS)
         best, best_step = math.inf, 0
@@ -127,6 +125,4 @@ def _ended(cause: Any, best: float, best_step: int, steps: int) -> Outcome:
     if math.isinf(best):
         return Outcome(cause=cause, steps=steps)
     metrics = {"best/eval_loss": best, "best/eval_perplexity": math.exp(best)}
-    return Outcome(
-        cause=cause, best_value=best, best_step=best_step, steps=steps, metrics=metrics
-    )
+    return Outcome(cause=cause, best_value=best, best_step=best_step, steps=steps, metrics=metrics)

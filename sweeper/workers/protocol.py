@@ -111,9 +111,7 @@ class Lost(Value):
 
 AnyCommand = Submit | Stop | Probe | Close
 AnyEvent = Slots | Progress | Evaluated | Ended | Probed | Lost
-COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(
-    Annotated[AnyCommand, Field(discriminator="kind")]
-)
+COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
 EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
 
 
