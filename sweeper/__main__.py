@@ -74,7 +74,7 @@ def _hydra_application() -> None:
         folder = TrialFolder(Path(hydra_config.runtime.output_dir))
         _or_exit(lambda: run_single(single(overrides), folder))
 
-    decorate = hydra.main("1.3", str(compose.conf_dir()), "config")
+    decorate = hydra.main(str(compose.conf_dir()), "config", version_base="1.3")
     decorate(application)()
 
 

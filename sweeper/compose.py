@@ -20,7 +20,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -197,7 +197,7 @@ def parse_domain(key: str, words: object) -> Domain | Scalar:
         return _scalar(words)
     try:
         override = OverridesParser.create().parse_override(f"{key}={words}")
-    except OverrideParseException as error:
+    except HydraException as error:
         raise ValueError(
             f"{words!r} is not a search-space expression: {_first_line(error)}"
         ) from None
@@ -234,7 +234,7 @@ def format_override(key: str, value: Scalar) -> str:
             return f"{key}=null"
         case bool():
             return f"{key}={str(value).lower()}"
-        case str() if not value.startswith(("[", "{")) and not re.fullmatch(r"[\w./:@-]+", value):
+        case str() if not value.startswith(("[", "{")) and not _is_plain(value):
             return f"{key}={_quote(value)}"
         case _:
             return f"{key}={value}"
@@ -290,7 +290,7 @@ def _compose_once(overrides: tuple[str, ...]) -> Composition:
 def _parse(text: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(text)
-    except OverrideParseException:
+    except HydraException:
         return None  # compose_leniently reports it
 
 
@@ -371,6 +371,14 @@ def _scalar(value: Any) -> Scalar:
     return str(value.text) if hasattr(value, "text") else str(value)
 
 
+def _is_plain(text: str) -> bool:
+    """Whether Hydra reads a bare text as that text, and not as a number, a boolean or grammar."""
+    known = text.lower() in ("true", "false", "null", "nan", "inf", "infinity")
+    return re.fullmatch(r"[A-Za-z][\w./@-]*", text) is not None and not known
+
+
 def _quote(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    """Quoted as Hydra wants it: backslashes are doubled only before a quote and at the end."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    tail = len(escaped) - len(escaped.rstrip("\\"))
+    return f"'{escaped}{escaped[len(escaped) - tail :]}'"

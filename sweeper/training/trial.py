@@ -208,8 +208,9 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """Called by the training loop every eval_steps; early stopping reads `eval_loss`."""
         loss = self._judge(self.model)
         metrics = {"eval_loss": loss.mean, "eval_perplexity": loss.perplexity}
-        control: TrainerControl = self.control
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
 

@@ -1,0 +1,63 @@
+"""What several tests need: settings from overrides, a small data file, the program as a subprocess."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+# before torch is imported anywhere: two test processes share two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+from sweeper.compose import compose
+from sweeper.settings import Settings, validate
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def make_settings(*overrides: str) -> Settings:
+    """Validated settings of the default config with overrides."""
+    return validate(Settings, compose(overrides).config)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Forty Alpaca rows that a tiny model can learn something from."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {
+            "instruction": "Write a one-line docstring.",
+            "input": f"def add_{number}(a, b)",
+            "output": f"Return the sum of a and b plus {number}.",
+        }
+        for number in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_program(
+    arguments: Sequence[str], cwd: Path, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """`python -m sweeper` as a user runs it, in a folder of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "sweeper", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    """Run the program in the test's own folder."""
+    return lambda *arguments, timeout_s=240: run_program(arguments, tmp_path, timeout_s)

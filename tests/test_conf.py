@@ -1,0 +1,68 @@
+"""Every YAML file under conf/ composes, validates and says how it is used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sweeper.compose import compose, conf_dir
+from sweeper.search.plan import single, studies
+
+CONF = conf_dir()
+FILES = sorted(CONF.rglob("*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+GROUPS = sorted(
+    (path.parent.relative_to(CONF).as_posix(), path.stem)
+    for path in FILES
+    if path.parent not in (CONF, CONF / "experiment")
+)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_is_a_valid_study(experiment: str) -> None:
+    """An experiment composes into a plan whose spaces pass the settings' own rules."""
+    (plan,) = studies([f"+experiment={experiment}"])
+    assert plan.experiment == experiment
+    assert plan.study.study_name == experiment
+    assert plan.arms[0].name == "lora"
+
+
+@pytest.mark.parametrize(("group", "choice"), GROUPS)
+def test_group_choice_is_valid(group: str, choice: str) -> None:
+    """Every choice of every group gives a valid trial beside the defaults."""
+    extra = ["quantization=none"] if (group, choice) == ("adapter", "none") else []
+    single([f"{group}={choice}", *extra])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONF).as_posix())
+def test_yaml_begins_with_what_it_is_and_its_command(path: Path) -> None:
+    """The header comment of a YAML holds a sentence and the exact command that uses the file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = [line for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))]]
+    assert any(line.startswith("#   python -m sweeper") for line in header), header
+    assert any(line.startswith("# ") and "python -m" not in line for line in header), header
+
+
+def test_full_arm_searches_rates_half_a_decade_apart_around_a_tenth_of_loras() -> None:
+    """The baseline gets at least five rates of its own, centred a decade below LoRA's."""
+    for space in ("tiny", "real"):
+        lora, full = studies(["+experiment=lr_rank_sweep", f"space={space}"])[0].arms
+        rates = full.space["training.learning_rate"].values
+        low, high = lora.space["training.learning_rate"].probes()
+        assert len(rates) >= 5
+        assert all(2.5 < b / a < 3.6 for a, b in zip(rates, rates[1:], strict=False))
+        assert 0.5 < (rates[0] * rates[-1]) ** 0.5 / ((low * high) ** 0.5 / 10) < 2
+
+
+def test_auto_groups_follow_the_base_model() -> None:
+    """auto composes as tiny; for another base the command line asks for real instead."""
+    from sweeper.compose import with_auto_groups
+
+    assert compose([]).choices["space"] == "auto"
+    assert with_auto_groups([]) == []
+    assert with_auto_groups(["model.base_model=gpt2"]) == [
+        *("model.base_model=gpt2", "space=real", "training=real")
+    ]
+    chosen = ["model.base_model=gpt2", "space=tiny", "training=tiny"]
+    assert with_auto_groups(chosen) == chosen
