@@ -55,8 +55,8 @@ REBUILD_COMMAND = "sweeper build-base"
 class Text:
     """Pre-training documents, one docstring or reference topic each.
 
-    `held_out` comes from modules that `train` has none of. `task_repeats` counts docstrings left
-    out because their first sentence is the output of a task row.
+    `held_out` comes from modules, and has documents, that `train` has none of. `task_repeats`
+    counts docstrings left out because their first sentence is the output of a task row.
     """
 
     train: list[str]
@@ -66,8 +66,11 @@ class Text:
 
 @dataclass(frozen=True)
 class BaseReport:
-    """What one build measured; losses are nats a token on training text
-    (`train_loss`, last steps) and on `Text.held_out` (the weights as saved)."""
+    """What one build measured.
+
+    Losses are nats a token: `train_loss` over the last steps, `held_out_loss` on `Text.held_out`
+    with the weights as saved. `text_tokens` counts one epoch, `date` is in UTC.
+    """
 
     parameters: int
     text_tokens: int
@@ -103,7 +106,7 @@ def build_base(
         stream = _encode(tokenizer, text.train)
         steps = max(1, tokens // (SEQUENCE * BATCH))
         train_loss = _train(model, stream, steps, seed)
-        model.to(torch.bfloat16).float()  # from here on the weights as they are saved
+        _round_weights(model)  # what is measured from here on is what is saved
         held_out_loss, bits = held_out_losses(model, tokenizer, text.held_out)
         report = BaseReport(
             parameters=model.num_parameters(),
@@ -297,6 +300,13 @@ def _train(model: LlamaForCausalLM, stream: list[list[int]], steps: int, seed: i
             advance(sum(losses) / len(losses))
     model.eval()
     return sum(losses) / len(losses)
+
+
+def _round_weights(model: LlamaForCausalLM) -> None:
+    """Round to bfloat16 in place, still float32; the rotary frequencies, never saved, stay."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.to(torch.bfloat16))
 
 
 def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:

@@ -33,12 +33,10 @@ def resolve_targets(target_modules: str | Sequence[str], names: Sequence[str]) -
     """
     if target_modules == ALL_LINEAR:
         return ALL_LINEAR
-    if isinstance(target_modules, str):
-        wanted: Sequence[str] = PRESETS.get(target_modules, (target_modules,))
-    else:
-        wanted = target_modules
+    preset = PRESETS.get(target_modules) if isinstance(target_modules, str) else None
+    wanted = preset or ([target_modules] if isinstance(target_modules, str) else target_modules)
     found = [ending for ending in wanted if any(_ends(name, ending) for name in names)]
-    missing = [] if target_modules in PRESETS else [end for end in wanted if end not in found]
+    missing = [] if preset else [ending for ending in wanted if ending not in found]
     if missing or not found:
         endings = sorted({name.rsplit(".", 1)[-1] for name in names})
         raise ModelError(

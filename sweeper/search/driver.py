@@ -298,3 +298,5 @@ class ArmDriver:
             self._tell(live, Outcome(cause="cancelled"))
         self._live.clear()
         self._waiting.clear()
+        for trial in adopt(self.study):  # asked, but not handed out when the interrupt came
+            tell(self.study, trial, Outcome(cause="cancelled"), self.facts.base_loss)

@@ -1,0 +1,71 @@
+"""The evaluator against independent computations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sweeper.data.splits import load_splits
+from sweeper.data.tokens import IGNORED, Collator, Tokens, encode
+from sweeper.evaluation.loss import evaluate_loss
+from sweeper.modeling.base import Base, load_base
+from tests.conftest import make_settings
+
+Judged = tuple[Base, list[Tokens], Collator]
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def judged(request: pytest.FixtureRequest) -> Judged:
+    """The embedded base, unquantized and in NF4, with 60 validation rows of mixed length."""
+    settings = make_settings(f"quantization={request.param}")
+    base = load_base(settings.model, settings.quantization, trained=False)
+    examples = load_splits(settings.data).examples["validation"][:60]
+    rows = encode(examples, base.tokenizer, 512).rows
+    return base, rows, Collator(base.tokenizer.pad_token_id)
+
+
+def test_loss_is_the_same_for_every_batch_size(judged: Judged) -> None:
+    """Batch sizes 1, 8 and 32 agree to 1e-4: sums over tokens, not means over batches."""
+    base, rows, collator = judged
+    losses = [evaluate_loss(base.model, rows, collator, size).mean for size in (1, 8, 32)]
+    assert max(losses) - min(losses) < 1e-4
+
+
+def test_loss_is_sum_of_nll_over_sum_of_tokens(judged: Judged) -> None:
+    """The figure equals a hand-rolled sum over single unpadded examples."""
+    base, rows, collator = judged
+    nll, tokens = 0.0, 0
+    for row in rows[:10]:
+        with torch.no_grad():
+            logits = base.model(torch.tensor([row["input_ids"]])).logits[0].float()
+        for position, label in enumerate(row["labels"]):
+            if label != IGNORED:
+                nll -= float(torch.log_softmax(logits[position - 1], -1)[label])
+                tokens += 1
+    loss = evaluate_loss(base.model, rows[:10], collator, 4)
+    assert loss.tokens == tokens
+    assert loss.mean == pytest.approx(nll / tokens, abs=1e-4)
+    assert loss.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+
+
+def test_batch_means_would_depend_on_the_batch_size(judged: Judged) -> None:
+    """The trap this evaluator avoids is real: means of batch means differ by more than 0.01 nats."""
+    base, rows, collator = judged
+
+    def mean_of_means(size: int) -> float:
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        means = [evaluate_loss(base.model, batch, collator, size).mean for batch in batches]
+        return sum(means) / len(means)
+
+    assert abs(mean_of_means(1) - mean_of_means(60)) > 0.01
+
+
+def test_evaluation_leaves_the_mode_as_it_was(judged: Judged) -> None:
+    """A model in training is in training afterwards."""
+    base, rows, collator = judged
+    base.model.train()
+    evaluate_loss(base.model, rows[:2], collator, 2)
+    assert base.model.training
+    base.model.eval()

@@ -1,0 +1,220 @@
+"""The driver with fake trainers in real worker processes: whatever happens to a trial."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sweeper.errors import StudyError, StudyLocked, StudyMismatch
+from sweeper.reporting.results import Results
+from sweeper.search.plan import studies
+from sweeper.search.states import counts
+from sweeper.session import run_study
+
+FAKE = ("+experiment=lr_rank_sweep", "workers=fake", "tracking=none")
+ONLY_LORA = "~hydra.sweeper.arms.full"
+
+
+def _run(tmp_path: Path, *overrides: str) -> Results:
+    (plan,) = studies([*FAKE, f"output_dir={tmp_path}", *overrides])
+    return run_study(plan)
+
+
+def _trials(tmp_path: Path, arm: str = "lora") -> list[optuna.trial.FrozenTrial]:
+    storage = f"sqlite:///{tmp_path / 'lr_rank_sweep' / 'study.db'}"
+    return optuna.load_study(study_name=f"lr_rank_sweep/{arm}", storage=storage).trials
+
+
+def _causes(tmp_path: Path) -> list[str]:
+    return [trial.user_attrs["cause"] for trial in _trials(tmp_path)]
+
+
+def test_a_study_runs_every_arm_to_its_total(tmp_path: Path) -> None:
+    """12 LoRA trials and the 5 rates of the full arm, and both arms' best come first."""
+    results = _run(tmp_path, "workers.fake.step_seconds=0.0")
+    lora, full = results.arms
+    assert len(lora.trials) == 12
+    assert sorted(trial.point["training.learning_rate"] for trial in full.trials) == [
+        *(3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    ]
+    losses = [trial.loss for trial in lora.trials if trial.complete]
+    assert losses == sorted(losses)
+    assert lora.best is lora.trials[0]
+
+
+def test_oom_and_divergence_are_infeasible_and_counted(tmp_path: Path) -> None:
+    """An out-of-memory and a diverged trial use up budget, are never best, and end nothing."""
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=5", "workers.fake.plan={0:oom,2:diverge}")
+    assert _causes(tmp_path).count("oom") == 1
+    assert _causes(tmp_path).count("diverged") == 1
+    assert sum(map(counts, _trials(tmp_path))) == 5
+    infeasible = _trials(tmp_path)[0]
+    assert (infeasible.state, infeasible.value) == (TrialState.COMPLETE, 4.5)
+
+
+def test_a_crash_gets_three_attempts(tmp_path: Path) -> None:
+    """A trial whose worker always dies is tried three times, then FAIL; the others finish."""
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3", "workers.fake.plan={1:crash}")
+    crashed = _trials(tmp_path)[1]
+    assert crashed.state is TrialState.FAIL
+    assert crashed.user_attrs["attempt"] == 3
+    assert _causes(tmp_path) == ["finished", "crash", "finished"]
+
+
+def test_the_same_code_error_stops_the_study_once(tmp_path: Path) -> None:
+    """Three identical tracebacks end the study with that traceback; nothing is left running."""
+    plan = "{0:error,1:error,2:error,3:error,4:error}"
+    with pytest.raises(StudyError, match="an error in the code"):
+        _run(tmp_path, ONLY_LORA, f"workers.fake.plan={plan}")
+    states = [trial.state for trial in _trials(tmp_path)]
+    assert states.count(TrialState.FAIL) == 3
+    assert TrialState.RUNNING not in states
+
+
+def test_the_same_command_on_a_finished_study_trains_nothing(tmp_path: Path) -> None:
+    """Run twice: the second run adds no trial and shows the same best."""
+    first = _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3")
+    second = _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3")
+    assert len(_trials(tmp_path)) == 3
+    assert first.arms[0].best == second.arms[0].best
+
+
+def test_a_larger_total_extends_the_study(tmp_path: Path) -> None:
+    """n_trials is a total: from 3 to 5 trains two more."""
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3")
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=5")
+    assert sum(map(counts, _trials(tmp_path))) == 5
+
+
+def test_another_question_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    """A changed space, setting or data set is named, with the ways out."""
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2")
+    with pytest.raises(StudyMismatch) as caught:
+        _run(
+            tmp_path,
+            *(ONLY_LORA, "hydra.sweeper.n_trials=2", "adapter.r=2,4"),
+            *("training.num_train_epochs=3", "data.train=other.jsonl"),
+        )
+    message = str(caught.value)
+    assert "space adapter.r: choice(2, 4, 8, 16, 32) then, choice(2, 4) now" in message
+    assert "training.num_train_epochs: 1.0 then, 3.0 now" in message
+    assert "data digest" in message
+    assert "hydra.sweeper.study_name=lr_rank_sweep_2" in message
+
+
+def test_two_slots_are_both_used(tmp_path: Path) -> None:
+    """With n_jobs=2 trials overlap in time: no batch barrier, nobody waits."""
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6", "pruner=none")
+    trials = sorted(_trials(tmp_path), key=lambda trial: trial.datetime_start)
+    assert any(b.datetime_start < a.datetime_complete for a, b in zip(trials, trials[1:], strict=False))
+    assert len(trials) == 6
+
+
+def test_grid_ends_at_exhaustion(tmp_path: Path) -> None:
+    """A grid of four points asked for 12 trials trains four, each once."""
+    _run(
+        tmp_path,
+        *(ONLY_LORA, "sampler=grid", "training.learning_rate=1e-3,3e-3", "adapter.r=2,8"),
+        *("adapter.alpha_over_r=2", "adapter.target_modules=mlp", "training.warmup_ratio=0.03"),
+    )
+    points = [tuple(trial.params.values()) for trial in _trials(tmp_path)]
+    assert len(points) == len(set(points)) == 4
+
+
+def test_priors_are_tried_first(tmp_path: Path) -> None:
+    """Known-good points of the real space come before the sampler's own."""
+    _run(tmp_path, ONLY_LORA, "space=real", "hydra.sweeper.n_trials=3")
+    first = _trials(tmp_path)[0].params
+    assert first["training.learning_rate"] == 2e-4
+    assert first["adapter.r"] == 64
+
+
+def test_a_twin_is_not_trained_again(tmp_path: Path) -> None:
+    """A space of two points asked for five trials trains two and ends."""
+    _run(
+        tmp_path,
+        *(ONLY_LORA, "sampler=random", "hydra.sweeper.n_trials=5", "adapter.r=2,8"),
+        *("training.learning_rate=3e-3", "adapter.alpha_over_r=2"),
+        *("adapter.target_modules=mlp", "training.warmup_ratio=0.03"),
+    )
+    assert _causes(tmp_path).count("finished") == 2
+    assert len(_trials(tmp_path)) <= 15
+
+
+def _start(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sweeper", *FAKE, f"output_dir={tmp_path}", *overrides, "-m"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=tmp_path,
+    )
+
+
+def _wait_for_trials(tmp_path: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    database = tmp_path / "lr_rank_sweep" / "study.db"
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if database.exists():
+            with sqlite3.connect(database, timeout=10) as connection:
+                try:
+                    (found,) = connection.execute("select count(*) from trials").fetchone()
+                except sqlite3.OperationalError:
+                    continue
+            if found >= count:
+                return
+    raise AssertionError(f"no {count} trials within a minute")
+
+
+SLOW = ("workers.fake.step_seconds=0.03", "pruner=none", "hydra.sweeper.n_trials=6", ONLY_LORA)
+
+
+def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path: Path) -> None:
+    """Finished trials are kept, the orphan gets a second attempt, the total is exactly n_trials."""
+    process = _start(tmp_path, *SLOW)
+    _wait_for_trials(tmp_path, 3)
+    process.kill()
+    process.wait()
+    kept = {t.number: t.value for t in _trials(tmp_path) if t.state is TrialState.COMPLETE}
+    assert len(kept) >= 2
+    _run(tmp_path, *SLOW)
+    trials = _trials(tmp_path)
+    assert [trial.number for trial in trials] == list(range(6))
+    assert all(trial.state is TrialState.COMPLETE for trial in trials)
+    assert kept.items() <= {trial.number: trial.value for trial in trials}.items()
+    assert max(trial.user_attrs["attempt"] for trial in trials) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_cleanly_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM: exit 130, nothing RUNNING, and the same command completes the total."""
+    process = _start(tmp_path, *SLOW)
+    _wait_for_trials(tmp_path, 2)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "resume" in output.lower()
+    assert TrialState.RUNNING not in {trial.state for trial in _trials(tmp_path)}
+    _run(tmp_path, *SLOW)
+    assert sum(map(counts, _trials(tmp_path))) == 6
+
+
+def test_a_second_driver_is_refused(tmp_path: Path) -> None:
+    """Two drivers on one study: the second says who has it."""
+    process = _start(tmp_path, *SLOW)
+    try:
+        _wait_for_trials(tmp_path, 1)
+        with pytest.raises(StudyLocked, match=f"process {process.pid}"):
+            _run(tmp_path, *SLOW)
+    finally:
+        process.kill()
+        process.wait()

@@ -1,0 +1,73 @@
+"""The state table, row by row, told to a real Optuna study."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from sweeper.outcome import Cause, Outcome
+from sweeper.search.states import STATES, counts, feasible, tell
+
+BASE_LOSS = 4.5
+
+
+def _told(cause: Cause, *, value: float | None = 4.0, steps: int = 10) -> optuna.trial.FrozenTrial:
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    trial.report(4.2, 100)
+    tell(study, trial, Outcome(cause=cause, best_value=value, steps=steps), BASE_LOSS)
+    return study.trials[0]
+
+
+def test_every_cause_has_a_row() -> None:
+    """No cause is without a meaning."""
+    assert set(STATES) == set(get_args(Cause))
+
+
+@pytest.mark.parametrize("cause", ["finished", "early_stopped"])
+def test_finished_trials_are_worth_their_best_evaluation(cause: Cause) -> None:
+    """COMPLETE with the best evaluation, not the last."""
+    trial = _told(cause, value=3.9)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 3.9)
+    assert counts(trial)
+    assert feasible(trial)
+
+
+@pytest.mark.parametrize("cause", ["oom", "diverged", "refused"])
+def test_infeasible_trials_teach_the_sampler_and_are_never_best(cause: Cause) -> None:
+    """COMPLETE with the untuned base's loss, and a constraint above zero named after the cause."""
+    trial = _told(cause, value=None)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, BASE_LOSS)
+    assert trial.constraints == {cause: 1.0}
+    assert not feasible(trial)
+
+
+def test_an_infeasible_trial_is_not_the_best_even_when_alone_lower() -> None:
+    """best_trial skips infeasible trials, whatever they are worth."""
+    study = optuna.create_study()
+    bad, good = study.ask(), study.ask()
+    tell(study, bad, Outcome(cause="oom", steps=1), base_loss=1.0)
+    tell(study, good, Outcome(cause="finished", best_value=4.0), base_loss=1.0)
+    assert study.best_trial.number == good.number
+
+
+@pytest.mark.parametrize(
+    ("cause", "steps", "counted"),
+    [("oom", 3, True), ("oom", 0, False), ("diverged", 1, True), ("refused", 0, False)]
+    + [("pruned", 5, True), ("error", 5, False), ("crash", 5, True), ("cancelled", 5, False)]
+    + [("duplicate", 0, False)],
+)
+def test_what_counts_to_n_trials(cause: Cause, steps: int, counted: bool) -> None:
+    """Trained trials use up the budget; refusals, duplicates, code errors and Ctrl-C do not."""
+    assert counts(_told(cause, steps=steps)) is counted
+
+
+def test_pruned_and_failed_states() -> None:
+    """Pruned is PRUNED, a code error and a crash are FAIL."""
+    assert _told("pruned").state is TrialState.PRUNED
+    assert _told("error").state is TrialState.FAIL
+    assert _told("crash").state is TrialState.FAIL

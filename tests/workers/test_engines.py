@@ -1,0 +1,186 @@
+"""One contract for every engine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sweeper.errors import WorkerError
+from sweeper.settings import FakeTrainer, Workers
+from sweeper.workers.engines import open_engine
+from sweeper.workers.local import LocalEngine
+from sweeper.workers.protocol import AnyEvent, Ended, Engine, Evaluated, Lost, Probe, Probed, Slots, Submit
+from tests.conftest import make_settings
+
+Open = Callable[..., Engine]
+
+
+@pytest.fixture(params=["inline", "local"])
+def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Open an engine of each kind with a fake trainer; it is closed after the test."""
+    engines: list[Engine] = []
+
+    def open_(steps: int = 10, step_seconds: float = 0.001, **plan: str) -> Engine:
+        fake = FakeTrainer(
+            step_seconds=step_seconds,
+            steps=steps,
+            plan={int(key[1:]): value for key, value in plan.items()},
+        )
+        workers = Workers(engine=request.param, trainer="fake", fake=fake)
+        engines.append(open_engine(workers, 1, lambda worker: tmp_path / f"{worker}.log"))
+        return engines[-1]
+
+    yield open_
+    for engine in engines:
+        engine.close()
+
+
+def _until(engine: Engine, kind: type, timeout_s: float = 30) -> tuple[list[AnyEvent], AnyEvent]:
+    seen: list[AnyEvent] = []
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        event = engine.next_event(0.5)
+        if event is None:
+            continue
+        if isinstance(event, kind):
+            return seen, event
+        seen.append(event)
+    raise AssertionError(f"no {kind.__name__} within {timeout_s} s; saw {seen}")
+
+
+def _submit(engine: Engine, tmp_path: Path, number: int = 0) -> Submit:
+    _, slot = _until(engine, Slots)
+    assert isinstance(slot, Slots)
+    submit = Submit(
+        trial=f"lora/{number:04d}",
+        attempt=1,
+        folder=tmp_path / "lora" / f"trial_{number:04d}",
+        settings=make_settings().trial,
+        provenance={},
+    )
+    engine.submit(slot.worker, submit)
+    return submit
+
+
+def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
+    """Submit: evaluations in the order of steps, then an outcome with the best of them."""
+    engine = open_one()
+    submit = _submit(engine, tmp_path)
+    seen, ended = _until(engine, Ended)
+    losses = [event.loss for event in seen if isinstance(event, Evaluated)]
+    steps = [event.step for event in seen if isinstance(event, Evaluated)]
+    assert isinstance(ended, Ended)
+    assert ended.trial == submit.trial
+    assert ended.outcome.cause == "finished"
+    assert ended.outcome.best_value == min(losses)
+    assert steps == sorted(steps)
+    assert (submit.folder / "outcome.json").exists()
+
+
+def test_a_probe_is_answered(open_one: Open) -> None:
+    """Probe: facts come back."""
+    engine = open_one()
+    _, slot = _until(engine, Slots)
+    assert isinstance(slot, Slots)
+    engine.probe(slot.worker, Probe(arm="lora", settings=make_settings().trial))
+    _, probed = _until(engine, Probed)
+    assert isinstance(probed, Probed)
+    assert probed.facts is not None
+
+
+def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:
+    """Stop: the trial ends within a moment, by the cause it was given."""
+    engine = open_one(steps=100_000)
+    submit = _submit(engine, tmp_path)
+    time.sleep(0.3)
+    engine.stop(submit.trial, "pruned")
+    _, ended = _until(engine, Ended)
+    assert isinstance(ended, Ended)
+    assert ended.outcome.cause == "pruned"
+
+
+def test_an_error_of_a_trial_leaves_the_worker_alive(open_one: Open, tmp_path: Path) -> None:
+    """A code error is an outcome with its traceback, and the next trial trains."""
+    engine = open_one(n0="error")
+    _submit(engine, tmp_path)
+    _, ended = _until(engine, Ended)
+    assert isinstance(ended, Ended)
+    assert ended.outcome.cause == "error"
+    assert "an error in the code" in (ended.outcome.message or "")
+    _submit(engine, tmp_path, number=1)
+    _, second = _until(engine, Ended)
+    assert isinstance(second, Ended)
+    assert second.outcome.cause == "finished"
+
+
+def test_after_oom_the_worker_offers_a_slot_again(open_one: Open, tmp_path: Path) -> None:
+    """Out of memory recycles the worker; the next trial trains."""
+    engine = open_one(n0="oom")
+    _submit(engine, tmp_path)
+    _, ended = _until(engine, Ended)
+    assert isinstance(ended, Ended)
+    assert ended.outcome.cause == "oom"
+    _submit(engine, tmp_path, number=1)
+    _, second = _until(engine, Ended)
+    assert isinstance(second, Ended)
+    assert second.outcome.cause == "finished"
+
+
+def _local(tmp_path: Path, **plan: str) -> LocalEngine:
+    fake = FakeTrainer(step_seconds=0.01, steps=1000, plan={0: plan.get("n0", "finish")})
+    workers = Workers(engine="local", trainer="fake", fake=fake)
+    return LocalEngine(workers, 1, lambda worker: tmp_path / f"{worker}.log")
+
+
+def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
+    """kill -9 of a worker: Lost names its trial and its exit code; a new worker offers a slot."""
+    engine = _local(tmp_path)
+    try:
+        submit = _submit(engine, tmp_path)
+        time.sleep(0.3)
+        os.kill(engine._hosts[0].process.pid or 0, signal.SIGKILL)
+        _, lost = _until(engine, Lost)
+        assert isinstance(lost, Lost)
+        assert (lost.trial, lost.attempt) == (submit.trial, 1)
+        assert "exit code -9" in lost.message
+        _until(engine, Slots)
+    finally:
+        engine.close()
+
+
+def test_close_ends_a_hanging_worker(tmp_path: Path) -> None:
+    """A worker that hangs in a trial does not outlive its engine."""
+    engine = _local(tmp_path, n0="hang")
+    _submit(engine, tmp_path)
+    process = psutil.Process(engine._hosts[0].process.pid)
+    time.sleep(0.3)
+    engine.close()
+    assert not process.is_running()
+
+
+def test_a_worker_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
+    """The pipe breaks, the worker ends, though it is in the middle of a trial."""
+    engine = _local(tmp_path, n0="hang")
+    _submit(engine, tmp_path)
+    time.sleep(0.3)
+    host = engine._hosts[0]
+    host.connection.close()
+    host.process.join(10)
+    assert host.process.exitcode == 1
+
+
+def test_workers_that_cannot_start_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three failed starts in a row are an error with the worker's own words."""
+    monkeypatch.setenv("PYTHONHASHSEED", "nonsense")  # the interpreter refuses to start
+    engine = _local(tmp_path)
+    try:
+        with pytest.raises(WorkerError, match="dies before it can start"):
+            _until(engine, Slots)
+    finally:
+        engine.close()
