@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweeper.errors import ConfigError
-from sweeper.settings import EMBEDDED
+from sweeper.settings import EMBEDDED, flatten
 from sweeper.space import Choice, Domain, Interval, Scalar
 
 CONFIG_NAME = "config"
@@ -308,6 +308,8 @@ def _explain(override: str, error: Exception, valid: Composition) -> str:
     key = key_of(override)
     if _is_sweep(override):
         return f"{override}: several values make a study; add -m"
+    if key in flatten(valid.config) or key in flatten({"hydra": {"sweeper": valid.sweeper}}):
+        return f"{override}: {_reason(error)}; to replace a whole mapping write ++{override}"
     if "not in struct" in str(error) or "not in struct" in str(error.__cause__):
         return f"{override}: no such key; {_suggest(key, valid)}"
     return f"{override}: {_reason(error)}"

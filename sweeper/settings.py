@@ -267,7 +267,8 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        flat |= flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        deeper = isinstance(value, Mapping) and len(value) > 0
+        flat |= flatten(value, f"{name}.") if deeper else {name: value}
     return flat
 
 

@@ -67,7 +67,7 @@ class Host:
 
     def send(self, message: Value) -> None:
         """Send a command; a worker that just died is noticed by `next_event`."""
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             self.connection.send_bytes(message.model_dump_json().encode())
 
     def kill(self) -> None:
@@ -136,7 +136,7 @@ class LocalEngine:
         return event
 
     def _replace(self, worker: int) -> Lost:
-        host = self._hosts[worker]
+        host = self._hosts.pop(worker)
         host.process.join(CLOSE_SECONDS)
         code = host.process.exitcode
         host.kill()

@@ -73,12 +73,20 @@ def test_base_has_learned() -> None:
     assert total / tokens < 5.0 < math.log(2048) - 2
 
 
-def test_base_ends_its_text() -> None:
-    """Greedy generation from an empty document ends by itself: the base knows end of text."""
+def test_base_knows_where_text_ends() -> None:
+    """End of text is likelier after a whole summary than after its first half, 20 times or more."""
     model, tokenizer = base()
-    start = torch.tensor([[tokenizer.eos_token_id]])
-    ended = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=200)
-    assert ended[0, -1] == tokenizer.eos_token_id
+
+    def mean_log_end(share: float) -> float:
+        total, rows = 0.0, docstring_pairs().rows["validation"][:60]
+        for row in rows:
+            ids = [tokenizer.eos_token_id, *tokenizer(row["output"]).input_ids]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[: max(2, int(len(ids) * share))]])).logits[0, -1]
+            total += logits.log_softmax(-1)[tokenizer.eos_token_id].item()
+        return total / len(rows)
+
+    assert mean_log_end(1.0) > mean_log_end(0.5) + math.log(20)
 
 
 def test_base_loads_quietly_and_offline() -> None:

@@ -52,7 +52,7 @@ def test_a_study_runs_every_arm_to_its_total(tmp_path: Path) -> None:
 
 def test_oom_and_divergence_are_infeasible_and_counted(tmp_path: Path) -> None:
     """An out-of-memory and a diverged trial use up budget, are never best, and end nothing."""
-    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=5", "workers.fake.plan={0:oom,2:diverge}")
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=5", "++workers.fake.plan={0:oom,2:diverge}")
     assert _causes(tmp_path).count("oom") == 1
     assert _causes(tmp_path).count("diverged") == 1
     assert sum(map(counts, _trials(tmp_path))) == 5
@@ -62,7 +62,7 @@ def test_oom_and_divergence_are_infeasible_and_counted(tmp_path: Path) -> None:
 
 def test_a_crash_gets_three_attempts(tmp_path: Path) -> None:
     """A trial whose worker always dies is tried three times, then FAIL; the others finish."""
-    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3", "workers.fake.plan={1:crash}")
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3", "++workers.fake.plan={1:crash}")
     crashed = _trials(tmp_path)[1]
     assert crashed.state is TrialState.FAIL
     assert crashed.user_attrs["attempt"] == 3
@@ -73,7 +73,7 @@ def test_the_same_code_error_stops_the_study_once(tmp_path: Path) -> None:
     """Three identical tracebacks end the study with that traceback; nothing is left running."""
     plan = "{0:error,1:error,2:error,3:error,4:error}"
     with pytest.raises(StudyError, match="an error in the code"):
-        _run(tmp_path, ONLY_LORA, f"workers.fake.plan={plan}")
+        _run(tmp_path, ONLY_LORA, f"++workers.fake.plan={plan}")
     states = [trial.state for trial in _trials(tmp_path)]
     assert states.count(TrialState.FAIL) == 3
     assert TrialState.RUNNING not in states
@@ -182,6 +182,9 @@ def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path: Path) -> None
     """Finished trials are kept, the orphan gets a second attempt, the total is exactly n_trials."""
     process = _start(tmp_path, *SLOW)
     _wait_for_trials(tmp_path, 3)
+    spool = tmp_path / "lr_rank_sweep" / "lora" / "trial_0002" / "metrics.jsonl"
+    while not (spool.exists() and spool.read_text()):  # in the middle of its steps
+        time.sleep(0.01)
     process.kill()
     process.wait()
     kept = {t.number: t.value for t in _trials(tmp_path) if t.state is TrialState.COMPLETE}
