@@ -7,7 +7,7 @@ with the batch size alone (transformers issue 39241), more than most things a st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,34 +38,51 @@ class Loss:
         return math.exp(self.mean) if self.mean < 700 else math.inf
 
 
+def target_nll(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Summed negative log-likelihood, in nats, of a batch's target tokens (a scalar with gradient).
+
+    Logits are computed only at positions where some row has a target: prompts are most of a batch, and
+    the output head over a large vocabulary is most of its memory.
+
+    Args:
+        model: a causal language model of transformers.
+        batch: `input_ids`, `attention_mask` and `labels`, each [batch, length], on the model's device.
+    """
+    labels = batch["labels"][:, 1:]
+    positions = (labels != IGNORED).any(dim=0).nonzero().squeeze(1)
+    logits = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        logits_to_keep=positions,
+        use_cache=False,
+    ).logits
+    return cross_entropy(
+        logits.float().flatten(0, 1),
+        labels[:, positions].flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+    )
+
+
 @torch.no_grad()
 def evaluate_loss(
     model: PreTrainedModel, rows: Sequence[Tokens], collator: Collator, batch_size: int
 ) -> Loss:
     """Judge a model on tokenized rows; the same to 1e-4 for every batch size.
 
-    Leaves the model in the mode (train or eval) it was in. Sums are kept in float64.
+    Leaves the model in the mode (train or eval) it was in. Batches are added up in float64.
     """
     was_training = model.training
     model.eval()
     try:
         nll, tokens = 0.0, 0
-        for batch in _batches(rows, batch_size):
-            inputs = {name: value.to(model.device) for name, value in collator(batch).items()}
-            labels = inputs.pop("labels")[:, 1:]
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-            nll += _nll(logits, labels)
-            tokens += int((labels != IGNORED).sum())
+        for rows_of_batch in _batches(rows, batch_size):
+            batch = {key: value.to(model.device) for key, value in collator(rows_of_batch).items()}
+            nll += float(target_nll(model, batch))
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     finally:
         model.train(was_training)
     return Loss(nll, tokens)
-
-
-def _nll(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Summed negative log-likelihood of labels [batch, length] under logits [batch, length, vocab]."""
-    targets = labels != IGNORED
-    losses = cross_entropy(logits[targets].float(), labels[targets], reduction="none")
-    return float(losses.double().sum())
 
 
 def _batches(rows: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:

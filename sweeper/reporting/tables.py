@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table
 
 from sweeper.reporting.results import ArmResult, Results, TrialResult
@@ -26,9 +27,17 @@ class Sheet:
 
     def draw(self) -> Table:
         """For a terminal."""
-        table = Table(title=self.title, title_justify="left", title_style="bold")
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for column in self.columns:
-            table.add_column(column, justify="left" if column in self.left else "right")
+            left = column in self.left
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -44,7 +53,7 @@ def comparison(results: Results) -> Sheet:
     """One row per untuned base and one per arm's best trial."""
     rows = [*_base_rows(results), *(_arm_row(arm) for arm in results.arms)]
     columns = (
-        *("method", "trials", "trainable", "% of all", "eval loss", "against base", "perplexity"),
+        *("method", "best of", "trainable", "% of all", "eval loss", "vs base", "perplexity"),
         *("time", "peak memory", "artifact"),
     )
     return Sheet("LoRA against full fine-tuning", columns, tuple(rows), frozenset({"method"}))
@@ -54,7 +63,7 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     """An arm's trials, the best first."""
     keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
-    columns += ("eval loss", "perplexity", "best step", "time", "ended")
+    columns += ("eval loss", "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
     title = f"{arm.name}: {len(arm.trials)} trials, {_duration(arm.seconds)} in all"
     return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
@@ -136,7 +145,7 @@ def _base_rows(results: Results) -> list[tuple[str, ...]]:
     bases = {arm.base: arm.facts for arm in results.arms}
     return [
         (
-            *(f"untuned base, {base}", DASH, "0", DASH),
+            *(f"untuned base ({base})", DASH, "0", DASH),
             *(f"{facts.base_loss:.4f}", DASH, f"{facts.base_perplexity:.2f}"),
             *(DASH, DASH, DASH),
         )
@@ -147,10 +156,10 @@ def _base_rows(results: Results) -> list[tuple[str, ...]]:
 def _arm_row(arm: ArmResult) -> tuple[str, ...]:
     best = arm.best
     if best is None:
-        return (f"{arm.name}: {arm.method}", str(len(arm.trials)), *([DASH] * 8))
+        return (_label(arm), str(len(arm.trials)), *([DASH] * 8))
     assert best.loss is not None
     return (
-        f"{arm.name}: {arm.method}, best of",
+        _label(arm),
         str(len(arm.trials)),
         _number(best.metric("parameters/trainable")),
         _number(best.metric("parameters/trainable_percent"), "{:.2f} %"),
@@ -163,6 +172,11 @@ def _arm_row(arm: ArmResult) -> tuple[str, ...]:
     )
 
 
+def _label(arm: ArmResult) -> str:
+    """The method, and the arm's name where that says more."""
+    return arm.method if arm.name in ("lora", "full") else f"{arm.method} ({arm.name})"
+
+
 def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
     shown = short_names(trial.point)
     loss = DASH if trial.loss is None else f"{trial.loss:.4f}"
@@ -171,8 +185,6 @@ def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ..
         str(trial.number),
         *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
         loss,
-        _number(trial.metric("best/eval_perplexity"), "{:.2f}"),
-        DASH if trial.outcome.best_step is None else str(trial.outcome.best_step),
         _duration(trial.metric("cost/seconds")),
         trial.outcome.cause,
     )

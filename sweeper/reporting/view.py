@@ -89,7 +89,7 @@ def make_view(console: Console) -> View:
 
 def make_console() -> Console:
     """Where everything is printed; wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def board_table(board: Board) -> Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from tqdm import tqdm
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -52,6 +54,7 @@ class TransformersRunner:
         torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
         if torch.cuda.is_available():
             torch.cuda.set_device(worker % torch.cuda.device_count())
+        tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         # bitsandbytes warns of its own casts on every layer call

@@ -31,7 +31,7 @@ from transformers import (
 
 from sweeper.data.tokens import Collator, Encoded, Tokens
 from sweeper.errors import ConfigError, Diverged
-from sweeper.evaluation.loss import Loss, evaluate_loss
+from sweeper.evaluation.loss import Loss, evaluate_loss, target_nll
 from sweeper.folders import TrialFolder, size_mib
 from sweeper.modeling.adapter import ParameterCount, count_parameters
 from sweeper.outcome import Cause, Outcome, StopCause
@@ -198,11 +198,24 @@ class Rows(Dataset[Tokens]):
 
 
 class JudgedTrainer(Trainer):  # type: ignore[misc]
-    """transformers.Trainer with our evaluator in place of its batch-mean loss."""
+    """transformers.Trainer with our loss and our evaluator in place of its batch means."""
 
     def __init__(self, *, judge: Judge, **options: Any) -> None:
         super().__init__(**options)
         self._judge = judge
+        self.model_accepts_loss_kwargs = True  # compute_loss below divides by all tokens of a step
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Called for each micro-batch: its share of the mean over the whole step's target tokens."""
+        assert not return_outputs, "evaluate() is replaced, nothing asks for outputs"
+        assert num_items_in_batch is not None, "transformers counts the labels of a step"
+        return target_nll(model, inputs) / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the training loop every eval_steps; early stopping reads `eval_loss`."""

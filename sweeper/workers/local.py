@@ -183,8 +183,6 @@ def _main(connection: Connection, worker: int, workers: str, n_jobs: int, log: s
     channel = PipeChannel(connection)
     orders = Orders.listen(channel)  # before the slow imports: the driver may die meanwhile
     serve(channel, orders, make_runner(settings, worker, n_jobs), worker)
-    # not sys.exit: the reader thread waits on the pipe, and CUDA's own atexit handlers may hang
-    os._exit(0)
 
 
 def _tail(log: Path) -> str:

@@ -1,0 +1,57 @@
+# What a person types, and what CI runs. `make` alone lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep test test-all lint format ui report bench wheel clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## Create .venv with everything pinned in constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sweeper needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+sweep: $(READY)  ## Run the main job: the learning-rate and rank sweep, and its full fine-tuning baseline
+	$(BIN)/python -m sweeper +experiment=lr_rank_sweep -m
+
+test: $(READY)  ## Run the tests (minutes)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(READY)  ## Run every test, the slow ones too
+	$(BIN)/python -m pytest -n 2
+
+lint: $(READY)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(READY)  ## Open the MLflow UI on ./mlruns at http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlruns/mlflow.db --host 127.0.0.1 --workers 1
+
+report: $(READY)  ## Show the last results of the main job
+	$(BIN)/python -m sweeper report lr_rank_sweep
+
+bench: $(READY)  ## Measure: start-up of the command line, cost of spinning threads (benchmarks/)
+	$(BIN)/python benchmarks/command_line.py
+	$(BIN)/python benchmarks/wait_policy.py
+
+wheel: $(READY)  ## Build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean:  ## Remove what was built and cached; keeps .venv, outputs/ and mlruns/
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find sweeper tests hydra_plugins -name __pycache__ -type d -prune -exec rm -rf {} +
