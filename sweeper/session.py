@@ -6,6 +6,7 @@ The only place that knows workers, search, tracking and reporting at once.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -158,7 +159,7 @@ class StudySession:
             self._slots[event.worker] = event.free
 
     def _announce(self, arm: ArmPlan, facts: Facts, done: int, view: View) -> None:
-        result = ArmResult(arm.name, arm.n_trials, method(arm), base_name(arm), facts, ())
+        result = ArmResult(arm.name, arm.n_trials, method(arm), base_name(arm, facts), facts, ())
         if arm is self._plan.arms[0]:
             view.event(f"data: {describe_data(result)}")
             view.event(f"device: {facts.device}, base held as {facts.dtype}")
@@ -307,7 +308,9 @@ def arm_result(arm: ArmPlan, facts: Facts, study: optuna.Study) -> ArmResult:
         for frozen in study.get_trials(deepcopy=False)
         if frozen.state.is_finished() and "outcome" in frozen.user_attrs
     ]
-    return ArmResult(arm.name, arm.n_trials, method(arm), base_name(arm), facts, rank(trials))
+    return ArmResult(
+        arm.name, arm.n_trials, method(arm), base_name(arm, facts), facts, rank(trials)
+    )
 
 
 def method(arm: ArmPlan) -> str:
@@ -318,10 +321,10 @@ def method(arm: ArmPlan) -> str:
     return "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
 
 
-def base_name(arm: ArmPlan) -> str:
-    """How an arm holds its base."""
+def base_name(arm: ArmPlan, facts: Facts) -> str:
+    """How an arm holds its base: the 4-bit type, or the dtype."""
     quantization = arm.settings.quantization
-    return quantization.bnb_4bit_quant_type if quantization.load_in_4bit else "unquantized"
+    return quantization.bnb_4bit_quant_type if quantization.load_in_4bit else facts.dtype
 
 
 def load_results(study_name: str, output_dir: Path) -> Results:
@@ -365,8 +368,8 @@ def browse_command(settings: Tracking) -> str:
 
 def _with(command: str, key: str, value: str) -> str:
     """A command with one override set, before its -m."""
-    words = [word for word in command.split(" ") if not word.startswith(f"{key}=") and word != "-m"]
-    return " ".join([*words, f"{key}={value}", "-m"])
+    words = [word for word in shlex.split(command) if not word.startswith(f"{key}=")]
+    return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
 
 
 @contextmanager

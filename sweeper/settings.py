@@ -119,7 +119,7 @@ class Training(Section):
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    gradient_checkpointing: bool
+    activation_checkpointing: bool
     logging_steps: Positive
     eval_steps: Annotated[float, Field(gt=0)]
     early_stopping_patience: Positive

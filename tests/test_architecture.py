@@ -26,7 +26,11 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEAMS = {
-    "hydra": {"sweeper/compose.py", "sweeper/__main__.py", "hydra_plugins/sweeper_study/study_sweeper.py"},
+    "hydra": {
+        "sweeper/compose.py",
+        "sweeper/__main__.py",
+        "hydra_plugins/sweeper_study/study_sweeper.py",
+    },
     "mlflow": {"sweeper/tracking/mlflow_tracker.py"},
     "typer": {"sweeper/cli.py"},
     "multiprocessing": {"sweeper/workers/local.py"},

@@ -109,7 +109,11 @@ def test_full_fine_tuning_on_a_4bit_base_is_refused() -> None:
 
 def test_command_line_values_win_over_the_experiment() -> None:
     """A swept key given on the command line replaces, or fixes, what the YAML says; in lora only."""
-    overrides = ["+experiment=lr_rank_sweep", "training.learning_rate=interval(0.001,0.01)", "adapter.r=4"]
+    overrides = [
+        "+experiment=lr_rank_sweep",
+        "training.learning_rate=interval(0.001,0.01)",
+        "adapter.r=4",
+    ]
     lora, full = studies(overrides)[0].arms
     assert str(lora.space["training.learning_rate"]) == "interval(0.001, 0.01)"
     assert "adapter.r" not in lora.space
@@ -120,7 +124,11 @@ def test_command_line_values_win_over_the_experiment() -> None:
 
 def test_unswept_values_reach_every_arm() -> None:
     """What is not searched is shared: a fair comparison."""
-    overrides = ["+experiment=lr_rank_sweep", "training.num_train_epochs=2", "adapter.lora_dropout=0.1"]
+    overrides = [
+        "+experiment=lr_rank_sweep",
+        "training.num_train_epochs=2",
+        "adapter.lora_dropout=0.1",
+    ]
     lora, full = studies(overrides)[0].arms
     assert lora.settings.training.num_train_epochs == full.settings.training.num_train_epochs == 2
     assert lora.settings.adapter.lora_dropout == 0.1

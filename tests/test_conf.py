@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_group_choice_is_valid(group: str, choice: str) -> None:
 def test_yaml_begins_with_what_it_is_and_its_command(path: Path) -> None:
     """The header comment of a YAML holds a sentence and the exact command that uses the file."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    header = [line for line in lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))]]
+    header = list(lines[: next(i for i, x in enumerate(lines) if not x.startswith("#"))])
     assert any(line.startswith("#   python -m sweeper") for line in header), header
     assert any(line.startswith("# ") and "python -m" not in line for line in header), header
 
@@ -51,7 +52,7 @@ def test_full_arm_searches_rates_half_a_decade_apart_around_a_tenth_of_loras() -
         rates = full.space["training.learning_rate"].values
         low, high = lora.space["training.learning_rate"].probes()
         assert len(rates) >= 5
-        assert all(2.5 < b / a < 3.6 for a, b in zip(rates, rates[1:], strict=False))
+        assert all(2.5 < b / a < 3.6 for a, b in itertools.pairwise(rates))
         assert 0.5 < (rates[0] * rates[-1]) ** 0.5 / ((low * high) ** 0.5 / 10) < 2
 
 

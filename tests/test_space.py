@@ -39,7 +39,9 @@ def test_parse_domain_reads_the_words_users_know(words: object, domain: object) 
     assert parse_domain("key", words) == domain
 
 
-@pytest.mark.parametrize("words", ["interval(3, 1)", "tag(log, interval(0, 1))", "choice(", "range(3, 3)"])
+@pytest.mark.parametrize(
+    "words", ["interval(3, 1)", "tag(log, interval(0, 1))", "choice(", "range(3, 3)"]
+)
 def test_parse_domain_refuses_what_has_no_meaning(words: str) -> None:
     """Empty intervals, log scales that touch zero and broken grammar are errors."""
     with pytest.raises(ValueError, match=r"empty|log scale|not a search-space"):
@@ -72,7 +74,11 @@ def test_override_round_trip_of_scalars(value: float | None) -> None:
     assert type(read) is type(value)
 
 
-@given(text=st.text(alphabet=st.characters(codec="ascii", categories=("L", "N", "P", "Zs")), min_size=1))
+@given(
+    text=st.text(
+        alphabet=st.characters(codec="ascii", categories=("L", "N", "P", "Zs")), min_size=1
+    )
+)
 def test_override_round_trip_of_texts(text: str) -> None:
     """A text survives too, whatever quotes, commas, equals signs and brackets it holds."""
     if text.startswith(("[", "{")):

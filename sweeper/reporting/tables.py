@@ -54,7 +54,7 @@ def comparison(results: Results) -> Sheet:
     rows = [*_base_rows(results), *(_arm_row(arm) for arm in results.arms)]
     columns = (
         *("method", "best of", "trainable", "% of all", "eval loss", "vs base", "perplexity"),
-        *("time", "peak memory", "artifact"),
+        *("time", "memory", "artifact"),
     )
     return Sheet("LoRA against full fine-tuning", columns, tuple(rows), frozenset({"method"}))
 

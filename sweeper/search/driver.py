@@ -149,8 +149,8 @@ class ArmDriver:
             return None
         folder = self.folder.trial(self.arm.name, trial.number)
         params = flatten(settings.trial.model_dump(mode="json"))
-        tags = {"arm": self.arm.name, "sweeper.study": self.folder.path.name}
-        record = TrialRecord(key, folder, params, {**tags, **self.provenance})
+        tags = {"arm": self.arm.name, **self._origin()}
+        record = TrialRecord(key, folder, params, tags)
         return Live(trial, point, settings, record, view)
 
     def _tell_refused(self, trial: Trial, view: TrialView, message: str) -> None:
@@ -164,7 +164,6 @@ class ArmDriver:
         live.view.state = "running"
         self._live[live.record.key] = live
         self.tracker.start(live.record)
-        digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
         self.engine.submit(
             worker,
             Submit(
@@ -172,9 +171,14 @@ class ArmDriver:
                 attempt=live.attempt,
                 folder=live.record.folder.path.resolve(),
                 settings=live.settings.trial,
-                provenance={**self.provenance, **digests, "attempt": live.attempt},
+                provenance={**self._origin(), "attempt": live.attempt},
             ),
         )
+
+    def _origin(self) -> dict[str, str]:
+        """Code, machine, data and base: where this arm's results come from."""
+        digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
+        return {**self.provenance, **digests}
 
     def _handle(self, event: AnyEvent) -> None:
         match event:

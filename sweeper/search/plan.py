@@ -6,6 +6,7 @@ Everything that can be wrong without loading a model is found here, all at once.
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +108,16 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     if problems:
         raise ConfigError(problems)
     arms = _arms(study, fixed, swept)
-    command = " ".join([*overrides, "-m"])
-    return StudyPlan(composition.choices.get("experiment", "default"), study, arms, command)
+    experiment = composition.choices.get("experiment", "default")
+    return StudyPlan(experiment, study, arms, _command(overrides))
+
+
+def _command(overrides: Sequence[str]) -> str:
+    """What to type again: the experiment first, the study's own keys last, quoted for a shell."""
+    typed = [text for text in overrides if not text.startswith("hydra.searchpath=")]
+    return shlex.join(
+        [*sorted(typed, key=lambda text: text.lstrip("~+").startswith("hydra.")), "-m"]
+    )
 
 
 def _setting_problems(config: Mapping[str, Any]) -> list[str]:

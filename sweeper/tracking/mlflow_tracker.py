@@ -43,6 +43,7 @@ class MlflowTracker:
         self._runs: dict[str, str] = {}
         self._final: set[str] = set()
         self._experiment = ""
+        self._study: dict[str, str] = {}
         self._parent: str | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._client: Future[MlflowClient] = self._pool.submit(self._connect)
@@ -120,6 +121,7 @@ class MlflowTracker:
 
     def _open_study(self, client: MlflowClient, study: StudyRecord) -> None:
         self._experiment = self._experiment_id(client, study.experiment)
+        self._study = {STUDY_TAG: study.name}
         query = f"tags.`{STUDY_TAG}` = '{study.name}'"
         runs = list(_search(client, self._experiment, query))
         parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
@@ -127,7 +129,7 @@ class MlflowTracker:
             self._parent = parents[0].info.run_id
             client.update_run(self._parent, status="RUNNING")
         else:
-            tags = {STUDY_TAG: study.name, **study.tags}
+            tags = {**self._study, **study.tags}
             run = client.create_run(self._experiment, run_name=study.name, tags=tags)
             self._parent = run.info.run_id
             _log_params(client, self._parent, study.params)
@@ -160,7 +162,7 @@ class MlflowTracker:
             return
         if not self._experiment:
             self._experiment = self._experiment_id(client, "single trials")
-        tags = {TRIAL_TAG: trial.key, **trial.tags}
+        tags = {TRIAL_TAG: trial.key, **self._study, **trial.tags}
         if self._parent is not None:
             tags[PARENT_TAG] = self._parent
         run = client.create_run(self._experiment, run_name=trial.key, tags=tags)

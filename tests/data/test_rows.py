@@ -56,7 +56,9 @@ def test_format_is_detected_by_its_columns(name: str) -> None:
 
 def test_unknown_columns_list_what_is_known() -> None:
     """An unknown format names the columns found and those of every format."""
-    with pytest.raises(DataError, match=r"columns body, title .*prompt_completion: prompt, completion"):
+    with pytest.raises(
+        DataError, match=r"columns body, title .*prompt_completion: prompt, completion"
+    ):
         detect_format({"body": "", "title": ""}, "here")
 
 

@@ -38,7 +38,10 @@ def test_long_rows_are_dropped_and_counted(tokenizer) -> None:  # type: ignore[n
 def test_padding_is_masked_by_position() -> None:
     """Padding has no attention and no loss, even where the padding token is also a real one."""
     batch = Collator(pad_token_id=7)(
-        [{"input_ids": [1, 7], "labels": [IGNORED, 7]}, {"input_ids": [1, 2, 7], "labels": [1, 2, 7]}]
+        [
+            {"input_ids": [1, 7], "labels": [IGNORED, 7]},
+            {"input_ids": [1, 2, 7], "labels": [1, 2, 7]},
+        ]
     )
     assert batch["input_ids"].tolist() == [[1, 7, 7], [1, 2, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

@@ -99,7 +99,9 @@ def test_presets_of_gpt2_tell_its_two_c_proj_apart() -> None:
 def test_a_target_that_matches_nothing_lists_what_exists() -> None:
     """A misspelt module is answered with the modules and the presets."""
     names = linear_modules(_on_meta(GPT2))
-    with pytest.raises(ModelError, match=r"no module named q_proj; .* c_attn, c_fc, c_proj; presets"):
+    with pytest.raises(
+        ModelError, match=r"no module named q_proj; .* c_attn, c_fc, c_proj; presets"
+    ):
         resolve_targets(["c_attn", "q_proj"], names)
 
 

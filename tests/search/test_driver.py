@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import sqlite3
 import subprocess
@@ -114,7 +115,7 @@ def test_two_slots_are_both_used(tmp_path: Path) -> None:
     """With n_jobs=2 trials overlap in time: no batch barrier, nobody waits."""
     _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6", "pruner=none")
     trials = sorted(_trials(tmp_path), key=lambda trial: trial.datetime_start)
-    assert any(b.datetime_start < a.datetime_complete for a, b in zip(trials, trials[1:], strict=False))
+    assert any(b.datetime_start < a.datetime_complete for a, b in itertools.pairwise(trials))
     assert len(trials) == 6
 
 

@@ -57,9 +57,17 @@ def test_an_infeasible_trial_is_not_the_best_even_when_alone_lower() -> None:
 
 @pytest.mark.parametrize(
     ("cause", "steps", "counted"),
-    [("oom", 3, True), ("oom", 0, False), ("diverged", 1, True), ("refused", 0, False)]
-    + [("pruned", 5, True), ("error", 5, False), ("crash", 5, True), ("cancelled", 5, False)]
-    + [("duplicate", 0, False)],
+    [
+        ("oom", 3, True),
+        ("oom", 0, False),
+        ("diverged", 1, True),
+        ("refused", 0, False),
+        ("pruned", 5, True),
+        ("error", 5, False),
+        ("crash", 5, True),
+        ("cancelled", 5, False),
+        ("duplicate", 0, False),
+    ],
 )
 def test_what_counts_to_n_trials(cause: Cause, steps: int, counted: bool) -> None:
     """Trained trials use up the budget; refusals, duplicates, code errors and Ctrl-C do not."""

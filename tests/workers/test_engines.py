@@ -15,7 +15,17 @@ from sweeper.errors import WorkerError
 from sweeper.settings import FakeTrainer, Workers
 from sweeper.workers.engines import open_engine
 from sweeper.workers.local import LocalEngine
-from sweeper.workers.protocol import AnyEvent, Ended, Engine, Evaluated, Lost, Probe, Probed, Slots, Submit
+from sweeper.workers.protocol import (
+    AnyEvent,
+    Ended,
+    Engine,
+    Evaluated,
+    Lost,
+    Probe,
+    Probed,
+    Slots,
+    Submit,
+)
 from tests.conftest import make_settings
 
 Open = Callable[..., Engine]
@@ -175,7 +185,9 @@ def test_a_worker_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
     assert host.process.exitcode == 1
 
 
-def test_workers_that_cannot_start_end_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_cannot_start_end_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three failed starts in a row are an error with the worker's own words."""
     monkeypatch.setenv("PYTHONHASHSEED", "nonsense")  # the interpreter refuses to start
     engine = _local(tmp_path)

@@ -1,0 +1,172 @@
+"""The main job as a user runs it: the real CLI, real training, a real MLflow store."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from sweeper.tracking.mlflow_tracker import local_uri
+from tests.conftest import run_program
+
+SMALL = (
+    *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=2"),
+    *("training.max_steps=6", "data.max_samples=64"),
+)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which the sweep was run once, small, and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    result = run_program(["+experiment=lr_rank_sweep", *SMALL, "-m"], folder, timeout_s=280)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder, result.stdout + result.stderr
+
+
+def _runs(folder: Path) -> tuple[Run, dict[str, Run]]:
+    client = MlflowClient(local_uri(folder / "mlruns"))
+    experiment = client.get_experiment_by_name("lr_rank_sweep")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = {run.info.run_name: run for run in runs if run is not parent}
+    return parent, children
+
+
+def test_terminal_shows_leaderboard_comparison_and_next_commands(swept: tuple[Path, str]) -> None:
+    """The output ends with what was found, how it compares, and what to type next."""
+    output = swept[1]
+    for words in (
+        "untuned base (nf4)",
+        "QLoRA",
+        "full fine-tuning",
+        "LoRA against full fine-tuning",
+    ):
+        assert words in output
+    assert re.search(r"1,\d{3} train|64 train / \d+ validation / \d+ test rows", output)
+    assert "python -m sweeper report lr_rank_sweep" in output
+    assert "digest" in output
+    assert "Traceback" not in output
+    assert "Warning" not in output
+
+
+def test_every_trial_has_a_run_under_the_parent(swept: tuple[Path, str]) -> None:
+    """3 + 2 children with their final states, under one parent with the answer as its note."""
+    parent, children = _runs(swept[0])
+    assert set(children) == {f"lora/000{n}" for n in range(3)} | {f"full/000{n}" for n in range(2)}
+    for run in children.values():
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.info.status == ("KILLED" if run.data.tags["cause"] == "pruned" else "FINISHED")
+    assert parent.info.status == "FINISHED"
+    assert "## LoRA against full fine-tuning" in parent.data.tags["mlflow.note.content"]
+
+
+def test_runs_hold_parameters_metrics_counts_and_provenance(swept: tuple[Path, str]) -> None:
+    """What a person compares runs by is there under stable names."""
+    _, children = _runs(swept[0])
+    run = children["lora/0000"]
+    for name in ("training.learning_rate", "adapter.r", "adapter.target_modules", "seed"):
+        assert name in run.data.params
+    for name in (
+        "eval/loss",
+        "eval/perplexity",
+        "train/loss",
+        "best/eval_loss",
+        "parameters/total",
+    ):
+        assert name in run.data.metrics
+    for name in ("parameters/trainable", "parameters/trainable_percent", "cost/seconds"):
+        assert run.data.metrics[name] > 0
+    assert run.data.metrics["cost/tokens_per_second"] > 0
+    assert run.data.metrics["cost/peak_memory_mib"] > 100
+    for name in ("git.commit", "package.torch", "package.peft", "data.digest", "base.digest"):
+        assert run.data.tags[name]
+    full = children["full/0000"]
+    assert full.data.metrics["parameters/trainable"] == full.data.metrics["parameters/total"]
+
+
+def test_runs_agree_with_the_trial_folders(swept: tuple[Path, str]) -> None:
+    """MLflow holds every evaluation of the spool, with its step, and the best of them."""
+    folder, _ = swept
+    _, children = _runs(folder)
+    client = MlflowClient(local_uri(folder / "mlruns"))
+    for name, run in children.items():
+        arm, number = name.split("/")
+        trial = folder / "outputs" / "lr_rank_sweep" / arm / f"trial_{number}"
+        lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
+        spooled = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
+        history = client.get_metric_history(run.info.run_id, "eval/loss")
+        assert [(point.step, point.value) for point in history] == spooled
+        outcome = json.loads((trial / "outcome.json").read_text())
+        assert run.data.metrics["best/eval_loss"] == outcome["best_value"]
+        assert outcome["best_value"] == min(loss for _, loss in spooled)
+
+
+def test_adapters_are_artifacts(swept: tuple[Path, str]) -> None:
+    """Each LoRA run carries its adapter in PEFT's layout, its config and its logs."""
+    folder, _ = swept
+    _, children = _runs(folder)
+    client = MlflowClient(local_uri(folder / "mlruns"))
+    identity = children["lora/0000"].info.run_id
+    names = {item.path for item in client.list_artifacts(identity)}
+    assert {"adapter", "config.yaml", "training_log.txt", "training_log.json"} <= names
+    adapter = {item.path for item in client.list_artifacts(identity, "adapter")}
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= adapter
+
+
+def test_the_same_command_says_that_it_is_finished(swept: tuple[Path, str]) -> None:
+    """Nothing is trained again; the best, and how to go on, are shown."""
+    folder, _ = swept
+    before = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()
+    result = run_program(["+experiment=lr_rank_sweep", *SMALL, "-m"], folder)
+    assert result.returncode == 0, result.stderr
+    assert "3 of them done before" in result.stdout
+    assert "hydra.sweeper.n_trials=6" in result.stdout
+    assert "hydra.sweeper.study_name=lr_rank_sweep_2" in result.stdout
+    after = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()
+    assert json.loads(before)["arms"] == json.loads(after)["arms"]
+
+
+def test_report_reads_the_study(swept: tuple[Path, str]) -> None:
+    """`sweeper report NAME` shows the same tables without a worker."""
+    result = run_program(["report", "lr_rank_sweep"], swept[0])
+    assert result.returncode == 0, result.stderr
+    assert "LoRA against full fine-tuning" in result.stdout
+    missing = run_program(["report", "nope"], swept[0])
+    assert missing.returncode == 1
+    assert "lr_rank_sweep" in missing.stderr
+
+
+def test_own_model_and_file_need_nothing_else(tmp_path: Path, rows_file: Path) -> None:
+    """Another base and another file: format found, split made, the real space chosen, priors first."""
+    from sweeper.embedded import BASE_DIR
+
+    arguments = [
+        *("+experiment=lr_rank_sweep", f"model.base_model={BASE_DIR}", f"data.train={rows_file}"),
+        *("hydra.sweeper.n_trials=1", "~hydra.sweeper.arms.full", "training.max_steps=2", "-m"),
+    ]
+    result = run_program(arguments, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "rows.jsonl (alpaca): 32 train / 4 validation / 4 test rows" in result.stdout
+    assert "learning_rate=0.0002, r=64" in result.stdout
+
+
+def test_a_single_trial_writes_its_folder_and_one_run(tmp_path: Path, rows_file: Path) -> None:
+    """`python -m sweeper` trains one QLoRA trial, and `sweeper trial` trains it again."""
+    arguments = [f"data.train={rows_file}", "training.max_steps=4"]
+    result = run_program(arguments, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder,) = (tmp_path / "outputs" / "single").iterdir()
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    client = MlflowClient(local_uri(tmp_path / "mlruns"))
+    experiment = client.get_experiment_by_name("single trials")
+    assert len(client.search_runs([experiment.experiment_id])) == 1
+    again = run_program(["trial", str(folder), "--into", "again"], tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    first = json.loads((folder / "outcome.json").read_text())
+    second = json.loads((tmp_path / "again" / "outcome.json").read_text())
+    assert second["best_value"] == first["best_value"]

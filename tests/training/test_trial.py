@@ -1,0 +1,269 @@
+"""One real trial on the embedded base, against plain PEFT and against itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from sweeper.embedded import BASE_DIR
+from sweeper.evaluation.loss import evaluate_loss
+from sweeper.folders import TrialFolder
+from sweeper.modeling.base import load_base
+from sweeper.outcome import Outcome, StopCause
+from sweeper.settings import Settings
+from sweeper.training.runner import TransformersRunner
+from sweeper.training.trial import Spool, newest_checkpoint, schedule_length, warmup_length
+from tests.conftest import make_settings
+
+SHORT = ("training.max_steps=8", "training.eval_steps=2", "training.logging_steps=1")
+
+
+class Recorder:
+    """An observer that remembers, and can ask for a stop after some evaluations."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.losses: list[tuple[int, float]] = []
+        self._stop_after = stop_after
+
+    def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
+        assert 0 < step <= total_steps
+        assert tokens_per_second > 0
+
+    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
+        self.losses.append((step, loss))
+
+    def stop_cause(self) -> StopCause | None:
+        enough = self._stop_after is not None and len(self.losses) >= self._stop_after
+        return "pruned" if enough else None
+
+
+def _settings(rows_file: Path, overrides: Sequence[str]) -> Settings:
+    return make_settings(f"data.train={rows_file}", *SHORT, *overrides)
+
+
+def _run(
+    rows_file: Path,
+    folder: Path,
+    *overrides: str,
+    runner: TransformersRunner | None = None,
+    stop_after: int | None = None,
+) -> tuple[Outcome, Recorder]:
+    runner = runner or TransformersRunner(threads=1, worker=0)
+    recorder = Recorder(stop_after)
+    settings = _settings(rows_file, overrides).trial
+    return runner.run(settings, TrialFolder(folder), {}, recorder), recorder
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
+    rows_file: Path, tmp_path: Path, quantization: str
+) -> None:
+    """What is stored is the best checkpoint: PEFT alone finds the same eval loss to 1e-3."""
+    runner = TransformersRunner(threads=1, worker=0)
+    overrides = [f"quantization={quantization}", "training.learning_rate=0.02"]
+    outcome, recorder = _run(rows_file, tmp_path / "t", *overrides, runner=runner)
+    assert outcome.best_value == min(loss for _, loss in recorder.losses)
+    settings = _settings(rows_file, overrides)
+    fresh = load_base(settings.model, settings.quantization, trained=False)
+    model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
+    data = runner._tokenized(settings.data, fresh)
+    from sweeper.data.tokens import Collator
+
+    collator = Collator(fresh.tokenizer.pad_token_id)
+    again = evaluate_loss(model, data.validation.rows, collator, 8).mean
+    assert again == pytest.approx(outcome.best_value, abs=1e-3)
+
+
+def test_full_fine_tune_stores_a_model_with_the_reported_loss(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    """The stored weights, loaded by transformers alone, give the eval loss of the outcome."""
+    runner = TransformersRunner(threads=1, worker=0)
+    overrides = ["adapter=none", "quantization=none", "training.learning_rate=1e-3"]
+    outcome, _ = _run(rows_file, tmp_path / "t", *overrides, runner=runner)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "t" / "model", dtype=torch.float32)
+    settings = _settings(rows_file, overrides)
+    base = load_base(settings.model, settings.quantization, trained=True)
+    data = runner._tokenized(settings.data, base)
+    from sweeper.data.tokens import Collator
+
+    collator = Collator(base.tokenizer.pad_token_id)
+    loss = evaluate_loss(model, data.validation.rows, collator, 8).mean
+    assert loss == pytest.approx(outcome.best_value, abs=1e-3)
+    assert (
+        outcome.metrics["parameters/trainable"] == outcome.metrics["parameters/total"] == 1_115_264
+    )
+
+
+def test_trial_folder_is_complete(rows_file: Path, tmp_path: Path) -> None:
+    """Config, spool, logs, outcome and adapter are there; no checkpoints, no base weights."""
+    outcome, _ = _run(rows_file, tmp_path / "t")
+    folder = TrialFolder(tmp_path / "t")
+    assert Outcome.model_validate_json(folder.outcome.read_text()) == outcome
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert {"train/loss", "train/grad_norm", "train/learning_rate"} <= set(lines[0])
+    assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4, 6, 8]
+    assert "QLoRA r=8 alpha=16" in folder.log_text.read_text()
+    assert json.loads(folder.log_json.read_text())["outcome"]["cause"] == "finished"
+    assert not folder.checkpoints.exists()
+    with safe_open(folder.adapter / "adapter_model.safetensors", "pt") as weights:
+        assert all("lora_" in name for name in weights.keys())  # noqa: SIM118 - no mapping
+    assert json.loads((folder.adapter / "adapter_config.json").read_text())["r"] == 8
+    assert (folder.adapter / "tokenizer.json").exists()
+
+
+def test_warm_base_gives_the_losses_of_a_fresh_one(rows_file: Path, tmp_path: Path) -> None:
+    """The second trial in a worker computes what it would have computed as the first."""
+    runner = TransformersRunner(threads=1, worker=0)
+    _run(rows_file, tmp_path / "a", "adapter.r=32", "training.learning_rate=0.03", runner=runner)
+    _, warm = _run(rows_file, tmp_path / "b", runner=runner)
+    _, fresh = _run(rows_file, tmp_path / "c")
+    assert warm.losses == fresh.losses
+
+
+def test_seed_decides_the_adapter_and_the_order(rows_file: Path, tmp_path: Path) -> None:
+    """The same seed gives the same losses, another seed gives others."""
+    _, first = _run(rows_file, tmp_path / "a")
+    _, same = _run(rows_file, tmp_path / "b")
+    _, other = _run(rows_file, tmp_path / "c", "seed=1")
+    assert first.losses == same.losses != other.losses
+
+
+def test_early_stopping_keeps_the_best_checkpoint(rows_file: Path, tmp_path: Path) -> None:
+    """A rate that only harms is stopped after two evaluations without improvement."""
+    overrides = ["adapter=none", "quantization=none", "training.learning_rate=0.5"]
+    overrides += [
+        "training.max_steps=40",
+        "training.warmup_ratio=0.5",
+        "training.max_grad_norm=100",
+    ]
+    outcome, recorder = _run(rows_file, tmp_path / "t", *overrides)
+    assert outcome.cause == "early_stopped"
+    assert outcome.steps < 40
+    assert outcome.best_value == min(loss for _, loss in recorder.losses)
+    assert outcome.best_step == min(recorder.losses, key=lambda item: item[1])[0]
+    assert [loss for _, loss in recorder.losses][-2:] > [outcome.best_value] * 2
+
+
+def test_a_stop_request_ends_the_trial_at_its_next_step(rows_file: Path, tmp_path: Path) -> None:
+    """The driver's stop takes effect after the evaluation that caused it."""
+    outcome, recorder = _run(rows_file, tmp_path / "t", stop_after=2)
+    assert outcome.cause == "pruned"
+    assert len(recorder.losses) == 2
+    assert outcome.steps <= 5
+
+
+def test_divergence_is_an_outcome_within_the_logging_steps(rows_file: Path, tmp_path: Path) -> None:
+    """A loss that is no longer finite ends the trial with its cause and nothing is stored."""
+    poison = "training.max_grad_norm=1e38"
+    overrides = ["adapter=none", "quantization=none", "training.learning_rate=1.0", poison]
+    overrides += ["training.warmup_ratio=0.0", "training.max_steps=60", "training.eval_steps=60"]
+    outcome, _ = _run(rows_file, tmp_path / "t", *overrides, "training.weight_decay=1e30")
+    assert outcome.cause == "diverged"
+    assert "step" in (outcome.message or "")
+    assert not (tmp_path / "t" / "model").exists()
+
+
+def test_an_impossible_adapter_is_refused(rows_file: Path, tmp_path: Path) -> None:
+    """A target that the model has not is refused with the names that exist; the base stays clean."""
+    runner = TransformersRunner(threads=1, worker=0)
+    outcome, _ = _run(rows_file, tmp_path / "a", "adapter.target_modules=c_attn", runner=runner)
+    assert outcome.cause == "refused"
+    assert "q_proj" in (outcome.message or "")
+    outcome, _ = _run(rows_file, tmp_path / "b", runner=runner)
+    assert outcome.cause == "finished"
+
+
+def test_a_killed_attempt_is_continued_from_its_checkpoint(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after step 4 of 8, resumed: the same losses as a run that was never interrupted."""
+    _, whole = _run(rows_file, tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    class Killer(Recorder):
+        def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
+            if step >= 5:
+                raise Killed
+
+    monkeypatch.setattr("sweeper.training.trial.PROGRESS_SECONDS", 0.0)
+    runner = TransformersRunner(threads=1, worker=0)
+    settings = _settings(rows_file, ()).trial
+    folder = TrialFolder(tmp_path / "killed")
+    with pytest.raises(Killed):
+        runner.run(settings, folder, {}, Killer())
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    assert checkpoint is not None
+    assert checkpoint.step == 4
+    outcome, resumed = _run(rows_file, tmp_path / "killed")
+    assert [step for step, _ in resumed.losses] == [6, 8]
+    assert resumed.losses == [pytest.approx(item, abs=1e-6) for item in whole.losses[2:]]
+    steps = [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert outcome.best_value == pytest.approx(min(loss for _, loss in whole.losses), abs=1e-6)
+
+
+def test_an_incomplete_checkpoint_is_not_continued(tmp_path: Path) -> None:
+    """Without trainer_state.json, which is written last, a checkpoint does not count."""
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-8").mkdir()
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 4
+
+
+def test_spool_forgets_what_a_new_attempt_will_measure_again(tmp_path: Path) -> None:
+    """Lines beyond the resumed step, and a torn last line, are dropped; NaN is never written."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 2, "time": 1, "x": 1}\n{"step": 4, "time": 1, "x": 1}\n{"step": 5, "ti'
+    )
+    spool = Spool(path, resumed_at=2)
+    spool.write(3, {"x": 2.0, "bad": float("nan")})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert "bad" not in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rows", "steps", "warmup"),
+    [
+        (["training.max_steps=null"], 1662, 104, 4),
+        (["training.max_steps=null", "training.num_train_epochs=3"], 100, 21, 1),
+        (["training.max_steps=700", "training.warmup_steps=100"], 40_000, 700, 100),
+        (
+            [
+                "training=real",
+                "training.warmup_ratio=0.1",
+            ],  # 100 rows in batches of 4 x 4: report 000
+            100,
+            7,
+            1,
+        ),
+    ],
+)
+def test_schedule_length_and_warmup(
+    overrides: list[str], rows: int, steps: int, warmup: int
+) -> None:
+    """Steps follow rows, batch, accumulation and epochs, a last partial step included."""
+    training = make_settings(*overrides).training
+    assert schedule_length(training, rows) == steps
+    assert warmup_length(training, steps) == warmup
+
+
+def test_embedded_base_is_what_is_loaded() -> None:
+    """`embedded` means the folder in the package."""
+    settings = make_settings()
+    base = load_base(settings.model, settings.quantization, trained=False)
+    assert base.model.config.hidden_size == 128
+    assert (BASE_DIR / "model.safetensors").exists()
