@@ -24,10 +24,10 @@ sweep: $(READY)  ## Run the main job: the learning-rate and rank sweep, and its 
 	$(BIN)/python -m sweeper +experiment=lr_rank_sweep -m
 
 test: $(READY)  ## Run the tests (minutes)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## Run every test, the slow ones too
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .

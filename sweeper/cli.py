@@ -22,14 +22,17 @@ def report(
     name: Annotated[str, typer.Argument(help="The study_name.")],
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
     markdown: Annotated[bool, typer.Option(help="Print Markdown instead of tables.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Save the comparison as a picture.")] = None,
 ) -> None:
     """Show a study's leaderboards, its comparison and its verdict."""
     from sweeper.reporting.tables import markdown_report
-    from sweeper.reporting.view import make_console
+    from sweeper.reporting.view import make_console, save_picture
     from sweeper.session import load_results, print_results
 
     results = load_results(name, output_dir)
-    if markdown:
+    if svg is not None:
+        save_picture(results, svg)
+    elif markdown:
         typer.echo(markdown_report(results))
     else:
         print_results(results, make_console())

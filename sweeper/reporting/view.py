@@ -5,8 +5,10 @@ The driver fills the board; a view only draws it.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
+from pathlib import Path
 from typing import Self
 
 from rich.console import Console, Group
@@ -15,10 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sweeper.reporting.results import Results
+from sweeper.reporting.tables import comparison, verdict
 from sweeper.search.board import Board, TrialView, View, format_scalar
 
 RECENT_EVENTS = 4
 MAX_ROWS = 20
+PICTURE_COLUMNS = 112
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
@@ -90,6 +95,15 @@ def make_view(console: Console) -> View:
 def make_console() -> Console:
     """Where everything is printed; wide enough for a table when it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def save_picture(results: Results, path: Path) -> None:
+    """Draw the comparison and the verdict as an SVG file, for a README or a slide."""
+    console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
+    console.print(comparison(results).draw())
+    console.print(verdict(results), highlight=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    console.save_svg(str(path), title=f"python -m sweeper {results.command}")
 
 
 def board_table(board: Board) -> Table:
