@@ -30,7 +30,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("stopped; the same command resumes it", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -98,6 +98,9 @@ class StudySession:
         engine = open_engine(workers, self._plan.study.n_jobs, self._folder.worker_log)
         try:
             with make_view(self._console) as view:
+                view.event(
+                    f"study {self._plan.study.study_name}: loading the base model and the data"
+                )
                 for arm in self._plan.arms:
                     self._run_arm(arm, engine, view)
             status = "FINISHED"
@@ -234,7 +237,7 @@ def run_single(settings: Settings, folder: TrialFolder) -> Outcome:
     """
     console = make_console()
     facts = provenance("")
-    params = flatten(settings.trial.model_dump(mode="json"))
+    params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
     record = TrialRecord(f"single/{folder.path.name}", folder, params, facts)
     tracker = make_tracker(settings.tracking)
     engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")

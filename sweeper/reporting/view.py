@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -21,7 +21,6 @@ from sweeper.reporting.results import Results
 from sweeper.reporting.tables import comparison, verdict
 from sweeper.search.board import Board, TrialView, View, format_scalar
 
-RECENT_EVENTS = 4
 MAX_ROWS = 20
 PICTURE_COLUMNS = 112
 STYLES = {
@@ -55,11 +54,11 @@ class PlainView:
         """See View."""
 
 
-class LiveView:
-    """A table that is drawn again while it changes, and the last events under it."""
+class LiveView(PlainView):
+    """The same lines, and under them a table that is drawn again while it changes."""
 
     def __init__(self, console: Console) -> None:
-        self._events: list[str] = []
+        super().__init__(console)
         self._board = Board()
         self._live = Live(
             console=console, refresh_per_second=4, get_renderable=self._draw, transient=True
@@ -72,17 +71,12 @@ class LiveView:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def event(self, text: str) -> None:
-        """See View."""
-        self._events.append(f"{time.strftime('%H:%M:%S')}  {text}")
-        del self._events[:-RECENT_EVENTS]
-
     def update(self, board: Board) -> None:
         """See View."""
         self._board = board
 
-    def _draw(self) -> Group:
-        return Group(board_table(self._board), *(Text(text, style="dim") for text in self._events))
+    def _draw(self) -> Table:
+        return board_table(self._board)
 
 
 def make_view(console: Console) -> View:

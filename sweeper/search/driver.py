@@ -148,7 +148,7 @@ class ArmDriver:
             self._tell_refused(trial, view, str(error))
             return None
         folder = self.folder.trial(self.arm.name, trial.number)
-        params = flatten(settings.trial.model_dump(mode="json"))
+        params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
         tags = {"arm": self.arm.name, **self._origin()}
         record = TrialRecord(key, folder, params, tags)
         return Live(trial, point, settings, record, view)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 STUDY_TAG, TRIAL_TAG = "sweeper.study", "sweeper.trial"
 PARENT_TAG = "mlflow.parentRunId"
+EXPERIMENT_TAGS = {
+    # the UI opens on runs and their metrics rather than on traces, and charts the objective first
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.experiment.primaryMetric.name": "best/eval_loss",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
+}
 BATCH = 1000
 """MLflow takes at most this many metrics a request."""
 
@@ -147,12 +153,8 @@ class MlflowTracker:
         if self._uri is None:  # MLflow would take the current folder of whoever comes first
             location = (self._root / "artifacts" / name).resolve().as_uri()
         identity = str(client.create_experiment(name, artifact_location=location))
-        client.set_experiment_tag(
-            identity, "mlflow.experiment.primaryMetric.name", "best/eval_loss"
-        )
-        client.set_experiment_tag(
-            identity, "mlflow.experiment.primaryMetric.greaterIsBetter", "false"
-        )
+        for tag, value in EXPERIMENT_TAGS.items():
+            client.set_experiment_tag(identity, tag, value)
         return identity
 
     def _start(self, client: MlflowClient, trial: TrialRecord) -> None:
