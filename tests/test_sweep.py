@@ -41,7 +41,7 @@ def test_terminal_shows_leaderboard_comparison_and_next_commands(swept: tuple[Pa
     """The output ends with what was found, how it compares, and what to type next."""
     output = swept[1]
     for words in (
-        "untuned base (nf4)",
+        "untuned, nf4",
         "QLoRA",
         "full fine-tuning",
         "LoRA against full fine-tuning",

@@ -5,6 +5,7 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,13 @@ class ArmResult:
         """The complete trial with the lowest loss."""
         complete = [trial for trial in self.trials if trial.complete and trial.loss is not None]
         return min(complete, key=lambda trial: trial.loss or 0.0, default=None)
+
+    @property
+    def seconds_per_trial(self) -> float | None:
+        """Median worker time of the complete trials; one trial's time is too noisy to compare."""
+        times = [trial.metric("cost/seconds") for trial in self.trials if trial.complete]
+        known = [seconds for seconds in times if seconds is not None]
+        return statistics.median(known) if known else None
 
     @property
     def seconds(self) -> float:

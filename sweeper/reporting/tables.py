@@ -54,7 +54,7 @@ def comparison(results: Results) -> Sheet:
     rows = [*_base_rows(results), *(_arm_row(arm) for arm in results.arms)]
     columns = (
         *("method", "best of", "trainable", "% of all", "eval loss", "vs base", "perplexity"),
-        *("time", "memory", "artifact"),
+        *("time/trial", "memory", "artifact"),
     )
     return Sheet("LoRA against full fine-tuning", columns, tuple(rows), frozenset({"method"}))
 
@@ -126,17 +126,18 @@ def _against_full(lora: ArmResult, full: ArmResult, gain: float) -> str:
         f"reaches {share:.1f} % of full fine-tuning's improvement "
         f"(eval loss {lora.best.loss:.4f} against {full.best.loss:.4f})"
     ]
-    trained = _ratio(lora.best, full.best, "parameters/trainable")
+    trained = _ratio(
+        lora.best.metric("parameters/trainable"), full.best.metric("parameters/trainable")
+    )
     if trained is not None:
         parts.append(f"with {100 * trained:.1f} % of the trainable parameters")
-    time = _ratio(lora.best, full.best, "cost/seconds")
+    time = _ratio(lora.seconds_per_trial, full.seconds_per_trial)
     if time is not None:
-        parts.append(f"in {time:.1f}× the time of a trial")
+        parts.append(f"in {time:.1f}× the time a trial")
     return " ".join(parts) + "."
 
 
-def _ratio(one: TrialResult, other: TrialResult, name: str) -> float | None:
-    above, below = one.metric(name), other.metric(name)
+def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
@@ -145,7 +146,7 @@ def _base_rows(results: Results) -> list[tuple[str, ...]]:
     bases = {arm.base: arm.facts for arm in results.arms}
     return [
         (
-            *(f"untuned base ({base})", DASH, "0", DASH),
+            *(f"untuned, {base}", DASH, "0", DASH),
             *(f"{facts.base_loss:.4f}", DASH, f"{facts.base_perplexity:.2f}"),
             *(DASH, DASH, DASH),
         )
@@ -166,7 +167,7 @@ def _arm_row(arm: ArmResult) -> tuple[str, ...]:
         f"{best.loss:.4f}",
         f"{best.loss - arm.facts.base_loss:+.4f}",
         _number(best.metric("best/eval_perplexity"), "{:.2f}"),
-        _duration(best.metric("cost/seconds")),
+        _duration(arm.seconds_per_trial),
         _number(best.metric("cost/peak_memory_mib"), "{:,.0f} MiB"),
         _number(best.metric("cost/artifact_mib"), "{:.2f} MiB"),
     )

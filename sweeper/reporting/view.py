@@ -22,7 +22,7 @@ from sweeper.reporting.tables import comparison, verdict
 from sweeper.search.board import Board, TrialView, View, format_scalar
 
 MAX_ROWS = 20
-PICTURE_COLUMNS = 112
+PICTURE_COLUMNS = 114
 STYLES = {
     "finished": "green",
     "early_stopped": "green",

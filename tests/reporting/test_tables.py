@@ -69,7 +69,7 @@ def test_verdict_gives_share_parameters_and_time() -> None:
     text = verdict(_results(4.05, 4.0))
     assert "reaches 90.0 % of full fine-tuning's improvement" in text
     assert "with 5.0 % of the trainable parameters" in text
-    assert "in 0.5× the time" in text
+    assert "in 0.5× the time a trial" in text
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_comparison_has_a_row_per_base_and_per_arm() -> None:
     """Untuned base in both precisions, QLoRA, full fine-tuning; missing figures are dashes."""
     sheet = comparison(_results(4.05, 4.0))
     assert [row[0] for row in sheet.rows] == [
-        *("untuned base (nf4)", "untuned base (float32)", "QLoRA", "full fine-tuning")
+        *("untuned, nf4", "untuned, float32", "QLoRA", "full fine-tuning")
     ]
     assert sheet.rows[2][5] == "-0.4500"
     assert sheet.rows[2][9] == "–"
