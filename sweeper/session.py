@@ -167,7 +167,9 @@ class StudySession:
             view.event(f"data: {describe_data(result)}")
             view.event(f"device: {facts.device}, base held as {facts.dtype}")
         text = f"arm {arm.name}: {arm.n_trials} trials"
-        if done:
+        if done >= arm.n_trials:
+            text += ", all of them done before: nothing to train"
+        elif done:
             text += f", {done} of them done before"
         points = len(first_points(arm))
         if points and arm.sampler.name != "grid":
@@ -176,7 +178,12 @@ class StudySession:
 
     def _conclude(self, status: RunStatus) -> Results:
         """Write, record and print what there is, whether or not the study came to its end."""
-        results = Results(self._plan.study.study_name, self._plan.command, tuple(self._arms))
+        results = Results(
+            study_name=self._plan.study.study_name,
+            command=self._plan.command,
+            provenance=self._provenance,
+            arms=tuple(self._arms),
+        )
         if self._arms:
             write_json(self._folder.results, to_document(results))
             write_atomic(self._folder.report, markdown_report(results))

@@ -124,7 +124,7 @@ def test_the_same_command_says_that_it_is_finished(swept: tuple[Path, str]) -> N
     before = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()
     result = run_program(["+experiment=lr_rank_sweep", *SMALL, "-m"], folder)
     assert result.returncode == 0, result.stderr
-    assert "3 of them done before" in result.stdout
+    assert "all of them done before: nothing to train" in result.stdout
     assert "hydra.sweeper.n_trials=6" in result.stdout
     assert "hydra.sweeper.study_name=lr_rank_sweep_2" in result.stdout
     after = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()

@@ -76,6 +76,8 @@ class Results:
 
     study_name: str
     command: str
+    provenance: Mapping[str, str]
+    """Date, code, packages and machine of the run that wrote these results."""
     arms: tuple[ArmResult, ...]
 
     def arm(self, name: str) -> ArmResult | None:
@@ -98,6 +100,7 @@ def to_document(results: Results) -> dict[str, Any]:
     return {
         "study_name": results.study_name,
         "command": results.command,
+        "provenance": dict(results.provenance),
         "arms": {
             arm.name: {
                 "method": arm.method,
@@ -124,6 +127,7 @@ def from_document(document: Mapping[str, Any]) -> Results:
     return Results(
         study_name=document["study_name"],
         command=document["command"],
+        provenance=document["provenance"],
         arms=tuple(_arm(name, arm) for name, arm in document["arms"].items()),
     )
 

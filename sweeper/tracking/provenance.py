@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def provenance(command: str) -> dict[str, str]:
     """Flat facts about this process: versions (without importing anything), git state, machine."""
     versions = {f"package.{name}": metadata.version(name) for name in PACKAGES}
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": f"python -m sweeper {command}".strip(),
         "sweeper": sweeper.__version__,
         "python": platform.python_version(),

@@ -48,7 +48,7 @@ def _results(lora: float | None, full: float | None) -> Results:
         costs = {"parameters/trainable": 1000.0, "cost/seconds": 20.0}
         trials = (_trial("full", 0, "finished", full, **costs),)
         arms.append(ArmResult("full", 1, "full fine-tuning", "float32", FACTS, trials))
-    return Results("mine", "+experiment=mine -m", tuple(arms))
+    return Results("mine", "+experiment=mine -m", {"git.commit": "abc"}, tuple(arms))
 
 
 def test_ranking_puts_complete_trials_first() -> None:
