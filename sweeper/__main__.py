@@ -67,7 +67,7 @@ def _hydra_application() -> None:
     def application(config: DictConfig) -> None:
         from sweeper.folders import TrialFolder
         from sweeper.search.plan import single
-        from sweeper.session import run_single
+        from sweeper.single import run_single
 
         hydra_config = HydraConfig.get()
         overrides = [*hydra_config.overrides.hydra, *hydra_config.overrides.task]

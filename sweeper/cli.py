@@ -25,9 +25,9 @@ def report(
     svg: Annotated[Path | None, typer.Option(help="Save the comparison as a picture.")] = None,
 ) -> None:
     """Show a study's leaderboards, its comparison and its verdict."""
+    from sweeper.reporting.results import load_results
     from sweeper.reporting.tables import markdown_report
-    from sweeper.reporting.view import make_console, save_picture
-    from sweeper.session import load_results, print_results
+    from sweeper.reporting.view import make_console, print_results, save_picture
 
     results = load_results(name, output_dir)
     if svg is not None:
@@ -47,8 +47,8 @@ def trial(
     from sweeper.compose import compose, read_yaml
     from sweeper.errors import StudyError
     from sweeper.folders import TrialFolder
-    from sweeper.session import run_single
     from sweeper.settings import Settings, validate
+    from sweeper.single import run_single
 
     source = TrialFolder(folder).config
     if not source.exists():

@@ -57,6 +57,10 @@ class StudyMismatch(StudyError):
     """The study of this name answers a different question."""
 
 
+class TrialFailed(SweeperError):
+    """A single trial ended without a result (in a study that is an outcome, not an error)."""
+
+
 class WorkerError(SweeperError):
     """Workers cannot be started, or die before they can do anything."""
 

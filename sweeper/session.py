@@ -1,15 +1,14 @@
-"""One run of the program: everything put together, and taken apart again whatever happens.
+"""A study from start to end: everything put together, and taken apart again whatever happens.
 
-The only place that knows workers, search, tracking and reporting at once.
+Knows workers, search, tracking and reporting at once; only `single` does as well, for one trial.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,47 +17,21 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from sweeper.errors import StudyError, StudyLocked, WorkerError
-from sweeper.folders import StudyFolder, TrialFolder, read_json, write_atomic, write_json
-from sweeper.outcome import Facts, Outcome
-from sweeper.reporting.results import (
-    ArmResult,
-    Results,
-    TrialResult,
-    from_document,
-    rank,
-    to_document,
-)
-from sweeper.reporting.tables import (
-    comparison,
-    describe_data,
-    leaderboard,
-    markdown_report,
-    verdict,
-)
-from sweeper.reporting.view import make_console, make_view
+from sweeper.folders import StudyFolder, write_atomic, write_json
+from sweeper.interrupt import termination_as_interrupt
+from sweeper.outcome import Facts
+from sweeper.reporting.results import ArmResult, Results, collect_arm, to_document
+from sweeper.reporting.tables import describe_data, markdown_report
+from sweeper.reporting.view import make_console, make_view, print_results
 from sweeper.search.board import Board, View
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
 from sweeper.search.plan import ArmPlan, StudyPlan
-from sweeper.search.states import STATES
 from sweeper.search.study import counted, first_points, open_storage, open_study
-from sweeper.settings import LoraAdapter, Settings, Tracking, TrialSettings, flatten
-from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
 from sweeper.tracking.provenance import provenance
-from sweeper.tracking.tracker import NullTracker, RunStatus, StudyRecord, Tracker, TrialRecord
+from sweeper.tracking.tracker import RunStatus, StudyRecord
+from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
-from sweeper.workers.protocol import (
-    Ended,
-    Engine,
-    Evaluated,
-    Lost,
-    Probe,
-    Probed,
-    Progress,
-    Slots,
-    Submit,
-)
-
-LEADERBOARD_ROWS = 10
+from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
 
 def run_study(plan: StudyPlan) -> Results:
@@ -71,7 +44,7 @@ def run_study(plan: StudyPlan) -> Results:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
-    with _one_driver(folder), _termination_as_interrupt():
+    with _one_driver(folder), termination_as_interrupt():
         session = StudySession(plan, folder, console)
         return session.run()
 
@@ -134,7 +107,7 @@ class StudySession:
         try:
             driver.run()
         finally:
-            self._arms.append(arm_result(arm, facts, study))
+            self._arms.append(collect_arm(arm, facts, study))
 
     def _probe(self, arm: ArmPlan, engine: Engine) -> Facts:
         """Ask the first free worker what this arm starts from."""
@@ -162,9 +135,8 @@ class StudySession:
             self._slots[event.worker] = event.free
 
     def _announce(self, arm: ArmPlan, facts: Facts, done: int, view: View) -> None:
-        result = ArmResult(arm.name, arm.n_trials, method(arm), base_name(arm, facts), facts, ())
         if arm is self._plan.arms[0]:
-            view.event(f"data: {describe_data(result)}")
+            view.event(f"data: {describe_data(facts)}")
             view.event(f"device: {facts.device}, base held as {facts.dtype}")
         text = f"arm {arm.name}: {arm.n_trials} trials"
         if done >= arm.n_trials:
@@ -236,146 +208,6 @@ class StudySession:
         return StudyRecord(self._plan.experiment, name, {**arms, **spaces}, self._provenance)
 
 
-def run_single(settings: Settings, folder: TrialFolder) -> Outcome:
-    """Train one trial through the same worker and protocol as a study's.
-
-    Raises:
-        SweeperError: the worker cannot train it.
-    """
-    console = make_console()
-    facts = provenance("")
-    params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
-    record = TrialRecord(f"single/{folder.path.name}", folder, params, facts)
-    tracker = make_tracker(settings.tracking)
-    engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")
-    try:
-        with _termination_as_interrupt():
-            outcome = _train_one(settings.trial, record, facts, engine, tracker, console)
-    finally:
-        engine.close()
-    status = STATES[outcome.cause].status or "FAILED"
-    tracker.end(record, status, outcome.metrics, {"cause": outcome.cause})
-    problems = tracker.close()
-    if folder.log_text.exists():
-        console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
-    elif outcome.message:
-        console.print(outcome.message, highlight=False)
-    console.print(f"Folder     {folder.path}", highlight=False)
-    console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)
-    for problem in problems:
-        console.print(f"not recorded in MLflow: {problem}", style="yellow")
-    return outcome
-
-
-def _train_one(
-    settings: TrialSettings,
-    record: TrialRecord,
-    facts: Mapping[str, str],
-    engine: Engine,
-    tracker: Tracker,
-    console: Console,
-) -> Outcome:
-    view = make_view(console)
-    submitted = False
-    while True:
-        event = engine.next_event(POLL_SECONDS)
-        match event:
-            case Slots() if not submitted:
-                submitted = True
-                tracker.start(record)
-                engine.submit(
-                    event.worker,
-                    Submit(
-                        trial=record.key,
-                        attempt=1,
-                        folder=record.folder.path.resolve(),
-                        settings=settings,
-                        provenance=dict(facts),
-                    ),
-                )
-            case Evaluated():
-                tracker.ship(record)
-                console.print(
-                    f"step {event.step} of {event.total_steps}: eval loss {event.loss:.4f}"
-                )
-            case Ended():
-                return event.outcome
-            case Lost() if submitted:
-                return Outcome(cause="crash", message=event.message)
-            case Progress() | Probed() | Slots() | Lost() | None:
-                view.update(Board())
-
-
-def arm_result(arm: ArmPlan, facts: Facts, study: optuna.Study) -> ArmResult:
-    """What an arm has so far, from its storage."""
-    trials = [
-        TrialResult(
-            arm.name,
-            frozen.number,
-            frozen.params,
-            Outcome.model_validate(frozen.user_attrs["outcome"]),
-        )
-        for frozen in study.get_trials(deepcopy=False)
-        if frozen.state.is_finished() and "outcome" in frozen.user_attrs
-    ]
-    return ArmResult(
-        arm.name, arm.n_trials, method(arm), base_name(arm, facts), facts, rank(trials)
-    )
-
-
-def method(arm: ArmPlan) -> str:
-    """What an arm does, in the field's words."""
-    settings = arm.settings
-    if not isinstance(settings.adapter, LoraAdapter):
-        return "full fine-tuning"
-    return "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
-
-
-def base_name(arm: ArmPlan, facts: Facts) -> str:
-    """How an arm holds its base: the 4-bit type, or the dtype."""
-    quantization = arm.settings.quantization
-    return quantization.bnb_4bit_quant_type if quantization.load_in_4bit else facts.dtype
-
-
-def load_results(study_name: str, output_dir: Path) -> Results:
-    """Read a study's results.
-
-    Raises:
-        StudyError: there is no such study; lists those that exist.
-    """
-    path = StudyFolder(output_dir / study_name).results
-    if not path.exists():
-        names = sorted(found.parent.name for found in output_dir.glob("*/results.json"))
-        known = f"studies there: {', '.join(names)}" if names else "there are no studies yet"
-        raise StudyError(f"no results of a study {study_name!r} under {output_dir}/; {known}")
-    return from_document(read_json(path))
-
-
-def print_results(results: Results, console: Console) -> None:
-    """Leaderboards, then the comparison, then the verdict in words."""
-    for arm in results.arms:
-        console.print(leaderboard(arm, LEADERBOARD_ROWS).draw())
-    console.print(comparison(results).draw())
-    console.print(verdict(results), highlight=False, soft_wrap=True)
-
-
-def make_tracker(settings: Tracking) -> Tracker:
-    """The tracker that `tracking` names."""
-    if settings.kind == "none":
-        return NullTracker()
-    return MlflowTracker(settings.uri, Path("mlruns"))
-
-
-def browse_command(settings: Tracking) -> str:
-    """How to look at the runs."""
-    if settings.kind == "none":
-        return "(tracking=none: nothing recorded)"
-    uri = settings.uri or local_uri(Path("mlruns"))
-    if uri.startswith("http"):
-        return uri
-    return f"mlflow ui --backend-store-uri {uri}   (in a checkout: make ui)"
-
-
 def _with(command: str, key: str, value: str) -> str:
     """A command with one override set, before its -m."""
     words = [word for word in shlex.split(command) if not word.startswith(f"{key}=")]
@@ -396,17 +228,3 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
             f"study {folder.path.name!r} is already run by another driver (process {who}); wait for "
             "it, or start another study with hydra.sweeper.study_name=NAME"
         ) from None
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a run the way Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

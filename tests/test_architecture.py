@@ -14,14 +14,14 @@ FILES = sorted((ROOT / "sweeper").rglob("*.py")) + sorted((ROOT / "hydra_plugins
 
 LAYERS = (
     # lower first; a package may import its own row and the rows above it in this list
-    {"errors", "folders", "space", "outcome", "settings", "embedded"},
+    {"errors", "folders", "space", "outcome", "settings", "embedded", "interrupt"},
     {"compose", "data"},
     {"modeling", "evaluation"},
     {"tracking", "training"},
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session"},
+    {"session", "single"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -91,7 +91,7 @@ def test_every_module_has_a_layer() -> None:
 def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
-        *("compose", "session", "cli", "search.driver", "search.plan", "search.study"),
+        *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
         *("tracking.mlflow_tracker", "reporting.tables", "workers.local", "workers.engines"),
     ]
     code = "import sys\n" + "".join(f"import sweeper.{name}\n" for name in modules)

@@ -170,3 +170,13 @@ def test_a_single_trial_writes_its_folder_and_one_run(tmp_path: Path, rows_file:
     first = json.loads((folder / "outcome.json").read_text())
     second = json.loads((tmp_path / "again" / "outcome.json").read_text())
     assert second["best_value"] == first["best_value"]
+
+
+def test_a_single_trial_that_cannot_be_trained_exits_1(tmp_path: Path, rows_file: Path) -> None:
+    """A target that the model has not: one message with the names that exist, exit code 1."""
+    arguments = [f"data.train={rows_file}", "adapter.target_modules=c_attn", "tracking=none"]
+    result = run_program(arguments, tmp_path)
+    assert result.returncode == 1
+    assert "no module named c_attn" in result.stderr
+    assert "gate_proj" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -8,10 +8,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import optuna
+
+from sweeper.errors import StudyError
+from sweeper.folders import StudyFolder, read_json
 from sweeper.outcome import Facts, Outcome
+from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
+from sweeper.settings import LoraAdapter
 from sweeper.space import Scalar
 
 
@@ -83,6 +90,51 @@ class Results:
     def arm(self, name: str) -> ArmResult | None:
         """An arm by name."""
         return next((arm for arm in self.arms if arm.name == name), None)
+
+
+def collect_arm(arm: ArmPlan, facts: Facts, study: optuna.Study) -> ArmResult:
+    """What an arm has so far, from its storage."""
+    trials = [
+        TrialResult(
+            arm.name,
+            frozen.number,
+            frozen.params,
+            Outcome.model_validate(frozen.user_attrs["outcome"]),
+        )
+        for frozen in study.get_trials(deepcopy=False)
+        if frozen.state.is_finished() and "outcome" in frozen.user_attrs
+    ]
+    return ArmResult(
+        arm.name, arm.n_trials, _method(arm), _base_name(arm, facts), facts, rank(trials)
+    )
+
+
+def _method(arm: ArmPlan) -> str:
+    """What an arm does, in the field's words."""
+    settings = arm.settings
+    if not isinstance(settings.adapter, LoraAdapter):
+        return "full fine-tuning"
+    return "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
+
+
+def _base_name(arm: ArmPlan, facts: Facts) -> str:
+    """How an arm holds its base: the 4-bit type, or the dtype."""
+    quantization = arm.settings.quantization
+    return quantization.bnb_4bit_quant_type if quantization.load_in_4bit else facts.dtype
+
+
+def load_results(study_name: str, output_dir: Path) -> Results:
+    """Read a study's results.
+
+    Raises:
+        StudyError: there is no such study; lists those that exist.
+    """
+    path = StudyFolder(output_dir / study_name).results
+    if not path.exists():
+        names = sorted(found.parent.name for found in output_dir.glob("*/results.json"))
+        known = f"studies there: {', '.join(names)}" if names else "there are no studies yet"
+        raise StudyError(f"no results of a study {study_name!r} under {output_dir}/; {known}")
+    return from_document(read_json(path))
 
 
 def rank(trials: list[TrialResult]) -> tuple[TrialResult, ...]:

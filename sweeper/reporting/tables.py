@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from sweeper.outcome import Facts
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.search.board import short_names
 
@@ -96,13 +97,12 @@ def markdown_report(results: Results) -> str:
     ]
     for arm in results.arms:
         sheet = leaderboard(arm)
-        parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm)}"]
+        parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm.facts)}"]
     return "\n\n".join(parts) + "\n"
 
 
-def describe_data(arm: ArmResult) -> str:
+def describe_data(facts: Facts) -> str:
     """Where the data came from, how much of it, and its digest."""
-    facts = arm.facts
     counts = " / ".join(f"{count:,} {name}" for name, count in facts.rows.items())
     dropped = sum(facts.dropped.values())
     reasons = ", ".join(f"{count} {why}" for why, count in facts.dropped.items() if count)

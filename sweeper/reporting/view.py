@@ -18,10 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.reporting.results import Results
-from sweeper.reporting.tables import comparison, verdict
+from sweeper.reporting.tables import comparison, leaderboard, verdict
 from sweeper.search.board import Board, TrialView, View, format_scalar
 
 MAX_ROWS = 20
+LEADERBOARD_ROWS = 10
 PICTURE_COLUMNS = 114
 STYLES = {
     "finished": "green",
@@ -89,6 +90,14 @@ def make_view(console: Console) -> View:
 def make_console() -> Console:
     """Where everything is printed; wide enough for a table when it is no terminal."""
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def print_results(results: Results, console: Console) -> None:
+    """Leaderboards, then the comparison, then the verdict in words."""
+    for arm in results.arms:
+        console.print(leaderboard(arm, LEADERBOARD_ROWS).draw())
+    console.print(comparison(results).draw())
+    console.print(verdict(results), highlight=False, soft_wrap=True)
 
 
 def save_picture(results: Results, path: Path) -> None:

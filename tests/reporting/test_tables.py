@@ -118,7 +118,7 @@ def test_report_names_the_studies_that_exist(tmp_path: Path) -> None:
     """An unknown study is answered with the known ones."""
     from sweeper.errors import StudyError
     from sweeper.folders import StudyFolder, write_json
-    from sweeper.session import load_results
+    from sweeper.reporting.results import load_results
 
     write_json(StudyFolder(tmp_path / "mine").results, to_document(_results(4.0, None)))
     assert load_results("mine", tmp_path).study_name == "mine"
