@@ -120,6 +120,8 @@ class StudySession:
             event = engine.next_event(POLL_SECONDS)
             if isinstance(event, Slots):
                 self._slots[event.worker] = event.free
+            elif isinstance(event, Lost) and event.worker != worker:
+                self._slots.pop(event.worker, None)  # its successor announces itself
             elif isinstance(event, Lost):
                 raise WorkerError(
                     f"the worker died while it loaded the base model:\n{event.message}"
@@ -159,14 +161,14 @@ class StudySession:
         if self._arms:
             write_json(self._folder.results, to_document(results))
             write_atomic(self._folder.report, markdown_report(results))
-            best = self._arms[0].best
-            self._tracker.close_study(
-                status,
-                {} if best is None else best.outcome.metrics,
-                {} if best is None else best.point,
-                markdown_report(results),
-                [self._folder.results, self._folder.report],
-            )
+        best = self._arms[0].best if self._arms else None
+        self._tracker.close_study(
+            status,
+            {} if best is None else best.outcome.metrics,
+            {} if best is None else best.point,
+            markdown_report(results),
+            [path for path in (self._folder.results, self._folder.report) if path.exists()],
+        )
         problems = self._tracker.close()
         if self._arms:
             print_results(results, self._console)

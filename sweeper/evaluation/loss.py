@@ -66,11 +66,16 @@ def target_nll(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> tor
 
 @torch.no_grad()
 def evaluate_loss(
-    model: PreTrainedModel, rows: Sequence[Tokens], collator: Collator, batch_size: int
+    model: PreTrainedModel,
+    rows: Sequence[Tokens],
+    collator: Collator,
+    batch_size: int,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Loss:
-    """Judge a model on tokenized rows; the same to 1e-4 for every batch size.
+    """Judge a model on tokenized rows; in fp32 the same to 1e-4 for every batch size.
 
-    Leaves the model in the mode (train or eval) it was in. Batches are added up in float64.
+    Leaves the model in the mode (train or eval) it was in. Batches are added up in float64. A
+    `compute_dtype` below fp32 is autocast to, as in training, whoever calls.
     """
     was_training = model.training
     model.eval()
@@ -78,11 +83,17 @@ def evaluate_loss(
         nll, tokens = 0.0, 0
         for rows_of_batch in _batches(rows, batch_size):
             batch = {key: value.to(model.device) for key, value in collator(rows_of_batch).items()}
-            nll += float(target_nll(model, batch))
+            with autocast(model.device, compute_dtype):
+                nll += float(target_nll(model, batch))
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     finally:
         model.train(was_training)
     return Loss(nll, tokens)
+
+
+def autocast(on: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision for dtypes below fp32, nothing for fp32."""
+    return torch.autocast(on.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
 
 
 def _batches(rows: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:

@@ -38,6 +38,8 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     digest: str
     """sha256 of the weight files."""
+    compute_dtype: torch.dtype
+    """What the forward pass computes in; weights that are trained are held in fp32 all the same."""
 
 
 def device() -> torch.device:
@@ -111,7 +113,8 @@ def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> 
     """
     folder = base_folder(settings)
     on = device()
-    dtype = torch.float32 if trained else resolve_dtype(settings.dtype, on)
+    compute_dtype = resolve_dtype(settings.dtype, on)
+    dtype = torch.float32 if trained else compute_dtype
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
     if quantization.load_in_4bit:
         options["quantization_config"] = _bits_and_bytes(quantization, dtype, on)
@@ -126,7 +129,7 @@ def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> 
         keep_gradient(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Base(model, tokenizer, weights_digest(folder))
+    return Base(model, tokenizer, weights_digest(folder), compute_dtype)
 
 
 def _bits_and_bytes(

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
@@ -73,7 +74,8 @@ class TransformersRunner:
         data = self._tokenized(settings.data, base)
         collator = Collator(base.tokenizer.pad_token_id)
         size = settings.evaluation.per_device_eval_batch_size
-        loss = evaluate_loss(base.model, data.validation.rows, collator, size)
+        rows = data.validation.rows
+        loss = evaluate_loss(base.model, rows, collator, size, base.compute_dtype)
         counts = {**data.splits.counts, "train": len(data.train.rows)}
         return Facts(
             base_digest=base.digest,
@@ -136,14 +138,24 @@ class TransformersRunner:
         data = self._tokenized(settings.data, base)
         set_seed(settings.seed)  # before the adapter: its initialisation is random
         if not isinstance(settings.adapter, LoraAdapter):
-            inputs = TrialInputs(base.model, base.tokenizer, data.train, data.validation)
-            return train_trial(inputs, settings, folder, observer)
+            return self._train_model(base.model, base, data, settings, folder, observer)
         model = attach(base.model, settings.adapter)
         try:
-            inputs = TrialInputs(model, base.tokenizer, data.train, data.validation)
-            return train_trial(inputs, settings, folder, observer)
+            return self._train_model(model, base, data, settings, folder, observer)
         finally:
             detach(model)
+
+    def _train_model(
+        self,
+        model: PreTrainedModel | PeftModel,
+        base: Base,
+        data: Tokenized,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        observer: Observer,
+    ) -> Outcome:
+        inputs = TrialInputs(model, base.tokenizer, data.train, data.validation, base.compute_dtype)
+        return train_trial(inputs, settings, folder, observer)
 
     def _base(self, settings: TrialSettings) -> Base:
         """The warm base of LoRA trials; full fine-tuning changes its base, so it gets a fresh one."""

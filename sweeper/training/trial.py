@@ -56,6 +56,7 @@ class TrialInputs:
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     validation: Encoded
+    compute_dtype: torch.dtype = torch.float32
 
 
 def train_trial(
@@ -78,7 +79,7 @@ def train_trial(
     trainer = JudgedTrainer(
         judge=_judge(inputs, settings),
         model=inputs.model,
-        args=training_arguments(settings, total_steps, folder.checkpoints),
+        args=training_arguments(settings, total_steps, folder.checkpoints, inputs.compute_dtype),
         train_dataset=Rows(inputs.train.rows),
         eval_dataset=Rows(inputs.validation.rows),
         data_collator=Collator(_pad_id(inputs.tokenizer)),
@@ -125,6 +126,13 @@ def schedule_length(training: Training, rows: int) -> int:
     return total
 
 
+def evaluate_every(training: Training, total_steps: int) -> int:
+    """Optimiser steps between two evaluations; a fraction is of the whole schedule."""
+    if training.eval_steps < 1:
+        return max(1, round(training.eval_steps * total_steps))
+    return int(training.eval_steps)
+
+
 def warmup_length(training: Training, total_steps: int) -> int:
     """Warm-up in optimiser steps."""
     if training.warmup_steps is not None:
@@ -133,19 +141,12 @@ def warmup_length(training: Training, total_steps: int) -> int:
 
 
 def training_arguments(
-    settings: TrialSettings, total_steps: int, checkpoints: Path
+    settings: TrialSettings, total_steps: int, checkpoints: Path, compute_dtype: torch.dtype
 ) -> TrainingArguments:
-    """transformers' arguments for a trial.
-
-    A LoRA trial needs no autocast: its base is already in the compute dtype and PEFT casts around it;
-    full fine-tuning keeps fp32 master weights and computes in bf16 where the GPU can.
-    """
+    """transformers' arguments for a trial; compute dtypes below fp32 are autocast to."""
     training = settings.training
-    every = max(1, round(training.eval_steps * total_steps)) if training.eval_steps < 1 else None
-    eval_steps = every or int(training.eval_steps)
     cuda = torch.cuda.is_available()
-    full_bf16 = settings.adapter.method == "none" and cuda and torch.cuda.is_bf16_supported()
-    half = cuda and not torch.cuda.is_bf16_supported()
+    eval_steps = evaluate_every(training, total_steps)
     return TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=total_steps,
@@ -159,8 +160,8 @@ def training_arguments(
         max_grad_norm=training.max_grad_norm,
         activation_checkpointing=training.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
-        bf16=full_bf16,
-        fp16=half,
+        bf16=compute_dtype == torch.bfloat16,
+        fp16=compute_dtype == torch.float16,
         logging_strategy="steps",
         logging_steps=training.logging_steps,
         logging_nan_inf_filter=False,  # the default hides a NaN behind the running mean
@@ -350,7 +351,7 @@ def save_artifact(inputs: TrialInputs, folder: TrialFolder) -> None:
 def _judge(inputs: TrialInputs, settings: TrialSettings) -> Judge:
     collator = Collator(_pad_id(inputs.tokenizer))
     rows, size = inputs.validation.rows, settings.evaluation.per_device_eval_batch_size
-    return lambda model: evaluate_loss(model, rows, collator, size)
+    return lambda model: evaluate_loss(model, rows, collator, size, inputs.compute_dtype)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from sweeper.data.tokens import Collator
 from sweeper.embedded import BASE_DIR
 from sweeper.evaluation.loss import evaluate_loss
 from sweeper.folders import TrialFolder
@@ -74,8 +75,6 @@ def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     fresh = load_base(settings.model, settings.quantization, trained=False)
     model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
     data = runner._tokenized(settings.data, fresh)
-    from sweeper.data.tokens import Collator
-
     collator = Collator(fresh.tokenizer.pad_token_id)
     again = evaluate_loss(model, data.validation.rows, collator, 8).mean
     assert again == pytest.approx(outcome.best_value, abs=1e-3)
@@ -92,14 +91,26 @@ def test_full_fine_tune_stores_a_model_with_the_reported_loss(
     settings = _settings(rows_file, overrides)
     base = load_base(settings.model, settings.quantization, trained=True)
     data = runner._tokenized(settings.data, base)
-    from sweeper.data.tokens import Collator
-
     collator = Collator(base.tokenizer.pad_token_id)
     loss = evaluate_loss(model, data.validation.rows, collator, 8).mean
     assert loss == pytest.approx(outcome.best_value, abs=1e-3)
     assert (
         outcome.metrics["parameters/trainable"] == outcome.metrics["parameters/total"] == 1_115_264
     )
+
+
+def test_bf16_is_computed_in_by_training_and_judging_alike(rows_file: Path, tmp_path: Path) -> None:
+    """With model.dtype=bfloat16 the stored adapter, judged anew in bf16, gives the reported loss."""
+    runner = TransformersRunner(threads=1, worker=0)
+    outcome, _ = _run(rows_file, tmp_path / "t", "model.dtype=bfloat16", runner=runner)
+    settings = _settings(rows_file, ["model.dtype=bfloat16"])
+    fresh = load_base(settings.model, settings.quantization, trained=False)
+    assert fresh.compute_dtype is torch.bfloat16
+    model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
+    data = runner._tokenized(settings.data, fresh)
+    collator = Collator(fresh.tokenizer.pad_token_id)
+    again = evaluate_loss(model, data.validation.rows, collator, 32, torch.bfloat16).mean
+    assert again == pytest.approx(outcome.best_value, abs=1e-3)
 
 
 def test_trial_folder_is_complete(rows_file: Path, tmp_path: Path) -> None:
