@@ -23,10 +23,8 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DataError: no such file, another kind of file, broken JSON, not UTF-8, or no rows.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file (data.train takes a {' or '.join(SUFFIXES)} file)")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: a {path.suffix or 'nameless'} file; give {' or '.join(SUFFIXES)}")
+    if problem := path_problem(path):
+        raise DataError(problem)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -35,6 +33,15 @@ def read_rows(path: Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: holds no rows")
     return rows
+
+
+def path_problem(path: Path) -> str | None:
+    """Why a path cannot be a data file, as far as that is known without opening it."""
+    if not path.is_file():
+        return f"{path}: no such file"
+    if path.suffix not in SUFFIXES:
+        return f"{path}: a {path.suffix or 'nameless'} file; give {' or '.join(SUFFIXES)}"
+    return None
 
 
 def _json_lines(path: Path, text: str) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeper.data.formats import Example, detect_format, render
-from sweeper.data.rows import Row, read_rows
+from sweeper.data.rows import Row, path_problem, read_rows
 from sweeper.embedded.pairs import docstring_pairs
 from sweeper.errors import DataError
 from sweeper.settings import EMBEDDED, Data
@@ -58,8 +58,24 @@ def load_splits(settings: Data) -> Splits:
         splits.examples["train"] = train
     for name in ("train", "validation"):
         if not splits.examples[name]:
-            raise DataError(f"{splits.source}: the {name} split is empty")
+            raise DataError(
+                f"{splits.source}: the {name} split is empty; give more rows or a file of its own "
+                f"(data.{name}=FILE)"
+            )
     return splits
+
+
+def path_problems(settings: Data) -> list[str]:
+    """What is wrong with the paths of a data configuration, by key."""
+    if settings.train == EMBEDDED:
+        return []
+    found = {key: path_problem(path) for key, path in _paths(settings).items()}
+    return [f"data.{key}={problem}" for key, problem in found.items() if problem]
+
+
+def _paths(settings: Data) -> dict[str, Path]:
+    paths = {"train": settings.train, "validation": settings.validation, "test": settings.test}
+    return {name: Path(path).expanduser() for name, path in paths.items() if path is not None}
 
 
 def _embedded(settings: Data) -> Splits:
@@ -75,8 +91,7 @@ def _embedded(settings: Data) -> Splits:
 
 
 def _files(settings: Data) -> Splits:
-    paths = {"train": settings.train, "validation": settings.validation, "test": settings.test}
-    given = {name: Path(path).expanduser() for name, path in paths.items() if path is not None}
+    given = _paths(settings)
     rows = {name: read_rows(path) for name, path in given.items()}
     where = str(given["train"])
     found: str = settings.format
@@ -96,7 +111,7 @@ def _split_off(rows: Mapping[str, list[Row]], settings: Data) -> dict[str, list[
     total = len(train)
     for name, ratio in ratios.items():
         if name not in rows:
-            count = round(total * ratio)
+            count = max(round(total * ratio), name == "validation")
             result[name], train = train[:count], train[count:]
     return {**result, "train": train}
 

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sweeper import compose
+from sweeper.data.splits import path_problems
 from sweeper.errors import ConfigError
 from sweeper.settings import Sampler, Settings, Study, describe, validate
 from sweeper.space import Choice, Interval, Point, Scalar, Space, grid
@@ -122,10 +123,10 @@ def _command(overrides: Sequence[str]) -> str:
 
 def _setting_problems(config: Mapping[str, Any]) -> list[str]:
     try:
-        Settings.model_validate(config)
+        settings = Settings.model_validate(config)
     except ValidationError as error:
         return describe(error, Settings)
-    return []
+    return [] if settings.workers.trainer == "fake" else path_problems(settings.data)
 
 
 def _unknown_keys(

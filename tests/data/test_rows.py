@@ -110,3 +110,24 @@ def test_max_samples_limits_training_only(rows_file: Path) -> None:
     """max_samples draws from train with the split's seed and leaves the judges alone."""
     settings = make_settings(f"data.train={rows_file}", "data.max_samples=5").data
     assert load_splits(settings).counts == {"train": 5, "validation": 4, "test": 4}
+
+
+def test_a_missing_data_file_is_found_before_any_model_loads() -> None:
+    """The plan of a study and of a trial names the key and the path."""
+    from sweeper.errors import ConfigError
+    from sweeper.search.plan import single, studies
+
+    for plan, first in ((single, []), (studies, ["+experiment=lr_rank_sweep"])):
+        with pytest.raises(ConfigError, match=r"data\.train=gone\.jsonl: no such file"):
+            plan([*first, "data.train=gone.jsonl"])
+
+
+def test_the_smallest_file_that_can_be_split(tmp_path: Path) -> None:
+    """Two rows are one to learn from and one to be judged on; one row is refused with a way out."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    settings = make_settings(f"data.train={path}").data
+    assert load_splits(settings).counts == {"train": 1, "validation": 1, "test": 0}
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match="train split is empty; give more rows"):
+        load_splits(settings)
