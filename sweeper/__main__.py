@@ -5,11 +5,12 @@ Kept light: spawned workers import this module, and --help must answer at once.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweeper.errors import SweeperError
+from sweeper.errors import ConfigError, SweeperError
 
 INTERRUPTED = 130
 
@@ -45,14 +46,17 @@ def run_studies(overrides: Sequence[str]) -> None:
 def _hydra(argv: Sequence[str]) -> None:
     """Check the whole command line, then let Hydra run it."""
     from sweeper import compose
+    from sweeper.cli import VERBS
     from sweeper.search.plan import single, studies
 
     line = compose.parse_command_line(argv)
+    if line.overrides and line.overrides[0].isidentifier():
+        raise ConfigError([f"{line.overrides[0]}: no such verb; verbs: {', '.join(VERBS)}"])
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
-        overrides = compose.with_auto_groups(overrides)
-        plans = studies(overrides) if line.multirun else [single(overrides)]
-        assert plans
+        studies(overrides) if line.multirun else single(overrides)
+    if not line.multirun:
+        overrides = compose.with_auto_groups(overrides)  # so that --cfg job shows what will run
     sys.argv = [sys.argv[0], *line.flags, *overrides]
     _hydra_application()
 
@@ -72,7 +76,7 @@ def _hydra_application() -> None:
         hydra_config = HydraConfig.get()
         overrides = [*hydra_config.overrides.hydra, *hydra_config.overrides.task]
         folder = TrialFolder(Path(hydra_config.runtime.output_dir))
-        _or_exit(lambda: run_single(single(overrides), folder))
+        _or_exit(lambda: run_single(single(overrides), folder, shlex.join(overrides)))
 
     decorate = hydra.main(str(compose.conf_dir()), "config", version_base="1.3")
     decorate(application)()

@@ -56,7 +56,7 @@ def trial(
             f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007"
         )
     settings = validate(Settings, {**compose([]).config, **read_yaml(source)})
-    run_single(settings, TrialFolder(into))
+    run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
 
 
 @app.command(name="build-base")

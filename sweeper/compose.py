@@ -29,7 +29,7 @@ from sweeper.settings import EMBEDDED, flatten
 from sweeper.space import Choice, Domain, Interval, Scalar
 
 CONFIG_NAME = "config"
-AUTO_GROUPS = ("space", "training")
+AUTO_GROUPS = ("evaluation", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
 FLAGS_WITH_VALUE = frozenset(
@@ -63,11 +63,6 @@ class CommandLine:
     def trains(self) -> bool:
         """Whether the command runs something, rather than showing help or the config."""
         return set(self.flags) <= {"-m", "--multirun", "-r", "--run"}
-
-    @property
-    def argv(self) -> list[str]:
-        """The arguments in the order that Hydra's parser understands."""
-        return [*self.flags, *self.overrides]
 
 
 def conf_dir() -> Path:

@@ -128,11 +128,6 @@ class StudyFolder:
         return self.path / "driver.lock"
 
     @property
-    def facts(self) -> Path:
-        """What the study knows before its first trial: digests, counts, the untuned base's loss."""
-        return self.path / "study.json"
-
-    @property
     def results(self) -> Path:
         """The answer, for machines."""
         return self.path / "results.json"

@@ -31,7 +31,7 @@ StopCause = Literal["pruned", "cancelled"]
 class Value(BaseModel):
     """Base of everything that travels or is stored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Outcome(Value):

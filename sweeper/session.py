@@ -18,15 +18,15 @@ from rich.console import Console
 
 from sweeper.errors import StudyError, StudyLocked, WorkerError
 from sweeper.folders import StudyFolder, write_atomic, write_json
-from sweeper.interrupt import termination_as_interrupt
+from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Facts
-from sweeper.reporting.results import ArmResult, Results, collect_arm, to_document
+from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.view import make_console, make_view, print_results
 from sweeper.search.board import Board, View
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
 from sweeper.search.plan import ArmPlan, StudyPlan
-from sweeper.search.study import counted, first_points, open_storage, open_study
+from sweeper.search.study import counted, find_study, first_points, open_storage, open_study
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
 from sweeper.tracking.trackers import browse_command, make_tracker
@@ -44,16 +44,18 @@ def run_study(plan: StudyPlan) -> Results:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
-    with _one_driver(folder), termination_as_interrupt():
-        session = StudySession(plan, folder, console)
-        return session.run()
+    with _one_driver(folder), deferred_interrupt() as interrupt:
+        return StudySession(plan, folder, console, interrupt).run()
 
 
 class StudySession:
     """A study while it runs."""
 
-    def __init__(self, plan: StudyPlan, folder: StudyFolder, console: Console) -> None:
+    def __init__(
+        self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
+    ) -> None:
         self._plan = plan
+        self._interrupt = interrupt
         self._folder = folder
         self._console = console
         self._storage = open_storage(plan.study.storage, folder)
@@ -61,7 +63,6 @@ class StudySession:
         self._tracker = make_tracker(plan.settings.tracking)
         self._board = Board()
         self._slots: dict[int, int] = {}
-        self._arms: list[ArmResult] = []
 
     def run(self) -> Results:
         """See run_study."""
@@ -103,11 +104,10 @@ class StudySession:
             board=self._board,
             provenance=self._provenance,
             slots=self._slots,
+            interrupt=self._interrupt,
+            told=self._write_results,
         )
-        try:
-            driver.run()
-        finally:
-            self._arms.append(collect_arm(arm, facts, study))
+        driver.run()
 
     def _probe(self, arm: ArmPlan, engine: Engine) -> Facts:
         """Ask the first free worker what this arm starts from."""
@@ -117,6 +117,7 @@ class StudySession:
         self._slots[worker] -= 1
         engine.probe(worker, Probe(arm=arm.name, settings=arm.settings.trial))
         while True:
+            self._interrupt.check()
             event = engine.next_event(POLL_SECONDS)
             if isinstance(event, Slots):
                 self._slots[event.worker] = event.free
@@ -132,6 +133,7 @@ class StudySession:
                 return event.facts
 
     def _wait_for_slots(self, engine: Engine) -> None:
+        self._interrupt.check()
         event = engine.next_event(POLL_SECONDS)
         if isinstance(event, Slots):
             self._slots[event.worker] = event.free
@@ -139,7 +141,7 @@ class StudySession:
     def _announce(self, arm: ArmPlan, facts: Facts, done: int, view: View) -> None:
         if arm is self._plan.arms[0]:
             view.event(f"data: {describe_data(facts)}")
-            view.event(f"device: {facts.device}, base held as {facts.dtype}")
+            view.event(f"device: {facts.device}, computing in {facts.dtype}")
         text = f"arm {arm.name}: {arm.n_trials} trials"
         if done >= arm.n_trials:
             text += ", all of them done before: nothing to train"
@@ -150,64 +152,81 @@ class StudySession:
             text += f", {points} known-good points first"
         view.event(f"{text}; untuned base {facts.base_loss:.4f}")
 
-    def _conclude(self, status: RunStatus) -> Results:
-        """Write, record and print what there is, whether or not the study came to its end."""
-        results = Results(
+    def _results(self) -> Results:
+        """What all arms have so far, from their storage."""
+        found = {arm: find_study(self._plan, arm, self._storage) for arm in self._plan.arms}
+        return Results(
             study_name=self._plan.study.study_name,
             command=self._plan.command,
             provenance=self._provenance,
-            arms=tuple(self._arms),
+            arms=tuple(
+                collect_arm(arm, study) for arm, study in found.items() if study is not None
+            ),
         )
-        if self._arms:
-            write_json(self._folder.results, to_document(results))
-            write_atomic(self._folder.report, markdown_report(results))
-        best = self._arms[0].best if self._arms else None
+
+    def _write_results(self) -> None:
+        """After every trial, so that a report can be read while the study runs or after a crash."""
+        results = self._results()
+        write_json(self._folder.results, to_document(results))
+        write_atomic(self._folder.report, markdown_report(results))
+
+    def _conclude(self, status: RunStatus) -> Results:
+        """Write, record and print what there is, whether or not the study came to its end."""
+        results = self._results()
+        if results.arms:
+            self._write_results()
+            print_results(results, self._console)
+            text = self._next_commands(results, status)
+            self._console.print(text, highlight=False, soft_wrap=True)
+        best = results.arms[0].best if results.arms else None
         self._tracker.close_study(
             status,
             {} if best is None else best.outcome.metrics,
             {} if best is None else best.point,
-            markdown_report(results),
+            markdown_report(results) if results.arms else "",
             [path for path in (self._folder.results, self._folder.report) if path.exists()],
         )
-        problems = self._tracker.close()
-        if self._arms:
-            print_results(results, self._console)
-            self._console.print(self._next_commands(status), highlight=False, soft_wrap=True)
-        for problem in problems:
+        for problem in self._tracker.close():
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
         return results
 
-    def _next_commands(self, status: RunStatus) -> str:
+    def _next_commands(self, results: Results, status: RunStatus) -> str:
         name = self._plan.study.study_name
         total = self._plan.study.n_trials
         lines = ["", f"Results    {self._folder.report}"]
-        best = self._arms[0].best
+        best = results.arms[0].best
         if best is not None:
             artifact = self._folder.trial(best.arm, best.number).artifact
             lines.append(f"Best       {artifact or self._folder.trial(best.arm, best.number).path}")
-        if status != "FINISHED":
+        if status == "FAILED":
+            return "\n".join(lines)
+        if status == "KILLED":
             return "\n".join([*lines, f"Resume     python -m sweeper {self._plan.command}"])
         extended = _with(self._plan.command, "hydra.sweeper.n_trials", str(2 * total))
         anew = _with(self._plan.command, "hydra.sweeper.study_name", f"{name}_2")
         return "\n".join(
             [
                 *lines,
-                f"Read       python -m sweeper report {name}",
+                f"Read       python -m sweeper report {name}{self._elsewhere()}",
                 f"Browse     {browse_command(self._plan.settings.tracking)}",
                 f"Extend     python -m sweeper {extended}",
                 f"Anew       python -m sweeper {anew}",
             ]
         )
 
+    def _elsewhere(self) -> str:
+        output_dir = self._plan.settings.output_dir
+        return "" if output_dir == "outputs" else f" --output-dir {shlex.quote(output_dir)}"
+
     def _record(self) -> StudyRecord:
-        arms = {f"{arm.name}.n_trials": arm.n_trials for arm in self._plan.arms}
+        arms = {f"{arm.name}.n_trials": str(arm.n_trials) for arm in self._plan.arms}
         spaces = {
             f"{arm.name}.space.{key}": str(domain)
             for arm in self._plan.arms
             for key, domain in arm.space.items()
         }
         name = self._plan.study.study_name
-        return StudyRecord(self._plan.experiment, name, {**arms, **spaces}, self._provenance)
+        return StudyRecord(self._plan.experiment, name, spaces, {**arms, **self._provenance})
 
 
 def _with(command: str, key: str, value: str) -> str:

@@ -7,6 +7,7 @@ Names are those of PEFT, transformers and Optuna wherever they have one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -24,7 +25,9 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """One node of the configuration: unknown keys are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Model(Section):
@@ -133,6 +136,12 @@ class Training(Section):
                 "nor a fraction of the schedule below 1"
             )
         return self
+
+    def warmup_length(self, total_steps: int) -> int:
+        """Warm-up in optimiser steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_ratio * total_steps)
 
     @property
     def effective_batch_size(self) -> int:

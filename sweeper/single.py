@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 
 from rich.console import Console
 
-from sweeper.errors import TrialFailed
+from sweeper.errors import StudyError, TrialFailed
 from sweeper.folders import TrialFolder
-from sweeper.interrupt import termination_as_interrupt
-from sweeper.outcome import Outcome
+from sweeper.interrupt import Interrupt, deferred_interrupt
+from sweeper.outcome import Facts, Outcome
+from sweeper.reporting.tables import describe_data
 from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
 from sweeper.search.states import STATES
@@ -18,75 +19,110 @@ from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import Tracker, TrialRecord
 from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
-from sweeper.workers.protocol import Ended, Engine, Evaluated, Lost, Slots, Submit
+from sweeper.workers.protocol import Ended, Engine, Evaluated, Lost, Probe, Probed, Slots, Submit
 
 
-def run_single(settings: Settings, folder: TrialFolder) -> Outcome:
+def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome:
     """Train one trial through the same worker and protocol as a study's.
 
+    Args:
+        settings: the trial, and the machinery around it.
+        folder: where it is written; must not hold a trial already.
+        command: what the user typed, for the record.
+
     Raises:
+        StudyError: the folder is used.
         TrialFailed: it ended without a result: refused, out of memory, diverged, a crash, an error.
         KeyboardInterrupt: the user stopped it.
     """
+    if folder.outcome.exists():
+        raise StudyError(f"{folder.path} holds a trial already; give another folder")
     console = make_console()
-    facts = provenance("")
-    params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
-    record = TrialRecord(f"single/{folder.path.name}", folder, params, facts)
     tracker = make_tracker(settings.tracking)
     engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")
+    single = SingleTrial(settings.trial, folder, command, engine, tracker, console)
     try:
-        with termination_as_interrupt():
-            outcome = _train_one(settings.trial, record, facts, engine, tracker, console)
+        with deferred_interrupt() as interrupt:
+            outcome = single.train(interrupt)
     except KeyboardInterrupt:
         outcome = Outcome(cause="cancelled")
     finally:
         engine.close()
     status = STATES[outcome.cause].status or "FAILED"
-    tracker.end(record, status, outcome.metrics, {"cause": outcome.cause})
-    problems = tracker.close()
-    for problem in problems:
+    tracker.end(single.record, status, outcome.metrics, {"cause": outcome.cause})
+    for problem in tracker.close():
         console.print(f"not recorded in MLflow: {problem}", style="yellow")
     if outcome.cause == "cancelled":
         raise KeyboardInterrupt
     if status != "FINISHED":
         raise TrialFailed(f"the trial ended as {outcome.cause}: {outcome.message}")
-    console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
+    if folder.log_text.exists():  # a fake trial writes none
+        console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
     console.print(f"Folder     {folder.path}", highlight=False)
     console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)
     return outcome
 
 
-def _train_one(
-    settings: TrialSettings,
-    record: TrialRecord,
-    facts: Mapping[str, str],
-    engine: Engine,
-    tracker: Tracker,
-    console: Console,
-) -> Outcome:
-    submitted = False
-    while True:
-        event = engine.next_event(POLL_SECONDS)
-        match event:
-            case Slots() if not submitted:
-                submitted = True
-                tracker.start(record)
-                engine.submit(
-                    event.worker,
-                    Submit(
-                        trial=record.key,
-                        attempt=1,
-                        folder=record.folder.path.resolve(),
-                        settings=settings,
-                        provenance=dict(facts),
-                    ),
-                )
-            case Evaluated():
-                tracker.ship(record)
-                console.print(
-                    f"step {event.step} of {event.total_steps}: eval loss {event.loss:.4f}"
-                )
-            case Ended():
-                return event.outcome
-            case Lost() if submitted:
-                return Outcome(cause="crash", message=event.message)
+class SingleTrial:
+    """A trial without a study: probe, submit, listen."""
+
+    def __init__(
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        command: str,
+        engine: Engine,
+        tracker: Tracker,
+        console: Console,
+    ) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._tracker = tracker
+        self._console = console
+        self._facts: Facts | None = None
+        params = flatten(settings.model_dump(mode="json", exclude_none=True))
+        name = f"single/{folder.path.name}"
+        self.record = TrialRecord(name, folder, params, provenance(command))
+
+    def train(self, interrupt: Interrupt) -> Outcome:
+        """To its end; what cannot be probed is refused."""
+        while True:
+            interrupt.check()
+            match self._engine.next_event(POLL_SECONDS):
+                case Slots(worker=worker) if self._facts is None:
+                    self._engine.probe(worker, Probe(arm="single", settings=self._settings))
+                case Slots(worker=worker):
+                    self._submit(worker)
+                case Probed(facts=None, message=message):
+                    return Outcome(cause="refused", message=message)
+                case Probed(facts=facts):
+                    self._know(facts)
+                case Evaluated() as event:
+                    self._tracker.ship(self.record)
+                    done = f"step {event.step} of {event.total_steps}"
+                    self._console.print(f"{done}: eval loss {event.loss:.4f}", highlight=False)
+                case Ended(outcome=outcome):
+                    return outcome
+                case Lost(message=message):
+                    return Outcome(cause="crash", message=message)
+
+    def _know(self, facts: Facts | None) -> None:
+        assert facts is not None
+        self._facts = facts
+        digests = {"data.digest": facts.data_digest, "base.digest": facts.base_digest}
+        self.record = replace(self.record, tags={**self.record.tags, **digests})
+        self._console.print(f"data: {describe_data(facts)}", highlight=False, soft_wrap=True)
+        self._console.print(f"untuned base: eval loss {facts.base_loss:.4f}", highlight=False)
+
+    def _submit(self, worker: int) -> None:
+        self._tracker.start(self.record)
+        self._engine.submit(
+            worker,
+            Submit(
+                trial=self.record.key,
+                attempt=1,
+                folder=self.record.folder.path.resolve(),
+                settings=self._settings,
+                provenance=dict(self.record.tags),
+            ),
+        )

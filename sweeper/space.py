@@ -53,8 +53,10 @@ class Interval:
         return isinstance(value, int | float) and self.low <= value <= self.high
 
     def probes(self) -> tuple[Scalar, ...]:
-        """The two bounds."""
-        return self.low, self.high
+        """The two bounds, and for real numbers one in between that is not whole."""
+        if self.integer or self.step is not None:
+            return self.low, self.high
+        return self.low, self.high, self.low + 0.382 * (self.high - self.low)
 
     def __str__(self) -> str:
         step = "" if self.step is None else f", step={self.step}"

@@ -138,10 +138,10 @@ def test_flags_are_found_anywhere() -> None:
     """-m may stand before, between or after the overrides; flags keep their values."""
     line = parse_command_line(["+experiment=e", "-m", "a=1"])
     assert line.multirun
-    assert line.argv == ["-m", "+experiment=e", "a=1"]
+    assert line.overrides == ("+experiment=e", "a=1")
     shown = parse_command_line(["a=1", "--cfg", "job"])
     assert not shown.trains
-    assert shown.argv == ["--cfg", "job", "a=1"]
+    assert shown.flags == ("--cfg", "job")
 
 
 @pytest.mark.parametrize(
@@ -162,3 +162,61 @@ def test_answers_that_need_no_model_import_no_torch(arguments: list[str], tmp_pa
     loaded = set(json.loads(result.stderr.splitlines()[-1]))
     assert "hydra" in loaded or arguments[0] == "report"
     assert not loaded & {"torch", "transformers", "peft", "mlflow", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=0,1", "data.max_length=64,128", "quantization=nf4,none", "sampler=tpe,random"],
+)
+def test_what_decides_the_comparison_cannot_be_searched(override: str) -> None:
+    """The seed, the data, the base and the machinery are no search dimensions."""
+    with pytest.raises(ConfigError, match=r"never searched|cannot be searched"):
+        studies(["+experiment=lr_rank_sweep", override])
+
+
+def test_a_real_interval_for_a_whole_number_is_refused_at_once() -> None:
+    """interval(2, 32) draws 23.5, which is no rank; the plan says so before anything is trained."""
+    with pytest.raises(ConfigError, match=r"adapter\.r=13\.46.*integer"):
+        studies(["+experiment=lr_rank_sweep", "adapter.r=interval(2, 32)"])
+
+
+def test_infinite_values_are_refused() -> None:
+    """inf and nan are no values of a setting."""
+    with pytest.raises(ConfigError, match=r"training\.max_grad_norm=inf"):
+        single(["training.max_grad_norm=inf"])
+
+
+def test_auto_groups_follow_a_base_model_named_in_an_experiment(tmp_path: Path) -> None:
+    """The base may be named in a user's own YAML: the real space and preset are taken all the same."""
+    folder = tmp_path / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text(
+            f"# @package _global_\nmodel: {{base_model: gpt2}}\nhydra:\n  sweeper:\n"
+            f"    study_name: {name}\n    params: {{adapter.r: '${{space.r}}'}}\n"
+        )
+    search = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+    for plan in studies(["+experiment=one,two", search]):
+        assert dict(plan.presets) == {"evaluation": "real", "space": "real", "training": "real"}
+        assert str(plan.arms[0].space["adapter.r"]) == "choice(8, 16, 32, 64)"
+
+
+def test_one_name_for_two_studies_is_refused() -> None:
+    """Two experiments cannot share a study_name."""
+    with pytest.raises(ConfigError, match="need a name each"):
+        studies(["+experiment=lr_rank_sweep,qlora_against_lora", "hydra.sweeper.study_name=x"])
+
+
+def test_a_misspelt_verb_lists_the_verbs(program: Program) -> None:
+    """A bare word is taken for a verb, not for a broken override."""
+    result = program("reports", "lr_rank_sweep")
+    assert result.returncode == 2
+    assert "reports: no such verb; verbs: report, trial, build-base" in result.stderr
+
+
+def test_priors_need_not_name_every_key() -> None:
+    """A prior is a partial point: another searched key is drawn for it."""
+    overrides = ["+experiment=lr_rank_sweep", "space=real", "training.weight_decay=0.0,0.1"]
+    lora = studies(overrides)[0].arms[0]
+    assert "training.weight_decay" not in lora.priors[0]
+    assert "training.weight_decay" in lora.space

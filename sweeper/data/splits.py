@@ -97,9 +97,11 @@ def _files(settings: Data) -> Splits:
     found: str = settings.format
     if found == "auto":
         found = detect_format(rows["train"][0], where)
-    rows = _split_off(rows, settings)
+    unique = list({json.dumps(row, sort_keys=True): row for row in rows["train"]}.values())
+    dropped = {"duplicate": len(rows["train"]) - len(unique)}  # they would leak across the split
+    rows = _split_off({**rows, "train": unique}, settings)
     examples = {name: render(rows[name], found, str(given.get(name, where))) for name in rows}
-    return Splits(examples, found, where, {})
+    return Splits(examples, found, where, dropped)
 
 
 def _split_off(rows: Mapping[str, list[Row]], settings: Data) -> dict[str, list[Row]]:

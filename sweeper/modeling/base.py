@@ -43,10 +43,8 @@ class Base:
 
 
 def device() -> torch.device:
-    """The device of this process: its GPU if it has one."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device of this process: its one visible GPU, or the CPU (also on Apple silicon)."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve_dtype(name: str, on: torch.device) -> torch.dtype:

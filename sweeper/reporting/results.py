@@ -65,6 +65,12 @@ class ArmResult:
         return min(complete, key=lambda trial: trial.loss or 0.0, default=None)
 
     @property
+    def tried(self) -> int:
+        """Trials that were trained to some end of their own."""
+        idle = ("refused", "duplicate", "cancelled")
+        return sum(trial.outcome.cause not in idle for trial in self.trials)
+
+    @property
     def seconds_per_trial(self) -> float | None:
         """Median worker time of the complete trials; one trial's time is too noisy to compare."""
         times = [trial.metric("cost/seconds") for trial in self.trials if trial.complete]
@@ -92,8 +98,9 @@ class Results:
         return next((arm for arm in self.arms if arm.name == name), None)
 
 
-def collect_arm(arm: ArmPlan, facts: Facts, study: optuna.Study) -> ArmResult:
+def collect_arm(arm: ArmPlan, study: optuna.Study) -> ArmResult:
     """What an arm has so far, from its storage."""
+    facts = Facts.model_validate(study.user_attrs["facts"])
     trials = [
         TrialResult(
             arm.name,

@@ -66,7 +66,7 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
     columns += ("eval loss", "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
-    title = f"{arm.name}: {len(arm.trials)} trials, {_duration(arm.seconds)} in all"
+    title = f"{arm.name}: {arm.tried} trials, {_duration(arm.seconds)} in all"
     return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
 
 
@@ -157,11 +157,11 @@ def _base_rows(results: Results) -> list[tuple[str, ...]]:
 def _arm_row(arm: ArmResult) -> tuple[str, ...]:
     best = arm.best
     if best is None:
-        return (_label(arm), str(len(arm.trials)), *([DASH] * 8))
+        return (_label(arm), str(arm.tried), *([DASH] * 8))
     assert best.loss is not None
     return (
         _label(arm),
-        str(len(arm.trials)),
+        str(arm.tried),
         _number(best.metric("parameters/trainable")),
         _number(best.metric("parameters/trainable_percent"), "{:.2f} %"),
         f"{best.loss:.4f}",

@@ -7,7 +7,7 @@ tracker; workers know neither.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import optuna
@@ -15,12 +15,13 @@ from optuna.trial import Trial, TrialState
 
 from sweeper.errors import ConfigError, StudyError
 from sweeper.folders import StudyFolder
+from sweeper.interrupt import Interrupt
 from sweeper.outcome import Facts, Outcome
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import permille, should_prune
 from sweeper.search.states import MAX_ATTEMPTS, STATES, tell
-from sweeper.search.study import adopt, counted, suggest, twin
+from sweeper.search.study import adopt, ask_again, counted, suggest, twin
 from sweeper.settings import Pruner, Settings, flatten
 from sweeper.space import Point
 from sweeper.tracking.tracker import Tracker, TrialRecord
@@ -35,8 +36,9 @@ from sweeper.workers.protocol import (
     Submit,
 )
 
-MAX_ASKED = 3
-"""Asked trials per counted one: a space of impossible points must end."""
+FRUITLESS = ("refused", "duplicate")
+MAX_FRUITLESS = 2
+"""Points answered without training, per trial wanted: a space of impossible points must end."""
 MAX_SAME_ERRORS = 3
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 10.0
@@ -71,6 +73,9 @@ class ArmDriver:
     board: Board
     provenance: Mapping[str, str]
     slots: dict[int, int]
+    interrupt: Interrupt
+    told: Callable[[], None]
+    """Called after every trial that was told."""
     _live: dict[str, Live] = field(default_factory=dict)
     _waiting: list[Live] = field(default_factory=list)
     _errors: Counter[str] = field(default_factory=Counter)
@@ -87,6 +92,7 @@ class ArmDriver:
             for trial in adopt(self.study):
                 self._adopt(trial)
             while self._more():
+                self.interrupt.check()
                 self._dispatch()
                 if event := self.engine.next_event(POLL_SECONDS):
                     self._handle(event)
@@ -94,6 +100,11 @@ class ArmDriver:
         except (KeyboardInterrupt, StudyError):
             self._cancel()
             raise
+        if (done := counted(self.study)) < self.arm.n_trials:
+            self.view.event(
+                f"arm {self.arm.name} ends at {done} of {self.arm.n_trials} trials: what else was "
+                "asked had been trained before or is impossible"
+            )
 
     def _more(self) -> bool:
         return bool(self._live or self._waiting) or self._may_ask()
@@ -101,10 +112,11 @@ class ArmDriver:
     def _may_ask(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
         open_count = len(self._live) + len(self._waiting)
-        asked = sum(trial.state is not TrialState.WAITING for trial in trials)
-        exhausted = self.arm.sampler.name == "grid" and asked == len(trials)
+        waiting = sum(trial.state is TrialState.WAITING for trial in trials)
+        fruitless = sum(trial.user_attrs.get("cause") in FRUITLESS for trial in trials)
+        exhausted = self.arm.sampler.name == "grid" and not waiting
         wanted = counted(self.study) + open_count < self.arm.n_trials
-        return wanted and not exhausted and asked < MAX_ASKED * self.arm.n_trials
+        return wanted and not exhausted and fruitless < MAX_FRUITLESS * self.arm.n_trials
 
     def _dispatch(self) -> None:
         for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
@@ -227,18 +239,22 @@ class ArmDriver:
         if row.state is TrialState.COMPLETE and not row.infeasible and outcome.best_value is None:
             message = "ended without a single evaluation"
             outcome = outcome.model_copy(update={"cause": "error", "message": message})
+        if outcome.cause == "cancelled":
+            ask_again(self.study, live.trial, self.arm.space)
         tell(self.study, live.trial, outcome, self.facts.base_loss)
         live.view.ended(outcome)
-        status = STATES[outcome.cause].status
-        if status is not None:
-            self.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
+        status = row.status or "KILLED"  # refused by the worker: its run was started all the same
+        self.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
         self.view.event(live.view.summary(outcome))
+        self.told()
         if outcome.cause == "error":
             self._count_error(outcome.message or "")
 
     def _count_error(self, message: str) -> None:
-        self._errors[message] += 1
-        if self._errors[message] >= MAX_SAME_ERRORS:
+        *frames, last = message.splitlines() or [""]
+        place = "\n".join([*frames, last.split(":")[0]])  # the words may name the trial
+        self._errors[place] += 1
+        if self._errors[place] >= MAX_SAME_ERRORS:
             raise StudyError(
                 f"the same error ended {MAX_SAME_ERRORS} trials of arm {self.arm.name}; "
                 f"the study stops here:\n{message}"
@@ -255,6 +271,7 @@ class ArmDriver:
             self._tell(live, Outcome(cause="crash", message=event.message))
         else:
             live.attempt += 1
+            live.stopping = False
             live.view.state = "waiting"
             self._waiting.append(live)
 
@@ -263,6 +280,12 @@ class ArmDriver:
         frozen = next(t for t in self.study.get_trials() if t.number == trial.number)
         live = self._prepare(trial, suggest(trial, self.arm.space))
         if live is None:
+            return
+        if (
+            live.record.folder.outcome.exists()
+        ):  # it ended, but the driver died before it could tell
+            text = live.record.folder.outcome.read_text(encoding="utf-8")
+            self._tell(live, Outcome.model_validate_json(text))
             return
         live.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         live.reported = set(frozen.intermediate_values)
@@ -303,4 +326,5 @@ class ArmDriver:
         self._live.clear()
         self._waiting.clear()
         for trial in adopt(self.study):  # asked, but not handed out when the interrupt came
+            ask_again(self.study, trial, self.arm.space)
             tell(self.study, trial, Outcome(cause="cancelled"), self.facts.base_loss)

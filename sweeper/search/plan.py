@@ -23,6 +23,17 @@ LORA = "lora"
 """The arm that `hydra.sweeper.params` describes."""
 
 
+_OTHER_QUESTION = "decides what is compared, so it cannot be searched; make it an arm or a study"
+_MACHINERY = "is machinery and changes no result, so it cannot be searched"
+NEVER_SEARCHED = {
+    "seed": "is never searched: the best seed is luck; repeat the best trials over seeds instead",
+    **dict.fromkeys(("model", "data", "evaluation", "quantization"), _OTHER_QUESTION),
+    **dict.fromkeys(
+        ("space", "sampler", "pruner", "workers", "tracking", "output_dir"), _MACHINERY
+    ),
+}
+
+
 @dataclass(frozen=True)
 class ArmPlan:
     """One arm: its own Optuna study, its own space, its own overrides on the shared experiment."""
@@ -57,6 +68,8 @@ class StudyPlan:
     experiment: str
     study: Study
     arms: tuple[ArmPlan, ...]
+    presets: Mapping[str, str]
+    """What the groups that follow the model's size were taken as."""
     command: str
     """What the user typed after `python -m sweeper`, for reports and error messages."""
 
@@ -72,6 +85,7 @@ def single(overrides: Sequence[str]) -> Settings:
     Raises:
         ConfigError: everything that is wrong.
     """
+    overrides = compose.with_auto_groups(overrides)
     composition, problems = compose.compose_leniently(overrides)
     problems += _setting_problems(composition.config)
     if problems:
@@ -89,9 +103,14 @@ def studies(overrides: Sequence[str]) -> list[StudyPlan]:
     problems: list[str] = []
     for texts in compose.expand_experiments(overrides):
         try:
-            plans.append(_plan(texts))
+            plans.append(_plan(compose.with_auto_groups(texts)))
         except ConfigError as error:
             problems += [problem for problem in error.problems if problem not in problems]
+    names = [plan.study.study_name for plan in plans]
+    if len(set(names)) < len(names):
+        problems.append(
+            f"hydra.sweeper.study_name={names[0]}: several experiments need a name each"
+        )
     if problems:
         raise ConfigError(problems)
     return plans
@@ -110,7 +129,10 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
         raise ConfigError(problems)
     arms = _arms(study, fixed, swept)
     experiment = composition.choices.get("experiment", "default")
-    return StudyPlan(experiment, study, arms, _command(overrides))
+    presets = {
+        group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
+    }
+    return StudyPlan(experiment, study, arms, presets, _command(overrides))
 
 
 def _command(overrides: Sequence[str]) -> str:
@@ -127,6 +149,10 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
     except ValidationError as error:
         return describe(error, Settings)
     return [] if settings.workers.trainer == "fake" else path_problems(settings.data)
+
+
+def _part(key: str) -> str:
+    return key.split(".")[0]
 
 
 def _unknown_keys(
@@ -183,7 +209,7 @@ def _arms(study: Study, fixed: Sequence[str], swept: Mapping[str, str]) -> tuple
 def _without_replaced_groups(shared: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """An arm that replaces a group (adapter=none) leaves that group's values behind as well."""
     replaced = {compose.key_of(text) for text in overrides}
-    return [text for text in shared if compose.key_of(text).split(".")[0] not in replaced]
+    return [text for text in shared if _part(compose.key_of(text)) not in replaced]
 
 
 def _arm(
@@ -194,18 +220,17 @@ def _arm(
     n_trials: int,
     sampler: Sampler,
 ) -> ArmPlan:
+    overrides = compose.with_auto_groups(overrides)
     composition, problems = compose.compose_leniently(overrides)
     problems += _setting_problems(composition.config)
     space, fixed, space_problems = _space(params)
     problems += space_problems
     if not problems:
         problems += _point_problems(space, fixed, overrides)
-    points = [_prior(prior, space) for prior in priors]
     problems += [
-        f"priors[{index}]: gives no value for {', '.join(sorted(set(space) - set(point)))}"
-        for index, point in enumerate(points)
-        if set(space) - set(point)
+        f"{key}: {NEVER_SEARCHED[part]}" for key in space if (part := _part(key)) in NEVER_SEARCHED
     ]
+    points = [_prior(prior, space) for prior in priors]
     count = _grid_count(space, n_trials, sampler, problems)
     if problems:
         raise ConfigError(
@@ -242,7 +267,7 @@ def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> lis
     """Try the ends of every domain, one key at a time, against the settings' own rules."""
     problems: list[str] = []
     for point in _probe_points(space, fixed):
-        values = {key: value for key, value in point.items() if "." in key or key == "seed"}
+        values = {key: value for key, value in point.items() if "." in key}
         groups = [compose.format_override(key, point[key]) for key in point if key not in values]
         composition, found = compose.compose_leniently([*overrides, *groups])
         found += _unknown_keys(values, composition.config, composition.choices)

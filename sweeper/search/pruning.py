@@ -26,9 +26,7 @@ def permille(step: int, total_steps: int) -> int:
 
 def may_prune(settings: Pruner, training: Training, step: int, total_steps: int) -> bool:
     """Whether a decision is allowed at all: after warm-up and `min_fraction`, before the end."""
-    warmup = training.warmup_steps
-    if warmup is None:
-        warmup = round(training.warmup_ratio * total_steps)
+    warmup = training.warmup_length(total_steps)
     return max(warmup, settings.min_fraction * total_steps) < step < total_steps
 
 

@@ -74,11 +74,5 @@ def counts(trial: FrozenTrial) -> bool:
     return bool(trial.user_attrs.get("counts", False)) and trial.state.is_finished()
 
 
-def feasible(trial: FrozenTrial) -> bool:
-    """Whether a trial's value may be the best."""
-    cause = trial.user_attrs.get("cause")
-    return trial.state is TrialState.COMPLETE and not (cause and STATES[cause].infeasible)
-
-
 def _counts(row: Row, outcome: Outcome) -> bool:
     return row.counts == "yes" or (row.counts == "if trained" and outcome.steps > 0)

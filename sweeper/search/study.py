@@ -64,21 +64,48 @@ def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage)
     )
     study.sampler = make_sampler(arm, finished=len(study.get_trials(deepcopy=False)))
     _check_question(study, plan, arm, facts)
+    study.set_user_attr("facts", facts.model_dump(mode="json"))
+    taken = [_point_of(trial) for trial in study.get_trials(deepcopy=False) if _is_taken(trial)]
     for point in first_points(arm):
-        study.enqueue_trial(point, skip_if_exists=True)
+        if not any(point.items() <= other.items() for other in taken):
+            study.enqueue_trial(point)
     return study
+
+
+def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
+    """Have a trial's point asked once more: it was cancelled, and nothing is known of it."""
+    study.enqueue_trial(suggest(trial, space))
+
+
+def find_study(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage) -> optuna.Study | None:
+    """An arm's study as it stands, if it was ever opened."""
+    name = optuna_name(plan.study.study_name, arm.name)
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    study = optuna.load_study(study_name=name, storage=storage)
+    return study if "facts" in study.user_attrs else None
+
+
+def _is_taken(trial: FrozenTrial) -> bool:
+    """Whether a trial's point needs no further asking: it has a result, or it will have one."""
+    return trial.state is not TrialState.FAIL or counts(trial)
+
+
+def _point_of(trial: FrozenTrial) -> dict[str, Any]:
+    fixed: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
+    return {**fixed, **trial.params}
 
 
 def first_points(arm: ArmPlan) -> list[Point]:
     """Points to try before the sampler chooses: the whole grid, or the known-good ones in range."""
     if arm.sampler.name == "grid":
         return list(itertools.islice(grid(arm.space), arm.n_trials))
-    return [point for point in arm.priors if inside(arm.space, point)]
+    return [point for point in arm.priors if point and inside(arm.space, point)]
 
 
 def inside(space: Space, point: Mapping[str, Scalar]) -> bool:
-    """Whether a point lies in a space (which the command line may have narrowed)."""
-    return all(point[key] in domain for key, domain in space.items())
+    """Whether a (partial) point lies in a space, which the command line may have narrowed."""
+    return all(value in space[key] for key, value in point.items())
 
 
 def make_sampler(arm: ArmPlan, finished: int) -> BaseSampler:

@@ -29,6 +29,13 @@ EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "best/eval_loss",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
 }
+OUTAGE_SETTINGS = {
+    # MLflow's own defaults keep one call waiting for 246 seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
+MAX_FAILURES = 3
+"""Calls that fail in a row before the tracker stops trying: an outage must not hold up the end."""
 BATCH = 1000
 """MLflow takes at most this many metrics a request."""
 
@@ -50,12 +57,15 @@ class MlflowTracker:
         self._final: set[str] = set()
         self._experiment = ""
         self._study: dict[str, str] = {}
+        self._announced: StudyRecord | None = None
+        self._failures = 0
         self._parent: str | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._client: Future[MlflowClient] = self._pool.submit(self._connect)
 
     def open_study(self, study: StudyRecord) -> None:
         """See Tracker."""
+        self._announced = study
         self._later(f"study {study.name}", lambda client: self._open_study(client, study))
 
     def start(self, trial: TrialRecord) -> None:
@@ -89,14 +99,15 @@ class MlflowTracker:
         """See Tracker."""
 
         def close(client: MlflowClient) -> None:
-            assert self._parent is not None
-            _log_final(client, self._parent, metrics)
-            client.set_tag(self._parent, "mlflow.note.content", note[:8000])
+            parent = self._parent_of(client)
+            _log_final(client, parent, metrics)
+            if note:
+                client.set_tag(parent, "mlflow.note.content", note[:8000])
             for name, value in params.items():
-                client.set_tag(self._parent, f"best.{name}", str(value))
+                client.set_tag(parent, f"best.{name}", str(value))
             for path in artifacts:
-                client.log_artifact(self._parent, str(path))
-            client.set_terminated(self._parent, status)
+                client.log_artifact(parent, str(path))
+            client.set_terminated(parent, status)
 
         self._later("the parent run", close)
 
@@ -107,6 +118,8 @@ class MlflowTracker:
 
     def _connect(self) -> MlflowClient:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for name, value in OUTAGE_SETTINGS.items():
+            os.environ.setdefault(name, value)
         import mlflow  # two seconds, and not needed before the first trial is on its way
 
         for name in ("mlflow", "alembic"):
@@ -119,9 +132,14 @@ class MlflowTracker:
         self._pool.submit(self._try, what, work)
 
     def _try(self, what: str, work: Callable[[MlflowClient], None]) -> None:
+        if self._failures >= MAX_FAILURES:
+            self._problems.append(f"{what}: given up after {MAX_FAILURES} failures in a row")
+            return
         try:
             work(self._client.result())
+            self._failures = 0
         except Exception as error:  # noqa: BLE001 - the tracker's edge: an outage stops no training
+            self._failures += 1
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._problems.append(f"{what}: {reason}")
 
@@ -134,6 +152,8 @@ class MlflowTracker:
         if parents:
             self._parent = parents[0].info.run_id
             client.update_run(self._parent, status="RUNNING")
+            for name, value in study.tags.items():
+                client.set_tag(self._parent, name, value)
         else:
             tags = {**self._study, **study.tags}
             run = client.create_run(self._experiment, run_name=study.name, tags=tags)
@@ -144,6 +164,14 @@ class MlflowTracker:
                 self._runs[key] = run.info.run_id
                 if run.info.status != "RUNNING":
                     self._final.add(key)
+
+    def _parent_of(self, client: MlflowClient) -> str:
+        """The parent run; opened now if the server was away when the study began."""
+        if self._parent is None:
+            assert self._announced is not None, "no study was announced"
+            self._open_study(client, self._announced)
+        assert self._parent is not None
+        return self._parent
 
     def _experiment_id(self, client: MlflowClient, name: str) -> str:
         found = client.get_experiment_by_name(name)
@@ -162,11 +190,11 @@ class MlflowTracker:
             client.update_run(self._runs[trial.key], status="RUNNING")
             self._final.discard(trial.key)
             return
-        if not self._experiment:
+        tags = {TRIAL_TAG: trial.key, **trial.tags}
+        if self._announced is None:
             self._experiment = self._experiment_id(client, "single trials")
-        tags = {TRIAL_TAG: trial.key, **self._study, **trial.tags}
-        if self._parent is not None:
-            tags[PARENT_TAG] = self._parent
+        else:
+            tags |= {PARENT_TAG: self._parent_of(client), **self._study}
         run = client.create_run(self._experiment, run_name=trial.key, tags=tags)
         self._runs[trial.key] = run.info.run_id
         _log_params(client, run.info.run_id, trial.params)

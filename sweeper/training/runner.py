@@ -5,7 +5,7 @@ One instance lives in each worker. Its folder protocol: config first, outcome la
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import threading
 import time
@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
@@ -33,7 +33,7 @@ from sweeper.outcome import Facts, Outcome
 from sweeper.settings import Data, LoraAdapter, TrialSettings
 from sweeper.training.log import training_log
 from sweeper.training.observer import Observer
-from sweeper.training.trial import TrialInputs, train_trial
+from sweeper.training.trial import Steps, TrialInputs, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
@@ -51,10 +51,8 @@ class Tokenized:
 class TransformersRunner:
     """Runs trials with transformers.Trainer on a warm base."""
 
-    def __init__(self, threads: int, worker: int) -> None:
+    def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
-        if torch.cuda.is_available():
-            torch.cuda.set_device(worker % torch.cuda.device_count())
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
@@ -76,6 +74,8 @@ class TransformersRunner:
         size = settings.evaluation.per_device_eval_batch_size
         rows = data.validation.rows
         loss = evaluate_loss(base.model, rows, collator, size, base.compute_dtype)
+        if not math.isfinite(loss.mean):
+            raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss.mean}")
         counts = {**data.splits.counts, "train": len(data.train.rows)}
         return Facts(
             base_digest=base.digest,
@@ -89,7 +89,7 @@ class TransformersRunner:
             dropped={**data.splits.dropped, "over_max_length": data.train.dropped},
             target_tokens=loss.tokens,
             device=_device_name(),
-            dtype=str(base.model.dtype).removeprefix("torch."),
+            dtype=str(base.compute_dtype).removeprefix("torch."),
         )
 
     def run(
@@ -121,51 +121,48 @@ class TransformersRunner:
         return outcome
 
     def _outcome(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
+        steps = Steps()
         try:
-            return self._train(settings, folder, observer)
+            return self._train(settings, folder, observer, steps)
         except Diverged as error:
-            return Outcome(cause="diverged", message=str(error), steps=_last_step(folder))
+            return Outcome(cause="diverged", message=str(error), steps=steps.taken)
         except (ModelError, DataError, ConfigError) as error:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            return Outcome(cause="oom", message=message, steps=_last_step(folder))
+            return Outcome(cause="oom", message=message, steps=steps.taken)
 
-    def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
+    def _train(
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, steps: Steps
+    ) -> Outcome:
         base = self._base(settings)
         data = self._tokenized(settings.data, base)
         set_seed(settings.seed)  # before the adapter: its initialisation is random
-        if not isinstance(settings.adapter, LoraAdapter):
-            return self._train_model(base.model, base, data, settings, folder, observer)
-        model = attach(base.model, settings.adapter)
+        adapter = settings.adapter
+        if isinstance(adapter, LoraAdapter):
+            model, base_is_untouched = attach(base.model, adapter), adapter.bias == "none"
+        else:
+            model, base_is_untouched = base.model, False
         try:
-            return self._train_model(model, base, data, settings, folder, observer)
+            inputs = TrialInputs(
+                model, base.tokenizer, data.train, data.validation, base.compute_dtype
+            )
+            return train_trial(inputs, settings, folder, observer, steps)
         finally:
-            detach(model)
-
-    def _train_model(
-        self,
-        model: PreTrainedModel | PeftModel,
-        base: Base,
-        data: Tokenized,
-        settings: TrialSettings,
-        folder: TrialFolder,
-        observer: Observer,
-    ) -> Outcome:
-        inputs = TrialInputs(model, base.tokenizer, data.train, data.validation, base.compute_dtype)
-        return train_trial(inputs, settings, folder, observer)
+            if isinstance(model, PeftModel):
+                detach(model)
+            if not base_is_untouched:
+                self._warm.clear()
 
     def _base(self, settings: TrialSettings) -> Base:
-        """The warm base of LoRA trials; full fine-tuning changes its base, so it gets a fresh one."""
-        if not isinstance(settings.adapter, LoraAdapter):
-            self._warm.clear()
-            return load_base(settings.model, settings.quantization, trained=True)
-        key = settings.model.model_dump_json() + settings.quantization.model_dump_json()
+        """The warm base; a trial that trains the base's own weights leaves none behind."""
+        trained = not isinstance(settings.adapter, LoraAdapter)
+        key = f"{trained} {settings.model.model_dump_json()} {settings.quantization.model_dump_json()}"
         if key not in self._warm:
             self._warm.clear()  # one base at a time: memory is what it is all about
-            self._warm[key] = load_base(settings.model, settings.quantization, trained=False)
+            self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
         return self._warm[key]
 
     def _tokenized(self, settings: Data, base: Base) -> Tokenized:
@@ -193,12 +190,6 @@ def _require_rows(train: Encoded, validation: Encoded, settings: Data, limit: in
             f"{settings.train}: {validation.dropped} validation rows are longer than the model's "
             f"{limit} positions; shorten or remove them (evaluation never truncates)"
         )
-
-
-def _last_step(folder: TrialFolder) -> int:
-    """The last step that left a line in the spool."""
-    lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-    return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ from transformers import (
 from sweeper.data.tokens import Collator, Encoded, Tokens
 from sweeper.errors import ConfigError, Diverged
 from sweeper.evaluation.loss import Loss, evaluate_loss, target_nll
-from sweeper.folders import TrialFolder, size_mib
+from sweeper.folders import TrialFolder, size_mib, write_atomic
 from sweeper.modeling.adapter import ParameterCount, count_parameters
 from sweeper.outcome import Cause, Outcome, StopCause
 from sweeper.settings import Training, TrialSettings
@@ -48,6 +48,13 @@ TRAIN_METRICS = {
 }
 
 
+@dataclass
+class Steps:
+    """How many optimiser steps were taken, for whoever must know it after an exception."""
+
+    taken: int = 0
+
+
 @dataclass(frozen=True)
 class TrialInputs:
     """What a trial is trained on: a model ready to train, its tokenizer, and the encoded splits."""
@@ -60,7 +67,11 @@ class TrialInputs:
 
 
 def train_trial(
-    inputs: TrialInputs, settings: TrialSettings, folder: TrialFolder, observer: Observer
+    inputs: TrialInputs,
+    settings: TrialSettings,
+    folder: TrialFolder,
+    observer: Observer,
+    steps: Steps,
 ) -> Outcome:
     """Train to the end of the schedule, to early stopping, or until the observer says stop.
 
@@ -75,7 +86,7 @@ def train_trial(
     reset_peak()
     resumed = newest_checkpoint(folder.checkpoints)
     spool = Spool(folder.metrics, resumed.step if resumed else 0)
-    narrator = Narrator(observer, spool, total_steps)
+    narrator = Narrator(observer, spool, total_steps, steps)
     trainer = JudgedTrainer(
         judge=_judge(inputs, settings),
         model=inputs.model,
@@ -101,7 +112,7 @@ def train_trial(
         update={
             "metrics": {
                 **outcome.metrics,
-                "train/mean_loss": float(result.training_loss),
+                **_finite({"train/mean_loss": float(result.training_loss)}),
                 "cost/artifact_mib": size_mib(folder.artifact) if folder.artifact else 0.0,
             }
         }
@@ -133,13 +144,6 @@ def evaluate_every(training: Training, total_steps: int) -> int:
     return int(training.eval_steps)
 
 
-def warmup_length(training: Training, total_steps: int) -> int:
-    """Warm-up in optimiser steps."""
-    if training.warmup_steps is not None:
-        return training.warmup_steps
-    return math.ceil(training.warmup_ratio * total_steps)
-
-
 def training_arguments(
     settings: TrialSettings, total_steps: int, checkpoints: Path, compute_dtype: torch.dtype
 ) -> TrainingArguments:
@@ -152,7 +156,7 @@ def training_arguments(
         max_steps=total_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
-        warmup_steps=warmup_length(training, total_steps),
+        warmup_steps=training.warmup_length(total_steps),
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         optim=training.optim,
@@ -239,12 +243,11 @@ class Spool:
         """A new attempt keeps what the earlier one wrote up to the step it continues from."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.resumed_at]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_atomic(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the finite ones of `metrics` (JSON and MLflow know no NaN)."""
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        line = json.dumps({"step": step, "time": time.time(), **finite})
+        line = json.dumps({"step": step, "time": time.time(), **_finite(metrics)})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -263,15 +266,21 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
     observer: Observer
     spool: Spool
     total_steps: int
+    steps: Steps
     stopped: StopCause | None = None
     evaluations: int = 0
     eval_seconds: float = 0.0
+    resumed_tokens: int = 0
+    """Tokens that earlier attempts saw; this attempt's rate is not theirs."""
     _last_progress: float = field(default=0.0, init=False)
     _started: float = field(default=0.0, init=False)
     _step_ended: float = field(default=0.0, init=False)
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._started = self._step_ended = time.monotonic()
+        self.resumed_tokens = int(state.num_input_tokens_seen)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -283,7 +292,8 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = control.should_save = True
         if now - self._last_progress >= PROGRESS_SECONDS:
             self._last_progress = now
-            rate = state.num_input_tokens_seen / max(now - self._started - self.eval_seconds, 1e-9)
+            seen = state.num_input_tokens_seen - self.resumed_tokens
+            rate = seen / max(now - self._started - self.eval_seconds, 1e-9)
             self.observer.progress(state.global_step, self.total_steps, rate)
         self.stopped = self.stopped or self.observer.stop_cause()
         if self.stopped:
@@ -348,6 +358,11 @@ def save_artifact(inputs: TrialInputs, folder: TrialFolder) -> None:
     partial.replace(target)
 
 
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """JSON and MLflow know no NaN and no infinity."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
 def _judge(inputs: TrialInputs, settings: TrialSettings) -> Judge:
     collator = Collator(_pad_id(inputs.tokenizer))
     rows, size = inputs.validation.rows, settings.evaluation.per_device_eval_batch_size
@@ -363,7 +378,7 @@ def _outcome(
     state: TrainerState, narrator: Narrator, parameters: ParameterCount, seconds: float
 ) -> Outcome:
     finished = state.global_step >= narrator.total_steps
-    cause: Cause = narrator.stopped or ("finished" if finished else "early_stopped")
+    cause: Cause = "finished" if finished else (narrator.stopped or "early_stopped")
     best = state.best_metric
     train_seconds = max(seconds - narrator.eval_seconds, 1e-9)
     metrics = {
@@ -373,7 +388,8 @@ def _outcome(
         "parameters/trainable_percent_of_base": parameters.percent_of_base,
         "cost/train_seconds": train_seconds,
         "cost/eval_seconds": narrator.eval_seconds,
-        "cost/tokens_per_second": state.num_input_tokens_seen / train_seconds,
+        "cost/tokens_per_second": (state.num_input_tokens_seen - narrator.resumed_tokens)
+        / train_seconds,
         "cost/peak_memory_mib": peak_mib(),
     }
     if best is not None:

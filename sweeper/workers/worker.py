@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
+import subprocess
 import threading
 import traceback
 from dataclasses import dataclass, field
@@ -71,6 +73,9 @@ class Orders:
                         return
         except (EOFError, OSError):
             os._exit(1)  # nothing to save: checkpoints are on disk, the spool is flushed
+        except Exception:  # noqa: BLE001 - without its reader a worker would wait for ever
+            traceback.print_exc()
+            os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,30 @@ def make_runner(workers: Workers, worker: int, n_jobs: int) -> Runner:
         from sweeper.workers.fake import FakeRunner
 
         return FakeRunner(workers.fake)
+    pin_device(worker)
     from sweeper.training.runner import TransformersRunner
 
-    return TransformersRunner(threads=max(1, (os.cpu_count() or 1) // n_jobs), worker=worker)
+    return TransformersRunner(threads=max(1, (os.cpu_count() or 1) // n_jobs))
+
+
+def pin_device(worker: int) -> None:
+    """Let this process see one GPU only, before torch is imported.
+
+    transformers would otherwise spread one trial over every GPU it sees (torch.nn.DataParallel).
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible is not None else _installed_gpus()
+    if len(devices) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
+
+
+def _installed_gpus() -> list[str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    return answer.stdout.split()
 
 
 def _probed(command: Probe, runner: Runner) -> Probed:

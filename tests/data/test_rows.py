@@ -100,6 +100,16 @@ def test_one_file_is_split_by_row_without_overlap(rows_file: Path) -> None:
     assert load_splits(settings.model_copy(update={"split_seed": 1})).digest != splits.digest
 
 
+def test_duplicate_rows_do_not_leak_across_the_split(tmp_path: Path, rows_file: Path) -> None:
+    """A file with every row twice is split as if each stood there once, and the count is told."""
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(rows_file.read_text() * 2)
+    once = load_splits(make_settings(f"data.train={rows_file}").data)
+    splits = load_splits(make_settings(f"data.train={twice}").data)
+    assert splits.counts == once.counts
+    assert splits.dropped == {"duplicate": 40}
+
+
 def test_validation_file_is_taken_whole(rows_file: Path) -> None:
     """A separate validation file is used as it is; only the test split comes off train."""
     settings = make_settings(f"data.train={rows_file}", f"data.validation={rows_file}").data

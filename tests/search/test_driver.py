@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import signal
 import sqlite3
 import subprocess
@@ -138,8 +139,8 @@ def test_priors_are_tried_first(tmp_path: Path) -> None:
     assert first["adapter.r"] == 64
 
 
-def test_a_twin_is_not_trained_again(tmp_path: Path) -> None:
-    """A space of two points asked for five trials trains two and ends."""
+def test_a_twin_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A space of two points asked for five trials trains two, ends, and says why."""
     _run(
         tmp_path,
         *(ONLY_LORA, "sampler=random", "hydra.sweeper.n_trials=5", "adapter.r=2,8"),
@@ -147,7 +148,7 @@ def test_a_twin_is_not_trained_again(tmp_path: Path) -> None:
         *("adapter.target_modules=mlp", "training.warmup_ratio=0.03"),
     )
     assert _causes(tmp_path).count("finished") == 2
-    assert len(_trials(tmp_path)) <= 15
+    assert "arm lora ends at 2 of 5 trials" in capsys.readouterr().out
 
 
 def _start(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:
@@ -210,6 +211,65 @@ def test_interrupt_ends_cleanly_and_resumes(tmp_path: Path, number: signal.Signa
     assert TrialState.RUNNING not in {trial.state for trial in _trials(tmp_path)}
     _run(tmp_path, *SLOW)
     assert sum(map(counts, _trials(tmp_path))) == 6
+
+
+def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
+    """Stopped in the middle of the full arm and started again, every rate of the grid is trained."""
+    few = ("workers.fake.step_seconds=0.03", "pruner=none", "hydra.sweeper.n_trials=1")
+    process = _start(tmp_path, *few)
+    spool = tmp_path / "lr_rank_sweep" / "full" / "trial_0001" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (spool.exists() and spool.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    _, full = _run(tmp_path, *few).arms
+    finished = [trial for trial in full.trials if trial.complete]
+    rates = sorted(trial.point["training.learning_rate"] for trial in finished)
+    assert rates == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+    assert full.tried == 5
+
+
+def test_a_finished_trial_that_was_not_told_is_not_trained_again(tmp_path: Path) -> None:
+    """Its folder is complete when the driver dies before telling: the outcome is adopted."""
+    (plan,) = studies([*FAKE, f"output_dir={tmp_path}", ONLY_LORA, "hydra.sweeper.n_trials=1"])
+    run_study(plan)
+    storage = f"sqlite:///{tmp_path / 'lr_rank_sweep' / 'study.db'}"
+    with sqlite3.connect(tmp_path / "lr_rank_sweep" / "study.db") as connection:
+        connection.execute("update trials set state = 'RUNNING', datetime_complete = null")
+        connection.execute("delete from trial_values")
+        connection.execute(
+            "delete from trial_user_attributes where key in ('outcome', 'cause', 'counts')"
+        )
+    before = (
+        (tmp_path / "lr_rank_sweep" / "lora" / "trial_0000" / "outcome.json").stat().st_mtime_ns
+    )
+    results = run_study(plan)
+    after = (tmp_path / "lr_rank_sweep" / "lora" / "trial_0000" / "outcome.json").stat().st_mtime_ns
+    assert before == after
+    assert results.arms[0].best is not None
+    (trial,) = optuna.load_study(study_name="lr_rank_sweep/lora", storage=storage).trials
+    assert trial.state is TrialState.COMPLETE
+
+
+def test_mended_code_runs_after_the_same_error_stopped_the_study(tmp_path: Path) -> None:
+    """Failures of earlier runs use up nothing: the study goes on to its total."""
+    broken = "++workers.fake.plan={0:error,1:error,2:error}"
+    with pytest.raises(StudyError):
+        _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2", broken)
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2")
+    assert sum(map(counts, _trials(tmp_path))) == 2
+
+
+def test_results_of_a_finished_arm_survive_a_refused_change(tmp_path: Path) -> None:
+    """A mismatch in one arm leaves the results of all arms as they were."""
+    small = ("hydra.sweeper.n_trials=1", "hydra.sweeper.arms.full.n_trials=1")
+    _run(tmp_path, *small)
+    changed = "hydra.sweeper.arms.full.overrides=[adapter=none,quantization=none,seed=3]"
+    with pytest.raises(StudyMismatch, match="arm full"):
+        _run(tmp_path, *small, changed)
+    results = json.loads((tmp_path / "lr_rank_sweep" / "results.json").read_text())
+    assert [len(arm["trials"]) for arm in results["arms"].values()] == [1, 1]
 
 
 def test_a_second_driver_is_refused(tmp_path: Path) -> None:

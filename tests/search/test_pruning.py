@@ -53,6 +53,10 @@ def test_a_hopeless_trial_is_stopped_only_when_the_guard_lets_it() -> None:
 def test_none_never_prunes() -> None:
     """pruner=none lets every trial end by itself."""
     study = optuna.create_study(pruner=make_pruner(PRUNER.model_copy(update={"name": "none"})))
+    for value in (1.0, 1.1, 1.2):
+        trial = study.ask()
+        trial.report(value, 500)
+        study.tell(trial, value)
     trial = study.ask()
     trial.report(9.0, 500)
     assert not trial.should_prune()

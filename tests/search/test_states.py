@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sweeper.outcome import Cause, Outcome
-from sweeper.search.states import STATES, counts, feasible, tell
+from sweeper.search.states import STATES, counts, tell
 
 BASE_LOSS = 4.5
 
@@ -34,7 +34,6 @@ def test_finished_trials_are_worth_their_best_evaluation(cause: Cause) -> None:
     trial = _told(cause, value=3.9)
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 3.9)
     assert counts(trial)
-    assert feasible(trial)
 
 
 @pytest.mark.parametrize("cause", ["oom", "diverged", "refused"])
@@ -43,7 +42,6 @@ def test_infeasible_trials_teach_the_sampler_and_are_never_best(cause: Cause) ->
     trial = _told(cause, value=None)
     assert (trial.state, trial.value) == (TrialState.COMPLETE, BASE_LOSS)
     assert trial.constraints == {cause: 1.0}
-    assert not feasible(trial)
 
 
 def test_an_infeasible_trial_is_not_the_best_even_when_alone_lower() -> None:

@@ -51,7 +51,7 @@ def test_architecture_trains_with_the_real_preset(
         "adapter.target_modules=attention",
     )
     recorder = Recorder()
-    runner = TransformersRunner(threads=1, worker=0)
+    runner = TransformersRunner(threads=1)
     facts = runner.probe(settings.trial)
     outcome = runner.run(settings.trial, TrialFolder(tmp_path / "t"), {}, recorder)
     assert outcome.cause == "finished", outcome.message

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from sweeper.data.tokens import Collator
 from sweeper.embedded import BASE_DIR
@@ -20,7 +20,7 @@ from sweeper.modeling.base import load_base
 from sweeper.outcome import Outcome, StopCause
 from sweeper.settings import Settings
 from sweeper.training.runner import TransformersRunner
-from sweeper.training.trial import Spool, newest_checkpoint, schedule_length, warmup_length
+from sweeper.training.trial import Spool, newest_checkpoint, schedule_length
 from tests.conftest import make_settings
 
 SHORT = ("training.max_steps=8", "training.eval_steps=2", "training.logging_steps=1")
@@ -56,7 +56,7 @@ def _run(
     runner: TransformersRunner | None = None,
     stop_after: int | None = None,
 ) -> tuple[Outcome, Recorder]:
-    runner = runner or TransformersRunner(threads=1, worker=0)
+    runner = runner or TransformersRunner(threads=1)
     recorder = Recorder(stop_after)
     settings = _settings(rows_file, overrides).trial
     return runner.run(settings, TrialFolder(folder), {}, recorder), recorder
@@ -67,7 +67,7 @@ def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     rows_file: Path, tmp_path: Path, quantization: str
 ) -> None:
     """What is stored is the best checkpoint: PEFT alone finds the same eval loss to 1e-3."""
-    runner = TransformersRunner(threads=1, worker=0)
+    runner = TransformersRunner(threads=1)
     overrides = [f"quantization={quantization}", "training.learning_rate=0.02"]
     outcome, recorder = _run(rows_file, tmp_path / "t", *overrides, runner=runner)
     assert outcome.best_value == min(loss for _, loss in recorder.losses)
@@ -84,7 +84,7 @@ def test_full_fine_tune_stores_a_model_with_the_reported_loss(
     rows_file: Path, tmp_path: Path
 ) -> None:
     """The stored weights, loaded by transformers alone, give the eval loss of the outcome."""
-    runner = TransformersRunner(threads=1, worker=0)
+    runner = TransformersRunner(threads=1)
     overrides = ["adapter=none", "quantization=none", "training.learning_rate=1e-3"]
     outcome, _ = _run(rows_file, tmp_path / "t", *overrides, runner=runner)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "t" / "model", dtype=torch.float32)
@@ -101,7 +101,7 @@ def test_full_fine_tune_stores_a_model_with_the_reported_loss(
 
 def test_bf16_is_computed_in_by_training_and_judging_alike(rows_file: Path, tmp_path: Path) -> None:
     """With model.dtype=bfloat16 the stored adapter, judged anew in bf16, gives the reported loss."""
-    runner = TransformersRunner(threads=1, worker=0)
+    runner = TransformersRunner(threads=1)
     outcome, _ = _run(rows_file, tmp_path / "t", "model.dtype=bfloat16", runner=runner)
     settings = _settings(rows_file, ["model.dtype=bfloat16"])
     fresh = load_base(settings.model, settings.quantization, trained=False)
@@ -132,7 +132,7 @@ def test_trial_folder_is_complete(rows_file: Path, tmp_path: Path) -> None:
 
 def test_warm_base_gives_the_losses_of_a_fresh_one(rows_file: Path, tmp_path: Path) -> None:
     """The second trial in a worker computes what it would have computed as the first."""
-    runner = TransformersRunner(threads=1, worker=0)
+    runner = TransformersRunner(threads=1)
     _run(rows_file, tmp_path / "a", "adapter.r=32", "training.learning_rate=0.03", runner=runner)
     _, warm = _run(rows_file, tmp_path / "b", runner=runner)
     _, fresh = _run(rows_file, tmp_path / "c")
@@ -160,7 +160,7 @@ def test_early_stopping_keeps_the_best_checkpoint(rows_file: Path, tmp_path: Pat
     assert outcome.steps < 40
     assert outcome.best_value == min(loss for _, loss in recorder.losses)
     assert outcome.best_step == min(recorder.losses, key=lambda item: item[1])[0]
-    assert [loss for _, loss in recorder.losses][-2:] > [outcome.best_value] * 2
+    assert all(loss > outcome.best_value for _, loss in recorder.losses[-2:])
 
 
 def test_a_stop_request_ends_the_trial_at_its_next_step(rows_file: Path, tmp_path: Path) -> None:
@@ -182,9 +182,46 @@ def test_divergence_is_an_outcome_within_the_logging_steps(rows_file: Path, tmp_
     assert not (tmp_path / "t" / "model").exists()
 
 
+def test_accumulation_is_the_larger_batch(rows_file: Path, tmp_path: Path) -> None:
+    """4 x 4 accumulated computes what 16 x 1 computes: the mean over all target tokens of a step."""
+    size, times = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+    whole_step = ("quantization=none", f"{size}=16", f"{times}=1")
+    in_parts = ("quantization=none", f"{size}=4", f"{times}=4")
+    _, whole = _run(rows_file, tmp_path / "whole", *whole_step)
+    _, parts = _run(rows_file, tmp_path / "parts", *in_parts)
+    assert parts.losses == [pytest.approx(item, abs=2e-4) for item in whole.losses]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_do_not_stay_on_the_base(rows_file: Path, tmp_path: Path, bias: str) -> None:
+    """bias=all trains biases of the base itself: the next trial gets a base that never saw it."""
+    base = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=2048, n_embd=64, n_layer=1, n_head=2, n_positions=256)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(base)
+    overrides = [f"model.base_model={base}", f"adapter.bias={bias}", "training.learning_rate=0.02"]
+    runner = TransformersRunner(threads=1)
+    _, first = _run(rows_file, tmp_path / "a", *overrides, runner=runner)
+    _, second = _run(rows_file, tmp_path / "b", *overrides, runner=runner)
+    assert first.losses == second.losses
+
+
+def test_out_of_memory_before_the_first_step_is_an_outcome(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base that does not fit is `oom` with no step trained, not an error in the code."""
+
+    def too_large(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
+
+    monkeypatch.setattr("sweeper.training.runner.load_base", too_large)
+    outcome, _ = _run(rows_file, tmp_path / "t")
+    assert (outcome.cause, outcome.steps) == ("oom", 0)
+
+
 def test_an_impossible_adapter_is_refused(rows_file: Path, tmp_path: Path) -> None:
     """A target that the model has not is refused with the names that exist; the base stays clean."""
-    runner = TransformersRunner(threads=1, worker=0)
+    runner = TransformersRunner(threads=1)
     outcome, _ = _run(rows_file, tmp_path / "a", "adapter.target_modules=c_attn", runner=runner)
     assert outcome.cause == "refused"
     assert "q_proj" in (outcome.message or "")
@@ -207,7 +244,7 @@ def test_a_killed_attempt_is_continued_from_its_checkpoint(
                 raise Killed
 
     monkeypatch.setattr("sweeper.training.trial.PROGRESS_SECONDS", 0.0)
-    runner = TransformersRunner(threads=1, worker=0)
+    runner = TransformersRunner(threads=1)
     settings = _settings(rows_file, ()).trial
     folder = TrialFolder(tmp_path / "killed")
     with pytest.raises(Killed):
@@ -269,7 +306,7 @@ def test_schedule_length_and_warmup(
     """Steps follow rows, batch, accumulation and epochs, a last partial step included."""
     training = make_settings(*overrides).training
     assert schedule_length(training, rows) == steps
-    assert warmup_length(training, steps) == warmup
+    assert training.warmup_length(steps) == warmup
 
 
 def test_embedded_base_is_what_is_loaded() -> None:
