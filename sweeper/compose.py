@@ -303,9 +303,9 @@ def _explain(override: str, error: Exception, valid: Composition) -> str:
     key = key_of(override)
     if _is_sweep(override):
         return f"{override}: several values make a study; add -m"
-    if key in flatten(valid.config) or key in flatten({"hydra": {"sweeper": valid.sweeper}}):
-        return f"{override}: {_reason(error)}; to replace a whole mapping write ++{override}"
     if "not in struct" in str(error) or "not in struct" in str(error.__cause__):
+        if key in flatten({**valid.config, "hydra": {"sweeper": valid.sweeper}}):
+            return f"{override}: to replace a whole mapping write ++{override}"
         return f"{override}: no such key; {_suggest(key, valid)}"
     return f"{override}: {_reason(error)}"
 

@@ -72,9 +72,9 @@ class StudySession:
         engine = open_engine(workers, self._plan.study.n_jobs, self._folder.worker_log)
         try:
             with make_view(self._console) as view:
-                view.event(
-                    f"study {self._plan.study.study_name}: loading the base model and the data"
-                )
+                presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
+                name = self._plan.study.study_name
+                view.event(f"study {name} ({presets}): loading the base model and the data")
                 for arm in self._plan.arms:
                     self._run_arm(arm, engine, view)
             status = "FINISHED"
@@ -154,14 +154,12 @@ class StudySession:
 
     def _results(self) -> Results:
         """What all arms have so far, from their storage."""
-        found = {arm: find_study(self._plan, arm, self._storage) for arm in self._plan.arms}
+        found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
         return Results(
             study_name=self._plan.study.study_name,
             command=self._plan.command,
             provenance=self._provenance,
-            arms=tuple(
-                collect_arm(arm, study) for arm, study in found.items() if study is not None
-            ),
+            arms=tuple(collect_arm(arm, study) for arm, study in found if study is not None),
         )
 
     def _write_results(self) -> None:

@@ -50,7 +50,7 @@ def test_full_arm_searches_rates_half_a_decade_apart_around_a_tenth_of_loras() -
     for space in ("tiny", "real"):
         lora, full = studies(["+experiment=lr_rank_sweep", f"space={space}"])[0].arms
         rates = full.space["training.learning_rate"].values
-        low, high = lora.space["training.learning_rate"].probes()
+        low, high, _ = lora.space["training.learning_rate"].probes()
         assert len(rates) >= 5
         assert all(2.5 < b / a < 3.6 for a, b in itertools.pairwise(rates))
         assert 0.5 < (rates[0] * rates[-1]) ** 0.5 / ((low * high) ** 0.5 / 10) < 2

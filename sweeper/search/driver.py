@@ -281,11 +281,9 @@ class ArmDriver:
         live = self._prepare(trial, suggest(trial, self.arm.space))
         if live is None:
             return
-        if (
-            live.record.folder.outcome.exists()
-        ):  # it ended, but the driver died before it could tell
-            text = live.record.folder.outcome.read_text(encoding="utf-8")
-            self._tell(live, Outcome.model_validate_json(text))
+        stored = live.record.folder.outcome
+        if stored.exists():  # it ended, but the driver died before it could tell
+            self._tell(live, Outcome.model_validate_json(stored.read_text(encoding="utf-8")))
             return
         live.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         live.reported = set(frozen.intermediate_values)

@@ -265,7 +265,7 @@ def test_results_of_a_finished_arm_survive_a_refused_change(tmp_path: Path) -> N
     """A mismatch in one arm leaves the results of all arms as they were."""
     small = ("hydra.sweeper.n_trials=1", "hydra.sweeper.arms.full.n_trials=1")
     _run(tmp_path, *small)
-    changed = "hydra.sweeper.arms.full.overrides=[adapter=none,quantization=none,seed=3]"
+    changed = "hydra.sweeper.arms.full.overrides=['adapter=none','quantization=none','seed=3']"
     with pytest.raises(StudyMismatch, match="arm full"):
         _run(tmp_path, *small, changed)
     results = json.loads((tmp_path / "lr_rank_sweep" / "results.json").read_text())
