@@ -16,7 +16,7 @@ from pathlib import Path
 
 from record import record
 
-ROUNDS = 3
+ROUNDS = 2
 STEPS = 8
 TRIAL = ["tracking=none", f"training.max_steps={STEPS}", f"training.eval_steps={STEPS}"]
 NEIGHBOUR = "import torch\na = torch.randn(700, 700)\nwhile True: a @ a"

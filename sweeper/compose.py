@@ -99,13 +99,12 @@ def with_user_conf(overrides: Sequence[str], cwd: Path) -> list[str]:
 
 
 def with_auto_groups(overrides: Sequence[str]) -> list[str]:
-    """Replace the choice `auto` by what the base model asks for.
-
-    Raises:
-        ConfigError: an override is wrong.
-    """
+    """Replace the choice `auto` by what the base model asks for; wrong overrides pass unchanged."""
     fixed = [text for text in overrides if not _is_sweep(text)]
-    composition, _ = compose_leniently(fixed)
+    try:
+        composition = _compose(fixed)
+    except (HydraException, OmegaConfBaseException):
+        return list(overrides)  # whoever composes next says what is wrong
     if composition.config["model"]["base_model"] == EMBEDDED:
         return list(overrides)
     auto = {group for group in AUTO_GROUPS if composition.choices.get(group) == "auto"}
@@ -259,11 +258,21 @@ def _hydra() -> Iterator[None]:
 
 
 def _compose(overrides: Sequence[str]) -> Composition:
-    return _compose_once(tuple(overrides))
+    result = _composed_or_refused(tuple(overrides))
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-@lru_cache(maxsize=64)  # one command composes the same overrides several times, 65 ms each
-def _compose_once(overrides: tuple[str, ...]) -> Composition:
+@lru_cache(maxsize=64)  # one command composes (or fails to) the same overrides again, 65 ms each
+def _composed_or_refused(overrides: tuple[str, ...]) -> Composition | Exception:
+    try:
+        return _compose_anew(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        return error
+
+
+def _compose_anew(overrides: tuple[str, ...]) -> Composition:
     with _hydra():
         composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
         sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)

@@ -176,8 +176,8 @@ def _main(connection: Connection, worker: int, workers: str, n_jobs: int, log: s
     with Path(log).open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    # OpenMP threads that spin while they wait make a trial 16 times slower when anything else runs on
-    # the same cores; read once, when torch is first imported
+    # OpenMP threads that spin while they wait make a trial several times slower when anything else runs
+    # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     settings = Workers.model_validate_json(workers)
     channel = PipeChannel(connection)
