@@ -55,8 +55,8 @@ def _hydra(argv: Sequence[str]) -> None:
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
         studies(overrides) if line.multirun else single(overrides)
-    if not line.multirun:
-        overrides = compose.with_auto_groups(overrides)  # so that --cfg job shows what will run
+    elif not {"-c", "--cfg"}.isdisjoint(line.flags):
+        overrides = compose.with_auto_groups(overrides)  # what is shown is what would run
     sys.argv = [sys.argv[0], *line.flags, *overrides]
     _hydra_application()
 
