@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from sweeper.compose import compose, conf_dir
+from sweeper.cli import VERBS
+from sweeper.compose import compose, conf_dir, parse_command_line
 from sweeper.search.plan import single, studies
 
 CONF = conf_dir()
@@ -67,3 +70,34 @@ def test_auto_groups_follow_the_base_model() -> None:
     ]
     chosen = ["model.base_model=gpt2", "evaluation=tiny", "space=tiny", "training=tiny"]
     assert with_auto_groups(chosen) == chosen
+
+
+def _commands(text: str) -> list[str]:
+    """Every `python -m sweeper …` line of a text, continuation lines joined, comments cut."""
+    joined = re.sub(r"\\\n\s*", "", text)
+    found = re.findall(r"^[#\s]*python -m sweeper(.*)$", joined, flags=re.MULTILINE)
+    return [re.split(r"\s{2,}(?!')|\s#\s", command)[0].strip() for command in found]
+
+
+COMMANDS = sorted(
+    {
+        command
+        for path in (*FILES, CONF.parent / "README.md")
+        for command in _commands(path.read_text(encoding="utf-8"))
+    }
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_in_readme_or_yaml_is_valid(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the README and the headers of conf/ tell people to type passes every check."""
+    for name in ("my.jsonl", "train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    line = parse_command_line(shlex.split(command))
+    if line.overrides and line.overrides[0] in VERBS:
+        return
+    if line.trains:
+        studies(line.overrides) if line.multirun else single(line.overrides)

@@ -15,7 +15,7 @@ from tests.conftest import run_program
 
 SMALL = (
     *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=2"),
-    *("training.max_steps=6", "data.max_samples=64"),
+    *("training.max_steps=6", "training.eval_steps=3", "data.max_samples=64"),
 )
 
 
