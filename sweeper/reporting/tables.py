@@ -116,12 +116,13 @@ def describe_data(facts: Facts) -> str:
 def _against_full(lora: ArmResult, full: ArmResult, gain: float) -> str:
     assert lora.best is not None
     assert full.best is not None
-    full_gain = full.facts.base_loss - (full.best.loss or 0.0)
+    base = full.facts.base_loss  # one zero line for both: the base as full fine-tuning finds it
+    full_gain = base - (full.best.loss or 0.0)
     if full_gain <= 0:
         return (
             f"lowers the eval loss by {gain:.3f} nats; full fine-tuning does not lower it at all."
         )
-    share = 100 * gain / full_gain
+    share = 100 * (base - (lora.best.loss or 0.0)) / full_gain
     parts = [
         f"reaches {share:.1f} % of full fine-tuning's improvement "
         f"(eval loss {lora.best.loss:.4f} against {full.best.loss:.4f})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -86,6 +87,15 @@ def test_verdict_claims_no_more_than_the_numbers(
 ) -> None:
     """No share is computed where there is nothing to take a share of."""
     assert words in verdict(_results(lora, full))
+
+
+def test_the_share_has_one_zero_line() -> None:
+    """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
+    results = _results(4.05, 4.0)
+    worse = FACTS.model_copy(update={"base_loss": 4.9})
+    lora = dataclasses.replace(results.arms[0], facts=worse)
+    shown = verdict(dataclasses.replace(results, arms=(lora, results.arms[1])))
+    assert "reaches 90.0 % of full fine-tuning's improvement" in shown
 
 
 def test_comparison_has_a_row_per_base_and_per_arm() -> None:
