@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -118,6 +119,8 @@ class TransformersRunner:
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
+            # last, and whatever the outcome: killed before this line, the trial still continues
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
     def _outcome(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:

@@ -117,7 +117,6 @@ def train_trial(
             }
         }
     )
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
     return outcome
 
 

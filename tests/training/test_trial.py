@@ -179,6 +179,7 @@ def test_divergence_is_an_outcome_within_the_logging_steps(rows_file: Path, tmp_
     outcome, _ = _run(rows_file, tmp_path / "t", *overrides, "training.weight_decay=1e30")
     assert outcome.cause == "diverged"
     assert "step" in (outcome.message or "")
+    assert not (tmp_path / "t" / "checkpoints").exists()
     assert not (tmp_path / "t" / "model").exists()
 
 
