@@ -39,18 +39,57 @@ class Model(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
 
 
+class Source(Section):
+    """One place that training rows come from; what is null is as `data` says for all of them."""
+
+    path: str = Field(min_length=1)
+    split: str | None = None
+    """A hub data set's split; null = train."""
+    name: str | None = None
+    """A hub data set's configuration name."""
+    revision: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source in the mixture, relative to the other weights."""
+    format: str | None = None
+    columns: dict[str, str] | None = None
+
+
+Sources = Annotated[str, Field(min_length=1)] | Annotated[list[str | Source], Field(min_length=1)]
+"""A file, a folder, a hub id or a URL; or several of them."""
+
+
+class Cleaning(Section):
+    """Which rows are left out before anything is split."""
+
+    deduplicate: Literal["none", "exact", "near"]
+    near_threshold: Annotated[float, Field(gt=0, le=1)]
+    min_completion_chars: Annotated[int, Field(ge=0)]
+    max_chars: Positive | None
+    low_quality: bool
+
+
 class Data(Section):
     """What is trained on and what it is judged on."""
 
-    train: str = Field(min_length=1)
-    validation: str | None
-    test: str | None
+    train: Sources
+    validation: Sources | None
+    test: Sources | None
     format: Literal["auto", "alpaca", "prompt_completion", "question_answer"]
-    max_length: Annotated[int, Field(ge=8)]
+    columns: dict[str, str]
+    template: str = Field(min_length=1)
+    train_on: Literal["completions", "last_completion", "everything"]
+    max_length: Annotated[int, Field(ge=8)] | Literal["auto"]
+    over_length: Literal["drop", "truncate"]
+    packing: bool
     max_samples: Positive | None
     validation_ratio: Annotated[float, Field(gt=0, lt=0.5)]
     test_ratio: Annotated[float, Field(ge=0, lt=0.5)]
     split_seed: Annotated[int, Field(ge=0)]
+    group_by: str | None
+    balance_by: str | None
+    order_by: str | None
+    max_bad_fraction: Annotated[float, Field(ge=0, lt=1)]
+    cleaning: Cleaning
 
 
 class Quantization(Section):

@@ -1,101 +1,102 @@
-"""Render: rows of a known format into prompt and completion.
+"""Format: rows of known columns into examples, whatever file they came from.
 
-A format is recognised by its columns. The instruction template is the one of Stanford Alpaca's short
-form; a row without input gets no Input section.
+A format is recognised by its columns. Knows nothing of templates and tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from sweeper.data.rows import Row
+from sweeper.data.examples import Example, Ledger, Message, Row
 from sweeper.errors import DataError
 
+STAGE = "format"
 
-@dataclass(frozen=True)
-class Example:
-    """What the model is given, and what it must answer; only the completion carries loss."""
 
-    prompt: str
-    completion: str
+class Unusable(Exception):
+    """Why one row is no example: the ledger's reason."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A data format: the columns it is known by, and how a row becomes an example."""
+    """A data format: the columns it is known by, and how a row's values become messages."""
 
     required: tuple[str, ...]
-    render: Callable[[Mapping[str, str]], Example]
-    optional: tuple[str, ...] = ()
+    messages: Callable[[Mapping[str, object]], tuple[Message, ...]]
 
 
-def _alpaca(row: Mapping[str, str]) -> Example:
-    given = f"\n\n### Input:\n{row['input']}" if row["input"] else ""
-    prompt = f"### Instruction:\n{row['instruction']}{given}\n\n### Response:\n"
-    return Example(prompt, row["output"])
+def _text(values: Mapping[str, object], column: str, *, optional: bool = False) -> str:
+    value = values.get(column)
+    if value is None and optional:
+        return ""
+    if value is None:
+        raise Unusable(f"no {column}")
+    if not isinstance(value, str):
+        raise Unusable(f"{column} is a {type(value).__name__}, not text")
+    return value
 
 
-def _prompt_completion(row: Mapping[str, str]) -> Example:
-    return Example(row["prompt"], row["completion"])
+def _answer(values: Mapping[str, object], column: str) -> Message:
+    text = _text(values, column)
+    if not text.strip():
+        raise Unusable(f"{column} is empty")
+    return Message("assistant", text)
 
 
-def _question_answer(row: Mapping[str, str]) -> Example:
-    return _alpaca({"instruction": row["question"], "input": "", "output": row["answer"]})
+def _alpaca(values: Mapping[str, object]) -> tuple[Message, ...]:
+    given = _text(values, "input", optional=True)
+    return (Message("user", _text(values, "instruction"), given), _answer(values, "output"))
+
+
+def _prompt_completion(values: Mapping[str, object]) -> tuple[Message, ...]:
+    return (Message("user", _text(values, "prompt")), _answer(values, "completion"))
+
+
+def _question_answer(values: Mapping[str, object]) -> tuple[Message, ...]:
+    return (Message("user", _text(values, "question")), _answer(values, "answer"))
 
 
 FORMATS: dict[str, Format] = {
-    "alpaca": Format(("instruction", "output"), _alpaca, optional=("input",)),
+    "alpaca": Format(("instruction", "output"), _alpaca),
     "prompt_completion": Format(("prompt", "completion"), _prompt_completion),
     "question_answer": Format(("question", "answer"), _question_answer),
 }
 
 
-def detect_format(row: Row, where: str) -> str:
-    """The name of the format whose required columns a row has.
+def detect_format(row: Row, columns: Mapping[str, str]) -> str:
+    """The name of the format whose required columns a row has (`columns`: format's name -> file's name).
 
     Raises:
         DataError: no format, listing the columns found and those of every format.
     """
     for name, kind in FORMATS.items():
-        if all(column in row for column in kind.required):
+        if all(columns.get(column, column) in row.values for column in kind.required):
             return name
     known = "; ".join(f"{name}: {', '.join(kind.required)}" for name, kind in FORMATS.items())
-    raise DataError(f"{where}: no known format has the columns {', '.join(row)} (known: {known})")
+    raise DataError(
+        f"{row.where}: no known format has the columns {', '.join(row.values)} (known: {known}); "
+        "map yours with data.columns"
+    )
 
 
-def render(rows: Sequence[Row], format_name: str, where: str) -> list[Example]:
-    """Every row as an example.
+def to_examples(
+    rows: Sequence[Row], format_name: str, columns: Mapping[str, str], ledger: Ledger
+) -> list[Example]:
+    """Every usable row as an example; the others go into the ledger with the reason.
 
-    Raises:
-        DataError: a column is missing, no text, or empty where an answer must be.
+    Args:
+        rows: as they were read.
+        format_name: a key of FORMATS.
+        columns: the format's column -> the column of the rows, where they differ.
+        ledger: where unusable rows are counted.
     """
     kind = FORMATS[format_name]
-    return [
-        _render(row, kind, f"{where}: row {number}") for number, row in enumerate(rows, start=1)
-    ]
-
-
-def _render(row: Row, kind: Format, where: str) -> Example:
-    texts = {column: _text(row, column, where) for column in kind.required}
-    texts |= {
-        column: _text({column: "", **_present(row)}, column, where) for column in kind.optional
-    }
-    example = kind.render(texts)
-    if not example.completion.strip():
-        raise DataError(f"{where}: {kind.required[-1]} is empty, so there is nothing to learn")
-    return example
-
-
-def _present(row: Row) -> dict[str, Any]:
-    return {column: value for column, value in row.items() if value is not None}
-
-
-def _text(row: Row, column: str, where: str) -> str:
-    if column not in row:
-        raise DataError(f"{where}: has no {column}")
-    value = row[column]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {column} is a {type(value).__name__}, not text")
-    return value
+    examples = []
+    for row in rows:
+        renamed = {**row.values, **{ours: row.values.get(theirs) for ours, theirs in columns.items()}}
+        try:
+            examples.append(Example(kind.messages(renamed), row))
+        except Unusable as reason:
+            ledger.drop(STAGE, str(reason), row.where)
+    return examples

@@ -1,0 +1,79 @@
+"""What travels between the stages: rows, examples, and the count of what was left out.
+
+    read → rows → format → examples → clean → split → render → tokenize → batch
+
+Every stage takes rows (or examples) and a `Ledger`, and returns those it lets through; what it drops,
+it writes into the ledger with the reason, the file and the line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+
+SHOWN_PER_REASON = 3
+"""How many of the dropped rows a ledger keeps to show for each reason."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record as it was read, and where it stands, for messages to people."""
+
+    values: Mapping[str, Any]
+    where: str
+    """`train.jsonl:17`: the file and the line, or the record's number."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+    input: str = ""
+    """Alpaca's input: the instruction template gives it a section of its own, chat templates append it."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation that ends with the assistant's answer, or a plain text (one assistant turn)."""
+
+    messages: tuple[Message, ...]
+    row: Row
+
+    @property
+    def completion(self) -> str:
+        """The last assistant turn: what generations are compared with."""
+        return self.messages[-1].content
+
+    @property
+    def text(self) -> str:
+        """All that was said, for digests, duplicate search and length rules."""
+        parts = (part for turn in self.messages for part in (turn.content, turn.input) if part)
+        return "\n".join(parts)
+
+
+@dataclass
+class Ledger:
+    """What was dropped, by stage and reason, with a few of the places."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    places: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def drop(self, stage: str, reason: str, where: str) -> None:
+        """Count one dropped row or example."""
+        self.counts[stage][reason] += 1
+        if len(shown := self.places[stage, reason]) < SHOWN_PER_REASON:
+            shown.append(where)
+
+    @property
+    def total(self) -> dict[str, int]:
+        """Dropped by reason, over all stages."""
+        total: Counter[str] = Counter()
+        for counts in self.counts.values():
+            total.update(counts)
+        return dict(total)
