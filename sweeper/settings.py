@@ -247,12 +247,21 @@ class Space(Section):
     priors: list[dict[str, Any]]
 
 
+class StandIn(Section):
+    """The small model and data of the same kind that `+stand_in=tiny` puts in the real ones' place."""
+
+    base_model: str
+    train: str
+    validation: str | None
+
+
 class Settings(TrialSettings):
     """The configuration of one `python -m sweeper` run: a trial and the machinery around it."""
 
     workers: Workers
     tracking: Tracking
     space: Space
+    stand_in: StandIn
     output_dir: str = Field(min_length=1)
 
     @property

@@ -35,7 +35,7 @@ class Message:
     role: Role
     content: str
     input: str = ""
-    """Alpaca's input: the instruction template gives it a section of its own, chat templates append it."""
+    """Alpaca's input: a section of its own in the instruction template, appended in chat templates."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,10 @@ def to_examples(
     kind = FORMATS[format_name]
     examples = []
     for row in rows:
-        renamed = {**row.values, **{ours: row.values.get(theirs) for ours, theirs in columns.items()}}
+        renamed = {
+            **row.values,
+            **{ours: row.values.get(theirs) for ours, theirs in columns.items()},
+        }
         try:
             examples.append(Example(kind.messages(renamed), row))
         except Unusable as reason:

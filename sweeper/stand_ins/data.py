@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,14 @@ def data_path(name: str) -> Path:
 
 def _alpaca(folder: Path) -> None:
     """tatsu-lab/alpaca: Parquet with instruction, input, output and the rendered text."""
-    rows = [{**pair, "text": _rendered(pair)} for pair in _pairs()]
+    rows = [{**pair, "text": _rendered(pair)} for pair in pairs()]
     _hub_layout(folder, rows, "The columns of tatsu-lab/alpaca.")
 
 
 def _finetome(folder: Path) -> None:
     """mlabonne/FineTome-100k: Parquet with conversations (from, value), source and score."""
-    pairs = _pairs()
     rows = []
-    for number, (first, second) in enumerate(zip(pairs[::2], pairs[1::2], strict=False)):
+    for number, (first, second) in enumerate(zip(pairs()[::2], pairs()[1::2], strict=False)):
         turns = _turns(first) + (_turns(second) if number % 3 == 0 else [])
         system = [{"from": "system", "value": "You document Python code."}]
         conversation = (system if number % 4 == 0 else []) + turns
@@ -56,10 +56,9 @@ def _finetome(folder: Path) -> None:
 
 def _instruct(folder: Path) -> None:
     """Two JSON Lines files, train and val, with instruction, input and output."""
-    pairs = _pairs()
-    held_out = len(pairs) // 10
-    _json_lines(folder / "train.jsonl", pairs[held_out:])
-    _json_lines(folder / "val.jsonl", pairs[:held_out])
+    held_out = len(pairs()) // 10
+    _json_lines(folder / "train.jsonl", pairs()[held_out:])
+    _json_lines(folder / "val.jsonl", pairs()[:held_out])
 
 
 def _book(folder: Path) -> None:
@@ -75,8 +74,10 @@ DATA: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _pairs() -> list[Pair]:
-    return docstring_pairs().rows["train"]
+@cache
+def pairs() -> tuple[Pair, ...]:
+    """(instruction, input, output): what every stand-in is made of."""
+    return tuple(docstring_pairs().rows["train"])
 
 
 def _turns(pair: Pair) -> list[dict[str, str]]:

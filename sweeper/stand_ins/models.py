@@ -23,9 +23,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from sweeper.embedded.pairs import docstring_pairs
 from sweeper.errors import ModelError
 from sweeper.stand_ins import PREFIX, built
+from sweeper.stand_ins.data import pairs
 
 VOCABULARY = 1024
 POSITIONS = 1024
@@ -40,7 +40,8 @@ CHATML = (
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
     "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
 
 
@@ -88,7 +89,7 @@ def _tokenizer(family: Family) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for row in docstring_pairs().rows["train"] for text in row.values()]
+    texts = [text for row in pairs() for text in row.values()]
     backend.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
