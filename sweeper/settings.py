@@ -39,6 +39,21 @@ class Model(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
 
 
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "oasst",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "flan",
+    "ultrachat",
+    "text",
+]
+"""`auto`, or a key of sweeper.data.formats.FORMATS."""
+
+
 class Source(Section):
     """One place that training rows come from; what is null is as `data` says for all of them."""
 
@@ -50,7 +65,7 @@ class Source(Section):
     revision: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of this source in the mixture, relative to the other weights."""
-    format: str | None = None
+    format: FormatName | None = None
     columns: dict[str, str] | None = None
 
 
@@ -74,7 +89,7 @@ class Data(Section):
     train: Sources
     validation: Sources | None
     test: Sources | None
-    format: Literal["auto", "alpaca", "prompt_completion", "question_answer"]
+    format: FormatName
     columns: dict[str, str]
     template: str = Field(min_length=1)
     train_on: Literal["completions", "last_completion", "everything"]
