@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SHOWN = 3
 SHOWN_CHARS = 4000
 """Of a shown row; a packed row or a block of a book goes on for pages."""
+ALL = "all"
+"""In place of a split's name: left out before there were splits."""
 OPENS, CLOSES = "«", "»"
 
 
@@ -93,8 +95,8 @@ class DataCard:
     source: str
     dropped: dict[str, dict[str, int]]
     """Before tokenization: stage -> reason -> count."""
-    places: list[tuple[str, str, list[str]]]
-    """Stage, reason, and a few of the files and lines."""
+    places: list[tuple[str, str, str, list[str]]]
+    """Split (or `all`), stage, reason, and a few of the files and lines."""
     splits: dict[str, SplitCard]
     shown: list[str]
     """Training rows with « » around what carries loss."""
@@ -115,13 +117,13 @@ class DataCard:
             tokenizer: turns the shown rows back into text.
             source: where the data came from, in words.
         """
-        ledgers = [ledger, *(encoded.ledger for encoded in splits.values())]
+        ledgers = {ALL: ledger, **{name: encoded.ledger for name, encoded in splits.items()}}
         return cls(
             source=source,
             dropped=_counts(ledger),
             places=[
-                (stage, reason, list(where))
-                for one in ledgers
+                (name, stage, reason, list(where))
+                for name, one in ledgers.items()
                 for (stage, reason), where in one.places.items()
             ],
             splits={name: SplitCard.of(encoded) for name, encoded in splits.items()},
@@ -159,10 +161,10 @@ class DataCard:
         ]
 
     def _drop_lines(self) -> list[list[str]]:
-        seen = {(stage, reason): where for stage, reason, where in self.places}
-        counted = [("all", self.dropped), *((n, card.dropped) for n, card in self.splits.items())]
+        seen = {tuple(key): where for *key, where in self.places}
+        counted = [(ALL, self.dropped), *((n, card.dropped) for n, card in self.splits.items())]
         return [
-            [name, stage, reason, f"{count:,}", ", ".join(seen.get((stage, reason), []))]
+            [name, stage, reason, f"{count:,}", ", ".join(seen.get((name, stage, reason), []))]
             for name, dropped in counted
             for stage, reasons in dropped.items()
             for reason, count in reasons.items()

@@ -94,10 +94,9 @@ class Instruction:
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         sections: list[str] = []
-        for index, message in enumerate(messages):
+        for message in messages:
             if message.role == "assistant":
-                end = self.eos if index < len(messages) - 1 else ""
-                sections.append(f"### Response:\n{message.content}{end}")
+                sections.append(f"### Response:\n{message.content}{self.eos}")
             elif message.role == "system":
                 sections.append(message.content)
             else:
@@ -117,7 +116,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Plain:
-    """Turns as they stand, with nothing between them."""
+    """Turns as they stand, with nothing between them but the end-of-text token behind each answer."""
 
     eos: str
     name: str = "plain"
@@ -128,10 +127,9 @@ class Plain:
         return f"{self.name} {self.eos}"
 
     def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        last = len(messages) - 1
         return "".join(
-            said(message) + (self.eos if message.role == "assistant" and index < last else "")
-            for index, message in enumerate(messages)
+            said(message) + (self.eos if message.role == "assistant" else "")
+            for message in messages
         )
 
     def marked(self, messages: Sequence[Message]) -> list[Span]:
