@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,10 +47,9 @@ class Codec:
     @cached_property
     def opening(self) -> list[int]:
         """What the tokenizer itself puts before a text: the begin-of-text token, or nothing."""
-        bare = self.ids("a")
+        special = set(self.tokenizer.convert_tokens_to_ids(list(self.special)))
         dressed: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        starts = range(len(dressed) - len(bare) + 1)
-        return dressed[: next(at for at in starts if dressed[at : at + len(bare)] == bare)]
+        return list(takewhile(special.__contains__, dressed))
 
     @cached_property
     def special(self) -> tuple[str, ...]:
@@ -167,10 +166,10 @@ def _cut(text: str, borders: Sequence[int], codec: Codec) -> tuple[list[int], di
     The whole is preferred because some tokenizers put a space before every text they get.
     """
     ids = codec.ids(text)
-    heads = {border: codec.ids(text[:border]) for border in borders if border < len(text)}
+    heads = {border: codec.ids(text[:border]) for border in borders if 0 < border < len(text)}
     if all(ids[: len(head)] == head for head in heads.values()):
         counts = {border: len(head) for border, head in heads.items()}
-        return ids, {**counts, len(text): len(ids)}
+        return ids, {0: 0, **counts, len(text): len(ids)}
     ends = [*borders[1:], len(text)]
     pieces = [codec.ids(text[start:end]) for start, end in zip(borders, ends, strict=True)]
     totals = accumulate(map(len, pieces), initial=0)

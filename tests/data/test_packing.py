@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -105,11 +106,21 @@ def test_packing_with_an_attention_mask_would_leak() -> None:
     assert abs(_nll(model, leaking) - alone) > 0.01
 
 
-def test_model_that_cannot_keep_packed_rows_apart_is_refused() -> None:
-    """A state-space model reads on over the border: refused by name, with the way out."""
-    config = MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2)
-    with pytest.raises(ModelError, match=r"MambaForCausalLM.*data\.packing=false"):
-        require_isolation(_model(config, "eager"))
+REFUSED: dict[str, PretrainedConfig] = {
+    "MambaForCausalLM": MambaConfig(
+        vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2
+    ),
+    "BloomForCausalLM": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_model_that_cannot_keep_packed_rows_apart_is_refused(name: str) -> None:
+    """A state-space model and one that masks by itself: refused by name, with the way out."""
+    model = _model(REFUSED[name], "eager").train()
+    with pytest.raises(ModelError, match=rf"{name}.*data\.packing=false"):
+        require_isolation(model)
+    assert model.training, "the proof leaves the model's mode alone"
 
 
 @settings(max_examples=100, deadline=None)
