@@ -20,6 +20,19 @@ EMBEDDED = "embedded"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "oasst",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "flan",
+    "ultrachat",
+    "text",
+]
+"""`auto`, or a key of sweeper.data.formats.FORMATS."""
 
 
 class Section(BaseModel):
@@ -39,21 +52,6 @@ class Model(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
 
 
-FormatName = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "oasst",
-    "alpaca",
-    "prompt_completion",
-    "question_answer",
-    "flan",
-    "ultrachat",
-    "text",
-]
-"""`auto`, or a key of sweeper.data.formats.FORMATS."""
-
-
 class Source(Section):
     """One place that training rows come from; what is null is as `data` says for all of them."""
 
@@ -65,7 +63,7 @@ class Source(Section):
     revision: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of this source in the mixture, relative to the other weights."""
-    format: FormatName | None = None
+    format: str | None = None
     columns: dict[str, str] | None = None
 
 
