@@ -77,6 +77,8 @@ class Prompt:
     input_ids: list[int]
     text: str
     reference: str
+    end_token_id: int
+    """What ends an answer: chat templates often end it with another token than the tokenizer's own."""
 
 
 def encode_prompt(example: Example, codec: Codec, template: Template) -> Prompt:
@@ -89,9 +91,9 @@ def encode_prompt(example: Example, codec: Codec, template: Template) -> Prompt:
     """
     rendered = ended(render_last(example.messages, template), codec)
     ids, borders = _ids(rendered, codec, whole=template.owns_tokens)
-    start = rendered.spans[-1][0]
+    start, end = rendered.spans[-1]
     before = ids[: borders[start]] or codec.opening
-    return Prompt(before, rendered.text[:start], example.completion)
+    return Prompt(before, rendered.text[:start], example.completion, ids[borders[end] - 1])
 
 
 def _row(rendered: Rendered, codec: Codec, *, whole: bool) -> Tokens:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sweeper.data.card import show
 from sweeper.data.encode import encode_evaluation, encode_prompts, encode_train, quantile
@@ -120,6 +123,21 @@ def test_padding_is_masked_by_position() -> None:
     assert batch["labels"].tolist() == [[IGNORED, 7, IGNORED], [1, 2, 7]]
 
 
+def test_rows_can_be_batched_by_length() -> None:
+    """train_sampling_strategy=group_by_length reads the lengths off the rows as they are."""
+    rows = [_row(talk("Hi?", "Yes. " * (1 + 37 * at % 64)), BYTES) for at in range(64)]
+    generator = torch.Generator().manual_seed(0)
+    order = list(LengthGroupedSampler(2, dataset=rows, generator=generator))
+    assert sorted(order) == list(range(64))
+    assert _padding(rows, order) < 0.25 * _padding(rows, range(64))
+
+
+def _padding(rows: list[dict[str, list[int]]], order: Sequence[int]) -> int:
+    """Positions of padding in batches of two."""
+    lengths = [len(rows[at]["input_ids"]) for at in order]
+    return sum(abs(one - other) for one, other in zip(lengths[::2], lengths[1::2], strict=True))
+
+
 # Lengths
 
 SHORT, LONG_ANSWER, LONG_PROMPT = (
@@ -194,6 +212,8 @@ def test_prompts_follow_each_examples_own_template() -> None:
     assert chat.text == "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
     assert alpaca.text == "### Instruction:\nAdd.\n\n### Response:\n"
     assert (chat.reference, alpaca.reference) == ("Yes.", "3")
+    ends = tokenizer.convert_ids_to_tokens([chat.end_token_id, alpaca.end_token_id])
+    assert ends == ["<|im_end|>", "</s>"], "each answer stops where training ended it"
 
 
 # Plain text
