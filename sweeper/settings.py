@@ -20,6 +20,19 @@ EMBEDDED = "embedded"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "oasst",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "flan",
+    "ultrachat",
+    "text",
+]
+"""`auto`, or a key of sweeper.data.formats.FORMATS."""
 
 
 class Section(BaseModel):
@@ -74,7 +87,7 @@ class Data(Section):
     train: Sources
     validation: Sources | None
     test: Sources | None
-    format: Literal["auto", "alpaca", "prompt_completion", "question_answer"]
+    format: FormatName
     columns: dict[str, str]
     template: str = Field(min_length=1)
     train_on: Literal["completions", "last_completion", "everything"]

@@ -35,7 +35,7 @@ class Message:
     role: Role
     content: str
     input: str = ""
-    """Alpaca's input: a section of its own in the instruction template, appended in chat templates."""
+    """Alpaca's input: a section of its own in the instruction template, appended elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Example:
 
     messages: tuple[Message, ...]
     row: Row
+    format: str = "messages"
+    """The format it was read in (a key of formats.FORMATS): `template=auto` chooses by it."""
 
     @property
     def completion(self) -> str:

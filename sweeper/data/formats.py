@@ -1,17 +1,41 @@
 """Format: rows of known columns into examples, whatever file they came from.
 
-A format is recognised by its columns. Knows nothing of templates and tokens.
+A format is recognised by its columns. Knows nothing of templates and tokens. A row that is no example
+is counted with its reason, never repaired; what is left out without loss is said where it happens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from sweeper.data.examples import Example, Ledger, Message, Row
+from sweeper.data.examples import Example, Ledger, Message, Role, Row
 from sweeper.errors import DataError
 
 STAGE = "format"
+PATH_STAGE = "path"
+"""OASST messages beside the best-ranked path: left out by design, not defective."""
+
+Values = Mapping[str, Any]
+Record = tuple[Values, Row]
+"""A row's values under the format's column names, and the row itself."""
+Examples = Callable[[Sequence[Record], Ledger], Iterable[Example]]
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+TOOL_ROLES = frozenset({"tool", "function", "function_call", "observation", "ipython"})
 
 
 class Unusable(Exception):
@@ -20,60 +44,41 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Format:
-    """A data format: the columns it is known by, and how a row's values become messages."""
+    """A data format: the columns it is known by, and how records become examples.
 
-    required: tuple[str, ...]
-    messages: Callable[[Mapping[str, object]], tuple[Message, ...]]
+    `known_by` holds alternatives; `conversational` ones are printed with the model's chat template.
+    """
 
+    known_by: tuple[tuple[str, ...], ...]
+    examples: Examples
+    optional: tuple[str, ...] = ()
+    conversational: bool = False
 
-def _text(values: Mapping[str, object], column: str, *, optional: bool = False) -> str:
-    value = values.get(column)
-    if value is None and optional:
-        return ""
-    if value is None:
-        raise Unusable(f"no {column}")
-    if not isinstance(value, str):
-        raise Unusable(f"{column} is a {type(value).__name__}, not text")
-    return value
-
-
-def _answer(values: Mapping[str, object], column: str) -> Message:
-    text = _text(values, column)
-    if not text.strip():
-        raise Unusable(f"{column} is empty")
-    return Message("assistant", text)
-
-
-def _alpaca(values: Mapping[str, object]) -> tuple[Message, ...]:
-    given = _text(values, "input", optional=True)
-    return (Message("user", _text(values, "instruction"), given), _answer(values, "output"))
-
-
-def _prompt_completion(values: Mapping[str, object]) -> tuple[Message, ...]:
-    return (Message("user", _text(values, "prompt")), _answer(values, "completion"))
-
-
-def _question_answer(values: Mapping[str, object]) -> tuple[Message, ...]:
-    return (Message("user", _text(values, "question")), _answer(values, "answer"))
-
-
-FORMATS: dict[str, Format] = {
-    "alpaca": Format(("instruction", "output"), _alpaca),
-    "prompt_completion": Format(("prompt", "completion"), _prompt_completion),
-    "question_answer": Format(("question", "answer"), _question_answer),
-}
+    @property
+    def columns(self) -> set[str]:
+        """Every column the format reads."""
+        return {*self.optional, *(column for columns in self.known_by for column in columns)}
 
 
 def detect_format(row: Row, columns: Mapping[str, str]) -> str:
-    """The name of the format whose required columns a row has (`columns`: format's name -> file's name).
+    """The name of the format whose columns a row has (`columns`: format's name -> file's name).
 
     Raises:
         DataError: no format, listing the columns found and those of every format.
     """
+    present = {*row.values, *(ours for ours, theirs in columns.items() if theirs in row.values)}
     for name, kind in FORMATS.items():
-        if all(columns.get(column, column) in row.values for column in kind.required):
+        if any(present.issuperset(required) for required in kind.known_by):
             return name
-    known = "; ".join(f"{name}: {', '.join(kind.required)}" for name, kind in FORMATS.items())
+    if present >= {"chosen", "rejected"}:
+        raise DataError(
+            f"{row.where}: chosen/rejected is preference data, which needs another trainer (DPO); to "
+            "fine-tune on the chosen answers give data.columns={messages: chosen}"
+        )
+    known = "; ".join(
+        f"{name}: {' or '.join('+'.join(required) for required in kind.known_by)}"
+        for name, kind in FORMATS.items()
+    )
     raise DataError(
         f"{row.where}: no known format has the columns {', '.join(row.values)} (known: {known}); "
         "map yours with data.columns"
@@ -90,16 +95,306 @@ def to_examples(
         format_name: a key of FORMATS.
         columns: the format's column -> the column of the rows, where they differ.
         ledger: where unusable rows are counted.
+
+    Raises:
+        DataError: `columns` names a column that the format does not read or that no row has.
     """
     kind = FORMATS[format_name]
-    examples = []
-    for row in rows:
-        renamed = {
-            **row.values,
-            **{ours: row.values.get(theirs) for ours, theirs in columns.items()},
-        }
+    _require_columns(rows, format_name, columns)
+    records = [
+        ({**row.values, **{ours: row.values.get(column) for ours, column in columns.items()}}, row)
+        for row in rows
+    ]
+    made = kind.examples(records, ledger)
+    return [Example(example.messages, example.row, format_name) for example in made]
+
+
+def _require_columns(rows: Sequence[Row], format_name: str, columns: Mapping[str, str]) -> None:
+    valid = FORMATS[format_name].columns
+    for ours, theirs in columns.items():
+        if ours not in valid:
+            raise DataError(
+                f"data.columns.{ours}: the format {format_name} reads no such column; "
+                f"it reads {', '.join(sorted(valid))}"
+            )
+        if rows and not any(theirs in row.values for row in rows):
+            raise DataError(
+                f"data.columns.{ours}={theirs}: no row has that column; {rows[0].where} has "
+                f"{', '.join(rows[0].values)}"
+            )
+
+
+def _row_by_row(
+    messages: Callable[[Values], tuple[Message, ...]], records: Sequence[Record], ledger: Ledger
+) -> Iterator[Example]:
+    for values, row in records:
         try:
-            examples.append(Example(kind.messages(renamed), row))
+            yield Example(messages(values), row)
         except Unusable as reason:
             ledger.drop(STAGE, str(reason), row.where)
-    return examples
+
+
+# One question, one answer
+
+
+def _alpaca(values: Values) -> tuple[Message, ...]:
+    given = _text(values, "input") if values.get("input") is not None else ""
+    return (Message("user", _said(values, "instruction"), given), _answer(values, "output"))
+
+
+def _prompt_completion(values: Values) -> tuple[Message, ...]:
+    return (Message("user", _text(values, "prompt")), _answer(values, "completion"))
+
+
+def _question_answer(values: Values) -> tuple[Message, ...]:
+    asked, answered = ("query", "response") if "query" in values else ("question", "answer")
+    return (Message("user", _said(values, asked)), _answer(values, answered))
+
+
+def _flan(values: Values) -> tuple[Message, ...]:
+    return (Message("user", _said(values, "inputs")), _answer(values, "targets"))
+
+
+def _plain_text(values: Values) -> tuple[Message, ...]:
+    return (_answer(values, "text"),)
+
+
+def _text(values: Values, column: str) -> str:
+    value = values.get(column)
+    if value is None:
+        raise Unusable(f"no {column}")
+    if not isinstance(value, str):
+        raise Unusable(f"{column} is a {type(value).__name__}, not text")
+    return value
+
+
+def _said(values: Values, column: str) -> str:
+    text = _text(values, column)
+    if not text.strip():
+        raise Unusable(f"{column} is empty")
+    return text
+
+
+def _answer(values: Values, column: str) -> Message:
+    return Message("assistant", _said(values, column))
+
+
+# Conversations
+
+
+def _conversation(column: str, values: Values) -> tuple[Message, ...]:
+    """OpenAI's role/content and ShareGPT's from/value, under either column."""
+    turns = [_turn(item) for item in _list(values, column)]
+    if isinstance(values.get("system"), str):
+        turns = [Message("system", values["system"]), *turns]
+    return _checked(turns)
+
+
+def _alternating(values: Values) -> tuple[Message, ...]:
+    """UltraChat's first release: texts, the user's and the assistant's in turn."""
+    turns = _list(values, "data")
+    if not all(isinstance(turn, str) for turn in turns):
+        raise Unusable("a turn of data is not text")
+    roles: tuple[Role, Role] = ("user", "assistant")
+    return _checked([Message(roles[index % 2], turn) for index, turn in enumerate(turns)])
+
+
+def _list(values: Values, column: str) -> list[Any]:
+    value = values.get(column)
+    if value is None:
+        raise Unusable(f"no {column}")
+    if not isinstance(value, list):
+        raise Unusable(f"{column} is a {type(value).__name__}, not a list of turns")
+    return value
+
+
+def _turn(item: Any) -> Message:
+    if not isinstance(item, Mapping):
+        raise Unusable(f"a turn is a {type(item).__name__}, not an object")
+    role = item.get("role", item.get("from"))
+    if role in TOOL_ROLES or item.get("tool_calls") or item.get("function_call"):
+        raise Unusable("a tool turn; conversations with tools are not supported")
+    if not isinstance(role, str) or role not in ROLES:
+        raise Unusable(f"unknown role {role!r}")
+    return Message(ROLES[role], _content(item.get("content", item.get("value")), ROLES[role]))
+
+
+def _content(value: Any, role: Role) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise Unusable(f"the content of a turn is a {type(value).__name__}, not text")
+    return "".join(_part(part, role) for part in value)
+
+
+def _part(part: Any, role: Role) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise Unusable(f"a part of the {role} turn is {kind}, not text")
+    return text
+
+
+def _checked(turns: Sequence[Message]) -> tuple[Message, ...]:
+    """A conversation: an optional system turn, then user and assistant in turn, ending with an answer.
+
+    An empty system turn says nothing and is left out; so are turns after the last answer, which no
+    loss is ever computed on.
+    """
+    kept = list(turns)
+    if kept and kept[0].role == "system" and not kept[0].content.strip():
+        kept = kept[1:]
+    while kept and kept[-1].role != "assistant":
+        kept = kept[:-1]
+    if not kept:
+        raise Unusable("no assistant turn")
+    before = "the start"
+    for turn in kept:
+        if turn.role not in FOLLOWS[before]:
+            raise Unusable(f"roles out of order: {turn.role} after {before}")
+        if not turn.content.strip():
+            raise Unusable(f"an empty {turn.role} turn")
+        before = turn.role
+    return tuple(kept)
+
+
+FOLLOWS: dict[str, tuple[Role, ...]] = {
+    "the start": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+}
+
+
+# OASST: trees of messages
+
+
+@dataclass
+class _Node:
+    """One message of a tree and its replies."""
+
+    values: Values
+    row: Row
+    replies: list[_Node] = field(default_factory=list)
+
+
+def _oasst(records: Sequence[Record], ledger: Ledger) -> Iterator[Example]:
+    """The best-ranked path of every tree, whether its messages are rows or nested in one row."""
+    for root in _trees(records, ledger):
+        try:
+            yield Example(_checked([_turn(_renamed(node)) for node in _best_path(root)]), root.row)
+        except Unusable as reason:
+            ledger.drop(STAGE, str(reason), root.row.where)
+
+
+def _trees(records: Sequence[Record], ledger: Ledger) -> list[_Node]:
+    if not any("prompt" in values for values, _ in records):
+        return _linked(records, ledger)
+    roots = []
+    for values, row in records:
+        try:
+            roots.append(_nested(values.get("prompt"), row))
+        except Unusable as reason:
+            ledger.drop(STAGE, str(reason), row.where)
+    return roots
+
+
+def _nested(values: Any, row: Row) -> _Node:
+    if not isinstance(values, Mapping):
+        raise Unusable(f"a message of the tree is a {type(values).__name__}, not an object")
+    replies = values.get("replies") or []
+    if not isinstance(replies, list):
+        raise Unusable(f"replies is a {type(replies).__name__}, not a list")
+    return _Node(values, row, [_nested(reply, row) for reply in replies])
+
+
+def _linked(records: Sequence[Record], ledger: Ledger) -> list[_Node]:
+    """Trees of rows that name their parent."""
+    nodes: dict[str, _Node] = {}
+    for values, row in records:
+        if reason := _node_defect(values, nodes):
+            ledger.drop(STAGE, reason, row.where)
+        else:
+            nodes[values["message_id"]] = _Node(values, row)
+    for node in nodes.values():
+        if parent := nodes.get(str(node.values.get("parent_id"))):
+            parent.replies.append(node)
+    roots = [node for node in nodes.values() if node.values.get("parent_id") is None]
+    _count_left_out(nodes.values(), roots, ledger)
+    return roots
+
+
+def _node_defect(values: Values, nodes: Mapping[str, _Node]) -> str | None:
+    identity = values.get("message_id")
+    if values.get("deleted"):
+        return "deleted"
+    if not isinstance(identity, str):
+        return "no message_id"
+    return "message_id seen before" if identity in nodes else None
+
+
+def _count_left_out(nodes: Iterable[_Node], roots: Sequence[_Node], ledger: Ledger) -> None:
+    reached = {id(node) for root in roots for node in _all_nodes(root)}
+    taken = {id(node) for root in roots for node in _best_path(root)}
+    for node in nodes:
+        if id(node) not in reached:
+            ledger.drop(STAGE, "its tree has no root", node.row.where)
+        elif id(node) not in taken:
+            ledger.drop(PATH_STAGE, "a better-ranked reply was taken", node.row.where)
+
+
+def _all_nodes(root: _Node) -> Iterator[_Node]:
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += node.replies
+
+
+def _best_path(root: _Node) -> list[_Node]:
+    """From the root always to the best reply: rank 0 is best, unranked last, then one that goes on."""
+    path = [root]
+    while replies := path[-1].replies:
+        path.append(min(replies, key=_rank))
+    return path
+
+
+def _rank(node: _Node) -> tuple[float, bool]:
+    rank = node.values.get("rank")
+    return (float(rank) if isinstance(rank, int | float) else math.inf, not node.replies)
+
+
+def _renamed(node: _Node) -> dict[str, Any]:
+    return {"role": node.values.get("role"), "content": node.values.get("text")}
+
+
+def _of_rows(messages: Callable[[Values], tuple[Message, ...]]) -> Examples:
+    return partial(_row_by_row, messages)
+
+
+FORMATS: dict[str, Format] = {
+    # the first that fits is taken: conversations before the columns that often stand beside them
+    "messages": Format(
+        (("messages",),), _of_rows(partial(_conversation, "messages")), ("system",), True
+    ),
+    "sharegpt": Format(
+        (("conversations",),), _of_rows(partial(_conversation, "conversations")), ("system",), True
+    ),
+    "oasst": Format(
+        (("message_id", "parent_id", "role", "text"), ("message_tree_id", "prompt")),
+        _oasst,
+        ("rank", "deleted"),
+        True,
+    ),
+    "alpaca": Format((("instruction", "output"),), _of_rows(_alpaca), ("input",)),
+    "prompt_completion": Format((("prompt", "completion"),), _of_rows(_prompt_completion)),
+    "question_answer": Format(
+        (("question", "answer"), ("query", "response")), _of_rows(_question_answer)
+    ),
+    "flan": Format((("inputs", "targets"),), _of_rows(_flan)),
+    "ultrachat": Format((("data",),), _of_rows(_alternating), (), True),
+    "text": Format((("text",),), _of_rows(_plain_text)),
+}
+"""By name, as `data.format` says it. CodeAlpaca is alpaca; MetaMath is question_answer."""
