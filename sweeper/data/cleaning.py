@@ -30,7 +30,8 @@ PLACEHOLDERS = frozenset(
 JUDGED_CHARS = 20
 """Shorter answers are not judged by their characters: `42` and `3 + 4` are answers."""
 MAX_SHARE_OF_ONE_CHARACTER = 0.5
-MIN_SHARE_OF_TEXT = 0.3
+MIN_SHARE_OF_TEXT = 0.1
+"""Letters and digits among the characters; JSON and tables of figures have about a quarter."""
 JUDGED_LINES = 5
 MIN_SHARE_OF_DISTINCT_LINES = 0.5
 

@@ -39,7 +39,7 @@ class Splits:
     ledger: Ledger
     """What was left out on the way, by stage and reason."""
     passed: dict[str, int]
-    """Rows that came out of each stage, in the order of the stages; the last three are train's."""
+    """Rows that came out of each stage, in order; from `train` on they are train's."""
     ordered: bool
     """Train stands in the order it is to be trained in (data.order_by): do not shuffle it."""
 
@@ -86,14 +86,13 @@ def load_splits(data: Data) -> Splits:
     """
     reading = _Reading(Ledger(), {})
     passed: dict[str, int] = {}
-    if data.train == EMBEDDED:
+    if [item.path for item in sources(data.train)] == [EMBEDDED]:
         pools, source = _embedded(data, reading)
     else:
         source = describe_sources(data)
         pools = _files(data, reading, passed)
-    passed["split into train"] = _size(pools["train"])
-    _remove_leaks(pools, data, reading.ledger)
-    passed["train without leaks"] = _size(pools["train"])
+    _remove_leaks(pools, _seen(data, near=False), reading.ledger)
+    passed["train"] = _size(pools["train"])
     weights = [item.weight for item in sources(data.train) if item.weight is not None]
     examples = {
         name: [example for pool in found for example in pool] for name, found in pools.items()
@@ -152,6 +151,8 @@ def _files(data: Data, reading: _Reading, passed: dict[str, int]) -> Pools:
         cleaning.clean(pool, data.cleaning, seen, reading.ledger) for pool in pools["train"]
     ]
     passed["clean"] = sum(_size(found) for found in pools.values())
+    _remove_leaks(pools, _seen(data), reading.ledger)  # before a test split could be drawn of them
+    passed["disjoint"] = sum(_size(found) for found in pools.values())
     return partition(pools, data)
 
 
@@ -219,18 +220,15 @@ def _tolerate(source: Source, ledger: Ledger, read: int, limit: float) -> None:
     )
 
 
-def _remove_leaks(pools: Pools, data: Data, ledger: Ledger) -> None:
-    """Out of train what validation or test holds as well, out of validation what test holds.
-
-    Nearly equal rows are looked for where a split has sources of its own: what was split off train
-    comes from rows without near duplicates.
-    """
-    seen = _seen(data, near=data.validation is not None or data.test is not None)
+def _remove_leaks(pools: Pools, seen: Seen, ledger: Ledger) -> None:
+    """Out of train what validation or test holds as well, out of validation what test holds."""
     for name in ("test", "validation", "train"):
-        if name != "test":
+        if name in pools and name != "test":
             pools[name] = [_without(pool, seen, f"{name} leak", ledger) for pool in pools[name]]
-        for example in (example for pool in pools[name] for example in pool if name != "train"):
-            seen.add(example.text)
+        if name in pools and name != "train":
+            for pool in pools[name]:
+                for example in pool:
+                    seen.add(example.text)
 
 
 def _without(pool: Sequence[Example], seen: Seen, reason: str, ledger: Ledger) -> list[Example]:
@@ -244,6 +242,7 @@ def _without(pool: Sequence[Example], seen: Seen, reason: str, ledger: Ledger) -
 
 
 def _seen(data: Data, *, near: bool = True) -> Seen:
+    """Compares as data.cleaning says; near duplicates are gone once the pools are disjoint."""
     near = near and data.cleaning.deduplicate == "near"
     return Seen(data.cleaning.near_threshold if near else None)
 
