@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -207,7 +207,7 @@ def _first_line(error: Exception) -> str:
 
 def _hub_rows(source: Source, split: str, ledger: Ledger) -> list[Row]:
     rows = []
-    for number, values in enumerate(_hub_data(source, split), start=1):
+    for number, values in enumerate(hub_data(source, split), start=1):
         where = f"{source.path}[{split}]:{number}"
         try:
             rows.append(Row(checked(values), where))
@@ -216,7 +216,12 @@ def _hub_rows(source: Source, split: str, ledger: Ledger) -> list[Row]:
     return rows
 
 
-def _hub_data(source: Source, split: str) -> Iterable[object]:
+def hub_data(source: Source, split: str) -> Any:
+    """One split of a hub data set (a datasets.Dataset), from the cache where there is no network.
+
+    Raises:
+        DataError: not there, gated, not reachable and not cached, or no such split or configuration.
+    """
     import datasets
 
     try:
@@ -237,7 +242,7 @@ def _hub_data(source: Source, split: str) -> Iterable[object]:
             f"{source.path} [{split}]: {words} (keys of a source: name, split, revision)"
         ) from error
     _check_revision(source, data)
-    return cast(Iterable[object], data)
+    return data
 
 
 def _not_on_hub(source: Source, error: Exception) -> str:
