@@ -9,13 +9,14 @@ README.md with a YAML card, or splits by the names of files and folders.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from sweeper.data.examples import Ledger, Row
 from sweeper.data.rows import (
@@ -114,6 +115,12 @@ def _files(source: Source, key: str) -> list[File]:
     remote = "://" in source.path
     path = source.path if remote else str(Path(source.path).expanduser())
     folder = kind_of(path)[0] is None if remote else Path(path).is_dir()
+    unused = [word for word in ("name", "split", "revision") if getattr(source, word) is not None]
+    if unused := [word for word in unused if word == "revision" or not folder]:
+        raise DataError(
+            f"{path}: {' and '.join(unused)} given for a {'folder' if folder else 'file'}; "
+            "a folder has splits and configurations (split, name), only a hub data set a revision"
+        )
     names = _folder_files(path.rstrip("/"), source, source.split or key) if folder else [path]
     kinds = sorted({str(kind_of(name)[0]) for name in names})
     if len(kinds) > 1:
@@ -127,7 +134,8 @@ def _files(source: Source, key: str) -> list[File]:
 def _open(path: str) -> BinaryIO:
     import fsspec
 
-    return cast(BinaryIO, fsspec.open(path, "rb").open())
+    # remote files have a readline without a limit; the buffer has one that honours it
+    return io.BufferedReader(fsspec.open(path, "rb").open())
 
 
 def _folder_files(folder: str, source: Source, split: str) -> list[str]:

@@ -151,7 +151,8 @@ def _files(data: Data, reading: _Reading, passed: dict[str, int]) -> Pools:
         cleaning.clean(pool, data.cleaning, seen, reading.ledger) for pool in pools["train"]
     ]
     passed["clean"] = sum(_size(found) for found in pools.values())
-    _remove_leaks(pools, _seen(data), reading.ledger)  # before a test split could be drawn of them
+    if len(pools) > 1:  # before a test split could be drawn from rows of a validation file
+        _remove_leaks(pools, _seen(data), reading.ledger)
     passed["disjoint"] = sum(_size(found) for found in pools.values())
     return partition(pools, data)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sweeper.data.sources import describe_sources, is_hub_id, path_problems, rea
 from sweeper.data.splits import load_splits
 from sweeper.errors import ConfigError, DataError
 from sweeper.settings import Source
+from tests.data.fake_hub import fake_hub
 from tests.data.samples import make_data, pairs, write_rows
 
 
@@ -121,6 +123,38 @@ def test_urls_are_files_and_folders(bucket: str, tmp_path: Path) -> None:
     assert prompts(bucket, "test") == asked(2)
     local = write_rows(tmp_path / "rows.jsonl", pairs([3]))
     assert prompts(f"file://{local}") == asked(3)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_file_on_a_web_server_is_read_in_pieces(tmp_path: Path, zipped: bool) -> None:
+    """http:// goes through ranges of bytes, line by line, gzipped or not."""
+    name = "train.jsonl.gz" if zipped else "train.jsonl"
+    path = tmp_path / "datasets" / "org" / "set" / name
+    write_rows(path, pairs(range(2000)))
+    if zipped:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    with fake_hub(tmp_path) as endpoint:
+        url = f"{endpoint}/datasets/org/set/resolve/main/{name}"
+        assert prompts(url) == asked(*range(2000))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"split": "test"}, "split given for a file"),
+        ({"name": "main", "revision": "v1"}, "name and revision given for a file"),
+    ],
+)
+def test_keys_that_mean_nothing_for_a_file_are_refused(
+    tmp_path: Path, more: dict[str, str], message: str
+) -> None:
+    """A split of a plain file would otherwise be ignored in silence."""
+    path = write_rows(tmp_path / "rows.jsonl", pairs([1]))
+    with pytest.raises(DataError, match=message):
+        prompts(path, **more)
+    if "revision" in more:
+        with pytest.raises(DataError, match="revision given for a folder"):
+            prompts(tmp_path, revision="v1")
 
 
 @pytest.mark.parametrize(
