@@ -97,7 +97,7 @@ class Cleaning(Section):
     """Which rows are left out before anything is split."""
 
     deduplicate: Literal["none", "exact", "near"]
-    near_threshold: Annotated[float, Field(gt=0, le=1)]
+    near_threshold: Annotated[float, Field(ge=0.3, le=0.99)]
     min_completion_chars: Annotated[int, Field(ge=0)]
     max_chars: Positive | None
     low_quality: bool

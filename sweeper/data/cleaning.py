@@ -135,9 +135,7 @@ def _low_quality(example: Example, answer: str) -> str | None:
         return None
     if Counter(characters).most_common(1)[0][1] > MAX_SHARE_OF_ONE_CHARACTER * len(characters):
         return "mostly one character"
-    if _text_characters(characters) < MIN_SHARE_OF_TEXT * len(characters):
-        return "mostly no text"
-    return None
+    return None if _is_text(characters) else "mostly no text"
 
 
 def _repeats_lines(answer: str) -> bool:
@@ -146,6 +144,9 @@ def _repeats_lines(answer: str) -> bool:
     return len(lines) >= JUDGED_LINES and distinct < MIN_SHARE_OF_DISTINCT_LINES * len(lines)
 
 
-def _text_characters(characters: str) -> int:
-    """Letters, digits and the marks that many scripts write vowels with."""
-    return sum(unicodedata.category(character)[0] in "LNM" for character in characters)
+def _is_text(characters: str) -> bool:
+    """Whether letters, digits and the marks that many scripts write vowels with are enough of it."""
+    wanted = MIN_SHARE_OF_TEXT * len(characters)
+    if sum(map(str.isalnum, characters)) >= wanted:
+        return True
+    return sum(unicodedata.category(character)[0] in "LNM" for character in characters) >= wanted
