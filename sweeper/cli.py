@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("report", "trial", "build-base")
+VERBS = ("report", "trial", "prefetch", "build-base")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -57,6 +57,26 @@ def trial(
         )
     settings = validate(Settings, {**compose([]).config, **read_yaml(source)})
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
+
+
+@app.command()
+def prefetch(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="As for training: +experiment=X data.train=org/name")
+    ] = None,
+) -> None:
+    """Fill the hub cache with all that these overrides need, for workers without a network."""
+    from sweeper.compose import with_user_conf
+    from sweeper.data.prefetch import prefetch as fetch
+    from sweeper.search.plan import single, studies
+
+    given = with_user_conf(overrides or [], Path.cwd())
+    if any(text.startswith("+experiment=") for text in given):
+        settings = [arm.settings for plan in studies(given) for arm in plan.arms]
+    else:
+        settings = [single(given)]
+    for fetched in fetch(settings):
+        typer.echo(fetched)
 
 
 @app.command(name="build-base")

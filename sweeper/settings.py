@@ -8,12 +8,23 @@ Names are those of PEFT, transformers and Optuna wherever they have one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from sweeper.errors import ConfigError
+
+SPLIT_KEYS = ("train", "validation", "test")
 
 EMBEDDED = "embedded"
 """The word for the base model and the data set that travel inside the package."""
@@ -53,32 +64,69 @@ class Model(Section):
 
 
 class Source(Section):
-    """One place that training rows come from; what is null is as `data` says for all of them."""
+    """One place that rows come from; what is null is as `data` says for all of them."""
 
     path: str = Field(min_length=1)
     split: str | None = None
-    """A hub data set's split; null = train."""
+    """Of a folder or a hub data set; null = the one named like the key: train, validation, test."""
     name: str | None = None
     """A hub data set's configuration name."""
     revision: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share of this source in the mixture, relative to the other weights."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of this source in train, relative to the other weights; null everywhere = all rows."""
     format: str | None = None
     columns: dict[str, str] | None = None
 
 
-Sources = Annotated[str, Field(min_length=1)] | Annotated[list[str | Source], Field(min_length=1)]
+_ONE, _SEVERAL, _SOURCE = "one path", "several sources", "a source"
+
+
+def _sources_tag(value: object) -> str:
+    return _SEVERAL if isinstance(value, list) else _source_tag(value)
+
+
+def _source_tag(value: object) -> str:
+    return _SOURCE if isinstance(value, Mapping | Source) else _ONE
+
+
+OnePath = Annotated[Annotated[str, Field(min_length=1)], Tag(_ONE)]
+OneSource = Annotated[OnePath | Annotated[Source, Tag(_SOURCE)], Discriminator(_source_tag)]
+Sources = Annotated[
+    OnePath
+    | Annotated[Source, Tag(_SOURCE)]
+    | Annotated[list[OneSource], Field(min_length=1), Tag(_SEVERAL)],
+    Discriminator(_sources_tag),
+]
 """A file, a folder, a hub id or a URL; or several of them."""
+
+
+def sources(given: Sources | None) -> list[Source]:
+    """Sources however they were written: one path, one source, or a list of both."""
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    return [Source(path=item) if isinstance(item, str) else item for item in items]
 
 
 class Cleaning(Section):
     """Which rows are left out before anything is split."""
 
     deduplicate: Literal["none", "exact", "near"]
-    near_threshold: Annotated[float, Field(gt=0, le=1)]
+    near_threshold: Annotated[float, Field(ge=0.3, le=0.99)]
     min_completion_chars: Annotated[int, Field(ge=0)]
     max_chars: Positive | None
     low_quality: bool
+    completion_pattern: str | None
+    completion_json: bool
+    redact: list[Literal["email", "phone"]]
+
+    @model_validator(mode="after")
+    def _pattern_compiles(self) -> Cleaning:
+        try:
+            re.compile(self.completion_pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"completion_pattern={self.completion_pattern!r} is no regular expression: {error}"
+            ) from None
+        return self
 
 
 class Data(Section):
@@ -103,6 +151,23 @@ class Data(Section):
     order_by: str | None
     max_bad_fraction: Annotated[float, Field(ge=0, lt=1)]
     cleaning: Cleaning
+
+    @model_validator(mode="after")
+    def _one_mixture(self) -> Data:
+        train = sources(self.train)
+        weighted = [source.path for source in train if source.weight is not None]
+        if weighted and len(weighted) < len(train):
+            raise ValueError(
+                f"train: only {', '.join(weighted)} has a weight; weigh every source or none"
+            )
+        if weighted and self.balance_by is not None:
+            raise ValueError(
+                f"balance_by={self.balance_by} and the sources' weights both decide how often "
+                "rows occur; set balance_by=null or leave the weights out"
+            )
+        if any(item.weight is not None for item in sources(self.validation) + sources(self.test)):
+            raise ValueError("weights are for train; validation and test are taken as they are")
+        return self
 
 
 class Quantization(Section):
@@ -158,6 +223,13 @@ class NoAdapter(Section):
 
 
 ADAPTER_METHODS: dict[str, type[Section]] = {"lora": LoraAdapter, "none": NoAdapter}
+TAGS: dict[str, type[Section] | None] = {
+    **ADAPTER_METHODS,
+    _ONE: None,
+    _SEVERAL: None,
+    _SOURCE: Source,
+}
+"""What stands in an error's location for a member of a union, and the section it leads to."""
 
 
 class Training(Section):
@@ -365,7 +437,7 @@ def describe(error: ValidationError, kind: type[Section], where: str = "") -> li
 
 def _describe(item: Mapping[str, Any], kind: type[Section], where: str) -> str:
     location = [str(part) for part in item["loc"]]
-    shown = [part for part in location if part not in ADAPTER_METHODS]
+    shown = [part for part in location if part not in TAGS]
     key = ".".join([where, *shown] if where else shown) or "the configuration"
     message = str(item["msg"]).removeprefix("Value error, ")
     match item["type"]:
@@ -384,8 +456,8 @@ def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
     """The section an error's location leads to; a union's member is named by its tag."""
     section = kind
     for part in location:
-        if part in ADAPTER_METHODS:
-            section = ADAPTER_METHODS[part]
+        if part in TAGS:
+            section = TAGS[part] or section
         elif part in section.model_fields:
             annotation = section.model_fields[part].annotation
             section = annotation if isinstance(annotation, type) else section

@@ -34,6 +34,9 @@ SEAMS = {
     "mlflow": {"sweeper/tracking/mlflow_tracker.py"},
     "typer": {"sweeper/cli.py"},
     "multiprocessing": {"sweeper/workers/local.py"},
+    "datasets": {"sweeper/data/sources.py"},
+    "fsspec": {"sweeper/data/sources.py"},
+    "datasketch": {"sweeper/data/duplicates.py"},
 }
 SEAMS["omegaconf"] = SEAMS["hydra"]
 

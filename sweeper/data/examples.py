@@ -72,6 +72,13 @@ class Ledger:
         if len(shown := self.places[stage, reason]) < SHOWN_PER_REASON:
             shown.append(where)
 
+    def add(self, other: Ledger) -> None:
+        """Take over what another ledger counted."""
+        for stage, counts in other.counts.items():
+            self.counts[stage].update(counts)
+        for key, places in other.places.items():
+            self.places[key] = [*self.places[key], *places][:SHOWN_PER_REASON]
+
     @property
     def total(self) -> dict[str, int]:
         """Dropped by reason, over all stages."""

@@ -1,74 +1,322 @@
-"""Read: files into rows (dicts), with the file and line of whatever is wrong.
+"""Read: the bytes of one file into rows; a broken row is left out and counted, with file and line.
 
-datasets' own JSON reader names neither file nor line, so local files are read here; formats and
-columns are the next stage's business.
+Knows the kinds of files (JSON lines, JSON, CSV, TSV, Parquet, plain text; the text kinds also gzipped),
+not where files lie (`sources`) and not what their columns mean (`formats`). datasets' own JSON reader
+names neither file nor line, so text is read here.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
 
+from sweeper.data.examples import Ledger, Row
 from sweeper.errors import DataError
 
-Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json")
+STAGE = "read"
+MIB = 2**20
+MAX_LINE_BYTES = 16 * MIB
+"""A longer line is a bad row; it is skipped in pieces and never held in memory."""
+MAX_FILE_BYTES = 512 * MIB
+"""A .json, .txt or .md file is read whole, up to this size."""
+MAX_DEPTH = 100
+"""Lists and objects inside each other in one row."""
+SHOWN_CHARS = 80
+
+_UNUSABLE = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\ud800-\udfff]")
+"""What no tokenizer should meet: control characters but for tab, line breaks, form feed and escape
+(terminal logs), and halves of surrogate pairs, which cannot be written as UTF-8."""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of a .jsonl file (one object a line) or a .json file (one list of objects).
+class BadRow(Exception):
+    """Why one row is left out; `shown` is what people need to find it."""
+
+    def __init__(self, reason: str, shown: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.shown = f" ({shown})" if shown else ""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to read, wherever it lies."""
+
+    name: str
+    """As the user knows it; its ending says what kind it is."""
+    open: Callable[[], BinaryIO]
+
+
+def read_file(file: File, ledger: Ledger) -> list[Row]:
+    """All sound rows of one file.
 
     Raises:
-        DataError: no such file, another kind of file, broken JSON, not UTF-8, or no rows.
+        DataError: the file as a whole cannot be read: another kind, truncated, not UTF-8, a broken list.
     """
-    if problem := path_problem(path):
-        raise DataError(problem)
+    kind, zipped = kind_of(file.name)
+    if kind is None:
+        raise DataError(f"{file.name}: {unknown_kind(file.name)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with file.open() as stream:
+            source = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if zipped else stream
+            return list(READERS[kind](source, file.name, ledger))
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{file.name}: not a whole gzip file ({error}); fetch it again") from None
+
+
+def kind_of(name: str) -> tuple[str | None, bool]:
+    """The kind of a file by its ending (None: none that is read here), and whether it is gzipped."""
+    plain = name.split("?")[0].lower()
+    zipped = plain.endswith(".gz")
+    plain = plain.removesuffix(".gz")
+    kind = next((suffix for suffix in READERS if plain.endswith(suffix)), None)
+    return (None if zipped and kind == ".parquet" else kind), zipped
+
+
+def unknown_kind(name: str) -> str:
+    """What is wrong with the ending of a file's name."""
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    ending = "." + last.rsplit(".", 1)[1] if "." in last else "nameless"
+    return f"a {ending} file; give {', '.join(READERS)} (all but .parquet also with .gz)"
+
+
+def checked(values: object) -> Mapping[str, Any]:
+    """A record as a row's values.
+
+    Raises:
+        BadRow: no object, nested too deeply, or text that no tokenizer should meet.
+    """
+    if not isinstance(values, dict):
+        raise BadRow(f"a {type(values).__name__}, not a JSON object")
+    level: list[object] = [values]
+    for _ in range(MAX_DEPTH):
+        inner = [item for node in level for item in _inside(node)]
+        for item in inner:
+            if isinstance(item, str) and (found := _UNUSABLE.search(item)):
+                half = found[0] >= "\ud800"
+                raise BadRow("half a surrogate pair" if half else "control characters")
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return values
+    raise BadRow(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _inside(node: object) -> Iterator[object]:
+    if isinstance(node, dict):
+        yield from node
+        yield from node.values()
+    elif isinstance(node, list):
+        yield from node
+
+
+def _json_lines(stream: BinaryIO, name: str, ledger: Ledger) -> Iterator[Row]:
+    for number, line in _lines(stream, name):
+        where = f"{name}:{number}"
+        try:
+            text = _decoded(line).strip()
+            if text:
+                yield Row(checked(_parsed(text)), where)
+        except BadRow as bad:
+            ledger.drop(STAGE, bad.reason, where + bad.shown)
+
+
+def _json(stream: BinaryIO, name: str, ledger: Ledger) -> Iterator[Row]:
+    """One list of objects; many files of this name hold one object a line, and are read as such."""
+    content = _whole(stream, name)
+    try:
+        records = _parsed(_decoded_whole(content))
+    except BadRow as bad:
+        if bad.reason != "broken JSON" or not content.lstrip().startswith(b"{"):
+            raise DataError(f"{name}: {bad.reason}{bad.shown}") from None
+        yield from _json_lines(io.BytesIO(content), name, ledger)
+        return
+    if not isinstance(records, list):
+        raise DataError(f"{name}: a {type(records).__name__}, not a list of rows")
+    for number, record in enumerate(records, start=1):
+        where = f"{name}: row {number}"
+        try:
+            yield Row(checked(record), where)
+        except BadRow as bad:
+            ledger.drop(STAGE, bad.reason, where + bad.shown)
+
+
+def _comma(stream: BinaryIO, name: str, ledger: Ledger) -> Iterator[Row]:
+    return _separated(stream, name, ledger, ",")
+
+
+def _tab(stream: BinaryIO, name: str, ledger: Ledger) -> Iterator[Row]:
+    return _separated(stream, name, ledger, "\t")
+
+
+def _separated(stream: BinaryIO, name: str, ledger: Ledger, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # what is no UTF-8 arrives as half surrogate pairs, and its row is found to be bad below
+    lines = (
+        (line or b"").decode("utf-8", errors="surrogateescape") for _, line in _lines(stream, name)
+    )
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = _header(reader, name)
+    while True:
+        where = f"{name}:{reader.line_num + 1}"
+        try:
+            fields = next(reader)
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise BadRow("another number of fields than the header", f"{len(fields)}")
+            yield Row(_checked_text(dict(zip(header, fields, strict=True))), where)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "unexpected end" in str(error):
+                raise DataError(f"{where}: a quoted field opens and never closes") from None
+            ledger.drop(STAGE, "broken CSV", f"{where} ({error})")
+        except BadRow as bad:
+            ledger.drop(STAGE, bad.reason, where + bad.shown)
+
+
+def _header(reader: Iterator[list[str]], name: str) -> list[str]:
+    try:
+        header = next(reader, [])
+    except csv.Error as error:
+        raise DataError(f"{name}:1: broken CSV header ({error})") from None
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise DataError(f"{name}:1: the header names {', '.join(map(repr, twice))} twice")
+    return header
+
+
+def _checked_text(values: dict[str, str]) -> Mapping[str, Any]:
+    try:
+        return checked(values)
+    except BadRow as bad:
+        if "surrogate" in bad.reason:
+            raise BadRow("invalid UTF-8") from None
+        raise
+
+
+def _parquet(stream: BinaryIO, name: str, ledger: Ledger) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(stream).iter_batches(batch_size=4096):
+            for values in batch.to_pylist():
+                number += 1
+                where = f"{name}: row {number}"
+                try:
+                    yield Row(checked(values), where)
+                except BadRow as bad:
+                    ledger.drop(STAGE, bad.reason, where + bad.shown)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise DataError(f"{name}: not a whole Parquet file ({reason}); fetch it again") from None
+
+
+def _text(stream: BinaryIO, name: str, ledger: Ledger) -> Iterator[Row]:
+    """A plain text is one row, with the whole of it in the column `text`."""
+    try:
+        text = _decoded_whole(_whole(stream, name))
+        if not text.strip():
+            raise BadRow("an empty text")
+        yield Row(checked({"text": text.replace("\r\n", "\n")}), name)
+    except BadRow as bad:
+        ledger.drop(STAGE, bad.reason, name + bad.shown)
+
+
+READERS: dict[str, Callable[[BinaryIO, str, Ledger], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _comma,
+    ".tsv": _tab,
+    ".parquet": _parquet,
+    ".txt": _text,
+    ".md": _text,
+}
+
+
+def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
+    """Lines with their numbers, from 1; None for one that is too long."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = _without_mark(line, name)
+        if len(line) <= MAX_LINE_BYTES:
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES)
+        yield number, None
+
+
+def _without_mark(start: bytes, name: str) -> bytes:
+    """Without the byte-order mark of UTF-8; that of another encoding is an error."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{name}: UTF-16 or UTF-32; convert the file to UTF-8")
+    return start.removeprefix(codecs.BOM_UTF8)
+
+
+def _decoded(line: bytes | None) -> str:
+    if line is None:
+        raise BadRow(f"a line of more than {MAX_LINE_BYTES // MIB} MiB")
+    try:
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert the file") from None
-    rows = list(_json_lines(path, text) if path.suffix == ".jsonl" else _json_list(path, text))
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
+        raise BadRow("invalid UTF-8", f"byte {error.start + 1} of the line") from None
 
 
-def path_problem(path: Path) -> str | None:
-    """Why a path cannot be a data file, as far as that is known without opening it."""
-    if not path.is_file():
-        return f"{path}: no such file"
-    if path.suffix not in SUFFIXES:
-        return f"{path}: a {path.suffix or 'nameless'} file; give {' or '.join(SUFFIXES)}"
-    return None
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _object(_parse(line, f"{path}:{number}"), f"{path}:{number}")
-
-
-def _json_list(path: Path, text: str) -> Iterator[Row]:
-    value = _parse(text, str(path))
-    if not isinstance(value, list):
-        raise DataError(f"{path}: a {type(value).__name__}, not a list of rows")
-    for number, item in enumerate(value, start=1):
-        yield _object(item, f"{path}: row {number}")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        shown = text[:80] + ("…" if len(text) > 80 else "")
+def _whole(stream: BinaryIO, name: str) -> bytes:
+    content = stream.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
         raise DataError(
-            f"{where}: broken JSON ({error.msg} at column {error.colno}): {shown}"
-        ) from None
+            f"{name}: more than {MAX_FILE_BYTES // MIB} MiB; give rows as .jsonl, texts in several files"
+        )
+    return _without_mark(content, name)
 
 
-def _object(value: Any, where: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a {type(value).__name__}, not a JSON object")
-    return value
+def _decoded_whole(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise BadRow("invalid UTF-8", f"line {line}") from None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        start = max(0, error.pos - SHOWN_CHARS // 2) if line else 0
+        shown = text[start:].strip()
+        shown = shown[:SHOWN_CHARS] + ("…" if len(shown) > SHOWN_CHARS else "")
+        place = f"{error.msg} at {line}column {error.colno}"
+        raise BadRow("broken JSON", f"{place}: {shown}") from None
+    except RecursionError:
+        raise BadRow(f"nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # a number of more than 4300 digits
+        raise BadRow("broken JSON", str(error).split(";")[0]) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise BadRow("a key stands twice in an object")
+    return values
+
+
+def _no_number(word: str) -> Any:
+    raise BadRow("NaN or Infinity, which JSON does not have", word)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)

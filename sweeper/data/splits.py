@@ -1,7 +1,7 @@
 """Split: where train, validation and test come from, what they hold, and a digest of it all.
 
-Knows no tokenizer. Files without a validation split are split by row with `split_seed`; the embedded
-pairs bring their own splits, by module.
+Every stage takes examples by source and a ledger. The judges' rows come first: test and validation are
+settled before train is shaped, and what train shares with them leaves train. Knows no tokenizer.
 """
 
 from __future__ import annotations
@@ -9,16 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from sweeper.data.formats import Example, detect_format, render
-from sweeper.data.rows import Row, path_problem, read_rows
+from sweeper.data import cleaning, formats, rows
+from sweeper.data.duplicates import Seen
+from sweeper.data.examples import Example, Ledger, Row
+from sweeper.data.formats import FORMATS, detect_format, to_examples
+from sweeper.data.mixture import shape
+from sweeper.data.partition import Pools, partition
+from sweeper.data.sources import describe_sources, read_source
 from sweeper.embedded.pairs import docstring_pairs
 from sweeper.errors import DataError
-from sweeper.settings import EMBEDDED, Data
+from sweeper.settings import EMBEDDED, SPLIT_KEYS, Data, Source, sources
+
+STAGE = "split"
+DETECTION_ROWS = 100
+"""How many rows are tried before their columns count as unknown: the first may be a broken one."""
 
 
 @dataclass(frozen=True)
@@ -26,98 +33,220 @@ class Splits:
     """Examples by split (train, validation, test), and what there is to say about them."""
 
     examples: dict[str, list[Example]]
-    format: str
+    formats: tuple[str, ...]
+    """Each format that occurs, once."""
     source: str
-    dropped: dict[str, int]
+    ledger: Ledger
+    """What was left out on the way, by stage and reason."""
+    passed: dict[str, int]
+    """Rows that came out of each stage, in order; from `train` on they are train's."""
+    ordered: bool
+    """Train stands in the order it is to be trained in (data.order_by): do not shuffle it."""
+
+    @property
+    def format(self) -> str:
+        """The formats in one word for people."""
+        return ", ".join(self.formats)
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows left out by reason, over all stages."""
+        return self.ledger.total
 
     @property
     def counts(self) -> dict[str, int]:
         """Examples by split."""
-        return {name: len(rows) for name, rows in self.examples.items()}
+        return {name: len(found) for name, found in self.examples.items()}
 
     @property
     def digest(self) -> str:
-        """sha256 over the rendered examples of all splits, in order."""
-        lines = (
-            json.dumps([name, example.prompt, example.completion], ensure_ascii=False)
-            for name, examples in sorted(self.examples.items())
-            for example in examples
-        )
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        """sha256 over the examples of all splits, in order."""
+        digest = hashlib.sha256()
+        for name, examples in sorted(self.examples.items()):
+            for example in examples:
+                turns = [[turn.role, turn.content, turn.input] for turn in example.messages]
+                digest.update(json.dumps([name, turns], ensure_ascii=False).encode() + b"\n")
+        return digest.hexdigest()
 
 
-def load_splits(settings: Data) -> Splits:
+@dataclass
+class _Reading:
+    """What the sources of a configuration have given so far."""
+
+    ledger: Ledger
+    formats: dict[str, None]  # a set that keeps its order
+    read: int = 0
+
+
+def load_splits(data: Data) -> Splits:
     """The examples of a data configuration.
 
     Raises:
-        DataError: a file is missing or broken, or a split would be empty.
+        DataError: a source is missing or broken, too many rows are unusable, or a split is empty.
     """
-    splits = _embedded(settings) if settings.train == EMBEDDED else _files(settings)
-    if settings.max_samples is not None:
-        train = _sample(splits.examples["train"], settings.max_samples, settings.split_seed)
-        splits.examples["train"] = train
+    reading = _Reading(Ledger(), {})
+    passed: dict[str, int] = {}
+    if [item.path for item in sources(data.train)] == [EMBEDDED]:
+        pools, source = _embedded(data, reading)
+    else:
+        source = describe_sources(data)
+        pools = _files(data, reading, passed)
+    _remove_leaks(pools, _seen(data, near=False), reading.ledger)
+    passed["train"] = _size(pools["train"])
+    weights = [item.weight for item in sources(data.train) if item.weight is not None]
+    examples = {
+        name: [example for pool in found for example in pool] for name, found in pools.items()
+    }
+    examples["train"] = shape(pools["train"], weights or None, data)
+    passed["train as shaped"] = len(examples["train"])
+    _refuse_empty(examples, source, reading.ledger)
+    ordered = data.order_by is not None
+    return Splits(examples, tuple(reading.formats), source, reading.ledger, passed, ordered)
+
+
+def _refuse_empty(examples: Mapping[str, Sequence[Example]], source: str, ledger: Ledger) -> None:
     for name in ("train", "validation"):
-        if not splits.examples[name]:
+        if not examples[name]:
+            reasons = ", ".join(f"{count} {why}" for why, count in ledger.total.items())
             raise DataError(
-                f"{splits.source}: the {name} split is empty; give more rows or a file of its own "
-                f"(data.{name}=FILE)"
+                f"{source}: the {name} split is empty; give more rows or a source of its own "
+                f"(data.{name}=FILE)" + (f"; left out: {reasons}" if reasons else "")
             )
-    return splits
 
 
-def path_problems(settings: Data) -> list[str]:
-    """What is wrong with the paths of a data configuration, by key."""
-    if settings.train == EMBEDDED:
-        return []
-    found = {key: path_problem(path) for key, path in _paths(settings).items()}
-    return [f"data.{key}={problem}" for key, problem in found.items() if problem]
-
-
-def _paths(settings: Data) -> dict[str, Path]:
-    paths = {"train": settings.train, "validation": settings.validation, "test": settings.test}
-    return {name: Path(path).expanduser() for name, path in paths.items() if path is not None}
-
-
-def _embedded(settings: Data) -> Splits:
+def _embedded(data: Data, reading: _Reading) -> tuple[Pools, str]:
+    """The pairs bring their own splits, by module, already clean."""
     for name in ("validation", "test"):
-        if getattr(settings, name) is not None:
+        if getattr(data, name) is not None:
             raise DataError(
                 f"data.{name} needs data.train=FILE; the embedded pairs bring their own"
             )
     pairs = docstring_pairs()
     source = f"docstring pairs of {platform.python_implementation()} {platform.python_version()}"
-    examples = {name: render(rows, "alpaca", source) for name, rows in pairs.rows.items()}
-    return Splits(examples, "alpaca", source, dict(pairs.dropped))
+    for reason, count in pairs.dropped.items():
+        if count:
+            reading.ledger.counts[cleaning.STAGE][reason.replace("_", " ")] += count
+    reading.formats["alpaca"] = None
+    pools: Pools = {}
+    for name, records in pairs.rows.items():
+        found = [
+            Row(values, f"{source}: {name} row {number}")
+            for number, values in enumerate(records, start=1)
+        ]
+        pools[name] = [to_examples(found, "alpaca", {}, reading.ledger)]
+    return pools, source
 
 
-def _files(settings: Data) -> Splits:
-    given = _paths(settings)
-    rows = {name: read_rows(path) for name, path in given.items()}
-    where = str(given["train"])
-    found: str = settings.format
-    if found == "auto":
-        found = detect_format(rows["train"][0], where)
-    unique = list({json.dumps(row, sort_keys=True): row for row in rows["train"]}.values())
-    dropped = {"duplicate": len(rows["train"]) - len(unique)}  # they would leak across the split
-    rows = _split_off({**rows, "train": unique}, settings)
-    examples = {name: render(rows[name], found, str(given.get(name, where))) for name in rows}
-    return Splits(examples, found, where, dropped)
+def _files(data: Data, reading: _Reading, passed: dict[str, int]) -> Pools:
+    pools = {
+        key: [_examples(source, key, data, reading) for source in sources(given)]
+        for key in SPLIT_KEYS
+        if (given := getattr(data, key)) is not None
+    }
+    passed["read"] = reading.read
+    passed["usable"] = sum(_size(found) for found in pools.values())
+    seen = _seen(data)
+    # the judges' own files stay whole: what they hold is what the user wants to be good at
+    pools["train"] = [
+        cleaning.clean(pool, data.cleaning, seen, reading.ledger) for pool in pools["train"]
+    ]
+    passed["clean"] = sum(_size(found) for found in pools.values())
+    if len(pools) > 1:  # before a test split could be drawn from rows of a validation file
+        _remove_leaks(pools, _seen(data), reading.ledger)
+    passed["disjoint"] = sum(_size(found) for found in pools.values())
+    return partition(pools, data)
 
 
-def _split_off(rows: Mapping[str, list[Row]], settings: Data) -> dict[str, list[Row]]:
-    """Take validation and test rows off train where no file brings them."""
-    train = list(rows["train"])
-    random.Random(settings.split_seed).shuffle(train)
-    result = dict(rows)
-    ratios = {"validation": settings.validation_ratio, "test": settings.test_ratio}
-    total = len(train)
-    for name, ratio in ratios.items():
-        if name not in rows:
-            count = max(round(total * ratio), name == "validation")
-            result[name], train = train[:count], train[count:]
-    return {**result, "train": train}
+def _examples(source: Source, key: str, data: Data, reading: _Reading) -> list[Example]:
+    """The usable, redacted examples of one source.
+
+    Raises:
+        DataError: the source cannot be read, or more than max_bad_fraction of its rows are bad.
+    """
+    if source.path == EMBEDDED:
+        raise DataError(f"data.{key}: {EMBEDDED} stands alone, it cannot be one of several sources")
+    ledger = Ledger()
+    found = read_source(source, key, ledger)
+    columns = data.columns if source.columns is None else source.columns
+    examples: list[Example] = []
+    read = len(found) + sum(ledger.total.values())
+    if found:
+        format_name = _format(source.format or data.format, found, columns)
+        reading.formats[format_name] = None
+        examples = to_examples(found, format_name, columns, ledger)
+    _tolerate(source, ledger, read, data.max_bad_fraction)
+    reading.ledger.add(ledger)
+    reading.read += read
+    return cleaning.redact(examples, data.cleaning.redact)
 
 
-def _sample(examples: list[Example], count: int, seed: int) -> list[Example]:
-    chosen = random.Random(seed).sample(range(len(examples)), min(count, len(examples)))
-    return [examples[index] for index in sorted(chosen)]
+def _format(name: str, found: Sequence[Row], columns: Mapping[str, str]) -> str:
+    if name != "auto":
+        if name not in FORMATS:
+            raise DataError(f"format={name}: no such format; formats: auto, {', '.join(FORMATS)}")
+        return name
+    problem: DataError | None = None
+    for row in found[:DETECTION_ROWS]:
+        try:
+            return detect_format(row, columns)
+        except DataError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _tolerate(source: Source, ledger: Ledger, read: int, limit: float) -> None:
+    """Stop where more rows are bad than data.max_bad_fraction allows, with all that is known."""
+    counts_by_stage = {stage: ledger.counts[stage] for stage in (rows.STAGE, formats.STAGE)}
+    bad = sum(counts.total() for counts in counts_by_stage.values())
+    if read == 0:
+        raise DataError(f"{source.path}: holds no rows")
+    if bad <= limit * read:
+        return
+    lines = [
+        f"  {count} × {reason}: {', '.join(ledger.places[stage, reason])}"
+        + (", …" if count > len(ledger.places[stage, reason]) else "")
+        for stage, counts in counts_by_stage.items()
+        for reason, count in counts.most_common()
+    ]
+    raise DataError(
+        "\n".join(
+            [
+                f"{source.path}: {bad} of {read} rows cannot be used, more than the "
+                f"{limit:.3%} that data.max_bad_fraction allows:",
+                *lines,
+                "mend or delete them, or raise data.max_bad_fraction to skip and count them",
+            ]
+        )
+    )
+
+
+def _remove_leaks(pools: Pools, seen: Seen, ledger: Ledger) -> None:
+    """Out of train what validation or test holds as well, out of validation what test holds."""
+    for name in ("test", "validation", "train"):
+        if name in pools and name != "test":
+            pools[name] = [_without(pool, seen, f"{name} leak", ledger) for pool in pools[name]]
+        if name in pools and name != "train":
+            for pool in pools[name]:
+                for example in pool:
+                    seen.add(example.text)
+
+
+def _without(pool: Sequence[Example], seen: Seen, reason: str, ledger: Ledger) -> list[Example]:
+    kept = []
+    for example in pool:
+        if (kind := seen.kind(example.text)) is None:
+            kept.append(example)
+        else:
+            ledger.drop(STAGE, f"{reason} ({kind})", example.row.where)
+    return kept
+
+
+def _seen(data: Data, *, near: bool = True) -> Seen:
+    """Compares as data.cleaning says; near duplicates are gone once the pools are disjoint."""
+    near = near and data.cleaning.deduplicate == "near"
+    return Seen(data.cleaning.near_threshold if near else None)
+
+
+def _size(pools: Iterable[Sequence[Example]]) -> int:
+    return sum(len(pool) for pool in pools)

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sweeper import compose
-from sweeper.data.splits import path_problems
+from sweeper.data.sources import path_problems
 from sweeper.errors import ConfigError
 from sweeper.settings import Sampler, Settings, Study, describe, validate
 from sweeper.space import Choice, Interval, Point, Scalar, Space, grid

@@ -1,0 +1,153 @@
+"""Partition: validation and test come off train, so that neighbours and relatives stay together.
+
+By row at random, by the values of a column (groups never straddle), or, for plain texts, as the last
+contiguous parts. The same seed gives the same parts, whatever the hash seed. Knows no files.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from sweeper.data.examples import Example, Row
+from sweeper.data.mixture import column
+from sweeper.settings import SPLIT_KEYS, Data
+
+Pools = dict[str, list[list[Example]]]
+"""Split -> the examples of every source."""
+
+
+def partition(pools: Pools, data: Data) -> Pools:
+    """Take validation and test off train where nothing else brings them.
+
+    Args:
+        pools: train of every source, and validation and test where they have sources of their own.
+        data: validation_ratio, test_ratio, split_seed, group_by.
+
+    Raises:
+        DataError: a row lacks the column that is grouped by.
+    """
+    ratios = {"validation": data.validation_ratio, "test": data.test_ratio}
+    missing = {name: ratio for name, ratio in ratios.items() if name not in pools}
+    result: Pools = {**{name: [] for name in SPLIT_KEYS}, **pools, "train": []}
+    groups = _groups(pools["train"], missing, data)
+    rng = random.Random(data.split_seed)
+    largest = max(pools["train"], key=len)
+    for pool in pools["train"]:
+        if groups is not None:
+            parts = _by_group(pool, groups, data)
+        elif _is_text(pool):
+            parts = _contiguous(pool, missing)
+        else:
+            parts = _at_random(pool, missing, rng, at_least_one=pool is largest)
+        for name, examples in parts.items():
+            result[name].append(examples)
+    return result
+
+
+def _at_random(
+    pool: Sequence[Example], ratios: Mapping[str, float], rng: random.Random, *, at_least_one: bool
+) -> dict[str, list[Example]]:
+    train = list(pool)
+    rng.shuffle(train)
+    total = len(train)
+    parts = {}
+    for name, ratio in ratios.items():
+        count = max(round(total * ratio), at_least_one and name == "validation")
+        parts[name], train = train[:count], train[count:]
+    return {**parts, "train": train}
+
+
+def _groups(
+    pools: Iterable[Sequence[Example]], ratios: Mapping[str, float], data: Data
+) -> dict[str, str] | None:
+    """Group -> split, so that each split gets about its share of the rows; None = not grouped."""
+    if data.group_by is None or not ratios:
+        return None
+    sizes: dict[str, int] = {}
+    for pool in pools:
+        for example in pool:
+            name = str(column(example, data.group_by, "group_by"))
+            sizes[name] = sizes.get(name, 0) + 1
+    names = sorted(sizes)
+    random.Random(data.split_seed).shuffle(names)
+    wanted = {name: ratio * sum(sizes.values()) for name, ratio in ratios.items()}
+    filled = dict.fromkeys(ratios, 0)
+    groups = {}
+    for name in names:
+        needy = [split for split in ratios if filled[split] + sizes[name] / 2 <= wanted[split]]
+        groups[name] = needy[0] if needy else "train"
+        if needy:
+            filled[needy[0]] += sizes[name]
+    if (
+        filled.get("validation") == 0 and len(names) > 1
+    ):  # few large groups: the smallest one judges
+        groups[min(names, key=lambda name: (sizes[name], name))] = "validation"
+    return groups
+
+
+def _by_group(
+    pool: Sequence[Example], groups: Mapping[str, str], data: Data
+) -> dict[str, list[Example]]:
+    assert data.group_by is not None
+    parts: dict[str, list[Example]] = {name: [] for name in SPLIT_KEYS}
+    for example in pool:
+        parts[groups[str(column(example, data.group_by, "group_by"))]].append(example)
+    return {name: found for name, found in parts.items() if found}
+
+
+def _is_text(pool: Sequence[Example]) -> bool:
+    """Whether a source is plain text: one assistant turn, and nothing asked."""
+    return bool(pool) and all(len(example.messages) == 1 for example in pool)
+
+
+def _contiguous(pool: Sequence[Example], ratios: Mapping[str, float]) -> dict[str, list[Example]]:
+    """Texts in their order: train first, the last parts of the whole for validation and test.
+
+    Windows of one text drawn at random would put neighbours, which share sentences, on both sides.
+    """
+    total = sum(len(example.completion) for example in pool)
+    parts: dict[str, list[Example]] = {}
+    left = list(pool)
+    for name, ratio in reversed(list(ratios.items())):  # test is the very end
+        left, parts[name] = _cut(left, round(total * ratio)) if ratio else (left, [])
+    return {**parts, "train": left}
+
+
+def _cut(pool: Sequence[Example], size: int) -> tuple[list[Example], list[Example]]:
+    """What comes before and within the last `size` characters, cut at a paragraph where there is one."""
+    tail: list[Example] = []
+    for index in range(len(pool) - 1, -1, -1):
+        text = pool[index].completion
+        if len(text) <= size:
+            tail.insert(0, pool[index])
+            size -= len(text)
+            continue
+        head, rest = list(pool[:index]), []
+        if size and (border := _border(text, len(text) - size)):
+            rest = [_part(pool[index], border, len(text))]
+            head.append(_part(pool[index], 0, border))
+        else:
+            head.append(pool[index])
+        return head, rest + tail
+    return [], tail
+
+
+def _border(text: str, near: int) -> int:
+    """The start of the last paragraph, line, sentence or word at or before a place, in that order.
+
+    A border counts as long as it moves the cut by less than half of the smaller side.
+    """
+    reach = max(0, near - min(near, len(text) - near) // 2)
+    for mark in ("\n\n", "\n", ". ", " "):
+        if (found := text.rfind(mark, reach, near)) > 0:
+            return found + len(mark)
+    return near
+
+
+def _part(example: Example, start: int, end: int) -> Example:
+    text = example.completion[start:end]
+    where = f"{example.row.where}, characters {start}-{end}"
+    row = Row({**example.row.values, "text": text}, where)
+    return replace(example, messages=(replace(example.messages[0], content=text),), row=row)
