@@ -163,9 +163,8 @@ def evaluate_examples(
             with autocast(model.device, compute_dtype):
                 nll = token_nll(model, batch, chunk_size)
             per_row = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
-            sums |= zip(
-                indices, (part.double().sum().item() for part in nll.split(per_row)), strict=True
-            )
+            parts = torch.split_with_sizes(nll.double(), per_row)
+            sums |= {index: part.sum().item() for index, part in zip(indices, parts, strict=True)}
     finally:
         model.train(was_training)
     counts = [None] * len(rows) if row_bytes is None else row_bytes

@@ -247,6 +247,7 @@ def test_installed_transformers_ends_as_the_table_says(name: str) -> None:
         "hidden_states = outputs.last_hidden_state",
         "hidden_states = outputs[0]",
         "hidden_states = transformer_outputs[0]",
+        "hidden_states = transformer_outputs.last_hidden_state",
         "hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)",
         "hidden_states = hidden_states.to(self.lm_head.weight.device)",
     }, states
