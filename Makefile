@@ -48,6 +48,7 @@ report: $(READY)  ## Show the last results of the main job
 bench: $(READY)  ## Measure: start-up of the command line, cost of spinning threads (benchmarks/)
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/wait_policy.py
+	$(BIN)/python benchmarks/chunked_cross_entropy.py
 
 wheel: $(READY)  ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

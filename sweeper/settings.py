@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -273,10 +273,100 @@ class Training(Section):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
+LOSS_METRICS = {
+    "eval/loss": "minimize",
+    "eval/perplexity": "minimize",
+    "eval/bits_per_byte": "minimize",
+}
+ROUGE_METRICS = {
+    "eval/rouge1": "maximize",
+    "eval/rouge2": "maximize",
+    "eval/rougeL": "maximize",
+}
+DIRECTIONS: dict[str, str] = {**LOSS_METRICS, **ROUGE_METRICS}
+"""The metrics that a trial can be judged by, and which way is better; a user adds `eval/<name>`."""
+
+
+class Generation(Section):
+    """Greedy answers to held-out prompts, for ROUGE, lengths and the user's metrics."""
+
+    num_examples: Annotated[int, Field(ge=0)]
+    max_new_tokens: Positive
+    batch_size: Positive
+
+
+class Prompt(Section):
+    """A qualitative prompt, answered by base and tuned model side by side."""
+
+    category: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+
+
 class Evaluation(Section):
     """How every model, tuned or not, is judged."""
 
     per_device_eval_batch_size: Positive
+    max_samples: Positive | None
+    generation: Generation
+    rouge_tokenizer: Literal["ascii", "unicode"]
+    rouge_path: str | None
+    prompts: list[Prompt]
+    metrics: dict[
+        Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")],
+        Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")],
+    ]
+    metric_modules: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]]
+
+    @model_validator(mode="after")
+    def _metrics_are_allowed(self) -> Evaluation:
+        for name, target in self.metrics.items():
+            module = target.partition(":")[0]
+            if f"eval/{name}" in DIRECTIONS:
+                raise ValueError(f"metrics.{name}={target}: eval/{name} exists; take another name")
+            if not any(f"{module}.".startswith(f"{allowed}.") for allowed in self.metric_modules):
+                raise ValueError(
+                    f"metrics.{name}={target}: module {module} is not among those that may be "
+                    f"imported, evaluation.metric_modules={self.metric_modules}; add it there if you "
+                    "trust its code"
+                )
+        if self.metrics and self.generation.num_examples == 0:
+            raise ValueError(
+                f"metrics={sorted(self.metrics)} judge generated answers, and "
+                "generation.num_examples=0 generates none; set it to 1 or more"
+            )
+        return self
+
+
+class Objective(Section):
+    """What a trial's value is: the metric that chooses checkpoint, best trial and verdict."""
+
+    metric: str
+    direction: Literal["minimize", "maximize"]
+    pruning_metric: str | None
+
+    @model_validator(mode="after")
+    def _better_is_better(self) -> Objective:
+        better = DIRECTIONS.get(self.metric, self.direction)
+        if better != self.direction:
+            raise ValueError(
+                f"direction={self.direction}: for {self.metric} better means {better}; write that"
+            )
+        return self
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether every evaluation inside a trial would have to generate answers."""
+        return self.metric not in LOSS_METRICS
+
+    @property
+    def judged_while_training(self) -> str:
+        """The metric that pruning and early looks go by."""
+        return self.pruning_metric or ("eval/loss" if self.is_costly else self.metric)
+
+    @property
+    def pruning_direction(self) -> str:
+        """Which way is better for `judged_while_training`."""
+        return DIRECTIONS.get(self.judged_while_training, self.direction)
 
 
 class TrialSettings(Section):
@@ -288,7 +378,32 @@ class TrialSettings(Section):
     adapter: Annotated[LoraAdapter | NoAdapter, Field(discriminator="method")]
     training: Training
     evaluation: Evaluation
+    objective: Objective
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+    @model_validator(mode="after")
+    def _objective_is_measured(self) -> TrialSettings:
+        own = [f"eval/{name}" for name in self.evaluation.metrics]
+        for key in ("metric", "pruning_metric"):
+            name = getattr(self.objective, key)
+            if name is None:
+                continue
+            if name not in {*DIRECTIONS, *own}:
+                raise ValueError(
+                    f"objective.{key}={name}: no such metric; choose one of "
+                    f"{', '.join([*DIRECTIONS, *own])}, or name a function in evaluation.metrics"
+                )
+            if key == "pruning_metric" and name in own and name != self.objective.metric:
+                raise ValueError(
+                    f"objective.pruning_metric={name}: which way is better is known of the "
+                    f"objective ({self.objective.metric}) and of {', '.join(DIRECTIONS)} only"
+                )
+            if name not in LOSS_METRICS and self.evaluation.generation.num_examples == 0:
+                raise ValueError(
+                    f"objective.{key}={name} judges generated answers, and "
+                    "evaluation.generation.num_examples=0 generates none; set it to 1 or more"
+                )
+        return self
 
     @model_validator(mode="after")
     def _full_needs_full_precision(self) -> TrialSettings:
@@ -459,8 +574,12 @@ def _section_at(kind: type[Section], location: Sequence[str]) -> type[Section]:
         if part in TAGS:
             section = TAGS[part] or section
         elif part in section.model_fields:
-            annotation = section.model_fields[part].annotation
-            section = annotation if isinstance(annotation, type) else section
-        elif section is Study:  # arms.<name>
-            section = Arm
+            section = _section_in(section.model_fields[part].annotation) or section
     return section
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    """The section of a key: itself, or what its list or dict holds."""
+    kinds = (annotation, *get_args(annotation))
+    sections = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section))
+    return next(sections, None)

@@ -27,7 +27,7 @@ _OTHER_QUESTION = "decides what is compared, so it cannot be searched; make it a
 _MACHINERY = "is machinery and changes no result, so it cannot be searched"
 NEVER_SEARCHED = {
     "seed": "is never searched: the best seed is luck; repeat the best trials over seeds instead",
-    **dict.fromkeys(("model", "data", "evaluation", "quantization"), _OTHER_QUESTION),
+    **dict.fromkeys(("model", "data", "evaluation", "objective", "quantization"), _OTHER_QUESTION),
     **dict.fromkeys(
         ("space", "sampler", "pruner", "workers", "tracking", "output_dir"), _MACHINERY
     ),

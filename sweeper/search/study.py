@@ -26,9 +26,9 @@ from sweeper.settings import flatten
 from sweeper.space import Choice, Domain, Point, Scalar, Space, grid
 
 SQLITE_TIMEOUT_S = 60
-OBJECTIVE = "eval/loss"
 MACHINERY = frozenset({"model.base_model", "model.revision", "data.train", "data.validation"}) | {
-    *("data.test", "evaluation.per_device_eval_batch_size")
+    *("data.test", "evaluation.per_device_eval_batch_size", "evaluation.generation.batch_size"),
+    "evaluation.rouge_path",
 }
 """Settings that name things whose content has a digest, or that change no result."""
 
@@ -157,7 +157,6 @@ def question(arm: ArmPlan, facts: Facts) -> dict[str, str]:
     settings = flatten(arm.settings.trial.model_dump(mode="json"))
     kept = {key: value for key, value in settings.items() if key not in arm.space}
     return {
-        "objective": OBJECTIVE,
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},

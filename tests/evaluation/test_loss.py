@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
+from sweeper.data.formats import Example
 from sweeper.data.splits import load_splits
 from sweeper.data.tokens import IGNORED, Collator, Tokens, encode
-from sweeper.evaluation.loss import evaluate_loss
+from sweeper.evaluation.loss import Loss, evaluate_examples, evaluate_loss, target_bytes, total
 from sweeper.modeling.base import Base, load_base
 from tests.conftest import make_settings
 
@@ -27,10 +28,20 @@ def judged(request: pytest.FixtureRequest) -> Judged:
 
 
 def test_loss_is_the_same_for_every_batch_size(judged: Judged) -> None:
-    """Batch sizes 1, 8 and 32 agree to 1e-4: sums over tokens, not means over batches."""
+    """Batch sizes 1, 8 and 32 agree to 1e-5: sums over tokens, not means over batches."""
     base, rows, collator = judged
     losses = [evaluate_loss(base.model, rows, collator, size).mean for size in (1, 8, 32)]
-    assert max(losses) - min(losses) < 1e-4
+    assert max(losses) - min(losses) < 1e-5
+
+
+def test_loss_of_an_example_is_its_own(judged: Judged) -> None:
+    """Neither the order of rows, nor their neighbours, nor chunks move an example's loss by 1e-5."""
+    base, rows, collator = judged
+    alone = evaluate_examples(base.model, rows[:12], collator, 1)
+    backwards = evaluate_examples(base.model, rows[:12][::-1], collator, 12, chunk_size=7)[::-1]
+    for one, other in zip(alone, backwards, strict=True):
+        assert one.tokens == other.tokens
+        assert one.mean == pytest.approx(other.mean, abs=1e-5)
 
 
 def test_loss_is_sum_of_nll_over_sum_of_tokens(judged: Judged) -> None:
@@ -46,7 +57,7 @@ def test_loss_is_sum_of_nll_over_sum_of_tokens(judged: Judged) -> None:
                 tokens += 1
     loss = evaluate_loss(base.model, rows[:10], collator, 4)
     assert loss.tokens == tokens
-    assert loss.mean == pytest.approx(nll / tokens, abs=1e-4)
+    assert loss.mean == pytest.approx(nll / tokens, abs=1e-5)
     assert loss.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
 
 
@@ -69,3 +80,26 @@ def test_evaluation_leaves_the_mode_as_it_was(judged: Judged) -> None:
     evaluate_loss(base.model, rows[:2], collator, 2)
     assert base.model.training
     base.model.eval()
+
+
+def test_bytes_are_those_of_the_completions(judged: Judged) -> None:
+    """Targets decode to the completions' UTF-8 bytes; the end-of-text token counts as none."""
+    base, _, _ = judged
+    completions = (
+        "Return a list.",
+        " indented,\n  with spaces ",
+        "naïve 日本 – “ok” 🎈",
+        "x , y .",
+    )
+    examples = [Example("Say it.", completion) for completion in completions]
+    rows = encode(examples, base.tokenizer, 512).rows
+    expected = [len(example.completion.encode("utf-8")) for example in examples]
+    assert target_bytes(rows, base.tokenizer) == expected
+
+
+def test_bits_per_byte_is_nll_in_bits_over_bytes() -> None:
+    """8 ln 2 nats over 4 bytes are 2 bits per byte, summed over a split before dividing."""
+    parts = [Loss(6 * math.log(2), 3, 1), Loss(2 * math.log(2), 1, 3)]
+    assert total(parts).bits_per_byte == pytest.approx(2)
+    assert total(parts).tokens == 4
+    assert total([*parts, Loss(1.0, 1)]).bytes is None

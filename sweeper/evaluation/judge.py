@@ -1,0 +1,212 @@
+"""The one evaluator: the same figures, computed the same way, for base, LoRA, merged and full models.
+
+Knows how a model is judged; knows neither where it comes from nor what is done with the figures.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from sweeper.data.tokens import Collator, Tokens
+from sweeper.errors import ConfigError
+from sweeper.evaluation.custom import CustomMetric, custom_metrics
+from sweeper.evaluation.generation import Answer, generate
+from sweeper.evaluation.lengths import length_metrics
+from sweeper.evaluation.loss import Loss, evaluate_examples, target_bytes, total
+from sweeper.evaluation.rouge import rouge
+from sweeper.settings import LOSS_METRICS, Evaluation
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IMPLAUSIBLE_PERPLEXITY = 1.5
+"""Llama 2 70B has 3.32 a token on WikiText-2 (Lin et al. 2023, AWQ, table 4); well below, look again."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts to be answered and what was expected, of one length and order."""
+
+    prompts: Sequence[str]
+    prompt_ids: Sequence[Sequence[int]]
+    references: Sequence[str]
+
+    def sample(self, count: int, seed: int) -> HeldOut | None:
+        """At most `count` of them, drawn by the seed; None if that is none at all."""
+        kept = _sample(len(self.prompts), count, seed)
+        if not kept:
+            return None
+        return HeldOut(
+            [self.prompts[index] for index in kept],
+            [self.prompt_ids[index] for index in kept],
+            [self.references[index] for index in kept],
+        )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one model is worth on one set of examples."""
+
+    metrics: Mapping[str, float]
+    """Flat, by name: eval/loss, eval/rougeL, eval/<the user's>, …"""
+    examples: Sequence[Loss]
+    """The loss of each judged row, for paired comparisons of two models."""
+    answers: Sequence[Answer] = ()
+    example_scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """ROUGE of each answer, by metric name."""
+    warnings: Sequence[str] = ()
+
+    def value(self, metric: str) -> float:
+        """The objective's value.
+
+        Raises:
+            ConfigError: the metric was not measured; no other stands in for it.
+        """
+        if metric not in self.metrics:
+            known = ", ".join(sorted(self.metrics))
+            raise ConfigError([f"objective.metric={metric}: not measured; measured were {known}"])
+        return self.metrics[metric]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges any model of one tokenizer on fixed rows and, if there are any, fixed prompts."""
+
+    tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Tokens]
+    row_bytes: Sequence[int]
+    held_out: HeldOut | None
+    settings: Evaluation
+    custom: Mapping[str, CustomMetric]
+    seed: int
+    compute_dtype: torch.dtype = torch.float32
+    chunk_size: int | None = None
+
+    def __call__(self, model: PreTrainedModel | PeftModel) -> Judgement:
+        """Judge a model as it stands; its mode and configs are left as they were.
+
+        Raises:
+            ConfigError: prompts do not fit the model, or a metric of the user's fails.
+        """
+        examples = evaluate_examples(
+            model,
+            self.rows,
+            Collator(self.tokenizer.pad_token_id),
+            self.settings.per_device_eval_batch_size,
+            self.compute_dtype,
+            self.chunk_size,
+            self.row_bytes,
+        )
+        judgement = Judgement(loss_metrics(total(examples)), examples)
+        return judgement if self.held_out is None else self._with_answers(model, judgement)
+
+    def _with_answers(self, model: PreTrainedModel | PeftModel, judgement: Judgement) -> Judgement:
+        held_out, settings = self.held_out, self.settings
+        assert held_out is not None
+        generation = settings.generation
+        written = generate(
+            model,
+            self.tokenizer,
+            held_out.prompt_ids,
+            generation.max_new_tokens,
+            generation.batch_size,
+            self.compute_dtype,
+        )
+        scores = rouge(
+            written.texts, held_out.references, settings.rouge_tokenizer, settings.rouge_path
+        )
+        own = {
+            f"eval/{name}": metric(held_out.prompts, written.texts, held_out.references)
+            for name, metric in self.custom.items()
+        }
+        return replace(
+            judgement,
+            metrics={
+                **judgement.metrics,
+                **{f"eval/{kind}": mean for kind, mean in scores.means.items()},
+                **length_metrics(written.answers, held_out.references),
+                "cost/generated_tokens_per_second": written.tokens_per_second,
+                **own,
+            },
+            answers=written.answers,
+            example_scores={f"eval/{kind}": row for kind, row in scores.examples.items()},
+            warnings=[scores.warning] if scores.warning else [],
+        )
+
+    def within_trial(self, metrics: Collection[str]) -> Judge:
+        """The judge of the looks inside a trial: capped rows, and answers only if a metric needs them.
+
+        Args:
+            metrics: what those looks are asked for: what pruning, early stopping and the choice of
+                the checkpoint go by.
+        """
+        kept = _sample(len(self.rows), self.settings.max_samples, self.seed)
+        return replace(
+            self,
+            rows=[self.rows[index] for index in kept],
+            row_bytes=[self.row_bytes[index] for index in kept],
+            held_out=None if set(metrics) <= set(LOSS_METRICS) else self.held_out,
+        )
+
+
+def make_judge(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Tokens],
+    held_out: HeldOut | None,
+    settings: Evaluation,
+    seed: int,
+    compute_dtype: torch.dtype = torch.float32,
+    chunk_size: int | None = None,
+) -> Judge:
+    """A judge on the whole split, with `generation.num_examples` of the held-out prompts.
+
+    Args:
+        seed: of the draws of examples, not of a trial (data.split_seed): every trial of a study, and
+            every repeat of it, is judged on the same ones.
+
+    Raises:
+        ConfigError: a metric of the user's cannot be imported.
+    """
+    return Judge(
+        tokenizer,
+        rows,
+        target_bytes(rows, tokenizer),
+        held_out.sample(settings.generation.num_examples, seed) if held_out else None,
+        settings,
+        custom_metrics(settings),
+        seed,
+        compute_dtype,
+        chunk_size,
+    )
+
+
+def loss_metrics(loss: Loss) -> dict[str, float]:
+    """A split's loss under the names it is recorded by."""
+    return {
+        "eval/loss": loss.mean,
+        "eval/perplexity": loss.perplexity,
+        "eval/bits_per_byte": loss.bits_per_byte,
+    }
+
+
+def plausibility_warning(perplexity: float) -> str | None:
+    """Words for the user if a perplexity is too good for text the model has not seen."""
+    if perplexity >= IMPLAUSIBLE_PERPLEXITY:
+        return None
+    return (
+        f"a validation perplexity of {perplexity:.4f} is implausibly low for running text: the "
+        "validation split probably overlaps the training split (overlapping windows of one book, "
+        "duplicates); check the data before trusting this figure"
+    )
+
+
+def _sample(count: int, limit: int | None, seed: int) -> list[int]:
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(seed).sample(range(count), limit))

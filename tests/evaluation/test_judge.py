@@ -1,0 +1,165 @@
+"""The one evaluator: the same figures for every kind of model, and nothing in place of a metric."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from sweeper.data.formats import Example
+from sweeper.data.tokens import Collator, encode
+from sweeper.errors import ConfigError
+from sweeper.evaluation.judge import HeldOut, Judge, make_judge, plausibility_warning
+from sweeper.evaluation.loss import evaluate_loss
+from sweeper.evaluation.rouge import rouge
+from sweeper.modeling.base import Base, load_base
+from sweeper.settings import DIRECTIONS, Evaluation, validate
+from tests.conftest import make_settings
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    """The embedded base in fp32."""
+    settings = make_settings("quantization=none")
+    return load_base(settings.model, settings.quantization, trained=False)
+
+
+EXAMPLES = [
+    Example(
+        f"def {verb}_{noun}(a, b):\n",
+        f"{verb.title()} the {noun} of a and b – {'very ' * count}soon.",
+    )
+    for count, (verb, noun) in enumerate(
+        itertools.product(
+            ("return", "write", "close", "parse", "send"), ("sum", "file", "name", "list")
+        )
+    )
+]
+
+
+def judge_of(base: Base, **options: Any) -> Judge:
+    """A judge on 20 rows and 10 held-out prompts, 4 of which are answered."""
+    settings = make_settings()
+    prompts = [example.prompt for example in EXAMPLES[:10]]
+    held_out = HeldOut(
+        prompts,
+        [base.tokenizer(prompt)["input_ids"] for prompt in prompts],
+        [example.completion for example in EXAMPLES[:10]],
+    )
+    document: dict[str, Any] = settings.evaluation.model_dump() | options
+    document["generation"] |= {"num_examples": 4, "max_new_tokens": 8}
+    evaluation = validate(Evaluation, document, "evaluation")
+    rows = encode(EXAMPLES, base.tokenizer, 512).rows
+    return make_judge(base.tokenizer, rows, held_out, evaluation, seed=7)
+
+
+def test_every_named_metric_is_measured(base: Base) -> None:
+    """The judgement holds all that an objective can name, lengths and speed, all finite."""
+    judge = judge_of(base)
+    judgement = judge(base.model)
+    assert set(DIRECTIONS) <= set(judgement.metrics)
+    assert all(math.isfinite(value) for value in judgement.metrics.values())
+    loss = evaluate_loss(base.model, judge.rows, Collator(base.tokenizer.pad_token_id), 8)
+    assert judgement.value("eval/loss") == pytest.approx(loss.mean, abs=1e-6)
+    assert judgement.value("eval/perplexity") == pytest.approx(math.exp(loss.mean), rel=1e-5)
+    bits = loss.nll / math.log(2) / sum(judge.row_bytes)
+    assert judgement.value("eval/bits_per_byte") == pytest.approx(bits, rel=1e-5)
+    assert len(judgement.examples) == 20
+    assert judge.held_out is not None
+    scores = rouge([answer.text for answer in judgement.answers], judge.held_out.references)
+    assert judgement.value("eval/rougeL") == scores.means["rougeL"]
+    assert judgement.metrics["eval/response_words_mean"] > 0
+
+
+def test_base_lora_and_merged_are_judged_alike(base: Base) -> None:
+    """A LoRA model, the same merged into its base, and the base within disable_adapter agree."""
+    judge = judge_of(base)
+    untuned = judge(base.model)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base.model, config)
+    try:
+        tuned = judge(model)
+        with model.disable_adapter():
+            again = judge(model)
+        model.merge_adapter()
+        merged = judge(model.get_base_model())
+        model.unmerge_adapter()
+    finally:
+        model.unload()
+    speed = "cost/generated_tokens_per_second"
+    for name in set(untuned.metrics) - {speed}:
+        assert again.metrics[name] == pytest.approx(untuned.metrics[name], abs=1e-5)
+        assert merged.metrics[name] == pytest.approx(tuned.metrics[name], rel=1e-4)
+    assert abs(tuned.value("eval/loss") - untuned.value("eval/loss")) > 0.01
+
+
+def test_a_metric_that_was_not_measured_is_an_error(base: Base) -> None:
+    """Asked for ROUGE where nothing was generated, no other metric answers."""
+    judgement = judge_of(base).within_trial(["eval/loss"])(base.model)
+    with pytest.raises(ConfigError, match=r"eval/rougeL: not measured; measured were .*eval/loss"):
+        judgement.value("eval/rougeL")
+
+
+def test_looks_inside_a_trial_are_capped_and_cheap(base: Base) -> None:
+    """max_samples rows, the same ones for every judge of the seed; answers only if asked for."""
+    judge = judge_of(base, max_samples=5)
+    look = judge.within_trial(["eval/loss", "eval/perplexity"])
+    assert len(look.rows) == len(look.row_bytes) == 5
+    assert look.rows == judge_of(base, max_samples=5).within_trial(["eval/loss"]).rows
+    assert look.held_out is None
+    assert judge.within_trial(["eval/loss", "eval/rouge1"]).held_out == judge.held_out
+    assert len(judge.rows) == 20
+    indices = [judge.rows.index(row) for row in look.rows]
+    assert [judge.row_bytes[index] for index in indices] == look.row_bytes
+
+
+def test_answered_prompts_are_drawn_by_the_seed(base: Base) -> None:
+    """num_examples of the held-out prompts, each with its own reference, the same every time."""
+    first, second = judge_of(base).held_out, judge_of(base).held_out
+    assert first is not None
+    assert first == second
+    assert len(first.prompts) == len(first.prompt_ids) == len(first.references) == 4
+    for prompt, ids in zip(first.prompts, first.prompt_ids, strict=True):
+        assert base.tokenizer(prompt)["input_ids"] == ids
+
+
+def test_the_users_metric_is_measured_beside_the_others(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """eval/<name> is what the function gives for the very answers that ROUGE judged."""
+    import tests.evaluation.test_judge as here
+
+    seen: list[Any] = []
+
+    def count(prompts: list[str], predictions: list[str], references: list[str]) -> float:
+        seen.append((prompts, predictions, references))
+        return float(len(predictions))
+
+    monkeypatch.setattr(here, "count", count, raising=False)
+    name = "tests.evaluation.test_judge"
+    options = {"metrics": {"count": f"{name}:count"}, "metric_modules": [name]}
+    judge = judge_of(base, **options)
+    judgement = judge(base.model)
+    assert judgement.value("eval/count") == 4.0
+    assert judge.held_out is not None
+    assert seen == [
+        (
+            list(judge.held_out.prompts),
+            [answer.text for answer in judgement.answers],
+            list(judge.held_out.references),
+        )
+    ]
+
+
+def test_perplexities_too_good_to_be_true_are_said_to_be() -> None:
+    """The book of report 004 (1.2537 and 1.1211) earns words about overlap; ordinary text does not."""
+    for perplexity in (1.2537, 1.1211):
+        assert "overlaps the training split" in (plausibility_warning(perplexity) or "")
+    assert plausibility_warning(math.exp(0.2261)) is not None
+    assert plausibility_warning(3.32) is None
+    assert plausibility_warning(math.inf) is None
