@@ -19,8 +19,10 @@ from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
 from sweeper.outcome import Outcome, StopCause
 from sweeper.settings import Settings
+from sweeper.training.checkpoint import newest_checkpoint
 from sweeper.training.runner import TransformersRunner
-from sweeper.training.trial import Spool, newest_checkpoint, schedule_length
+from sweeper.training.schedule import plan_schedule
+from sweeper.training.spool import Spool
 from tests.conftest import make_settings
 
 SHORT = ("training.max_steps=8", "training.eval_steps=2", "training.logging_steps=1")
@@ -154,6 +156,7 @@ def test_early_stopping_keeps_the_best_checkpoint(rows_file: Path, tmp_path: Pat
         "training.max_steps=40",
         "training.warmup_ratio=0.5",
         "training.max_grad_norm=100",
+        "training.divergence_threshold=null",
     ]
     outcome, recorder = _run(rows_file, tmp_path / "t", *overrides)
     assert outcome.cause == "early_stopped"
@@ -244,7 +247,7 @@ def test_a_killed_attempt_is_continued_from_its_checkpoint(
             if step >= 5:
                 raise Killed
 
-    monkeypatch.setattr("sweeper.training.trial.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
     runner = TransformersRunner(threads=1)
     settings = _settings(rows_file, ()).trial
     folder = TrialFolder(tmp_path / "killed")
@@ -306,7 +309,7 @@ def test_schedule_length_and_warmup(
 ) -> None:
     """Steps follow rows, batch, accumulation and epochs, a last partial step included."""
     training = make_settings(*overrides).training
-    assert schedule_length(training, rows) == steps
+    assert plan_schedule(training, rows).total_steps == steps
     assert training.warmup_length(steps) == warmup
 
 
