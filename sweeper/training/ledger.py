@@ -27,9 +27,10 @@ class Ledger:
         self.advice: list[str] = []
         self._tokens = Tokens()
         self._seconds = dict.fromkeys(get_args(Stage), 0.0)
+        self._cpu_seconds = dict.fromkeys(get_args(Stage), 0.0)
         self._stages: list[Stage] = []
         self._started = self._charged = time.monotonic()
-        self._cpu_started = time.process_time()
+        self._cpu_started = self._cpu_charged = time.process_time()
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -47,6 +48,11 @@ class Ledger:
         self._charge()
         return self._seconds[name]
 
+    def cpu_seconds(self, name: Stage) -> float:
+        """CPU seconds of this process, all threads, charged to a stage up to now."""
+        self._charge()
+        return self._cpu_seconds[name]
+
     def saw(self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor) -> None:
         """Count the micro-batches of one optimiser step; nothing is copied from the device."""
         self._tokens.add(batches, targets)
@@ -61,7 +67,8 @@ class Ledger:
         train = max(self.seconds("train"), 1e-9)
         return {
             **self.figures,
-            **{f"cost/{name}_seconds": seconds for name, seconds in self._seconds.items()},
+            **{f"cost/{name}_seconds": spent for name, spent in self._seconds.items()},
+            **{f"cost/{name}_cpu_seconds": spent for name, spent in self._cpu_seconds.items()},
             "cost/seconds": time.monotonic() - self._started,
             "cost/cpu_seconds": time.process_time() - self._cpu_started,
             "cost/oom_retries": float(self.oom_retries),
@@ -71,10 +78,11 @@ class Ledger:
         }
 
     def _charge(self) -> None:
-        now = time.monotonic()
+        now, cpu_now = time.monotonic(), time.process_time()
         if self._stages:
             self._seconds[self._stages[-1]] += now - self._charged
-        self._charged = now
+            self._cpu_seconds[self._stages[-1]] += cpu_now - self._cpu_charged
+        self._charged, self._cpu_charged = now, cpu_now
 
 
 class Tokens:

@@ -117,6 +117,8 @@ def test_stages_add_up_to_the_trial(run_tiny: RunTiny) -> None:
     assert all(metrics[f"cost/{name}_seconds"] > 0 for name in STAGES)
     assert total <= metrics["cost/seconds"]
     assert total > 0.7 * metrics["cost/seconds"]
+    cpu = sum(metrics[f"cost/{name}_cpu_seconds"] for name in STAGES)
+    assert 0 < cpu <= metrics["cost/cpu_seconds"]
 
 
 def test_target_tokens_are_those_of_the_data(run_tiny: RunTiny) -> None:
