@@ -7,8 +7,9 @@ SweeperError
 ├── StudyError         the study cannot be opened, resumed or found
 │   ├── StudyLocked    another driver runs it
 │   └── StudyMismatch  its name stands for a different question
+├── ArtifactError      stored weights are not what their manifest says
 ├── WorkerError        workers cannot be started
-└── Diverged           the loss or the gradient is no longer finite (a trial's outcome)
+└── Diverged           the loss or the gradient is not finite, or far off (a trial's outcome)
 """
 
 from __future__ import annotations
@@ -61,9 +62,13 @@ class TrialFailed(SweeperError):
     """A single trial ended without a result (in a study that is an outcome, not an error)."""
 
 
+class ArtifactError(SweeperError):
+    """Stored weights are not what their manifest says."""
+
+
 class WorkerError(SweeperError):
     """Workers cannot be started, or die before they can do anything."""
 
 
 class Diverged(SweeperError):
-    """The training loss or the gradient norm is no longer finite."""
+    """The loss or the gradient norm is no longer finite, or the loss is far off for good."""

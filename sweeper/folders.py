@@ -89,6 +89,11 @@ class TrialFolder:
         return self.path / "model"
 
     @property
+    def archive(self) -> Path:
+        """The adapter (or the weights) as one file, where artifacts.zip asks for it."""
+        return self.path / f"{(self.artifact or self.adapter).name}.zip"
+
+    @property
     def checkpoints(self) -> Path:
         """Resume state while the trial runs; removed when it ends."""
         return self.path / "checkpoints"
@@ -105,7 +110,7 @@ class TrialFolder:
 
     def clear_results(self) -> None:
         """Remove what an earlier attempt wrote, keeping its checkpoints."""
-        for path in (self.outcome, self.log_text, self.log_json):
+        for path in (self.outcome, self.log_text, self.log_json, *self.path.glob("*.zip")):
             path.unlink(missing_ok=True)
         for folder in (self.adapter, self.model):
             shutil.rmtree(folder, ignore_errors=True)

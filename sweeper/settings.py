@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     Tag,
     ValidationError,
     model_validator,
@@ -44,6 +45,31 @@ FormatName = Literal[
     "text",
 ]
 """`auto`, or a key of sweeper.data.formats.FORMATS."""
+
+
+def _steps(value: object) -> float | Literal["epoch"]:
+    """One sentence for a wrong value, where pydantic would report every member of a union."""
+    if value == "epoch":
+        return "epoch"
+    number = float(value) if isinstance(value, int | float) else 0.0
+    if not isinstance(value, bool) and (0 < number < 1 or (number >= 1 and number.is_integer())):
+        return number
+    raise ValueError(
+        f"{value!r} is neither a whole number of steps, nor a fraction of the schedule below 1, "
+        "nor the word epoch"
+    )
+
+
+def _auto_or_bool(value: object) -> bool | Literal["auto"]:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError(f"{value!r} is neither auto, true nor false")
+
+
+Steps = Annotated[float | Literal["epoch"], PlainValidator(_steps)]
+"""A number of optimiser steps, a fraction of the whole schedule (below 1), or every epoch."""
+
+AutoBool = Annotated[bool | Literal["auto"], PlainValidator(_auto_or_bool)]
 
 
 class Section(BaseModel):
@@ -232,37 +258,55 @@ TAGS: dict[str, type[Section] | None] = {
 """What stands in an error's location for a member of a union, and the section it leads to."""
 
 
+class SchedulerOptions(Section):
+    """transformers' lr_scheduler_kwargs, as far as a trial may set them."""
+
+    num_cycles: Positive
+    """How often cosine_with_restarts starts again; the other schedules ignore it."""
+
+
 class Training(Section):
     """transformers' TrainingArguments, as far as a trial may set them."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    lr_scheduler_type: Literal["cosine", "cosine_with_restarts", "linear", "constant_with_warmup"]
+    lr_scheduler_type: Literal[
+        "cosine", "cosine_with_restarts", "linear", "constant", "constant_with_warmup"
+    ]
+    lr_scheduler_kwargs: SchedulerOptions
     warmup_ratio: Annotated[float, Field(ge=0, le=0.5)]
     warmup_steps: Annotated[int, Field(ge=0)] | None
     num_train_epochs: Annotated[float, Field(gt=0)]
     max_steps: Positive | None
     per_device_train_batch_size: Positive
     gradient_accumulation_steps: Positive
-    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+    micro_batch: Literal["as_given", "largest"]
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+    ]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    activation_checkpointing: bool
+    activation_checkpointing: AutoBool
+    loss_chunk_size: Positive | None
     logging_steps: Positive
-    eval_steps: Annotated[float, Field(gt=0)]
-    early_stopping_patience: Positive
+    eval_steps: Steps
+    save_steps: Steps | None
+    save_total_limit: Positive
+    early_stopping_patience: Positive | None
     early_stopping_threshold: Annotated[float, Field(ge=0)]
-
-    @model_validator(mode="after")
-    def _whole_eval_steps(self) -> Training:
-        if self.eval_steps >= 1 and self.eval_steps != int(self.eval_steps):
-            raise ValueError(
-                f"eval_steps={self.eval_steps} is neither a whole number of steps "
-                "nor a fraction of the schedule below 1"
-            )
-        return self
+    early_stopping_min_fraction: Annotated[float, Field(ge=0, le=1)]
+    early_stopping_metric: Literal["eval/loss", "eval/loss_moving_average"]
+    moving_average_window: Positive
+    divergence_threshold: Annotated[float, Field(gt=1)] | None
+    divergence_patience: Positive
 
     def warmup_length(self, total_steps: int) -> int:
-        """Warm-up in optimiser steps."""
+        """Warm-up in optimiser steps; a constant rate has none."""
+        if self.lr_scheduler_type == "constant":
+            return 0
         if self.warmup_steps is not None:
             return self.warmup_steps
         return math.ceil(self.warmup_ratio * total_steps)
@@ -300,6 +344,13 @@ class Prompt(Section):
 
     category: str = Field(min_length=1)
     prompt: str = Field(min_length=1)
+
+
+class Artifacts(Section):
+    """What a trial stores beside its adapter or its weights."""
+
+    zip: bool
+    merged: bool
 
 
 class Evaluation(Section):
@@ -379,6 +430,7 @@ class TrialSettings(Section):
     training: Training
     evaluation: Evaluation
     objective: Objective
+    artifacts: Artifacts
     seed: Annotated[int, Field(ge=0, lt=2**32)]
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ One instance lives in each worker. Its folder protocol: config first, outcome la
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -32,9 +33,14 @@ from sweeper.modeling.adapter import attach, detach
 from sweeper.modeling.base import Base, device, load_base
 from sweeper.outcome import Facts, Outcome
 from sweeper.settings import Data, LoraAdapter, TrialSettings
+from sweeper.training.arguments import describe_precision, refuse_fp16_on_cpu
+from sweeper.training.batch import Fits, halved, out_of_memory, resolve
+from sweeper.training.ledger import Ledger
 from sweeper.training.log import training_log
 from sweeper.training.observer import Observer
-from sweeper.training.trial import Steps, TrialInputs, train_trial
+from sweeper.training.schedule import advice
+from sweeper.training.spool import finite
+from sweeper.training.trial import TrialInputs, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
@@ -52,13 +58,14 @@ class Tokenized:
 class TransformersRunner:
     """Runs trials with transformers.Trainer on a warm base."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, fits: Fits = lambda _: None) -> None:
         torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         # bitsandbytes warns of its own casts on every layer call
         warnings.filterwarnings("ignore", message="MatMul8bitLt")
+        self._fits = fits
         self._warm: dict[str, Base] = {}
         self._data: dict[tuple[str, str], Tokenized] = {}
 
@@ -110,12 +117,11 @@ class TransformersRunner:
             folder.clear_results()
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
-            started = time.time()
-            outcome = self._outcome(settings, folder, observer)
-            seconds = time.time() - started
-            metrics = {**outcome.metrics, "cost/seconds": seconds}
+            started, ledger = time.time(), Ledger()
+            outcome = self._outcome(settings, folder, observer, ledger)
+            metrics = {**outcome.metrics, **finite(ledger.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
-            text, document = training_log(settings, outcome, folder, started)
+            text, document = training_log(settings, outcome, folder, started, ledger)
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
@@ -123,36 +129,66 @@ class TransformersRunner:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def _outcome(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
-        steps = Steps()
+    def _outcome(
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, ledger: Ledger
+    ) -> Outcome:
         try:
-            return self._train(settings, folder, observer, steps)
+            return self._train(settings, folder, observer, ledger)
         except Diverged as error:
-            return Outcome(cause="diverged", message=str(error), steps=steps.taken)
+            return Outcome(cause="diverged", message=str(error), steps=ledger.steps)
         except (ModelError, DataError, ConfigError) as error:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            return Outcome(cause="oom", message=message, steps=steps.taken)
+            return Outcome(cause="oom", message=message, steps=ledger.steps)
 
     def _train(
-        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, steps: Steps
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, ledger: Ledger
     ) -> Outcome:
-        base = self._base(settings)
-        data = self._tokenized(settings.data, base)
-        set_seed(settings.seed)  # before the adapter: its initialisation is random
+        """Train, in micro-batches half the size after each time out of memory.
+
+        Every attempt builds the model anew from the same seed and continues from the newest
+        checkpoint, so that it computes what it would have computed with the smaller micro-batch.
+        """
+        _refuse(settings)
+        with ledger.stage("load"):
+            self._base(settings)  # does not fit at all: no micro-batch would help
+        settings = resolve(settings, self._fits, on_gpu=device().type == "cuda")
+        while True:
+            try:
+                return self._attempt(settings, folder, observer, ledger)
+            except (MemoryError, RuntimeError) as error:
+                smaller = halved(settings)
+                if not out_of_memory(error) or smaller is None:
+                    raise
+            # only here is the failed step's memory free: its traceback held it
+            settings = smaller
+            ledger.oom_retries += 1
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _attempt(
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, ledger: Ledger
+    ) -> Outcome:
+        with ledger.stage("load"):
+            base = self._base(settings)
+        with ledger.stage("data"):
+            data = self._tokenized(settings.data, base)
+        _take_note(settings, base, data, ledger)
         adapter = settings.adapter
-        if isinstance(adapter, LoraAdapter):
-            model, base_is_untouched = attach(base.model, adapter), adapter.bias == "none"
-        else:
-            model, base_is_untouched = base.model, False
+        with ledger.stage("load"):
+            set_seed(settings.seed)  # before the adapter: its initialisation is random
+            if isinstance(adapter, LoraAdapter):
+                model, base_is_untouched = attach(base.model, adapter), adapter.bias == "none"
+            else:
+                model, base_is_untouched = base.model, False
         try:
             inputs = TrialInputs(
                 model, base.tokenizer, data.train, data.validation, base.compute_dtype
             )
-            return train_trial(inputs, settings, folder, observer, steps)
+            return train_trial(inputs, settings, folder, observer, ledger)
         finally:
             if isinstance(model, PeftModel):
                 detach(model)
@@ -195,10 +231,30 @@ def _require_rows(train: Encoded, validation: Encoded, settings: Data, limit: in
         )
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
-    return isinstance(error, MemoryError) or any(words in text for words in known)
+def _refuse(settings: TrialSettings) -> None:
+    refuse_fp16_on_cpu(settings)
+    if settings.artifacts.merged:
+        raise ConfigError(["artifacts.merged=true: merged export is not available in a trial"])
+
+
+def _take_note(settings: TrialSettings, base: Base, data: Tokenized, ledger: Ledger) -> None:
+    """What the log and the outcome tell of the data and the machine."""
+    training = settings.training
+    ledger.facts = {
+        "Device": _device_name(),
+        "Precision": describe_precision(settings, base.compute_dtype),
+        "Checkpointing": "activations recomputed"
+        if training.activation_checkpointing
+        else "activations kept",
+    }
+    ledger.advice = advice(settings, len(data.train.rows))
+    ledger.figures |= {
+        "data/train_rows": float(len(data.train.rows)),
+        "data/validation_rows": float(len(data.validation.rows)),
+        "data/train_target_tokens": float(data.train.target_tokens),
+        "data/dropped_over_max_length": float(data.train.dropped),
+        **{f"data/dropped_{why}": float(count) for why, count in data.splits.dropped.items()},
+    }
 
 
 def _device_name() -> str:

@@ -19,7 +19,7 @@ from sweeper.embedded import BASE_DIR
 from sweeper.folders import TrialFolder
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
-from tests.training.test_trial import Recorder
+from tests.training.recorder import Recorder
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2048}
 HEADS = {"num_attention_heads": 2, "max_position_embeddings": 256}

@@ -17,32 +17,16 @@ from sweeper.embedded import BASE_DIR
 from sweeper.evaluation.loss import evaluate_loss
 from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
-from sweeper.outcome import Outcome, StopCause
+from sweeper.outcome import Outcome
 from sweeper.settings import Settings
+from sweeper.training.checkpoint import newest_checkpoint
 from sweeper.training.runner import TransformersRunner
-from sweeper.training.trial import Spool, newest_checkpoint, schedule_length
+from sweeper.training.schedule import plan_schedule
+from sweeper.training.spool import Spool
 from tests.conftest import make_settings
+from tests.training.recorder import Recorder
 
 SHORT = ("training.max_steps=8", "training.eval_steps=2", "training.logging_steps=1")
-
-
-class Recorder:
-    """An observer that remembers, and can ask for a stop after some evaluations."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.losses: list[tuple[int, float]] = []
-        self._stop_after = stop_after
-
-    def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
-        assert 0 < step <= total_steps
-        assert tokens_per_second > 0
-
-    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
-        self.losses.append((step, loss))
-
-    def stop_cause(self) -> StopCause | None:
-        enough = self._stop_after is not None and len(self.losses) >= self._stop_after
-        return "pruned" if enough else None
 
 
 def _settings(rows_file: Path, overrides: Sequence[str]) -> Settings:
@@ -154,6 +138,7 @@ def test_early_stopping_keeps_the_best_checkpoint(rows_file: Path, tmp_path: Pat
         "training.max_steps=40",
         "training.warmup_ratio=0.5",
         "training.max_grad_norm=100",
+        "training.divergence_threshold=null",
     ]
     outcome, recorder = _run(rows_file, tmp_path / "t", *overrides)
     assert outcome.cause == "early_stopped"
@@ -244,7 +229,7 @@ def test_a_killed_attempt_is_continued_from_its_checkpoint(
             if step >= 5:
                 raise Killed
 
-    monkeypatch.setattr("sweeper.training.trial.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
     runner = TransformersRunner(threads=1)
     settings = _settings(rows_file, ()).trial
     folder = TrialFolder(tmp_path / "killed")
@@ -306,7 +291,7 @@ def test_schedule_length_and_warmup(
 ) -> None:
     """Steps follow rows, batch, accumulation and epochs, a last partial step included."""
     training = make_settings(*overrides).training
-    assert schedule_length(training, rows) == steps
+    assert plan_schedule(training, rows).total_steps == steps
     assert training.warmup_length(steps) == warmup
 
 

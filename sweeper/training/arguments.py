@@ -1,0 +1,92 @@
+"""A trial's settings as transformers' TrainingArguments, and the precision it computes in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from sweeper.errors import ConfigError
+from sweeper.settings import TrialSettings
+from sweeper.training.schedule import Schedule
+
+
+def training_arguments(
+    settings: TrialSettings, schedule: Schedule, checkpoints: Path, compute_dtype: torch.dtype
+) -> TrainingArguments:
+    """transformers' arguments for a trial; compute dtypes below fp32 are autocast to."""
+    training = settings.training
+    cuda = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=schedule.total_steps,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.lr_scheduler_type,
+        lr_scheduler_kwargs=_scheduler_options(settings),
+        warmup_steps=schedule.warmup_steps,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        optim=training.optim,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        activation_checkpointing=training.activation_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        bf16=compute_dtype == torch.bfloat16,
+        fp16=compute_dtype == torch.float16,
+        logging_strategy="steps",
+        logging_steps=training.logging_steps,
+        logging_nan_inf_filter=False,  # the default hides a NaN behind the running mean
+        eval_strategy="steps",
+        eval_steps=schedule.eval_every,
+        save_strategy="steps",
+        save_steps=schedule.save_every,
+        save_total_limit=training.save_total_limit,  # transformers keeps the best one besides
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+
+
+def refuse_fp16_on_cpu(settings: TrialSettings) -> None:
+    """fp16 needs scaled gradients, and torch scales them on GPUs only.
+
+    Raises:
+        ConfigError: model.dtype=float16 without a CUDA device.
+    """
+    if settings.model.dtype == "float16" and not torch.cuda.is_available():
+        raise ConfigError(
+            [
+                "model.dtype=float16: training in float16 needs a CUDA GPU, and none is visible; "
+                "use float32, bfloat16 or auto"
+            ]
+        )
+
+
+def describe_precision(settings: TrialSettings, compute_dtype: torch.dtype) -> str:
+    """What a trial computes in, and why, for its log."""
+    name = str(compute_dtype).removeprefix("torch.")
+    reasons = {
+        torch.float32: "no GPU that computes in less",
+        torch.bfloat16: "the GPU computes in it, and it needs no loss scaling",
+        torch.float16: "the GPU has no bfloat16; gradients are scaled",
+    }
+    set_by_user = settings.model.dtype != "auto"
+    why = f"model.dtype={settings.model.dtype}" if set_by_user else reasons[compute_dtype]
+    return f"{name} ({why}); trained weights float32"
+
+
+def _scheduler_options(settings: TrialSettings) -> dict[str, int]:
+    """transformers hands these to the schedule's function, and only one of them knows cycles."""
+    training = settings.training
+    if training.lr_scheduler_type != "cosine_with_restarts":
+        return {}
+    return training.lr_scheduler_kwargs.model_dump()

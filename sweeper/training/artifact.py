@@ -1,0 +1,93 @@
+"""What a trial leaves behind: the adapter (or all weights), the tokenizer, manifest and archive."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sweeper.folders import TrialFolder, write_atomic
+from sweeper.settings import TrialSettings
+from sweeper.training.manifest import write_manifest
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+"""The date of every file in an archive: the earliest that the zip format has."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its best weights in place, and its tokenizer."""
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def save_artifact(trained: Trained, settings: TrialSettings, folder: TrialFolder) -> None:
+    """Store the model as it stands: the adapter alone, or all weights of a full fine-tune."""
+    target = folder.adapter if isinstance(trained.model, PeftModel) else folder.model
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    if isinstance(trained.model, PeftModel):
+        trained.model.save_pretrained(str(partial), save_embedding_layers=False)
+        _name_base(partial / "adapter_config.json", settings)
+    else:
+        trained.model.save_pretrained(str(partial))
+    trained.tokenizer.save_pretrained(str(partial))
+    save_bpe(trained.tokenizer, partial)
+    write_manifest(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.replace(target)
+    if settings.artifacts.zip:
+        write_zip(target, folder.archive)
+
+
+def save_bpe(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write vocab.json and merges.txt, which transformers 5 no longer does.
+
+    Only for byte-level BPE (GPT-2, Qwen, Llama 3): it is what that format was made for. The tokens
+    of other BPE models may hold line breaks, which merges.txt cannot.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
+    if (
+        backend is not None
+        and isinstance(backend.model, BPE)
+        and isinstance(backend.decoder, ByteLevel)
+    ):
+        backend.model.save(str(folder))
+
+
+def write_zip(folder: Path, target: Path) -> None:
+    """Archive a folder; the same files give the same bytes, whenever and wherever.
+
+    Nothing is compressed: weights hardly shrink, and deflate differs between zlib's builds.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), EPOCH)
+            entry.external_attr = 0o644 << 16
+            entry.create_system = 3  # Unix, also when written elsewhere
+            entry.file_size = path.stat().st_size
+            with path.open("rb") as source, archive.open(entry, "w") as sink:
+                shutil.copyfileobj(source, sink)
+    partial.replace(target)
+
+
+def _name_base(path: Path, settings: TrialSettings) -> None:
+    """Name the base as the user does: PEFT writes the folder that the weights were loaded from.
+
+    Lists are sorted: PEFT writes sets, whose order changes from process to process.
+    """
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = settings.model.base_model
+    config["revision"] = settings.model.revision
+    if isinstance(config["target_modules"], list):
+        config["target_modules"] = sorted(config["target_modules"])
+    write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,71 @@
+"""The numbers of a trial's outcome, from what it wrote and what its trainer holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sweeper.modeling.adapter import ParameterCount
+from sweeper.settings import Training
+from sweeper.training.schedule import Schedule
+
+MAX_EXPONENT = 700.0
+"""exp of more leaves the range of a float."""
+
+
+def parameter_figures(count: ParameterCount) -> dict[str, float]:
+    """Counts, and the trainable share both of the total (PEFT's way) and of the base alone."""
+    return {
+        "parameters/total": float(count.total),
+        "parameters/trainable": float(count.trainable),
+        "parameters/trainable_percent": count.percent,
+        "parameters/trainable_percent_of_base": count.percent_of_base,
+    }
+
+
+def schedule_figures(training: Training, schedule: Schedule) -> dict[str, float]:
+    """How the trial was divided into steps, as it was at its end (out of memory changes it)."""
+    return {
+        "training/micro_batch": float(training.per_device_train_batch_size),
+        "training/gradient_accumulation_steps": float(training.gradient_accumulation_steps),
+        "training/effective_batch": float(training.effective_batch_size),
+        "training/total_steps": float(schedule.total_steps),
+        "training/steps_per_epoch": float(schedule.steps_per_epoch),
+        "training/last_batch": float(schedule.last_batch),
+        "training/warmup_steps": float(schedule.warmup_steps),
+    }
+
+
+def loss_figures(
+    rows: Sequence[Mapping[str, Any]], best: float | None, best_step: int | None
+) -> dict[str, float]:
+    """Mean and last training loss, and the best evaluation with its distance from training.
+
+    Each logged training loss is the mean since the one before, so the mean over the trial weighs
+    it by its steps; a resumed trial counts whole. The gap at the best step is against the training
+    loss logged last before it (dropout included, where there is any).
+    """
+    train = [(int(row["step"]), float(row["train/loss"])) for row in rows if "train/loss" in row]
+    figures: dict[str, float] = {}
+    if train:
+        figures["train/mean_loss"] = _mean_by_step(train)
+        figures["train/final_loss"] = train[-1][1]
+    if best is None or best_step is None:
+        return figures
+    figures["best/eval_loss"] = best
+    figures["best/eval_perplexity"] = math.exp(min(best, MAX_EXPONENT))
+    figures["best/step"] = float(best_step)
+    before = [loss for step, loss in train if step <= best_step]
+    if before:
+        figures["best/train_loss"] = before[-1]
+        figures["best/eval_minus_train_loss"] = best - before[-1]
+    return figures
+
+
+def _mean_by_step(losses: Sequence[tuple[int, float]]) -> float:
+    starts = [0, *(step for step, _ in losses)]
+    weighted = sum(
+        (step - start) * loss for start, (step, loss) in zip(starts, losses, strict=False)
+    )
+    return weighted / losses[-1][0]

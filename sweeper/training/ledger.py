@@ -1,0 +1,103 @@
+"""What a trial has used so far, whatever becomes of it: steps, seconds by stage, tokens, retries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+
+Stage = Literal["load", "data", "train", "eval", "save"]
+
+
+class Ledger:
+    """Filled while a trial runs; read at its end, also by whoever catches its exception.
+
+    `figures` and `facts` hold what is known of the trial from outside its training loop: numbers
+    for the outcome, words for the training log.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.oom_retries = 0
+        self.figures: dict[str, float] = {}
+        self.facts: dict[str, str] = {}
+        self.advice: list[str] = []
+        self._tokens = Tokens()
+        self._seconds = dict.fromkeys(get_args(Stage), 0.0)
+        self._cpu_seconds = dict.fromkeys(get_args(Stage), 0.0)
+        self._stages: list[Stage] = []
+        self._started = self._charged = time.monotonic()
+        self._cpu_started = self._cpu_charged = time.process_time()
+
+    @contextmanager
+    def stage(self, name: Stage) -> Iterator[None]:
+        """Charge the time inside to `name`; a stage within a stage pauses the outer one."""
+        self._charge()
+        self._stages.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._stages.pop()
+
+    def seconds(self, name: Stage) -> float:
+        """Wall seconds charged to a stage up to now."""
+        self._charge()
+        return self._seconds[name]
+
+    def cpu_seconds(self, name: Stage) -> float:
+        """CPU seconds of this process, all threads, charged to a stage up to now."""
+        self._charge()
+        return self._cpu_seconds[name]
+
+    def saw(self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor) -> None:
+        """Count the micro-batches of one optimiser step; nothing is copied from the device."""
+        self._tokens.add(batches, targets)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Non-padding tokens per second of training, up to now."""
+        return float(self._tokens.seen) / max(self.seconds("train"), 1e-9)
+
+    def metrics(self) -> dict[str, float]:
+        """All of it under the names of the outcome."""
+        train = max(self.seconds("train"), 1e-9)
+        return {
+            **self.figures,
+            **{f"cost/{name}_seconds": spent for name, spent in self._seconds.items()},
+            **{f"cost/{name}_cpu_seconds": spent for name, spent in self._cpu_seconds.items()},
+            "cost/seconds": time.monotonic() - self._started,
+            "cost/cpu_seconds": time.process_time() - self._cpu_started,
+            "cost/oom_retries": float(self.oom_retries),
+            "cost/tokens_per_second": self.tokens_per_second,
+            "cost/target_tokens_per_second": float(self._tokens.targets) / train,
+            "cost/samples_per_second": self._tokens.samples / train,
+        }
+
+    def _charge(self) -> None:
+        now, cpu_now = time.monotonic(), time.process_time()
+        if self._stages:
+            self._seconds[self._stages[-1]] += now - self._charged
+            self._cpu_seconds[self._stages[-1]] += cpu_now - self._cpu_charged
+        self._charged, self._cpu_charged = now, cpu_now
+
+
+class Tokens:
+    """Running sums over training batches, kept on the batches' device until they are read."""
+
+    def __init__(self) -> None:
+        self.seen: torch.Tensor | int = 0
+        """Non-padding tokens."""
+        self.targets: torch.Tensor | int = 0
+        """Tokens that carry loss."""
+        self.samples = 0
+
+    def add(self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor) -> None:
+        """Add the micro-batches of one step and their number of target tokens."""
+        self.targets = self.targets + targets
+        for batch in batches:
+            self.seen = self.seen + batch["attention_mask"].sum()
+            self.samples += len(batch["input_ids"])

@@ -1,0 +1,97 @@
+"""The callback between the training loop and the outside: observations out, stop requests in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sweeper.errors import Diverged
+from sweeper.outcome import StopCause
+from sweeper.training.ledger import Ledger
+from sweeper.training.observer import Observer
+from sweeper.training.rules import LOSS_SCALE, Watch
+from sweeper.training.spool import Spool
+
+PROGRESS_SECONDS = 0.5
+TRAIN_METRICS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "loss_scale": LOSS_SCALE,
+}
+
+
+@dataclass
+class Narrator(TrainerCallback):  # type: ignore[misc]
+    """Writes the spool, tells the observer, asks the rules, and stops the loop when any says so."""
+
+    observer: Observer
+    spool: Spool
+    watch: Watch
+    ledger: Ledger
+    total_steps: int
+    stopped: StopCause | None = None
+    """Why the outside wants the trial to stop."""
+    _last_progress: float = field(default=0.0, init=False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.ledger.steps = state.global_step
+        if state.global_step >= self.total_steps:
+            # whatever logging_steps and save_steps are, the end of the schedule is on record
+            control.should_log = control.should_evaluate = control.should_save = True
+        now = time.monotonic()
+        if now - self._last_progress >= PROGRESS_SECONDS:
+            self._last_progress = now
+            rate = self.ledger.tokens_per_second
+            self.observer.progress(state.global_step, self.total_steps, rate)
+        self._heed(control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float],
+        **_: Any,
+    ) -> None:
+        metrics = {TRAIN_METRICS[name]: logs[name] for name in TRAIN_METRICS if name in logs}
+        if "train/loss" not in metrics:
+            return  # transformers' summary at the end
+        self.spool.write(state.global_step, metrics)
+        self.watch.trained(state.global_step, metrics)
+        self._give_up_if_diverged()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float],
+        **_: Any,
+    ) -> None:
+        loss = metrics["eval_loss"]
+        average = self.watch.evaluated(state.global_step, loss)
+        named = {
+            "eval/loss": loss,
+            "eval/perplexity": metrics["eval_perplexity"],
+            "eval/loss_moving_average": average,
+        }
+        self.spool.write(state.global_step, named)
+        self._give_up_if_diverged()
+        self.observer.evaluated(state.global_step, self.total_steps, loss)
+        self._heed(control)
+
+    def _heed(self, control: TrainerControl) -> None:
+        self.stopped = self.stopped or self.observer.stop_cause()
+        if self.stopped or self.watch.stop:
+            control.should_training_stop = True
+
+    def _give_up_if_diverged(self) -> None:
+        if self.watch.diverged:
+            raise Diverged(self.watch.diverged)

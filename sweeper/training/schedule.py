@@ -1,0 +1,112 @@
+"""How long a trial trains, and when it warms up, evaluates and saves: settings into optimiser steps.
+
+Pure arithmetic; knows neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sweeper.errors import ConfigError
+from sweeper.settings import LoraAdapter, Training, TrialSettings
+
+LARGE_BATCH = 32
+"""Examples a step above which LoRA falls behind full fine-tuning (LoRA Without Regret, 2025)."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A trial's schedule; everything is counted in optimiser steps but `last_batch`."""
+
+    total_steps: int
+    steps_per_epoch: int
+    last_batch: int
+    """Examples in the last step of an epoch: the effective batch, or what is left for it."""
+    warmup_steps: int
+    eval_every: int
+    save_every: int
+
+
+def plan_schedule(training: Training, rows: int) -> Schedule:
+    """The schedule of a trial over `rows` training rows.
+
+    Raises:
+        ConfigError: warm-up takes more than half of the run, or save_steps is no multiple of
+            eval_steps.
+    """
+    effective = training.effective_batch_size
+    per_epoch = math.ceil(rows / effective)
+    total = training.max_steps or math.ceil(training.num_train_epochs * per_epoch)
+    every = evaluate_every(training, total, per_epoch)
+    problems = [*_warmup_problems(training, total), *_save_problems(training, every, per_epoch)]
+    if problems:
+        raise ConfigError(problems)
+    return Schedule(
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        last_batch=rows - effective * (per_epoch - 1),
+        warmup_steps=training.warmup_length(total),
+        eval_every=every,
+        save_every=_save_every(training, every, per_epoch),
+    )
+
+
+def evaluate_every(training: Training, total_steps: int, steps_per_epoch: int) -> int:
+    """Optimiser steps between two evaluations; there is always one more at the end."""
+    steps = training.eval_steps
+    if steps == "epoch":
+        return steps_per_epoch
+    return max(1, round(steps * total_steps)) if steps < 1 else int(steps)
+
+
+def advice(settings: TrialSettings, rows: int) -> list[str]:
+    """What is allowed but rarely meant, one sentence each."""
+    effective = settings.training.effective_batch_size
+    found: list[str] = []
+    if effective > LARGE_BATCH and isinstance(settings.adapter, LoraAdapter):
+        found.append(
+            f"effective batch {effective}: above {LARGE_BATCH} LoRA learns less per example than "
+            "full fine-tuning"
+        )
+    if effective > rows:
+        found.append(f"effective batch {effective} is more than the {rows} training rows")
+    return found
+
+
+def _warmup_problems(training: Training, total: int) -> list[str]:
+    """A warm-up given in steps may not pass half of the run (as a ratio the settings forbid it)."""
+    steps = training.warmup_steps
+    if steps is None or training.lr_scheduler_type == "constant" or 2 * steps <= total:
+        return []
+    return [
+        f"training.warmup_steps={steps}: more than half of the run, which has {total} steps; "
+        f"give at most {total // 2}, or warmup_steps=null and a warmup_ratio"
+    ]
+
+
+def _save_problems(training: Training, every: int, per_epoch: int) -> list[str]:
+    ratio = _saves_per_evaluation(training, every, per_epoch)
+    if ratio >= 1 and ratio == int(ratio):
+        return []
+    return [
+        f"training.save_steps={training.save_steps}: no multiple of "
+        f"training.eval_steps={training.eval_steps} (a checkpoint belongs to an evaluation); "
+        "set save_steps=null to save with every evaluation"
+    ]
+
+
+def _save_every(training: Training, every: int, per_epoch: int) -> int:
+    return every * int(_saves_per_evaluation(training, every, per_epoch))
+
+
+def _saves_per_evaluation(training: Training, every: int, per_epoch: int) -> float:
+    """How many evaluations there are to one periodic checkpoint; fractions are compared as given."""
+    save, evaluate = training.save_steps, training.eval_steps
+    if save is None or save == evaluate:
+        return 1.0
+    if save == "epoch":
+        return per_epoch / every
+    if save < 1 and evaluate != "epoch" and evaluate < 1:
+        return round(save / evaluate, 9)
+    return save / every

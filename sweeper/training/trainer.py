@@ -1,0 +1,104 @@
+"""transformers.Trainer with our loss, our evaluator and our accounts in place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerControl
+
+from sweeper.data.tokens import Tokens
+from sweeper.evaluation.loss import Loss, target_nll
+from sweeper.training.ledger import Ledger
+from sweeper.training.optimizer import loraplus_optimizer
+
+Judge = Callable[[torch.nn.Module], Loss]
+
+
+class Rows(Dataset[Tokens]):
+    """Tokenized rows as torch wants them."""
+
+    def __init__(self, rows: list[Tokens]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Tokens:
+        return self._rows[index]
+
+
+class JudgedTrainer(Trainer):  # type: ignore[misc]
+    """The reference training loop, judged by `judge` and charged to `ledger`."""
+
+    def __init__(
+        self, *, judge: Judge, ledger: Ledger, loraplus_lr_ratio: float | None, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self._judge = judge
+        self._ledger = ledger
+        self._loraplus_lr_ratio = loraplus_lr_ratio
+        self.model_accepts_loss_kwargs = True  # compute_loss below divides by all tokens of a step
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers' choice by name, or LoRA+ over it."""
+        optimizer: torch.optim.Optimizer
+        if self._loraplus_lr_ratio is None:
+            optimizer = super().create_optimizer(model)
+        else:
+            optimizer = loraplus_optimizer(self.model, self.args, self._loraplus_lr_ratio)
+            self.optimizer = optimizer
+        return optimizer
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """Called for each optimiser step: its micro-batches and the number of their targets."""
+        batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        assert targets is not None, "transformers counts the labels of a step"
+        self._ledger.saw(batches, targets)
+        return batches, targets
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Called for each micro-batch: its share of the mean over the whole step's target tokens."""
+        assert not return_outputs, "evaluate() is replaced, nothing asks for outputs"
+        assert num_items_in_batch is not None, "transformers counts the labels of a step"
+        return target_nll(model, inputs) / num_items_in_batch
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Called by the training loop; the best checkpoint follows `eval_loss`."""
+        with self._ledger.stage("eval"):
+            loss = self._judge(self.model)
+        metrics = {"eval_loss": loss.mean, "eval_perplexity": loss.perplexity}
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add fp16's loss scale to what is logged: it tells an overflow from a divergence."""
+        scaler = self.accelerator.scaler
+        scale = {} if scaler is None else {"loss_scale": float(scaler.get_scale())}
+        super().log({**logs, **scale}, start_time)
+
+    def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
+        """Save every new best, also between two periodic checkpoints: it is what the trial keeps."""
+        best: bool = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best
+        return best
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        with self._ledger.stage("save"):
+            super()._save_checkpoint(model, trial)
+
+    def _load_best_model(self) -> None:
+        with self._ledger.stage("load"):
+            super()._load_best_model()

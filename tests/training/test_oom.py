@@ -1,0 +1,108 @@
+"""Out of memory inside a trial: smaller micro-batches, the same computation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+
+from sweeper.evaluation.loss import Loss, evaluate_loss, target_nll
+from tests.training.conftest import RunTiny
+
+BATCH = ("training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=2")
+FULL = ("adapter=none", "training.learning_rate=1e-3")
+LORA = ("adapter.lora_dropout=0.0", "training.learning_rate=0.02")
+Nll = Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
+
+
+def _with_room_for(examples: int, calls_before: int = 0) -> Nll:
+    """A loss that runs out of memory on more than `examples` at once, from some call on."""
+    calls = 0
+
+    def limited(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > calls_before and len(batch["input_ids"]) > examples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return target_nll(model, batch)
+
+    return limited
+
+
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+def test_losses_are_those_of_the_smaller_micro_batch_from_the_start(
+    method: tuple[str, ...], run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8 x 2 that fits 2 at a time ends as 2 x 8, and as if nothing had happened."""
+    _, whole, _ = run_tiny("whole", *BATCH, *method)
+    small = ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=8")
+    _, direct, _ = run_tiny("direct", *small, *method)
+    monkeypatch.setattr("sweeper.training.trainer.target_nll", _with_room_for(2))
+    outcome, retried, folder = run_tiny("retried", *BATCH, *method)
+    assert outcome.cause == "finished"
+    assert outcome.metrics["cost/oom_retries"] == 2
+    assert outcome.metrics["training/micro_batch"] == 2
+    assert outcome.metrics["training/effective_batch"] == 16
+    assert retried == direct
+    assert retried == [pytest.approx(item, abs=2e-4) for item in whole]
+    text = folder.log_text.read_text(encoding="utf-8")
+    assert "2 × 8 accumulation = 16 examples a step (after 2 times out of memory)" in text
+
+
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+def test_a_late_failure_continues_from_the_checkpoint(
+    method: tuple[str, ...], run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory in step 5: steps 1 to 4 are not trained again, and the losses are the same."""
+    _, whole, _ = run_tiny("whole", *BATCH, *method)
+    monkeypatch.setattr("sweeper.training.trainer.target_nll", _with_room_for(4, calls_before=8))
+    outcome, evaluations, folder = run_tiny("late", *BATCH, *method)
+    assert outcome.metrics["cost/oom_retries"] == 1
+    assert [step for step, _ in evaluations] == [2, 4, 6]
+    assert evaluations == [pytest.approx(item, abs=2e-4) for item in whole]
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_below_one_example_it_is_the_outcome(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8, 4, 2, 1 examples at once do not fit: cause oom, after three retries."""
+    monkeypatch.setattr("sweeper.training.trainer.target_nll", _with_room_for(0))
+    outcome, evaluations, _ = run_tiny("t", *BATCH)
+    assert (outcome.cause, outcome.steps, evaluations) == ("oom", 0, [])
+    assert outcome.metrics["cost/oom_retries"] == 3
+    assert "out of memory" in (outcome.message or "")
+
+
+def test_evaluation_halves_its_own_batch(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Judging in smaller batches gives the same loss, so training is left alone."""
+    _, whole, _ = run_tiny("whole", *BATCH)
+
+    def limited(model: object, rows: object, collator: object, size: int, dtype: object) -> Loss:
+        if size > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate_loss(model, rows, collator, size, dtype)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("sweeper.training.trial.evaluate_loss", limited)
+    outcome, evaluations, _ = run_tiny("t", *BATCH)
+    assert evaluations == [pytest.approx(item, abs=1e-5) for item in whole]
+    assert outcome.metrics["training/micro_batch"] == 8
+    assert outcome.metrics["cost/oom_retries"] == 2
+
+
+def test_another_runtime_error_is_not_retried(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error in the code stays one."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr("sweeper.training.trainer.target_nll", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        run_tiny("t", *BATCH)

@@ -1,0 +1,114 @@
+"""Settings into optimiser steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from sweeper.errors import ConfigError
+from sweeper.training.schedule import advice, plan_schedule
+from tests.conftest import make_settings
+
+REAL = "training=real"
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro", "accumulation", "epochs"),
+    [(100, 4, 4, 1), (100, 7, 3, 2), (16, 4, 4, 1), (5, 4, 4, 3), (4300, 2, 2, 3)],
+)
+def test_length_is_that_of_transformers(
+    rows: int, micro: int, accumulation: int, epochs: int
+) -> None:
+    """total_steps equals what transformers.Trainer computes from the same numbers."""
+    training = make_settings(
+        *("training.max_steps=null", f"training.num_train_epochs={epochs}"),
+        f"training.per_device_train_batch_size={micro}",
+        f"training.gradient_accumulation_steps={accumulation}",
+    ).training
+    arguments = TrainingArguments(
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        use_cpu=True,
+        report_to="none",
+    )
+    data = [{"x": torch.zeros(1)}] * rows
+    trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=data)
+    expected = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())[-1]
+    assert plan_schedule(training, rows).total_steps == expected
+
+
+def test_first_report_has_seven_steps_an_epoch_the_last_of_four() -> None:
+    """100 examples in steps of 4 x 4: six full steps and one of 4 examples."""
+    schedule = plan_schedule(make_settings(REAL).training, 100)
+    assert (schedule.total_steps, schedule.steps_per_epoch, schedule.last_batch) == (7, 7, 4)
+    assert schedule.warmup_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "eval_every", "save_every"),
+    [
+        (["training.max_steps=700", "training.eval_steps=100"], 100, 100),
+        (["training.max_steps=700", "training.eval_steps=0.1"], 70, 70),
+        (["training.eval_steps=epoch", "training.save_steps=epoch"], 63, 63),
+        (["training.eval_steps=epoch", "training.save_steps=126"], 63, 126),
+        (["training.eval_steps=21", "training.save_steps=epoch"], 21, 63),
+        (["training.max_steps=64", "training.eval_steps=0.1", "training.save_steps=0.3"], 6, 18),
+    ],
+)
+def test_evaluations_and_checkpoints_by_step_fraction_and_epoch(
+    overrides: list[str], eval_every: int, save_every: int
+) -> None:
+    """Every form of eval_steps and save_steps becomes a number of steps; 1,000 rows of 16."""
+    schedule = plan_schedule(make_settings(REAL, *overrides).training, 1000)
+    assert (schedule.eval_every, schedule.save_every) == (eval_every, save_every)
+
+
+def test_checkpoint_between_evaluations_is_refused() -> None:
+    """save_steps=150 with eval_steps=100 is an error that names both."""
+    settings = make_settings(REAL, "training.eval_steps=100", "training.save_steps=150")
+    with pytest.raises(ConfigError, match=r"save_steps=150.*eval_steps=100"):
+        plan_schedule(settings.training, 10_000)
+
+
+@pytest.mark.parametrize(("warmup", "allowed"), [(52, True), (53, False), (104, False)])
+def test_warmup_of_more_than_half_the_run_is_refused(warmup: int, allowed: bool) -> None:
+    """Report 003's 100 warm-up steps would be nearly the whole of a run of 104."""
+    settings = make_settings(f"training.warmup_steps={warmup}", "training.max_steps=104")
+    if allowed:
+        assert plan_schedule(settings.training, 2000).warmup_steps == warmup
+    else:
+        with pytest.raises(ConfigError, match="at most 52"):
+            plan_schedule(settings.training, 2000)
+
+
+def test_warmup_ratio_above_a_half_is_refused() -> None:
+    """The settings themselves refuse it."""
+    with pytest.raises(ConfigError, match="warmup_ratio"):
+        make_settings("training.warmup_ratio=0.6")
+
+
+@pytest.mark.parametrize("wrong", ["training.eval_steps=2.5", "training.save_steps=never"])
+def test_wrong_steps_are_one_sentence(wrong: str) -> None:
+    """A wrong word or a broken number names the three forms there are, once."""
+    with pytest.raises(ConfigError) as error:
+        make_settings(wrong)
+    assert len(error.value.problems) == 1
+    assert "nor the word epoch" in error.value.problems[0]
+
+
+def test_constant_rate_ignores_warmup() -> None:
+    """constant has no warm-up, so the default ratio is no obstacle to it."""
+    training = make_settings("training.lr_scheduler_type=constant").training
+    assert plan_schedule(training, 1000).warmup_steps == 0
+
+
+def test_advice_on_large_batches() -> None:
+    """Above 32 a LoRA trial is told so; full fine-tuning and a batch of 32 are not."""
+    batch = "training.per_device_train_batch_size"
+    assert "32" in advice(make_settings(f"{batch}=64"), 1000)[0]
+    assert not advice(make_settings(f"{batch}=32"), 1000)
+    full = make_settings(f"{batch}=64", "adapter=none", "quantization=none")
+    assert not advice(full, 1000)
+    assert "more than the 10 training rows" in advice(make_settings(f"{batch}=16"), 10)[0]
