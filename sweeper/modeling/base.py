@@ -5,7 +5,6 @@ Knows nothing of adapters and training.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from transformers import (
 from sweeper.errors import ModelError
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.hardware import device as device  # training takes it from here
-from sweeper.modeling.source import find_source, first_line, weights_digest
+from sweeper.modeling.source import find_source, one_line, weights_digest
 from sweeper.settings import Model, Quantization
 
 
@@ -68,7 +67,7 @@ def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> 
             source.folder, device_map={"": on}, output_loading_info=True, **options
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(first_line(settings, error)) from error
+        raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
     _require_all_weights(report, settings)
     if quantization.kind != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -144,11 +143,3 @@ def _require_all_weights(report: dict[str, Any], settings: Model) -> None:
             f"model.base_model={settings.base_model!r}: its files lack the weights "
             f"{', '.join(missing[:3])}{more} that its configuration asks for"
         )
-
-
-def _casts(record: logging.LogRecord) -> bool:
-    return "MatMul8bitLt: inputs will be cast" not in record.getMessage()
-
-
-# why: bitsandbytes logs its own casts, once for every 8-bit layer and call
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(_casts)

@@ -49,7 +49,7 @@ def find_source(settings: Model) -> Source:
         ModelError: neither a folder nor a hub id that can be fetched, or files that are refused.
     """
     source = _locate(settings, MODEL)
-    _refuse_foreign(source.folder, settings)
+    refuse_foreign(source.folder, f"model.base_model={settings.base_model!r}")
     if not any(source.folder.glob("*.safetensors")):
         raise ModelError(
             f"model.base_model={settings.base_model!r}: no *.safetensors weights in {source.folder} "
@@ -65,17 +65,17 @@ def load_config(settings: Model) -> PretrainedConfig:
         ModelError: as `find_source`, or config.json is not one that transformers knows.
     """
     source = _locate(settings, CONFIG)
-    _refuse_foreign(source.folder, settings)
+    refuse_foreign(source.folder, f"model.base_model={settings.base_model!r}")
     try:
         return AutoConfig.from_pretrained(source.folder)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(first_line(settings, error)) from error
+        raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
 
 
-def first_line(settings: Model, error: BaseException) -> str:
-    """A library's error as one line about the model it is about."""
+def one_line(where: str, error: BaseException) -> str:
+    """A library's error as one line about what the user named."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"model.base_model={settings.base_model!r}: {lines[0]}"
+    return f"{where}: {lines[0]}"
 
 
 def weights_digest(folder: Path) -> str:
@@ -169,9 +169,16 @@ def _why_not(error: Exception, settings: Model) -> str:
             return f"could not be fetched from the hub ({type(error).__name__}: {reason})"
 
 
-def _refuse_foreign(folder: Path, settings: Model) -> None:
-    """Adapters are no bases, and weights that are already quantized cannot be trained on."""
-    where = f"model.base_model={settings.base_model!r}"
+def refuse_foreign(folder: Path, where: str) -> None:
+    """Adapters are no bases, and weights that are already quantized cannot be trained or merged into.
+
+    Args:
+        folder: what claims to hold a base model.
+        where: how the user named it.
+
+    Raises:
+        ModelError: it does not.
+    """
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ModelError(
@@ -182,10 +189,10 @@ def _refuse_foreign(folder: Path, settings: Model) -> None:
     try:
         config = PretrainedConfig.get_config_dict(folder)[0]
     except (OSError, ValueError) as error:
-        raise ModelError(first_line(settings, error)) from error
+        raise ModelError(one_line(where, error)) from error
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "unknown method")
         raise ModelError(
-            f"{where} is already quantized ({method}); give the unquantized checkpoint and choose "
-            "quantization=nf4, fp4 or int8, which quantize it while it is loaded"
+            f"{where} is already quantized ({method}); give the unquantized checkpoint: "
+            "quantization=nf4, fp4 or int8 quantizes it while it is loaded"
         )
