@@ -67,21 +67,19 @@ CHECKPOINTING = "training.activation_checkpointing=true"
 EAGER = "model.attn_implementation=eager"
 EIGHT_BIT = "training.optim=adamw_8bit"
 SETTINGS = {
-    "LoRA, fp32": Setting((LORA, FP32), 4, 256),
-    "LoRA, NF4": Setting((LORA, NF4), 4, 256),
-    "LoRA, int8": Setting((LORA, INT8), 4, 256),
-    "LoRA, NF4, checkpointing": Setting((LORA, NF4, CHECKPOINTING), 8, 256),
-    "LoRA, fp32, 1,024 tokens": Setting((LORA, FP32), 1, 1024),
-    "LoRA, fp32, 1,024 tokens, eager": Setting((LORA, FP32, EAGER), 1, 1024),
-    "full, adamw_torch": Setting((FULL, FP32), 2, 256),
-    "full, adamw_8bit": Setting((FULL, FP32, EIGHT_BIT), 2, 256),
-    "full, adamw_torch, checkpointing": Setting((FULL, FP32, CHECKPOINTING), 8, 256),
+    "LoRA, fp32": Setting((LORA, FP32), 2, 128),
+    "LoRA, NF4": Setting((LORA, NF4), 2, 128),
+    "LoRA, int8": Setting((LORA, INT8), 2, 128),
+    "LoRA, NF4, checkpointing": Setting((LORA, NF4, CHECKPOINTING), 4, 128),
+    "LoRA, fp32, 512 tokens": Setting((LORA, FP32), 1, 512),
+    "LoRA, fp32, 512 tokens, eager": Setting((LORA, FP32, EAGER), 1, 512),
+    "full, adamw_torch": Setting((FULL, FP32), 2, 128),
+    "full, adamw_8bit": Setting((FULL, FP32, EIGHT_BIT), 2, 128),
 }
 
 
 def run(setting: Setting, base: Path) -> dict[str, float]:
     """Estimate, then train, in this process: MiB."""
-
     overrides = [
         *setting.overrides,
         *(f"model.base_model={base}", f"training.per_device_train_batch_size={setting.batch_size}"),
@@ -89,14 +87,12 @@ def run(setting: Setting, base: Path) -> dict[str, float]:
     ]
     settings = validate(Settings, compose(overrides).config).trial
     estimate = estimate_trial(settings, device(), length=setting.length)
-    torch.set_num_threads(2)
     measured = train(settings, setting.length)
     return {**asdict(estimate), "estimated": estimate.total, "measured": measured}
 
 
 def train(settings: TrialSettings, length: int) -> float:
     """Peak resident MiB of three training steps beyond what was resident before loading."""
-
     gc.collect()
     before = psutil.Process().memory_info().rss / 2**20
     lora = isinstance(settings.adapter, LoraAdapter)
@@ -124,7 +120,6 @@ def train(settings: TrialSettings, length: int) -> float:
 
 def save_base(folder: Path) -> None:
     """A random Llama with the embedded tokenizer."""
-
     AutoModelForCausalLM.from_config(LlamaConfig(**MODEL)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(folder)
 
@@ -154,7 +149,6 @@ def with_default_allocator(name: str, base: Path) -> dict[str, float]:
 
 def compare() -> None:
     """All settings, as a table and as JSON."""
-
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         with multiprocessing.get_context("fork").Pool(1) as pool:

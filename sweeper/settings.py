@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -237,33 +237,24 @@ class TrialSettings(Section):
 
     @model_validator(mode="after")
     def _adapter_fits_quantization(self) -> TrialSettings:
-        if problems := list(_misfits(self.adapter, self.quantization.kind)):
-            raise ValueError("; ".join(problems))
+        if misfit := _misfit(self.adapter, self.quantization.kind):
+            raise ValueError(misfit)
         return self
 
 
-def _misfits(adapter: LoraAdapter | NoAdapter, kind: str) -> Iterator[str]:
-    """Why this adapter cannot be trained on a base that is held this way; empty where it can."""
-    if kind == "none":
-        return
-    if isinstance(adapter, NoAdapter):
-        yield (
-            f"adapter=none trains every weight, which a{'n' if kind == 'int8' else ''} {kind} base "
-            "does not allow; add quantization=none"
+def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:
+    """Why this adapter cannot be trained on a base that is held this way."""
+    if kind != "none" and isinstance(adapter, NoAdapter):
+        return (
+            f"adapter=none trains every weight, which a quantized base "
+            f"({kind}) does not allow; add quantization=none"
         )
-    elif kind == "int8":
-        if adapter.use_dora:
-            yield (
-                "adapter.use_dora=true does not work on an int8 base (bitsandbytes' 8-bit layers do "
-                "not give it the weight norm); choose quantization=none, nf4 or fp4, or "
-                "adapter.use_dora=false"
-            )
-        if adapter.init_lora_weights == "olora":
-            yield (
-                "adapter.init_lora_weights=olora does not work on an int8 base (it rewrites weights "
-                "that are held in 8 bits); choose quantization=none, nf4 or fp4, or "
-                "adapter.init_lora_weights=default or gaussian"
-            )
+    if kind == "int8" and isinstance(adapter, LoraAdapter) and adapter.use_dora:
+        return (
+            "adapter.use_dora=true does not work on an int8 base (PEFT cannot take the norm of its "
+            "weights); choose quantization=none, nf4 or fp4, or adapter.use_dora=false"
+        )
+    return None
 
 
 class FakeTrainer(Section):
