@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from sweeper.modeling.targets import resolve_targets
-from sweeper.settings import LoraAdapter
+from sweeper.errors import ModelError
+from sweeper.modeling.targets import require_matches, resolve_targets
+from sweeper.settings import LoraAdapter, NoAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,28 +44,71 @@ def attach(model: PreTrainedModel, settings: LoraAdapter) -> PeftModel:
     The adapter's random initialisation follows torch's global seed: set it first.
 
     Raises:
-        ModelError: target_modules matches nothing in this model.
+        ModelError: target_modules, modules_to_save or a pattern matches nothing in this model, or this
+            architecture cannot be initialised that way.
+    """
+    return get_peft_model(model, lora_config(model, settings))
+
+
+def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
+    """PEFT's configuration for this adapter on this model.
+
+    Raises:
+        ModelError: as `attach`.
     """
     names = linear_modules(model)
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=settings.r,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.lora_dropout,
-            target_modules=resolve_targets(settings.target_modules, names),
-            bias=settings.bias,
-            use_rslora=settings.use_rslora,
-            use_dora=settings.use_dora,
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())
+    if transposed and settings.init_lora_weights == "olora":
+        raise ModelError(
+            "adapter.init_lora_weights=olora does not know this architecture's transposed weights "
+            "(Conv1D); choose default or gaussian, or an NF4 base"
+        )
+    require_matches("rank_pattern", list(settings.rank_pattern), names)
+    require_matches("alpha_pattern", list(settings.alpha_pattern), names)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=resolve_targets(
+            settings.target_modules, names, settings.layers_to_transform
         ),
+        modules_to_save=settings.modules_to_save or None,
+        ensure_weight_tying=_saves_tied_embeddings(model, settings.modules_to_save),
+        bias=settings.bias,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights == "default" or settings.init_lora_weights,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=settings.alphas,
+        fan_in_fan_out=transposed,
     )
 
 
+def touches_base(settings: LoraAdapter | NoAdapter) -> bool:
+    """Whether training this adapter changes the base's own weights, so that it must be loaded anew.
+
+    Everything else comes off again without a trace; modules_to_save trains copies.
+    """
+    if isinstance(settings, NoAdapter):
+        return True
+    return settings.bias != "none" or settings.init_lora_weights == "olora"
+
+
 def detach(model: PeftModel) -> PreTrainedModel:
-    """Take the adapter off: the very base that `attach` was given, unmerged."""
-    base: PreTrainedModel = model.unload()
+    """Take the adapter off: the very base that `attach` was given, unmerged.
+
+    For an adapter that `touches_base` it is that object, but not those weights.
+    """
+    base: PreTrainedModel = model.get_base_model()
+    originals = {
+        name: module.original_module
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    model.unload()
+    for name, module in originals.items():  # PEFT's unload leaves the trained copies in place
+        base.set_submodule(name, module)
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base
@@ -86,3 +132,34 @@ def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCount:
     total = int(model.num_parameters())
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return ParameterCount(total, trainable)
+
+
+def _saves_tied_embeddings(model: PreTrainedModel, modules_to_save: list[str]) -> bool:
+    """Whether PEFT must keep the trained embedding and the trained head one tensor.
+
+    Without that the head's training is lost in a merge.
+    """
+    modules = dict(model.named_modules())
+    found = {
+        wanted: [name for name in modules if name == wanted or name.endswith("." + wanted)]
+        for wanted in modules_to_save
+    }
+    if missing := [wanted for wanted, names in found.items() if not names]:
+        known = sorted({name.rsplit(".", 1)[-1] for name in modules} - {""})
+        raise ModelError(
+            f"adapter.modules_to_save={modules_to_save}: the model has no module named "
+            f"{', '.join(missing)}; its modules are {', '.join(known)}"
+        )
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return False
+    tied = [
+        name for names in found.values() for name in names if modules[name] in (head, embedding)
+    ]
+    if any(name.rsplit(".", 1)[-1] not in EMBEDDING_LAYER_NAMES for name in tied):
+        raise ModelError(
+            f"adapter.modules_to_save={modules_to_save}: this architecture ties its embedding to its "
+            f"head, and PEFT can keep them tied only where they are named "
+            f"{' and '.join(EMBEDDING_LAYER_NAMES)}; leave {', '.join(tied)} out"
+        )
+    return bool(tied)

@@ -1,19 +1,17 @@
-"""Load the base model as configured: where from, at which precision, quantized or not.
+"""Load the base model as configured: at which precision, quantized or not.
 
 Knows nothing of adapters and training.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from huggingface_hub import snapshot_download
 from peft import prepare_model_for_kbit_training
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,12 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from sweeper.embedded import BASE_DIR
 from sweeper.errors import ModelError
-from sweeper.settings import EMBEDDED, Model, Quantization
-
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
-"""What is fetched from a hub: safe formats only."""
+from sweeper.modeling.hardware import choose_dtype
+from sweeper.modeling.hardware import device as device  # training takes it from here
+from sweeper.modeling.source import find_source, one_line, weights_digest
+from sweeper.settings import Model, Quantization
 
 
 @dataclass(frozen=True)
@@ -38,64 +35,12 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     digest: str
     """sha256 of the weight files."""
+    commit: str | None
+    """The hub's commit hash of the files, where they come from a hub."""
     compute_dtype: torch.dtype
     """What the forward pass computes in; weights that are trained are held in fp32 all the same."""
-
-
-def device() -> torch.device:
-    """The device of this process: its one visible GPU, or the CPU (also on Apple silicon)."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def resolve_dtype(name: str, on: torch.device) -> torch.dtype:
-    """`auto`: bf16 where the GPU computes in it, fp16 on older CUDA, fp32 elsewhere."""
-    if name != "auto":
-        dtype = getattr(torch, name)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    if on.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def base_folder(settings: Model) -> Path:
-    """The local folder of the base model; a hub id is fetched into the hub's cache first.
-
-    Raises:
-        ModelError: neither a folder nor a hub id that can be fetched.
-    """
-    if settings.base_model == EMBEDDED:
-        return BASE_DIR
-    path = Path(settings.base_model).expanduser()
-    if path.is_dir():
-        return path
-    try:
-        fetched = snapshot_download(
-            settings.base_model, revision=settings.revision, allow_patterns=list(WEIGHTS)
-        )
-    except (
-        Exception
-    ) as error:  # huggingface_hub, requests and OS errors alike: all mean "not there"
-        raise ModelError(
-            f"model.base_model={settings.base_model!r} is no local folder, and the hub did not give "
-            f"it ({type(error).__name__}: {str(error).splitlines()[0]}); give a folder, or a hub id "
-            "on a machine with a network"
-        ) from error
-    return Path(fetched)
-
-
-def weights_digest(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, by name."""
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder}: no *.safetensors weights (other formats can run code)")
-    for path in files:
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    dtype_reason: str
+    """Why, in words: "bfloat16: the GPU (sm_80) computes in it"."""
 
 
 def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> Base:
@@ -103,42 +48,53 @@ def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> 
 
     Args:
         settings: which model, and at which dtype a frozen base is held.
-        quantization: 4-bit or not; a quantized base is prepared for training adapters on it.
+        quantization: 4-bit, 8-bit or neither; a quantized base is prepared for training adapters on it.
         trained: the base's own weights will be trained, so they are held in fp32 (master weights).
 
     Raises:
-        ModelError: the folder holds no causal language model that transformers can load.
+        ModelError: there is no such model, or transformers cannot load it as a causal language model.
     """
-    folder = base_folder(settings)
+    source = find_source(settings)
     on = device()
-    compute_dtype = resolve_dtype(settings.dtype, on)
-    dtype = torch.float32 if trained else compute_dtype
+    precision = choose_dtype(settings.dtype, on)
+    dtype = torch.float32 if trained else precision.dtype
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
-    if quantization.load_in_4bit:
-        options["quantization_config"] = _bits_and_bytes(quantization, dtype, on)
+    if quantization.kind != "none":
+        options["quantization_config"] = bits_and_bytes(quantization, dtype, on)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": on}, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"model.base_model={settings.base_model!r}: {reason}") from error
-    if quantization.load_in_4bit:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.folder, device_map={"": on}, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
+    _require_all_weights(report, settings)
+    if quantization.kind != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         keep_gradient(model)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Base(model, tokenizer, weights_digest(folder), compute_dtype)
+    complete_tokenizer(tokenizer, model, settings)
+    return Base(
+        model,
+        tokenizer,
+        weights_digest(source.folder),
+        source.commit,
+        precision.dtype,
+        str(precision),
+    )
 
 
-def _bits_and_bytes(
+def bits_and_bytes(
     quantization: Quantization, dtype: torch.dtype, on: torch.device
 ) -> BitsAndBytesConfig:
+    """transformers' configuration for a quantized base; `dtype` is what compute dtype auto means."""
+    if quantization.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
     name = quantization.bnb_4bit_compute_dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype if name == "auto" else resolve_dtype(name, on),
+        bnb_4bit_compute_dtype=dtype if name == "auto" else choose_dtype(name, on).dtype,
     )
 
 
@@ -151,3 +107,39 @@ def keep_gradient(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def complete_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: Model
+) -> None:
+    """Give a tokenizer its end-of-text token (from the model's configuration) and a padding token.
+
+    Raises:
+        ModelError: neither the tokenizer nor the model names an end of text, so no answer could end.
+    """
+    if tokenizer.eos_token_id is None:
+        known = [model.generation_config and model.generation_config.eos_token_id]
+        known.append(getattr(model.config, "eos_token_id", None))
+        named = next((found for found in known if found is not None), None)
+        token_id = named[0] if isinstance(named, list) else named
+        token = None if token_id is None else tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            raise ModelError(
+                f"model.base_model={settings.base_model!r}: neither its tokenizer nor its "
+                "configuration names an end-of-text token, so no answer could ever end; "
+                "set eos_token in tokenizer_config.json"
+            )
+        tokenizer.eos_token = token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: it never carries loss
+
+
+def _require_all_weights(report: dict[str, Any], settings: Model) -> None:
+    """transformers initialises missing weights at random and goes on."""
+    missing = sorted(str(name) for name in (*report["missing_keys"], *report["mismatched_keys"]))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"model.base_model={settings.base_model!r}: its files lack the weights "
+            f"{', '.join(missing[:3])}{more} that its configuration asks for"
+        )

@@ -125,9 +125,9 @@ def _method(arm: ArmPlan) -> str:
 
 
 def _base_name(arm: ArmPlan, facts: Facts) -> str:
-    """How an arm holds its base: the 4-bit type, or the dtype."""
-    quantization = arm.settings.quantization
-    return quantization.bnb_4bit_quant_type if quantization.load_in_4bit else facts.dtype
+    """How an arm holds its base: nf4, fp4, int8, or the dtype."""
+    kind = arm.settings.quantization.kind
+    return facts.dtype if kind == "none" else kind
 
 
 def load_results(study_name: str, output_dir: Path) -> Results:

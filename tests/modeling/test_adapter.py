@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from sweeper.errors import ModelError
-from sweeper.modeling.adapter import attach, count_parameters, detach, linear_modules
+from sweeper.modeling.adapter import (
+    attach,
+    count_parameters,
+    detach,
+    linear_modules,
+    touches_base,
+)
 from sweeper.modeling.base import load_base
 from sweeper.modeling.targets import resolve_targets
 from sweeper.settings import LoraAdapter
 from tests.conftest import make_settings
+from tests.modeling.models import CONFIGS, GROUPED
 
 GPT2 = GPT2Config()
 QWEN3_06B = Qwen3Config(
@@ -24,6 +34,33 @@ QWEN3_06B = Qwen3Config(
     head_dim=128,
     tie_word_embeddings=True,
     max_position_embeddings=32768,
+)
+QWEN25_15B = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+LLAMA32_3B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+LLAMA3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
 )
 SEVEN = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 
@@ -46,12 +83,15 @@ def _on_meta(config):  # type: ignore[no-untyped-def]
         (GPT2, "attention_qv", 8, 294_912, 124_734_720, 0.2364),
         (QWEN3_06B, SEVEN, 32, 20_185_088, 616_235_008, 3.2756),
         (QWEN3_06B, "all-linear", 32, 20_185_088, 616_235_008, 3.2756),
+        (QWEN25_15B, "attention_qv", 16, 2_179_072, 1_545_893_376, 0.1410),
+        (LLAMA32_3B, "all-linear", 16, 24_313_856, 3_237_063_680, 0.7511),
+        (LLAMA3_8B, "attention", 8, 6_815_744, 8_037_076_992, 0.0848),
     ],
 )
 def test_counts_are_those_of_the_published_runs(  # type: ignore[no-untyped-def]
     config, targets: str, r: int, trainable: int, total: int, percent: float
 ) -> None:
-    """gpt2 with r=8 on c_attn and Qwen3-0.6B with r=32 on seven modules, to the last parameter."""
+    """The five reports' models, to the last parameter; PEFT's own count is the same."""
     model = attach(_on_meta(config), _lora(f"adapter.r={r}", f"adapter.target_modules={targets}"))
     count = count_parameters(model)
     assert (count.trainable, count.total) == (trainable, total)
@@ -121,3 +161,149 @@ def test_detach_gives_back_the_very_base() -> None:
     assert again is base.model
     assert torch.equal(base.model(ids).logits, before)
     assert not any("lora" in name for name, _ in base.model.named_modules())
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """sha256 of every weight of the base, as held (packed weights and their scales included)."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _train_two_steps(model: torch.nn.Module) -> None:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    ids = torch.randint(0, 2048, (2, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+OPTIONS = {
+    "plain": [],
+    "dora": ["adapter.use_dora=true"],
+    "rslora": ["adapter.use_rslora=true"],
+    "gaussian": ["adapter.init_lora_weights=gaussian"],
+    "olora": ["adapter.init_lora_weights=olora"],
+    "bias": ["adapter.bias=all"],
+    "bias of targets": ["adapter.bias=lora_only"],
+    "last layer": ["adapter.layers_to_transform=last-1"],
+    "norms and embeddings": ["adapter.modules_to_save=[norm,embed_tokens]"],
+    "patterns": ["+adapter.rank_pattern.q_proj=2", "+adapter.alpha_pattern.v_proj=1"],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_detach_gives_back_the_untouched_base_or_says_that_it_does_not(option: str) -> None:
+    """After two large training steps the weight hash is the base's, exactly unless touches_base."""
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(CONFIGS["qwen2"])  # its q, k and v have biases
+    adapter = _lora("adapter.r=4", *OPTIONS[option])
+    before, names = _digest(base), [name for name, _ in base.named_modules()]
+    model = attach(base, adapter)
+    _train_two_steps(model)
+    again = detach(model)
+    assert again is base
+    assert [name for name, _ in again.named_modules()] == names
+    assert (_digest(again) != before) == touches_base(adapter)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "option"),
+    [
+        *(("nf4", "dora"), ("nf4", "olora"), ("nf4", "norms and embeddings"), ("fp4", "plain")),
+        *(("int8", "plain"), ("int8", "olora"), ("int8", "norms and embeddings")),
+    ],
+)
+def test_options_train_on_a_quantized_base(quantization: str, option: str) -> None:
+    """What settings let through trains, and the base comes back as touches_base says."""
+    overrides = [f"quantization={quantization}", *OPTIONS[option]]
+    settings = make_settings(*overrides)
+    base = load_base(settings.model, settings.quantization, trained=False)
+    before = _digest(base.model)
+    model = attach(base.model, _lora(*overrides))
+    loss = _first_and_last_loss(model)
+    assert loss[1] < loss[0]
+    assert (_digest(detach(model)) != before) == touches_base(_lora(*overrides))
+
+
+def _first_and_last_loss(model: torch.nn.Module) -> tuple[float, float]:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=3e-3)
+    ids = torch.randint(0, 2000, (2, 24), generator=torch.Generator().manual_seed(0))
+    losses = []
+    model.train()
+    for _ in range(4):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses[0], losses[-1]
+
+
+def test_full_fine_tuning_touches_the_base() -> None:
+    """Without an adapter the base is what is trained."""
+    assert touches_base(make_settings("adapter=none", "quantization=none").adapter)
+
+
+def test_what_is_refused_on_int8_really_fails_there() -> None:
+    """The refusal is no prejudice: PEFT's DoRA raises on bitsandbytes' 8-bit layers."""
+    settings = make_settings("quantization=int8")
+    base = load_base(settings.model, settings.quantization, trained=False)
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError)):
+        _first_and_last_loss(get_peft_model(base.model, config))
+
+
+def test_a_tied_embedding_that_is_trained_stays_tied() -> None:
+    """modules_to_save on a tied embedding trains one tensor for embedding and head."""
+    base = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED, tie_word_embeddings=True))
+    model = attach(base, _lora("adapter.modules_to_save=[embed_tokens]"))
+    embedding = model.get_input_embeddings().modules_to_save["default"].weight
+    head = model.get_output_embeddings().modules_to_save["default"].weight
+    assert embedding.requires_grad
+    assert embedding.data_ptr() == head.data_ptr()
+    again = detach(model)
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
+
+
+def test_a_tied_embedding_that_cannot_stay_tied_is_refused() -> None:
+    """GPT-2's embedding has a name that PEFT does not tie."""
+    with pytest.raises(ModelError, match="can keep them tied only where they are named"):
+        attach(_on_meta(GPT2), _lora("adapter.modules_to_save=[wte]"))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("adapter.modules_to_save=[lm_haed]", "no module named lm_haed; its modules are .*lm_head"),
+        ("+adapter.rank_pattern.q_porj=4", "adapter.rank_pattern=.*no module named q_porj"),
+        ("+adapter.alpha_pattern.q_porj=4", "adapter.alpha_pattern=.*no module named q_porj"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_an_error(override: str, sentence: str) -> None:
+    """PEFT ignores such a pattern in silence; here it is named."""
+    with pytest.raises(ModelError, match=sentence):
+        attach(_on_meta(QWEN3_06B), _lora(override))
+
+
+def test_olora_on_transposed_weights_is_refused() -> None:
+    """PEFT's OLoRA does not know GPT-2's Conv1D."""
+    with pytest.raises(ModelError, match="olora does not know"):
+        attach(_on_meta(GPT2), _lora("adapter.init_lora_weights=olora"))
+
+
+def test_rank_and_alpha_patterns_reach_the_modules() -> None:
+    """A pattern sets r and alpha of the modules it matches, and alpha_over_r holds there."""
+    model = attach(
+        AutoModelForCausalLM.from_config(CONFIGS["llama"]),
+        _lora("adapter.r=4", "adapter.alpha_over_r=2", "+adapter.rank_pattern.q_proj=8"),
+    )
+    found = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    for name, module in found.items():
+        assert module.r["default"] == (8 if name.endswith("q_proj") else 4)
+        assert module.scaling["default"] == 2

@@ -1,0 +1,100 @@
+"""What this process computes on, and which dtype suits it. Knows nothing of models."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype and why it was chosen."""
+
+    dtype: torch.dtype
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """The device of this process, in figures."""
+
+    name: str
+    capability: str
+    """sm_80 and the like; for a CPU the units that compute bf16, if any."""
+    bf16: bool
+    """Computes in bf16 natively; an emulation does not count."""
+    total_mib: float
+    free_mib: float
+
+
+def device() -> torch.device:
+    """The device of this process: its one visible GPU, or the CPU (also on Apple silicon)."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_report(on: torch.device) -> DeviceReport:
+    """Name, capability and memory of a device; a CPU's memory is the machine's."""
+    if on.type == "cuda":
+        free, total = torch.cuda.mem_get_info(on)
+        name, capability = str(torch.cuda.get_device_name(on)), _cuda_capability(on)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+        units = _cpu_bf16_units()
+        name, capability, bf16 = platform.processor() or "cpu", "/".join(units), bool(units)
+    return DeviceReport(name, capability, bf16, total / 2**20, free / 2**20)
+
+
+def choose_dtype(name: str, on: torch.device) -> Precision:
+    """The dtype the forward pass computes in, and why.
+
+    `auto` is bf16 where the GPU computes in it, fp16 on older CUDA, and fp32 on a CPU.
+    """
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return Precision(dtype, f"model.dtype={name} asks for it")
+    if on.type == "cuda":
+        return _for_gpu(_cuda_capability(on))
+    return _for_cpu(_cpu_bf16_units())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16 for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _for_gpu(capability: str) -> Precision:
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Precision(torch.bfloat16, f"the GPU ({capability}) computes in it")
+    return Precision(
+        torch.float16, f"the GPU ({capability}) does not compute in bfloat16 but emulates it"
+    )
+
+
+def _for_cpu(units: tuple[str, ...]) -> Precision:
+    if not units:
+        return Precision(torch.float32, "this CPU has no AVX512_BF16 or AMX to compute bfloat16 in")
+    return Precision(
+        torch.float32,
+        "a loss on a CPU must not depend on which CPU it is; this one also computes bfloat16 "
+        f"({'/'.join(units)}): model.dtype=bfloat16 is faster",
+    )
+
+
+def _cpu_bf16_units() -> tuple[str, ...]:
+    known = torch.cpu.get_capabilities()
+    names = {"AVX512_BF16": "avx512_bf16", "AMX": "amx_bf16", "BF16": "bf16"}
+    return tuple(unit for unit, flag in names.items() if known.get(flag, False))
+
+
+def _cuda_capability(on: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(on)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,171 @@
+"""The estimate's parts against what is really held, and its whole against what can be known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.optim import AdamW8bit
+from transformers import LlamaConfig
+
+from sweeper.modeling import rehearsal
+from sweeper.modeling.adapter import attach, count_parameters
+from sweeper.modeling.base import load_base
+from sweeper.modeling.memory_estimate import (
+    WORDS,
+    count_on_meta,
+    estimate,
+    estimate_trial,
+    model_on_meta,
+    quantized_weights,
+    state_bytes,
+)
+from sweeper.modeling.rehearsal import Peak, Workload, rehearse
+from sweeper.settings import LoraAdapter
+from tests.conftest import make_settings
+from tests.modeling.models import CONFIGS, GROUPED, HEADS, SIZE
+
+CPU = torch.device("cpu")
+DEEP = LlamaConfig(**{**GROUPED, "num_hidden_layers": 7})
+
+
+def _bytes_held(model: torch.nn.Module) -> int:
+    """Bytes of all weights with everything bitsandbytes keeps beside them."""
+    total = 0
+    for weight in model.parameters():
+        total += weight.numel() * weight.element_size()
+        if isinstance(weight, Params4bit):
+            state = weight.quant_state
+            total += sum(t.numel() * t.element_size() for t in (state.absmax, state.code))
+            if state.nested:
+                nested = (state.offset, state.state2.absmax, state.state2.code)
+                total += sum(t.numel() * t.element_size() for t in nested)
+        if isinstance(weight, Int8Params):
+            total += weight.SCB.numel() * weight.SCB.element_size()
+    return total
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["quantization=none"],
+        ["quantization=nf4"],
+        ["quantization=fp4", "quantization.bnb_4bit_use_double_quant=false"],
+        ["quantization=int8"],
+        ["quantization=nf4", "model.dtype=bfloat16"],
+    ],
+)
+def test_weights_are_what_the_loaded_base_really_holds(overrides: list[str]) -> None:
+    """To the byte: packed weights, scales, code tables, and what stays in fp32."""
+    settings = make_settings(*overrides)
+    base = load_base(settings.model, settings.quantization, trained=False)
+    found = estimate_trial(settings.trial, CPU, length=16)
+    assert found.weights * 2**20 == _bytes_held(base.model)
+    assert isinstance(settings.adapter, LoraAdapter)
+    adapter = sum(
+        w.numel() * 4 for w in attach(base.model, settings.adapter).parameters() if w.requires_grad
+    )
+    assert found.adapter * 2**20 == adapter
+
+
+def test_the_same_modules_are_quantized_as_transformers_quantizes() -> None:
+    """Names on the meta device are those of the Linear4bit modules of a loaded base."""
+    settings = make_settings("quantization=nf4")
+    base = load_base(settings.model, settings.quantization, trained=False).model
+    loaded = {
+        n.removesuffix(".weight") for n, w in base.named_parameters() if isinstance(w, Params4bit)
+    }
+    meta = model_on_meta(base.config, settings.adapter, torch.float32, "sdpa")
+    assert set(quantized_weights(meta)) == loaded
+
+
+@pytest.mark.parametrize("numel", [4_095, 4_096, 100_000])
+def test_8bit_optimizer_states_are_those_of_bitsandbytes(numel: int) -> None:
+    """Small tensors stay in fp32; large ones take two bytes a weight and their scales."""
+    weight = torch.nn.Parameter(torch.randn(numel))
+    optimizer = AdamW8bit([weight])
+    weight.grad = torch.randn(numel)
+    optimizer.step()
+    state = optimizer.state[weight]
+    names = [name for name in state if name in ("state1", "state2", "absmax1", "absmax2")]
+    assert state_bytes(numel, "adamw_8bit") == sum(state[n].nbytes for n in names)
+    assert state_bytes(numel, "adamw_torch") == 8 * numel
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["adapter.use_dora=true"],
+        ["adapter.init_lora_weights=olora"],
+        ["adapter=none", "quantization=none"],
+        ["adapter.layers_to_transform=last-1", "quantization=int8"],
+    ],
+)
+def test_counts_on_meta_are_those_of_the_loaded_model(overrides: list[str]) -> None:
+    """No weight is needed to know what a trial trains."""
+    settings = make_settings(*overrides)
+    trained = not isinstance(settings.adapter, LoraAdapter)
+    model = load_base(settings.model, settings.quantization, trained=trained).model
+    if isinstance(settings.adapter, LoraAdapter):
+        model = attach(model, settings.adapter)
+    assert count_on_meta(settings.trial) == count_parameters(model)
+
+
+def _rehearsed(workload: Workload, attention: str = "sdpa", *overrides: str) -> Peak:
+    adapter = make_settings("quantization=none", *overrides).adapter
+    return rehearse(model_on_meta(DEEP, adapter, torch.float32, attention), workload, torch.float32)
+
+
+def _workload(*, checkpointing: bool = False, length: int = 32, **other: int) -> Workload:
+    return Workload(2, length, checkpointing, False, "adamw_torch", **other)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter", ["lora", "none"])
+def test_two_depths_continue_to_the_whole_stack(
+    checkpointing: bool, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The straight line through two small depths meets the full rehearsal of seven layers."""
+    workload, override = _workload(checkpointing=checkpointing), f"adapter={adapter}"
+    line = _rehearsed(workload, "sdpa", override)
+    monkeypatch.setattr(rehearsal, "DEEP", 99)
+    whole = _rehearsed(workload, "sdpa", override)
+    assert line.bytes == pytest.approx(whole.bytes, rel=1e-3)
+
+
+def test_logits_are_three_times_fp32_over_positions_and_vocabulary() -> None:
+    """Log-probabilities and two gradients of their size are alive when the loss is differentiated."""
+    one = 2 * 32 * SIZE["vocab_size"] * 4
+    assert 3 * one <= _rehearsed(_workload()).logits <= 3 * one + 2 * 32 * 64
+    chunked = _rehearsed(_workload(loss_chunk_size=8))
+    assert chunked.logits <= 3 * one / 8 + 2 * 32 * 64
+    assert _rehearsed(_workload(targets=4)).logits == chunked.logits
+
+
+def test_checkpointing_keeps_fewer_activations_and_eager_attention_more() -> None:
+    """Both move in the direction they are used for."""
+    plain = _rehearsed(_workload(length=128)).activations
+    assert _rehearsed(_workload(length=128, checkpointing=True)).activations < 0.5 * plain
+    maps = 7 * 2 * HEADS["num_attention_heads"] * 128 * 128 * 4
+    assert _rehearsed(_workload(length=128), "eager").activations > plain + 0.5 * maps
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_architecture_is_estimated(name: str) -> None:
+    """No formula is tied to an architecture; the table ends with the sum of its lines."""
+    settings = make_settings("quantization=nf4")
+    found = estimate(
+        CONFIGS[name],
+        settings.adapter,
+        settings.quantization,
+        _workload(),
+        compute_dtype=torch.bfloat16,
+        attn_implementation="eager" if name == "gptj" else "sdpa",
+        on=CPU,
+    )
+    parts = [getattr(found, part) for part in WORDS]
+    assert all(part >= 0 for part in parts)
+    assert found.activations > 0
+    assert found.total == pytest.approx(sum(parts))
+    assert found.table().splitlines()[-1].split()[-2] == f"{found.total:,.0f}"
