@@ -41,6 +41,7 @@ from sweeper.training.ledger import Ledger
 from sweeper.training.trial import TrialInputs, train_trial
 
 ON_GPU = torch.cuda.is_available()
+UNIT = "second" if ON_GPU else "CPU second"
 ROUNDS = 3
 STEPS = 3
 VOCABULARY = 32_768
@@ -162,7 +163,9 @@ def compare(prompt: int) -> dict[str, float]:
                 rates[name].append(tokens / seconds)
     ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
     return {
-        **{f"{name}, tokens/s": round(statistics.median(rates[name]), 1) for name in sides},
+        **{
+            f"{name}, tokens per {UNIT}": round(statistics.median(rates[name]), 1) for name in sides
+        },
         "ours / plain": round(statistics.median(ratios), 3),
     }
 
