@@ -37,7 +37,7 @@ from sweeper.modeling.adapter import attach, detach
 from sweeper.outcome import StopCause
 from sweeper.settings import LoraAdapter, Settings, validate
 from sweeper.training.batch import resolve
-from sweeper.training.ledger import Ledger
+from sweeper.training.meter import Meter
 from sweeper.training.trial import TrialInputs, train_trial
 
 ON_GPU = torch.cuda.is_available()
@@ -106,12 +106,12 @@ def ours(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder:
     model = attach(base, adapter)
     inputs = TrialInputs(model, make_tokenizer(), Encoded(rows, 0), Encoded(rows[:1], 0))
     trial = resolve(settings.trial, lambda _: None, on_gpu=ON_GPU)
-    ledger = Ledger()
+    meter = Meter()
     try:
-        train_trial(inputs, trial, TrialFolder(folder), Silent(), ledger)
+        train_trial(inputs, trial, TrialFolder(folder), Silent(), meter)
     finally:
         detach(model)
-    return ledger.seconds("train") if ON_GPU else ledger.cpu_seconds("train")
+    return meter.seconds("train") if ON_GPU else meter.cpu_seconds("train")
 
 
 def plain(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder: Path) -> float:

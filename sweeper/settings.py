@@ -348,6 +348,7 @@ class Training(Section):
     max_steps: Positive | None
     per_device_train_batch_size: Positive
     gradient_accumulation_steps: Positive
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"]
     micro_batch: Literal["as_given", "largest"]
     optim: Literal[
         "adamw_torch",

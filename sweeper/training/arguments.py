@@ -1,4 +1,4 @@
-"""A trial's settings as transformers' TrainingArguments, and the precision it computes in."""
+"""A trial's settings as transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -12,10 +12,22 @@ from sweeper.settings import TrialSettings
 from sweeper.training.schedule import Schedule
 
 
+OBJECTIVE = "eval_objective"
+"""The name under which transformers is told the objective's value; it keeps the best checkpoint by it."""
+
+
 def training_arguments(
-    settings: TrialSettings, schedule: Schedule, checkpoints: Path, compute_dtype: torch.dtype
+    settings: TrialSettings,
+    schedule: Schedule,
+    checkpoints: Path,
+    compute_dtype: torch.dtype,
+    *,
+    ordered: bool,
 ) -> TrainingArguments:
-    """transformers' arguments for a trial; compute dtypes below fp32 are autocast to."""
+    """transformers' arguments for a trial; compute dtypes below fp32 are autocast to.
+
+    `ordered` training rows (data.order_by) are taken as they stand, whatever the sampling strategy.
+    """
     training = settings.training
     cuda = torch.cuda.is_available()
     return TrainingArguments(
@@ -43,8 +55,9 @@ def training_arguments(
         save_steps=schedule.save_every,
         save_total_limit=training.save_total_limit,  # transformers keeps the best one besides
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model=OBJECTIVE,
+        greater_is_better=settings.objective.direction == "maximize",
+        train_sampling_strategy="sequential" if ordered else training.train_sampling_strategy,
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=not cuda,
@@ -69,19 +82,6 @@ def refuse_fp16_on_cpu(settings: TrialSettings) -> None:
                 "use float32, bfloat16 or auto"
             ]
         )
-
-
-def describe_precision(settings: TrialSettings, compute_dtype: torch.dtype) -> str:
-    """What a trial computes in, and why, for its log."""
-    name = str(compute_dtype).removeprefix("torch.")
-    reasons = {
-        torch.float32: "no GPU that computes in less",
-        torch.bfloat16: "the GPU computes in it, and it needs no loss scaling",
-        torch.float16: "the GPU has no bfloat16; gradients are scaled",
-    }
-    set_by_user = settings.model.dtype != "auto"
-    why = f"model.dtype={settings.model.dtype}" if set_by_user else reasons[compute_dtype]
-    return f"{name} ({why}); trained weights float32"
 
 
 def _scheduler_options(settings: TrialSettings) -> dict[str, int]:

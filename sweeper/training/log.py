@@ -10,21 +10,21 @@ from typing import Any, get_args
 from sweeper.folders import TrialFolder
 from sweeper.outcome import Outcome
 from sweeper.settings import LoraAdapter, TrialSettings
-from sweeper.training.ledger import Ledger, Stage
+from sweeper.training.meter import Meter, Stage
 from sweeper.training.spool import read_spool
 
 Figures = Mapping[str, float]
 
 
 def training_log(
-    settings: TrialSettings, outcome: Outcome, folder: TrialFolder, started: float, ledger: Ledger
+    settings: TrialSettings, outcome: Outcome, folder: TrialFolder, started: float, meter: Meter
 ) -> tuple[str, dict[str, Any]]:
     """The log as text and as a JSON document; `started` is in Unix seconds."""
     document = {
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "settings": settings.model_dump(mode="json"),
-        "facts": ledger.facts,
-        "advice": ledger.advice,
+        "facts": meter.facts,
+        "advice": meter.advice,
         "outcome": outcome.model_dump(mode="json"),
         "artifact": _files(folder),
         "history": read_spool(folder.metrics),

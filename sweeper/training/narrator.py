@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from sweeper.errors import Diverged
 from sweeper.outcome import StopCause
-from sweeper.training.ledger import Ledger
+from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
 from sweeper.training.rules import LOSS_SCALE, Watch
 from sweeper.training.spool import Spool
@@ -32,7 +32,7 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
     observer: Observer
     spool: Spool
     watch: Watch
-    ledger: Ledger
+    meter: Meter
     total_steps: int
     stopped: StopCause | None = None
     """Why the outside wants the trial to stop."""
@@ -41,14 +41,14 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.ledger.steps = state.global_step
+        self.meter.steps = state.global_step
         if state.global_step >= self.total_steps:
             # whatever logging_steps and save_steps are, the end of the schedule is on record
             control.should_log = control.should_evaluate = control.should_save = True
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_SECONDS:
             self._last_progress = now
-            rate = self.ledger.tokens_per_second
+            rate = self.meter.tokens_per_second
             self.observer.progress(state.global_step, self.total_steps, rate)
         self._heed(control)
 

@@ -35,7 +35,7 @@ from sweeper.outcome import Facts, Outcome
 from sweeper.settings import Data, LoraAdapter, TrialSettings
 from sweeper.training.arguments import describe_precision, refuse_fp16_on_cpu
 from sweeper.training.batch import Fits, halved, out_of_memory, resolve
-from sweeper.training.ledger import Ledger
+from sweeper.training.meter import Meter
 from sweeper.training.log import training_log
 from sweeper.training.observer import Observer
 from sweeper.training.schedule import advice
@@ -117,11 +117,11 @@ class TransformersRunner:
             folder.clear_results()
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
-            started, ledger = time.time(), Ledger()
-            outcome = self._outcome(settings, folder, observer, ledger)
-            metrics = {**outcome.metrics, **finite(ledger.metrics())}
+            started, meter = time.time(), Meter()
+            outcome = self._outcome(settings, folder, observer, meter)
+            metrics = {**outcome.metrics, **finite(meter.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
-            text, document = training_log(settings, outcome, folder, started, ledger)
+            text, document = training_log(settings, outcome, folder, started, meter)
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
@@ -130,22 +130,22 @@ class TransformersRunner:
         return outcome
 
     def _outcome(
-        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, ledger: Ledger
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
     ) -> Outcome:
         try:
-            return self._train(settings, folder, observer, ledger)
+            return self._train(settings, folder, observer, meter)
         except Diverged as error:
-            return Outcome(cause="diverged", message=str(error), steps=ledger.steps)
+            return Outcome(cause="diverged", message=str(error), steps=meter.steps)
         except (ModelError, DataError, ConfigError) as error:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            return Outcome(cause="oom", message=message, steps=ledger.steps)
+            return Outcome(cause="oom", message=message, steps=meter.steps)
 
     def _train(
-        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, ledger: Ledger
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
     ) -> Outcome:
         """Train, in micro-batches half the size after each time out of memory.
 
@@ -153,32 +153,32 @@ class TransformersRunner:
         checkpoint, so that it computes what it would have computed with the smaller micro-batch.
         """
         _refuse(settings)
-        with ledger.stage("load"):
+        with meter.stage("load"):
             self._base(settings)  # does not fit at all: no micro-batch would help
         settings = resolve(settings, self._fits, on_gpu=device().type == "cuda")
         while True:
             try:
-                return self._attempt(settings, folder, observer, ledger)
+                return self._attempt(settings, folder, observer, meter)
             except (MemoryError, RuntimeError) as error:
                 smaller = halved(settings)
                 if not out_of_memory(error) or smaller is None:
                     raise
             # only here is the failed step's memory free: its traceback held it
             settings = smaller
-            ledger.oom_retries += 1
+            meter.oom_retries += 1
             gc.collect()
             torch.cuda.empty_cache()
 
     def _attempt(
-        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, ledger: Ledger
+        self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
     ) -> Outcome:
-        with ledger.stage("load"):
+        with meter.stage("load"):
             base = self._base(settings)
-        with ledger.stage("data"):
+        with meter.stage("data"):
             data = self._tokenized(settings.data, base)
-        _take_note(settings, base, data, ledger)
+        _take_note(settings, base, data, meter)
         adapter = settings.adapter
-        with ledger.stage("load"):
+        with meter.stage("load"):
             set_seed(settings.seed)  # before the adapter: its initialisation is random
             if isinstance(adapter, LoraAdapter):
                 model, base_is_untouched = attach(base.model, adapter), adapter.bias == "none"
@@ -188,7 +188,7 @@ class TransformersRunner:
             inputs = TrialInputs(
                 model, base.tokenizer, data.train, data.validation, base.compute_dtype
             )
-            return train_trial(inputs, settings, folder, observer, ledger)
+            return train_trial(inputs, settings, folder, observer, meter)
         finally:
             if isinstance(model, PeftModel):
                 detach(model)
@@ -237,18 +237,18 @@ def _refuse(settings: TrialSettings) -> None:
         raise ConfigError(["artifacts.merged=true: merged export is not available in a trial"])
 
 
-def _take_note(settings: TrialSettings, base: Base, data: Tokenized, ledger: Ledger) -> None:
+def _take_note(settings: TrialSettings, base: Base, data: Tokenized, meter: Meter) -> None:
     """What the log and the outcome tell of the data and the machine."""
     training = settings.training
-    ledger.facts = {
+    meter.facts = {
         "Device": _device_name(),
         "Precision": describe_precision(settings, base.compute_dtype),
         "Checkpointing": "activations recomputed"
         if training.activation_checkpointing
         else "activations kept",
     }
-    ledger.advice = advice(settings, len(data.train.rows))
-    ledger.figures |= {
+    meter.advice = advice(settings, len(data.train.rows))
+    meter.figures |= {
         "data/train_rows": float(len(data.train.rows)),
         "data/validation_rows": float(len(data.validation.rows)),
         "data/train_target_tokens": float(data.train.target_tokens),

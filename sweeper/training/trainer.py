@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerControl
 
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.loss import Loss, target_nll
-from sweeper.training.ledger import Ledger
+from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
 
 Judge = Callable[[torch.nn.Module], Loss]
@@ -31,14 +31,14 @@ class Rows(Dataset[Tokens]):
 
 
 class JudgedTrainer(Trainer):  # type: ignore[misc]
-    """The reference training loop, judged by `judge` and charged to `ledger`."""
+    """The reference training loop, judged by `judge` and charged to `meter`."""
 
     def __init__(
-        self, *, judge: Judge, ledger: Ledger, loraplus_lr_ratio: float | None, **options: Any
+        self, *, judge: Judge, meter: Meter, loraplus_lr_ratio: float | None, **options: Any
     ) -> None:
         super().__init__(**options)
         self._judge = judge
-        self._ledger = ledger
+        self._meter = meter
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by all tokens of a step
 
@@ -58,7 +58,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """Called for each optimiser step: its micro-batches and the number of their targets."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         assert targets is not None, "transformers counts the labels of a step"
-        self._ledger.saw(batches, targets)
+        self._meter.saw(batches, targets)
         return batches, targets
 
     def compute_loss(
@@ -75,7 +75,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the training loop; the best checkpoint follows `eval_loss`."""
-        with self._ledger.stage("eval"):
+        with self._meter.stage("eval"):
             loss = self._judge(self.model)
         metrics = {"eval_loss": loss.mean, "eval_perplexity": loss.perplexity}
         self.control: TrainerControl = self.callback_handler.on_evaluate(
@@ -96,9 +96,9 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         return best
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with self._ledger.stage("save"):
+        with self._meter.stage("save"):
             super()._save_checkpoint(model, trial)
 
     def _load_best_model(self) -> None:
-        with self._ledger.stage("load"):
+        with self._meter.stage("load"):
             super()._load_best_model()

@@ -28,7 +28,7 @@ from sweeper.training.artifact import Trained, save_artifact
 from sweeper.training.batch import out_of_memory
 from sweeper.training.checkpoint import newest_checkpoint
 from sweeper.training.figures import loss_figures, parameter_figures, schedule_figures
-from sweeper.training.ledger import Ledger
+from sweeper.training.meter import Meter
 from sweeper.training.memory import peak_mib, reset_peak
 from sweeper.training.narrator import Narrator
 from sweeper.training.observer import Observer
@@ -55,7 +55,7 @@ def train_trial(
     settings: TrialSettings,
     folder: TrialFolder,
     observer: Observer,
-    ledger: Ledger,
+    meter: Meter,
 ) -> Outcome:
     """Train to the end of the schedule, to early stopping, or until the observer says stop.
 
@@ -67,24 +67,24 @@ def train_trial(
         settings: resolved (sweeper.training.batch.resolve).
         folder: where everything is written.
         observer: told of every step and evaluation, asked whether to stop.
-        ledger: charged with what the trial uses.
+        meter: charged with what the trial uses.
 
     Raises:
         Diverged: a loss or the gradient norm is not finite, or the loss is far off.
         ConfigError: the schedule does not fit the data.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
-    ledger.figures |= parameter_figures(count_parameters(inputs.model))
-    ledger.figures |= schedule_figures(settings.training, schedule)
+    meter.figures |= parameter_figures(count_parameters(inputs.model))
+    meter.figures |= schedule_figures(settings.training, schedule)
     reset_peak()
     resumed = newest_checkpoint(folder.checkpoints)
     spool = Spool(folder.metrics, resumed.step if resumed else 0)
     watch = Watch(settings.training, schedule.total_steps)
     watch.replay(read_spool(folder.metrics))
-    narrator = Narrator(observer, spool, watch, ledger, schedule.total_steps)
+    narrator = Narrator(observer, spool, watch, meter, schedule.total_steps)
     trainer = JudgedTrainer(
-        judge=Evaluator(inputs, settings, ledger),
-        ledger=ledger,
+        judge=Evaluator(inputs, settings, meter),
+        meter=meter,
         loraplus_lr_ratio=inputs.loraplus_lr_ratio,
         model=inputs.model,
         args=training_arguments(settings, schedule, folder.checkpoints, inputs.compute_dtype),
@@ -94,9 +94,9 @@ def train_trial(
         callbacks=[narrator],
     )
     trainer.remove_callback(PrinterCallback)  # the spool has it all
-    with ledger.stage("train"):
+    with meter.stage("train"):
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
-    with ledger.stage("save"):
+    with meter.stage("save"):
         save_artifact(Trained(inputs.model, inputs.tokenizer), settings, folder)
     return _outcome(trainer.state, narrator, folder)
 
@@ -104,12 +104,12 @@ def train_trial(
 class Evaluator:
     """The validation loss of a model, in the largest batches that memory allows (any give the same)."""
 
-    def __init__(self, inputs: TrialInputs, settings: TrialSettings, ledger: Ledger) -> None:
+    def __init__(self, inputs: TrialInputs, settings: TrialSettings, meter: Meter) -> None:
         self._rows = inputs.validation.rows
         self._collator = Collator(_pad_id(inputs.tokenizer))
         self._compute_dtype = inputs.compute_dtype
         self._size = settings.evaluation.per_device_eval_batch_size
-        self._ledger = ledger
+        self._meter = meter
 
     def __call__(self, model: torch.nn.Module) -> Loss:
         """Judge a model; out of memory halves the batch, down to one example."""
@@ -122,7 +122,7 @@ class Evaluator:
                 if not out_of_memory(error) or self._size == 1:
                     raise
             self._size //= 2
-            self._ledger.oom_retries += 1
+            self._meter.oom_retries += 1
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

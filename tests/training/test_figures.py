@@ -14,7 +14,7 @@ import torch
 from sweeper.evaluation.loss import Loss, evaluate_loss
 from sweeper.modeling.adapter import ParameterCount
 from sweeper.training.figures import loss_figures, parameter_figures
-from sweeper.training.ledger import Ledger
+from sweeper.training.meter import Meter
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
@@ -26,16 +26,16 @@ def test_a_stage_within_a_stage_pauses_the_outer_one(monkeypatch: pytest.MonkeyP
     """3 s of training around 2 s of evaluation, which itself is left by an exception."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    ledger = Ledger()
-    with ledger.stage("train"):
+    meter = Meter()
+    with meter.stage("train"):
         now += 1.0
-        with suppress(MemoryError), ledger.stage("eval"):
+        with suppress(MemoryError), meter.stage("eval"):
             now += 2.0
             raise MemoryError
         now += 2.0
-        assert ledger.seconds("train") == 3.0
+        assert meter.seconds("train") == 3.0
     now += 5.0
-    metrics = ledger.metrics()
+    metrics = meter.metrics()
     assert [metrics[f"cost/{name}_seconds"] for name in STAGES] == [0, 0, 3, 2, 0]
     assert metrics["cost/seconds"] == 10.0
 
@@ -44,16 +44,16 @@ def test_rates_count_neither_padding_nor_prompt_twice(monkeypatch: pytest.Monkey
     """Two micro-batches of 2 x 4 with 3 padded positions: 13 tokens, 5 targets, 4 samples in 2 s."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    ledger = Ledger()
+    meter = Meter()
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     other = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     ids = torch.zeros(2, 4, dtype=torch.long)
-    with ledger.stage("train"):
-        ledger.saw(
+    with meter.stage("train"):
+        meter.saw(
             [{"input_ids": ids, "attention_mask": m} for m in (mask, other)], torch.tensor(5)
         )
         now += 2.0
-    metrics = ledger.metrics()
+    metrics = meter.metrics()
     assert metrics["cost/tokens_per_second"] == 6.5
     assert metrics["cost/target_tokens_per_second"] == 2.5
     assert metrics["cost/samples_per_second"] == 2.0

@@ -19,7 +19,7 @@ from transformers import (
 
 from sweeper.data.tokens import Encoded
 from sweeper.folders import TrialFolder
-from sweeper.training.ledger import Ledger
+from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
 from sweeper.training.trial import TrialInputs, train_trial
 from tests.conftest import make_settings
@@ -120,7 +120,7 @@ def test_loraplus_ratio_reaches_the_training_loop(tiny_base: Path, tmp_path: Pat
         tokenizer = AutoTokenizer.from_pretrained(tiny_base)
         inputs = TrialInputs(model, tokenizer, rows, rows, loraplus_lr_ratio=ratio)
         folder = TrialFolder(tmp_path / name)
-        found[name] = train_trial(inputs, settings, folder, Recorder(), Ledger()).best_value
+        found[name] = train_trial(inputs, settings, folder, Recorder(), Meter()).best_value
     assert found["plain"] == found["again"]
     assert found["plus"] is not None
     assert found["plain"] is not None

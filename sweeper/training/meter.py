@@ -12,7 +12,7 @@ import torch
 Stage = Literal["load", "data", "train", "eval", "save"]
 
 
-class Ledger:
+class Meter:
     """Filled while a trial runs; read at its end, also by whoever catches its exception.
 
     `figures` and `facts` hold what is known of the trial from outside its training loop: numbers
