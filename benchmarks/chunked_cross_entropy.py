@@ -16,7 +16,7 @@ from record import record
 
 VOCABULARY = 128_000
 TARGETS = 2_048
-CHUNKS = ("whole", "1024", "256", "64")
+CHUNKS = ("whole", "256", "64")
 
 STEP = f"""
 import re, sys, time
