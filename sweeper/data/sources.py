@@ -115,12 +115,7 @@ def _files(source: Source, key: str) -> list[File]:
     remote = "://" in source.path
     path = source.path if remote else str(Path(source.path).expanduser())
     folder = kind_of(path)[0] is None if remote else Path(path).is_dir()
-    unused = [word for word in ("name", "split", "revision") if getattr(source, word) is not None]
-    if unused := [word for word in unused if word == "revision" or not folder]:
-        raise DataError(
-            f"{path}: {' and '.join(unused)} given for a {'folder' if folder else 'file'}; "
-            "a folder has splits and configurations (split, name), only a hub data set a revision"
-        )
+    _refuse_unused(source, folder)
     names = _folder_files(path.rstrip("/"), source, source.split or key) if folder else [path]
     kinds = sorted({str(kind_of(name)[0]) for name in names})
     if len(kinds) > 1:
@@ -129,6 +124,16 @@ def _files(source: Source, key: str) -> list[File]:
             f"one by one: data.{key}=[a.jsonl,b.csv]"
         )
     return [File(name, partial(_open, name)) for name in names]
+
+
+def _refuse_unused(source: Source, folder: bool) -> None:
+    """What a file or folder does not have must not be asked for in vain."""
+    given = [word for word in ("name", "split", "revision") if getattr(source, word) is not None]
+    if unused := [word for word in given if word == "revision" or not folder]:
+        raise DataError(
+            f"{source.path}: {' and '.join(unused)} given for a {'folder' if folder else 'file'}; "
+            "a folder has splits and configurations (split, name), only a hub data set a revision"
+        )
 
 
 def _open(path: str) -> BinaryIO:
