@@ -89,6 +89,21 @@ class TrialFolder:
         return self.path / "model"
 
     @property
+    def merged(self) -> Path:
+        """Base and adapter as one model, where artifacts.merged asks for it."""
+        return self.path / "merged"
+
+    @property
+    def data_card(self) -> Path:
+        """What the trial was trained on: counts, lengths, rows with their loss mask (Markdown)."""
+        return self.path / "data_card.md"
+
+    @property
+    def samples(self) -> Path:
+        """Answers to the qualitative prompts, untuned and tuned (Markdown; JSON beside it)."""
+        return self.path / "samples.md"
+
+    @property
     def archive(self) -> Path:
         """The adapter (or the weights) as one file, where artifacts.zip asks for it."""
         return self.path / f"{(self.artifact or self.adapter).name}.zip"
@@ -112,7 +127,7 @@ class TrialFolder:
         """Remove what an earlier attempt wrote, keeping its checkpoints."""
         for path in (self.outcome, self.log_text, self.log_json, *self.path.glob("*.zip")):
             path.unlink(missing_ok=True)
-        for folder in (self.adapter, self.model):
+        for folder in (self.adapter, self.model, self.merged):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -39,7 +39,7 @@ class Outcome(Value):
 
     cause: Cause
     best_value: float | None = None
-    """The objective at its best evaluation: eval/loss in nats per target token."""
+    """The objective's value of the kept checkpoint, on the whole validation split."""
     best_step: int | None = None
     steps: int = 0
     """Optimiser steps that were trained."""
@@ -52,9 +52,10 @@ class Facts(Value):
     """What is known of an arm before its first trial."""
 
     base_digest: str
-    base_loss: float
-    """eval/loss of the untuned base, as this arm holds it."""
-    base_perplexity: float
+    base_commit: str | None
+    """The hub's commit, where the base comes from a hub."""
+    base_metrics: dict[str, float]
+    """The untuned base, as this arm holds it, under the same judge as every trial."""
     base_parameters: int
     data_digest: str
     data_source: str
@@ -66,3 +67,8 @@ class Facts(Value):
     """Target tokens of the validation split: what the loss is a mean over."""
     device: str
     dtype: str
+
+    @property
+    def base_loss(self) -> float:
+        """eval/loss of the untuned base, in nats per target token."""
+        return self.base_metrics["eval/loss"]

@@ -368,7 +368,7 @@ class Training(Section):
     early_stopping_patience: Positive | None
     early_stopping_threshold: Annotated[float, Field(ge=0)]
     early_stopping_min_fraction: Annotated[float, Field(ge=0, le=1)]
-    early_stopping_metric: Literal["eval/loss", "eval/loss_moving_average"]
+    early_stopping_metric: Literal["objective", "eval/loss", "eval/loss_moving_average"]
     moving_average_window: Positive
     divergence_threshold: Annotated[float, Field(gt=1)] | None
     divergence_patience: Positive

@@ -6,7 +6,7 @@ Takes prompts as token ids; knows neither templates nor scores.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -60,6 +60,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     compute_dtype: torch.dtype = torch.float32,
+    end_token_ids: Collection[int] = (),
 ) -> Answers:
     """Answer each prompt greedily; in fp32 the same texts for every batch size.
 
@@ -72,12 +73,14 @@ def generate(
         prompts: token ids, begin-of-text included where the template has it.
         max_new_tokens: where an answer that does not end is cut.
         batch_size: prompts of similar length are padded on the left and answered together.
+        end_token_ids: what ends an answer besides the model's and the tokenizer's own end tokens (a chat
+            template's end of turn).
 
     Raises:
         ConfigError: a prompt and max_new_tokens do not fit the model's positions.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = greedy_config(base, tokenizer, max_new_tokens)
+    config = greedy_config(base, tokenizer, max_new_tokens, end_token_ids)
     _require_room(base, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, Answer] = {}
@@ -97,12 +100,17 @@ def generate(
 
 
 def greedy_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    end_token_ids: Collection[int] = (),
 ) -> GenerationConfig:
-    """Plain greedy decoding that stops at every end token that the model or the tokenizer names."""
+    """Plain greedy decoding that stops at every end token that model, tokenizer or template name."""
     own = model.generation_config.eos_token_id if model.generation_config else None
     named = own if isinstance(own, list) else [own]
-    ends = sorted({end for end in (*named, tokenizer.eos_token_id) if end is not None})
+    ends = sorted(
+        {end for end in (*named, *end_token_ids, tokenizer.eos_token_id) if end is not None}
+    )
     return GenerationConfig(
         do_sample=False,
         num_beams=1,

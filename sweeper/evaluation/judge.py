@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sweeper.data.tokens import Collator, Tokens
+from sweeper.data.tokens import Collator, Prompt, Tokens
 from sweeper.errors import ConfigError
 from sweeper.evaluation.custom import CustomMetric, custom_metrics
 from sweeper.evaluation.generation import Answer, generate
@@ -36,6 +36,20 @@ class HeldOut:
     prompts: Sequence[str]
     prompt_ids: Sequence[Sequence[int]]
     references: Sequence[str]
+    end_token_ids: frozenset[int] = frozenset()
+    """What ends an answer besides the model's and the tokenizer's own end tokens."""
+
+    @classmethod
+    def of(cls, encoded: Sequence[Prompt]) -> HeldOut | None:
+        """From what the data stages encoded; None if there is nothing to answer (plain texts)."""
+        if not encoded:
+            return None
+        return cls(
+            [prompt.text for prompt in encoded],
+            [prompt.input_ids for prompt in encoded],
+            [prompt.reference for prompt in encoded],
+            frozenset(prompt.end_token_id for prompt in encoded),
+        )
 
     def sample(self, count: int, seed: int) -> HeldOut | None:
         """At most `count` of them, drawn by the seed; None if that is none at all."""
@@ -46,6 +60,7 @@ class HeldOut:
             [self.prompts[index] for index in kept],
             [self.prompt_ids[index] for index in kept],
             [self.references[index] for index in kept],
+            self.end_token_ids,
         )
 
 
@@ -117,6 +132,7 @@ class Judge:
             generation.max_new_tokens,
             generation.batch_size,
             self.compute_dtype,
+            held_out.end_token_ids,
         )
         scores = rouge(
             written.texts, held_out.references, settings.rouge_tokenizer, settings.rouge_path
@@ -142,17 +158,31 @@ class Judge:
     def within_trial(self, metrics: Collection[str]) -> Judge:
         """The judge of the looks inside a trial: capped rows, and answers only if a metric needs them.
 
+        Itself, if that is the whole of it.
+
         Args:
             metrics: what those looks are asked for: what pruning, early stopping and the choice of
                 the checkpoint go by.
         """
+        held_out = None if set(metrics) <= set(LOSS_METRICS) else self.held_out
         kept = _sample(len(self.rows), self.settings.max_samples, self.seed)
+        if len(kept) == len(self.rows) and held_out is self.held_out:
+            return self
         return replace(
             self,
             rows=[self.rows[index] for index in kept],
             row_bytes=[self.row_bytes[index] for index in kept],
-            held_out=None if set(metrics) <= set(LOSS_METRICS) else self.held_out,
+            held_out=held_out,
         )
+
+    def halved(self) -> Judge | None:
+        """The same judge in batches half the size, which change no figure; None below one example."""
+        size, generation = self.settings.per_device_eval_batch_size, self.settings.generation
+        if size == 1 and generation.batch_size == 1:
+            return None
+        smaller = generation.model_copy(update={"batch_size": max(1, generation.batch_size // 2)})
+        changes = {"per_device_eval_batch_size": max(1, size // 2), "generation": smaller}
+        return replace(self, settings=self.settings.model_copy(update=changes))
 
 
 def make_judge(

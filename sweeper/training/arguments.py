@@ -11,9 +11,8 @@ from sweeper.errors import ConfigError
 from sweeper.settings import TrialSettings
 from sweeper.training.schedule import Schedule
 
-
 OBJECTIVE = "eval_objective"
-"""The name under which transformers is told the objective's value; it keeps the best checkpoint by it."""
+"""What transformers is told the objective's value as; it keeps the best checkpoint by it."""
 
 
 def training_arguments(

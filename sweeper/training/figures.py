@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sweeper.modeling.adapter import ParameterCount
 from sweeper.settings import Training
 from sweeper.training.schedule import Schedule
-
-MAX_EXPONENT = 700.0
-"""exp of more leaves the range of a float."""
 
 
 def parameter_figures(count: ParameterCount) -> dict[str, float]:
@@ -37,30 +33,40 @@ def schedule_figures(training: Training, schedule: Schedule) -> dict[str, float]
     }
 
 
-def loss_figures(
-    rows: Sequence[Mapping[str, Any]], best: float | None, best_step: int | None
-) -> dict[str, float]:
-    """Mean and last training loss, and the best evaluation with its distance from training.
+def loss_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean and last training loss of a trial's spool.
 
     Each logged training loss is the mean since the one before, so the mean over the trial weighs
-    it by its steps; a resumed trial counts whole. The gap at the best step is against the training
-    loss logged last before it (dropout included, where there is any).
+    it by its steps; a resumed trial counts whole.
     """
-    train = [(int(row["step"]), float(row["train/loss"])) for row in rows if "train/loss" in row]
-    figures: dict[str, float] = {}
-    if train:
-        figures["train/mean_loss"] = _mean_by_step(train)
-        figures["train/final_loss"] = train[-1][1]
-    if best is None or best_step is None:
-        return figures
-    figures["best/eval_loss"] = best
-    figures["best/eval_perplexity"] = math.exp(min(best, MAX_EXPONENT))
+    train = _training_losses(rows)
+    if not train:
+        return {}
+    return {"train/mean_loss": _mean_by_step(train), "train/final_loss": train[-1][1]}
+
+
+def best_figures(
+    rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], best_step: int
+) -> dict[str, float]:
+    """What the kept checkpoint was judged to be worth, and how far that is from training.
+
+    `eval/loss` becomes `best/eval_loss`. The gap is against the training loss logged last before the
+    best step (dropout included, where there is any).
+    """
+    figures = {
+        name.replace("eval/", "best/eval_") if name.startswith("eval/") else name: value
+        for name, value in metrics.items()
+    }
     figures["best/step"] = float(best_step)
-    before = [loss for step, loss in train if step <= best_step]
+    before = [loss for step, loss in _training_losses(rows) if step <= best_step]
     if before:
         figures["best/train_loss"] = before[-1]
-        figures["best/eval_minus_train_loss"] = best - before[-1]
+        figures["best/eval_minus_train_loss"] = metrics["eval/loss"] - before[-1]
     return figures
+
+
+def _training_losses(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row["train/loss"])) for row in rows if "train/loss" in row]
 
 
 def _mean_by_step(losses: Sequence[tuple[int, float]]) -> float:

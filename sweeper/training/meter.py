@@ -99,5 +99,11 @@ class Tokens:
         """Add the micro-batches of one step and their number of target tokens."""
         self.targets = self.targets + targets
         for batch in batches:
-            self.seen = self.seen + batch["attention_mask"].sum()
+            # packed rows have no mask: what pads them is little
+            shown = (
+                batch["attention_mask"].sum()
+                if "attention_mask" in batch
+                else batch["input_ids"].numel()
+            )
+            self.seen = self.seen + shown
             self.samples += len(batch["input_ids"])

@@ -34,6 +34,8 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
     watch: Watch
     meter: Meter
     total_steps: int
+    reported: str
+    """The metric that pruning goes by."""
     stopped: StopCause | None = None
     """Why the outside wants the trial to stop."""
     _last_progress: float = field(default=0.0, init=False)
@@ -75,16 +77,11 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
         metrics: Mapping[str, float],
         **_: Any,
     ) -> None:
-        loss = metrics["eval_loss"]
-        average = self.watch.evaluated(state.global_step, loss)
-        named = {
-            "eval/loss": loss,
-            "eval/perplexity": metrics["eval_perplexity"],
-            "eval/loss_moving_average": average,
-        }
-        self.spool.write(state.global_step, named)
+        named = {name: value for name, value in metrics.items() if "/" in name}
+        average = self.watch.evaluated(state.global_step, named)
+        self.spool.write(state.global_step, {**named, "eval/loss_moving_average": average})
         self._give_up_if_diverged()
-        self.observer.evaluated(state.global_step, self.total_steps, loss)
+        self.observer.evaluated(state.global_step, self.total_steps, named[self.reported])
         self._heed(control)
 
     def _heed(self, control: TrainerControl) -> None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from sweeper.settings import Training
+from sweeper.settings import Objective, Training
 
 LOSS_SCALE = "train/loss_scale"
 """fp16's loss scale; a row has it only where gradients are scaled."""
@@ -101,12 +101,13 @@ class Divergence:
 class Watch:
     """All rules over one trial: what to do after each logged step and each evaluation."""
 
-    def __init__(self, training: Training, total_steps: int) -> None:
+    def __init__(self, training: Training, objective: Objective, total_steps: int) -> None:
         self.stop = False
         """No improvement for long enough."""
         self.diverged: str | None = None
         """Why the trial cannot go on, as a sentence."""
         self._signal = training.early_stopping_metric
+        self._objective = objective
         self._average = MovingAverage(training.moving_average_window)
         self._divergence = Divergence(training.divergence_threshold, training.divergence_patience)
         self._stopping = EarlyStopping(
@@ -120,11 +121,17 @@ class Watch:
         if "train/loss" in metrics:
             self.diverged = self.diverged or self._divergence.trained(step, metrics)
 
-    def evaluated(self, step: int, loss: float) -> float:
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> float:
         """Take in an evaluation; the moving average of its loss comes back."""
+        loss = metrics["eval/loss"]
         average = self._average.add(loss)
         self.diverged = self.diverged or self._divergence.evaluated(step, loss)
-        signals = {"eval/loss": loss, "eval/loss_moving_average": average}
+        value = metrics[self._objective.metric]
+        signals = {
+            "objective": -value if self._objective.direction == "maximize" else value,
+            "eval/loss": loss,
+            "eval/loss_moving_average": average,
+        }
         self.stop = self._stopping.update(step, signals[self._signal])
         return average
 
@@ -133,4 +140,4 @@ class Watch:
         for row in rows:
             self.trained(row["step"], row)
             if "eval/loss" in row:
-                self.evaluated(row["step"], row["eval/loss"])
+                self.evaluated(row["step"], row)

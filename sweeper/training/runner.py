@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets.utils import logging as datasets_logging
 from filelock import FileLock
 from peft import PeftModel
 from tqdm import tqdm
@@ -24,50 +22,46 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
-from sweeper.data.splits import Splits, load_splits
-from sweeper.data.tokens import Collator, Encoded, encode
+from sweeper.data.packing import require_isolation
 from sweeper.errors import ConfigError, DataError, Diverged, ModelError
-from sweeper.evaluation.loss import evaluate_loss
+from sweeper.evaluation.judge import Judgement, plausibility_warning
 from sweeper.folders import TrialFolder, write_atomic, write_json
-from sweeper.modeling.adapter import attach, detach
-from sweeper.modeling.base import Base, device, load_base
+from sweeper.modeling.adapter import attach, detach, touches_base
+from sweeper.modeling.base import Base, load_base
+from sweeper.modeling.hardware import device, device_report, dtype_name
+from sweeper.modeling.memory_estimate import MemoryEstimate, estimate_trial
 from sweeper.outcome import Facts, Outcome
-from sweeper.settings import Data, LoraAdapter, TrialSettings
-from sweeper.training.arguments import describe_precision, refuse_fp16_on_cpu
+from sweeper.settings import LoraAdapter, TrialSettings
+from sweeper.training.arguments import refuse_fp16_on_cpu
+from sweeper.training.asked import Asked
 from sweeper.training.batch import Fits, halved, out_of_memory, resolve
-from sweeper.training.meter import Meter
+from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.log import training_log
+from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
+from sweeper.training.prepare import Prepared, prepare
 from sweeper.training.schedule import advice
 from sweeper.training.spool import finite
 from sweeper.training.trial import TrialInputs, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """The data of a configuration, through every stage."""
-
-    splits: Splits
-    train: Encoded
-    validation: Encoded
+USABLE_MEMORY = 0.8
+"""Of what is free: the share that an estimate may reach before memory is saved by recomputing."""
 
 
 class TransformersRunner:
     """Runs trials with transformers.Trainer on a warm base."""
 
-    def __init__(self, threads: int, fits: Fits = lambda _: None) -> None:
+    def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        # bitsandbytes warns of its own casts on every layer call
-        warnings.filterwarnings("ignore", message="MatMul8bitLt")
-        self._fits = fits
+        datasets_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
-        self._data: dict[tuple[str, str], Tokenized] = {}
+        self._prepared: dict[tuple[str, str], Prepared] = {}
+        self._estimates: dict[str, MemoryEstimate] = {}
 
     def probe(self, settings: TrialSettings) -> Facts:
         """Load what an arm's trials share and judge the untuned base.
@@ -75,30 +69,19 @@ class TransformersRunner:
         Raises:
             DataError: the data cannot be read.
             ModelError: the base cannot be loaded.
+            ConfigError: the settings do not fit this machine.
         """
+        refuse_fp16_on_cpu(settings)
         base = self._base(settings)
-        data = self._tokenized(settings.data, base)
-        collator = Collator(base.tokenizer.pad_token_id)
-        size = settings.evaluation.per_device_eval_batch_size
-        rows = data.validation.rows
-        loss = evaluate_loss(base.model, rows, collator, size, base.compute_dtype)
-        if not math.isfinite(loss.mean):
-            raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss.mean}")
-        counts = {**data.splits.counts, "train": len(data.train.rows)}
-        return Facts(
-            base_digest=base.digest,
-            base_loss=loss.mean,
-            base_perplexity=loss.perplexity,
-            base_parameters=int(base.model.num_parameters()),
-            data_digest=data.splits.digest,
-            data_source=data.splits.source,
-            data_format=data.splits.format,
-            rows=counts,
-            dropped={**data.splits.dropped, "over_max_length": data.train.dropped},
-            target_tokens=loss.tokens,
-            device=_device_name(),
-            dtype=str(base.compute_dtype).removeprefix("torch."),
-        )
+        prepared = self._data(settings, base)
+        if settings.data.packing:
+            require_isolation(base.model)
+        prepared.prompts(settings)  # refuses those that were trained on
+        judgement = prepared.judge(settings, base)(base.model)
+        if not math.isfinite(judgement.metrics["eval/loss"]):
+            loss = judgement.metrics["eval/loss"]
+            raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
+        return self._facts(settings, base, prepared, judgement)
 
     def run(
         self,
@@ -152,13 +135,16 @@ class TransformersRunner:
         Every attempt builds the model anew from the same seed and continues from the newest
         checkpoint, so that it computes what it would have computed with the smaller micro-batch.
         """
-        _refuse(settings)
+        refuse_fp16_on_cpu(settings)
         with meter.stage("load"):
-            self._base(settings)  # does not fit at all: no micro-batch would help
-        settings = resolve(settings, self._fits, on_gpu=device().type == "cuda")
+            base = self._base(settings)  # does not fit at all: no micro-batch would help
+        with meter.stage("data"):
+            fits = self._fits(self._data(settings, base))
+        settings = resolve(settings, fits, on_gpu=device().type == "cuda")
         while True:
             try:
-                return self._attempt(settings, folder, observer, meter)
+                outcome = self._attempt(settings, folder, observer, meter)
+                break
             except (MemoryError, RuntimeError) as error:
                 smaller = halved(settings)
                 if not out_of_memory(error) or smaller is None:
@@ -168,6 +154,13 @@ class TransformersRunner:
             meter.oom_retries += 1
             gc.collect()
             torch.cuda.empty_cache()
+        if settings.artifacts.merged and folder.adapter.exists():
+            self._warm.clear()  # make room: the merged model is loaded whole
+            with meter.stage("save"):
+                merged = export_merged(settings, folder)
+            with meter.stage("eval"):
+                meter.figures |= merged_figures(merged, self._data(settings, merged), settings)
+        return outcome
 
     def _attempt(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -175,24 +168,33 @@ class TransformersRunner:
         with meter.stage("load"):
             base = self._base(settings)
         with meter.stage("data"):
-            data = self._tokenized(settings.data, base)
-        _take_note(settings, base, data, meter)
-        adapter = settings.adapter
+            prepared = self._data(settings, base)
+            self._take_note(settings, base, prepared, folder, meter)
+        asked = Asked(settings, prepared, base)
+        with meter.stage("eval"):
+            untuned = asked.answers(base.model)
         with meter.stage("load"):
             set_seed(settings.seed)  # before the adapter: its initialisation is random
-            if isinstance(adapter, LoraAdapter):
-                model, base_is_untouched = attach(base.model, adapter), adapter.bias == "none"
-            else:
-                model, base_is_untouched = base.model, False
+            adapter = settings.adapter
+            model = attach(base.model, adapter) if isinstance(adapter, LoraAdapter) else base.model
         try:
             inputs = TrialInputs(
-                model, base.tokenizer, data.train, data.validation, base.compute_dtype
+                model=model,
+                tokenizer=base.tokenizer,
+                train=prepared.train,
+                judge=prepared.judge(settings, base),
+                ordered=prepared.splits.ordered,
+                compute_dtype=base.compute_dtype,
             )
-            return train_trial(inputs, settings, folder, observer, meter)
+            outcome = train_trial(inputs, settings, folder, observer, meter)
+            with meter.stage("eval"):
+                asked.write(untuned, asked.answers(model), folder)
+            _warn(outcome, prepared, meter)
+            return outcome
         finally:
             if isinstance(model, PeftModel):
                 detach(model)
-            if not base_is_untouched:
+            if touches_base(settings.adapter):
                 self._warm.clear()
 
     def _base(self, settings: TrialSettings) -> Base:
@@ -204,61 +206,81 @@ class TransformersRunner:
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
         return self._warm[key]
 
-    def _tokenized(self, settings: Data, base: Base) -> Tokenized:
-        key = (settings.model_dump_json(), base.digest)
-        if key not in self._data:
-            splits = load_splits(settings)
-            limit = base.model.config.max_position_embeddings
-            train = encode(
-                splits.examples["train"], base.tokenizer, min(settings.max_length, limit)
-            )
-            validation = encode(splits.examples["validation"], base.tokenizer, limit)
-            _require_rows(train, validation, settings, limit)
-            self._data[key] = Tokenized(splits, train, validation)
-        return self._data[key]
+    def _data(self, settings: TrialSettings, base: Base) -> Prepared:
+        key = (settings.data.model_dump_json(), base.digest)
+        if key not in self._prepared:
+            self._prepared[key] = prepare(settings.data, base)
+        return self._prepared[key]
 
+    def _fits(self, prepared: Prepared) -> Fits:
+        """Whether the estimate for a trial's longest batch leaves room on this device."""
+        free = device_report(device()).free_mib
+        return lambda settings: self._estimate(settings, prepared).total < USABLE_MEMORY * free
 
-def _require_rows(train: Encoded, validation: Encoded, settings: Data, limit: int) -> None:
-    if not train.rows:
-        raise DataError(
-            f"{settings.train}: all {train.dropped} training rows are longer than "
-            f"data.max_length={settings.max_length} tokens"
+    def _estimate(self, settings: TrialSettings, prepared: Prepared) -> MemoryEstimate:
+        length = max(len(row["input_ids"]) for row in prepared.train.rows)
+        parts = (settings.model, settings.adapter, settings.quantization, settings.training)
+        key = " ".join([str(length), *(part.model_dump_json() for part in parts)])
+        if key not in self._estimates:
+            self._estimates[key] = estimate_trial(settings, device(), length=length)
+        return self._estimates[key]
+
+    def _facts(
+        self, settings: TrialSettings, base: Base, prepared: Prepared, judgement: Judgement
+    ) -> Facts:
+        splits, metrics = prepared.splits, judgement.metrics
+        report = device_report(device())
+        return Facts(
+            base_digest=base.digest,
+            base_commit=base.commit,
+            base_metrics=finite(metrics),
+            base_parameters=int(base.model.num_parameters()),
+            data_digest=splits.digest,
+            data_source=splits.source,
+            data_format=splits.format,
+            rows={**splits.counts, "train": len(prepared.train.rows)},
+            dropped={**splits.dropped, **prepared.train.ledger.total},
+            target_tokens=prepared.validation.target_tokens,
+            device=f"{report.name}, {torch.get_num_threads()} threads"
+            if device().type == "cpu"
+            else report.name,
+            dtype=dtype_name(base.compute_dtype),
         )
-    if validation.dropped:
-        raise DataError(
-            f"{settings.train}: {validation.dropped} validation rows are longer than the model's "
-            f"{limit} positions; shorten or remove them (evaluation never truncates)"
-        )
+
+    def _take_note(
+        self,
+        settings: TrialSettings,
+        base: Base,
+        prepared: Prepared,
+        folder: TrialFolder,
+        meter: Meter,
+    ) -> None:
+        """What the log and the outcome tell of the data and the machine."""
+        training, report = settings.training, device_report(device())
+        write_atomic(folder.data_card, prepared.card.markdown())
+        estimate = self._estimate(settings, prepared)
+        meter.facts = {
+            "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
+            "Precision": f"{base.dtype_reason}; trained weights float32",
+            "Checkpointing": "activations recomputed"
+            if training.activation_checkpointing
+            else "activations kept",
+        }
+        if base.commit:
+            meter.facts["Base commit"] = base.commit
+        meter.advice = advice(settings, len(prepared.train.rows))
+        meter.figures |= {
+            "data/train_rows": float(len(prepared.train.rows)),
+            "data/train_target_tokens": float(prepared.train.target_tokens),
+            "data/train_truncated": float(prepared.train.truncated),
+            "data/train_dropped": float(prepared.train.dropped),
+            "data/validation_rows": float(len(prepared.validation.rows)),
+            "cost/estimated_memory_mib": estimate.total,
+        }
 
 
-def _refuse(settings: TrialSettings) -> None:
-    refuse_fp16_on_cpu(settings)
-    if settings.artifacts.merged:
-        raise ConfigError(["artifacts.merged=true: merged export is not available in a trial"])
-
-
-def _take_note(settings: TrialSettings, base: Base, data: Tokenized, meter: Meter) -> None:
-    """What the log and the outcome tell of the data and the machine."""
-    training = settings.training
-    meter.facts = {
-        "Device": _device_name(),
-        "Precision": describe_precision(settings, base.compute_dtype),
-        "Checkpointing": "activations recomputed"
-        if training.activation_checkpointing
-        else "activations kept",
-    }
-    meter.advice = advice(settings, len(data.train.rows))
-    meter.figures |= {
-        "data/train_rows": float(len(data.train.rows)),
-        "data/validation_rows": float(len(data.validation.rows)),
-        "data/train_target_tokens": float(data.train.target_tokens),
-        "data/dropped_over_max_length": float(data.train.dropped),
-        **{f"data/dropped_{why}": float(count) for why, count in data.splits.dropped.items()},
-    }
-
-
-def _device_name() -> str:
-    on = device()
-    if on.type == "cuda":
-        return str(torch.cuda.get_device_name(on))
-    return f"{on.type}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+def _warn(outcome: Outcome, prepared: Prepared, meter: Meter) -> None:
+    """A perplexity that no unseen text has earns a sentence in the log."""
+    perplexity = outcome.metrics.get("best/eval_perplexity")
+    if perplexity is not None and "text" in prepared.splits.formats:
+        meter.advice += [words for words in [plausibility_warning(perplexity)] if words]

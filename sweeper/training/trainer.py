@@ -10,11 +10,14 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl
 
 from sweeper.data.tokens import Tokens
-from sweeper.evaluation.loss import Loss, target_nll
+from sweeper.evaluation.judge import Judgement
+from sweeper.evaluation.loss import autocast, target_nll
+from sweeper.settings import LoraAdapter, TrialSettings
+from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
 
-Judge = Callable[[torch.nn.Module], Loss]
+Judging = Callable[[torch.nn.Module], Judgement]
 
 
 class Rows(Dataset[Tokens]):
@@ -34,12 +37,26 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
     """The reference training loop, judged by `judge` and charged to `meter`."""
 
     def __init__(
-        self, *, judge: Judge, meter: Meter, loraplus_lr_ratio: float | None, **options: Any
+        self,
+        *,
+        judging: Judging,
+        meter: Meter,
+        settings: TrialSettings,
+        compute_dtype: torch.dtype,
+        **options: Any,
     ) -> None:
         super().__init__(**options)
-        self._judge = judge
+        self.judgements: dict[int, Judgement] = {}
+        """By optimiser step; of earlier attempts there are none."""
+        self._judging = judging
         self._meter = meter
-        self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._objective = settings.objective.metric
+        self._chunk_size = settings.training.loss_chunk_size
+        self._compute_dtype = compute_dtype
+        adapter = settings.adapter
+        self._loraplus_lr_ratio = (
+            adapter.loraplus_lr_ratio if isinstance(adapter, LoraAdapter) else None
+        )
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by all tokens of a step
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -71,13 +88,16 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """Called for each micro-batch: its share of the mean over the whole step's target tokens."""
         assert not return_outputs, "evaluate() is replaced, nothing asks for outputs"
         assert num_items_in_batch is not None, "transformers counts the labels of a step"
-        return target_nll(model, inputs) / num_items_in_batch
+        # accelerate autocasts the model's own forward, which target_nll goes around
+        with autocast(self.args.device, self._compute_dtype):
+            return target_nll(model, inputs, self._chunk_size) / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Called by the training loop; the best checkpoint follows `eval_loss`."""
+        """Called by the training loop; the best checkpoint follows the objective."""
         with self._meter.stage("eval"):
-            loss = self._judge(self.model)
-        metrics = {"eval_loss": loss.mean, "eval_perplexity": loss.perplexity}
+            judgement = self._judging(self.model)
+        self.judgements[self.state.global_step] = judgement
+        metrics = {**judgement.metrics, OBJECTIVE: judgement.value(self._objective)}
         self.control: TrainerControl = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainerState,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState
 
-from sweeper.data.tokens import Collator, Encoded
-from sweeper.evaluation.loss import Loss, evaluate_loss
+from sweeper.data.encode import Encoded
+from sweeper.data.packing import PackingCollator, packing_collator
+from sweeper.data.tokens import Collator
+from sweeper.evaluation.judge import Judge, Judgement
 from sweeper.folders import TrialFolder, size_mib
 from sweeper.modeling.adapter import count_parameters
 from sweeper.outcome import Cause, Outcome
@@ -27,9 +24,9 @@ from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import Trained, save_artifact
 from sweeper.training.batch import out_of_memory
 from sweeper.training.checkpoint import newest_checkpoint
-from sweeper.training.figures import loss_figures, parameter_figures, schedule_figures
-from sweeper.training.meter import Meter
+from sweeper.training.figures import best_figures, loss_figures, parameter_figures, schedule_figures
 from sweeper.training.memory import peak_mib, reset_peak
+from sweeper.training.meter import Meter
 from sweeper.training.narrator import Narrator
 from sweeper.training.observer import Observer
 from sweeper.training.rules import Watch
@@ -40,14 +37,17 @@ from sweeper.training.trainer import JudgedTrainer, Rows
 
 @dataclass(frozen=True)
 class TrialInputs:
-    """What a trial is trained on: a model ready to train, its tokenizer, and the encoded splits."""
+    """What a trial is trained on and judged by."""
 
     model: PreTrainedModel | PeftModel
+    """Ready to train."""
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
-    validation: Encoded
+    judge: Judge
+    """Of the whole validation split, for the checkpoint that is kept."""
+    ordered: bool = False
+    """The training rows stand in the order they are to be trained in."""
     compute_dtype: torch.dtype = torch.float32
-    loraplus_lr_ratio: float | None = None
 
 
 def train_trial(
@@ -59,8 +59,9 @@ def train_trial(
 ) -> Outcome:
     """Train to the end of the schedule, to early stopping, or until the observer says stop.
 
-    The best checkpoint by eval/loss is what stays in the model and in the folder, and its loss is the
-    outcome's `best_value`. An unfinished checkpoint of an earlier attempt is continued.
+    The best checkpoint by the objective is what stays in the model and in the folder; its value on the
+    whole validation split is the outcome's `best_value`. An unfinished checkpoint of an earlier attempt
+    is continued.
 
     Args:
         inputs: model and data.
@@ -71,79 +72,106 @@ def train_trial(
 
     Raises:
         Diverged: a loss or the gradient norm is not finite, or the loss is far off.
-        ConfigError: the schedule does not fit the data.
+        ConfigError: the schedule does not fit the data, or the objective's metric is not measured.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
     meter.figures |= parameter_figures(count_parameters(inputs.model))
     meter.figures |= schedule_figures(settings.training, schedule)
     reset_peak()
     resumed = newest_checkpoint(folder.checkpoints)
+    objective = settings.objective
+    watch = Watch(settings.training, objective, schedule.total_steps)
     spool = Spool(folder.metrics, resumed.step if resumed else 0)
-    watch = Watch(settings.training, schedule.total_steps)
     watch.replay(read_spool(folder.metrics))
-    narrator = Narrator(observer, spool, watch, meter, schedule.total_steps)
+    reported = objective.judged_while_training
+    narrator = Narrator(observer, spool, watch, meter, schedule.total_steps, reported)
+    looks = Looks(inputs.judge.within_trial({objective.metric, reported}), meter)
     trainer = JudgedTrainer(
-        judge=Evaluator(inputs, settings, meter),
+        judging=looks,
         meter=meter,
-        loraplus_lr_ratio=inputs.loraplus_lr_ratio,
+        settings=settings,
+        compute_dtype=inputs.compute_dtype,
         model=inputs.model,
-        args=training_arguments(settings, schedule, folder.checkpoints, inputs.compute_dtype),
+        args=training_arguments(
+            settings, schedule, folder.checkpoints, inputs.compute_dtype, ordered=inputs.ordered
+        ),
         train_dataset=Rows(inputs.train.rows),
-        eval_dataset=Rows(inputs.validation.rows),
-        data_collator=Collator(_pad_id(inputs.tokenizer)),
+        eval_dataset=Rows(inputs.judge.rows),
+        data_collator=_collator(inputs, settings),
         callbacks=[narrator],
     )
     trainer.remove_callback(PrinterCallback)  # the spool has it all
     with meter.stage("train"):
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+    judgement = _judge_kept(trainer, inputs.judge, looks, meter)
     with meter.stage("save"):
         save_artifact(Trained(inputs.model, inputs.tokenizer), settings, folder)
-    return _outcome(trainer.state, narrator, folder)
+    return _outcome(trainer.state, narrator, settings, folder, judgement)
 
 
-class Evaluator:
-    """The validation loss of a model, in the largest batches that memory allows (any give the same)."""
+class Looks:
+    """The judge inside a trial, in the largest batches that memory allows (any give the same)."""
 
-    def __init__(self, inputs: TrialInputs, settings: TrialSettings, meter: Meter) -> None:
-        self._rows = inputs.validation.rows
-        self._collator = Collator(_pad_id(inputs.tokenizer))
-        self._compute_dtype = inputs.compute_dtype
-        self._size = settings.evaluation.per_device_eval_batch_size
+    def __init__(self, judge: Judge, meter: Meter) -> None:
+        self.judge = judge
         self._meter = meter
 
-    def __call__(self, model: torch.nn.Module) -> Loss:
-        """Judge a model; out of memory halves the batch, down to one example."""
+    def __call__(self, model: torch.nn.Module) -> Judgement:
+        """Judge a model; out of memory halves the batches, down to one example."""
         while True:
             try:
-                return evaluate_loss(
-                    model, self._rows, self._collator, self._size, self._compute_dtype
-                )
+                return self.judge(model)
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or self._size == 1:
+                smaller = self.judge.halved()
+                if not out_of_memory(error) or smaller is None:
                     raise
-            self._size //= 2
+            self.judge = smaller
             self._meter.oom_retries += 1
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    assert tokenizer.pad_token_id is not None, "load_base gives every tokenizer a padding token"
-    return int(tokenizer.pad_token_id)
+def _collator(inputs: TrialInputs, settings: TrialSettings) -> Collator | PackingCollator:
+    pad = inputs.tokenizer.pad_token_id
+    assert pad is not None, "load_base gives every tokenizer a padding token"
+    if settings.data.packing:
+        return packing_collator(settings.model.attn_implementation, int(pad))
+    return Collator(int(pad))
 
 
-def _outcome(state: TrainerState, narrator: Narrator, folder: TrialFolder) -> Outcome:
+def _judge_kept(
+    trainer: JudgedTrainer, whole: Judge, looks: Looks, meter: Meter
+) -> Judgement | None:
+    """The kept checkpoint, now in the model, on the whole split; None if none was ever judged."""
+    step = trainer.state.best_global_step
+    if trainer.state.best_metric is None:
+        return None
+    if looks.judge is whole and step in trainer.judgements:
+        return trainer.judgements[step]
+    with meter.stage("eval"):
+        return Looks(whole, meter)(trainer.model)
+
+
+def _outcome(
+    state: TrainerState,
+    narrator: Narrator,
+    settings: TrialSettings,
+    folder: TrialFolder,
+    judgement: Judgement | None,
+) -> Outcome:
     finished = state.global_step >= narrator.total_steps
     cause: Cause = "finished" if finished else (narrator.stopped or "early_stopped")
-    best = None if state.best_metric is None else float(state.best_metric)
-    best_step = None if best is None else int(state.best_global_step)
+    rows = read_spool(folder.metrics)
+    figures = loss_figures(rows)
+    if judgement is not None:
+        figures |= best_figures(rows, judgement.metrics, state.best_global_step)
     metrics = {
-        **loss_figures(read_spool(folder.metrics), best, best_step),
+        **figures,
         "cost/peak_memory_mib": peak_mib(),
         "cost/artifact_mib": size_mib(folder.artifact) if folder.artifact else 0.0,
     }
     return Outcome(
         cause=cause,
-        best_value=best,
-        best_step=best_step,
+        best_value=None if judgement is None else judgement.value(settings.objective.metric),
+        best_step=None if judgement is None else int(state.best_global_step),
         steps=state.global_step,
         metrics=finite(metrics),
     )

@@ -1,0 +1,48 @@
+"""The merged model of a trial: base and adapter as one, judged again because merging changes it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from sweeper.folders import TrialFolder
+from sweeper.modeling.base import load_base
+from sweeper.modeling.hardware import choose_dtype, device, dtype_name
+from sweeper.modeling.merge import MergeDtype, merge
+from sweeper.modeling.source import find_source
+from sweeper.settings import Quantization, TrialSettings
+from sweeper.training.manifest import write_manifest
+from sweeper.training.prepare import Prepared
+
+if TYPE_CHECKING:
+    from sweeper.modeling.base import Base
+
+UNQUANTIZED = Quantization(
+    load_in_4bit=False,
+    load_in_8bit=False,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=False,
+    bnb_4bit_compute_dtype="auto",
+)
+
+
+def export_merged(settings: TrialSettings, folder: TrialFolder) -> Base:
+    """Merge a trial's adapter into its unquantized base, store that, and load what was stored.
+
+    Raises:
+        ModelError: the base cannot be loaded, or the adapter does not fit it.
+    """
+    dtype = cast(MergeDtype, dtype_name(choose_dtype(settings.model.dtype, device()).dtype))
+    merge(find_source(settings.model).folder, folder.adapter, folder.merged, dtype)
+    write_manifest(folder.merged)
+    model = settings.model.model_copy(update={"base_model": str(folder.merged), "revision": None})
+    return load_base(model, UNQUANTIZED, trained=False)
+
+
+def merged_figures(merged: Base, prepared: Prepared, settings: TrialSettings) -> dict[str, float]:
+    """What the merged model is worth: after QLoRA it is not what was trained (4-bit base + adapter)."""
+    judgement = prepared.judge(settings, merged)(merged.model)
+    return {
+        name.replace("eval/", "merged/eval_"): value
+        for name, value in judgement.metrics.items()
+        if name.startswith("eval/")
+    }

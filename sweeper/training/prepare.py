@@ -1,0 +1,112 @@
+"""Prepare: the data of a configuration, through every stage, for one base's tokenizer.
+
+What a trial is trained on, the judge that it and the untuned base are judged by, and the data card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sweeper.data.cache import cache_folder, cached, fingerprint
+from sweeper.data.card import DataCard
+from sweeper.data.encode import Encoded, encode_evaluation, encode_prompts, encode_train
+from sweeper.data.examples import Example, Message, Row
+from sweeper.data.splits import Splits, load_splits
+from sweeper.data.tokens import Prompt
+from sweeper.evaluation.judge import HeldOut, Judge, make_judge
+from sweeper.evaluation.samples import require_unseen
+from sweeper.settings import Data, TrialSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sweeper.modeling.base import Base
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a configuration, tokenized for one base."""
+
+    splits: Splits
+    train: Encoded
+    validation: Encoded
+    tokenizer: PreTrainedTokenizerBase
+    settings: Data
+
+    @cached_property
+    def card(self) -> DataCard:
+        """What the data are, and what became of the rest."""
+        splits = {"train": self.train, "validation": self.validation}
+        return DataCard.of(splits, self.splits.ledger, self.tokenizer, self.splits.source)
+
+    @cached_property
+    def held_out(self) -> HeldOut | None:
+        """The validation examples as prompts with their references."""
+        return HeldOut.of(encode_prompts(self._validation, self.tokenizer, self.settings))
+
+    def judge(self, settings: TrialSettings, base: Base) -> Judge:
+        """The judge of the whole validation split."""
+        return make_judge(
+            self.tokenizer,
+            self.validation.rows,
+            self.held_out if settings.evaluation.generation.num_examples else None,
+            settings.evaluation,
+            settings.data.split_seed,  # every trial of a study is judged on the same draw
+            base.compute_dtype,
+            settings.training.loss_chunk_size,
+        )
+
+    def prompts(self, settings: TrialSettings) -> list[Prompt]:
+        """The qualitative prompts as generation gets them.
+
+        Raises:
+            DataError: one of them occurs in the training split.
+        """
+        asked = settings.evaluation.prompts
+        require_unseen(asked, (example.text for example in self.splits.examples["train"]))
+        row = Row({}, "evaluation.prompts")
+        examples = [
+            Example((Message("user", prompt.prompt), Message("assistant", "")), row)
+            for prompt in asked
+        ]
+        return encode_prompts(examples, self.tokenizer, self.settings)
+
+    @property
+    def _validation(self) -> list[Example]:
+        return self.splits.examples["validation"]
+
+
+def prepare(settings: Data, base: Base) -> Prepared:
+    """Read, clean, split, render and tokenize; tokens come from the cache where they can.
+
+    Raises:
+        DataError: a source is missing or broken, or no usable row is left.
+    """
+    splits, tokenizer = load_splits(settings), base.tokenizer
+    limit = positions(base.model)
+    examples = splits.examples
+
+    def through_cache(name: str, build: Callable[[], Encoded], block_length: int | None) -> Encoded:
+        options = {"split": name, "limit": limit, "block_length": block_length}
+        key = fingerprint(examples[name], tokenizer, settings, **options)
+        return cached(key, build, cache_folder())
+
+    train = through_cache(
+        "train", lambda: encode_train(examples["train"], tokenizer, settings, limit), None
+    )
+    block = train.max_length
+    validation = through_cache(
+        "validation",
+        lambda: encode_evaluation(examples["validation"], tokenizer, settings, limit, block),
+        block,
+    )
+    return Prepared(splits, train, validation, tokenizer, settings)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can see; None where its configuration names no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)
