@@ -22,10 +22,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from sweeper.errors import ModelError
 from sweeper.modeling.adapter import ParameterCount, attach, count_parameters
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.rehearsal import Peak, Workload, rehearse, trainable
-from sweeper.modeling.source import load_config
+from sweeper.modeling.source import load_config, one_line
 from sweeper.settings import LoraAdapter, NoAdapter, Quantization, TrialSettings
 
 if TYPE_CHECKING:
@@ -191,10 +192,14 @@ def model_on_meta(
     Raises:
         ModelError: the adapter does not fit the architecture.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation
+            )
+    except (ValueError, ImportError) as error:
+        where = f"model.attn_implementation={attn_implementation}"
+        raise ModelError(one_line(where, error)) from error
     if isinstance(adapter, NoAdapter):
         return model.train()
     # every initialisation has the same shapes; OLoRA's would decompose weights that are not there

@@ -78,8 +78,9 @@ def rehearse(
 ) -> Peak:
     """Run one forward and backward pass on shapes alone and find its fullest moment.
 
-    Every further layer of a uniform stack keeps the same bytes alive, whichever moment is the fullest;
-    so a deep stack is rehearsed at two small depths and continued in a straight line.
+    Under an adapter every further layer of a uniform stack keeps the same bytes alive, so a deep stack
+    is rehearsed at two small depths and continued in a straight line. Full fine-tuning is rehearsed
+    whole: its gradients grow while its activations shrink, and the fullest moment moves with the depth.
 
     The model is used up: its weights become fake and its deeper layers are cut off.
     """
@@ -89,7 +90,11 @@ def rehearse(
     depth = len(layers)
     with FakeTensorMode():
         _become_fake(model)
-        if depth <= DEEP or not _uniform(layers):
+        if (
+            depth <= DEEP
+            or not _uniform(layers)
+            or all(p.requires_grad for p in model.parameters())
+        ):
             return _rehearse(model, workload, compute_dtype)
         del layers[DEEP:]
         deep = _rehearse(model, workload, compute_dtype)

@@ -161,7 +161,7 @@ def test_every_architecture_is_estimated(name: str) -> None:
         settings.quantization,
         _workload(),
         compute_dtype=torch.bfloat16,
-        attn_implementation="eager" if name == "gptj" else "sdpa",
+        attn_implementation="eager" if name in ("gptj", "gemma2") else "sdpa",
         on=CPU,
     )
     parts = [getattr(found, part) for part in WORDS]
