@@ -101,16 +101,14 @@ def estimate_trial(
     *,
     length: int,
     targets: int | None = None,
-    loss_chunk_size: int | None = None,
 ) -> MemoryEstimate:
     """The memory a trial needs on a device.
 
     Args:
-        settings: the trial.
+        settings: the trial; activation_checkpointing=auto counts as off.
         on: decides what dtype auto means.
         length: tokens per row of the longest batch.
         targets: positions per row that carry loss; None for all.
-        loss_chunk_size: positions whose logits exist at once; None for all.
 
     Raises:
         ModelError: there is no such architecture, or the adapter does not fit it.
@@ -119,11 +117,11 @@ def estimate_trial(
     workload = Workload(
         batch_size=training.per_device_train_batch_size,
         length=length,
-        activation_checkpointing=training.activation_checkpointing,
+        activation_checkpointing=training.activation_checkpointing is True,
         accumulates=training.gradient_accumulation_steps > 1,
         optim=training.optim,
         targets=targets,
-        loss_chunk_size=loss_chunk_size,
+        loss_chunk_size=training.loss_chunk_size,
     )
     return estimate(
         load_config(settings.model),

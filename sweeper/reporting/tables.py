@@ -148,7 +148,7 @@ def _base_rows(results: Results) -> list[tuple[str, ...]]:
     return [
         (
             *(f"untuned, {base}", DASH, "0", DASH),
-            *(f"{facts.base_loss:.4f}", DASH, f"{facts.base_perplexity:.2f}"),
+            *(f"{facts.base_loss:.4f}", DASH, f"{facts.base_metrics['eval/perplexity']:.2f}"),
             *(DASH, DASH, DASH),
         )
         for base, facts in bases.items()

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
+from sweeper.data.sources import describe_sources
 from sweeper.folders import TrialFolder
 from sweeper.outcome import Outcome
 from sweeper.settings import LoraAdapter, TrialSettings
@@ -61,7 +62,7 @@ def _question(settings: TrialSettings, facts: Mapping[str, str]) -> list[str]:
     revision = f", revision {settings.model.revision}" if settings.model.revision else ""
     return [
         f"Base model     {base}{revision}",
-        f"Training data  {settings.data.train}",
+        f"Training data  {describe_sources(settings.data)}",
         f"Method         {_method(settings)}",
         f"Learning rate  {training.learning_rate:g}, {training.lr_scheduler_type}",
         f"Optimiser      {training.optim}, weight decay {training.weight_decay:g}, "
@@ -160,7 +161,8 @@ def _method(settings: TrialSettings) -> str:
     adapter = settings.adapter
     if not isinstance(adapter, LoraAdapter):
         return "full fine-tuning"
-    base = "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
+    kind = settings.quantization.kind
+    base = "LoRA" if kind == "none" else f"QLoRA ({kind})"
     targets = adapter.target_modules
     shown = targets if isinstance(targets, str) else ", ".join(targets)
     return (

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
 from sweeper.data.packing import require_isolation
+from sweeper.data.tokens import IGNORED
 from sweeper.errors import ConfigError, DataError, Diverged, ModelError
 from sweeper.evaluation.judge import Judgement, plausibility_warning
 from sweeper.folders import TrialFolder, write_atomic, write_json
@@ -218,11 +219,15 @@ class TransformersRunner:
         return lambda settings: self._estimate(settings, prepared).total < USABLE_MEMORY * free
 
     def _estimate(self, settings: TrialSettings, prepared: Prepared) -> MemoryEstimate:
-        length = max(len(row["input_ids"]) for row in prepared.train.rows)
+        rows = prepared.train.rows
+        length = max(len(row["input_ids"]) for row in rows)
+        targets = max(sum(label != IGNORED for label in row["labels"]) for row in rows)
         parts = (settings.model, settings.adapter, settings.quantization, settings.training)
-        key = " ".join([str(length), *(part.model_dump_json() for part in parts)])
+        key = " ".join([f"{length} {targets}", *(part.model_dump_json() for part in parts)])
         if key not in self._estimates:
-            self._estimates[key] = estimate_trial(settings, device(), length=length)
+            self._estimates[key] = estimate_trial(
+                settings, device(), length=length, targets=targets
+            )
         return self._estimates[key]
 
     def _facts(

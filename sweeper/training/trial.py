@@ -96,7 +96,7 @@ def train_trial(
             settings, schedule, folder.checkpoints, inputs.compute_dtype, ordered=inputs.ordered
         ),
         train_dataset=Rows(inputs.train.rows),
-        eval_dataset=Rows(inputs.judge.rows),
+        eval_dataset=Rows(list(inputs.judge.rows)),
         data_collator=_collator(inputs, settings),
         callbacks=[narrator],
     )

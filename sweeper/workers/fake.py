@@ -46,8 +46,8 @@ class FakeRunner:
         """Facts of a base that does not exist."""
         return Facts(
             base_digest="fake",
-            base_loss=BASE_LOSS,
-            base_perplexity=math.exp(BASE_LOSS),
+            base_commit=None,
+            base_metrics={"eval/loss": BASE_LOSS, "eval/perplexity": math.exp(BASE_LOSS)},
             base_parameters=1_000_000,
             data_digest=f"fake {settings.data.train}",
             data_source="fake",

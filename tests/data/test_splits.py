@@ -245,7 +245,7 @@ def test_sources_have_formats_and_columns_of_their_own(tmp_path: Path) -> None:
     assert splits.formats == ("alpaca", "question_answer")
     assert splits.source == f"{one} + {two}"
     assert splits.counts == {"train": 32, "validation": 4, "test": 4}
-    with pytest.raises(DataError, match="format=qa: no such format; formats: auto, .*alpaca"):
+    with pytest.raises(DataError, match=r"format=qa: no such format; formats: auto, .*alpaca"):
         load_splits(make_data(train=[one, {"path": two, "format": "qa"}]))
 
 

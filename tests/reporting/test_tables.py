@@ -21,8 +21,8 @@ from sweeper.reporting.tables import comparison, leaderboard, markdown_report, v
 
 FACTS = Facts(
     base_digest="b",
-    base_loss=4.5,
-    base_perplexity=90.0,
+    base_commit=None,
+    base_metrics={"eval/loss": 4.5, "eval/perplexity": 90.0},
     base_parameters=1000,
     data_digest="d" * 64,
     data_source="rows.jsonl",
@@ -92,7 +92,7 @@ def test_verdict_claims_no_more_than_the_numbers(
 def test_the_share_has_one_zero_line() -> None:
     """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
     results = _results(4.05, 4.0)
-    worse = FACTS.model_copy(update={"base_loss": 4.9})
+    worse = FACTS.model_copy(update={"base_metrics": {"eval/loss": 4.9, "eval/perplexity": 134.0}})
     lora = dataclasses.replace(results.arms[0], facts=worse)
     shown = verdict(dataclasses.replace(results, arms=(lora, results.arms[1])))
     assert "reaches 90.0 % of full fine-tuning's improvement" in shown
