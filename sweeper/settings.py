@@ -312,9 +312,21 @@ class LoraAdapter(Section):
 
 
 class NoAdapter(Section):
-    """Full fine-tuning: every weight of the base is trained."""
+    """Full fine-tuning: every weight of the base is trained.
+
+    LoRA's keys pass without effect: an experiment that sets them keeps them under `adapter=none`, since
+    Hydra merges its values over whatever group is chosen.
+    """
 
     method: Literal["none"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_lora(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        idle = set(LoraAdapter.model_fields) - {"method"}
+        return {key: value for key, value in given.items() if key not in idle}
 
 
 ADAPTER_METHODS: dict[str, type[Section]] = {"lora": LoraAdapter, "none": NoAdapter}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sweeper import stand_ins
 from sweeper.data.sources import hub_data, is_hub_id
 from sweeper.errors import ModelError
 from sweeper.settings import EMBEDDED, SPLIT_KEYS, Model, Source, TrialSettings, sources
@@ -70,7 +71,8 @@ def _data(source: Source, key: str) -> Fetched:
 
 def _model(model: Model) -> Fetched:
     what = f"model {model.base_model}"
-    if model.base_model == EMBEDDED or Path(model.base_model).expanduser().exists():
+    made_here = model.base_model == EMBEDDED or model.base_model.startswith(stand_ins.PREFIX)
+    if made_here or Path(model.base_model).expanduser().exists():
         return Fetched(what, "local, nothing to fetch", None)
     folder = _snapshot(model, WEIGHTS)
     if not any(folder.glob(WEIGHTS)):

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sweeper import stand_ins
 from sweeper.data.examples import Ledger, Row
 from sweeper.data.rows import (
     READERS,
@@ -31,6 +32,7 @@ from sweeper.data.rows import (
 )
 from sweeper.errors import DataError, SweeperError
 from sweeper.settings import EMBEDDED, SPLIT_KEYS, Data, Source, sources
+from sweeper.stand_ins.data import data_path, unknown_stand_in
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,6 +51,8 @@ def read_source(source: Source, key: str, ledger: Ledger) -> list[Row]:
     """
     if problem := path_problem(source.path):
         raise DataError(f"data.{key}={problem}")
+    if source.path.startswith(stand_ins.PREFIX):
+        source = source.model_copy(update={"path": str(data_path(source.path))})
     if is_hub_id(source.path):
         return _hub_rows(source, source.split or key, ledger)
     rows = []
@@ -73,6 +77,8 @@ def path_problem(path: str) -> str | None:
     """Why a path cannot be a source, as far as that is known without opening it."""
     if path == EMBEDDED or "://" in path or is_hub_id(path):
         return None
+    if path.startswith(stand_ins.PREFIX):
+        return unknown_stand_in(path)
     local = Path(path).expanduser()
     if not local.exists():
         return f"{path}: no such file or folder{_close_matches(local)}"

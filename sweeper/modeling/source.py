@@ -21,9 +21,11 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
+from sweeper import stand_ins
 from sweeper.embedded import BASE_DIR
 from sweeper.errors import ModelError
 from sweeper.settings import EMBEDDED, Model
+from sweeper.stand_ins.models import model_folder
 
 CONFIG = ("config.json", "adapter_config.json")
 MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
@@ -92,6 +94,8 @@ def weights_digest(folder: Path) -> str:
 def _locate(settings: Model, patterns: Sequence[str]) -> Source:
     if settings.base_model == EMBEDDED:
         return Source(BASE_DIR, None)
+    if settings.base_model.startswith(stand_ins.PREFIX):
+        return Source(model_folder(settings.base_model), None)
     path = Path(settings.base_model).expanduser()
     if not path.is_dir():
         return _from_hub(settings, patterns)

@@ -28,13 +28,20 @@ def data_path(name: str) -> Path:
     Raises:
         DataError: no such stand-in; lists those there are.
     """
+    if problem := unknown_stand_in(name):
+        raise DataError(problem)
     data_set, _, inside = name.removeprefix(PREFIX).partition("/")
-    if data_set not in DATA:
-        raise DataError(f"{name}: no such stand-in; there are {', '.join(sorted(DATA))}")
     path = built("data", data_set, DATA[data_set]) / inside
     if not path.exists():
         raise DataError(f"{name}: that stand-in has no {inside}")
     return path
+
+
+def unknown_stand_in(name: str) -> str | None:
+    """What is wrong with the name of a stand-in data set, without building it."""
+    if name.removeprefix(PREFIX).partition("/")[0] in DATA:
+        return None
+    return f"{name}: no such stand-in; there are {', '.join(sorted(DATA))}"
 
 
 def _alpaca(folder: Path) -> None:
