@@ -8,12 +8,13 @@ experiment works, never how good its result is: the models' weights are random.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
+
+import platformdirs
 
 PREFIX = "stand_in:"
 """`model.base_model=stand_in:qwen3`, `data.train=stand_in:finetome`."""
@@ -29,7 +30,8 @@ def built(kind: str, name: str, build: Callable[[Path], None]) -> Path:
     """
     python = f"{platform.python_implementation()}-{platform.python_version()}"
     key = hashlib.sha256(f"{VERSION} {kind} {name} {python}".encode()).hexdigest()[:8]
-    target = cache_dir() / "stand_ins" / f"{kind}-{name}-{key}"
+    kept = Path(platformdirs.user_cache_dir("sweeper"))
+    target = kept / "stand_ins" / f"{kind}-{name}-{key}"
     if not target.is_dir():
         partial = target.with_name(f".{target.name}.{uuid4().hex}")
         partial.mkdir(parents=True)
@@ -39,8 +41,3 @@ def built(kind: str, name: str, build: Callable[[Path], None]) -> Path:
         except OSError:  # another process was first
             shutil.rmtree(partial)
     return target
-
-
-def cache_dir() -> Path:
-    """Where things are kept that can be made again (XDG base directory specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sweeper"
