@@ -180,6 +180,6 @@ def test_noise_floor_needs_two_seeds() -> None:
 )
 def test_interval_covers_the_truth_as_often_as_it_says(seeds: int, seed_noise: float) -> None:
     """95 % intervals hold the true difference in 92 to 99 of 100 simulated studies."""
-    worlds = (_world(seeds, seed=1000 + n, examples=120, seed_noise=seed_noise) for n in range(400))
-    covered = sum(_compare(world).difference.has(0.02) for world in worlds)
-    assert 0.91 <= covered / 400 <= 0.99
+    worlds = (_world(seeds, seed=1000 + n, examples=120, seed_noise=seed_noise) for n in range(300))
+    covered = sum(_compare(world, resamples=800).difference.has(0.02) for world in worlds)
+    assert 0.91 <= covered / 300 <= 0.99
