@@ -70,9 +70,12 @@ class Ladder:
         return text + self._recommendation()
 
     def _trend(self) -> str:
+        """What the gains up to the best rank do; past it there are none."""
         gains = [rung.per_doubling for rung in self.rungs if rung.per_doubling is not None]
-        falling = all(after < before for before, after in itertools.pairwise(gains))
-        return ", with diminishing returns" if len(gains) > 1 and falling else ""
+        climbing = gains[: self.rungs.index(self.best)]
+        falling = all(after < before for before, after in itertools.pairwise(climbing))
+        words = ", with diminishing returns" if len(climbing) > 1 and falling else ""
+        return words if self.best == self.rungs[-1] else f"{words}, none beyond r={self.best.r}"
 
     def _recommendation(self) -> str:
         if self.noise is None or self.enough is None:

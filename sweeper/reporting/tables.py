@@ -20,7 +20,7 @@ def comparison(results: Results) -> Sheet:
     trained = trained_by_full(results)
     rows = [*_base_rows(results), *(_arm_row(arm, trained, tested) for arm in results.arms)]
     columns = (
-        *("method", "trainable", "% of base", "% of total", "fewer", "eval loss", "vs base"),
+        *("method", "trainable", "of base", "of total", "fewer", "eval loss", "vs base"),
         *("perplexity", "test loss", "time/trial", "memory", "artifact"),
     )
     sheet = Sheet("Arms side by side", columns, tuple(rows), frozenset({"method"}))
@@ -30,10 +30,10 @@ def comparison(results: Results) -> Sheet:
 def conditions(results: Results) -> Sheet:
     """One row per arm: under which conditions its best trial was found, so that nobody has to ask."""
     columns = (
-        *("method", "trials", "finished", "seeds", "weights", "computing in", "optimiser"),
-        *("batch", "learning rate", "searched", "device time"),
+        *("method", "trials", "seeds", "weights", "compute", "optimiser", "batch"),
+        *("best rate", "of rates", "device time"),
     )
-    words = frozenset({"method", "weights", "computing in", "optimiser", "searched"})
+    words = frozenset({"method", "weights", "compute", "optimiser"})
     rows = [_condition_row(results, arm) for arm in results.arms]
     return Sheet("Under which conditions", columns, tuple(rows), words)
 
@@ -120,15 +120,14 @@ def _arm_row(arm: ArmResult, trained: float, tested: dict[str, float]) -> tuple[
 
 def _condition_row(results: Results, arm: ArmResult) -> tuple[str, ...]:
     if arm.best is None:
-        return (label(arm), str(arm.tried), "0", *([DASH] * 7), duration(arm.seconds))
+        return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
     micro = arm.value("training.per_device_train_batch_size")
     batch = micro * arm.value("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
-    ends = DASH if searched is None else f"{searched.values[0]:.3g} … {searched.values[-1]:.3g}"
+    ends = DASH if searched is None else f"{searched.values[0]:.2g}…{searched.values[-1]:.2g}"
     return (
         label(arm),
         str(arm.tried),
-        str(arm.finished),
         str(results.seeds(arm.name)),
         _weights(arm),
         arm.facts.dtype,
@@ -144,7 +143,7 @@ def _weights(arm: ArmResult) -> str:
     """How the weights are held: what is trained is fp32 in every arm (modeling.base)."""
     if arm.value("adapter.method") == "none":
         return "float32"
-    return f"{arm.base}, adapter float32"
+    return f"{arm.base} + float32"
 
 
 def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:

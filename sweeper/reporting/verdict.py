@@ -286,7 +286,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     elif not verdict.duels:
         yield "There is no other arm with a finished trial to compare it with."
     for name, endings in verdict.failed:
-        yield f"{name} has no finished trial ({endings})."
+        yield f"{_capital(name)} has no finished trial ({endings})."
     if verdict.duels:
         yield _seed_words(verdict.duels[0])
 
@@ -312,18 +312,18 @@ def _duel_words(duel: Duel) -> Iterator[str]:
         yield f"{name} retains {share} of {reference.label}'s improvement over the base ({losses})."
     yield _who_is_ahead(duel)
     if costs := _costs(side, reference):
-        yield f"It {costs}."
+        yield f"{_capital(side.label)} {costs}."
 
 
 def _who_is_ahead(duel: Duel) -> str:
     size = f"{abs(duel.difference.value):.4f} nats"
     if duel.difference.low is None:
         better = duel.side if duel.difference.value < 0 else duel.reference
-        return f"{better.label} is ahead by {size}, with no interval to tell it from a tie."
+        return f"{_capital(better.label)} is ahead by {size}, with no interval to tell it from a tie."
     ends = f"95 % interval {duel.difference.low:+.4f} to {duel.difference.high:+.4f}"
     if duel.ahead is None:
         return f"It is a tie: the difference of {duel.difference.value:+.4f} nats may be zero ({ends})."
-    return f"{duel.ahead} is ahead by {size} ({ends})."
+    return f"{_capital(duel.ahead)} is ahead by {size} ({ends})."
 
 
 def _with_interval(found: Estimate, form: str, unit: str) -> str:
@@ -338,17 +338,21 @@ def _costs(side: Side, reference: Side) -> str:
     words = []
     trained = _ratio(side.trainable, reference.trainable)
     if trained is not None:
-        words.append(f"trains {100 * trained:.3g} % of its parameters")
+        words.append(f"trains {100 * trained:.3g} % of the parameters")
     time = _ratio(side.seconds_per_trial, reference.seconds_per_trial)
     if time is not None:
-        words.append(f"takes {time:.2g}× its time a trial")
+        words.append(f"takes {time:.2g}× the time a trial")
     memory = _ratio(side.peak_memory_mib, reference.peak_memory_mib)
     if memory is not None:
-        words.append(f"{memory:.2g}× its peak memory")
+        words.append(f"{memory:.2g}× the peak memory")
     artifact = _ratio(side.artifact_mib, reference.artifact_mib)
     if artifact is not None:
-        words.append(f"{artifact:.2g}× its disk space")
+        words.append(f"{artifact:.2g}× the disk space")
     return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + "".join(words[-1:])
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

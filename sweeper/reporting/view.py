@@ -25,7 +25,8 @@ from sweeper.search.board import Board, TrialView, View, format_scalar
 
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
-PICTURE_COLUMNS = 114
+PICTURE_COLUMNS = 132
+PLAIN_COLUMNS = 132
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
@@ -91,7 +92,7 @@ def make_view(console: Console) -> View:
 
 def make_console() -> Console:
     """Where everything is printed; wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
 
 
 def print_results(results: Results, console: Console) -> None:

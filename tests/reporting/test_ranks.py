@@ -68,6 +68,8 @@ def test_diminishing_returns_are_said_only_where_they_are() -> None:
     assert "with diminishing returns" in _ladder(None).words
     rising = _ladder(None, {2: 4.2, 4: 4.15, 8: 4.0})
     assert "with diminishing returns" not in rising.words
+    worse = _ladder(None, {2: 4.2, 4: 4.1, 8: 4.15})
+    assert "4: +0.1000, 8: -0.0500, none beyond r=4." in worse.words
 
 
 def test_nothing_is_divided_by_nothing() -> None:

@@ -86,8 +86,8 @@ def test_reduction_of_parameters_agrees_with_a_published_report() -> None:
     sheet = comparison(make_results(arm))
     row = dict(zip(sheet.columns, sheet.rows[-1], strict=True))
     assert row["trainable"] == "294,912"
-    assert row["% of total"] == "0.2364 %"
-    assert row["% of base"] == "0.237 %"
+    assert row["of total"] == "0.2364 %"
+    assert row["of base"] == "0.237 %"
     assert row["fewer"] == "99.76 %"
 
 
@@ -103,11 +103,11 @@ def test_conditions_name_what_an_arm_was_trained_with() -> None:
     )
     row = dict(zip(sheet.columns, sheet.rows[0], strict=True))
     assert row["trials"] == "2"
-    assert row["weights"] == "nf4, adapter float32"
+    assert row["weights"] == "nf4 + float32"
     assert row["optimiser"] == "adamw_torch"
     assert row["batch"] == "8"
-    assert row["learning rate"] == "0.001"
-    assert row["searched"] == "0.0003 … 0.03"
+    assert row["best rate"] == "0.001"
+    assert row["of rates"] == "0.0003…0.03"
     assert all(len(row) == len(sheet.columns) for row in sheet.rows)
 
 

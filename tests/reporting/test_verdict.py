@@ -61,8 +61,8 @@ def test_words_give_share_parameters_time_memory_and_space() -> None:
     """0.45 of 0.5 nats is 90 %, with 5 % of the parameters in half the time."""
     verdict = judge(two_arms(4.05, 4.0))
     assert "retains 90.0 % of full fine-tuning's improvement" in verdict.words
-    assert "trains 5 % of its parameters, takes 0.5× its time a trial" in verdict.words
-    assert "0.5× its peak memory and 0.05× its disk space" in verdict.words
+    assert "trains 5 % of the parameters, takes 0.5× the time a trial" in verdict.words
+    assert "0.5× the peak memory and 0.05× the disk space" in verdict.words
     (duel,) = verdict.duels
     assert duel.difference.value == pytest.approx(0.05)
     assert duel.side.device_seconds == 10.0
@@ -81,7 +81,7 @@ def test_one_seed_and_no_test_split_has_no_interval_and_says_so() -> None:
     ("low", "high", "words"),
     [
         (-0.01, 0.02, "It is a tie: the difference of +0.0050 nats may be zero"),
-        (0.03, 0.07, "full fine-tuning is ahead by 0.0500 nats (95 % interval +0.0300 to +0.0700)"),
+        (0.03, 0.07, "Full fine-tuning is ahead by 0.0500 nats (95 % interval +0.0300 to +0.0700)"),
         (-0.07, -0.03, "QLoRA is ahead by 0.0500 nats (95 % interval -0.0700 to -0.0300)"),
     ],
 )
@@ -162,7 +162,7 @@ def test_all_failed_is_no_comparison() -> None:
     ]
     verdict = judge(make_results(*arms))
     assert "QLoRA has no finished trial (3 diverged)" in verdict.words
-    assert "full fine-tuning has no finished trial (1 oom)" in verdict.words
+    assert "Full fine-tuning has no finished trial (1 oom)" in verdict.words
     assert verdict.duels == verdict.doubts == ()
 
 
