@@ -215,6 +215,7 @@ class Settings(TrialSettings):
     tracking: Tracking
     space: Space
     output_dir: str = Field(min_length=1)
+    dry_run: bool
 
     @property
     def trial(self) -> TrialSettings:

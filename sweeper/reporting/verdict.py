@@ -319,7 +319,9 @@ def _who_is_ahead(duel: Duel) -> str:
     size = f"{abs(duel.difference.value):.4f} nats"
     if duel.difference.low is None:
         better = duel.side if duel.difference.value < 0 else duel.reference
-        return f"{_capital(better.label)} is ahead by {size}, with no interval to tell it from a tie."
+        return (
+            f"{_capital(better.label)} is ahead by {size}, with no interval to tell it from a tie."
+        )
     ends = f"95 % interval {duel.difference.low:+.4f} to {duel.difference.high:+.4f}"
     if duel.ahead is None:
         return f"It is a tie: the difference of {duel.difference.value:+.4f} nats may be zero ({ends})."
