@@ -47,7 +47,6 @@ def _hydra(argv: Sequence[str]) -> None:
     """Check the whole command line, then let Hydra run it."""
     from sweeper import compose
     from sweeper.cli import VERBS
-    from sweeper.dry_run import show
     from sweeper.search.plan import single, studies
 
     line = compose.parse_command_line(argv)
@@ -56,8 +55,10 @@ def _hydra(argv: Sequence[str]) -> None:
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
         plans = studies(overrides) if line.multirun else [single(overrides)]
-        if any(plan.dry_run for plan in plans):
-            return show(plans)  # before Hydra makes a folder
+        if any(plan.dry_run for plan in plans):  # before Hydra makes a folder
+            from sweeper.dry_run import show
+
+            return show(plans)
     elif not {"-c", "--cfg"}.isdisjoint(line.flags):
         overrides = compose.with_auto_groups(overrides)  # what is shown is what would run
     sys.argv = [sys.argv[0], *line.flags, *overrides]

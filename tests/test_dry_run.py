@@ -152,7 +152,7 @@ def test_the_command_to_run_it_has_no_dry_run() -> None:
 
 
 def test_footprint_counts_what_training_counts() -> None:
-    """The embedded base has 1,115,264 weights; r=8 on all linear layers adds 81,920, as the sweep found."""
+    """1,115,264 weights in the embedded base; r=8 on all linear layers adds 81,920, as trials found."""
     found = footprint(make_settings("adapter.r=8", "adapter.target_modules=all-linear").trial)
     assert (found["trainable"], found["total"]) == (81_920, 1_115_264 + 81_920)
     assert found["artifact_mib"] == pytest.approx(81_920 * 4 / 2**20)

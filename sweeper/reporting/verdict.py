@@ -121,7 +121,7 @@ def judge(results: Results) -> Verdict:
     range, or while an arm's budget lies below the rule (conf/hydra/sweeper/study.yaml, fairness).
     """
     sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
-    reference = _reference(results)
+    reference = reference_arm(results)
     duels = [
         _duel(results, sides[name], sides[reference.name])
         for name in sides
@@ -143,7 +143,7 @@ def with_override(command: str, key: str, value: str) -> str:
     return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
 
 
-def _reference(results: Results) -> ArmResult | None:
+def reference_arm(results: Results) -> ArmResult | None:
     """Full fine-tuning if an arm did it, else the second arm with a result, if there is one."""
     compared = [arm for arm in results.arms if arm.best is not None]
     full = [arm for arm in compared if arm.method == FULL]
