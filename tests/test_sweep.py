@@ -135,7 +135,7 @@ def test_report_reads_the_study(swept: tuple[Path, str]) -> None:
     """`sweeper report NAME` shows the same tables without a worker."""
     result = run_program(["report", "lr_rank_sweep"], swept[0])
     assert result.returncode == 0, result.stderr
-    assert "LoRA against full fine-tuning" in result.stdout
+    assert "Arms side by side" in result.stdout
     missing = run_program(["report", "nope"], swept[0])
     assert missing.returncode == 1
     assert "lr_rank_sweep" in missing.stderr
