@@ -181,8 +181,8 @@ def number_ranges(space: Space) -> dict[str, Range]:
                 for value in domain.values
                 if isinstance(value, int | float) and not isinstance(value, bool)
             ]
-            if len(numbers) == len(domain.values) > 1:
-                ranges[key] = Range(values=tuple(sorted(numbers)), continuous=False)
+            if len(numbers) == len(domain.values) and len(set(numbers)) > 1:
+                ranges[key] = Range(values=tuple(sorted(set(numbers))), continuous=False)
     return ranges
 
 

@@ -32,7 +32,7 @@ class Side:
     label: str
     point: str
     loss: float
-    """Test loss, mean over seeds, where the arm was judged on the test split; else validation loss."""
+    """Of its best trial, on the validation split that chose it."""
     base_loss: float
     seeds: int
     trials: int
@@ -51,6 +51,8 @@ class Duel:
     side: Side
     reference: Side
     split: str
+    losses: tuple[float, float]
+    """Of the arm and of the reference on that split; means over seeds on the test split."""
     difference: Estimate
     """Loss minus the reference's loss, in nats: below zero, the arm is ahead."""
     retained: Estimate | None
@@ -154,16 +156,11 @@ def _side(results: Results, arm: ArmResult) -> Side:
     best = arm.best
     assert best is not None
     assert best.loss is not None
-    tested = {
-        name: loss
-        for found in results.contrasts
-        for name, loss in zip((found.arm, found.reference), found.losses, strict=True)
-    }
     return Side(
         arm=arm.name,
         label=label(arm),
         point=", ".join(f"{name}={value}" for name, value in short_names(best.point).items()),
-        loss=tested.get(arm.name, best.loss),
+        loss=best.loss,
         base_loss=arm.facts.base_loss,
         seeds=results.seeds(arm.name),
         trials=arm.tried,
@@ -176,15 +173,29 @@ def _side(results: Results, arm: ArmResult) -> Side:
 
 
 def _duel(results: Results, side: Side, reference: Side) -> Duel:
+    """On the test split if both were judged on it against each other, else on the validation split."""
     found = results.contrast(side.arm)
     if found is not None and found.reference == reference.arm:
-        noise = found.noise
-        return Duel(side, reference, found.split, found.difference, found.retained, noise)
+        return Duel(
+            side=side,
+            reference=reference,
+            split=found.split,
+            losses=found.losses,
+            difference=found.difference,
+            retained=found.retained,
+            noise=found.noise,
+        )
     base = reference.base_loss  # one zero line for both: the base as the reference finds it
     gain = base - reference.loss
-    share = Estimate(value=100 * (base - side.loss) / gain) if gain > 0 else None
-    difference = Estimate(value=side.loss - reference.loss)
-    return Duel(side, reference, "validation", difference, share, (None, None))
+    return Duel(
+        side=side,
+        reference=reference,
+        split="validation",
+        losses=(side.loss, reference.loss),
+        difference=Estimate(value=side.loss - reference.loss),
+        retained=Estimate(value=100 * (base - side.loss) / gain) if gain > 0 else None,
+        noise=(None, None),
+    )
 
 
 def _endings(arm: ArmResult) -> str:
@@ -287,8 +298,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield "There is no other arm with a finished trial to compare it with."
     for name, endings in verdict.failed:
         yield f"{_capital(name)} has no finished trial ({endings})."
-    if verdict.duels:
-        yield _seed_words(verdict.duels[0])
+    yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
 
 
 def _alone(side: Side) -> str:
@@ -301,10 +311,12 @@ def _alone(side: Side) -> str:
 def _duel_words(duel: Duel) -> Iterator[str]:
     side, reference = duel.side, duel.reference
     name = f"The best {side.label} ({side.point})"
-    losses = f"{duel.split} loss {side.loss:.4f} against {reference.loss:.4f}"
+    losses = f"{duel.split} loss {duel.losses[0]:.4f} against {duel.losses[1]:.4f}"
     if duel.retained is None:
-        yield f"{name} cannot be measured by {reference.label}, which does not improve on the base"
-        yield f"at all ({losses})."
+        yield (
+            f"{name} cannot be measured by {reference.label}, which does not improve on the base "
+            f"at all ({losses})."
+        )
     elif duel.retained.value <= 0:
         yield f"{name} is no better than the untuned base ({losses})."
     else:

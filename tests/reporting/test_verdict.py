@@ -145,6 +145,16 @@ def test_any_number_of_arms_is_held_against_full_fine_tuning() -> None:
     assert "The best LoRA (bf16) (learning_rate=0.001) retains 80.0 %" in verdict.words
 
 
+def test_an_arm_that_was_not_judged_on_the_test_split_is_compared_on_the_other() -> None:
+    """Losses of two splits are never held against each other."""
+    trials = [make_trial("bf16", 0, "finished", 4.1, LORA_COSTS)]
+    arms = (*two_arms(4.05, 4.0).arms, make_arm("bf16", trials, "LoRA", "bfloat16"))
+    judged, not_judged = judge(make_results(*arms, contrasts=(CONTRAST,))).duels
+    assert (judged.split, judged.losses) == ("test", (4.06, 4.01))
+    assert (not_judged.split, not_judged.losses) == ("validation", (4.1, 4.0))
+    assert not_judged.ahead is None
+
+
 def test_without_full_fine_tuning_the_second_arm_is_the_reference() -> None:
     """NF4 against an unquantized base is a question of its own."""
     arms = [
