@@ -54,7 +54,11 @@ def _hydra(argv: Sequence[str]) -> None:
         raise ConfigError([f"{line.overrides[0]}: no such verb; verbs: {', '.join(VERBS)}"])
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
-        studies(overrides) if line.multirun else single(overrides)
+        plans = studies(overrides) if line.multirun else [single(overrides)]
+        if any(plan.dry_run for plan in plans):  # before Hydra makes a folder
+            from sweeper.dry_run import show
+
+            return show(plans)
     elif not {"-c", "--cfg"}.isdisjoint(line.flags):
         overrides = compose.with_auto_groups(overrides)  # what is shown is what would run
     sys.argv = [sys.argv[0], *line.flags, *overrides]

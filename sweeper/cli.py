@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("report", "trial", "prefetch", "build-base")
+VERBS = ("report", "trial", "doctor", "prefetch", "build-base")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -77,6 +77,25 @@ def prefetch(
         settings = [single(given)]
     for fetched in fetch(settings):
         typer.echo(fetched)
+
+
+@app.command()
+def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="What would be trained, as overrides.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
+    from sweeper.doctor import examine, print_findings, sound, to_json
+    from sweeper.reporting.view import make_console
+
+    findings = examine(overrides or [])
+    if as_json:
+        typer.echo(to_json(findings))
+    else:
+        print_findings(findings, make_console())
+    raise typer.Exit(0 if sound(findings) else 1)
 
 
 @app.command(name="build-base")

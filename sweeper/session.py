@@ -22,6 +22,7 @@ from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Facts
 from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
+from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_results
 from sweeper.search.board import Board, View
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
@@ -160,12 +161,14 @@ class StudySession:
             command=self._plan.command,
             provenance=self._provenance,
             arms=tuple(collect_arm(arm, study) for arm, study in found if study is not None),
+            fairness=self._plan.study.fairness,
         )
 
     def _write_results(self) -> None:
         """After every trial, so that a report can be read while the study runs or after a crash."""
         results = self._results()
-        write_json(self._folder.results, to_document(results))
+        verdict = judge(results).document()
+        write_json(self._folder.results, {**to_document(results), "verdict": verdict})
         write_atomic(self._folder.report, markdown_report(results))
 
     def _conclude(self, status: RunStatus) -> Results:
@@ -200,8 +203,8 @@ class StudySession:
             return "\n".join(lines)
         if status == "KILLED":
             return "\n".join([*lines, f"Resume     python -m sweeper {self._plan.command}"])
-        extended = _with(self._plan.command, "hydra.sweeper.n_trials", str(2 * total))
-        anew = _with(self._plan.command, "hydra.sweeper.study_name", f"{name}_2")
+        extended = with_override(self._plan.command, "hydra.sweeper.n_trials", str(2 * total))
+        anew = with_override(self._plan.command, "hydra.sweeper.study_name", f"{name}_2")
         return "\n".join(
             [
                 *lines,
@@ -225,12 +228,6 @@ class StudySession:
         }
         name = self._plan.study.study_name
         return StudyRecord(self._plan.experiment, name, spaces, {**arms, **self._provenance})
-
-
-def _with(command: str, key: str, value: str) -> str:
-    """A command with one override set, before its -m."""
-    words = [word for word in shlex.split(command) if not word.startswith(f"{key}=")]
-    return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
 
 
 @contextmanager

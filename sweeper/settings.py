@@ -609,6 +609,7 @@ class Settings(TrialSettings):
     space: Space
     stand_in: StandIn
     output_dir: str = Field(min_length=1)
+    dry_run: bool
 
     @property
     def trial(self) -> TrialSettings:
@@ -634,6 +635,14 @@ class Pruner(Section):
     min_fraction: Annotated[float, Field(ge=0, le=1)]
 
 
+class Fairness(Section):
+    """When a comparison of arms counts as fair; otherwise its verdict is called provisional."""
+
+    equal: Literal["trials", "tokens", "device_seconds"]
+    tolerance: Fraction
+    min_finished: Positive
+
+
 class Arm(Section):
     """One arm besides `lora`: its overrides on top of the experiment, its space, its count."""
 
@@ -657,6 +666,7 @@ class Study(Section):
     params: dict[str, Any]
     priors: list[dict[str, Any]]
     arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Arm]
+    fairness: Fairness
 
     @model_validator(mode="after")
     def _lora_is_the_search_itself(self) -> Study:

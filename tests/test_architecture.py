@@ -21,7 +21,7 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single"},
+    {"session", "single", "doctor", "dry_run"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -95,6 +95,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
+        *("doctor", "dry_run"),
         *("tracking.mlflow_tracker", "reporting.tables", "workers.local", "workers.engines"),
     ]
     code = "import sys\n" + "".join(f"import sweeper.{name}\n" for name in modules)

@@ -44,7 +44,7 @@ def test_terminal_shows_leaderboard_comparison_and_next_commands(swept: tuple[Pa
         "untuned, nf4",
         "QLoRA",
         "full fine-tuning",
-        "LoRA against full fine-tuning",
+        "Arms side by side",
     ):
         assert words in output
     assert re.search(r"1,\d{3} train|64 train / \d+ validation / \d+ test rows", output)
@@ -62,7 +62,7 @@ def test_every_trial_has_a_run_under_the_parent(swept: tuple[Path, str]) -> None
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == ("KILLED" if run.data.tags["cause"] == "pruned" else "FINISHED")
     assert parent.info.status == "FINISHED"
-    assert "## LoRA against full fine-tuning" in parent.data.tags["mlflow.note.content"]
+    assert "## Arms side by side" in parent.data.tags["mlflow.note.content"]
 
 
 def test_runs_hold_parameters_metrics_counts_and_provenance(swept: tuple[Path, str]) -> None:
@@ -135,7 +135,7 @@ def test_report_reads_the_study(swept: tuple[Path, str]) -> None:
     """`sweeper report NAME` shows the same tables without a worker."""
     result = run_program(["report", "lr_rank_sweep"], swept[0])
     assert result.returncode == 0, result.stderr
-    assert "LoRA against full fine-tuning" in result.stdout
+    assert "Arms side by side" in result.stdout
     missing = run_program(["report", "nope"], swept[0])
     assert missing.returncode == 1
     assert "lr_rank_sweep" in missing.stderr

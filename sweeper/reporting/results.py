@@ -15,11 +15,22 @@ import optuna
 
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
-from sweeper.outcome import Facts, Outcome
+from sweeper.outcome import Facts, Outcome, Value
+from sweeper.reporting.intervals import Contrast
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
-from sweeper.settings import LoraAdapter
-from sweeper.space import Scalar
+from sweeper.settings import Fairness, LoraAdapter, flatten
+from sweeper.space import Choice, Interval, Scalar, Space, grid
+
+FORMAT = 2
+"""Of results.json; another version's is not read."""
+
+
+class Range(Value):
+    """The numbers that one key was searched over: some values, or all between the first and the last."""
+
+    values: tuple[float, ...]
+    continuous: bool
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,31 @@ class ArmResult:
     base: str
     facts: Facts
     trials: tuple[TrialResult, ...]
+    settings: Mapping[str, Any]
+    """Its trials' settings as dotted keys, before any point of its space."""
+    ranges: Mapping[str, Range]
+    """Of the searched keys that are numbers."""
+    exhaustive: bool
+    """Its space is a grid, and the arm walks all of it."""
+
+    def value(self, key: str) -> Any:
+        """A setting of its best trial; of all its trials if it is not searched."""
+        assert self.best is not None
+        return self.best.point.get(key, self.settings.get(key))
+
+    @property
+    def finished(self) -> int:
+        """Trials that ran to their own end."""
+        return sum(trial.complete for trial in self.trials)
+
+    @property
+    def tokens(self) -> float:
+        """Tokens trained on in all trials."""
+        return sum(
+            (trial.metric("cost/tokens_per_second") or 0.0)
+            * (trial.metric("cost/train_seconds") or 0.0)
+            for trial in self.trials
+        )
 
     @property
     def best(self) -> TrialResult | None:
@@ -92,10 +128,19 @@ class Results:
     provenance: Mapping[str, str]
     """Date, code, packages and machine of the run that wrote these results."""
     arms: tuple[ArmResult, ...]
+    fairness: Fairness
+    contrasts: tuple[Contrast, ...] = ()
+    """Arms against their reference on the test split, once finalists were judged on it."""
 
-    def arm(self, name: str) -> ArmResult | None:
-        """An arm by name."""
-        return next((arm for arm in self.arms if arm.name == name), None)
+    def contrast(self, name: str) -> Contrast | None:
+        """How an arm did on the test split, against its reference."""
+        return next((found for found in self.contrasts if found.arm == name), None)
+
+    def seeds(self, name: str) -> int:
+        """With how many seeds an arm's best configuration was judged: on the test split, or once."""
+        counts = {found.arm: found.seeds[0] for found in self.contrasts}
+        counts |= {found.reference: found.seeds[1] for found in self.contrasts}
+        return counts.get(name, 1)
 
 
 def collect_arm(arm: ArmPlan, study: optuna.Study) -> ArmResult:
@@ -112,8 +157,33 @@ def collect_arm(arm: ArmPlan, study: optuna.Study) -> ArmResult:
         if frozen.state.is_finished() and "outcome" in frozen.user_attrs
     ]
     return ArmResult(
-        arm.name, arm.n_trials, _method(arm), _base_name(arm, facts), facts, rank(trials)
+        name=arm.name,
+        wanted=arm.n_trials,
+        method=_method(arm),
+        base=_base_name(arm, facts),
+        facts=facts,
+        trials=rank(trials),
+        settings=flatten(arm.settings.trial.model_dump(mode="json")),
+        ranges=number_ranges(arm.space),
+        exhaustive=arm.sampler.name == "grid" and arm.n_trials >= sum(1 for _ in grid(arm.space)),
     )
+
+
+def number_ranges(space: Space) -> dict[str, Range]:
+    """The domains of a space that are ranges of numbers."""
+    ranges: dict[str, Range] = {}
+    for key, domain in space.items():
+        if isinstance(domain, Interval):
+            ranges[key] = Range(values=(domain.low, domain.high), continuous=True)
+        elif isinstance(domain, Choice):
+            numbers = [
+                float(value)
+                for value in domain.values
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            ]
+            if len(numbers) == len(domain.values) and len(set(numbers)) > 1:
+                ranges[key] = Range(values=tuple(sorted(set(numbers))), continuous=False)
+    return ranges
 
 
 def _method(arm: ArmPlan) -> str:
@@ -141,7 +211,13 @@ def load_results(study_name: str, output_dir: Path) -> Results:
         names = sorted(found.parent.name for found in output_dir.glob("*/results.json"))
         known = f"studies there: {', '.join(names)}" if names else "there are no studies yet"
         raise StudyError(f"no results of a study {study_name!r} under {output_dir}/; {known}")
-    return from_document(read_json(path))
+    document = read_json(path)
+    if document.get("format") != FORMAT:
+        raise StudyError(
+            f"{path} was written by another version of sweeper; run the study's command again: "
+            "finished trials are not trained again, and the file is written anew"
+        )
+    return from_document(document)
 
 
 def rank(trials: list[TrialResult]) -> tuple[TrialResult, ...]:
@@ -157,14 +233,20 @@ def rank(trials: list[TrialResult]) -> tuple[TrialResult, ...]:
 def to_document(results: Results) -> dict[str, Any]:
     """results.json."""
     return {
+        "format": FORMAT,
         "study_name": results.study_name,
         "command": results.command,
         "provenance": dict(results.provenance),
+        "fairness": results.fairness.model_dump(mode="json"),
+        "contrasts": [contrast.model_dump(mode="json") for contrast in results.contrasts],
         "arms": {
             arm.name: {
                 "method": arm.method,
                 "base": arm.base,
                 "n_trials": arm.wanted,
+                "settings": dict(arm.settings),
+                "ranges": {key: found.model_dump(mode="json") for key, found in arm.ranges.items()},
+                "exhaustive": arm.exhaustive,
                 "facts": arm.facts.model_dump(mode="json"),
                 "best": None if arm.best is None else arm.best.number,
                 "trials": [
@@ -188,6 +270,8 @@ def from_document(document: Mapping[str, Any]) -> Results:
         command=document["command"],
         provenance=document["provenance"],
         arms=tuple(_arm(name, arm) for name, arm in document["arms"].items()),
+        fairness=Fairness.model_validate(document["fairness"]),
+        contrasts=tuple(Contrast.model_validate(found) for found in document["contrasts"]),
     )
 
 
@@ -209,4 +293,7 @@ def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
         base=document["base"],
         facts=Facts.model_validate(document["facts"]),
         trials=rank(trials),
+        settings=document["settings"],
+        ranges={key: Range.model_validate(found) for key, found in document["ranges"].items()},
+        exhaustive=document["exhaustive"],
     )

@@ -1,63 +1,41 @@
-"""The answer in tables and one sentence: leaderboard, LoRA against full fine-tuning against the base.
-
-A sheet is plain text cells; it is drawn for a terminal by rich, or written as Markdown.
-"""
+"""The answer in tables: leaderboards, the arms' best side by side, and how each was trained."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from rich import box
-from rich.table import Table
-
 from sweeper.outcome import Facts
+from sweeper.reporting.ranks import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.sheet import DASH, Sheet, duration, number
+from sweeper.reporting.verdict import judge, label
 from sweeper.search.board import short_names
-
-DASH = "–"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table of text; `left` names the columns that are words rather than numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    left: frozenset[str] = frozenset()
-
-    def draw(self) -> Table:
-        """For a terminal."""
-        table = Table(
-            title=self.title,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
-        for column in self.columns:
-            left = column in self.left
-            table.add_column(column, justify="left" if left else "right", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def markdown(self) -> str:
-        """For a file."""
-        marks = [":--" if column in self.left else "--:" for column in self.columns]
-        lines = [self.columns, tuple(marks), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def comparison(results: Results) -> Sheet:
-    """One row per untuned base and one per arm's best trial."""
-    rows = [*_base_rows(results), *(_arm_row(arm) for arm in results.arms)]
+    """One row per untuned base and one per arm's best trial: what it reaches and what it costs."""
+    tested = {
+        name: loss
+        for found in results.contrasts
+        for name, loss in zip((found.arm, found.reference), found.losses, strict=True)
+    }
+    trained = trained_by_full(results)
+    rows = [*_base_rows(results), *(_arm_row(arm, trained, tested) for arm in results.arms)]
     columns = (
-        *("method", "best of", "trainable", "% of all", "eval loss", "vs base", "perplexity"),
-        *("time/trial", "memory", "artifact"),
+        *("method", "trainable", "of base", "of total", "fewer", "eval loss", "vs base"),
+        *("perplexity", "test loss", "time/trial", "memory", "artifact"),
     )
-    return Sheet("LoRA against full fine-tuning", columns, tuple(rows), frozenset({"method"}))
+    sheet = Sheet("Arms side by side", columns, tuple(rows), frozenset({"method"}))
+    return sheet if tested else sheet.without("test loss")
+
+
+def conditions(results: Results) -> Sheet:
+    """One row per arm: under which conditions its best trial was found, so that nobody has to ask."""
+    columns = (
+        *("method", "trials", "seeds", "weights", "compute", "optimiser", "batch"),
+        *("best rate", "of rates", "device time"),
+    )
+    words = frozenset({"method", "weights", "compute", "optimiser"})
+    rows = [_condition_row(results, arm) for arm in results.arms]
+    return Sheet("Under which conditions", columns, tuple(rows), words)
 
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
@@ -66,35 +44,22 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
     columns += ("eval loss", "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
-    title = f"{arm.name}: {arm.tried} trials, {_duration(arm.seconds)} in all"
+    title = f"{arm.name}: {arm.tried} trials, {duration(arm.seconds)} in all"
     return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
 
 
-def verdict(results: Results) -> str:
-    """The answer in words, as far as the numbers carry it."""
-    lora, full = results.arm("lora"), results.arm("full")
-    if lora is None or lora.best is None:
-        return "No LoRA trial has finished yet."
-    name = f"The best {lora.method} ({_point(lora.best)})"
-    gain = lora.facts.base_loss - (lora.best.loss or 0.0)
-    if gain <= 0:
-        return f"{name} is no better than the untuned base."
-    if full is None or full.best is None:
-        return f"{name} lowers the eval loss by {gain:.3f} nats; there is no full fine-tune to compare."
-    return (
-        f"{name} {_against_full(lora, full, gain)} One seed each: small differences may be chance."
-    )
-
-
 def markdown_report(results: Results) -> str:
-    """report.md: the verdict, the comparison, every arm's leaderboard."""
+    """report.md: the verdict, the comparison, the gain of each rank, every arm's leaderboard."""
     parts = [
         f"# {results.study_name}",
-        verdict(results),
+        judge(results).text,
         f"`python -m sweeper {results.command}`",
-        "## " + comparison(results).title,
-        comparison(results).markdown(),
     ]
+    for sheet in (comparison(results), conditions(results)):
+        parts += [f"## {sheet.title}", sheet.markdown()]
+    for ladder in rank_ladders(results):
+        sheet = rank_sheet(ladder)
+        parts += [f"## {sheet.title}", sheet.markdown(), ladder.words]
     for arm in results.arms:
         sheet = leaderboard(arm)
         parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm.facts)}"]
@@ -113,33 +78,9 @@ def describe_data(facts: Facts) -> str:
     )
 
 
-def _against_full(lora: ArmResult, full: ArmResult, gain: float) -> str:
-    assert lora.best is not None
-    assert full.best is not None
-    base = full.facts.base_loss  # one zero line for both: the base as full fine-tuning finds it
-    full_gain = base - (full.best.loss or 0.0)
-    if full_gain <= 0:
-        return (
-            f"lowers the eval loss by {gain:.3f} nats; full fine-tuning does not lower it at all."
-        )
-    share = 100 * (base - (lora.best.loss or 0.0)) / full_gain
-    parts = [
-        f"reaches {share:.1f} % of full fine-tuning's improvement "
-        f"(eval loss {lora.best.loss:.4f} against {full.best.loss:.4f})"
-    ]
-    trained = _ratio(
-        lora.best.metric("parameters/trainable"), full.best.metric("parameters/trainable")
-    )
-    if trained is not None:
-        parts.append(f"with {100 * trained:.1f} % of the trainable parameters")
-    time = _ratio(lora.seconds_per_trial, full.seconds_per_trial)
-    if time is not None:
-        parts.append(f"in {time:.1f}× the time a trial")
-    return " ".join(parts) + "."
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None
+def trained_by_full(results: Results) -> float:
+    """How many parameters full fine-tuning trains: all of the base's, whether or not an arm does it."""
+    return float(results.arms[0].facts.base_parameters)
 
 
 def _base_rows(results: Results) -> list[tuple[str, ...]]:
@@ -147,36 +88,62 @@ def _base_rows(results: Results) -> list[tuple[str, ...]]:
     bases = {arm.base: arm.facts for arm in results.arms}
     return [
         (
-            *(f"untuned, {base}", DASH, "0", DASH),
-            *(f"{facts.base_loss:.4f}", DASH, f"{facts.base_metrics['eval/perplexity']:.2f}"),
-            *(DASH, DASH, DASH),
+            *(f"untuned, {base}", "0", DASH, DASH, DASH, f"{facts.base_loss:.4f}", DASH),
+            *(f"{facts.base_metrics['eval/perplexity']:.2f}", DASH, DASH, DASH, DASH),
         )
         for base, facts in bases.items()
     ]
 
 
-def _arm_row(arm: ArmResult) -> tuple[str, ...]:
+def _arm_row(arm: ArmResult, trained: float, tested: dict[str, float]) -> tuple[str, ...]:
     best = arm.best
     if best is None:
-        return (_label(arm), str(arm.tried), *([DASH] * 8))
+        return (label(arm), *([DASH] * 11))
     assert best.loss is not None
+    trainable = best.metric("parameters/trainable")
+    fewer = None if trainable is None or not trained else 100 * (1 - trainable / trained)
     return (
-        _label(arm),
-        str(arm.tried),
-        _number(best.metric("parameters/trainable")),
-        _number(best.metric("parameters/trainable_percent"), "{:.2f} %"),
+        label(arm),
+        number(trainable),
+        number(best.metric("parameters/trainable_percent_of_base"), "{:.4g} %"),
+        number(best.metric("parameters/trainable_percent"), "{:.4g} %"),
+        number(fewer, "{:.2f} %"),
         f"{best.loss:.4f}",
         f"{best.loss - arm.facts.base_loss:+.4f}",
-        _number(best.metric("best/eval_perplexity"), "{:.2f}"),
-        _duration(arm.seconds_per_trial),
-        _number(best.metric("cost/peak_memory_mib"), "{:,.0f} MiB"),
-        _number(best.metric("cost/artifact_mib"), "{:.2f} MiB"),
+        number(best.metric("best/eval_perplexity"), "{:.2f}"),
+        number(tested.get(arm.name), "{:.4f}"),
+        duration(arm.seconds_per_trial),
+        number(best.metric("cost/peak_memory_mib"), "{:,.0f} MiB"),
+        number(best.metric("cost/artifact_mib"), "{:.2f} MiB"),
     )
 
 
-def _label(arm: ArmResult) -> str:
-    """The method, and the arm's name where that says more."""
-    return arm.method if arm.name in ("lora", "full") else f"{arm.method} ({arm.name})"
+def _condition_row(results: Results, arm: ArmResult) -> tuple[str, ...]:
+    if arm.best is None:
+        return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
+    micro = arm.value("training.per_device_train_batch_size")
+    batch = micro * arm.value("training.gradient_accumulation_steps")
+    searched = arm.ranges.get("training.learning_rate")
+    ends = DASH if searched is None else f"{searched.values[0]:.2g}…{searched.values[-1]:.2g}"
+    return (
+        label(arm),
+        str(arm.tried),
+        str(results.seeds(arm.name)),
+        _weights(arm),
+        arm.facts.dtype,
+        arm.value("training.optim"),
+        str(batch),
+        f"{arm.value('training.learning_rate'):.3g}",
+        ends,
+        duration(arm.seconds),
+    )
+
+
+def _weights(arm: ArmResult) -> str:
+    """How the weights are held: what is trained is fp32 in every arm (modeling.base)."""
+    if arm.value("adapter.method") == "none":
+        return "float32"
+    return f"{arm.base} + float32"
 
 
 def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
@@ -187,23 +154,6 @@ def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ..
         str(trial.number),
         *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
         loss,
-        _duration(trial.metric("cost/seconds")),
+        duration(trial.metric("cost/seconds")),
         trial.outcome.cause,
     )
-
-
-def _point(trial: TrialResult) -> str:
-    return ", ".join(f"{name}={value}" for name, value in short_names(trial.point).items())
-
-
-def _number(value: float | None, form: str = "{:,.0f}") -> str:
-    return DASH if value is None else form.format(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return DASH
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes = seconds / 60
-    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

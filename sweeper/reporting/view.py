@@ -17,13 +17,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from sweeper.reporting.ranks import rank_ladders, rank_sheet
 from sweeper.reporting.results import Results
-from sweeper.reporting.tables import comparison, leaderboard, verdict
+from sweeper.reporting.tables import comparison, conditions, leaderboard
+from sweeper.reporting.verdict import judge
 from sweeper.search.board import Board, TrialView, View, format_scalar
 
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
-PICTURE_COLUMNS = 114
+PICTURE_COLUMNS = 132
+PLAIN_COLUMNS = 132
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
@@ -89,22 +92,26 @@ def make_view(console: Console) -> View:
 
 def make_console() -> Console:
     """Where everything is printed; wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Leaderboards, then the comparison, then the verdict in words."""
+    """Leaderboards, the gain of each rank, then the comparison, then the verdict in words."""
     for arm in results.arms:
         console.print(leaderboard(arm, LEADERBOARD_ROWS).draw())
+    for ladder in rank_ladders(results):
+        console.print(rank_sheet(ladder).draw())
+        console.print(ladder.words, highlight=False, soft_wrap=True)
     console.print(comparison(results).draw())
-    console.print(verdict(results), highlight=False, soft_wrap=True)
+    console.print(conditions(results).draw())
+    console.print(judge(results).text, highlight=False, soft_wrap=True)
 
 
 def save_picture(results: Results, path: Path) -> None:
     """Draw the comparison and the verdict as an SVG file, for a README or a slide."""
     console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
     console.print(comparison(results).draw())
-    console.print(verdict(results), highlight=False)
+    console.print(judge(results).words, highlight=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     console.save_svg(str(path), title=f"python -m sweeper {results.command}")
 

@@ -29,7 +29,7 @@ NEVER_SEARCHED = {
     "seed": "is never searched: the best seed is luck; repeat the best trials over seeds instead",
     **dict.fromkeys(("model", "data", "evaluation", "objective", "quantization"), _OTHER_QUESTION),
     **dict.fromkeys(
-        ("space", "sampler", "pruner", "workers", "tracking", "output_dir"), _MACHINERY
+        ("space", "sampler", "pruner", "workers", "tracking", "output_dir", "dry_run"), _MACHINERY
     ),
 }
 
@@ -77,6 +77,11 @@ class StudyPlan:
     def settings(self) -> Settings:
         """The settings that all arms share (output_dir, workers, tracking)."""
         return self.arms[0].settings
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether the study is only to be shown."""
+        return self.settings.dry_run
 
 
 def single(overrides: Sequence[str]) -> Settings:

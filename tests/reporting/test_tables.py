@@ -1,117 +1,137 @@
-"""The answer in tables and words."""
+"""The answer in tables."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from sweeper.outcome import Facts, Outcome
-from sweeper.reporting.results import (
-    ArmResult,
-    Results,
-    TrialResult,
-    from_document,
-    rank,
-    to_document,
-)
-from sweeper.reporting.tables import comparison, leaderboard, markdown_report, verdict
-
-FACTS = Facts(
-    base_digest="b",
-    base_commit=None,
-    base_metrics={"eval/loss": 4.5, "eval/perplexity": 90.0},
-    base_parameters=1000,
-    data_digest="d" * 64,
-    data_source="rows.jsonl",
-    data_format="alpaca",
-    rows={"train": 10, "validation": 2, "test": 1},
-    dropped={"over_max_length": 3},
-    target_tokens=20,
-    device="cpu",
-    dtype="float32",
+from sweeper.errors import StudyError
+from sweeper.folders import StudyFolder, write_json
+from sweeper.reporting.intervals import Contrast, Estimate
+from sweeper.reporting.results import from_document, load_results, number_ranges, to_document
+from sweeper.reporting.tables import comparison, conditions, leaderboard, markdown_report
+from sweeper.space import Choice, Interval
+from tests.reporting.studies import (
+    FACTS,
+    FULL_COSTS,
+    LORA_COSTS,
+    make_arm,
+    make_results,
+    make_trial,
+    two_arms,
 )
 
-
-def _trial(arm: str, number: int, cause: str, value: float | None, **metrics: float) -> TrialResult:
-    outcome = Outcome(cause=cause, best_value=value, metrics=metrics)  # type: ignore[arg-type]
-    return TrialResult(arm, number, {"training.learning_rate": 1e-3 * (number + 1)}, outcome)
-
-
-def _results(lora: float | None, full: float | None) -> Results:
-    costs = {"parameters/trainable": 50.0, "cost/seconds": 10.0}
-    arms = [
-        ArmResult("lora", 2, "QLoRA", "nf4", FACTS, (_trial("lora", 0, "finished", lora, **costs),))
-    ]
-    if full is not None:
-        costs = {"parameters/trainable": 1000.0, "cost/seconds": 20.0}
-        trials = (_trial("full", 0, "finished", full, **costs),)
-        arms.append(ArmResult("full", 1, "full fine-tuning", "float32", FACTS, trials))
-    return Results("mine", "+experiment=mine -m", {"git.commit": "abc"}, tuple(arms))
+CONTRAST = Contrast(
+    arm="lora",
+    reference="full",
+    split="test",
+    examples=300,
+    seeds=(3, 2),
+    losses=(4.06, 4.01),
+    base_loss=4.5,
+    difference=Estimate(value=0.05, low=0.03, high=0.07),
+    retained=Estimate(value=90.0, low=86.0, high=94.0),
+    noise=(0.004, 0.006),
+)
 
 
 def test_ranking_puts_complete_trials_first() -> None:
     """A pruned trial never ranks above a finished one, a failed one never above a pruned one."""
-    trials = [
-        _trial("lora", 0, "oom", 1.0),
-        _trial("lora", 1, "pruned", 3.0),
-        _trial("lora", 2, "finished", 4.2),
-        _trial("lora", 3, "early_stopped", 4.1),
-    ]
-    ranked = rank(trials)
-    assert [trial.number for trial in ranked] == [3, 2, 1, 0]
-    assert ArmResult("lora", 4, "QLoRA", "nf4", FACTS, ranked).best is ranked[0]
-
-
-def test_verdict_gives_share_parameters_and_time() -> None:
-    """0.45 of 0.5 nats is 90 %, with 5 % of the parameters in half the time."""
-    text = verdict(_results(4.05, 4.0))
-    assert "reaches 90.0 % of full fine-tuning's improvement" in text
-    assert "with 5.0 % of the trainable parameters" in text
-    assert "in 0.5× the time a trial" in text
-
-
-@pytest.mark.parametrize(
-    ("lora", "full", "words"),
-    [
-        (4.6, 4.0, "no better than the untuned base"),
-        (4.0, None, "no full fine-tune to compare"),
-        (4.0, 4.6, "full fine-tuning does not lower it at all"),
-        (None, 4.0, "No LoRA trial has finished yet"),
-    ],
-)
-def test_verdict_claims_no_more_than_the_numbers(
-    lora: float | None, full: float | None, words: str
-) -> None:
-    """No share is computed where there is nothing to take a share of."""
-    assert words in verdict(_results(lora, full))
-
-
-def test_the_share_has_one_zero_line() -> None:
-    """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
-    results = _results(4.05, 4.0)
-    worse = FACTS.model_copy(update={"base_metrics": {"eval/loss": 4.9, "eval/perplexity": 134.0}})
-    lora = dataclasses.replace(results.arms[0], facts=worse)
-    shown = verdict(dataclasses.replace(results, arms=(lora, results.arms[1])))
-    assert "reaches 90.0 % of full fine-tuning's improvement" in shown
+    arm = make_arm(
+        "lora",
+        [
+            make_trial("lora", 0, "oom", 1.0),
+            make_trial("lora", 1, "pruned", 3.0),
+            make_trial("lora", 2, "finished", 4.2),
+            make_trial("lora", 3, "early_stopped", 4.1),
+        ],
+    )
+    assert [trial.number for trial in arm.trials] == [3, 2, 1, 0]
+    assert arm.best is arm.trials[0]
+    assert arm.finished == 2
 
 
 def test_comparison_has_a_row_per_base_and_per_arm() -> None:
-    """Untuned base in both precisions, QLoRA, full fine-tuning; missing figures are dashes."""
-    sheet = comparison(_results(4.05, 4.0))
+    """Untuned base in both precisions, QLoRA, full fine-tuning; every row has every column."""
+    sheet = comparison(two_arms(4.05, 4.0))
     assert [row[0] for row in sheet.rows] == [
         *("untuned, nf4", "untuned, float32", "QLoRA", "full fine-tuning")
     ]
-    assert sheet.rows[2][5] == "-0.4500"
-    assert sheet.rows[2][9] == "–"
+    assert sheet.rows[2][sheet.columns.index("vs base")] == "-0.4500"
+    assert "test loss" not in sheet.columns
     assert all(len(row) == len(sheet.columns) for row in sheet.rows)
 
 
+def test_comparison_shows_the_test_loss_where_there_is_one() -> None:
+    """Once finalists were judged on the test split, their mean loss is a column."""
+    results = two_arms(4.05, 4.0)
+    sheet = comparison(make_results(*results.arms, contrasts=(CONTRAST,)))
+    at = sheet.columns.index("test loss")
+    assert [row[at] for row in sheet.rows] == ["–", "–", "4.0600", "4.0100"]
+    assert all(len(row) == len(sheet.columns) for row in sheet.rows)
+
+
+def test_reduction_of_parameters_agrees_with_a_published_report() -> None:
+    """GPT-2 with LoRA r=8 on c_attn: 0.2364 % of all weights, and 99.76 % fewer than the base's."""
+    costs = {
+        **LORA_COSTS,
+        "parameters/trainable": 294_912.0,
+        "parameters/trainable_percent": 100 * 294_912 / 124_734_720,
+        "parameters/trainable_percent_of_base": 100 * 294_912 / 124_439_808,
+    }
+    facts = FACTS.model_copy(update={"base_parameters": 124_439_808})
+    arm = make_arm("lora", [make_trial("lora", 0, "finished", 4.0, costs)], facts=facts)
+    sheet = comparison(make_results(arm))
+    row = dict(zip(sheet.columns, sheet.rows[-1], strict=True))
+    assert row["trainable"] == "294,912"
+    assert row["of total"] == "0.2364 %"
+    assert row["of base"] == "0.237 %"
+    assert row["fewer"] == "99.76 %"
+
+
+def test_conditions_name_what_an_arm_was_trained_with() -> None:
+    """Trials, seeds, weights, optimiser, effective batch, and the best rate within its range."""
+    trials = [make_trial("lora", n, "finished", 4.0 + n, LORA_COSTS) for n in range(2)]
+    failed = [make_trial("full", 0, "oom", None, FULL_COSTS)]
+    sheet = conditions(
+        make_results(
+            make_arm("lora", trials, rates=(3e-4, 3e-2)),
+            make_arm("full", failed, "full fine-tuning", "float32"),
+        )
+    )
+    row = dict(zip(sheet.columns, sheet.rows[0], strict=True))
+    assert row["trials"] == "2"
+    assert row["weights"] == "nf4 + float32"
+    assert row["optimiser"] == "adamw_torch"
+    assert row["batch"] == "8"
+    assert row["best rate"] == "0.001"
+    assert row["of rates"] == "0.0003…0.03"
+    assert all(len(row) == len(sheet.columns) for row in sheet.rows)
+
+
+def test_ranges_are_of_numbers_only() -> None:
+    """Intervals and choices of numbers are ranges; names, booleans and single values are not."""
+    found = number_ranges(
+        {
+            "a": Interval(1e-4, 1e-2, log=True),
+            "b": Choice((16, 4)),
+            "c": Choice(("mlp", "attention")),
+            "d": Choice((True, False)),
+            "e": Choice((3,)),
+        }
+    )
+    assert {key: (one.values, one.continuous) for key, one in found.items()} == {
+        "a": ((1e-4, 1e-2), True),
+        "b": ((4.0, 16.0), False),
+    }
+
+
 def test_results_survive_their_document() -> None:
-    """results.json holds everything the tables need."""
-    results = _results(4.05, 4.0)
+    """results.json holds everything the tables and the verdict need."""
+    arms = two_arms(4.05, 4.0).arms
+    results = make_results(*arms, contrasts=(CONTRAST,))
     again = from_document(json.loads(json.dumps(to_document(results))))
     assert again == results
     assert markdown_report(again) == markdown_report(results)
@@ -119,18 +139,23 @@ def test_results_survive_their_document() -> None:
 
 def test_markdown_has_aligned_tables() -> None:
     """Every table row of the report has as many cells as its header."""
-    lines = leaderboard(_results(4.05, 4.0).arms[0]).markdown().splitlines()
+    lines = leaderboard(two_arms(4.05, 4.0).arms[0]).markdown().splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert "dropped 3 (3 over_max_length)" in markdown_report(_results(4.05, 4.0))
+    assert "dropped 3 (3 over_max_length)" in markdown_report(two_arms(4.05, 4.0))
 
 
 def test_report_names_the_studies_that_exist(tmp_path: Path) -> None:
     """An unknown study is answered with the known ones."""
-    from sweeper.errors import StudyError
-    from sweeper.folders import StudyFolder, write_json
-    from sweeper.reporting.results import load_results
-
-    write_json(StudyFolder(tmp_path / "mine").results, to_document(_results(4.0, None)))
+    write_json(StudyFolder(tmp_path / "mine").results, to_document(two_arms(4.0, None)))
     assert load_results("mine", tmp_path).study_name == "mine"
     with pytest.raises(StudyError, match=r"no results of a study 'other'.*mine"):
         load_results("other", tmp_path)
+
+
+def test_results_of_another_version_say_what_to_do(tmp_path: Path) -> None:
+    """A results.json without this version's format is refused with the way to renew it."""
+    document = to_document(two_arms(4.0, None))
+    del document["format"]
+    write_json(StudyFolder(tmp_path / "old").results, document)
+    with pytest.raises(StudyError, match=r"another version of sweeper; run the study's command"):
+        load_results("old", tmp_path)

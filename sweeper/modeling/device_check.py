@@ -1,0 +1,84 @@
+"""What this machine can train with, as one JSON line: devices, bf16, and a 4-bit layer that learns.
+
+Run by `sweeper doctor` in a process of its own (`python -m sweeper.modeling.device_check`), because
+orchestration imports no torch, and because a broken CUDA library ends a process rather than raising.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import psutil
+import torch
+from torch import nn
+
+MIB = 2**20
+
+
+def check() -> dict[str, object]:
+    """Devices with their memory, and the loss of a 4-bit layer before and after a step on each."""
+    return {"devices": [_describe(on) for on in _devices()]}
+
+
+def _devices() -> list[torch.device]:
+    count = torch.cuda.device_count()
+    return [torch.device("cuda", index) for index in range(count)] or [torch.device("cpu")]
+
+
+def _describe(on: torch.device) -> dict[str, object]:
+    if on.type == "cuda":
+        free, total = torch.cuda.mem_get_info(on)
+        name = torch.cuda.get_device_name(on)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+        name = f"CPU, {os.cpu_count()} cores"
+        bf16 = any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
+    return {
+        "name": name,
+        "type": on.type,
+        "free_mib": free / MIB,
+        "total_mib": total / MIB,
+        "bf16": bool(bf16),
+        "nf4": nf4_problem(on),
+    }
+
+
+def nf4_problem(on: torch.device) -> str | None:
+    """Why QLoRA would not learn on a device; None if it does.
+
+    A frozen NF4 layer between two trainable ones: the gradient must come through it.
+    """
+    try:
+        import bitsandbytes as bnb
+
+        torch.manual_seed(0)
+        frozen = bnb.nn.Linear4bit(
+            64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4"
+        )
+        below = nn.Linear(64, 64)
+        model = nn.Sequential(below, frozen).to(on)
+        loss = model(torch.ones(4, 64, device=on)).pow(2).mean()
+        loss.backward()
+        gradient = below.weight.grad
+        if gradient is None or not math.isfinite(float(gradient.norm())) or not gradient.any():
+            return "no gradient comes through a 4-bit layer"
+        return None
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:
+        return (
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}"
+        )
+
+
+if __name__ == "__main__":
+    print(json.dumps(check()))

@@ -1,0 +1,389 @@
+"""The verdict: what the numbers carry, as a value, and the words made of it.
+
+Each arm is held against a reference: full fine-tuning where there is such an arm, else the next one.
+Knows only results; draws nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sweeper.reporting.intervals import Estimate
+from sweeper.reporting.results import ArmResult, Range, Results
+from sweeper.search.board import short_names
+
+RATE = "training.learning_rate"
+OUTER = 0.1
+"""Share of a range's logarithm at either end within which a best rate says: look further."""
+FULL = "full fine-tuning"
+HALF_DECADE = 10**0.5
+
+
+@dataclass(frozen=True)
+class Side:
+    """An arm in the verdict: its best configuration, and what it costs."""
+
+    arm: str
+    label: str
+    point: str
+    loss: float
+    """Of its best trial, on the validation split that chose it."""
+    base_loss: float
+    seeds: int
+    trials: int
+    trainable: float | None
+    device_seconds: float
+    """Worker time of all its trials."""
+    seconds_per_trial: float | None
+    peak_memory_mib: float | None
+    artifact_mib: float | None
+
+
+@dataclass(frozen=True)
+class Duel:
+    """An arm against its reference."""
+
+    side: Side
+    reference: Side
+    split: str
+    losses: tuple[float, float]
+    """Of the arm and of the reference on that split; means over seeds on the test split."""
+    difference: Estimate
+    """Loss minus the reference's loss, in nats: below zero, the arm is ahead."""
+    retained: Estimate | None
+    """Improvement over the untuned base in % of the reference's; None if that has none."""
+    noise: tuple[float | None, float | None]
+
+    @property
+    def ahead(self) -> str | None:
+        """Who is ahead, by label; None for a tie, or where there is no interval to tell a tie by."""
+        if self.difference.low is None or self.difference.has(0):
+            return None
+        return self.side.label if self.difference.value < 0 else self.reference.label
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why the verdict is provisional, and the command that settles it."""
+
+    arm: str
+    reason: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of a study."""
+
+    sides: tuple[Side, ...]
+    """The arms with a finished trial."""
+    duels: tuple[Duel, ...]
+    failed: tuple[tuple[str, str], ...]
+    """Label of each arm without a finished trial, and how its trials ended."""
+    doubts: tuple[Doubt, ...]
+
+    @property
+    def provisional(self) -> bool:
+        """Whether a command is still to be run before the answer holds."""
+        return bool(self.doubts)
+
+    @property
+    def words(self) -> str:
+        """The answer in a few sentences."""
+        return " ".join(_sentences(self))
+
+    @property
+    def text(self) -> str:
+        """The words, and under them the commands that settle what is provisional."""
+        commands = dict.fromkeys(f"    python -m sweeper {doubt.command}" for doubt in self.doubts)
+        return "\n\n".join(part for part in (self.words, "\n".join(commands)) if part)
+
+    def document(self) -> dict[str, Any]:
+        """Figures, reasons and words as JSON values."""
+
+        def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: v.model_dump() if isinstance(v, Estimate) else v for k, v in items}
+
+        return {
+            "provisional": self.provisional,
+            **asdict(self, dict_factory=plain),
+            "words": self.words,
+        }
+
+
+def judge(results: Results) -> Verdict:
+    """The verdict on a study as far as it has come.
+
+    PROVISIONAL is its first word while an arm's best learning rate lies in the outer tenth of its
+    range, or while an arm's budget lies below the rule (conf/hydra/sweeper/study.yaml, fairness).
+    """
+    sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
+    reference = reference_arm(results)
+    duels = [
+        _duel(results, sides[name], sides[reference.name])
+        for name in sides
+        if reference is not None and reference.name in sides and name != reference.name
+    ]
+    failed = [(label(arm), _endings(arm)) for arm in results.arms if arm.best is None]
+    doubts = [*_edges(results), *_budgets(results)] if sides else []
+    return Verdict(tuple(sides.values()), tuple(duels), tuple(failed), tuple(doubts))
+
+
+def label(arm: ArmResult) -> str:
+    """The method, and the arm's name where that says more."""
+    return arm.method if arm.name in ("lora", "full") else f"{arm.method} ({arm.name})"
+
+
+def with_override(command: str, key: str, value: str) -> str:
+    """A command with one override set, before its -m."""
+    words = [word for word in shlex.split(command) if not word.startswith(f"{key}=")]
+    return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
+
+
+def reference_arm(results: Results) -> ArmResult | None:
+    """Full fine-tuning if an arm did it, else the second arm with a result, if there is one."""
+    compared = [arm for arm in results.arms if arm.best is not None]
+    full = [arm for arm in compared if arm.method == FULL]
+    return next(iter(full or compared[1:]), None)
+
+
+def _side(results: Results, arm: ArmResult) -> Side:
+    best = arm.best
+    assert best is not None
+    assert best.loss is not None
+    return Side(
+        arm=arm.name,
+        label=label(arm),
+        point=", ".join(f"{name}={value}" for name, value in short_names(best.point).items()),
+        loss=best.loss,
+        base_loss=arm.facts.base_loss,
+        seeds=results.seeds(arm.name),
+        trials=arm.tried,
+        trainable=best.metric("parameters/trainable"),
+        device_seconds=arm.seconds,
+        seconds_per_trial=arm.seconds_per_trial,
+        peak_memory_mib=best.metric("cost/peak_memory_mib"),
+        artifact_mib=best.metric("cost/artifact_mib"),
+    )
+
+
+def _duel(results: Results, side: Side, reference: Side) -> Duel:
+    """On the test split if both were judged on it against each other, else on the validation split."""
+    found = results.contrast(side.arm)
+    if found is not None and found.reference == reference.arm:
+        return Duel(
+            side=side,
+            reference=reference,
+            split=found.split,
+            losses=found.losses,
+            difference=found.difference,
+            retained=found.retained,
+            noise=found.noise,
+        )
+    base = reference.base_loss  # one zero line for both: the base as the reference finds it
+    gain = base - reference.loss
+    return Duel(
+        side=side,
+        reference=reference,
+        split="validation",
+        losses=(side.loss, reference.loss),
+        difference=Estimate(value=side.loss - reference.loss),
+        retained=Estimate(value=100 * (base - side.loss) / gain) if gain > 0 else None,
+        noise=(None, None),
+    )
+
+
+def _endings(arm: ArmResult) -> str:
+    causes = Counter(trial.outcome.cause for trial in arm.trials)
+    return ", ".join(f"{count} {cause}" for cause, count in causes.most_common()) or "none ended"
+
+
+def _edges(results: Results) -> Iterator[Doubt]:
+    """Arms whose best rate lies in the outer tenth (log) of its range."""
+    for arm in results.arms:
+        found = arm.ranges.get(RATE)
+        if arm.best is None or found is None:
+            continue
+        rate = float(arm.value(RATE))
+        low, high = found.values[0], found.values[-1]
+        place = math.log(rate / low) / math.log(high / low)
+        if OUTER <= place <= 1 - OUTER:
+            continue
+        reason = (
+            f"the best learning rate of {label(arm)} ({rate:.3g}) lies in the outer tenth of its "
+            f"range ({low:.3g} to {high:.3g})"
+        )
+        words = wider(found, downwards=place < OUTER)
+        command = with_override(
+            results.command, "hydra.sweeper.study_name", f"{results.study_name}_wider"
+        )
+        if arm.name == "lora":
+            command = with_override(command, RATE, words)
+        else:
+            key = f"hydra.sweeper.arms.{arm.name}.params"
+            command = with_override(command, key, f'{{{RATE}: "{words}"}}')
+        yield Doubt(arm.name, reason, command)
+
+
+def wider(found: Range, downwards: bool) -> str:
+    """The search-space words for a range that goes a decade further at one end."""
+    low, high = found.values[0], found.values[-1]
+    if found.continuous:
+        ends = (low / 10, high) if downwards else (low, high * 10)
+        return f"tag(log, interval({ends[0]:.3g}, {ends[1]:.3g}))"
+    more = [high * HALF_DECADE, high * 10]
+    if downwards:
+        more = [low / 10, low / HALF_DECADE]
+    values = sorted({float(f"{value:.3g}") for value in (*found.values, *more)})
+    return f"choice({', '.join(f'{value:.3g}' for value in values)})"
+
+
+def _budgets(results: Results) -> Iterator[Doubt]:
+    """Arms with too few finished trials, or with a smaller budget than the largest.
+
+    A grid that was walked to its end lacks no budget, and an arm that only failed needs another space.
+    """
+    rule = results.fairness
+    largest = max(results.arms, key=lambda arm: _spent(arm, rule.equal))
+    for arm in results.arms:
+        if arm.tried >= arm.wanted and (arm.exhaustive or arm.best is None):
+            continue  # nothing new to try, or nothing that more trials would mend
+        spent, most = _spent(arm, rule.equal), _spent(largest, rule.equal)
+        if arm.finished < rule.min_finished:
+            factor = rule.min_finished / max(arm.finished, 1)
+            reason = (
+                f"{label(arm)} has {arm.finished} finished trials, fewer than "
+                f"fairness.min_finished={rule.min_finished}"
+            )
+        elif spent < (1 - rule.tolerance) * most:
+            factor = most / spent if spent else 2.0
+            unit = rule.equal.replace("_", "-")
+            reason = (
+                f"{label(arm)} was searched with {spent:,.0f} {unit} against {most:,.0f} of "
+                f"{label(largest)}"
+            )
+        else:
+            continue
+        yield Doubt(arm.name, reason, _extended(results, arm, factor))
+
+
+def _spent(arm: ArmResult, unit: str) -> float:
+    return {"trials": arm.tried, "tokens": arm.tokens, "device_seconds": arm.seconds}[unit]
+
+
+def _extended(results: Results, arm: ArmResult, factor: float) -> str:
+    """The study's command with as many more trials for an arm, never fewer than one more."""
+    count = max(math.ceil(arm.wanted * factor), arm.wanted + 1)
+    if arm.tried < arm.wanted:
+        count = max(arm.wanted, math.ceil(arm.tried * factor))  # it has not even had its own
+    where = "hydra.sweeper" if arm.name == "lora" else f"hydra.sweeper.arms.{arm.name}"
+    return with_override(results.command, f"{where}.n_trials", str(count))
+
+
+def _sentences(verdict: Verdict) -> Iterator[str]:
+    if verdict.doubts:
+        yield f"PROVISIONAL: {'; '.join(doubt.reason for doubt in verdict.doubts)}."
+    for duel in verdict.duels:
+        yield from _duel_words(duel)
+    if not verdict.duels:
+        yield from (_alone(side) for side in verdict.sides)
+    if not verdict.sides:
+        yield "No trial has finished yet, so there is nothing to compare."
+    elif not verdict.duels:
+        yield "There is no other arm with a finished trial to compare it with."
+    for name, endings in verdict.failed:
+        yield f"{_capital(name)} has no finished trial ({endings})."
+    yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
+
+
+def _alone(side: Side) -> str:
+    gain = side.base_loss - side.loss
+    if gain <= 0:
+        return f"The best {side.label} ({side.point}) is no better than the untuned base."
+    return f"The best {side.label} ({side.point}) lowers the eval loss by {gain:.3f} nats."
+
+
+def _duel_words(duel: Duel) -> Iterator[str]:
+    side, reference = duel.side, duel.reference
+    name = f"The best {side.label} ({side.point})"
+    losses = f"{duel.split} loss {duel.losses[0]:.4f} against {duel.losses[1]:.4f}"
+    if duel.retained is None:
+        yield (
+            f"{name} cannot be measured by {reference.label}, which does not improve on the base "
+            f"at all ({losses})."
+        )
+    elif duel.retained.value <= 0:
+        yield f"{name} is no better than the untuned base ({losses})."
+    else:
+        share = _with_interval(duel.retained, "{:.1f}", " %")
+        yield f"{name} retains {share} of {reference.label}'s improvement over the base ({losses})."
+    yield _who_is_ahead(duel)
+    if costs := _costs(side, reference):
+        yield f"{_capital(side.label)} {costs}."
+
+
+def _who_is_ahead(duel: Duel) -> str:
+    size = f"{abs(duel.difference.value):.4f} nats"
+    if duel.difference.low is None:
+        better = duel.side if duel.difference.value < 0 else duel.reference
+        return (
+            f"{_capital(better.label)} is ahead by {size}, with no interval to tell it from a tie."
+        )
+    ends = f"95 % interval {duel.difference.low:+.4f} to {duel.difference.high:+.4f}"
+    if duel.ahead is None:
+        return f"It is a tie: the difference of {duel.difference.value:+.4f} nats may be zero ({ends})."
+    return f"{_capital(duel.ahead)} is ahead by {size} ({ends})."
+
+
+def _with_interval(found: Estimate, form: str, unit: str) -> str:
+    value = form.format(found.value) + unit
+    if found.low is None or found.high is None:
+        return value
+    return f"{value} (95 % interval {form.format(found.low)} to {form.format(found.high)})"
+
+
+def _costs(side: Side, reference: Side) -> str:
+    """What the arm takes, as shares of what its reference takes."""
+    words = []
+    trained = _ratio(side.trainable, reference.trainable)
+    if trained is not None:
+        words.append(f"trains {100 * trained:.3g} % of the parameters")
+    time = _ratio(side.seconds_per_trial, reference.seconds_per_trial)
+    if time is not None:
+        words.append(f"takes {time:.2g}× the time a trial")
+    memory = _ratio(side.peak_memory_mib, reference.peak_memory_mib)
+    if memory is not None:
+        words.append(f"{memory:.2g}× the peak memory")
+    artifact = _ratio(side.artifact_mib, reference.artifact_mib)
+    if artifact is not None:
+        words.append(f"{artifact:.2g}× the disk space")
+    return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + "".join(words[-1:])
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def _seed_words(duel: Duel) -> str:
+    seeds = (duel.side.seeds, duel.reference.seeds)
+    if duel.difference.low is None:
+        return "One seed each, on the split that chose them: small differences may be chance."
+    if min(seeds) == 1:
+        return (
+            "An arm with one seed: the interval holds for other test examples, not for other seeds."
+        )
+    noise = ", ".join(
+        f"{sd:.4f} ({side.label})"
+        for sd, side in zip(duel.noise, (duel.side, duel.reference), strict=True)
+        if sd is not None
+    )
+    return f"Seeds: {seeds[0]} against {seeds[1]}; noise floor (sd over seeds) {noise} nats."

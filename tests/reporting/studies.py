@@ -1,0 +1,107 @@
+"""Results made by hand, for the tests of what is said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sweeper.outcome import Facts, Outcome
+from sweeper.reporting.results import ArmResult, Range, Results, TrialResult, rank
+from sweeper.settings import Fairness
+
+RATE = "training.learning_rate"
+FACTS = Facts(
+    base_digest="b",
+    base_commit=None,
+    base_metrics={"eval/loss": 4.5, "eval/perplexity": 90.0},
+    base_parameters=1000,
+    data_digest="d" * 64,
+    data_source="rows.jsonl",
+    data_format="alpaca",
+    rows={"train": 10, "validation": 2, "test": 1},
+    dropped={"over_max_length": 3},
+    target_tokens=20,
+    device="cpu",
+    dtype="float32",
+)
+FAIRNESS = Fairness(equal="trials", tolerance=0.1, min_finished=1)
+SETTINGS = {
+    "adapter.method": "lora",
+    "training.optim": "adamw_torch",
+    "training.per_device_train_batch_size": 4,
+    "training.gradient_accumulation_steps": 2,
+    RATE: 1e-3,
+}
+LORA_COSTS = {
+    "parameters/trainable": 50.0,
+    "parameters/trainable_percent": 100 * 50 / 1050,
+    "parameters/trainable_percent_of_base": 5.0,
+    "cost/seconds": 10.0,
+    "cost/peak_memory_mib": 300.0,
+    "cost/artifact_mib": 1.0,
+}
+FULL_COSTS = {
+    "parameters/trainable": 1000.0,
+    "parameters/trainable_percent": 100.0,
+    "parameters/trainable_percent_of_base": 100.0,
+    "cost/seconds": 20.0,
+    "cost/peak_memory_mib": 600.0,
+    "cost/artifact_mib": 20.0,
+}
+
+
+def make_trial(
+    arm: str,
+    number: int,
+    cause: str,
+    loss: float | None,
+    costs: Mapping[str, float] | None = None,
+    **point: Any,
+) -> TrialResult:
+    """One trial; `point` by the last part of its keys."""
+    keys = {"learning_rate": RATE, "r": "adapter.r"}
+    named = {keys[name]: value for name, value in point.items()}
+    outcome = Outcome(cause=cause, best_value=loss, metrics=dict(costs or {}))  # type: ignore[arg-type]
+    return TrialResult(arm, number, named or {RATE: 1e-3}, outcome)
+
+
+def make_arm(
+    name: str,
+    trials: Sequence[TrialResult],
+    method: str = "QLoRA",
+    base: str = "nf4",
+    rates: tuple[float, ...] | None = None,
+    **fields: Any,
+) -> ArmResult:
+    """An arm that was searched over the given rates."""
+    facts = fields.pop("facts", FACTS)
+    adapter = "none" if method == "full fine-tuning" else "lora"
+    continuous = fields.pop("continuous", True)
+    ranges = {} if rates is None else {RATE: Range(values=rates, continuous=continuous)}
+    return ArmResult(
+        name=name,
+        wanted=fields.pop("wanted", len(trials)),
+        method=method,
+        base=base,
+        facts=facts,
+        trials=rank(list(trials)),
+        settings={**SETTINGS, "adapter.method": adapter},
+        ranges=ranges,
+        exhaustive=fields.pop("exhaustive", False),
+    )
+
+
+def make_results(*arms: ArmResult, fairness: Fairness = FAIRNESS, **fields: Any) -> Results:
+    """A study of these arms."""
+    provenance = {"git.commit": "abc"}
+    return Results("mine", "+experiment=mine -m", provenance, tuple(arms), fairness, **fields)
+
+
+def two_arms(lora: float | None, full: float | None) -> Results:
+    """One trial an arm; an arm without a loss is left out (full) or failed (lora)."""
+    cause = "finished" if lora is not None else "oom"
+    arms = [make_arm("lora", [make_trial("lora", 0, cause, lora, LORA_COSTS)])]
+    if full is not None:
+        trials = [make_trial("full", 0, "finished", full, FULL_COSTS)]
+        arms.append(make_arm("full", trials, "full fine-tuning", "float32"))
+    return make_results(*arms)

@@ -1,0 +1,274 @@
+"""The verdict: what the numbers carry, and no more."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+
+import pytest
+
+from sweeper.reporting.intervals import Estimate
+from sweeper.reporting.results import ArmResult, Range, Results
+from sweeper.reporting.verdict import Verdict, judge, wider, with_override
+from sweeper.search.plan import studies
+from sweeper.settings import Fairness
+from sweeper.space import Choice, Interval
+from tests.reporting.studies import (
+    FACTS,
+    FAIRNESS,
+    FULL_COSTS,
+    LORA_COSTS,
+    RATE,
+    make_arm,
+    make_results,
+    make_trial,
+    two_arms,
+)
+from tests.reporting.test_tables import CONTRAST
+
+LR_RANK_SWEEP = "+experiment=lr_rank_sweep -m"
+
+
+def _judged(low: float, high: float, seeds: tuple[int, int] = (3, 3)) -> Verdict:
+    """Two arms with a test-split difference of the given interval."""
+    middle = (low + high) / 2
+    found = CONTRAST.model_copy(
+        update={"difference": Estimate(value=middle, low=low, high=high), "seeds": seeds}
+    )
+    return judge(make_results(*two_arms(4.05, 4.0).arms, contrasts=(found,)))
+
+
+def _full(rates: tuple[float, ...], best: float, **fields: object) -> ArmResult:
+    """A full arm that tried every one of some rates."""
+    trials = [
+        make_trial("full", n, "finished", 4.0 + (rate != best), FULL_COSTS, learning_rate=rate)
+        for n, rate in enumerate(rates)
+    ]
+    options = {"exhaustive": True, "continuous": False, **fields}
+    return make_arm("full", trials, "full fine-tuning", "float32", rates, **options)
+
+
+def _lora(count: int, best: float = 3e-3) -> ArmResult:
+    trials = [
+        make_trial("lora", n, "finished", 4.0 + n, LORA_COSTS, learning_rate=best)
+        for n in range(count)
+    ]
+    return make_arm("lora", trials, rates=(3e-4, 3e-2))
+
+
+def test_words_give_share_parameters_time_memory_and_space() -> None:
+    """0.45 of 0.5 nats is 90 %, with 5 % of the parameters in half the time."""
+    verdict = judge(two_arms(4.05, 4.0))
+    assert "retains 90.0 % of full fine-tuning's improvement" in verdict.words
+    assert "trains 5 % of the parameters, takes 0.5× the time a trial" in verdict.words
+    assert "0.5× the peak memory and 0.05× the disk space" in verdict.words
+    (duel,) = verdict.duels
+    assert duel.difference.value == pytest.approx(0.05)
+    assert duel.side.device_seconds == 10.0
+    assert not verdict.provisional
+
+
+def test_one_seed_and_no_test_split_has_no_interval_and_says_so() -> None:
+    """Validation losses of one seed each name who is ahead, but never call a tie or a win."""
+    verdict = judge(two_arms(4.05, 4.0))
+    assert verdict.duels[0].ahead is None
+    assert "with no interval to tell it from a tie" in verdict.words
+    assert "One seed each" in verdict.words
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (-0.01, 0.02, "It is a tie: the difference of +0.0050 nats may be zero"),
+        (0.03, 0.07, "Full fine-tuning is ahead by 0.0500 nats (95 % interval +0.0300 to +0.0700)"),
+        (-0.07, -0.03, "QLoRA is ahead by 0.0500 nats (95 % interval -0.0700 to -0.0300)"),
+    ],
+)
+def test_a_tie_is_called_a_tie(low: float, high: float, words: str) -> None:
+    """An interval that holds zero is a tie; otherwise the arm with the lower loss is ahead."""
+    verdict = _judged(low, high)
+    assert words in verdict.words
+    assert (verdict.duels[0].ahead is None) == ("tie" in words)
+
+
+def test_the_test_split_is_what_the_verdict_rests_on() -> None:
+    """Losses, share and noise floor are those of the finalists on the test split."""
+    words = _judged(0.03, 0.07).words
+    assert "90.0 % (95 % interval 86.0 to 94.0) of full fine-tuning's improvement" in words
+    assert "(test loss 4.0600 against 4.0100)" in words
+    assert "noise floor (sd over seeds) 0.0040 (QLoRA), 0.0060 (full fine-tuning) nats" in words
+
+
+def test_an_interval_without_seeds_says_what_it_covers() -> None:
+    """With one seed the interval is over examples only."""
+    assert "not for other seeds" in _judged(0.03, 0.07, seeds=(1, 3)).words
+
+
+@pytest.mark.parametrize(
+    ("lora", "full", "words"),
+    [
+        (4.6, 4.0, "no better than the untuned base"),
+        (4.0, None, "lowers the eval loss by 0.500 nats. There is no other arm"),
+        (4.6, None, "is no better than the untuned base"),
+        (4.0, 4.6, "full fine-tuning, which does not improve on the base"),
+        (None, None, "No trial has finished yet"),
+        (None, 4.0, "QLoRA has no finished trial (1 oom)"),
+    ],
+)
+def test_words_claim_no_more_than_the_numbers(
+    lora: float | None, full: float | None, words: str
+) -> None:
+    """No share is computed where there is nothing to take a share of."""
+    assert words in judge(two_arms(lora, full)).words
+
+
+def test_the_share_has_one_zero_line() -> None:
+    """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
+    results = two_arms(4.05, 4.0)
+    worse = FACTS.model_copy(update={"base_loss": 4.9})
+    lora = dataclasses.replace(results.arms[0], facts=worse)
+    assert (
+        "retains 90.0 %" in judge(dataclasses.replace(results, arms=(lora, results.arms[1]))).words
+    )
+
+
+def test_any_number_of_arms_is_held_against_full_fine_tuning() -> None:
+    """QLoRA and bf16 LoRA each get their sentence; the reference gets none."""
+    results = two_arms(4.05, 4.0)
+    trials = [make_trial("bf16", 0, "finished", 4.1, LORA_COSTS)]
+    verdict = judge(make_results(*results.arms, make_arm("bf16", trials, "LoRA", "bfloat16")))
+    assert [(duel.side.label, duel.reference.label) for duel in verdict.duels] == [
+        ("QLoRA", "full fine-tuning"),
+        ("LoRA (bf16)", "full fine-tuning"),
+    ]
+    assert "The best LoRA (bf16) (learning_rate=0.001) retains 80.0 %" in verdict.words
+
+
+def test_an_arm_that_was_not_judged_on_the_test_split_is_compared_on_the_other() -> None:
+    """Losses of two splits are never held against each other."""
+    trials = [make_trial("bf16", 0, "finished", 4.1, LORA_COSTS)]
+    arms = (*two_arms(4.05, 4.0).arms, make_arm("bf16", trials, "LoRA", "bfloat16"))
+    judged, not_judged = judge(make_results(*arms, contrasts=(CONTRAST,))).duels
+    assert (judged.split, judged.losses) == ("test", (4.06, 4.01))
+    assert (not_judged.split, not_judged.losses) == ("validation", (4.1, 4.0))
+    assert not_judged.ahead is None
+
+
+def test_without_full_fine_tuning_the_second_arm_is_the_reference() -> None:
+    """NF4 against an unquantized base is a question of its own."""
+    arms = [
+        make_arm("lora", [make_trial("lora", 0, "finished", 4.1, LORA_COSTS)]),
+        make_arm("plain", [make_trial("plain", 0, "finished", 4.0, LORA_COSTS)], "LoRA", "float32"),
+    ]
+    assert "retains 80.0 % of LoRA (plain)'s improvement" in judge(make_results(*arms)).words
+
+
+def test_all_failed_is_no_comparison() -> None:
+    """Arms without a finished trial are named with their causes, and nothing is provisional."""
+    arms = [
+        make_arm("lora", [make_trial("lora", n, "diverged", None) for n in range(3)]),
+        make_arm("full", [make_trial("full", 0, "oom", None)], "full fine-tuning"),
+    ]
+    verdict = judge(make_results(*arms))
+    assert "QLoRA has no finished trial (3 diverged)" in verdict.words
+    assert "Full fine-tuning has no finished trial (1 oom)" in verdict.words
+    assert verdict.duels == verdict.doubts == ()
+
+
+def test_a_best_rate_at_the_edge_makes_the_verdict_provisional() -> None:
+    """The first word is PROVISIONAL, the reason names the range, the command widens that arm's."""
+    rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    results = make_results(_lora(5), _full(rates, best=3e-3))
+    verdict = judge(dataclasses.replace(results, command=LR_RANK_SWEEP))
+    assert verdict.words.startswith(
+        "PROVISIONAL: the best learning rate of full fine-tuning (0.003)"
+    )
+    assert "outer tenth of its range (3e-05 to 0.003)" in verdict.words
+    (doubt,) = verdict.doubts
+    assert verdict.text.endswith("    python -m sweeper " + doubt.command)
+    (plan,) = studies(shlex.split(doubt.command)[:-1])
+    assert plan.study.study_name == "mine_wider"
+    full = next(arm for arm in plan.arms if arm.name == "full")
+    assert full.space[RATE] == Choice((*rates, 0.00949, 0.03))
+    assert full.n_trials == 5
+
+
+def test_the_lora_arms_range_is_widened_by_its_own_key() -> None:
+    """Its command-line override replaces the range of the lora arm and of no other."""
+    verdict = judge(dataclasses.replace(make_results(_lora(5, best=3.2e-4)), command=LR_RANK_SWEEP))
+    (doubt,) = verdict.doubts
+    lora, full = studies(shlex.split(doubt.command)[:-1])[0].arms
+    assert lora.space[RATE] == Interval(3e-5, 3e-2, log=True)
+    assert full.space[RATE] == Choice((3e-5, 1e-4, 3e-4, 1e-3, 3e-3))
+
+
+@pytest.mark.parametrize(
+    ("rate", "edge"), [(3.5e-4, True), (5e-4, False), (1.8e-2, False), (2e-2, True)]
+)
+def test_the_outer_tenth_is_of_the_logarithm(rate: float, edge: bool) -> None:
+    """Of two decades, a fifth of a decade at either end: 4.75e-4 and 1.89e-2."""
+    assert judge(make_results(_lora(5, best=rate))).provisional is edge
+
+
+def test_ranges_widen_by_a_decade() -> None:
+    """Intervals move one end, choices get two more values half a decade apart."""
+    interval, choice = (
+        Range(values=(1e-4, 1e-2), continuous=True),
+        Range(values=(1e-4,), continuous=False),
+    )
+    assert wider(interval, downwards=True) == "tag(log, interval(1e-05, 0.01))"
+    assert wider(interval, downwards=False) == "tag(log, interval(0.0001, 0.1))"
+    assert wider(choice, downwards=True) == "choice(1e-05, 3.16e-05, 0.0001)"
+
+
+def _budgets(results: Results, **rule: object) -> Verdict:
+    fairness = Fairness.model_validate({**FAIRNESS.model_dump(), **rule})
+    return judge(dataclasses.replace(results, fairness=fairness, command=LR_RANK_SWEEP))
+
+
+def test_an_arm_with_a_smaller_budget_makes_the_verdict_provisional() -> None:
+    """Five random trials against twelve; the command gives the arm as many."""
+    full = _full((1e-4, 2e-4, 3e-4, 4e-4, 5e-3), best=3e-4, exhaustive=False)
+    verdict = _budgets(make_results(_lora(12), full))
+    assert "full fine-tuning was searched with 5 trials against 12 of QLoRA" in verdict.words
+    (doubt,) = verdict.doubts
+    assert doubt.command == "+experiment=lr_rank_sweep hydra.sweeper.arms.full.n_trials=12 -m"
+
+
+def test_a_grid_walked_to_its_end_lacks_no_budget() -> None:
+    """More trials of a complete grid would find nothing new; an unfinished grid lacks the rest."""
+    full = _full((1e-4, 2e-4, 3e-4, 4e-4, 5e-3), best=3e-4)
+    assert not _budgets(make_results(_lora(12), full)).provisional
+    assert _budgets(make_results(_lora(12), dataclasses.replace(full, wanted=9))).provisional
+
+
+def test_budgets_count_in_the_unit_of_the_rule() -> None:
+    """12 trials of 10 s and 6 of 20 s are equal device-seconds and unequal trials."""
+    full = _full((1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 5e-3), best=3e-4, exhaustive=False)
+    results = make_results(_lora(12), full)
+    assert not _budgets(results, equal="device_seconds").provisional
+    assert _budgets(results, equal="trials").provisional
+
+
+def test_too_few_finished_trials_make_the_verdict_provisional() -> None:
+    """Fewer than fairness.min_finished; the command adds trials."""
+    verdict = _budgets(make_results(_lora(3)), min_finished=4)
+    assert "QLoRA has 3 finished trials, fewer than fairness.min_finished=4" in verdict.words
+    assert verdict.doubts[0].command.endswith("hydra.sweeper.n_trials=4 -m")
+
+
+def test_overrides_replace_their_like_before_the_flag() -> None:
+    """A command has one value for a key, and ends with -m."""
+    command = "+experiment=e training.learning_rate=1e-3 -m"
+    found = with_override(command, "training.learning_rate", "choice(1, 2)")
+    assert found == "+experiment=e 'training.learning_rate=choice(1, 2)' -m"
+
+
+def test_the_document_is_json_with_figures_and_words() -> None:
+    """results.json carries the verdict for machines."""
+    document = json.loads(json.dumps(_judged(0.03, 0.07).document(), allow_nan=False))
+    assert document["duels"][0]["difference"] == {"value": 0.05, "low": 0.03, "high": 0.07}
+    assert document["duels"][0]["reference"]["trainable"] == 1000.0
+    assert document["provisional"] is False
+    assert document["words"].startswith("The best QLoRA")
