@@ -126,7 +126,7 @@ def test_words_claim_no_more_than_the_numbers(
 def test_the_share_has_one_zero_line() -> None:
     """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
     results = two_arms(4.05, 4.0)
-    worse = FACTS.model_copy(update={"base_loss": 4.9})
+    worse = FACTS.model_copy(update={"base_metrics": {"eval/loss": 4.9, "eval/perplexity": 134.0}})
     lora = dataclasses.replace(results.arms[0], facts=worse)
     assert (
         "retains 90.0 %" in judge(dataclasses.replace(results, arms=(lora, results.arms[1]))).words
