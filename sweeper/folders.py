@@ -125,7 +125,8 @@ class TrialFolder:
 
     def clear_results(self) -> None:
         """Remove what an earlier attempt wrote, keeping its checkpoints."""
-        for path in (self.outcome, self.log_text, self.log_json, *self.path.glob("*.zip")):
+        written = (self.outcome, self.log_text, self.log_json, self.data_card, self.samples)
+        for path in (*written, self.samples.with_suffix(".json"), *self.path.glob("*.zip")):
             path.unlink(missing_ok=True)
         for folder in (self.adapter, self.model, self.merged):
             shutil.rmtree(folder, ignore_errors=True)

@@ -45,7 +45,7 @@ def _lines(settings: TrialSettings, outcome: Outcome, document: Mapping[str, Any
         *_parameters(figures),
         "",
         *_ending(outcome),
-        *_losses(outcome),
+        *_losses(outcome, settings.objective.metric),
         *_costs(figures),
         *_artifact(document["artifact"]),
         "",
@@ -103,7 +103,7 @@ def _ending(outcome: Outcome) -> list[str]:
     return [f"Ended          {outcome.cause} after {outcome.steps} steps, {seconds:.2f} s{reason}"]
 
 
-def _losses(outcome: Outcome) -> list[str]:
+def _losses(outcome: Outcome, objective: str) -> list[str]:
     figures, lines = outcome.metrics, []
     if "train/mean_loss" in figures:
         lines.append(
@@ -112,7 +112,7 @@ def _losses(outcome: Outcome) -> list[str]:
         )
     if outcome.best_value is not None:
         lines.append(
-            f"Best eval/loss {outcome.best_value:.4f} (perplexity "
+            f"Best {objective} {outcome.best_value:.4f} (perplexity "
             f"{figures['best/eval_perplexity']:.4f}) at step {outcome.best_step}, which is stored"
         )
     if "best/eval_minus_train_loss" in figures:

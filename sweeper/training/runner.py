@@ -138,9 +138,11 @@ class TransformersRunner:
         """
         refuse_fp16_on_cpu(settings)
         with meter.stage("load"):
-            base = self._base(settings)  # does not fit at all: no micro-batch would help
+            self._base(settings)  # does not fit at all: no micro-batch would help
         with meter.stage("data"):
-            fits = self._fits(self._data(settings, base))
+            # nothing here holds the base itself: it is dropped where its weights were trained
+            prepared = self._data(settings, self._base(settings))
+            fits = self._fits(prepared)
         settings = resolve(settings, fits, on_gpu=device().type == "cuda")
         while True:
             try:
@@ -160,7 +162,7 @@ class TransformersRunner:
             with meter.stage("save"):
                 merged = export_merged(settings, folder)
             with meter.stage("eval"):
-                meter.figures |= merged_figures(merged, self._data(settings, merged), settings)
+                meter.figures |= merged_figures(merged, prepared, settings)
         return outcome
 
     def _attempt(

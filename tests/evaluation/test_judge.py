@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from sweeper.data.formats import Example
-from sweeper.data.tokens import Collator, encode
+from sweeper.data.encode import encode_evaluation, encode_prompts
+from sweeper.data.tokens import Collator
 from sweeper.errors import ConfigError
 from sweeper.evaluation.judge import HeldOut, Judge, make_judge, plausibility_warning
 from sweeper.evaluation.loss import evaluate_loss
@@ -19,6 +19,7 @@ from sweeper.evaluation.rouge import rouge
 from sweeper.modeling.base import Base, load_base
 from sweeper.settings import DIRECTIONS, Evaluation, validate
 from tests.conftest import make_settings
+from tests.data.samples import example, make_data
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,9 @@ def base() -> Base:
     return load_base(settings.model, settings.quantization, trained=False)
 
 
+PLAIN = make_data(template="plain")
 EXAMPLES = [
-    Example(
+    example(
         f"def {verb}_{noun}(a, b):\n",
         f"{verb.title()} the {noun} of a and b – {'very ' * count}soon.",
     )
@@ -43,17 +45,11 @@ EXAMPLES = [
 
 def judge_of(base: Base, **options: Any) -> Judge:
     """A judge on 20 rows and 10 held-out prompts, 4 of which are answered."""
-    settings = make_settings()
-    prompts = [example.prompt for example in EXAMPLES[:10]]
-    held_out = HeldOut(
-        prompts,
-        [base.tokenizer(prompt)["input_ids"] for prompt in prompts],
-        [example.completion for example in EXAMPLES[:10]],
-    )
-    document: dict[str, Any] = settings.evaluation.model_dump() | options
+    held_out = HeldOut.of(encode_prompts(EXAMPLES[:10], base.tokenizer, PLAIN))
+    document: dict[str, Any] = make_settings().evaluation.model_dump() | options
     document["generation"] |= {"num_examples": 4, "max_new_tokens": 8}
     evaluation = validate(Evaluation, document, "evaluation")
-    rows = encode(EXAMPLES, base.tokenizer, 512).rows
+    rows = encode_evaluation(EXAMPLES, base.tokenizer, PLAIN, None, 512).rows
     return make_judge(base.tokenizer, rows, held_out, evaluation, seed=7)
 
 
@@ -118,14 +114,36 @@ def test_looks_inside_a_trial_are_capped_and_cheap(base: Base) -> None:
     assert [judge.row_bytes[index] for index in indices] == look.row_bytes
 
 
+def test_smaller_batches_change_no_figure(base: Base) -> None:
+    """Halved from 32 down to one example at a time, every figure stays; below that is nothing."""
+    judge: Judge | None = judge_of(base)
+    assert judge is not None
+    whole, sizes = judge(base.model), []
+    while judge is not None:
+        smallest = judge
+        sizes.append(judge.settings.per_device_eval_batch_size)
+        judge = judge.halved()
+    assert sizes == [32, 16, 8, 4, 2, 1]
+    assert smallest.settings.generation.batch_size == 1
+    alone = smallest(base.model)
+    for name in set(whole.metrics) - {"cost/generated_tokens_per_second"}:
+        assert alone.metrics[name] == pytest.approx(whole.metrics[name], abs=1e-5)
+    assert [answer.text for answer in alone.answers] == [answer.text for answer in whole.answers]
+
+
 def test_answered_prompts_are_drawn_by_the_seed(base: Base) -> None:
     """num_examples of the held-out prompts, each with its own reference, the same every time."""
     first, second = judge_of(base).held_out, judge_of(base).held_out
     assert first is not None
     assert first == second
     assert len(first.prompts) == len(first.prompt_ids) == len(first.references) == 4
-    for prompt, ids in zip(first.prompts, first.prompt_ids, strict=True):
+    answers = {given.messages[0].content: given.completion for given in EXAMPLES}
+    for prompt, ids, expected in zip(
+        first.prompts, first.prompt_ids, first.references, strict=True
+    ):
         assert base.tokenizer(prompt)["input_ids"] == ids
+        assert answers[prompt] == expected
+    assert first.end_token_ids == {base.tokenizer.eos_token_id}
 
 
 def test_the_users_metric_is_measured_beside_the_others(

@@ -7,12 +7,13 @@ import math
 import pytest
 import torch
 
-from sweeper.data.formats import Example
+from sweeper.data.encode import encode_evaluation
 from sweeper.data.splits import load_splits
-from sweeper.data.tokens import IGNORED, Collator, Tokens, encode
+from sweeper.data.tokens import IGNORED, Collator, Tokens
 from sweeper.evaluation.loss import Loss, evaluate_examples, evaluate_loss, target_bytes, total
 from sweeper.modeling.base import Base, load_base
 from tests.conftest import make_settings
+from tests.data.samples import example, make_data
 
 Judged = tuple[Base, list[Tokens], Collator]
 
@@ -23,7 +24,7 @@ def judged(request: pytest.FixtureRequest) -> Judged:
     settings = make_settings(f"quantization={request.param}")
     base = load_base(settings.model, settings.quantization, trained=False)
     examples = load_splits(settings.data).examples["validation"][:60]
-    rows = encode(examples, base.tokenizer, 512).rows
+    rows = encode_evaluation(examples, base.tokenizer, settings.data, None, 512).rows
     return base, rows, Collator(base.tokenizer.pad_token_id)
 
 
@@ -91,9 +92,9 @@ def test_bytes_are_those_of_the_completions(judged: Judged) -> None:
         "naïve 日本 – “ok” 🎈",
         "x , y .",
     )
-    examples = [Example("Say it.", completion) for completion in completions]
-    rows = encode(examples, base.tokenizer, 512).rows
-    expected = [len(example.completion.encode("utf-8")) for example in examples]
+    examples = [example("Say it.", completion) for completion in completions]
+    rows = encode_evaluation(examples, base.tokenizer, make_data(), None, 512).rows
+    expected = [len(completion.encode("utf-8")) for completion in completions]
     assert target_bytes(rows, base.tokenizer) == expected
 
 

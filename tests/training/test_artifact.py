@@ -58,12 +58,6 @@ def test_full_weights_are_verified_too(run_tiny: RunTiny) -> None:
     assert folder.archive.exists()
 
 
-def test_merged_export_is_refused_not_forgotten(run_tiny: RunTiny) -> None:
-    """A key that would do nothing says so."""
-    outcome, _, _ = run_tiny("t", "artifacts.merged=true")
-    assert outcome.cause == "refused"
-
-
 def test_bpe_files_encode_as_the_tokenizer_does(tmp_path: Path) -> None:
     """vocab.json and merges.txt, loaded by tokenizers alone, give the very same tokens."""
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)

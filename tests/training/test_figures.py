@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper.evaluation.loss import Loss, evaluate_loss
+from sweeper.evaluation.loss import Loss, evaluate_examples, total
 from sweeper.modeling.adapter import ParameterCount
-from sweeper.training.figures import loss_figures, parameter_figures
+from sweeper.training.figures import best_figures, loss_figures, parameter_figures
 from sweeper.training.meter import Meter
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
@@ -63,12 +63,18 @@ def test_mean_train_loss_weighs_each_row_by_its_steps() -> None:
         *({"step": 5, "train/loss": 4.0}, {"step": 8, "eval/loss": 3.5}),
         *({"step": 10, "train/loss": 3.0}, {"step": 12, "train/loss": 2.0}),
     ]
-    figures = loss_figures(rows, best=3.5, best_step=8)
+    figures = loss_figures(rows)
     assert figures["train/mean_loss"] == pytest.approx(39 / 12)
     assert figures["train/final_loss"] == 2.0
-    assert figures["best/train_loss"] == 4.0
-    assert figures["best/eval_minus_train_loss"] == -0.5
-    assert figures["best/eval_perplexity"] == pytest.approx(math.exp(3.5))
+    metrics = {"eval/loss": 3.5, "eval/rougeL": 0.2, "cost/generated_tokens_per_second": 9.0}
+    assert best_figures(rows, metrics, best_step=8) == {
+        "best/eval_loss": 3.5,
+        "best/eval_rougeL": 0.2,
+        "cost/generated_tokens_per_second": 9.0,
+        "best/step": 8.0,
+        "best/train_loss": 4.0,
+        "best/eval_minus_train_loss": -0.5,
+    }
 
 
 def test_both_percentages_of_the_gpt2_report() -> None:
@@ -123,7 +129,7 @@ def test_target_tokens_are_those_of_the_data(run_tiny: RunTiny) -> None:
     """One epoch sees every target token and every non-padding token of the training rows once."""
     runner = TransformersRunner(threads=1)
     outcome, _, _ = run_tiny("t", "training.max_steps=null", runner=runner)
-    (data,) = runner._data.values()
+    (data,) = runner._prepared.values()
     metrics = outcome.metrics
     seconds = metrics["cost/train_seconds"]
     tokens = sum(len(row["input_ids"]) for row in data.train.rows)
@@ -153,11 +159,11 @@ def test_best_between_two_periodic_checkpoints_is_what_is_kept(
     """Saving only at step 6, the weights of step 4, judged best, are stored all the same."""
     real: list[float] = []
 
-    def scripted(*arguments: Any) -> Loss:
-        real.append(evaluate_loss(*arguments).mean)
-        return Loss([3.0, 2.0, 4.0][len(real) - 1], 1)
+    def scripted(model: Any, rows: Any, *more: Any) -> list[Loss]:
+        real.append(total(evaluate_examples(model, rows, *more)).mean)
+        return [Loss([3.0, 2.0, 4.0][len(real) - 1], 1, 1)]
 
-    monkeypatch.setattr("sweeper.training.trial.evaluate_loss", scripted)
+    monkeypatch.setattr("sweeper.evaluation.judge.evaluate_examples", scripted)
     full = ("adapter=none", "training.learning_rate=0.01")
     outcome, _, folder = run_tiny("t", *full, "training.save_steps=6")
     assert (outcome.best_value, outcome.best_step) == (2.0, 4)
@@ -165,6 +171,7 @@ def test_best_between_two_periodic_checkpoints_is_what_is_kept(
     settings = make_settings(
         *(f"model.base_model={folder.model}", "quantization=none", f"data.train={data['train']}")
     )
+    monkeypatch.undo()
     stored = TransformersRunner(threads=1).probe(settings.trial).base_loss
     assert stored == pytest.approx(real[1], abs=1e-5)
     assert abs(real[1] - real[2]) > 1e-3

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 
-from sweeper.evaluation.loss import Loss, evaluate_loss, target_nll
+from sweeper.evaluation.loss import Loss, evaluate_examples, target_nll
 from tests.training.conftest import RunTiny
 
 BATCH = ("training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=2")
 FULL = ("adapter=none", "training.learning_rate=1e-3")
 LORA = ("adapter.lora_dropout=0.0", "training.learning_rate=0.02")
-Nll = Callable[[torch.nn.Module, Mapping[str, torch.Tensor]], torch.Tensor]
+Nll = Callable[[torch.nn.Module, Mapping[str, torch.Tensor], int | None], torch.Tensor]
 
 
 def _with_room_for(examples: int, calls_before: int = 0) -> Nll:
     """A loss that runs out of memory on more than `examples` at once, from some call on."""
     calls = 0
 
-    def limited(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def limited(
+        model: torch.nn.Module, batch: Mapping[str, torch.Tensor], chunk_size: int | None
+    ) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls > calls_before and len(batch["input_ids"]) > examples:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return target_nll(model, batch)
+        return target_nll(model, batch, chunk_size)
 
     return limited
 
@@ -83,12 +86,12 @@ def test_evaluation_halves_its_own_batch(
     """Judging in smaller batches gives the same loss, so training is left alone."""
     _, whole, _ = run_tiny("whole", *BATCH)
 
-    def limited(model: object, rows: object, collator: object, size: int, dtype: object) -> Loss:
+    def limited(model: Any, rows: Any, collator: Any, size: int, *more: Any) -> list[Loss]:
         if size > 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return evaluate_loss(model, rows, collator, size, dtype)  # type: ignore[arg-type]
+        return evaluate_examples(model, rows, collator, size, *more)
 
-    monkeypatch.setattr("sweeper.training.trial.evaluate_loss", limited)
+    monkeypatch.setattr("sweeper.evaluation.judge.evaluate_examples", limited)
     outcome, evaluations, _ = run_tiny("t", *BATCH)
     assert evaluations == [pytest.approx(item, abs=1e-5) for item in whole]
     assert outcome.metrics["training/micro_batch"] == 8

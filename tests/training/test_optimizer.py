@@ -9,22 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from sweeper.data.tokens import Encoded
-from sweeper.folders import TrialFolder
-from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
-from sweeper.training.trial import TrialInputs, train_trial
-from tests.conftest import make_settings
+from sweeper.training.runner import TransformersRunner
 from tests.training.conftest import RunTiny
-from tests.training.recorder import Recorder
 
 OPTIMIZERS = (
     *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"),
@@ -102,26 +91,12 @@ def test_loraplus_gives_b_its_own_rate(name: str, tmp_path: Path) -> None:
     assert any(not torch.equal(before[n], w) for n, w in named.items() if "lora_B" in n)
 
 
-def test_loraplus_ratio_reaches_the_training_loop(tiny_base: Path, tmp_path: Path) -> None:
-    """The ratio in a trial's inputs changes what is learned; without it nothing changes."""
-    ids = list(range(2, 12))
-    rows = Encoded([{"input_ids": ids, "labels": ids}] * 8, 0)
-    settings = make_settings(
-        *("quantization=none", "training.max_steps=3", "training.eval_steps=3"),
-        "training.activation_checkpointing=false",
-    ).trial
-    found = {}
-    for name, ratio in (("plain", None), ("again", None), ("plus", 16.0)):
-        set_seed(0)
-        model = get_peft_model(
-            LlamaForCausalLM.from_pretrained(tiny_base),
-            LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
-        tokenizer = AutoTokenizer.from_pretrained(tiny_base)
-        inputs = TrialInputs(model, tokenizer, rows, rows, loraplus_lr_ratio=ratio)
-        folder = TrialFolder(tmp_path / name)
-        found[name] = train_trial(inputs, settings, folder, Recorder(), Meter()).best_value
-    assert found["plain"] == found["again"]
-    assert found["plus"] is not None
-    assert found["plain"] is not None
-    assert found["plus"] < found["plain"]
+def test_loraplus_ratio_reaches_the_training_loop(run_tiny: RunTiny) -> None:
+    """adapter.loraplus_lr_ratio changes what is learned, for the better; 1 is plain AdamW."""
+    runner = TransformersRunner(threads=1)
+    plain, same, plus = (
+        run_tiny(name, f"adapter.loraplus_lr_ratio={ratio}", runner=runner)[1][-1][1]
+        for name, ratio in (("plain", "null"), ("same", "1.0"), ("plus", "16.0"))
+    )
+    assert same == pytest.approx(plain, abs=1e-6)
+    assert plus < plain

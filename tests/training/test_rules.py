@@ -13,13 +13,14 @@ NAN = math.nan
 
 
 def _watch(*overrides: str, total_steps: int = 100) -> Watch:
-    return Watch(make_settings(*overrides).training, total_steps)
+    settings = make_settings(*overrides)
+    return Watch(settings.training, settings.objective, total_steps)
 
 
 def _stopped_at(watch: Watch, losses: list[float]) -> int | None:
     """The step, 10 for each evaluation, at which the watch says stop."""
     for number, loss in enumerate(losses, start=1):
-        watch.evaluated(10 * number, loss)
+        watch.evaluated(10 * number, {"eval/loss": loss})
         if watch.stop:
             return 10 * number
     return None
@@ -64,6 +65,21 @@ def test_moving_average_can_be_the_signal() -> None:
     assert _stopped_at(_watch(*common, *average), losses) is None
 
 
+@pytest.mark.parametrize(("signal", "expected"), [("objective", 40), ("eval/loss", None)])
+def test_more_is_better_where_the_objective_says_so(signal: str, expected: int | None) -> None:
+    """ROUGE-L that falls while the loss falls too: patience runs out by the one, not by the other."""
+    watch = _watch(
+        *("objective=rougeL", "evaluation.generation.num_examples=1"),
+        *("training.early_stopping_patience=2", "training.early_stopping_min_fraction=0"),
+        f"training.early_stopping_metric={signal}",
+    )
+    stopped = None
+    for number, score in enumerate([0.1, 0.3, 0.2, 0.1, 0.05], start=1):
+        watch.evaluated(10 * number, {"eval/loss": 3 - 0.1 * number, "eval/rougeL": score})
+        stopped = stopped or (10 * number if watch.stop else None)
+    assert stopped == expected
+
+
 @pytest.mark.parametrize(
     ("metrics", "words"),
     [
@@ -92,9 +108,9 @@ def test_a_loss_far_above_the_first_is_divergence_when_it_lasts() -> None:
     watch = _watch("training.divergence_threshold=2", "training.divergence_patience=2")
     watch.trained(1, {"train/loss": 3.0})
     for step, loss in [(10, 6.1), (20, 5.9), (30, 6.1)]:
-        watch.evaluated(step, loss)
+        watch.evaluated(step, {"eval/loss": loss})
     assert watch.diverged is None
-    watch.evaluated(40, 6.2)
+    watch.evaluated(40, {"eval/loss": 6.2})
     assert watch.diverged == (
         "eval/loss is 6.2 at step 40, more than 2 times the first loss (3) in 2 evaluations"
     )
@@ -109,6 +125,6 @@ def test_replayed_rows_bring_a_new_watch_to_the_same_state() -> None:
     watch.replay([{"step": 5, "train/loss": 3.1}, *rows])
     assert not watch.stop
     for step, loss in [(40, 2.96), (50, 2.97)]:
-        watch.evaluated(step, loss)
+        watch.evaluated(step, {"eval/loss": loss})
     assert watch.stop
     assert whole == 50

@@ -20,6 +20,7 @@ from sweeper.modeling.base import load_base
 from sweeper.outcome import Outcome
 from sweeper.settings import Settings
 from sweeper.training.checkpoint import newest_checkpoint
+from sweeper.training.prepare import prepare
 from sweeper.training.runner import TransformersRunner
 from sweeper.training.schedule import plan_schedule
 from sweeper.training.spool import Spool
@@ -50,31 +51,31 @@ def _run(
 def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     rows_file: Path, tmp_path: Path, quantization: str
 ) -> None:
-    """What is stored is the best checkpoint: PEFT alone finds the same eval loss to 1e-3."""
-    runner = TransformersRunner(threads=1)
+    """What is stored is the best checkpoint: PEFT alone finds its eval loss, the same judge to 1e-5."""
     overrides = [f"quantization={quantization}", "training.learning_rate=0.02"]
-    outcome, recorder = _run(rows_file, tmp_path / "t", *overrides, runner=runner)
+    outcome, recorder = _run(rows_file, tmp_path / "t", *overrides)
     assert outcome.best_value == min(loss for _, loss in recorder.losses)
     settings = _settings(rows_file, overrides)
     fresh = load_base(settings.model, settings.quantization, trained=False)
     model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
-    data = runner._tokenized(settings.data, fresh)
+    data = prepare(settings.data, fresh)
     collator = Collator(fresh.tokenizer.pad_token_id)
     again = evaluate_loss(model, data.validation.rows, collator, 8).mean
     assert again == pytest.approx(outcome.best_value, abs=1e-3)
+    judged = data.judge(settings.trial, fresh)(model).value("eval/loss")
+    assert judged == pytest.approx(outcome.best_value, abs=1e-5)
 
 
 def test_full_fine_tune_stores_a_model_with_the_reported_loss(
     rows_file: Path, tmp_path: Path
 ) -> None:
     """The stored weights, loaded by transformers alone, give the eval loss of the outcome."""
-    runner = TransformersRunner(threads=1)
     overrides = ["adapter=none", "quantization=none", "training.learning_rate=1e-3"]
-    outcome, _ = _run(rows_file, tmp_path / "t", *overrides, runner=runner)
+    outcome, _ = _run(rows_file, tmp_path / "t", *overrides)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "t" / "model", dtype=torch.float32)
     settings = _settings(rows_file, overrides)
     base = load_base(settings.model, settings.quantization, trained=True)
-    data = runner._tokenized(settings.data, base)
+    data = prepare(settings.data, base)
     collator = Collator(base.tokenizer.pad_token_id)
     loss = evaluate_loss(model, data.validation.rows, collator, 8).mean
     assert loss == pytest.approx(outcome.best_value, abs=1e-3)
@@ -85,13 +86,12 @@ def test_full_fine_tune_stores_a_model_with_the_reported_loss(
 
 def test_bf16_is_computed_in_by_training_and_judging_alike(rows_file: Path, tmp_path: Path) -> None:
     """With model.dtype=bfloat16 the stored adapter, judged anew in bf16, gives the reported loss."""
-    runner = TransformersRunner(threads=1)
-    outcome, _ = _run(rows_file, tmp_path / "t", "model.dtype=bfloat16", runner=runner)
+    outcome, _ = _run(rows_file, tmp_path / "t", "model.dtype=bfloat16")
     settings = _settings(rows_file, ["model.dtype=bfloat16"])
     fresh = load_base(settings.model, settings.quantization, trained=False)
     assert fresh.compute_dtype is torch.bfloat16
     model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
-    data = runner._tokenized(settings.data, fresh)
+    data = prepare(settings.data, fresh)
     collator = Collator(fresh.tokenizer.pad_token_id)
     again = evaluate_loss(model, data.validation.rows, collator, 32, torch.bfloat16).mean
     assert again == pytest.approx(outcome.best_value, abs=1e-3)

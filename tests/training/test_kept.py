@@ -1,0 +1,92 @@
+"""Which checkpoint a trial keeps, and what it says that checkpoint is worth."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from sweeper.data.tokens import Collator
+from sweeper.evaluation.judge import Judge, Judgement
+from sweeper.evaluation.loss import evaluate_loss
+from sweeper.folders import TrialFolder
+from sweeper.modeling.base import Base, load_base
+from sweeper.settings import TrialSettings
+from sweeper.training.prepare import Prepared, prepare
+from tests.training.conftest import RunTiny
+
+LEARNS = ("adapter.lora_dropout=0.0", "training.learning_rate=0.02")
+ROUGE = (
+    *("objective.metric=eval/rougeL", "objective.direction=maximize"),
+    *("evaluation.generation.num_examples=2", "evaluation.generation.max_new_tokens=2"),
+)
+
+
+def _reloaded(folder: TrialFolder) -> tuple[PeftModel, Base, Prepared, TrialSettings]:
+    """A finished trial's adapter on a base loaded anew, its data prepared anew."""
+    document = json.loads(folder.log_json.read_text(encoding="utf-8"))
+    settings = TrialSettings.model_validate(document["settings"])
+    base = load_base(settings.model, settings.quantization, trained=False)
+    plain = AutoModelForCausalLM.from_pretrained(settings.model.base_model)
+    model = PeftModel.from_pretrained(plain, folder.adapter)
+    return model, base, prepare(settings.data, base), settings
+
+
+def test_highest_rouge_is_kept_where_the_objective_maximizes(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROUGE-L 0.1, 0.5, 0.2: the checkpoint of step 4 is stored, though step 6 has the lowest loss."""
+    losses: list[float] = []
+    judged = Judge.__call__
+
+    def scripted(judge: Judge, model: Any) -> Judgement:
+        judgement = judged(judge, model)
+        losses.append(judgement.value("eval/loss"))
+        scores = {"eval/rougeL": [0.1, 0.5, 0.2][len(losses) - 1]}
+        return replace(judgement, metrics={**judgement.metrics, **scores})
+
+    monkeypatch.setattr(Judge, "__call__", scripted)
+    outcome, reported, folder = run_tiny("t", *ROUGE, *LEARNS)
+    assert (outcome.best_value, outcome.best_step) == (0.5, 4)
+    assert outcome.metrics["best/eval_rougeL"] == 0.5
+    assert outcome.metrics["best/eval_loss"] == losses[1] > losses[2]
+    assert reported == list(zip((2, 4, 6), losses, strict=True)), "pruning goes by the loss"
+    assert "Best eval/rougeL 0.5000" in folder.log_text.read_text(encoding="utf-8")
+    monkeypatch.undo()
+    model, base, data, _ = _reloaded(folder)
+    collator = Collator(base.tokenizer.pad_token_id)
+    stored = evaluate_loss(model, data.validation.rows, collator, 4).mean
+    assert stored == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_value_is_of_the_whole_split_where_the_looks_are_capped(run_tiny: RunTiny) -> None:
+    """evaluation.max_samples=1: the looks see one row, best_value all of them."""
+    outcome, looks, folder = run_tiny("t", "evaluation.max_samples=1", *LEARNS)
+    step, capped = min(looks, key=lambda item: item[1])
+    assert outcome.best_step == step
+    model, base, data, _ = _reloaded(folder)
+    assert len(data.validation.rows) > 1
+    collator = Collator(base.tokenizer.pad_token_id)
+    whole = evaluate_loss(model, data.validation.rows, collator, 4).mean
+    assert outcome.best_value == pytest.approx(whole, abs=1e-5)
+    assert outcome.metrics["best/eval_loss"] == outcome.best_value
+    assert abs(whole - capped) > 1e-3
+
+
+@pytest.mark.parametrize("objective", [(), ROUGE], ids=["loss", "rouge"])
+def test_stored_adapter_judged_anew_gives_the_reported_value(
+    objective: tuple[str, ...], run_tiny: RunTiny
+) -> None:
+    """prepare() and its judge, on a fresh base, find best_value and all it was reported with."""
+    outcome, _, folder = run_tiny("t", *objective, *LEARNS)
+    model, base, data, settings = _reloaded(folder)
+    again = data.judge(settings, base)(model)
+    assert again.value(settings.objective.metric) == pytest.approx(outcome.best_value, abs=1e-5)
+    for name, value in again.metrics.items():
+        if name.startswith("eval/"):
+            reported = outcome.metrics[name.replace("eval/", "best/eval_")]
+            assert value == pytest.approx(reported, rel=1e-4, abs=1e-5)
