@@ -97,7 +97,7 @@ def test_grid_is_every_combination_once() -> None:
 def test_grid_refuses_a_continuous_interval() -> None:
     """A range without steps has no grid, and the message says what has."""
     with pytest.raises(ValueError, match=r"lr=.*needs choice"):
-        grid({"lr": Interval(0.0, 1.0)})
+        list(grid({"lr": Interval(0.0, 1.0)}))
 
 
 def test_interval_contains_its_bounds_and_nothing_beyond() -> None:

@@ -6,8 +6,8 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import optuna
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
 from sweeper.outcome import Facts, Outcome
+from sweeper.search.audit import Audit, audit
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
+from sweeper.search.study import point_of
 from sweeper.settings import LoraAdapter
 from sweeper.space import Scalar
 
@@ -30,6 +32,8 @@ class TrialResult:
     number: int
     point: Mapping[str, Scalar]
     outcome: Outcome
+    audited: bool = False
+    """Whether the pruner would have stopped it, and it went on to find out if that was right."""
 
     @property
     def loss(self) -> float | None:
@@ -57,6 +61,19 @@ class ArmResult:
     base: str
     facts: Facts
     trials: tuple[TrialResult, ...]
+    costs: tuple[str, ...] = ()
+    """Metrics that are minimised beside the loss."""
+    front: tuple[int, ...] = ()
+    """Numbers of the trials on the Pareto front of loss and costs."""
+
+    @property
+    def audit(self) -> Audit | None:
+        """How often the pruner was wrong, if it was audited."""
+        complete = [trial for trial in self.trials if trial.complete and trial.loss is not None]
+        return audit(
+            [trial.loss for trial in complete if trial.loss is not None and not trial.audited],
+            [trial.loss for trial in complete if trial.loss is not None and trial.audited],
+        )
 
     @property
     def best(self) -> TrialResult | None:
@@ -98,21 +115,28 @@ class Results:
         return next((arm for arm in self.arms if arm.name == name), None)
 
 
-def collect_arm(arm: ArmPlan, study: optuna.Study) -> ArmResult:
+def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
     """What an arm has so far, from its storage."""
     facts = Facts.model_validate(study.user_attrs["facts"])
     trials = [
         TrialResult(
             arm.name,
             frozen.number,
-            frozen.params,
+            point_of(frozen),
             Outcome.model_validate(frozen.user_attrs["outcome"]),
+            bool(frozen.user_attrs.get("audited", False)),
         )
         for frozen in study.get_trials(deepcopy=False)
         if frozen.state.is_finished() and "outcome" in frozen.user_attrs
     ]
+    complete = {trial.number for trial in trials if trial.complete}
+    front = (
+        [trial.number for trial in study.best_trials if trial.number in complete] if costs else []
+    )
     return ArmResult(
-        arm.name, arm.n_trials, _method(arm), _base_name(arm, facts), facts, rank(trials)
+        *(arm.name, arm.n_trials, _method(arm), _base_name(arm, facts), facts, rank(trials)),
+        costs=tuple(costs),
+        front=tuple(front),
     )
 
 
@@ -167,10 +191,14 @@ def to_document(results: Results) -> dict[str, Any]:
                 "n_trials": arm.wanted,
                 "facts": arm.facts.model_dump(mode="json"),
                 "best": None if arm.best is None else arm.best.number,
+                "costs": list(arm.costs),
+                "front": list(arm.front),
+                "audit": None if arm.audit is None else asdict(arm.audit),
                 "trials": [
                     {
                         "number": trial.number,
                         "params": dict(trial.point),
+                        "audited": trial.audited,
                         **trial.outcome.model_dump(mode="json"),
                     }
                     for trial in arm.trials
@@ -199,6 +227,7 @@ def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
             number=trial["number"],
             point=trial["params"],
             outcome=Outcome.model_validate({key: trial[key] for key in fields if key in trial}),
+            audited=trial["audited"],
         )
         for trial in document["trials"]
     ]
@@ -209,4 +238,6 @@ def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
         base=document["base"],
         facts=Facts.model_validate(document["facts"]),
         trials=rank(trials),
+        costs=tuple(document["costs"]),
+        front=tuple(document["front"]),
     )

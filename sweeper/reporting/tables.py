@@ -70,6 +70,24 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
 
 
+def pareto_front(arm: ArmResult) -> Sheet:
+    """The trials that no other beats in the loss and in every cost, the best loss first."""
+    front = [trial for trial in arm.trials if trial.number in arm.front]
+    keys = list(dict.fromkeys(key for trial in front for key in trial.point))
+    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "eval loss", *arm.costs)
+    rows = [
+        (
+            str(trial.number),
+            *(short_names(trial.point).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+            _number(trial.loss, "{:.4f}"),
+            *(_number(trial.metric(cost), "{:,.4g}") for cost in arm.costs),
+        )
+        for trial in front
+    ]
+    title = f"{arm.name}: Pareto front of eval loss and {', '.join(arm.costs)}"
+    return Sheet(title, columns, tuple(rows), frozenset({"target_modules"}))
+
+
 def verdict(results: Results) -> str:
     """The answer in words, as far as the numbers carry it."""
     lora, full = results.arm("lora"), results.arm("full")
@@ -96,8 +114,12 @@ def markdown_report(results: Results) -> str:
         comparison(results).markdown(),
     ]
     for arm in results.arms:
+        if arm.front:
+            front = pareto_front(arm)
+            parts += [f"## {front.title}", front.markdown()]
         sheet = leaderboard(arm)
         parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm.facts)}"]
+        parts += [] if arm.audit is None else [f"{arm.name}: {arm.audit}."]
     return "\n\n".join(parts) + "\n"
 
 

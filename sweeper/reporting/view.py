@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.reporting.results import Results
-from sweeper.reporting.tables import comparison, leaderboard, verdict
+from sweeper.reporting.tables import comparison, leaderboard, pareto_front, verdict
 from sweeper.search.board import Board, TrialView, View, format_scalar
 
 MAX_ROWS = 20
@@ -49,7 +49,8 @@ class PlainView:
 
     def event(self, text: str) -> None:
         """See View."""
-        self._console.print(f"{time.strftime('%H:%M:%S')}  {text}", highlight=False, soft_wrap=True)
+        line = f"{time.strftime('%H:%M:%S')}  {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, board: Board) -> None:
         """See View."""
@@ -96,8 +97,12 @@ def print_results(results: Results, console: Console) -> None:
     """Leaderboards, then the comparison, then the verdict in words."""
     for arm in results.arms:
         console.print(leaderboard(arm, LEADERBOARD_ROWS).draw())
+        if arm.front:
+            console.print(pareto_front(arm).draw())
+        if arm.audit is not None:
+            console.print(f"{arm.name}: {arm.audit}", highlight=False, markup=False, soft_wrap=True)
     console.print(comparison(results).draw())
-    console.print(verdict(results), highlight=False, soft_wrap=True)
+    console.print(verdict(results), highlight=False, markup=False, soft_wrap=True)
 
 
 def save_picture(results: Results, path: Path) -> None:
@@ -129,7 +134,10 @@ def board_table(board: Board) -> Table:
 def _headline(board: Board, trials: list[TrialView]) -> str:
     done = sum(trial.state not in ("running", "waiting", "cancelled") for trial in trials)
     base = "" if board.base_loss is None else f"   untuned base {board.base_loss:.4f}"
-    return f"{board.arm}: {done} of {board.wanted} trials{base}" if board.arm else "starting …"
+    left = f"   {board.left}" if board.left else ""
+    return (
+        f"{board.arm}: {done} of {board.wanted} trials{base}{left}" if board.arm else "starting …"
+    )
 
 
 def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text | ProgressBar]:
