@@ -183,7 +183,8 @@ def walk(space: Space, value_of: Callable[[str, Domain], Scalar], way: str = "")
 def locate(space: Space, point: Mapping[str, Scalar], way: str = "") -> Draw | None:
     """The draw that leads to a (possibly partial) point; None where the point is outside.
 
-    Of several branches that a point fits, the first is taken; a label may be part of the point.
+    Of several branches that a point fits, the first of those that decide most of its keys is taken;
+    a label may be part of the point.
     """
     draw: Draw = {}
     for key, domain in space.items():
@@ -201,9 +202,14 @@ def _locate(
         if key not in point:
             return {}
         return {name: point[key]} if point[key] in domain else None
-    if keys({key: domain}, labels=True).isdisjoint(point):
+    named = keys({key: domain}, labels=True) & set(point)
+    if not named:
         return {}
-    for value, branch in domain.branches.items():
+
+    def left_out(item: tuple[Scalar, Branch]) -> int:
+        return len(named - {key, *item[1].fixed} - keys(item[1].space, labels=True))
+
+    for value, branch in sorted(domain.branches.items(), key=left_out):
         wanted = {key: value, **branch.fixed}
         if all(point.get(part, fixed) == fixed for part, fixed in wanted.items()):
             inner = locate(branch.space, point, _way(name, value))

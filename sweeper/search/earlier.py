@@ -21,11 +21,11 @@ from sweeper.outcome import Facts
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.states import counts
 from sweeper.search.study import (
-    fixed_settings,
     open_storage,
     optuna_name,
     point_of,
     question,
+    settings_as_json,
     suggest,
 )
 from sweeper.settings import flatten
@@ -122,20 +122,22 @@ def _fitting(
     trials: list[FrozenTrial], folder: StudyFolder, arm: ArmPlan
 ) -> Iterator[tuple[FrozenTrial, Point, Draw]]:
     """Trials that this arm could have made itself, with their place in its space."""
+    unsearched = settings_as_json(arm)
     searched = keys(arm.space)
-    fixed = {
-        key: text for key, text in fixed_settings(arm).items() if key.split(".")[0] not in searched
-    }
+    groups = {key for key in searched if "." not in key}
     for trial in trials:
         config = folder.trial(arm.name, trial.number).config
         if not config.exists():
             continue
         settings = flatten(compose.read_yaml(config))
-        same = all(json.dumps(settings.get(key)) == text for key, text in fixed.items())
         known = {key: compose.scalar(settings[key]) for key in searched if key in settings}
         draw = locate(arm.space, {**known, **point_of(trial)})
         point = _complete(arm, draw)
-        if same and draw is not None and point is not None:
+        if draw is None or point is None:
+            continue
+        decided = {*point, *groups}
+        open_keys = [key for key in unsearched if decided.isdisjoint((key, key.split(".")[0]))]
+        if all(json.dumps(settings.get(key)) == unsearched[key] for key in open_keys):
             yield trial, point, draw
 
 

@@ -163,24 +163,20 @@ def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
 def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     """What an arm's study asks, part by part; not how many trials, by which sampler or package."""
     metric = objective(arm.settings.trial.model_dump(mode="json"))
+    searched = keys(arm.space)
     return {
         "objective": " and ".join([f"{plan.study.direction} {metric}", *plan.study.costs]),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},
-        **fixed_settings(arm),
+        **{key: text for key, text in settings_as_json(arm).items() if key not in searched},
     }
 
 
-def fixed_settings(arm: ArmPlan) -> dict[str, str]:
-    """The settings that every trial of an arm shares, as JSON, without those that change no result."""
+def settings_as_json(arm: ArmPlan) -> dict[str, str]:
+    """An arm's settings before any point is applied, but for those that change no result."""
     settings = flatten(arm.settings.trial.model_dump(mode="json"))
-    searched = keys(arm.space)
-    return {
-        key: json.dumps(value)
-        for key, value in settings.items()
-        if key not in searched and key not in MACHINERY
-    }
+    return {key: json.dumps(value) for key, value in settings.items() if key not in MACHINERY}
 
 
 def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts) -> None:
