@@ -230,6 +230,21 @@ def keys(space: Space, labels: bool = False) -> set[str]:
     return found
 
 
+def always_decided(space: Space) -> set[str]:
+    """Settings that every point of the space decides, whichever branches it takes."""
+    found: set[str] = set()
+    for key, domain in space.items():
+        if isinstance(domain, Branches):
+            each = [
+                {*branch.fixed, *always_decided(branch.space)}
+                for branch in domain.branches.values()
+            ]
+            found |= set.intersection(*each)
+        if not (isinstance(domain, Branches) and domain.label):
+            found.add(key)
+    return found
+
+
 def conditional(space: Space) -> bool:
     """Whether which parameters there are depends on what was drawn."""
     return any(isinstance(domain, Branches) for domain in space.values())

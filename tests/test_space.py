@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from sweeper.compose import (
     in_hydras_words,
@@ -22,6 +23,7 @@ from sweeper.space import (
     Interval,
     Scalar,
     Space,
+    always_decided,
     decided_twice,
     grid,
     keys,
@@ -169,9 +171,16 @@ def test_log_interval_round_trip(low: float, high: float) -> None:
 @given(value=st.one_of(st.booleans(), st.integers(-(10**9), 10**9), finite, st.none()))
 def test_override_round_trip_of_scalars(value: float | None) -> None:
     """A value written as an override is read as the same value."""
-    read = with_values({"a": {"b": 0}}, {"a.b": value})["a"]["b"]
+    read = with_values(OmegaConf.create({"a": {"b": 0}}), {"a.b": value})["a"]["b"]
     assert read == value
     assert type(read) is type(value)
+
+
+def test_values_reach_what_refers_to_them() -> None:
+    """An interpolation follows the value that is set, as it does when Hydra composes."""
+    config = OmegaConf.create({"a": {"b": 1}, "c": "${a.b}"})
+    assert with_values(config, {"a.b": 2}) == {"a": {"b": 2}, "c": 2}
+    assert config.c == 1
 
 
 @given(
@@ -183,7 +192,7 @@ def test_override_round_trip_of_texts(text: str) -> None:
     """A text survives too, whatever quotes, commas, equals signs and brackets it holds."""
     if text.startswith(("[", "{")):
         return  # these are override texts of lists by definition
-    read = with_values({"a": {"b": 0}}, {"a.b": text})["a"]["b"]
+    read = with_values(OmegaConf.create({"a": {"b": 0}}), {"a.b": text})["a"]["b"]
     assert read == text
 
 
@@ -242,6 +251,7 @@ def test_a_mapping_is_a_choice_whose_values_bring_keys_of_their_own() -> None:
     assert space["schedule"].label
     assert "schedule" not in keys(space)
     assert keys(space, labels=True) - keys(space) == {"schedule"}
+    assert keys(space) - always_decided(space) == {"adapter.use_rslora", "training.weight_decay"}
 
 
 def test_a_draw_leads_to_the_values_of_its_branch_alone() -> None:

@@ -53,8 +53,7 @@ class ArmPlan:
 
     def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
         """The arm's overrides with a point of its space."""
-        values = [compose.format_override(key, value) for key, value in point.items()]
-        return [*self.overrides, *values]
+        return [*self.overrides, *_as_overrides(point)]
 
     def settings_at(self, point: Mapping[str, Scalar]) -> Settings:
         """The full settings of the trial at a point.
@@ -62,7 +61,14 @@ class ArmPlan:
         Raises:
             ConfigError: the point is impossible (say, a target that the group does not have).
         """
-        return validate(Settings, compose.compose(self.overrides_at(point)).config)
+        groups = {key: value for key, value in point.items() if "." not in key}
+        values = {key: value for key, value in point.items() if "." in key}
+        composition = compose.compose((*self.overrides, *_as_overrides(groups)))
+        return validate(Settings, compose.with_values(composition.unresolved, values))
+
+
+def _as_overrides(point: Mapping[str, Scalar]) -> list[str]:
+    return [compose.format_override(key, value) for key, value in point.items()]
 
 
 @dataclass(frozen=True)
@@ -273,7 +279,7 @@ def _arm(
         raise ConfigError(
             [problem if name == LORA else f"arm {name}: {problem}" for problem in problems]
         )
-    texts = (*overrides, *(compose.format_override(key, value) for key, value in fixed.items()))
+    texts = (*overrides, *_as_overrides(fixed))
     settings = validate(Settings, compose.compose(texts).config)
     return ArmPlan(name, texts, space, tuple(points), count, sampler, settings)
 
@@ -301,11 +307,11 @@ def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> lis
     problems: list[str] = []
     for point in ({**fixed, **found} for found in list(probes(space)) or [{}]):
         values = {key: value for key, value in point.items() if "." in key}
-        groups = [compose.format_override(key, point[key]) for key in point if key not in values]
+        groups = _as_overrides({key: point[key] for key in point if key not in values})
         composition, found = compose.compose_leniently([*overrides, *groups])
         found += _unknown_keys(values, composition.config, composition.choices)
         if not found:
-            found = _setting_problems(compose.with_values(composition.config, values))
+            found = _setting_problems(compose.with_values(composition.unresolved, values))
         problems += [problem for problem in found if problem not in problems]
     return problems
 

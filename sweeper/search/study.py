@@ -22,7 +22,18 @@ from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
 from sweeper.settings import flatten
-from sweeper.space import Choice, Domain, Draw, Point, Scalar, Space, grid, keys, locate, walk
+from sweeper.space import (
+    Choice,
+    Domain,
+    Draw,
+    Point,
+    Scalar,
+    Space,
+    always_decided,
+    grid,
+    locate,
+    walk,
+)
 
 SQLITE_TIMEOUT_S = 60
 MACHINERY = frozenset({"model.base_model", "model.revision", "data.train", "data.validation"}) | {
@@ -163,13 +174,13 @@ def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
 def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     """What an arm's study asks, part by part; not how many trials, by which sampler or package."""
     metric = objective(arm.settings.trial.model_dump(mode="json"))
-    searched = keys(arm.space)
+    decided = always_decided(arm.space)
     return {
         "objective": " and ".join([f"{plan.study.direction} {metric}", *plan.study.costs]),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},
-        **{key: text for key, text in settings_as_json(arm).items() if key not in searched},
+        **{key: text for key, text in settings_as_json(arm).items() if key not in decided},
     }
 
 
