@@ -17,15 +17,17 @@ from sweeper.session import run_study
 
 FAKE = (
     *("workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0", "tracking=none"),
-    *("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full", "pruner=none"),
+    "pruner=none",
 )
+LR_RANK = ("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full")
 RATE = "training.learning_rate=tag(log,interval(3e-4,3e-2))"
 FEW = ("adapter.alpha_over_r=2", "adapter.target_modules=mlp", "training.warmup_ratio=0.03")
 
 
 def _run(tmp_path: Path, name: str, *overrides: str) -> Results:
     fixed = (f"output_dir={tmp_path}", f"hydra.sweeper.study_name={name}")
-    (plan,) = studies([*FAKE, *fixed, *overrides])
+    own_space = any("hydra.sweeper.params=" in text for text in overrides)
+    (plan,) = studies([*FAKE, *([] if own_space else LR_RANK), *fixed, *overrides])
     return run_study(plan)
 
 
@@ -59,26 +61,35 @@ def test_a_branch_reaches_the_trial_and_no_other_branch_does(tmp_path: Path) -> 
     assert all(trial.point["adapter.r"] in (4, 8, 16, 32) for trial in arm.trials)
 
 
-def test_every_audited_trial_ends_by_itself_and_is_judged(tmp_path: Path) -> None:
+HOPELESS = (
+    *("pruner=median", "adapter.r=8", *FEW, "hydra.sweeper.n_trials=5"),
+    "workers.fake.step_seconds=0.03",
+    "training.learning_rate=choice(5e-3, 4e-3, 6e-3, 7e-3, 3e-4)",
+)
+"""The fifth rate of a grid is far worse than the median of the four before it."""
+
+
+def test_an_audited_trial_ends_by_itself_and_is_judged(tmp_path: Path) -> None:
     """audit_fraction=1: nothing is pruned, and the report says how often the pruner was wrong."""
-    overrides = ("pruner=median", "hydra.sweeper.pruner.audit_fraction=1", "sampler=random")
-    arm = _lora(tmp_path, "audit", *overrides, "hydra.sweeper.n_trials=12")
+    arm = _lora(tmp_path, "x", *HOPELESS, "sampler=grid", "hydra.sweeper.pruner.audit_fraction=1")
     assert {trial.outcome.cause for trial in arm.trials} == {"finished"}
-    marked = [trial for trial in arm.trials if trial.audited]
-    assert arm.audit is not None
-    assert arm.audit.audited == len(marked) > 0
-    assert "pruner audit" in (tmp_path / "audit" / "report.md").read_text()
-    assert load_results("audit", tmp_path).arms[0].audit == arm.audit
+    assert [trial.number for trial in arm.trials if trial.audited] == [4]
+    assert arm.audit == Audit(audited=1, wrong=0, costly=0)
+    assert "pruner audit" in (tmp_path / "x" / "report.md").read_text()
+    assert load_results("x", tmp_path).arms[0].audit == arm.audit
 
 
-def test_without_an_audit_the_same_trials_are_pruned(tmp_path: Path) -> None:
-    """The first trial that an audit would continue is stopped when there is none."""
-    same = ("pruner=median", "sampler=random", "hydra.sweeper.n_trials=8")
-    audited = _lora(tmp_path, "with", *same, "hydra.sweeper.pruner.audit_fraction=1")
-    pruned = _lora(tmp_path, "without", *same)
-    first = min(trial.number for trial in audited.trials if trial.audited)
-    stopped = [trial.number for trial in pruned.trials if trial.outcome.cause == "pruned"]
-    assert min(stopped) == first
+def test_a_hopeless_trial_is_pruned_and_its_twin_is_not_trained(tmp_path: Path) -> None:
+    """Without an audit it is stopped; asked again, the point is answered from that trial."""
+    arm = _lora(tmp_path, "x", *HOPELESS, "sampler=grid")
+    pruned = arm.trials[-1]
+    assert (pruned.number, pruned.outcome.cause) == (4, "pruned")
+    assert pruned.outcome.steps < 20
+    _study(tmp_path, "x").enqueue_trial(dict(pruned.point))
+    arm = _lora(tmp_path, "x", *HOPELESS, "sampler=random", "hydra.sweeper.n_trials=6")
+    again = [t for t in arm.trials if t.point == pruned.point and t.number != pruned.number]
+    assert again
+    assert {trial.outcome.cause for trial in again} == {"duplicate"}
 
 
 def test_wrong_kills_are_counted_against_the_trials_that_were_not_audited() -> None:
@@ -157,18 +168,6 @@ def test_device_hours_are_counted_over_all_runs(tmp_path: Path) -> None:
     assert len(second.trials) == len(first.trials)
 
 
-def test_a_pruned_point_is_not_trained_again(tmp_path: Path) -> None:
-    """Asked again, it is answered from its own trial."""
-    same = ("pruner=median", "sampler=random", "hydra.sweeper.n_trials=8")
-    arm = _lora(tmp_path, "twin", *same)
-    pruned = next(trial for trial in arm.trials if trial.outcome.cause == "pruned")
-    study = _study(tmp_path, "twin")
-    study.enqueue_trial(dict(pruned.point))
-    arm = _lora(tmp_path, "twin", *same, "hydra.sweeper.n_trials=9")
-    again = [t for t in arm.trials if t.point == pruned.point and t.number != pruned.number]
-    assert [trial.outcome.cause for trial in again] == ["duplicate"]
-
-
 def test_winners_of_an_earlier_study_are_tried_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,15 +236,13 @@ def test_a_fork_takes_no_trial_with_other_fixed_settings(tmp_path: Path) -> None
 
 def test_a_fork_into_branches_takes_the_trials_of_each(tmp_path: Path) -> None:
     """Plain ranks 16 fit the branch without DoRA; what a branch leaves open is compared as well."""
-    plan = ("sampler=random", RATE, *FEW)
-    _run(tmp_path, "old", *plan, "adapter.r=8,16", "hydra.sweeper.n_trials=4")
-    old = _study(tmp_path, "old").trials
-    dora = (
+    plain = (
         "++hydra.sweeper.params={training.learning_rate: 'tag(log, interval(3e-4, 3e-2))', "
-        "adapter.use_dora: {true: {adapter.r: 'choice(4,8)'}, false: {adapter.r: 'choice(16,32)'}}}"
+        "adapter.r: 'choice(8, 16)'}"
     )
-    few = ("adapter.alpha_over_r=2", "adapter.target_modules=mlp", "training.warmup_ratio=0.03")
-    _run(tmp_path, "new", dora, *few, "hydra.sweeper.fork_of=old", "hydra.sweeper.n_trials=1")
+    _run(tmp_path, "old", plain, "sampler=random", "hydra.sweeper.n_trials=4")
+    old = _study(tmp_path, "old").trials
+    _run(tmp_path, "new", DORA, "hydra.sweeper.fork_of=old", "hydra.sweeper.n_trials=1")
     marked = [t for t in _study(tmp_path, "new").trials if "forked_from" in t.user_attrs]
     assert len(marked) == sum(trial.params["adapter.r"] == 16 for trial in old) > 0
     assert all(trial.params["adapter.use_dora"] is False for trial in marked)
@@ -254,7 +251,7 @@ def test_a_fork_into_branches_takes_the_trials_of_each(tmp_path: Path) -> None:
 def test_a_fork_of_other_data_or_of_nothing_is_refused(tmp_path: Path) -> None:
     """Losses on other data do not compare; a study that is not there cannot be forked."""
     _run(tmp_path, "old", "hydra.sweeper.n_trials=1")
-    with pytest.raises(StudyMismatch, match="cannot be forked: .*\n    data digest"):
+    with pytest.raises(StudyMismatch, match=r"cannot be forked: .*\n    data digest"):
         _run(tmp_path, "new", "data.train=other.jsonl", "hydra.sweeper.fork_of=old")
     with pytest.raises(StudyMismatch, match="fork_of=nope: there is no such study"):
         _run(tmp_path, "other", "hydra.sweeper.fork_of=nope")
