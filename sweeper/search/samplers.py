@@ -24,16 +24,16 @@ UNFIT = dict.fromkeys(
 """Optuna's samplers that do not work with ask and tell; sampler=grid does what they do."""
 
 
-def make_sampler(settings: Sampler, space: Space, n_trials: int, finished: int) -> BaseSampler:
+def make_sampler(settings: Sampler, space: Space, n_trials: int, drawn: int) -> BaseSampler:
     """The sampler of an arm.
 
-    Its random state is not stored, so the seed moves with the number of trials: a resumed study would
-    otherwise repeat its first draws.
+    Its random state is not stored, so the seed moves with the number of values drawn before: a resumed
+    study would otherwise repeat its first draws.
 
     Raises:
         ConfigError: Optuna has no such class, or it does not take these arguments.
     """
-    seed = settings.seed + finished
+    seed = settings.seed + drawn
     startup = settings.n_startup_trials or max(4, n_trials // 5)
     match settings.name:
         case "tpe":

@@ -73,10 +73,17 @@ def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage)
         load_if_exists=True,
     )
     _check_question(study, plan, arm, facts)
-    finished = len(study.get_trials(deepcopy=False))
-    study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, finished)
+    study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     return study
+
+
+def drawn(study: optuna.Study) -> int:
+    """How many parameter values are stored: it grows with every draw, in whichever run it was made.
+
+    The number of trials does not: a trial that was asked by a killed run may be drawn by the next.
+    """
+    return sum(len(trial.params) for trial in study.get_trials(deepcopy=False))
 
 
 def enqueue(study: optuna.Study, draws: list[Draw]) -> int:

@@ -8,7 +8,7 @@ import pytest
 from sweeper.errors import ConfigError
 from sweeper.search.plan import studies
 from sweeper.search.samplers import make_sampler
-from sweeper.search.study import suggest
+from sweeper.search.study import adopt, drawn, suggest
 from sweeper.settings import Sampler
 from sweeper.space import Branch, Branches, Choice, Interval, Space
 
@@ -39,7 +39,7 @@ def _named(name: str, **changes: object) -> Sampler:
 )
 def test_every_sampler_draws_inside_a_space_with_branches(settings: Sampler) -> None:
     """Bounds, steps, choices with null, and only the drawn branch's keys, past the random start."""
-    study = optuna.create_study(sampler=make_sampler(settings, SPACE, 12, finished=0))
+    study = optuna.create_study(sampler=make_sampler(settings, SPACE, 12, drawn=0))
     for number in range(10):
         trial = study.ask()
         point = suggest(trial, SPACE)
@@ -49,15 +49,29 @@ def test_every_sampler_draws_inside_a_space_with_branches(settings: Sampler) -> 
         study.tell(trial, float(number))
 
 
-def test_a_resumed_study_does_not_repeat_its_first_draws() -> None:
-    """The same seed with other numbers of trials done gives other draws."""
+def test_a_resumed_study_does_not_repeat_its_draws() -> None:
+    """Nor does it after a run that asked nothing and drew an orphan's values only."""
+    storage = optuna.storages.InMemoryStorage()
 
-    def first(finished: int) -> float:
-        study = optuna.create_study(sampler=make_sampler(BASE, SPACE, 12, finished))
-        return float(str(suggest(study.ask(), SPACE)["x"]))
+    def run() -> optuna.Study:
+        study = optuna.create_study(storage=storage, study_name="x", load_if_exists=True)
+        study.sampler = make_sampler(_named("random"), SPACE, 12, drawn(study))
+        return study
 
-    assert first(0) == first(0)
-    assert first(0) != first(5)
+    run().ask()  # killed before it could draw
+    orphan = suggest(adopt(run())[0], SPACE)  # killed before it could ask
+    asked = suggest(run().ask(), SPACE)
+    assert orphan["x"] != asked["x"]
+
+
+def test_the_same_seed_draws_the_same_in_a_new_study() -> None:
+    """Two studies of one command start alike."""
+
+    def first() -> object:
+        study = optuna.create_study(sampler=make_sampler(BASE, SPACE, 12, drawn=0))
+        return suggest(study.ask(), SPACE)
+
+    assert first() == first()
 
 
 @pytest.mark.parametrize(
