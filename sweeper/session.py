@@ -94,6 +94,8 @@ class StudySession:
         study = open_study(self._plan, arm, facts, self._storage)
         words = fill_study(study, self._plan, arm, facts, self._storage)
         done = counted(study)
+        budget = self._arm_budget(arm)
+        words += [left] if (left := budget.left([])) else []
         self._announce(arm, facts, done, words, view)
         self._board.open_arm(arm.name, arm.n_trials, facts.base_loss)
         driver = ArmDriver(
@@ -102,7 +104,7 @@ class StudySession:
             facts=facts,
             folder=self._folder,
             pruner=self._plan.study.pruner,
-            budget=self._arm_budget(arm),
+            budget=budget,
             costs=self._plan.study.costs,
             engine=engine,
             tracker=self._tracker,

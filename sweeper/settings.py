@@ -366,6 +366,12 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _losses_are_minimised(self) -> Study:
+        if self.direction != "minimize":
+            raise ValueError(f"direction={self.direction}: the objective is a loss; minimize it")
+        return self
+
+    @model_validator(mode="after")
     def _no_fork_of_itself(self) -> Study:
         if self.fork_of == self.study_name:
             raise ValueError(

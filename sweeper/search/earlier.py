@@ -102,8 +102,10 @@ def fork(
     if name is None:
         return []
     old = _earlier(plan, arm, storage, name)
+    if old is None and not _arms(plan, storage, name):
+        raise StudyMismatch(f"fork_of={name}: there is no such study")
     if old is None:
-        raise StudyMismatch(f"fork_of={name}: there is no such study with an arm {arm.name}")
+        return [f"fork of {name}: it has no such arm"]
     _check_same(old, plan, arm, facts)
     adopted = {trial.user_attrs.get("forked_from") for trial in study.get_trials(deepcopy=False)}
     done = [trial for trial in old.get_trials(deepcopy=False) if counts(trial)]
@@ -189,16 +191,26 @@ def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts) 
 
 def _earlier(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage, name: str) -> optuna.Study | None:
     """An arm of an earlier study that was really opened."""
-    if plan.study.storage is None:
-        folder = _folder(plan, name)
-        if not folder.database.exists():
-            return None
-        storage = open_storage(None, folder)
-    full_name = optuna_name(name, arm.name)
-    if full_name not in optuna.get_all_study_names(storage):
+    if arm.name not in _arms(plan, storage, name):
         return None
-    study = optuna.load_study(study_name=full_name, storage=storage)
+    study = optuna.load_study(
+        study_name=optuna_name(name, arm.name), storage=_storage(plan, storage, name)
+    )
     return study if "facts" in study.user_attrs else None
+
+
+def _arms(plan: StudyPlan, storage: RDBStorage, name: str) -> set[str]:
+    """The arms that an earlier study has."""
+    if plan.study.storage is None and not _folder(plan, name).database.exists():
+        return set()
+    names = optuna.get_all_study_names(_storage(plan, storage, name))
+    prefix = optuna_name(name, "")
+    return {each.removeprefix(prefix) for each in names if each.startswith(prefix)}
+
+
+def _storage(plan: StudyPlan, storage: RDBStorage, name: str) -> RDBStorage:
+    """Where an earlier study is: in the shared storage, or in the database of its own folder."""
+    return storage if plan.study.storage is not None else open_storage(None, _folder(plan, name))
 
 
 def _folder(plan: StudyPlan, name: str) -> StudyFolder:

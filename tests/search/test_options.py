@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,4 @@ def test_budget_and_short_keys_work_on_the_command_line(program: Program) -> Non
     result = program(*SMALL, "hydra.sweeper.n_trials=2", "budget.wall_clock=1h", "-m")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "hydra.sweeper.budget.wall_clock=1h" in result.stdout
+    assert re.search(r"arm lora: 0 h 59 min left|arm lora: 59 min \d+ s left", result.stdout)
