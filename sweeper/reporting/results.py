@@ -21,7 +21,7 @@ from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
 from sweeper.search.study import point_of
 from sweeper.settings import LoraAdapter
-from sweeper.space import Scalar
+from sweeper.space import Scalar, keys
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,8 @@ def _method(arm: ArmPlan) -> str:
     settings = arm.settings
     if not isinstance(settings.adapter, LoraAdapter):
         return "full fine-tuning"
+    if any(key.split(".")[0] == "quantization" for key in keys(arm.space)):
+        return "LoRA or QLoRA"
     return "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
 
 

@@ -15,10 +15,10 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeper.search.states import counts
 
 KILLS = 20
-N_TRIALS = 40
+N_TRIALS = 60
 ARGUMENTS = (
     *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "~hydra.sweeper.arms.full"),
-    *("workers.fake.step_seconds=0.01", "hydra.sweeper.n_jobs=2", "sampler=random"),
+    *("workers.fake.step_seconds=0.02", "hydra.sweeper.n_jobs=2", "sampler=random"),
     *(f"hydra.sweeper.n_trials={N_TRIALS}", "-m"),
 )
 

@@ -266,6 +266,14 @@ def test_changed_costs_are_another_question(tmp_path: Path) -> None:
     assert "hydra.sweeper.study_name=one_2 hydra.sweeper.fork_of=one" in str(caught.value)
 
 
+def test_an_arm_that_searches_its_quantization_is_not_called_by_one_of_them(
+    tmp_path: Path,
+) -> None:
+    """quantization=nf4,none: the method is LoRA or QLoRA, whichever the best is."""
+    arm = _lora(tmp_path, "both", "quantization=nf4,none", "hydra.sweeper.n_trials=1")
+    assert arm.method == "LoRA or QLoRA"
+
+
 def test_steps_are_drawn_without_rounding_errors(tmp_path: Path) -> None:
     """range(0.0, 0.35, 0.05): the trial gets 0.15, not 0.15000000000000002."""
     arm = _lora(
