@@ -30,9 +30,10 @@ from sweeper.reporting.verdict import with_override
 from sweeper.reporting.view import make_console
 from sweeper.search.board import short_names
 from sweeper.search.plan import ArmPlan, StudyPlan
-from sweeper.search.study import first_points, make_sampler, suggest
+from sweeper.search.samplers import make_sampler
+from sweeper.search.study import enqueue, first_draws, suggest
 from sweeper.settings import Settings, TrialSettings, flatten
-from sweeper.space import Choice, Point, Space
+from sweeper.space import Branches, Choice, Point, Space
 
 POINTS = 5
 SHOWN = ("model", "data", "quantization", "adapter", "training", "evaluation", "seed")
@@ -123,17 +124,20 @@ def show_single(settings: Settings, console: Console, estimator: Estimator = est
 
 def first_asked(arm: ArmPlan, count: int) -> list[Point]:
     """The points that an arm's sampler asks first, on a study in memory; its first draws are random."""
-    study = optuna.create_study(sampler=make_sampler(arm, finished=0))
-    for point in first_points(arm):
-        study.enqueue_trial(point)
+    sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn=0)
+    study = optuna.create_study(sampler=sampler)
+    enqueue(study, first_draws(arm))
     wanted = min(count, arm.n_trials)
     return [suggest(study.ask(), arm.space) for _ in range(wanted)]
 
 
 def space_size(space: Space) -> str:
-    """How many points a space has."""
+    """How many points a space has; every branch counts with the points that it brings."""
     counts = []
     for domain in space.values():
+        if isinstance(domain, Branches):
+            inner = ", ".join(space_size(branch.space) for branch in domain.branches.values())
+            return f"{len(domain.branches)} branches: {inner}"
         if isinstance(domain, Choice):
             counts.append(len(domain.values))
         elif domain.integer or domain.step is not None:

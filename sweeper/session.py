@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,9 +25,11 @@ from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_results
 from sweeper.search.board import Board, View
+from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
 from sweeper.search.plan import ArmPlan, StudyPlan
-from sweeper.search.study import counted, find_study, first_points, open_storage, open_study
+from sweeper.search.start import fill_study
+from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
 from sweeper.tracking.trackers import browse_command, make_tracker
@@ -64,6 +66,7 @@ class StudySession:
         self._tracker = make_tracker(plan.settings.tracking)
         self._board = Board()
         self._slots: dict[int, int] = {}
+        self._budget = StudyBudget(plan.study.budget, plan.study.direction == "minimize")
 
     def run(self) -> Results:
         """See run_study."""
@@ -90,8 +93,11 @@ class StudySession:
     def _run_arm(self, arm: ArmPlan, engine: Engine, view: View) -> None:
         facts = self._probe(arm, engine)
         study = open_study(self._plan, arm, facts, self._storage)
+        words = fill_study(study, self._plan, arm, facts, self._storage)
         done = counted(study)
-        self._announce(arm, facts, done, view)
+        budget = self._arm_budget(arm)
+        words += [left] if (left := budget.left([])) else []
+        self._announce(arm, facts, done, words, view)
         self._board.open_arm(arm.name, arm.n_trials, facts.base_loss)
         driver = ArmDriver(
             arm=arm,
@@ -99,6 +105,8 @@ class StudySession:
             facts=facts,
             folder=self._folder,
             pruner=self._plan.study.pruner,
+            budget=budget,
+            costs=self._plan.study.costs,
             engine=engine,
             tracker=self._tracker,
             view=view,
@@ -139,7 +147,21 @@ class StudySession:
         if isinstance(event, Slots):
             self._slots[event.worker] = event.free
 
-    def _announce(self, arm: ArmPlan, facts: Facts, done: int, view: View) -> None:
+    def _arm_budget(self, arm: ArmPlan) -> ArmBudget:
+        """This arm's share of what the study may still use."""
+        studies = [find_study(self._plan, each, self._storage) for each in self._plan.arms]
+        wanted = {
+            each.name: max(0, each.n_trials - (counted(study) if study else 0))
+            for each, study in zip(self._plan.arms, studies, strict=True)
+        }
+        names = list(wanted)
+        following = sum(wanted[name] for name in names[names.index(arm.name) :])
+        spent = sum(spent_seconds(study) for study in studies if study)
+        return self._budget.of_arm(wanted[arm.name] / max(1, following), spent)
+
+    def _announce(
+        self, arm: ArmPlan, facts: Facts, done: int, words: Sequence[str], view: View
+    ) -> None:
         if arm is self._plan.arms[0]:
             view.event(f"data: {describe_data(facts)}")
             view.event(f"device: {facts.device}, computing in {facts.dtype}")
@@ -148,10 +170,9 @@ class StudySession:
             text += ", all of them done before: nothing to train"
         elif done:
             text += f", {done} of them done before"
-        points = len(first_points(arm))
-        if points and arm.sampler.name != "grid":
-            text += f", {points} known-good points first"
         view.event(f"{text}; untuned base {facts.base_loss:.4f}")
+        for word in words:
+            view.event(f"arm {arm.name}: {word}")
 
     def _results(self) -> Results:
         """What all arms have so far, from their storage."""
@@ -160,7 +181,11 @@ class StudySession:
             study_name=self._plan.study.study_name,
             command=self._plan.command,
             provenance=self._provenance,
-            arms=tuple(collect_arm(arm, study) for arm, study in found if study is not None),
+            arms=tuple(
+                collect_arm(arm, study, self._plan.study.costs)
+                for arm, study in found
+                if study is not None
+            ),
             fairness=self._plan.study.fairness,
         )
 
@@ -178,7 +203,7 @@ class StudySession:
             self._write_results()
             print_results(results, self._console)
             text = self._next_commands(results, status)
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         best = results.arms[0].best if results.arms else None
         self._tracker.close_study(
             status,

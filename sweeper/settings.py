@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -73,6 +74,23 @@ Steps = Annotated[float | Literal["epoch"], PlainValidator(_steps)]
 AutoBool = Annotated[bool | Literal["auto"], PlainValidator(_auto_or_bool)]
 LAYERS = re.compile(r"(?P<first>\d+)-(?P<last>\d+)|last-(?P<count>[1-9]\d*)")
 """adapter.layers_to_transform as text: 0-11 (both ends included) or last-8."""
+
+
+_UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_duration(text: object) -> object:
+    """Seconds of a duration such as "6h", "1h30m", "90s"; a number has no unit and is refused.
+
+    Raises:
+        ValueError: not a duration.
+    """
+    if text is None:
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", str(text))
+    if not parts or "".join(number + unit for number, unit in parts) != str(text):
+        raise ValueError(f"{text!r} is no duration; write it as 6h, 1h30m or 90s")
+    return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
 
 
 class Section(BaseModel):
@@ -619,20 +637,90 @@ class Settings(TrialSettings):
         )
 
 
-class Sampler(Section):
-    """Optuna's sampler; n_startup_trials=null follows the budget."""
+SamplerName = Literal["tpe", "gp", "random", "grid"]
 
-    name: Literal["tpe", "random", "grid"]
+
+class Sampler(Section):
+    """Optuna's sampler; n_startup_trials=null follows the number of trials."""
+
+    name: SamplerName | Literal["optuna"]
     seed: Annotated[int, Field(ge=0)]
     n_startup_trials: Positive | None
+    class_name: str | None
+    kwargs: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _class_name_with_optuna(self) -> Sampler:
+        _class_name_belongs_to_optuna(self.name, self.class_name, "sampler", "QMCSampler")
+        return self
 
 
 class Pruner(Section):
-    """Optuna's pruner behind the schedule-aware guard."""
+    """Optuna's pruner behind the schedule-aware guard; `optuna` is any other one, unguarded."""
 
-    name: Literal["none", "median"]
+    name: Literal["none", "median", "percentile", "successive_halving", "optuna"]
+    rungs: list[Annotated[int, Field(ge=333, lt=1000)]]
     n_startup_trials: Annotated[int, Field(ge=0)]
-    min_fraction: Annotated[float, Field(ge=0, le=1)]
+    percentile: Annotated[float, Field(gt=0, lt=100)] | None
+    reduction_factor: Annotated[int, Field(ge=2)] | None
+    class_name: str | None
+    kwargs: dict[str, Any]
+    audit_fraction: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _what_the_pruner_needs(self) -> Pruner:
+        _class_name_belongs_to_optuna(self.name, self.class_name, "pruner", "HyperbandPruner")
+        guarded = self.name in ("median", "percentile", "successive_halving")
+        if guarded != bool(self.rungs) or self.rungs != sorted(set(self.rungs)):
+            raise ValueError(
+                f"rungs={self.rungs}: pruner={self.name} needs "
+                + ("increasing per-mille of the schedule" if guarded else "no rungs: rungs=[]")
+            )
+        if (self.percentile is None) == (self.name == "percentile"):
+            raise ValueError(f"percentile={self.percentile} belongs to pruner=percentile alone")
+        self._halving_is_geometric()
+        return self
+
+    def _halving_is_geometric(self) -> None:
+        factor = self.reduction_factor
+        if (factor is None) == (self.name == "successive_halving"):
+            raise ValueError(
+                f"reduction_factor={factor} belongs to pruner=successive_halving alone"
+            )
+        if factor is None:
+            return
+        wanted = [self.rungs[0] * factor**index for index in range(len(self.rungs))]
+        if self.rungs != wanted:
+            raise ValueError(
+                f"rungs={self.rungs}: with reduction_factor={factor} successive halving decides at "
+                f"{self.rungs[0]} × {factor}^n per-mille: rungs={wanted}"
+            )
+
+
+def _class_name_belongs_to_optuna(
+    name: str, class_name: str | None, group: str, example: str
+) -> None:
+    if (name == "optuna") != (class_name is not None):
+        raise ValueError(
+            f"class_name={class_name} with {group}={name}: a class of optuna.{group}s is named "
+            f"with {group}=optuna {group}.class_name={example}, and with no other {group}"
+        )
+
+
+class Plateau(Section):
+    """Stop when the last `trials` trials have not improved the best by more than min_improvement."""
+
+    trials: Positive
+    min_improvement: Annotated[float, Field(ge=0)]
+
+
+class Budget(Section):
+    """What a study may use besides n_trials; null is no limit."""
+
+    wall_clock: Annotated[float, BeforeValidator(parse_duration)] | None
+    until: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None
+    device_hours: Annotated[float, Field(gt=0)] | None
+    plateau: Plateau | None
 
 
 class Fairness(Section):
@@ -648,23 +736,30 @@ class Arm(Section):
 
     overrides: list[str] = []
     n_trials: Positive
-    sampler: Literal["tpe", "random", "grid"] | None = None
+    sampler: SamplerName | None = None
     params: dict[str, Any]
     priors: list[dict[str, Any]] = []
+
+
+StudyName = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class Study(Section):
     """`hydra.sweeper`: the study as Hydra's Optuna users write it."""
 
-    study_name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    study_name: StudyName
     n_trials: Positive
     n_jobs: Positive
     storage: str | None
-    direction: Literal["minimize"]
+    direction: Literal["minimize", "maximize"]
+    costs: list[str]
     sampler: Sampler
     pruner: Pruner
+    budget: Budget
     params: dict[str, Any]
     priors: list[dict[str, Any]]
+    warm_start: list[StudyName]
+    fork_of: StudyName | None
     arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Arm]
     fairness: Fairness
 
@@ -672,6 +767,29 @@ class Study(Section):
     def _lora_is_the_search_itself(self) -> Study:
         if "lora" in self.arms:
             raise ValueError("arms.lora is hydra.sweeper.params itself; give the arm another name")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_are_minimised(self) -> Study:
+        if self.direction != "minimize":
+            raise ValueError(f"direction={self.direction}: the objective is a loss; minimize it")
+        return self
+
+    @model_validator(mode="after")
+    def _no_fork_of_itself(self) -> Study:
+        if self.fork_of == self.study_name:
+            raise ValueError(
+                f"fork_of={self.fork_of} is the study itself; give the fork a study_name of its own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _plateau_of_one_value(self) -> Study:
+        if self.costs and self.budget.plateau is not None:
+            raise ValueError(
+                f"budget.plateau judges one value, and costs={self.costs} add others; "
+                "set budget.plateau=null"
+            )
         return self
 
 

@@ -166,7 +166,7 @@ def test_answers_that_need_no_model_import_no_torch(arguments: list[str], tmp_pa
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=0,1", "data.max_length=64,128", "quantization=nf4,none", "sampler=tpe,random"],
+    ["seed=0,1", "data.max_length=64,128", "model.dtype=auto,float32", "sampler=tpe,random"],
 )
 def test_what_decides_the_comparison_cannot_be_searched(override: str) -> None:
     """The seed, the data, the base and the machinery are no search dimensions."""

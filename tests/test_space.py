@@ -7,9 +7,30 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from sweeper.compose import parse_domain, with_values
-from sweeper.space import Choice, Interval, grid
+from sweeper.compose import (
+    in_hydras_words,
+    parse_command_line,
+    parse_domain,
+    parse_space,
+    with_values,
+)
+from sweeper.space import (
+    Branch,
+    Branches,
+    Choice,
+    Interval,
+    Scalar,
+    Space,
+    always_decided,
+    decided_twice,
+    grid,
+    keys,
+    locate,
+    probes,
+    walk,
+)
 
 finite = st.floats(min_value=-1e6, max_value=1e6, allow_nan=False)
 positive = st.floats(min_value=1e-8, max_value=1e6, allow_nan=False)
@@ -27,6 +48,11 @@ positive = st.floats(min_value=1e-8, max_value=1e6, allow_nan=False)
         ("1,2,4", Choice((1, 2, 4))),
         ([1, 2], Choice((1, 2))),
         ("null,0.1", Choice((None, 0.1))),
+        ("choice(null, 0.1)", Choice((None, 0.1))),
+        ("int(tag(log, interval(1, 64)))", Interval(1, 64, log=True, integer=True)),
+        ("range(0.0, 0.9, 0.3)", Interval(0.0, 0.6, step=0.3)),
+        ("range(5)", Interval(0, 4, integer=True, step=1)),
+        ("range(4, 0, -2)", Choice((4, 2))),
         ("range(1, 5)", Interval(1, 4, integer=True, step=1)),
         ("range(0.0, 1.0, 0.25)", Interval(0.0, 0.75, step=0.25)),
         ("choice([q_proj,v_proj],[q_proj])", Choice(("[q_proj,v_proj]", "[q_proj]"))),
@@ -46,6 +72,82 @@ def test_parse_domain_refuses_what_has_no_meaning(words: str) -> None:
     """Empty intervals, log scales that touch zero and broken grammar are errors."""
     with pytest.raises(ValueError, match=r"empty|log scale|not a search-space"):
         parse_domain("key", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("tag(lgo, interval(1, 2))", "'lgo' has no meaning; valid: log"),
+        ("tag(log, choice(1, 2))", "belongs to an interval"),
+        ("tag(log, range(1, 5))", "belongs to an interval"),
+    ],
+)
+def test_tags_that_would_be_ignored_are_refused(words: str, message: str) -> None:
+    """A misspelt or misplaced log tag is an error, not a linear scale."""
+    with pytest.raises(ValueError, match=message):
+        parse_domain("key", words)
+
+
+@given(
+    low=st.integers(-(10**6), 10**6),
+    count=st.integers(2, 1000),
+    step=st.integers(1, 1000),
+    scale=st.sampled_from([None, 1, 10, 1000, 10**5]),
+)
+def test_stepped_interval_round_trip_and_values(
+    low: int, count: int, step: int, scale: int | None
+) -> None:
+    """A range has exactly its steps, the stop excluded, in decimal numbers."""
+    numbers = [low, low + count * step, step]
+    texts = [str(number) if scale is None else repr(number / scale) for number in numbers]
+    domain = parse_domain("key", f"range({', '.join(texts)})")
+    assert isinstance(domain, Interval)
+    assert parse_domain("key", str(domain)) == domain
+    wanted = [low + index * step for index in range(count)]
+    assert domain.steps() == tuple(x if scale is None else x / scale for x in wanted)
+    assert all(value in domain for value in domain.steps())
+    assert numbers[1] / (scale or 1) not in domain
+
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**9), 10**9),
+    finite,
+    st.text(alphabet="abcXYZ019 _-./@,='()", min_size=1, max_size=12),
+)
+
+
+@given(values=st.lists(scalars, min_size=1, max_size=5))
+def test_choice_round_trip(values: list[Scalar]) -> None:
+    """Whatever a choice holds, null and texts with commas and quotes included, comes back as it was."""
+    domain = Choice(tuple(values))
+    read = parse_domain("key", str(domain))
+    assert isinstance(read, Choice)
+    assert [(type(value), value) for value in read.values] == [
+        (type(value), value) for value in values
+    ]
+
+
+@given(low=st.integers(1, 10**6), width=st.integers(1, 10**6), log=st.booleans())
+def test_integer_interval_round_trip_and_bounds(low: int, width: int, log: bool) -> None:
+    """Whole numbers only, both bounds among them."""
+    domain = Interval(low, low + width, log=log, integer=True)
+    assert parse_domain("key", str(domain)) == domain
+    assert low in domain
+    assert low + width in domain
+    assert low - 1 not in domain
+    assert low + 0.5 not in domain
+    assert True not in domain
+
+
+@given(texts=st.lists(st.sampled_from(["null", "1", "2.5", "a"]), min_size=2, max_size=4))
+def test_choice_with_null_works_on_the_command_line(texts: list[str]) -> None:
+    """Hydra refuses choice(null,…), so it gets the simple form, which means the same."""
+    line = parse_command_line([f"adapter.lora_alpha=choice({','.join(texts)})", "-m"])
+    words = line.overrides[0].partition("=")[2]
+    assert parse_domain("key", words) == parse_domain("key", f"choice({','.join(texts)})")
+    assert in_hydras_words("broken=choice(") == "broken=choice("
 
 
 @given(low=finite, high=finite)
@@ -69,9 +171,16 @@ def test_log_interval_round_trip(low: float, high: float) -> None:
 @given(value=st.one_of(st.booleans(), st.integers(-(10**9), 10**9), finite, st.none()))
 def test_override_round_trip_of_scalars(value: float | None) -> None:
     """A value written as an override is read as the same value."""
-    read = with_values({"a": {"b": 0}}, {"a.b": value})["a"]["b"]
+    read = with_values(OmegaConf.create({"a": {"b": 0}}), {"a.b": value})["a"]["b"]
     assert read == value
     assert type(read) is type(value)
+
+
+def test_values_reach_what_refers_to_them() -> None:
+    """An interpolation follows the value that is set, as it does when Hydra composes."""
+    config = OmegaConf.create({"a": {"b": 1}, "c": "${a.b}"})
+    assert with_values(config, {"a.b": 2}) == {"a": {"b": 2}, "c": 2}
+    assert config.c == 1
 
 
 @given(
@@ -83,7 +192,7 @@ def test_override_round_trip_of_texts(text: str) -> None:
     """A text survives too, whatever quotes, commas, equals signs and brackets it holds."""
     if text.startswith(("[", "{")):
         return  # these are override texts of lists by definition
-    read = with_values({"a": {"b": 0}}, {"a.b": text})["a"]["b"]
+    read = with_values(OmegaConf.create({"a": {"b": 0}}), {"a.b": text})["a"]["b"]
     assert read == text
 
 
@@ -97,7 +206,7 @@ def test_grid_is_every_combination_once() -> None:
 def test_grid_refuses_a_continuous_interval() -> None:
     """A range without steps has no grid, and the message says what has."""
     with pytest.raises(ValueError, match=r"lr=.*needs choice"):
-        grid({"lr": Interval(0.0, 1.0)})
+        list(grid({"lr": Interval(0.0, 1.0)}))
 
 
 def test_interval_contains_its_bounds_and_nothing_beyond() -> None:
@@ -107,3 +216,126 @@ def test_interval_contains_its_bounds_and_nothing_beyond() -> None:
     assert 2.0 in domain
     assert math.nextafter(2.0, 3.0) not in domain
     assert "1.5" not in domain
+
+
+DORA = {
+    "training.learning_rate": "tag(log, interval(1e-4, 1e-2))",
+    "adapter.use_dora": {
+        True: {"adapter.r": "choice(4, 8)", "adapter.use_rslora": False},
+        False: {"adapter.r": "choice(16, 32)"},
+    },
+    "schedule": {
+        "short": {"training.max_steps": 32},
+        "long": {"training.max_steps": 64, "training.weight_decay": "0.0,0.1"},
+    },
+}
+
+
+def _dora() -> Space:
+    space, fixed, problems = parse_space(DORA, lambda key: "." in key)
+    assert (fixed, problems) == ({}, [])
+    return space
+
+
+def test_a_mapping_is_a_choice_whose_values_bring_keys_of_their_own() -> None:
+    """Fixed values and domains of a branch; a name that is no setting is a label."""
+    space = _dora()
+    branches = space["adapter.use_dora"]
+    assert isinstance(branches, Branches)
+    assert branches.choice == Choice((True, False))
+    assert branches.branches[True] == Branch(
+        {"adapter.use_rslora": False}, {"adapter.r": Choice((4, 8))}
+    )
+    assert not branches.label
+    assert isinstance(space["schedule"], Branches)
+    assert space["schedule"].label
+    assert "schedule" not in keys(space)
+    assert keys(space, labels=True) - keys(space) == {"schedule"}
+    assert keys(space) - always_decided(space) == {"adapter.use_rslora", "training.weight_decay"}
+
+
+def test_a_draw_leads_to_the_values_of_its_branch_alone() -> None:
+    """Only the drawn branch's keys are asked for and set; a label sets nothing itself."""
+    draw = {
+        "training.learning_rate": 1e-3,
+        "adapter.use_dora": True,
+        "adapter.use_dora=true/adapter.r": 8,
+        "schedule": "short",
+    }
+    assert walk(_dora(), lambda name, _: draw[name]) == {
+        "training.learning_rate": 1e-3,
+        "adapter.use_dora": True,
+        "adapter.use_rslora": False,
+        "adapter.r": 8,
+        "training.max_steps": 32,
+    }
+
+
+@given(data=st.data())
+def test_a_point_is_found_again_in_its_space(data: st.DataObject) -> None:
+    """locate is the inverse of walk: the draw it finds leads to the same point."""
+    space = _dora()
+    point = walk(space, lambda _, domain: data.draw(st.sampled_from(domain.probes())))
+    draw = locate(space, point)
+    assert draw is not None
+    assert walk(space, lambda name, _: draw[name]) == point
+
+
+@pytest.mark.parametrize(
+    ("point", "draw"),
+    [
+        ({"training.learning_rate": 1e-3}, {"training.learning_rate": 1e-3}),
+        ({"training.learning_rate": 1.0}, None),
+        (
+            {"adapter.r": 32},
+            {"adapter.use_dora": False, "adapter.use_dora=false/adapter.r": 32},
+        ),
+        ({"adapter.use_dora": True, "adapter.r": 32}, None),
+        ({"schedule": "long"}, {"schedule": "long"}),
+        (
+            {"training.weight_decay": 0.1},
+            {"schedule": "long", "schedule=long/training.weight_decay": 0.1},
+        ),
+    ],
+)
+def test_partial_points_fix_what_they_name(
+    point: dict[str, Scalar], draw: dict[str, Scalar] | None
+) -> None:
+    """A prior may leave keys open, and names a branch by the values that fit it only."""
+    assert locate(_dora(), point) == draw
+
+
+def test_every_probe_of_every_branch_is_tried() -> None:
+    """The plan's checks see each branch with its own values."""
+    points = list(probes(_dora()))
+    assert {point["adapter.r"] for point in points if "adapter.r" in point} == {4, 8, 16, 32}
+    assert {point.get("training.weight_decay") for point in points} == {None, 0.0, 0.1}
+
+
+def test_a_grid_goes_through_the_branches() -> None:
+    """Two DoRA ranks and two plain ones, each with three schedules."""
+    space = {key: domain for key, domain in _dora().items() if key != "training.learning_rate"}
+    draws = list(grid(space))
+    assert len(draws) == len({tuple(draw.items()) for draw in draws}) == 4 * 3
+
+
+def test_a_key_in_a_branch_and_beside_it_is_ambiguous() -> None:
+    """The same key may stand in two branches, but not in a branch and outside."""
+    assert decided_twice(_dora()) == set()
+    assert decided_twice({"adapter.r": Choice((1, 2)), **_dora()}) == {"adapter.r"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"a": {}}, "two or more"),
+        ({"a": 1, "b": 2}, "no mapping"),
+        ({"a": {"x.y": "interval(2, 1)"}, "b": {}}, "variant=a: x.y: .* is empty"),
+    ],
+)
+def test_broken_branches_say_where(words: object, message: str) -> None:
+    """What is wrong in a branch is reported with the way to it."""
+    _, _, problems = parse_space({"variant": words}, lambda key: False)
+    assert len(problems) == 1
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(problems[0])

@@ -6,8 +6,8 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
 from sweeper.outcome import Facts, Outcome, Value
 from sweeper.reporting.intervals import Contrast
+from sweeper.search.audit import Audit, audit
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
+from sweeper.search.study import point_of
 from sweeper.settings import Fairness, LoraAdapter, flatten
-from sweeper.space import Choice, Interval, Scalar, Space, grid
+from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
 
 FORMAT = 2
 """Of results.json; another version's is not read."""
@@ -41,6 +43,8 @@ class TrialResult:
     number: int
     point: Mapping[str, Scalar]
     outcome: Outcome
+    audited: bool = False
+    """Whether the pruner would have stopped it, and it went on to find out if that was right."""
 
     @property
     def loss(self) -> float | None:
@@ -74,6 +78,10 @@ class ArmResult:
     """Of the searched keys that are numbers."""
     exhaustive: bool
     """Its space is a grid, and the arm walks all of it."""
+    costs: tuple[str, ...] = ()
+    """Metrics that are minimised beside the loss."""
+    front: tuple[int, ...] = ()
+    """Numbers of the trials on the Pareto front of loss and costs."""
 
     def value(self, key: str) -> Any:
         """A setting of its best trial; of all its trials if it is not searched."""
@@ -92,6 +100,15 @@ class ArmResult:
             (trial.metric("cost/tokens_per_second") or 0.0)
             * (trial.metric("cost/train_seconds") or 0.0)
             for trial in self.trials
+        )
+
+    @property
+    def audit(self) -> Audit | None:
+        """How often the pruner was wrong, if it was audited."""
+        complete = [trial for trial in self.trials if trial.complete and trial.loss is not None]
+        return audit(
+            [trial.loss for trial in complete if trial.loss is not None and not trial.audited],
+            [trial.loss for trial in complete if trial.loss is not None and trial.audited],
         )
 
     @property
@@ -143,19 +160,24 @@ class Results:
         return counts.get(name, 1)
 
 
-def collect_arm(arm: ArmPlan, study: optuna.Study) -> ArmResult:
+def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
     """What an arm has so far, from its storage."""
     facts = Facts.model_validate(study.user_attrs["facts"])
     trials = [
         TrialResult(
             arm.name,
             frozen.number,
-            frozen.params,
+            point_of(frozen),
             Outcome.model_validate(frozen.user_attrs["outcome"]),
+            bool(frozen.user_attrs.get("audited", False)),
         )
         for frozen in study.get_trials(deepcopy=False)
         if frozen.state.is_finished() and "outcome" in frozen.user_attrs
     ]
+    complete = {trial.number for trial in trials if trial.complete}
+    front = (
+        [trial.number for trial in study.best_trials if trial.number in complete] if costs else []
+    )
     return ArmResult(
         name=arm.name,
         wanted=arm.n_trials,
@@ -166,6 +188,8 @@ def collect_arm(arm: ArmPlan, study: optuna.Study) -> ArmResult:
         settings=flatten(arm.settings.trial.model_dump(mode="json")),
         ranges=number_ranges(arm.space),
         exhaustive=arm.sampler.name == "grid" and arm.n_trials >= sum(1 for _ in grid(arm.space)),
+        costs=tuple(costs),
+        front=tuple(front),
     )
 
 
@@ -191,6 +215,8 @@ def _method(arm: ArmPlan) -> str:
     settings = arm.settings
     if not isinstance(settings.adapter, LoraAdapter):
         return "full fine-tuning"
+    if any(key.split(".")[0] == "quantization" for key in keys(arm.space)):
+        return "LoRA or QLoRA"
     return "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
 
 
@@ -249,10 +275,14 @@ def to_document(results: Results) -> dict[str, Any]:
                 "exhaustive": arm.exhaustive,
                 "facts": arm.facts.model_dump(mode="json"),
                 "best": None if arm.best is None else arm.best.number,
+                "costs": list(arm.costs),
+                "front": list(arm.front),
+                "audit": None if arm.audit is None else asdict(arm.audit),
                 "trials": [
                     {
                         "number": trial.number,
                         "params": dict(trial.point),
+                        "audited": trial.audited,
                         **trial.outcome.model_dump(mode="json"),
                     }
                     for trial in arm.trials
@@ -283,6 +313,7 @@ def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
             number=trial["number"],
             point=trial["params"],
             outcome=Outcome.model_validate({key: trial[key] for key in fields if key in trial}),
+            audited=trial["audited"],
         )
         for trial in document["trials"]
     ]
@@ -296,4 +327,6 @@ def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
         settings=document["settings"],
         ranges={key: Range.model_validate(found) for key, found in document["ranges"].items()},
         exhaustive=document["exhaustive"],
+        costs=tuple(document["costs"]),
+        front=tuple(document["front"]),
     )

@@ -48,6 +48,24 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
 
 
+def pareto_front(arm: ArmResult) -> Sheet:
+    """The trials that no other beats in the loss and in every cost, the best loss first."""
+    front = [trial for trial in arm.trials if trial.number in arm.front]
+    keys = list(dict.fromkeys(key for trial in front for key in trial.point))
+    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "eval loss", *arm.costs)
+    rows = [
+        (
+            str(trial.number),
+            *(short_names(trial.point).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+            number(trial.loss, "{:.4f}"),
+            *(number(trial.metric(cost), "{:,.4g}") for cost in arm.costs),
+        )
+        for trial in front
+    ]
+    title = f"{arm.name}: Pareto front of eval loss and {', '.join(arm.costs)}"
+    return Sheet(title, columns, tuple(rows), frozenset({"target_modules"}))
+
+
 def markdown_report(results: Results) -> str:
     """report.md: the verdict, the comparison, the gain of each rank, every arm's leaderboard."""
     parts = [
@@ -61,8 +79,12 @@ def markdown_report(results: Results) -> str:
         sheet = rank_sheet(ladder)
         parts += [f"## {sheet.title}", sheet.markdown(), ladder.words]
     for arm in results.arms:
+        if arm.front:
+            front = pareto_front(arm)
+            parts += [f"## {front.title}", front.markdown()]
         sheet = leaderboard(arm)
         parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm.facts)}"]
+        parts += [] if arm.audit is None else [f"{arm.name}: {arm.audit}."]
     return "\n\n".join(parts) + "\n"
 
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
 from sweeper.reporting.results import Results
-from sweeper.reporting.tables import comparison, conditions, leaderboard
+from sweeper.reporting.tables import comparison, conditions, leaderboard, pareto_front
 from sweeper.reporting.verdict import judge
 from sweeper.search.board import Board, TrialView, View, format_scalar
 
@@ -52,7 +52,8 @@ class PlainView:
 
     def event(self, text: str) -> None:
         """See View."""
-        self._console.print(f"{time.strftime('%H:%M:%S')}  {text}", highlight=False, soft_wrap=True)
+        line = f"{time.strftime('%H:%M:%S')}  {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, board: Board) -> None:
         """See View."""
@@ -99,12 +100,16 @@ def print_results(results: Results, console: Console) -> None:
     """Leaderboards, the gain of each rank, then the comparison, then the verdict in words."""
     for arm in results.arms:
         console.print(leaderboard(arm, LEADERBOARD_ROWS).draw())
+        if arm.front:
+            console.print(pareto_front(arm).draw())
+        if arm.audit is not None:
+            console.print(f"{arm.name}: {arm.audit}", highlight=False, markup=False, soft_wrap=True)
     for ladder in rank_ladders(results):
         console.print(rank_sheet(ladder).draw())
-        console.print(ladder.words, highlight=False, soft_wrap=True)
+        console.print(ladder.words, highlight=False, markup=False, soft_wrap=True)
     console.print(comparison(results).draw())
     console.print(conditions(results).draw())
-    console.print(judge(results).text, highlight=False, soft_wrap=True)
+    console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
 
 
 def save_picture(results: Results, path: Path) -> None:
@@ -136,7 +141,10 @@ def board_table(board: Board) -> Table:
 def _headline(board: Board, trials: list[TrialView]) -> str:
     done = sum(trial.state not in ("running", "waiting", "cancelled") for trial in trials)
     base = "" if board.base_loss is None else f"   untuned base {board.base_loss:.4f}"
-    return f"{board.arm}: {done} of {board.wanted} trials{base}" if board.arm else "starting …"
+    left = f"   {board.left}" if board.left else ""
+    return (
+        f"{board.arm}: {done} of {board.wanted} trials{base}{left}" if board.arm else "starting …"
+    )
 
 
 def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text | ProgressBar]:

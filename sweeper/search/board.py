@@ -66,6 +66,7 @@ class Board:
         self.arm = ""
         self.wanted = 0
         self.base_loss: float | None = None
+        self.left = ""
         self.trials: dict[str, TrialView] = {}
 
     def open_arm(self, arm: str, wanted: int, base_loss: float) -> None:

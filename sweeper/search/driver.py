@@ -7,21 +7,22 @@ tracker; workers know neither.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import optuna
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sweeper.errors import ConfigError, StudyError
 from sweeper.folders import StudyFolder
 from sweeper.interrupt import Interrupt
 from sweeper.outcome import Facts, Outcome
 from sweeper.search.board import Board, TrialView, View
+from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.plan import ArmPlan
-from sweeper.search.pruning import permille, should_prune
-from sweeper.search.states import MAX_ATTEMPTS, STATES, tell
-from sweeper.search.study import adopt, ask_again, counted, suggest, twin
+from sweeper.search.pruning import Watch, audited, make_watch
+from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
+from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
 from sweeper.settings import Pruner, Settings, flatten
 from sweeper.space import Point
 from sweeper.tracking.tracker import Tracker, TrialRecord
@@ -53,9 +54,12 @@ class Live:
     settings: Settings
     record: TrialRecord
     view: TrialView
+    watch: Watch
     attempt: int = 1
-    reported: set[int] = field(default_factory=set)
     stopping: bool = False
+    audited: bool = False
+    started: float = 0.0
+    """By the budget's clock."""
 
 
 @dataclass
@@ -67,6 +71,9 @@ class ArmDriver:
     facts: Facts
     folder: StudyFolder
     pruner: Pruner
+    budget: ArmBudget
+    costs: Sequence[str]
+    """Metrics of an outcome that are minimised beside the objective."""
     engine: Engine
     tracker: Tracker
     view: View
@@ -79,6 +86,8 @@ class ArmDriver:
     _live: dict[str, Live] = field(default_factory=dict)
     _waiting: list[Live] = field(default_factory=list)
     _errors: Counter[str] = field(default_factory=Counter)
+    _refusal: str | None = None
+    """Why the budget allows no further trial, once it does not."""
 
     def run(self) -> None:
         """Until n_trials are used up, the space is exhausted, or the user stops it.
@@ -94,6 +103,7 @@ class ArmDriver:
             while self._more():
                 self.interrupt.check()
                 self._dispatch()
+                self.board.left = self.budget.left(self._started())
                 if event := self.engine.next_event(POLL_SECONDS):
                     self._handle(event)
                     self.view.update(self.board)
@@ -101,9 +111,9 @@ class ArmDriver:
             self._cancel()
             raise
         if (done := counted(self.study)) < self.arm.n_trials:
+            reason = self._refusal or "what else was asked had been trained before or is impossible"
             self.view.event(
-                f"arm {self.arm.name} ends at {done} of {self.arm.n_trials} trials: what else was "
-                "asked had been trained before or is impossible"
+                f"arm {self.arm.name} ends at {done} of {self.arm.n_trials} trials: {reason}"
             )
 
     def _more(self) -> bool:
@@ -116,7 +126,25 @@ class ArmDriver:
         fruitless = sum(trial.user_attrs.get("cause") in FRUITLESS for trial in trials)
         exhausted = self.arm.sampler.name == "grid" and not waiting
         wanted = counted(self.study) + open_count < self.arm.n_trials
-        return wanted and not exhausted and fruitless < MAX_FRUITLESS * self.arm.n_trials
+        allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self.arm.n_trials
+        if allowed:
+            self._refusal = self.budget.refusal(
+                self._started(), typical_seconds(self.budget.ended), self._values(trials)
+            )
+        return allowed and self._refusal is None
+
+    def _started(self) -> list[float]:
+        return [live.started for live in self._live.values()]
+
+    def _values(self, trials: Sequence[FrozenTrial]) -> list[float | None]:
+        """What each trial that counts was worth; None for those without a value of their own."""
+        return [
+            trial.values[0]
+            if trial.state is TrialState.COMPLETE and not trial.constraints
+            else None
+            for trial in trials
+            if counts(trial)
+        ]
 
     def _dispatch(self) -> None:
         for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
@@ -130,7 +158,7 @@ class ArmDriver:
         while self._may_ask():
             trial = self.study.ask()
             point = suggest(trial, self.arm.space)
-            if earlier := twin(self.study, trial):
+            if earlier := twin(self.study, point):
                 self._answer_twin(
                     trial, earlier.number, Outcome.model_validate(earlier.user_attrs["outcome"])
                 )
@@ -142,17 +170,19 @@ class ArmDriver:
 
     def _answer_twin(self, trial: Trial, number: int, outcome: Outcome) -> None:
         message = f"the same point as trial {number}"
-        duplicate = Outcome(cause="duplicate", best_value=outcome.best_value, message=message)
-        if outcome.best_value is None:
+        if outcome.best_value is None or STATES[outcome.cause].infeasible:
             duplicate = Outcome(cause="refused", message=message)
-        tell(self.study, trial, duplicate, self.facts.base_loss)
+        else:
+            duplicate = outcome.model_copy(update={"cause": "duplicate", "message": message})
+        tell(self.study, trial, duplicate, self.facts.base_loss, self.costs)
         self.view.event(f"{self.arm.name} {trial.number}: {message}; not trained again")
 
-    def _prepare(self, trial: Trial, point: Point) -> Live | None:
+    def _prepare(self, trial: Trial, point: Point, reported: Iterable[int] = ()) -> Live | None:
         key = f"{self.arm.name}/{trial.number:04d}"
         view = TrialView(key=key, arm=self.arm.name, number=trial.number, point=point)
         self.board.add(view)
         overrides = self.arm.overrides_at(point)
+        trial.set_user_attr("point", point)
         trial.set_user_attr("overrides", overrides)
         try:
             settings = self.arm.settings_at(point)
@@ -163,10 +193,12 @@ class ArmDriver:
         params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
         tags = {"arm": self.arm.name, **self._origin()}
         record = TrialRecord(key, folder, params, tags)
-        return Live(trial, point, settings, record, view)
+        watch = make_watch(self.pruner, settings.training, trial, reported)
+        return Live(trial, point, settings, record, view, watch)
 
     def _tell_refused(self, trial: Trial, view: TrialView, message: str) -> None:
-        tell(self.study, trial, Outcome(cause="refused", message=message), self.facts.base_loss)
+        refused = Outcome(cause="refused", message=message)
+        tell(self.study, trial, refused, self.facts.base_loss, self.costs)
         view.state = "refused"
         self.view.event(f"{view.key} refused: {message}")
 
@@ -174,6 +206,7 @@ class ArmDriver:
         self.slots[worker] -= 1
         live.trial.set_user_attr("attempt", live.attempt)
         live.view.state = "running"
+        live.started = self.budget.clock()
         self._live[live.record.key] = live
         self.tracker.start(live.record)
         self.engine.submit(
@@ -217,17 +250,19 @@ class ArmDriver:
             return
         live.view.step, live.view.total_steps = event.step, event.total_steps
         live.view.evaluated(event.loss)
-        step = permille(event.step, event.total_steps)
-        if step not in live.reported:
-            live.reported.add(step)
-            live.trial.report(event.loss, step)
-        self.tracker.ship(live.record)
-        training = live.settings.training
-        if not live.stopping and should_prune(
-            self.pruner, training, live.trial, event.step, event.total_steps
-        ):
+        hopeless = live.watch.evaluated(event.step, event.total_steps, event.loss)
+        if hopeless and not live.stopping and not live.audited:
+            self._stop_or_audit(live)
+
+    def _stop_or_audit(self, live: Live) -> None:
+        key = live.record.key
+        live.audited = audited(self.pruner, self.arm.sampler.seed, key)
+        if live.audited:
+            live.trial.set_user_attr("audited", True)
+            self.view.event(f"{key} would be pruned; goes on as an audit of the pruner")
+        else:
             live.stopping = True
-            self.engine.stop(event.trial, "pruned")
+            self.engine.stop(key, "pruned")
 
     def _ended(self, event: Ended) -> None:
         live = self._live.pop(event.trial, None)
@@ -235,15 +270,16 @@ class ArmDriver:
             self._tell(live, event.outcome)
 
     def _tell(self, live: Live, outcome: Outcome) -> None:
-        row = STATES[outcome.cause]
-        if row.state is TrialState.COMPLETE and not row.infeasible and outcome.best_value is None:
-            message = "ended without a single evaluation"
-            outcome = outcome.model_copy(update={"cause": "error", "message": message})
+        outcome = judged(outcome, self.costs)
         if outcome.cause == "cancelled":
             ask_again(self.study, live.trial, self.arm.space)
-        tell(self.study, live.trial, outcome, self.facts.base_loss)
+        tell(self.study, live.trial, outcome, self.facts.base_loss, self.costs)
+        if live.started:
+            self.budget.ended.append(self.budget.clock() - live.started)
         live.view.ended(outcome)
-        status = row.status or "KILLED"  # refused by the worker: its run was started all the same
+        status = (
+            STATES[outcome.cause].status or "KILLED"
+        )  # refused by the worker: its run was started all the same
         self.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
         self.view.event(live.view.summary(outcome))
         self.told()
@@ -278,15 +314,16 @@ class ArmDriver:
     def _adopt(self, trial: Trial) -> None:
         """A trial that a killed driver left behind: the same point, one attempt more."""
         frozen = next(t for t in self.study.get_trials() if t.number == trial.number)
-        live = self._prepare(trial, suggest(trial, self.arm.space))
+        reported = frozen.intermediate_values
+        live = self._prepare(trial, suggest(trial, self.arm.space), reported)
         if live is None:
             return
+        live.audited = bool(frozen.user_attrs.get("audited", False))
         stored = live.record.folder.outcome
         if stored.exists():  # it ended, but the driver died before it could tell
             self._tell(live, Outcome.model_validate_json(stored.read_text(encoding="utf-8")))
             return
         live.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
-        live.reported = set(frozen.intermediate_values)
         if live.attempt > MAX_ATTEMPTS:
             self._tell(live, Outcome(cause="crash", message="every attempt's driver was killed"))
         else:
@@ -300,7 +337,9 @@ class ArmDriver:
                 continue
             outcome = Outcome.model_validate(frozen.user_attrs["outcome"])
             key = f"{self.arm.name}/{frozen.number:04d}"
-            view = TrialView(key=key, arm=self.arm.name, number=frozen.number, point=frozen.params)
+            view = TrialView(
+                key=key, arm=self.arm.name, number=frozen.number, point=point_of(frozen)
+            )
             view.ended(outcome)
             self.board.add(view)
             status = STATES[outcome.cause].status
@@ -325,4 +364,4 @@ class ArmDriver:
         self._waiting.clear()
         for trial in adopt(self.study):  # asked, but not handed out when the interrupt came
             ask_again(self.study, trial, self.arm.space)
-            tell(self.study, trial, Outcome(cause="cancelled"), self.facts.base_loss)
+            tell(self.study, trial, Outcome(cause="cancelled"), self.facts.base_loss, self.costs)

@@ -5,9 +5,8 @@ Everything that can be wrong without loading a model is found here, all at once.
 
 from __future__ import annotations
 
-import itertools
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +15,23 @@ from pydantic import ValidationError
 from sweeper import compose
 from sweeper.data.sources import path_problems
 from sweeper.errors import ConfigError
+from sweeper.search.pruning import make_pruner
+from sweeper.search.samplers import make_sampler
 from sweeper.settings import Sampler, Settings, Study, describe, validate
-from sweeper.space import Choice, Interval, Point, Scalar, Space, grid
+from sweeper.space import Choice, Point, Scalar, Space, decided_twice, grid, keys, probes
 
 LORA = "lora"
 """The arm that `hydra.sweeper.params` describes."""
 
 
+OBJECTIVE = "eval/loss"
+COMPARABLE = ("eval/bits_per_byte",)
+"""Objectives that mean the same for every base model: a loss per token depends on its tokenizer."""
 _OTHER_QUESTION = "decides what is compared, so it cannot be searched; make it an arm or a study"
 _MACHINERY = "is machinery and changes no result, so it cannot be searched"
 NEVER_SEARCHED = {
     "seed": "is never searched: the best seed is luck; repeat the best trials over seeds instead",
-    **dict.fromkeys(("model", "data", "evaluation", "objective", "quantization"), _OTHER_QUESTION),
+    **dict.fromkeys(("data", "evaluation", "objective"), _OTHER_QUESTION),
     **dict.fromkeys(
         ("space", "sampler", "pruner", "workers", "tracking", "output_dir", "dry_run"), _MACHINERY
     ),
@@ -49,8 +53,7 @@ class ArmPlan:
 
     def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
         """The arm's overrides with a point of its space."""
-        values = [compose.format_override(key, value) for key, value in point.items()]
-        return [*self.overrides, *values]
+        return [*self.overrides, *_as_overrides(point)]
 
     def settings_at(self, point: Mapping[str, Scalar]) -> Settings:
         """The full settings of the trial at a point.
@@ -58,7 +61,14 @@ class ArmPlan:
         Raises:
             ConfigError: the point is impossible (say, a target that the group does not have).
         """
-        return validate(Settings, compose.compose(self.overrides_at(point)).config)
+        groups = {key: value for key, value in point.items() if "." not in key}
+        values = {key: value for key, value in point.items() if "." in key}
+        composition = compose.compose((*self.overrides, *_as_overrides(groups)))
+        return validate(Settings, compose.with_values(composition.unresolved, values))
+
+
+def _as_overrides(point: Mapping[str, Scalar]) -> list[str]:
+    return [compose.format_override(key, value) for key, value in point.items()]
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,12 @@ class StudyPlan:
     def dry_run(self) -> bool:
         """Whether the study is only to be shown."""
         return self.settings.dry_run
+
+
+def objective(config: Mapping[str, Any]) -> str:
+    """The metric that trials are compared by."""
+    section = config.get("objective", {})
+    return str(section.get("metric", OBJECTIVE))
 
 
 def single(overrides: Sequence[str]) -> Settings:
@@ -130,6 +146,7 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
         study = validate(Study, composition.sweeper, "hydra.sweeper")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
+    problems += _library_problems(study)
     if problems:
         raise ConfigError(problems)
     arms = _arms(study, fixed, swept)
@@ -138,6 +155,20 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
         group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
     }
     return StudyPlan(experiment, study, arms, presets, _command(overrides))
+
+
+def _library_problems(study: Study) -> list[str]:
+    """Whether Optuna has the named classes, and whether they take these arguments."""
+    problems: list[str] = []
+    for make in (
+        lambda: make_sampler(study.sampler, {}, study.n_trials, 0),
+        lambda: make_pruner(study.pruner),
+    ):
+        try:
+            make()
+        except ConfigError as error:
+            problems += error.problems
+    return problems
 
 
 def _command(overrides: Sequence[str]) -> str:
@@ -196,7 +227,7 @@ def _arms(study: Study, fixed: Sequence[str], swept: Mapping[str, str]) -> tuple
                 arm.params,
                 arm.priors,
                 arm.n_trials,
-                study.sampler.model_copy(update={"name": arm.sampler or study.sampler.name}),
+                _arm_sampler(study.sampler, arm.sampler),
             )
             for name, arm in study.arms.items()
         ),
@@ -209,6 +240,12 @@ def _arms(study: Study, fixed: Sequence[str], swept: Mapping[str, str]) -> tuple
     if problems:
         raise ConfigError(problems)
     return tuple(arms)
+
+
+def _arm_sampler(sampler: Sampler, name: str | None) -> Sampler:
+    if name is None:
+        return sampler
+    return sampler.model_copy(update={"name": name, "class_name": None, "kwargs": {}})
 
 
 def _without_replaced_groups(shared: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -228,67 +265,60 @@ def _arm(
     overrides = compose.with_auto_groups(overrides)
     composition, problems = compose.compose_leniently(overrides)
     problems += _setting_problems(composition.config)
-    space, fixed, space_problems = _space(params)
+    space, fixed, space_problems = compose.parse_space(
+        params, lambda key: key in composition.choices or _has(composition.config, key)
+    )
     problems += space_problems
+    problems += [
+        f"{key} is decided twice: it stands in a branch and beside it"
+        for key in sorted(decided_twice({**space, **{key: Choice((fixed[key],)) for key in fixed}}))
+    ]
     if not problems:
         problems += _point_problems(space, fixed, overrides)
-    problems += [
-        f"{key}: {NEVER_SEARCHED[part]}" for key in space if (part := _part(key)) in NEVER_SEARCHED
-    ]
+    problems += _never_searched(space, objective(composition.config))
     points = [_prior(prior, space) for prior in priors]
+    if points and sampler.name == "grid":
+        problems.append("sampler=grid tries every point, so priors change nothing; set priors=[]")
     count = _grid_count(space, n_trials, sampler, problems)
     if problems:
         raise ConfigError(
             [problem if name == LORA else f"arm {name}: {problem}" for problem in problems]
         )
-    texts = (*overrides, *(compose.format_override(key, value) for key, value in fixed.items()))
+    texts = (*overrides, *_as_overrides(fixed))
     settings = validate(Settings, compose.compose(texts).config)
     return ArmPlan(name, texts, space, tuple(points), count, sampler, settings)
 
 
-def _space(params: Mapping[str, Any]) -> tuple[Space, Point, list[str]]:
-    space: Space = {}
-    fixed: Point = {}
-    problems: list[str] = []
-    for key, words in params.items():
-        try:
-            domain = compose.parse_domain(key, words)
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-            continue
-        if isinstance(domain, Choice | Interval):
-            space[key] = domain
-        else:
-            fixed[key] = domain
-    return space, fixed, problems
+def _never_searched(space: Space, metric: str) -> list[str]:
+    reasons = dict(NEVER_SEARCHED)
+    if metric not in COMPARABLE:
+        reasons["model"] = (
+            f"cannot be searched by {metric}, which depends on the model's tokenizer; "
+            f"searching it needs objective.metric={COMPARABLE[0]}"
+        )
+    return [
+        f"{key}: {reasons[part]}" for key in sorted(keys(space)) if (part := _part(key)) in reasons
+    ]
 
 
 def _prior(prior: Mapping[str, Any], space: Space) -> Point:
     """A known-good point, reduced to what is searched; a fixed key keeps its fixed value."""
-    return {key: value for key, value in prior.items() if key in space}
+    searched = keys(space, labels=True)
+    return {key: value for key, value in prior.items() if key in searched}
 
 
 def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> list[str]:
     """Try the ends of every domain, one key at a time, against the settings' own rules."""
     problems: list[str] = []
-    for point in _probe_points(space, fixed):
+    for point in ({**fixed, **found} for found in list(probes(space)) or [{}]):
         values = {key: value for key, value in point.items() if "." in key}
-        groups = [compose.format_override(key, point[key]) for key in point if key not in values]
+        groups = _as_overrides({key: point[key] for key in point if key not in values})
         composition, found = compose.compose_leniently([*overrides, *groups])
         found += _unknown_keys(values, composition.config, composition.choices)
         if not found:
-            found = _setting_problems(compose.with_values(composition.config, values))
+            found = _setting_problems(compose.with_values(composition.unresolved, values))
         problems += [problem for problem in found if problem not in problems]
     return problems
-
-
-def _probe_points(space: Space, fixed: Point) -> Iterator[Point]:
-    """Enough points that every probe value of every domain appears once."""
-    columns = [[(key, value) for value in domain.probes()] for key, domain in space.items()]
-    for row in itertools.zip_longest(*columns):
-        yield {**fixed, **dict(cell for cell in row if cell is not None)}
-    if not columns:
-        yield dict(fixed)
 
 
 def _grid_count(space: Space, n_trials: int, sampler: Sampler, problems: list[str]) -> int:

@@ -1,37 +1,176 @@
 """When a trial may be stopped: Optuna's pruner behind a guard that knows the schedule.
 
-The step told to Optuna is the per-mille of the trial's own schedule, so that trials are compared at
-the same fraction of it.
+The step told to Optuna is the per-mille of the trial's own schedule, and the guarded pruners see fixed
+rungs of it only, so that trials are compared at the same fraction of the schedule even when its
+length is searched. Which evaluations a trial makes does not matter: its best loss so far is
+interpolated between the two evaluations around a rung.
 """
 
 from __future__ import annotations
 
-from optuna.pruners import BasePruner, MedianPruner, NopPruner
+import random
+from collections.abc import Iterable
+from typing import Protocol
+
+import optuna
+from optuna.pruners import BasePruner, NopPruner, PercentilePruner, SuccessiveHalvingPruner
+from optuna.study import StudyDirection
 from optuna.trial import Trial
 
+from sweeper.search.samplers import make_by_class_name
 from sweeper.settings import Pruner, Training
+
+WHOLE = 1000
+"""The whole schedule in per-mille."""
+
+
+class Watch(Protocol):
+    """Watches one attempt of a trial."""
+
+    def evaluated(self, step: int, total_steps: int, value: float) -> bool:
+        """Take note of an evaluation after `step` of `total_steps` optimiser steps.
+
+        Returns:
+            Whether the trial should be stopped.
+        """
 
 
 def make_pruner(settings: Pruner) -> BasePruner:
-    """Optuna's pruner; the guard is `may_prune`."""
-    if settings.name == "none":
-        return NopPruner()
-    return MedianPruner(n_startup_trials=settings.n_startup_trials, n_warmup_steps=0)
+    """Optuna's pruner; when its answer counts is decided by a watch.
+
+    Raises:
+        ConfigError: Optuna has no such class, or it does not take these arguments.
+    """
+    enough = settings.n_startup_trials
+    match settings.name:
+        case "none":
+            return NopPruner()
+        case "median" | "percentile":
+            percentile = settings.percentile or 50.0
+            return PercentilePruner(percentile, enough, n_min_trials=max(1, enough))
+        case "successive_halving":
+            assert settings.reduction_factor is not None
+            return SuccessiveHalvingPruner(settings.rungs[0], settings.reduction_factor)
+        case "optuna":
+            assert settings.class_name is not None
+            arguments = dict(settings.kwargs)
+            made = make_by_class_name(optuna.pruners, settings.class_name, arguments, "pruner")
+            assert isinstance(made, BasePruner)
+            return made
+
+
+def make_watch(
+    settings: Pruner, training: Training, trial: Trial, reported: Iterable[int] = ()
+) -> Watch:
+    """The watch over a trial; `reported` are the steps that an earlier attempt told Optuna."""
+    if len(trial.study.directions) > 1:
+        return Unwatched()  # Optuna has no intermediate values of several objectives
+    if settings.rungs:
+        return RungWatch(settings, training, trial, reported)
+    return OpenWatch(trial, reported)
+
+
+class Unwatched:
+    """Tells Optuna nothing and stops nobody."""
+
+    def evaluated(self, step: int, total_steps: int, value: float) -> bool:
+        """See Watch."""
+        return False
+
+
+class OpenWatch:
+    """Every evaluation is told to Optuna, and its pruner decides alone."""
+
+    def __init__(self, trial: Trial, reported: Iterable[int]) -> None:
+        self._trial = trial
+        self._reported = set(reported)
+
+    def evaluated(self, step: int, total_steps: int, value: float) -> bool:
+        """See Watch."""
+        at = permille(step, total_steps)
+        if at in self._reported:
+            return False
+        self._reported.add(at)
+        self._trial.report(value, at)
+        return self._trial.should_prune() and step < total_steps
+
+
+class RungWatch:
+    """The pruner is asked at every rung, and heard where the guard allows a decision."""
+
+    def __init__(
+        self, settings: Pruner, training: Training, trial: Trial, reported: Iterable[int]
+    ) -> None:
+        self._settings = settings
+        self._training = training
+        self._trial = trial
+        self._reported = set(reported)
+        self._last: tuple[float, float] | None = None
+        """Where in the schedule the last evaluation was, and the best value until then."""
+
+    def evaluated(self, step: int, total_steps: int, value: float) -> bool:
+        """See Watch."""
+        here = (WHOLE * step / total_steps, self._best(value))
+        verdicts = [
+            self._ask(rung, at)
+            and may_prune(self._training, rung, step, total_steps)
+            and self._enough(rung)
+            for rung in self._settings.rungs
+            if (at := value_at(rung, self._last, here)) is not None
+        ]
+        self._last = here
+        return any(verdicts)
+
+    def _best(self, value: float) -> float:
+        if self._last is None:
+            return value
+        maximize = self._trial.study.direction is StudyDirection.MAXIMIZE
+        return max(value, self._last[1]) if maximize else min(value, self._last[1])
+
+    def _ask(self, rung: int, value: float) -> bool:
+        """Always asked, even when nobody listens: successive halving takes note by being asked."""
+        if rung in self._reported:
+            return False
+        self._reported.add(rung)
+        self._trial.report(value, rung)
+        return self._trial.should_prune()
+
+    def _enough(self, rung: int) -> bool:
+        """Whether enough other trials have passed this rung."""
+        trials = self._trial.study.get_trials(deepcopy=False)
+        there = sum(rung in other.intermediate_values for other in trials) - 1
+        return there >= self._settings.n_startup_trials
 
 
 def permille(step: int, total_steps: int) -> int:
     """The fraction of the schedule that Optuna sees as a step."""
-    return round(1000 * step / total_steps)
+    return round(WHOLE * step / total_steps)
 
 
-def may_prune(settings: Pruner, training: Training, step: int, total_steps: int) -> bool:
-    """Whether a decision is allowed at all: after warm-up and `min_fraction`, before the end."""
+def value_at(
+    rung: int, before: tuple[float, float] | None, here: tuple[float, float]
+) -> float | None:
+    """The value at a rung on the straight line between two evaluations (per-mille, value).
+
+    None if the rung is not between them; without an earlier evaluation only `here` itself counts.
+    """
+    place, value = here
+    if abs(place - rung) < 0.5:
+        return value
+    if before is None or not before[0] + 0.5 <= rung < place:
+        return None
+    return before[1] + (value - before[1]) * (rung - before[0]) / (place - before[0])
+
+
+def may_prune(training: Training, rung: int, step: int, total_steps: int) -> bool:
+    """Whether a decision is allowed at all: at a rung after warm-up, and before the end."""
     warmup = training.warmup_length(total_steps)
-    return max(warmup, settings.min_fraction * total_steps) < step < total_steps
+    return rung * total_steps > WHOLE * warmup and step < total_steps
 
 
-def should_prune(
-    settings: Pruner, training: Training, trial: Trial, step: int, total_steps: int
-) -> bool:
-    """Ask Optuna's pruner, if the guard lets it speak."""
-    return may_prune(settings, training, step, total_steps) and trial.should_prune()
+def audited(settings: Pruner, seed: int, trial_key: str) -> bool:
+    """Whether a trial that should be stopped goes on, to find out whether that had been wrong.
+
+    Drawn from the trial's name, so that a resumed study decides the same.
+    """
+    return random.Random(f"{seed}/{trial_key}").random() < settings.audit_fraction

@@ -7,6 +7,7 @@ them. FAIL would teach nothing, and PRUNED with a constraint is ignored by the G
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +46,25 @@ STATES: dict[Cause, Row] = {
 }
 
 
-def tell(study: Study, trial: Trial, outcome: Outcome, base_loss: float) -> None:
+def judged(outcome: Outcome, costs: Sequence[str]) -> Outcome:
+    """The outcome as it can be told: one without the values that the study compares is an error."""
+    row = STATES[outcome.cause]
+    if row.state is not TrialState.COMPLETE or row.infeasible:
+        return outcome
+    missing = [name for name in costs if name not in outcome.metrics]
+    if outcome.best_value is None:
+        message = "ended without a single evaluation"
+    elif missing:
+        known = ", ".join(sorted(outcome.metrics)) or "none"
+        message = f"has no metric {missing[0]} for hydra.sweeper.costs; its metrics: {known}"
+    else:
+        return outcome
+    return outcome.model_copy(update={"cause": "error", "message": message})
+
+
+def tell(
+    study: Study, trial: Trial, outcome: Outcome, base_loss: float, costs: Sequence[str] = ()
+) -> None:
     """Tell Optuna an outcome: attributes first, the state last, so that a crash in between is seen
     as a trial that still runs.
 
@@ -54,6 +73,7 @@ def tell(study: Study, trial: Trial, outcome: Outcome, base_loss: float) -> None
         trial: as asked or adopted.
         outcome: how it ended.
         base_loss: the untuned base's eval/loss, what an infeasible trial is worth.
+        costs: metrics of the outcome that the study minimises beside its objective.
     """
     row = STATES[outcome.cause]
     trial.set_user_attr("cause", outcome.cause)
@@ -61,12 +81,19 @@ def tell(study: Study, trial: Trial, outcome: Outcome, base_loss: float) -> None
     trial.set_user_attr("outcome", outcome.model_dump(mode="json"))
     if row.infeasible:
         trial.set_constraint(outcome.cause, 1.0)
-        study.tell(trial.number, base_loss)
+        worst = [_worst(study, index) for index, _ in enumerate(costs, start=1)]
+        study.tell(trial.number, [base_loss, *worst])
     elif row.state is TrialState.COMPLETE:
         assert outcome.best_value is not None, f"{outcome.cause} without an evaluation"
-        study.tell(trial.number, outcome.best_value)
+        study.tell(trial.number, [outcome.best_value, *(outcome.metrics[name] for name in costs)])
     else:
         study.tell(trial.number, state=row.state)
+
+
+def _worst(study: Study, index: int) -> float:
+    """The highest cost seen; 0 before any, since the constraint alone rules the trial out."""
+    told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return max((trial.values[index] for trial in told), default=0.0)
 
 
 def counts(trial: FrozenTrial) -> bool:

@@ -8,22 +8,32 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from sweeper.errors import StudyMismatch
 from sweeper.folders import StudyFolder
 from sweeper.outcome import Facts
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
+from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
 from sweeper.settings import flatten
-from sweeper.space import Choice, Domain, Point, Scalar, Space, grid
+from sweeper.space import (
+    Choice,
+    Domain,
+    Draw,
+    Point,
+    Scalar,
+    Space,
+    always_decided,
+    grid,
+    locate,
+    walk,
+)
 
 SQLITE_TIMEOUT_S = 60
 MACHINERY = frozenset({"model.base_model", "model.revision", "data.train", "data.validation"}) | {
@@ -50,31 +60,53 @@ def optuna_name(study_name: str, arm: str) -> str:
 
 
 def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage) -> optuna.Study:
-    """Create or resume the Optuna study of an arm, and enqueue what is to be tried first.
+    """Create or resume the Optuna study of an arm.
 
     Raises:
         StudyMismatch: the study of this name has other spaces, settings, data or base model.
     """
+    costs: list[Literal["minimize", "maximize"]] = ["minimize"] * len(plan.study.costs)
     study = optuna.create_study(
         storage=storage,
         study_name=optuna_name(plan.study.study_name, arm.name),
-        direction=plan.study.direction,
+        directions=[plan.study.direction, *costs],
         pruner=make_pruner(plan.study.pruner),
         load_if_exists=True,
     )
-    study.sampler = make_sampler(arm, finished=len(study.get_trials(deepcopy=False)))
     _check_question(study, plan, arm, facts)
+    study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
     study.set_user_attr("facts", facts.model_dump(mode="json"))
-    taken = [_point_of(trial) for trial in study.get_trials(deepcopy=False) if _is_taken(trial)]
-    for point in first_points(arm):
-        if not any(point.items() <= other.items() for other in taken):
-            study.enqueue_trial(point)
     return study
+
+
+def drawn(study: optuna.Study) -> int:
+    """How many parameter values are stored: it grows with every draw, in whichever run it was made.
+
+    The number of trials does not: a trial that was asked by a killed run may be drawn by the next.
+    """
+    return sum(len(trial.params) for trial in study.get_trials(deepcopy=False))
+
+
+def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
+    """Have draws tried before the sampler chooses, but for those tried or waiting already.
+
+    Returns:
+        How many were new.
+    """
+    taken = [_draw_of(trial) for trial in study.get_trials(deepcopy=False) if _is_taken(trial)]
+    new = 0
+    for draw in draws:
+        if not any(draw.items() <= other.items() for other in taken):
+            study.enqueue_trial(draw)
+            taken.append(draw)
+            new += 1
+    return new
 
 
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     """Have a trial's point asked once more: it was cancelled, and nothing is known of it."""
-    study.enqueue_trial(suggest(trial, space))
+    suggest(trial, space)
+    study.enqueue_trial(trial.params)
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage) -> optuna.Study | None:
@@ -91,48 +123,36 @@ def _is_taken(trial: FrozenTrial) -> bool:
     return trial.state is not TrialState.FAIL or counts(trial)
 
 
-def _point_of(trial: FrozenTrial) -> dict[str, Any]:
-    fixed: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
+def _draw_of(trial: FrozenTrial) -> Draw:
+    fixed: Draw = trial.system_attrs.get("fixed_params", {})
     return {**fixed, **trial.params}
 
 
-def first_points(arm: ArmPlan) -> list[Point]:
-    """Points to try before the sampler chooses: the whole grid, or the known-good ones in range."""
+def first_draws(arm: ArmPlan) -> list[Draw]:
+    """What to try before the sampler chooses: the whole grid, or the known-good points in range."""
     if arm.sampler.name == "grid":
         return list(itertools.islice(grid(arm.space), arm.n_trials))
-    return [point for point in arm.priors if point and inside(arm.space, point)]
+    return [draw for point in arm.priors if (draw := locate(arm.space, point))]
 
 
-def inside(space: Space, point: Mapping[str, Scalar]) -> bool:
-    """Whether a (partial) point lies in a space, which the command line may have narrowed."""
-    return all(value in space[key] for key, value in point.items())
-
-
-def make_sampler(arm: ArmPlan, finished: int) -> BaseSampler:
-    """The sampler of an arm.
-
-    Its random state is not stored, so the seed moves with the number of trials: a resumed study would
-    otherwise repeat its first draws.
-    """
-    seed = arm.sampler.seed + finished
-    if arm.sampler.name != "tpe":
-        return RandomSampler(seed)
-    startup = arm.sampler.n_startup_trials or max(4, arm.n_trials // 5)
-    return TPESampler(n_startup_trials=startup, seed=seed)
-
-
-def suggest(trial: Trial, space: Space) -> Point:
+def suggest(trial: BaseTrial, space: Space) -> Point:
     """Draw a point; what was drawn before (by a killed driver) is returned again."""
-    return {key: _suggest(trial, key, domain) for key, domain in space.items()}
+    return walk(space, lambda name, domain: _suggest(trial, name, domain))
 
 
-def _suggest(trial: Trial, key: str, domain: Domain) -> Scalar:
+def _suggest(trial: BaseTrial, name: str, domain: Domain) -> Scalar:
     if isinstance(domain, Choice):
-        return trial.suggest_categorical(key, domain.values)
+        return trial.suggest_categorical(name, domain.values)
     if domain.integer:
         step = int(domain.step or 1)
-        return trial.suggest_int(key, int(domain.low), int(domain.high), log=domain.log, step=step)
-    return trial.suggest_float(key, domain.low, domain.high, log=domain.log, step=domain.step)
+        return trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log, step=step)
+    return trial.suggest_float(name, domain.low, domain.high, log=domain.log, step=domain.step)
+
+
+def point_of(trial: FrozenTrial) -> Point:
+    """The values of the settings that a trial tried."""
+    point: Point = trial.user_attrs.get("point", trial.params)
+    return point
 
 
 def adopt(study: optuna.Study) -> list[Trial]:
@@ -146,26 +166,39 @@ def counted(study: optuna.Study) -> int:
     return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
 
 
-def twin(study: optuna.Study, trial: Trial) -> FrozenTrial | None:
-    """An earlier finished trial at the very same point."""
-    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return next((other for other in done if other.params == trial.params), None)
+def spent_seconds(study: optuna.Study) -> float:
+    """Worker time of all trials of a study that ended."""
+    outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
+    seconds = (outcome["metrics"].get("cost/seconds", 0.0) for outcome in outcomes if outcome)
+    return float(sum(seconds))
 
 
-def question(arm: ArmPlan, facts: Facts) -> dict[str, str]:
+def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
+    """An earlier trial with a result, pruned ones included, at the very same point."""
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return next((other for other in done if point_of(other) == point), None)
+
+
+def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     """What an arm's study asks, part by part; not how many trials, by which sampler or package."""
-    settings = flatten(arm.settings.trial.model_dump(mode="json"))
-    kept = {key: value for key, value in settings.items() if key not in arm.space}
+    decided = always_decided(arm.space)
     return {
+        "costs": ", ".join(plan.study.costs),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},
-        **{key: json.dumps(value) for key, value in kept.items() if key not in MACHINERY},
+        **{key: text for key, text in settings_as_json(arm).items() if key not in decided},
     }
 
 
+def settings_as_json(arm: ArmPlan) -> dict[str, str]:
+    """An arm's settings before any point is applied, but for those that change no result."""
+    settings = flatten(arm.settings.trial.model_dump(mode="json"))
+    return {key: json.dumps(value) for key, value in settings.items() if key not in MACHINERY}
+
+
 def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts) -> None:
-    asked = question(arm, facts)
+    asked = question(plan, arm, facts)
     before = study.user_attrs.get("question")
     if before is None:
         study.set_user_attr("question", asked)
@@ -182,5 +215,7 @@ def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: F
             + "\n".join(lines)
             + "\n  ways out:\n"
             f"    start a new study:      hydra.sweeper.study_name={name}_2\n"
+            "    keep what still fits:   "
+            f"hydra.sweeper.study_name={name}_2 hydra.sweeper.fork_of={name}\n"
             "    continue the old one:   give the values it was started with"
         )

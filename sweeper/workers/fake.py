@@ -36,6 +36,12 @@ def fake_loss(settings: TrialSettings, fraction: float = 1.0) -> float:
     return final + (BASE_LOSS - final) * (1 - fraction) ** 2
 
 
+def fake_parameters(settings: TrialSettings) -> float:
+    """Trainable parameters: r times a thousand, or all of the base."""
+    adapter = settings.adapter
+    return 1000.0 * adapter.r if isinstance(adapter, LoraAdapter) else 1_000_000.0
+
+
 class FakeRunner:
     """Writes what a real runner writes, but for the weights."""
 
@@ -79,6 +85,7 @@ class FakeRunner:
         return outcome
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
+        started = time.monotonic()
         total = self._settings.steps
         every = max(1, total // EVALUATIONS)
         best, best_step = math.inf, 0
@@ -94,10 +101,10 @@ class FakeRunner:
                     file.write(json.dumps(line) + "\n")
                 observer.evaluated(step, total, loss)
             if cause := observer.stop_cause():
-                return _ended(cause, best, best_step, step)
+                return _ended(settings, time.monotonic() - started, cause, best, best_step, step)
         if _planned(self._settings, folder) == "oom":
             return Outcome(cause="oom", message="fake: out of memory", steps=total)
-        return _ended("finished", best, best_step, total)
+        return _ended(settings, time.monotonic() - started, "finished", best, best_step, total)
 
     def _misbehave(self, plan: str, step: int) -> None:
         """Half-way, so that something was trained and reported before."""
@@ -121,8 +128,13 @@ def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:
     return settings.plan.get(int(folder.path.name.rpartition("_")[2]), "finish")
 
 
-def _ended(cause: Any, best: float, best_step: int, steps: int) -> Outcome:
+def _ended(
+    settings: TrialSettings, seconds: float, cause: Any, best: float, best_step: int, steps: int
+) -> Outcome:
     if math.isinf(best):
         return Outcome(cause=cause, steps=steps)
-    metrics = {"best/eval_loss": best, "best/eval_perplexity": math.exp(best)}
+    metrics = {
+        **{"best/eval_loss": best, "best/eval_perplexity": math.exp(best)},
+        **{"parameters/trainable": fake_parameters(settings), "cost/seconds": seconds},
+    }
     return Outcome(cause=cause, best_value=best, best_step=best_step, steps=steps, metrics=metrics)

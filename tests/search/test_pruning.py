@@ -4,29 +4,78 @@ from __future__ import annotations
 
 import optuna
 import pytest
+from optuna.trial import Trial
 
-from sweeper.search.pruning import make_pruner, may_prune, permille, should_prune
+from sweeper.search.pruning import (
+    RungWatch,
+    Watch,
+    audited,
+    make_pruner,
+    make_watch,
+    may_prune,
+    permille,
+    value_at,
+)
 from sweeper.settings import Pruner
 from tests.conftest import make_settings
 
-PRUNER = Pruner(name="median", n_startup_trials=2, min_fraction=0.34)
+MEDIAN = Pruner(
+    name="median",
+    rungs=[350, 500, 650, 800],
+    n_startup_trials=2,
+    percentile=None,
+    reduction_factor=None,
+    class_name=None,
+    kwargs={},
+    audit_fraction=0.0,
+)
+HALVING = MEDIAN.model_copy(
+    update={"name": "successive_halving", "rungs": [340, 680], "reduction_factor": 2}
+)
+
+
+def _watch(study: optuna.Study, settings: Pruner, *overrides: str) -> tuple[Trial, Watch]:
+    trial = study.ask()
+    return trial, make_watch(settings, make_settings(*overrides).training, trial)
+
+
+def _run(
+    study: optuna.Study, settings: Pruner, losses: list[float], total: int, *overrides: str
+) -> int | None:
+    """Evaluate at equal distances; the step at which the trial is stopped, None if it ends."""
+    trial, watch = _watch(study, settings, *overrides)
+    for index, loss in enumerate(losses, start=1):
+        step = total * index // len(losses)
+        if watch.evaluated(step, total, loss):
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+            return step
+    study.tell(trial, min(losses))
+    return None
+
+
+GOOD = [2.0, 1.5, 1.2, 1.0]
+BAD = [3.0, 2.9, 2.8, 2.7]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "step", "allowed"),
+    ("overrides", "rung", "allowed"),
     [
-        (["training.warmup_ratio=0.1"], 33, False),
-        (["training.warmup_ratio=0.1"], 35, True),
-        (["training.warmup_ratio=0.5"], 50, False),
-        (["training.warmup_ratio=0.5"], 51, True),
-        (["training.warmup_steps=60"], 60, False),
-        (["training.warmup_steps=60"], 61, True),
-        (["training.warmup_ratio=0.1"], 100, False),
+        (["training.warmup_ratio=0.1"], 350, True),
+        (["training.warmup_ratio=0.5"], 500, False),
+        (["training.warmup_ratio=0.5"], 510, True),
+        (["training.warmup_steps=60"], 600, False),
+        (["training.warmup_steps=60"], 610, True),
     ],
 )
-def test_no_decision_before_warmup_ends(overrides: list[str], step: int, allowed: bool) -> None:
-    """A trial of 100 steps may be stopped only after warm-up, after 34 steps, and before its end."""
-    assert may_prune(PRUNER, make_settings(*overrides).training, step, 100) is allowed
+def test_no_decision_before_warmup_ends(overrides: list[str], rung: int, allowed: bool) -> None:
+    """A rung within the warm-up decides nothing, however warm-up is given."""
+    training = make_settings(*overrides).training
+    assert may_prune(training, rung, step=rung // 10, total_steps=100) is allowed
+
+
+def test_no_decision_at_the_end() -> None:
+    """A trial that has nothing left to train is not stopped."""
+    assert not may_prune(make_settings().training, 800, step=100, total_steps=100)
 
 
 def test_trials_are_compared_at_the_same_fraction_of_the_schedule() -> None:
@@ -34,29 +83,153 @@ def test_trials_are_compared_at_the_same_fraction_of_the_schedule() -> None:
     assert permille(25, 50) == permille(50, 100) == 500
 
 
-def test_a_hopeless_trial_is_stopped_only_when_the_guard_lets_it() -> None:
-    """Worse than the median of finished trials: pruned at half-way, untouched during warm-up."""
-    study = optuna.create_study(pruner=make_pruner(PRUNER))
-    for value in (1.0, 1.1, 1.2):
-        trial = study.ask()
-        for step in (100, 500, 1000):
-            trial.report(value, step)
-        study.tell(trial, value)
-    hopeless = study.ask()
-    training = make_settings().training
-    hopeless.report(9.0, 100)
-    assert not should_prune(PRUNER, training, hopeless, 10, 100)
-    hopeless.report(9.0, 500)
-    assert should_prune(PRUNER, training, hopeless, 50, 100)
+@pytest.mark.parametrize(
+    ("rung", "before", "value"),
+    [
+        (500, (250.0, 4.0), 3.0),  # exactly here
+        (350, (250.0, 4.0), 3.6),  # 4.0 - 0.4 * (4.0 - 3.0)
+        (350, None, None),  # nobody knows what it was there
+        (250, (250.0, 4.0), None),  # told before
+        (650, (250.0, 4.0), None),  # not there yet
+    ],
+)
+def test_value_at_a_rung_is_interpolated(
+    rung: int, before: tuple[float, float] | None, value: float | None
+) -> None:
+    """Between two evaluations the value lies on the straight line; it is never extrapolated."""
+    found = value_at(rung, before, (500.0, 3.0))
+    assert found == (None if value is None else pytest.approx(value))
 
 
-def test_none_never_prunes() -> None:
-    """pruner=none lets every trial end by itself."""
-    study = optuna.create_study(pruner=make_pruner(PRUNER.model_copy(update={"name": "none"})))
-    for value in (1.0, 1.1, 1.2):
-        trial = study.ask()
-        trial.report(value, 500)
-        study.tell(trial, value)
+def test_schedules_of_different_lengths_meet_at_the_same_rungs() -> None:
+    """40 and 64 steps, evaluated 4 and 5 times: Optuna sees the same steps of both."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    _run(study, MEDIAN, GOOD, 40)
+    _run(study, MEDIAN, [*GOOD, 0.9], 64)
+    first, second = study.trials
+    assert list(first.intermediate_values) == MEDIAN.rungs
+    assert list(second.intermediate_values) == MEDIAN.rungs
+
+
+def test_a_hopeless_trial_is_stopped_at_the_first_rung_that_may_decide() -> None:
+    """Worse than the median of two finished trials: stopped half-way, not at a quarter."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    for _ in range(2):
+        assert _run(study, MEDIAN, GOOD, 100) is None
+    assert _run(study, MEDIAN, BAD, 100) == 50
+
+
+def test_warm_up_moves_the_decision() -> None:
+    """With warm-up until 60 % of the schedule the same trial is stopped at 75 %."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    for _ in range(2):
+        _run(study, MEDIAN, GOOD, 100)
+    assert _run(study, MEDIAN, BAD, 100, "training.warmup_steps=60") == 75
+
+
+def test_nobody_is_stopped_before_there_are_enough_to_compare_with() -> None:
+    """n_startup_trials=2: the second trial runs to its end, however bad."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    _run(study, MEDIAN, GOOD, 100)
+    assert _run(study, MEDIAN, BAD, 100) is None
+
+
+def test_the_best_so_far_is_compared() -> None:
+    """A trial whose loss rises after a good start keeps its good value at later rungs."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    for _ in range(2):
+        _run(study, MEDIAN, GOOD, 100)
+    assert _run(study, MEDIAN, [2.0, 0.9, 3.0, 3.0], 100) is None
+
+
+def test_the_rung_of_a_maximised_value_is_its_highest() -> None:
+    """With direction=maximize the low trial is stopped and the high one is not."""
+    study = optuna.create_study(direction="maximize", pruner=make_pruner(MEDIAN))
+    for _ in range(2):
+        _run(study, MEDIAN, [0.1, 0.2, 0.3, 0.4], 100)
+    assert _run(study, MEDIAN, [0.2, 0.3, 0.4, 0.5], 100) is None
+    assert _run(study, MEDIAN, [0.1, 0.1, 0.1, 0.1], 100) == 50
+
+
+def test_halving_compares_with_running_trials_but_not_with_nobody() -> None:
+    """The library stops the second trial at a rung; here it needs two before it, running or not."""
+    study = optuna.create_study(pruner=make_pruner(HALVING))
+    watches = [_watch(study, HALVING)[1] for _ in range(3)]
+    for watch in watches:
+        watch.evaluated(25, 100, 2.0)
+    assert [
+        watch.evaluated(50, 100, loss) for watch, loss in zip(watches, (1.0, 1.5, 1.9), strict=True)
+    ] == [*(False, False, True)]
+
+
+def test_a_percentile_keeps_only_the_best() -> None:
+    """percentile=25 stops a trial that the median would let pass."""
+    losses = ([2.0, 1.5, 1.2, 1.0], [2.1, 1.6, 1.3, 1.1], [2.2, 1.7, 1.4, 1.2])
+    strict = MEDIAN.model_copy(update={"name": "percentile", "percentile": 25.0})
+    for settings, stopped in ((MEDIAN, None), (strict, 50)):
+        study = optuna.create_study(pruner=make_pruner(settings))
+        for index in (0, 1, 2):
+            trial, watch = _watch(study, settings)
+            for place, loss in enumerate(losses[index], start=1):
+                watch.evaluated(25 * place, 100, loss)
+            study.tell(trial, losses[index][-1])
+        assert _run(study, settings, [2.05, 1.58, 1.3, 1.1], 100) == stopped
+
+
+def test_a_second_attempt_tells_no_rung_twice() -> None:
+    """What an earlier attempt told Optuna is not told again, and decides nothing again."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    for _ in range(2):
+        _run(study, MEDIAN, GOOD, 100)
     trial = study.ask()
-    trial.report(9.0, 500)
-    assert not trial.should_prune()
+    trial.report(2.9, 350)
+    trial.report(2.9, 500)
+    watch = RungWatch(MEDIAN, make_settings().training, trial, reported=(350, 500))
+    watch.evaluated(25, 100, 3.0)
+    assert not watch.evaluated(50, 100, 2.9)
+    assert watch.evaluated(75, 100, 2.8)
+
+
+def test_several_objectives_are_not_pruned() -> None:
+    """Optuna refuses intermediate values there, so nothing is told and nobody stopped."""
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    trial, watch = _watch(study, MEDIAN)
+    assert not watch.evaluated(50, 100, 9.0)
+    assert trial.study.trials[0].intermediate_values == {}
+
+
+def test_none_never_prunes_but_tells_the_curve() -> None:
+    """pruner=none lets every trial end by itself; Optuna still sees every evaluation."""
+    none = MEDIAN.model_copy(update={"name": "none", "rungs": []})
+    study = optuna.create_study(pruner=make_pruner(none))
+    for _ in range(3):
+        assert _run(study, none, GOOD, 100) is None
+    assert _run(study, none, BAD, 100) is None
+    assert list(study.trials[0].intermediate_values) == [250, 500, 750, 1000]
+
+
+def test_audited_share_is_the_fraction_and_repeats() -> None:
+    """A tenth of many trials is drawn; the same trial is always decided alike."""
+    settings = MEDIAN.model_copy(update={"audit_fraction": 0.1})
+    drawn = [audited(settings, 0, f"lora/{number:04d}") for number in range(2000)]
+    assert drawn == [audited(settings, 0, f"lora/{number:04d}") for number in range(2000)]
+    assert 160 < sum(drawn) < 240
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rungs": []}, "needs increasing per-mille"),
+        ({"rungs": [500, 350]}, "needs increasing per-mille"),
+        ({"rungs": [300]}, "greater than or equal to 333"),
+        ({"percentile": 25.0}, "belongs to pruner=percentile"),
+        ({"class_name": "NopPruner"}, "with no other pruner"),
+        ({"name": "successive_halving", "reduction_factor": 3, "rungs": [340, 680]}, "× 3"),
+    ],
+)
+def test_pruner_settings_that_contradict_each_other_are_refused(
+    change: dict[str, object], message: str
+) -> None:
+    """Each refusal says which value belongs to what."""
+    with pytest.raises(ValueError, match=message):
+        Pruner.model_validate({**MEDIAN.model_dump(), **change})

@@ -1,0 +1,142 @@
+"""Samplers by name, and what is refused before anything is trained."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+from sweeper.errors import ConfigError
+from sweeper.search.plan import studies
+from sweeper.search.samplers import make_sampler
+from sweeper.search.study import adopt, drawn, suggest
+from sweeper.settings import Sampler
+from sweeper.space import Branch, Branches, Choice, Interval, Space
+
+BASE = Sampler(name="tpe", seed=0, n_startup_trials=4, class_name=None, kwargs={})
+SPACE: Space = {
+    "x": Interval(1e-4, 1.0, log=True),
+    "n": Interval(1, 8, integer=True),
+    "s": Interval(0.0, 0.9, step=0.1),
+    "c": Choice((None, "a", 2, True)),
+    "v": Branches({"one": Branch({}, {"y": Interval(0.0, 1.0)}), "two": Branch({"y": 2.0}, {})}),
+}
+
+
+def _named(name: str, **changes: object) -> Sampler:
+    return Sampler.model_validate({**BASE.model_dump(), "name": name, **changes})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        _named("tpe"),
+        _named("random"),
+        _named("gp"),
+        _named("optuna", class_name="QMCSampler"),
+        _named("optuna", class_name="NSGAIISampler", kwargs={"population_size": 4}),
+    ],
+    ids=lambda settings: settings.class_name or settings.name,
+)
+def test_every_sampler_draws_inside_a_space_with_branches(settings: Sampler) -> None:
+    """Bounds, steps, choices with null, and only the drawn branch's keys, past the random start."""
+    study = optuna.create_study(sampler=make_sampler(settings, SPACE, 12, drawn=0))
+    for number in range(10):
+        trial = study.ask()
+        point = suggest(trial, SPACE)
+        assert all(point[key] in SPACE[key] for key in ("x", "n", "s", "c"))
+        assert point["v"] in ("one", "two")
+        assert (point["y"] == 2.0) == (point["v"] == "two")
+        study.tell(trial, float(number))
+
+
+def test_a_resumed_study_does_not_repeat_its_draws() -> None:
+    """Nor does it after a run that asked nothing and drew an orphan's values only."""
+    storage = optuna.storages.InMemoryStorage()
+
+    def run() -> optuna.Study:
+        study = optuna.create_study(storage=storage, study_name="x", load_if_exists=True)
+        study.sampler = make_sampler(_named("random"), SPACE, 12, drawn(study))
+        return study
+
+    run().ask()  # killed before it could draw
+    orphan = suggest(adopt(run())[0], SPACE)  # killed before it could ask
+    asked = suggest(run().ask(), SPACE)
+    assert orphan["x"] != asked["x"]
+
+
+def test_the_same_seed_draws_the_same_in_a_new_study() -> None:
+    """Two studies of one command start alike."""
+
+    def first() -> object:
+        study = optuna.create_study(sampler=make_sampler(BASE, SPACE, 12, drawn=0))
+        return suggest(study.ask(), SPACE)
+
+    assert first() == first()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["sampler=optuna"], "is named with sampler=optuna"),
+        (
+            ["sampler=optuna", "hydra.sweeper.sampler.class_name=QMC"],
+            "no such class; valid: .*QMCSampler",
+        ),
+        (["sampler=optuna", "hydra.sweeper.sampler.class_name=GridSampler"], "sampler=grid"),
+        (["sampler=tpe", "hydra.sweeper.sampler.class_name=QMCSampler"], "with no other sampler"),
+        (
+            [
+                "sampler=optuna",
+                "hydra.sweeper.sampler.class_name=TPESampler",
+                "++hydra.sweeper.sampler.kwargs={gama: 1}",
+            ],
+            "unexpected keyword argument 'gama'",
+        ),
+        (["pruner=optuna", "hydra.sweeper.pruner.class_name=Nop"], "no such class; valid: .*Hyper"),
+        (["sampler=grid", "space=real"], "priors change nothing"),
+        (["sampler=grid"], "needs choice"),
+    ],
+)
+def test_wrong_samplers_and_pruners_are_refused_with_the_way_out(
+    overrides: list[str], message: str
+) -> None:
+    """Found by the plan: no worker is started, no model loaded."""
+    with pytest.raises(ConfigError, match=message):
+        studies(["+experiment=lr_rank_sweep", *overrides])
+
+
+def test_a_group_is_searched_like_a_value() -> None:
+    """quantization=nf4,none: each choice composes its own group."""
+    (plan,) = studies(["+experiment=lr_rank_sweep", "quantization=nf4,none"])
+    lora = plan.arms[0]
+    assert lora.space["quantization"] == Choice(("nf4", "none"))
+    point = {"training.learning_rate": 1e-3, "quantization": "none"}
+    assert not lora.settings_at(point).quantization.load_in_4bit
+    assert lora.settings_at({**point, "quantization": "nf4"}).quantization.load_in_4bit
+
+
+def test_base_models_are_searched_only_by_a_comparable_objective() -> None:
+    """Losses per token of different tokenizers do not compare; the refusal says what would."""
+    with pytest.raises(
+        ConfigError, match=r"model.base_model: .*objective\.metric=eval/bits_per_byte"
+    ):
+        studies(["+experiment=lr_rank_sweep", "model.base_model=embedded,gpt2"])
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("{adapter.use_dora: {true: {adapter.rr: 'choice(1,2)'}, false: {}}}", "adapter.rr"),
+        ("{adapter.use_dora: {maybe: {}, false: {}}}", "use_dora='maybe'|use_dora=maybe"),
+        ("{adapter.use_dora: {true: {adapter.r: 'choice(0,2)'}, false: {}}}", r"adapter\.r=0"),
+        (
+            "{adapter.r: 4, adapter.use_dora: {true: {adapter.r: 8}, false: {}}}",
+            "adapter.r is decided twice",
+        ),
+        ("{variant: {a: {seed: 1}, b: {seed: 2}}}", "seed: is never searched"),
+    ],
+)
+def test_branches_are_checked_like_everything_else(params: str, message: str) -> None:
+    """A wrong key, value or rule inside a branch is found before anything is trained."""
+    with pytest.raises(ConfigError, match=message):
+        studies(["workers=fake", f"++hydra.sweeper.params={params}"])
