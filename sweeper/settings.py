@@ -20,6 +20,7 @@ EMBEDDED = "embedded"
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -187,9 +188,22 @@ class FakeTrainer(Section):
 class Workers(Section):
     """Who trains the trials, and where."""
 
-    engine: Literal["local", "inline"]
+    engine: Literal["local", "inline", "ray"]
     trainer: Literal["transformers", "fake"]
+    address: Annotated[str, Field(pattern=r"^(auto|[\w.-]+:\d+)$")] | None
+    """The Ray cluster: HOST:PORT, auto (this node's), or null to start one here."""
+    trial_timeout_s: Seconds | None
+    stall_timeout_s: Seconds | None
     fake: FakeTrainer
+
+    @model_validator(mode="after")
+    def _address_is_rays(self) -> Workers:
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(
+                f"address={self.address!r} names a Ray cluster, but engine={self.engine}; "
+                "add workers=ray, or leave the address null"
+            )
+        return self
 
 
 class Tracking(Section):

@@ -103,8 +103,8 @@ class SingleTrial:
                     self._console.print(f"{done}: eval loss {event.loss:.4f}", highlight=False)
                 case Ended(outcome=outcome):
                     return outcome
-                case Lost(message=message):
-                    return Outcome(cause="crash", message=message)
+                case Lost(cause=cause, message=message):
+                    return Outcome(cause=cause, message=message)
 
     def _know(self, facts: Facts | None) -> None:
         assert facts is not None

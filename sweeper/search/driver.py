@@ -261,14 +261,14 @@ class ArmDriver:
             )
 
     def _lost(self, event: Lost) -> None:
-        """A worker died: its trial gets a new attempt, from its checkpoint, or ends as a crash."""
+        """A worker died or was killed: its trial gets a new attempt, from its checkpoint, or ends."""
         self.slots.pop(event.worker, None)
         live = self._live.pop(event.trial or "", None)
         if live is None:
             return
         self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
         if live.attempt >= MAX_ATTEMPTS:
-            self._tell(live, Outcome(cause="crash", message=event.message))
+            self._tell(live, Outcome(cause=event.cause, message=event.message))
         else:
             live.attempt += 1
             live.stopping = False

@@ -29,9 +29,18 @@ from sweeper.workers.protocol import (
 from tests.conftest import make_settings
 
 Open = Callable[..., Engine]
+ENGINES = ["inline", "local", pytest.param("ray", marks=pytest.mark.slow)]
 
 
-@pytest.fixture(params=["inline", "local"])
+def make_workers(engine: str, fake: FakeTrainer) -> Workers:
+    """Settings of an engine with the fake trainer and no limits."""
+    limits = {"trial_timeout_s": None, "stall_timeout_s": None}
+    return Workers.model_validate(
+        {"engine": engine, "trainer": "fake", "address": None, "fake": fake, **limits}
+    )
+
+
+@pytest.fixture(params=ENGINES)
 def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Open an engine of each kind with a fake trainer; it is closed after the test."""
     engines: list[Engine] = []
@@ -42,7 +51,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             steps=steps,
             plan={int(key[1:]): value for key, value in plan.items()},
         )
-        workers = Workers(engine=request.param, trainer="fake", fake=fake)
+        workers = make_workers(request.param, fake)
         engines.append(open_engine(workers, 1, lambda worker: tmp_path / f"{worker}.log"))
         return engines[-1]
 
@@ -142,10 +151,44 @@ def test_after_oom_the_worker_offers_a_slot_again(open_one: Open, tmp_path: Path
     assert second.outcome.cause == "finished"
 
 
+def test_a_killed_trial_is_lost_as_timeout_and_the_worker_replaced(
+    open_one: Open, tmp_path: Path
+) -> None:
+    """Kill: a hanging trial comes back as Lost with the reason given, and the next one trains."""
+    engine = open_one(n0="hang")
+    submit = _submit(engine, tmp_path)
+    time.sleep(0.3)
+    engine.kill(0, "because the test says so")
+    _, lost = _until(engine, Lost)
+    assert isinstance(lost, Lost)
+    assert (lost.trial, lost.attempt, lost.cause) == (submit.trial, 1, "timeout")
+    assert lost.message == "because the test says so"
+    _submit(engine, tmp_path, number=1)
+    _, second = _until(engine, Ended)
+    assert isinstance(second, Ended)
+    assert second.outcome.cause == "finished"
+
+
+def test_a_trial_that_had_ended_is_not_lost(open_one: Open, tmp_path: Path) -> None:
+    """Kill after the end was sent but not yet heard: Ended comes first, then a loss without a trial."""
+    engine = open_one(steps=2)
+    _submit(engine, tmp_path)
+    outcome = tmp_path / "lora" / "trial_0000" / "outcome.json"
+    while not outcome.exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # until it has been sent as well
+    engine.kill(0, "too late")
+    _, ended = _until(engine, Ended)
+    assert isinstance(ended, Ended)
+    assert ended.outcome.cause == "finished"
+    _, lost = _until(engine, Lost)
+    assert isinstance(lost, Lost)
+    assert lost.trial is None
+
+
 def _local(tmp_path: Path, **plan: str) -> LocalEngine:
     fake = FakeTrainer(step_seconds=0.01, steps=1000, plan={0: plan.get("n0", "finish")})
-    workers = Workers(engine="local", trainer="fake", fake=fake)
-    return LocalEngine(workers, 1, lambda worker: tmp_path / f"{worker}.log")
+    return LocalEngine(make_workers("local", fake), 1, lambda worker: tmp_path / f"{worker}.log")
 
 
 def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
