@@ -34,6 +34,7 @@ SEAMS = {
     "mlflow": {"sweeper/tracking/mlflow_tracker.py"},
     "typer": {"sweeper/cli.py"},
     "multiprocessing": {"sweeper/workers/local.py"},
+    "ray": {"sweeper/workers/ray.py"},
 }
 SEAMS["omegaconf"] = SEAMS["hydra"]
 
@@ -71,7 +72,7 @@ def test_imports_go_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("library", sorted(SEAMS))
 def test_foreign_library_has_one_seam(library: str) -> None:
-    """Hydra, MLflow, typer and multiprocessing are each touched at their seam only."""
+    """Hydra, MLflow, typer, multiprocessing and Ray are each touched at their seam only."""
     users = {
         path.relative_to(ROOT).as_posix()
         for path in FILES
