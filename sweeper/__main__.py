@@ -6,13 +6,12 @@ Kept light: spawned workers import this module, and --help must answer at once.
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sweeper.errors import ConfigError, SweeperError
-
-INTERRUPTED = 130
 
 
 def main() -> None:
@@ -30,9 +29,9 @@ def main() -> None:
     except SweeperError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(getattr(stop, "exit_code", 128 + signal.SIGINT))
 
 
 def run_studies(overrides: Sequence[str]) -> None:

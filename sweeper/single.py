@@ -40,20 +40,21 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
     console = make_console()
     tracker = make_tracker(settings.tracking)
     engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")
+    stopped: KeyboardInterrupt | None = None
     single = SingleTrial(settings.trial, folder, command, engine, tracker, console)
     try:
         with deferred_interrupt() as interrupt:
             outcome = single.train(interrupt)
-    except KeyboardInterrupt:
-        outcome = Outcome(cause="cancelled")
+    except KeyboardInterrupt as stop:
+        outcome, stopped = Outcome(cause="cancelled"), stop
     finally:
         engine.close()
     status = STATES[outcome.cause].status or "FAILED"
     tracker.end(single.record, status, outcome.metrics, {"cause": outcome.cause})
     for problem in tracker.close():
         console.print(f"not recorded in MLflow: {problem}", style="yellow")
-    if outcome.cause == "cancelled":
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
     if status != "FINISHED":
         raise TrialFailed(f"the trial ended as {outcome.cause}: {outcome.message}")
     if folder.log_text.exists():  # a fake trial writes none

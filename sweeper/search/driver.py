@@ -160,6 +160,8 @@ class ArmDriver:
             self._tell_refused(trial, view, str(error))
             return None
         folder = self.folder.trial(self.arm.name, trial.number)
+        if (earlier := trial.user_attrs.get("continues")) is not None:
+            folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
         params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
         tags = {"arm": self.arm.name, **self._origin()}
         record = TrialRecord(key, folder, params, tags)

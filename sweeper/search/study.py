@@ -73,8 +73,8 @@ def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage)
 
 
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
-    """Have a trial's point asked once more: it was cancelled, and nothing is known of it."""
-    study.enqueue_trial(suggest(trial, space))
+    """Have a trial's point asked once more, to be continued from where it was cancelled."""
+    study.enqueue_trial(suggest(trial, space), user_attrs={"continues": trial.number})
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage) -> optuna.Study | None:
