@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sweeper.errors import ConfigError, SweeperError
+from sweeper.redaction import holds_password, redact
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
         else:
             _hydra(argv)
     except SweeperError as error:
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
@@ -51,6 +52,7 @@ def _hydra(argv: Sequence[str]) -> None:
     line = compose.parse_command_line(argv)
     if line.overrides and line.overrides[0].isidentifier():
         raise ConfigError([f"{line.overrides[0]}: no such verb; verbs: {', '.join(VERBS)}"])
+    _refuse_passwords(line.overrides)
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
         studies(overrides) if line.multirun else single(overrides)
@@ -58,6 +60,19 @@ def _hydra(argv: Sequence[str]) -> None:
         overrides = compose.with_auto_groups(overrides)  # what is shown is what would run
     sys.argv = [sys.argv[0], *line.flags, *overrides]
     _hydra_application()
+
+
+def _refuse_passwords(overrides: Sequence[str]) -> None:
+    """A command line is seen by every user of the machine, and is stored with the results."""
+    keys = [text.partition("=")[0] for text in overrides if holds_password(text)]
+    if keys:
+        raise ConfigError(
+            [
+                f"{key}: holds a password, which the process list shows to everybody; put the URL into "
+                f"an environment variable and write '{key}=${{oc.env:NAME}}'"
+                for key in keys
+            ]
+        )
 
 
 def _hydra_application() -> None:
@@ -87,7 +102,7 @@ def _or_exit(run: object) -> None:
     try:
         run()
     except SweeperError as error:
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 

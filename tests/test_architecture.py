@@ -14,7 +14,7 @@ FILES = sorted((ROOT / "sweeper").rglob("*.py")) + sorted((ROOT / "hydra_plugins
 
 LAYERS = (
     # lower first; a package may import its own row and the rows above it in this list
-    {"errors", "folders", "space", "outcome", "settings", "embedded", "interrupt"},
+    {"errors", "folders", "space", "outcome", "settings", "embedded", "interrupt", "redaction"},
     {"compose", "data"},
     {"modeling", "evaluation"},
     {"tracking", "training"},

@@ -22,10 +22,10 @@ from sweeper.outcome import Facts
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
 from sweeper.search.states import counts
+from sweeper.search.storage import PatientStorage
 from sweeper.settings import flatten
 from sweeper.space import Choice, Domain, Point, Scalar, Space, grid
 
-SQLITE_TIMEOUT_S = 60
 OBJECTIVE = "eval/loss"
 MACHINERY = frozenset({"model.base_model", "model.revision", "data.train", "data.validation"}) | {
     *("data.test", "evaluation.per_device_eval_batch_size")
@@ -38,10 +38,7 @@ def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{folder.database}"
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if url.startswith("sqlite"):
-        options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S}
-    return RDBStorage(url, engine_kwargs=options)
+    return PatientStorage(url)
 
 
 def optuna_name(study_name: str, arm: str) -> str:

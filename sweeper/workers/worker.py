@@ -20,6 +20,7 @@ from typing import Protocol
 from sweeper.errors import SweeperError
 from sweeper.folders import TrialFolder
 from sweeper.outcome import Facts, Outcome, StopCause, Value
+from sweeper.redaction import redact
 from sweeper.settings import Workers
 from sweeper.workers.protocol import (
     AnyCommand,
@@ -171,7 +172,7 @@ def print_into(log: Path) -> None:
 def tail_of(log: Path) -> str:
     """The last lines that a worker printed."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    return "\n".join(lines[-LOG_TAIL_LINES:])
+    return redact("\n".join(lines[-LOG_TAIL_LINES:]))
 
 
 def pin_device(worker: int) -> None:
@@ -216,4 +217,4 @@ def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) 
 
 
 def _traceback() -> str:
-    return "\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:])
+    return redact("\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:]))
