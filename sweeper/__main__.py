@@ -14,6 +14,8 @@ from pathlib import Path
 from sweeper.errors import ConfigError, SweeperError
 from sweeper.redaction import holds_password, redact
 
+MAX_OVERRIDE = 10_000
+
 
 def main() -> None:
     """Entry point of `sweeper` and `python -m sweeper`."""
@@ -52,7 +54,8 @@ def _hydra(argv: Sequence[str]) -> None:
     line = compose.parse_command_line(argv)
     if line.overrides and line.overrides[0].isidentifier():
         raise ConfigError([f"{line.overrides[0]}: no such verb; verbs: {', '.join(VERBS)}"])
-    _refuse_passwords(line.overrides)
+    compose.refuse_unknown_flags(line.flags)
+    refuse_overrides(line.overrides)
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
         studies(overrides) if line.multirun else single(overrides)
@@ -62,17 +65,23 @@ def _hydra(argv: Sequence[str]) -> None:
     _hydra_application()
 
 
-def _refuse_passwords(overrides: Sequence[str]) -> None:
-    """A command line is seen by every user of the machine, and is stored with the results."""
-    keys = [text.partition("=")[0] for text in overrides if holds_password(text)]
-    if keys:
-        raise ConfigError(
-            [
-                f"{key}: holds a password, which the process list shows to everybody; put the URL into "
-                f"an environment variable and write '{key}=${{oc.env:NAME}}'"
-                for key in keys
-            ]
-        )
+def refuse_overrides(overrides: Sequence[str]) -> None:
+    """What no override may be, before any parser sees it.
+
+    Raises:
+        ConfigError: it holds a password (a command line is seen by every user of the machine, and is
+            stored with the results), or it is longer than anybody writes.
+    """
+    keys = [text.partition("=")[0][:80] for text in overrides if holds_password(text)]
+    problems = [
+        f"{key}: holds a password, which the process list shows to everybody; put the URL into "
+        f"an environment variable and write '{key}=${{oc.env:NAME}}'"
+        for key in keys
+    ]
+    long = [text for text in overrides if len(text) > MAX_OVERRIDE]
+    problems += [f"{text[:40]}…: is longer than {MAX_OVERRIDE} characters" for text in long]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _hydra_application() -> None:
