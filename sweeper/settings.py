@@ -267,9 +267,7 @@ class Arm(Section):
 class Study(Section):
     """`hydra.sweeper`: the study as Hydra's Optuna users write it."""
 
-    study_name: Annotated[
-        str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    ]
+    study_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     n_trials: Positive
     n_jobs: Positive
     storage: str | None
