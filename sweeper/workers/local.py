@@ -18,6 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from sweeper.errors import WorkerError
+from sweeper.interrupt import NOTICES, STOPS
 from sweeper.outcome import StopCause, Value
 from sweeper.settings import Workers
 from sweeper.workers.protocol import (
@@ -179,7 +180,8 @@ class LocalEngine:
 def _main(connection: Connection, worker: int, workers: str, threads: int, log: str) -> None:
     """The worker process from birth to death."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
+        signal.signal(number, signal.SIG_IGN)
     print_into(Path(log))
     settings = Workers.model_validate_json(workers)
     channel = PipeChannel(connection)

@@ -23,6 +23,7 @@ from sweeper.workers.protocol import (
     Lost,
     Probe,
     Probed,
+    Progress,
     Slots,
     Submit,
 )
@@ -197,6 +198,29 @@ def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
         assert (lost.trial, lost.attempt) == (submit.trial, 1)
         assert "exit code -9" in lost.message
         until(engine, Slots)
+    finally:
+        engine.close()
+
+
+def test_signals_to_every_process_end_no_worker(tmp_path: Path) -> None:
+    """Slurm's notice and SIGTERM reach workers too; the trial goes on until the driver says stop."""
+    engine = _local(tmp_path)
+    try:
+        submit = submit_trial(engine, tmp_path)
+        until(engine, Progress)
+        for number in (
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGINT,
+        ):
+            os.kill(engine._hosts[0].process.pid or 0, number)
+        time.sleep(0.3)
+        engine.stop(submit.trial, "cancelled")
+        _, ended = until(engine, Ended)
+        assert isinstance(ended, Ended)
+        assert ended.outcome.cause == "cancelled"
     finally:
         engine.close()
 
