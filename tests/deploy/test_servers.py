@@ -20,6 +20,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytest.importorskip("psycopg", reason="the driver of PostgreSQL is optional")
+
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "canary5f1e7c0de"
 pytestmark = [

@@ -97,7 +97,7 @@ def test_every_call_of_optunas_storage_is_patient(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("postgresql+psycopg://me:geheim@127.0.0.1:9/optuna", "cannot be opened"),
+        ("postgresql+psycopg://me:geheim@127.0.0.1:9/optuna", "cannot be opened|needs a driver"),
         ("mysql+nodriver://me:geheim@127.0.0.1/optuna", "cannot be opened"),
     ],
 )

@@ -26,6 +26,7 @@ def make_workers(engine: str, fake: FakeTrainer, address: str | None = None) -> 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """A head node of one CPU; tests may add nodes, and remove them again."""
+    pytest.importorskip("ray", reason="Ray is optional")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **SMALL})
