@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all lint format ui report bench wheel clean
+.PHONY: help setup sweep test test-all lint format ui report servers servers-stop audit bench wheel clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Create .venv with everything pinned in constraints.txt
 
@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,postgres]'
 	touch $(READY)
 
 sweep: $(READY)  ## Run the main job: the learning-rate and rank sweep, and its full fine-tuning baseline
@@ -44,6 +44,17 @@ ui: $(READY)  ## Open the MLflow UI on ./mlruns at http://127.0.0.1:5000
 
 report: $(READY)  ## Show the last results of the main job
 	$(BIN)/python -m sweeper report lr_rank_sweep
+
+servers: $(READY)  ## Start PostgreSQL and MLflow as processes; reads .env (docs/servers.md)
+	PYTHON=$(BIN)/python deploy/servers.sh start
+
+servers-stop: $(READY)  ## Stop what `make servers` started
+	PYTHON=$(BIN)/python deploy/servers.sh stop
+
+audit:  ## Look for known holes in the pinned packages (needs a network; a venv of its own)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet pip-audit
+	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: $(READY)  ## Measure: start-up of the command line, cost of spinning threads (benchmarks/)
 	$(BIN)/python benchmarks/command_line.py

@@ -6,13 +6,15 @@ Kept light: spawned workers import this module, and --help must answer at once.
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from sweeper.errors import ConfigError, SweeperError
+from sweeper.redaction import holds_password, redact
 
-INTERRUPTED = 130
+MAX_OVERRIDE = 10_000
 
 
 def main() -> None:
@@ -28,11 +30,11 @@ def main() -> None:
         else:
             _hydra(argv)
     except SweeperError as error:
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(getattr(stop, "exit_code", 128 + signal.SIGINT))
 
 
 def run_studies(overrides: Sequence[str]) -> None:
@@ -52,6 +54,8 @@ def _hydra(argv: Sequence[str]) -> None:
     line = compose.parse_command_line(argv)
     if line.overrides and line.overrides[0].isidentifier():
         raise ConfigError([f"{line.overrides[0]}: no such verb; verbs: {', '.join(VERBS)}"])
+    compose.refuse_unknown_flags(line.flags)
+    refuse_overrides(line.overrides)
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
         plans = studies(overrides) if line.multirun else [single(overrides)]
@@ -63,6 +67,25 @@ def _hydra(argv: Sequence[str]) -> None:
         overrides = compose.with_auto_groups(overrides)  # what is shown is what would run
     sys.argv = [sys.argv[0], *line.flags, *overrides]
     _hydra_application()
+
+
+def refuse_overrides(overrides: Sequence[str]) -> None:
+    """What no override may be, before any parser sees it.
+
+    Raises:
+        ConfigError: it holds a password (a command line is seen by every user of the machine, and is
+            stored with the results), or it is longer than anybody writes.
+    """
+    keys = [text.partition("=")[0][:80] for text in overrides if holds_password(text)]
+    problems = [
+        f"{key}: holds a password, which the process list shows to everybody; put the URL into "
+        f"an environment variable and write '{key}=${{oc.env:NAME}}'"
+        for key in keys
+    ]
+    long = [text for text in overrides if len(text) > MAX_OVERRIDE]
+    problems += [f"{text[:40]}…: is longer than {MAX_OVERRIDE} characters" for text in long]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _hydra_application() -> None:
@@ -92,7 +115,7 @@ def _or_exit(run: object) -> None:
     try:
         run()
     except SweeperError as error:
-        print(error, file=sys.stderr)
+        print(redact(str(error)), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,21 @@ FLAGS_WITH_VALUE = frozenset(
     {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"}
     | {"-cd", "--config-dir", "--experimental-rerun", "-sc", "--shell-completion"}
 )
+
+
+FLAGS = frozenset(
+    {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version"}
+    | {"-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-sc", "--shell-completion"}
+)
+"""Flags that are passed on to Hydra. The others name configurations that nobody has checked."""
+TARGETS = frozenset(
+    {
+        "hydra_plugins.sweeper_study.study_sweeper.StudySweeper",
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    }
+)
+"""What Hydra may instantiate: this program's sweeper, and the launcher it never uses."""
+LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,20 @@ def _in_full(override: str) -> str:
     mark = override[: len(override) - len(override.lstrip("+~"))]
     key = override[len(mark) :]
     return f"{mark}hydra.sweeper.{key}" if key.startswith(SHORT_KEYS) else override
+
+
+def refuse_unknown_flags(flags: Sequence[str]) -> None:
+    """Raises ConfigError for a flag by which an unchecked configuration (or a pickle) would come in."""
+    values = {value for flag, value in itertools.pairwise(flags) if flag in FLAGS_WITH_VALUE}
+    unknown = [flag for flag in flags if flag.partition("=")[0] not in FLAGS and flag not in values]
+    if unknown:
+        raise ConfigError(
+            [
+                f"{flag}: no such flag; to add configuration files put them into ./conf "
+                "(or name their folder: hydra.searchpath=[file:///path])"
+                for flag in unknown
+            ]
+        )
 
 
 def with_user_conf(overrides: Sequence[str], cwd: Path) -> list[str]:
@@ -365,6 +395,7 @@ def _composed_or_refused(overrides: tuple[str, ...]) -> Composition | Exception:
 def _compose_anew(overrides: tuple[str, ...]) -> Composition:
     with _hydra():
         composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+        _refuse_code(OmegaConf.to_container(composed, resolve=False))
         sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
         choices = OmegaConf.to_container(composed.hydra.runtime.choices)
         OmegaConf.set_struct(composed, False)
@@ -380,6 +411,45 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
         choices={str(key): str(value) for key, value in choices.items()},
         unresolved=composed,
     )
+
+
+def _refuse_code(config: object) -> None:
+    """Hydra calls whatever `_target_` names, and logging whatever `()` and `class` name.
+
+    Raises:
+        ConfigError: something else than TARGETS and LOGGING_CLASSES, whoever wrote it there.
+    """
+    problems = [
+        f"{key}={value!r}: a configuration must not name code to run; remove it"
+        for key, value in _leaves(config)
+        if _is_code(key, value)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_code(key: str, value: object) -> bool:
+    last = key.rpartition(".")[2]
+    logs = key.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
+    return (
+        (last == "_target_" and value not in TARGETS)
+        or (logs and last == "()")
+        or (logs and last == "class" and value not in LOGGING_CLASSES)
+    )
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every value with its dotted key; lists count their items."""
+    items: Iterator[tuple[object, object]]
+    if isinstance(node, Mapping):
+        items = iter(node.items())
+    elif isinstance(node, list):
+        items = iter(enumerate(node))
+    else:
+        yield prefix, node
+        return
+    for name, value in items:
+        yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
 
 
 def _parse(text: str) -> Override | None:

@@ -123,6 +123,15 @@ class TrialFolder:
         """What the trial is kept for: the adapter or the full model, if it got that far."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
 
+    def continue_from(self, earlier: TrialFolder) -> None:
+        """Take over a cancelled trial's resume state, if it left any: its checkpoints and its spool."""
+        if not earlier.checkpoints.is_dir() or self.checkpoints.exists():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        if earlier.metrics.exists():
+            shutil.copy2(earlier.metrics, self.metrics)
+        earlier.checkpoints.replace(self.checkpoints)
+
     def clear_results(self) -> None:
         """Remove what an earlier attempt wrote, keeping its checkpoints."""
         written = (self.outcome, self.log_text, self.log_json, self.data_card, self.samples)

@@ -1,48 +1,82 @@
-"""Ctrl-C and SIGTERM as a request that is looked at where it is safe to stop.
+"""Signals as a request that is looked at where it is safe to stop.
 
-A KeyboardInterrupt raised anywhere could fall between a result's arrival and its being told, or tear a
-message in two. The second signal does raise at once: somebody is in a hurry.
+An exception raised anywhere could fall between a result's arrival and its being told, or tear a message
+in two. The second signal does raise at once, and ends the process soon after, whatever is still to be
+closed: somebody is in a hurry.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+"""What a batch system sends before it takes the machine away (Slurm: --signal=B:USR1@120)."""
+TEMPORARY_FAILURE = 75
+"""EX_TEMPFAIL of sysexits.h: run the same command again."""
+HURRY_SECONDS = 1.5
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody asked this process to stop."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.exit_code = TEMPORARY_FAILURE if number in NOTICES else 128 + number
 
 
 @dataclass
 class Interrupt:
-    """Whether the user asked to stop."""
+    """Whether the user, or the batch system, asked to stop."""
 
-    requested: bool = False
+    number: signal.Signals | None = None
 
     def check(self) -> None:
         """Called where stopping is safe.
 
         Raises:
-            KeyboardInterrupt: a stop was asked for.
+            Stopped: a stop was asked for.
         """
-        if self.requested:
-            raise KeyboardInterrupt
+        if self.number is not None:
+            raise Stopped(self.number)
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Interrupt]:
-    """Turn SIGINT and SIGTERM into a request; main thread only."""
+    """Turn stop signals and notices into a request; main thread only.
+
+    A signal that the process was started to ignore (SIGHUP under nohup) stays ignored.
+    """
     interrupt = Interrupt()
 
-    def request(*_: object) -> None:
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        interrupt.requested = True
+    def request(number: int, _: object) -> None:
+        if interrupt.number is not None:
+            _leave_soon(Stopped(interrupt.number).exit_code)
+            raise Stopped(interrupt.number)
+        interrupt.number = signal.Signals(number)
 
-    before = {number: signal.signal(number, request) for number in SIGNALS}
+    heard = [number for number in (*STOPS, *NOTICES) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, request) for number in heard}
     try:
         yield interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_soon(exit_code: int) -> None:
+    """Closing may wait for a server or a worker; workers end by themselves when the driver is gone."""
+
+    def leave() -> None:
+        sys.stdout.flush()
+        os._exit(exit_code)
+
+    timer = threading.Timer(HURRY_SECONDS, leave)
+    timer.daemon = True
+    timer.start()

@@ -93,6 +93,9 @@ def parse_duration(text: object) -> object:
     return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
 
 
+Seconds = Annotated[float, Field(gt=0)]
+
+
 class Section(BaseModel):
     """One node of the configuration: unknown keys are errors, values never change."""
 
@@ -590,9 +593,22 @@ class FakeTrainer(Section):
 class Workers(Section):
     """Who trains the trials, and where."""
 
-    engine: Literal["local", "inline"]
+    engine: Literal["local", "inline", "ray"]
     trainer: Literal["transformers", "fake"]
+    address: Annotated[str, Field(pattern=r"^(auto|[\w.-]+:\d+)$")] | None
+    """The Ray cluster: HOST:PORT, auto (this node's), or null to start one here."""
+    trial_timeout_s: Seconds | None
+    stall_timeout_s: Seconds | None
     fake: FakeTrainer
+
+    @model_validator(mode="after")
+    def _address_is_rays(self) -> Workers:
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(
+                f"address={self.address!r} names a Ray cluster, but engine={self.engine}; "
+                "add workers=ray, or leave the address null"
+            )
+        return self
 
 
 class Tracking(Section):
@@ -741,7 +757,7 @@ class Arm(Section):
     priors: list[dict[str, Any]] = []
 
 
-StudyName = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+StudyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 class Study(Section):

@@ -40,20 +40,21 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
     console = make_console()
     tracker = make_tracker(settings.tracking)
     engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")
+    stopped: KeyboardInterrupt | None = None
     single = SingleTrial(settings.trial, folder, command, engine, tracker, console)
     try:
         with deferred_interrupt() as interrupt:
             outcome = single.train(interrupt)
-    except KeyboardInterrupt:
-        outcome = Outcome(cause="cancelled")
+    except KeyboardInterrupt as stop:
+        outcome, stopped = Outcome(cause="cancelled"), stop
     finally:
         engine.close()
     status = STATES[outcome.cause].status or "FAILED"
     tracker.end(single.record, status, outcome.metrics, {"cause": outcome.cause})
     for problem in tracker.close():
         console.print(f"not recorded in MLflow: {problem}", style="yellow")
-    if outcome.cause == "cancelled":
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
     if status != "FINISHED":
         raise TrialFailed(f"the trial ended as {outcome.cause}: {outcome.message}")
     if folder.log_text.exists():  # a fake trial writes none
@@ -103,8 +104,8 @@ class SingleTrial:
                     self._console.print(f"{done}: eval loss {event.loss:.4f}", highlight=False)
                 case Ended(outcome=outcome):
                     return outcome
-                case Lost(message=message):
-                    return Outcome(cause="crash", message=message)
+                case Lost(cause=cause, message=message):
+                    return Outcome(cause=cause, message=message)
 
     def _know(self, facts: Facts | None) -> None:
         assert facts is not None

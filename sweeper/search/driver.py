@@ -190,6 +190,8 @@ class ArmDriver:
             self._tell_refused(trial, view, str(error))
             return None
         folder = self.folder.trial(self.arm.name, trial.number)
+        if (earlier := trial.user_attrs.get("continues")) is not None:
+            folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
         params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
         tags = {"arm": self.arm.name, **self._origin()}
         record = TrialRecord(key, folder, params, tags)
@@ -297,14 +299,14 @@ class ArmDriver:
             )
 
     def _lost(self, event: Lost) -> None:
-        """A worker died: its trial gets a new attempt, from its checkpoint, or ends as a crash."""
+        """A worker died or was killed: its trial gets a new attempt, from its checkpoint, or ends."""
         self.slots.pop(event.worker, None)
         live = self._live.pop(event.trial or "", None)
         if live is None:
             return
         self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
         if live.attempt >= MAX_ATTEMPTS:
-            self._tell(live, Outcome(cause="crash", message=event.message))
+            self._tell(live, Outcome(cause=event.cause, message=event.message))
         else:
             live.attempt += 1
             live.stopping = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
 from optuna.storages import RDBStorage
@@ -21,6 +21,7 @@ from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
+from sweeper.search.storage import PatientStorage
 from sweeper.settings import flatten
 from sweeper.space import (
     Choice,
@@ -35,7 +36,6 @@ from sweeper.space import (
     walk,
 )
 
-SQLITE_TIMEOUT_S = 60
 MACHINERY = frozenset({"model.base_model", "model.revision", "data.train", "data.validation"}) | {
     *("data.test", "evaluation.per_device_eval_batch_size", "evaluation.generation.batch_size"),
     "evaluation.rouge_path",
@@ -48,10 +48,7 @@ def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{folder.database}"
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    if url.startswith("sqlite"):
-        options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S}
-    return RDBStorage(url, engine_kwargs=options)
+    return PatientStorage(url)
 
 
 def optuna_name(study_name: str, arm: str) -> str:
@@ -104,9 +101,9 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
 
 
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
-    """Have a trial's point asked once more: it was cancelled, and nothing is known of it."""
+    """Have a trial's point asked once more, to be continued from where it was cancelled."""
     suggest(trial, space)
-    study.enqueue_trial(trial.params)
+    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage) -> optuna.Study | None:

@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
+
 from sweeper.embedded.pairs import docstring_pairs
 from sweeper.embedded.stdlib import language_reference
 from sweeper.errors import DataError
@@ -106,10 +109,9 @@ def _json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _hub_layout(folder: Path, rows: list[dict[str, Any]], what: str) -> None:
     """What `git clone` of a hub data set gives: a card with its YAML head, and Parquet under data/."""
-    from datasets import Dataset
-
     (folder / "data").mkdir()
-    Dataset.from_list(rows).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
     card = f"""---
 license: psf-2.0
 configs:

@@ -6,9 +6,12 @@ the time they were measured, so that a point sent twice is one row in MLflow's s
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.folders import TrialFolder
+from sweeper.redaction import redact
 from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
@@ -34,8 +38,12 @@ OUTAGE_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
-MAX_FAILURES = 3
-"""Calls that fail in a row before the tracker stops trying: an outage must not hold up the end."""
+RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0)
+"""Waits between tries while the server is away; the last one is repeated."""
+CLOSE_SECONDS = 10.0
+"""How long the end of a study waits for a server that is away; what is left is said."""
+AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
+"""MLflow's error codes for a server that may answer later."""
 BATCH = 1000
 """MLflow takes at most this many metrics a request."""
 
@@ -58,7 +66,9 @@ class MlflowTracker:
         self._experiment = ""
         self._study: dict[str, str] = {}
         self._announced: StudyRecord | None = None
-        self._failures = 0
+        self._away = False
+        self._closing = threading.Event()
+        self._give_up_at = math.inf
         self._parent: str | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
         self._client: Future[MlflowClient] = self._pool.submit(self._connect)
@@ -113,6 +123,8 @@ class MlflowTracker:
 
     def close(self) -> list[str]:
         """See Tracker."""
+        self._give_up_at = time.monotonic() + CLOSE_SECONDS
+        self._closing.set()
         self._pool.shutdown(wait=True)
         return list(dict.fromkeys(self._problems))
 
@@ -132,16 +144,22 @@ class MlflowTracker:
         self._pool.submit(self._try, what, work)
 
     def _try(self, what: str, work: Callable[[MlflowClient], None]) -> None:
-        if self._failures >= MAX_FAILURES:
-            self._problems.append(f"{what}: given up after {MAX_FAILURES} failures in a row")
-            return
-        try:
-            work(self._client.result())
-            self._failures = 0
-        except Exception as error:  # noqa: BLE001 - the tracker's edge: an outage stops no training
-            self._failures += 1
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            self._problems.append(f"{what}: {reason}")
+        """Until it is done: a server that is away is waited for, in a thread nobody else waits for."""
+        waits = itertools.chain(RETRY_SECONDS, itertools.repeat(RETRY_SECONDS[-1]))
+        while not (self._away and time.monotonic() > self._give_up_at):
+            try:
+                work(self._client.result())
+                self._away = False
+                return
+            except Exception as error:  # noqa: BLE001 - the tracker's edge: an outage stops no training
+                self._away = getattr(error, "error_code", None) in AWAY
+                if not self._away:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    self._problems.append(f"{what}: {redact(reason)}")
+                    return
+            if self._closing.wait(next(waits)):
+                time.sleep(RETRY_SECONDS[0])  # the event is set: it waits no more
+        self._problems.append(f"{what}: the server is away")
 
     def _open_study(self, client: MlflowClient, study: StudyRecord) -> None:
         self._experiment = self._experiment_id(client, study.experiment)

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 import sweeper
+from sweeper.redaction import redact
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"),
@@ -24,7 +25,7 @@ def provenance(command: str) -> dict[str, str]:
     versions = {f"package.{name}": metadata.version(name) for name in PACKAGES}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"python -m sweeper {command}".strip(),
+        "command": redact(f"python -m sweeper {command}".strip()),
         "sweeper": sweeper.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

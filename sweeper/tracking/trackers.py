@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sweeper.redaction import redact
 from sweeper.settings import Tracking
 from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
 from sweeper.tracking.tracker import NullTracker, Tracker
@@ -24,5 +25,5 @@ def browse_command(settings: Tracking) -> str:
         return "(tracking=none: nothing recorded)"
     uri = settings.uri or local_uri(LOCAL_STORE)
     if uri.startswith("http"):
-        return uri
-    return f"mlflow ui --backend-store-uri {uri}   (in a checkout: make ui)"
+        return redact(uri)
+    return f"mlflow ui --backend-store-uri {redact(uri)}   (in a checkout: make ui)"

@@ -88,6 +88,8 @@ class Narrator(TrainerCallback):  # type: ignore[misc]
         self.stopped = self.stopped or self.observer.stop_cause()
         if self.stopped or self.watch.stop:
             control.should_training_stop = True
+        if self.stopped == "cancelled":
+            control.should_save = True  # it is continued from here when the study is
 
     def _give_up_if_diverged(self) -> None:
         if self.watch.diverged:

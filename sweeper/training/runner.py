@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from datasets.utils import logging as datasets_logging
 from filelock import FileLock
 from peft import PeftModel
 from tqdm import tqdm
@@ -59,7 +58,6 @@ class TransformersRunner:
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        datasets_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._estimates: dict[str, MemoryEstimate] = {}
@@ -109,8 +107,9 @@ class TransformersRunner:
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
-            # last, and whatever the outcome: killed before this line, the trial still continues
-            shutil.rmtree(folder.checkpoints, ignore_errors=True)
+            # last: killed before this line, the trial still continues, and so does a cancelled one
+            if outcome.cause != "cancelled":
+                shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
     def _outcome(

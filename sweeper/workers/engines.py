@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from sweeper.errors import WorkerError
 from sweeper.settings import Workers
 from sweeper.workers.inline import InlineEngine
+from sweeper.workers.limits import LimitedEngine
 from sweeper.workers.local import LocalEngine
 from sweeper.workers.protocol import Engine
 
 
 def open_engine(workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> Engine:
-    """Start the workers; the caller closes the engine in a `finally`."""
+    """Start the workers; the caller closes the engine in a `finally`.
+
+    Args:
+        workers: who trains, where, and for how long.
+        n_jobs: how many workers (the inline engine has one).
+        log: the file that a worker prints into.
+
+    Raises:
+        WorkerError: the engine cannot be started here.
+    """
+    return LimitedEngine(_hosts(workers, n_jobs, log), workers)
+
+
+def _hosts(workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> Engine:
     if workers.engine == "inline":
         return InlineEngine(workers)
-    return LocalEngine(workers, n_jobs, log)
+    if workers.engine == "local":
+        return LocalEngine(workers, n_jobs, log)
+    try:
+        from sweeper.workers.ray import RayEngine
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise WorkerError(
+            "workers=ray needs Ray, which is optional: pip install 'sweeper[ray]' here and on every node"
+        ) from None
+    return RayEngine(workers, n_jobs, log)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from typing import Any
 
 from sweeper.errors import Diverged
-from sweeper.folders import TrialFolder, write_atomic, write_json
+from sweeper.folders import TrialFolder, read_json, write_atomic, write_json
 from sweeper.outcome import Facts, Outcome
 from sweeper.settings import FakeTrainer, LoraAdapter, TrialSettings
 from sweeper.training.observer import Observer
@@ -74,7 +75,6 @@ class FakeRunner:
     ) -> Outcome:
         """Pretend to train; raises, hangs or dies if the plan says so for this trial."""
         folder.path.mkdir(parents=True, exist_ok=True)
-        folder.metrics.write_text("", encoding="utf-8")
         write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
         write_json(folder.provenance, provenance)
         try:
@@ -82,14 +82,16 @@ class FakeRunner:
         except Diverged as error:
             outcome = Outcome(cause="diverged", message=str(error), steps=2)
         write_atomic(folder.outcome, outcome.model_dump_json())
+        if outcome.cause != "cancelled":
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         started = time.monotonic()
         total = self._settings.steps
         every = max(1, total // EVALUATIONS)
-        best, best_step = math.inf, 0
-        for step in range(1, total + 1):
+        first, best, best_step = _resume(folder)
+        for step in range(first + 1, total + 1):
             time.sleep(self._settings.step_seconds)
             self._misbehave(_planned(self._settings, folder), step)
             observer.progress(step, total, 1000.0)
@@ -100,7 +102,9 @@ class FakeRunner:
                 with folder.metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 observer.evaluated(step, total, loss)
+                _save(folder, step, best, best_step)
             if cause := observer.stop_cause():
+                _save(folder, step, best, best_step)
                 return _ended(settings, time.monotonic() - started, cause, best, best_step, step)
         if _planned(self._settings, folder) == "oom":
             return Outcome(cause="oom", message="fake: out of memory", steps=total)
@@ -126,6 +130,26 @@ def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:
     if folder.path.parent.name != "lora":
         return "finish"
     return settings.plan.get(int(folder.path.name.rpartition("_")[2]), "finish")
+
+
+def _save(folder: TrialFolder, step: int, best: float, best_step: int) -> None:
+    found = None if math.isinf(best) else best
+    state = {"step": step, "best": found, "best_step": best_step}
+    write_json(folder.checkpoints / "fake.json", state)
+
+
+def _resume(folder: TrialFolder) -> tuple[int, float, int]:
+    """Step, best value and its step of an earlier attempt; the spool is cut back to that step."""
+    path = folder.checkpoints / "fake.json"
+    nothing: dict[str, Any] = {"step": 0, "best": None, "best_step": 0}
+    state = read_json(path) if path.exists() else nothing
+    lines = (
+        folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
+    )
+    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+    write_atomic(folder.metrics, "".join(line + "\n" for line in kept))
+    best = math.inf if state["best"] is None else float(state["best"])
+    return int(state["step"]), best, int(state["best_step"])
 
 
 def _ended(

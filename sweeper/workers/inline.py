@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sweeper.outcome import StopCause, Value
@@ -14,9 +16,11 @@ from sweeper.workers.protocol import (
     AnyCommand,
     AnyEvent,
     Close,
+    Ended,
     Probe,
     Stop,
     Submit,
+    lost,
 )
 from sweeper.workers.worker import Farewell, Orders, make_runner, serve
 
@@ -26,11 +30,11 @@ class QueueChannel:
     """The worker's end of two queues; messages go through JSON, as between processes."""
 
     down: queue.Queue[str]
-    up: queue.Queue[str]
+    up: Callable[[str], None]
 
     def send(self, message: Value) -> None:
         """See Channel."""
-        self.up.put(message.model_dump_json())
+        self.up(message.model_dump_json())
 
     def receive(self) -> AnyCommand:
         """See Channel."""
@@ -38,17 +42,12 @@ class QueueChannel:
 
 
 class InlineEngine:
-    """One worker thread. It cannot be killed: `close` waits for nothing and the thread is a daemon."""
+    """One worker thread. A thread cannot be killed: it is left behind, a daemon nobody listens to."""
 
     def __init__(self, workers: Workers) -> None:
-        self._channel = QueueChannel(queue.Queue(), queue.Queue())
-        threading.Thread(target=self._serve, args=(workers,), daemon=True).start()
-
-    def _serve(self, workers: Workers) -> None:
-        runner = make_runner(workers, worker=0, n_jobs=1)
-        orders = Orders.listen(self._channel)
-        while serve(self._channel, orders, runner, worker=0) is not Farewell.CLOSED:
-            pass  # out of memory: a process would be replaced, a thread can only start over
+        self._workers = workers
+        self._current: Submit | None = None
+        self._start()
 
     def probe(self, worker: int, probe: Probe) -> None:
         """See Engine."""
@@ -56,22 +55,49 @@ class InlineEngine:
 
     def submit(self, worker: int, submit: Submit) -> None:
         """See Engine."""
+        self._current = submit
         self._send(submit)
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """See Engine."""
         self._send(Stop(trial=trial, cause=cause))
 
+    def kill(self, worker: int, reason: str) -> None:
+        """See Engine."""
+        sent = list(self._up.queue)
+        had_ended = any(isinstance(EVENTS.validate_json(text), Ended) for text in sent)
+        current = None if had_ended else self._current
+        self._start()
+        for text in (*sent, lost(0, current, reason, reason).model_dump_json()):
+            self._up.put(text)
+
     def next_event(self, timeout_s: float) -> AnyEvent | None:
         """See Engine."""
         try:
-            return EVENTS.validate_json(self._channel.up.get(timeout=timeout_s))
+            event = EVENTS.validate_json(self._up.get(timeout=timeout_s))
         except queue.Empty:
             return None
+        if isinstance(event, Ended):
+            self._current = None
+        return event
 
     def close(self) -> None:
         """See Engine."""
         self._send(Close())
 
+    def _start(self) -> None:
+        """A new thread with queues of its own."""
+        self._down: queue.Queue[str] = queue.Queue()
+        self._up: queue.Queue[str] = queue.Queue()
+        channel = QueueChannel(self._down, self._up.put)
+        threading.Thread(target=_serve, args=(self._workers, channel), daemon=True).start()
+
     def _send(self, message: Value) -> None:
-        self._channel.down.put(message.model_dump_json())
+        self._down.put(message.model_dump_json())
+
+
+def _serve(workers: Workers, channel: QueueChannel) -> None:
+    runner = make_runner(workers, worker=0, threads=os.cpu_count() or 1)
+    orders = Orders.listen(channel)
+    while serve(channel, orders, runner, worker=0) is not Farewell.CLOSED:
+        pass  # out of memory: a process would be replaced, a thread can only start over

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from sweeper.errors import WorkerError
+from sweeper.interrupt import NOTICES, STOPS
 from sweeper.outcome import StopCause, Value
 from sweeper.settings import Workers
 from sweeper.workers.protocol import (
@@ -32,12 +33,12 @@ from sweeper.workers.protocol import (
     Slots,
     Stop,
     Submit,
+    lost,
 )
-from sweeper.workers.worker import Orders, make_runner, serve
+from sweeper.workers.worker import Orders, make_runner, print_into, serve, tail_of
 
 CLOSE_SECONDS = 5.0
 MAX_FAILED_STARTS = 3
-LOG_TAIL_LINES = 15
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Host:
     log: Path
     started: bool = False
     current: Submit | None = None
+    killed_for: str | None = None
 
     def send(self, message: Value) -> None:
         """Send a command; a worker that just died is noticed by `next_event`."""
@@ -71,13 +73,17 @@ class Host:
             self.connection.send_bytes(message.model_dump_json().encode())
 
     def kill(self) -> None:
-        """End the process and everything it started."""
+        """End the process and everything it started; what it sent can still be read."""
         with suppress(ProcessLookupError):
             if self.process.pid is not None:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
+
+    def bury(self) -> int | None:
+        """Wait for the killed process and close its pipe; returns its exit code."""
         self.process.join()
         self.connection.close()
+        return self.process.exitcode
 
 
 class LocalEngine:
@@ -85,7 +91,7 @@ class LocalEngine:
 
     def __init__(self, workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> None:
         self._workers = workers
-        self._n_jobs = n_jobs
+        self._threads = max(1, (os.cpu_count() or 1) // n_jobs)
         self._log = log
         self._failed_starts = 0
         self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
@@ -105,6 +111,11 @@ class LocalEngine:
             if host.current is not None and host.current.trial == trial:
                 host.send(Stop(trial=trial, cause=cause))
 
+    def kill(self, worker: int, reason: str) -> None:
+        """See Engine."""
+        self._hosts[worker].killed_for = reason
+        self._hosts[worker].kill()
+
     def next_event(self, timeout_s: float) -> AnyEvent | None:
         """See Engine."""
         connections = {host.connection: worker for worker, host in self._hosts.items()}
@@ -117,10 +128,12 @@ class LocalEngine:
         """See Engine."""
         for host in self._hosts.values():
             host.send(Close())
+        deadline = time.monotonic() + CLOSE_SECONDS
         for host in self._hosts.values():
             if host.current is None:
-                host.process.join(CLOSE_SECONDS)
+                host.process.join(max(0.0, deadline - time.monotonic()))
             host.kill()
+            host.bury()
 
     def _event(self, worker: int) -> AnyEvent:
         host = self._hosts[worker]
@@ -138,21 +151,16 @@ class LocalEngine:
     def _replace(self, worker: int) -> Lost:
         host = self._hosts.pop(worker)
         host.process.join(CLOSE_SECONDS)
-        code = host.process.exitcode
         host.kill()
-        tail = _tail(host.log)
+        code = host.bury()
+        tail = tail_of(host.log)
         if not host.started:
             self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             raise WorkerError(f"worker {worker} dies before it can start:\n{tail}")
         self._hosts[worker] = self._start(worker)
-        current = host.current
-        return Lost(
-            worker=worker,
-            trial=current.trial if current else None,
-            attempt=current.attempt if current else 0,
-            message=f"worker {worker} ended with exit code {code}\n{tail}",
-        )
+        ended = f"ended with exit code {code}"
+        return lost(worker, host.current, host.killed_for, f"worker {worker} {ended}\n{tail}")
 
     def _start(self, worker: int) -> Host:
         context = multiprocessing.get_context("spawn")
@@ -161,7 +169,7 @@ class LocalEngine:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = context.Process(
             target=_main,
-            args=(theirs, worker, self._workers.model_dump_json(), self._n_jobs, str(log)),
+            args=(theirs, worker, self._workers.model_dump_json(), self._threads, str(log)),
             name=f"sweeper-worker-{worker}",
         )
         process.start()
@@ -169,22 +177,13 @@ class LocalEngine:
         return Host(process, ours, log)
 
 
-def _main(connection: Connection, worker: int, workers: str, n_jobs: int, log: str) -> None:
+def _main(connection: Connection, worker: int, workers: str, threads: int, log: str) -> None:
     """The worker process from birth to death."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Path(log).open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-    # OpenMP threads that spin while they wait make a trial several times slower when anything else runs
-    # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
+        signal.signal(number, signal.SIG_IGN)
+    print_into(Path(log))
     settings = Workers.model_validate_json(workers)
     channel = PipeChannel(connection)
     orders = Orders.listen(channel)  # before the slow imports: the driver may die meanwhile
-    serve(channel, orders, make_runner(settings, worker, n_jobs), worker)
-
-
-def _tail(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    return "\n".join(lines[-LOG_TAIL_LINES:])
+    serve(channel, orders, make_runner(settings, worker, threads), worker)

@@ -100,13 +100,25 @@ class Probed(Value):
 
 
 class Lost(Value):
-    """A worker died; `trial` is what it was training, if anything."""
+    """A worker died or was killed; `trial` is what it was training, if anything."""
 
     kind: Literal["lost"] = "lost"
     worker: int
     trial: str | None
     attempt: int
+    cause: Literal["crash", "timeout"]
     message: str
+
+
+def lost(worker: int, current: Submit | None, killed_for: str | None, message: str) -> Lost:
+    """What becomes of a dead worker's trial: a timeout if the driver killed it, else a crash."""
+    return Lost(
+        worker=worker,
+        trial=current.trial if current else None,
+        attempt=current.attempt if current else 0,
+        cause="crash" if killed_for is None else "timeout",
+        message=message if killed_for is None else killed_for,
+    )
 
 
 AnyCommand = Submit | Stop | Probe | Close
@@ -146,6 +158,12 @@ class Engine(Protocol):
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """Ask for a trial's end; its `Ended` follows. Unknown trials (just ended) are ignored."""
+
+    def kill(self, worker: int, reason: str) -> None:
+        """End a worker at once, whatever it is doing; its `Lost` follows, cause timeout.
+
+        What it sent before comes first: a trial that had just ended is not lost.
+        """
 
     def next_event(self, timeout_s: float) -> AnyEvent | None:
         """The next event, or None if none came in time.

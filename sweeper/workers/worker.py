@@ -9,15 +9,18 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 import threading
 import traceback
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Protocol
 
 from sweeper.errors import SweeperError
 from sweeper.folders import TrialFolder
 from sweeper.outcome import Facts, Outcome, StopCause, Value
+from sweeper.redaction import redact
 from sweeper.settings import Workers
 from sweeper.workers.protocol import (
     AnyCommand,
@@ -34,6 +37,7 @@ from sweeper.workers.protocol import (
 )
 
 TRACEBACK_LINES = 30
+LOG_TAIL_LINES = 15
 
 
 class Channel(Protocol):
@@ -142,8 +146,11 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
             return Farewell.OUT_OF_MEMORY
 
 
-def make_runner(workers: Workers, worker: int, n_jobs: int) -> Runner:
+def make_runner(workers: Workers, worker: int, threads: int) -> Runner:
     """The runner of `workers.trainer`; heavy imports happen here, in the worker."""
+    # OpenMP threads that spin while they wait make a trial several times slower when anything else runs
+    # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if workers.trainer == "fake":
         from sweeper.workers.fake import FakeRunner
 
@@ -151,7 +158,21 @@ def make_runner(workers: Workers, worker: int, n_jobs: int) -> Runner:
     pin_device(worker)
     from sweeper.training.runner import TransformersRunner
 
-    return TransformersRunner(threads=max(1, (os.cpu_count() or 1) // n_jobs))
+    return TransformersRunner(threads=threads)
+
+
+def print_into(log: Path) -> None:
+    """From now on everything this process prints goes into a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+
+
+def tail_of(log: Path) -> str:
+    """The last lines that a worker printed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return redact("\n".join(lines[-LOG_TAIL_LINES:]))
 
 
 def pin_device(worker: int) -> None:
@@ -196,4 +217,4 @@ def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) 
 
 
 def _traceback() -> str:
-    return "\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:])
+    return redact("\n".join(traceback.format_exc().splitlines()[-TRACEBACK_LINES:]))

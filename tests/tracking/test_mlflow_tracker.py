@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from sweeper.folders import TrialFolder
+from sweeper.tracking import mlflow_tracker
 from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
 
@@ -91,7 +94,40 @@ def test_an_unreachable_server_stops_nothing_and_is_said(
     problems = tracker.close()
     assert time.monotonic() - started < 60
     assert any(problem.startswith("study mine") for problem in problems)
-    assert any("given up after 3 failures" in problem for problem in problems)
+    assert any(problem.endswith("the server is away") for problem in problems)
+
+
+def test_a_server_that_comes_back_gets_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four failures, then an answer: in order, and nothing to report."""
+    monkeypatch.setattr(mlflow_tracker, "RETRY_SECONDS", (0.01,))
+    tracker = MlflowTracker("http://127.0.0.1:9", tmp_path)
+    done: list[str] = []
+
+    def flaky(_: MlflowClient) -> None:
+        done.append("first")
+        if len(done) < 5:
+            raise MlflowException("API request failed with exception: connection refused")
+
+    tracker._later("first", flaky)
+    tracker._later("second", lambda _: done.append("second"))
+    assert tracker.close() == []
+    assert done == ["first"] * 5 + ["second"]
+
+
+def test_what_the_server_refuses_is_said_once(tmp_path: Path) -> None:
+    """A wrong value does not become right by trying again; a password in the message is hidden."""
+    tracker = MlflowTracker("http://127.0.0.1:9", tmp_path)
+    tries: list[int] = []
+
+    def refused(_: MlflowClient) -> None:
+        tries.append(1)
+        raise MlflowException("no, http://me:geheim@host", error_code=INVALID_PARAMETER_VALUE)
+
+    tracker._later("params", refused)
+    assert tracker.close() == ["params: no, http://me:***@host"]
+    assert len(tries) == 1
 
 
 def test_a_torn_line_is_left_for_the_next_shipment(tmp_path: Path, trial: TrialRecord) -> None:

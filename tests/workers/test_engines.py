@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from sweeper.errors import WorkerError
-from sweeper.settings import FakeTrainer, Workers
+from sweeper.settings import FakeTrainer
 from sweeper.workers.engines import open_engine
 from sweeper.workers.local import LocalEngine
 from sweeper.workers.protocol import (
@@ -23,18 +23,22 @@ from sweeper.workers.protocol import (
     Lost,
     Probe,
     Probed,
+    Progress,
     Slots,
     Submit,
 )
 from tests.conftest import make_settings
+from tests.workers.conftest import make_workers
 
 Open = Callable[..., Engine]
+ENGINES = ["inline", "local", pytest.param("ray", marks=pytest.mark.slow)]
 
 
-@pytest.fixture(params=["inline", "local"])
+@pytest.fixture(params=ENGINES)
 def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     """Open an engine of each kind with a fake trainer; it is closed after the test."""
     engines: list[Engine] = []
+    address = request.getfixturevalue("ray_cluster").address if request.param == "ray" else None
 
     def open_(steps: int = 10, step_seconds: float = 0.001, **plan: str) -> Engine:
         fake = FakeTrainer(
@@ -42,7 +46,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             steps=steps,
             plan={int(key[1:]): value for key, value in plan.items()},
         )
-        workers = Workers(engine=request.param, trainer="fake", fake=fake)
+        workers = make_workers(request.param, fake, address)
         engines.append(open_engine(workers, 1, lambda worker: tmp_path / f"{worker}.log"))
         return engines[-1]
 
@@ -51,7 +55,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
         engine.close()
 
 
-def _until(engine: Engine, kind: type, timeout_s: float = 30) -> tuple[list[AnyEvent], AnyEvent]:
+def until(engine: Engine, kind: type, timeout_s: float = 60) -> tuple[list[AnyEvent], AnyEvent]:
     seen: list[AnyEvent] = []
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -64,8 +68,8 @@ def _until(engine: Engine, kind: type, timeout_s: float = 30) -> tuple[list[AnyE
     raise AssertionError(f"no {kind.__name__} within {timeout_s} s; saw {seen}")
 
 
-def _submit(engine: Engine, tmp_path: Path, number: int = 0) -> Submit:
-    _, slot = _until(engine, Slots)
+def submit_trial(engine: Engine, tmp_path: Path, number: int = 0) -> Submit:
+    _, slot = until(engine, Slots)
     assert isinstance(slot, Slots)
     submit = Submit(
         trial=f"lora/{number:04d}",
@@ -81,8 +85,8 @@ def _submit(engine: Engine, tmp_path: Path, number: int = 0) -> Submit:
 def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
     """Submit: evaluations in the order of steps, then an outcome with the best of them."""
     engine = open_one()
-    submit = _submit(engine, tmp_path)
-    seen, ended = _until(engine, Ended)
+    submit = submit_trial(engine, tmp_path)
+    seen, ended = until(engine, Ended)
     losses = [event.loss for event in seen if isinstance(event, Evaluated)]
     steps = [event.step for event in seen if isinstance(event, Evaluated)]
     assert isinstance(ended, Ended)
@@ -96,10 +100,10 @@ def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
 def test_a_probe_is_answered(open_one: Open) -> None:
     """Probe: facts come back."""
     engine = open_one()
-    _, slot = _until(engine, Slots)
+    _, slot = until(engine, Slots)
     assert isinstance(slot, Slots)
     engine.probe(slot.worker, Probe(arm="lora", settings=make_settings().trial))
-    _, probed = _until(engine, Probed)
+    _, probed = until(engine, Probed)
     assert isinstance(probed, Probed)
     assert probed.facts is not None
 
@@ -107,10 +111,10 @@ def test_a_probe_is_answered(open_one: Open) -> None:
 def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:
     """Stop: the trial ends within a moment, by the cause it was given."""
     engine = open_one(steps=100_000)
-    submit = _submit(engine, tmp_path)
+    submit = submit_trial(engine, tmp_path)
     time.sleep(0.3)
     engine.stop(submit.trial, "pruned")
-    _, ended = _until(engine, Ended)
+    _, ended = until(engine, Ended)
     assert isinstance(ended, Ended)
     assert ended.outcome.cause == "pruned"
 
@@ -118,13 +122,13 @@ def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) ->
 def test_an_error_of_a_trial_leaves_the_worker_alive(open_one: Open, tmp_path: Path) -> None:
     """A code error is an outcome with its traceback, and the next trial trains."""
     engine = open_one(n0="error")
-    _submit(engine, tmp_path)
-    _, ended = _until(engine, Ended)
+    submit_trial(engine, tmp_path)
+    _, ended = until(engine, Ended)
     assert isinstance(ended, Ended)
     assert ended.outcome.cause == "error"
     assert "an error in the code" in (ended.outcome.message or "")
-    _submit(engine, tmp_path, number=1)
-    _, second = _until(engine, Ended)
+    submit_trial(engine, tmp_path, number=1)
+    _, second = until(engine, Ended)
     assert isinstance(second, Ended)
     assert second.outcome.cause == "finished"
 
@@ -132,34 +136,91 @@ def test_an_error_of_a_trial_leaves_the_worker_alive(open_one: Open, tmp_path: P
 def test_after_oom_the_worker_offers_a_slot_again(open_one: Open, tmp_path: Path) -> None:
     """Out of memory recycles the worker; the next trial trains."""
     engine = open_one(n0="oom")
-    _submit(engine, tmp_path)
-    _, ended = _until(engine, Ended)
+    submit_trial(engine, tmp_path)
+    _, ended = until(engine, Ended)
     assert isinstance(ended, Ended)
     assert ended.outcome.cause == "oom"
-    _submit(engine, tmp_path, number=1)
-    _, second = _until(engine, Ended)
+    submit_trial(engine, tmp_path, number=1)
+    _, second = until(engine, Ended)
     assert isinstance(second, Ended)
     assert second.outcome.cause == "finished"
 
 
+def test_a_killed_trial_is_lost_as_timeout_and_the_worker_replaced(
+    open_one: Open, tmp_path: Path
+) -> None:
+    """Kill: a hanging trial comes back as Lost with the reason given, and the next one trains."""
+    engine = open_one(n0="hang")
+    submit = submit_trial(engine, tmp_path)
+    time.sleep(0.3)
+    engine.kill(0, "because the test says so")
+    _, lost = until(engine, Lost)
+    assert isinstance(lost, Lost)
+    assert (lost.trial, lost.attempt, lost.cause) == (submit.trial, 1, "timeout")
+    assert lost.message == "because the test says so"
+    submit_trial(engine, tmp_path, number=1)
+    _, second = until(engine, Ended)
+    assert isinstance(second, Ended)
+    assert second.outcome.cause == "finished"
+
+
+def test_a_trial_that_had_ended_is_not_lost(open_one: Open, tmp_path: Path) -> None:
+    """Kill after the end was sent but not yet heard: Ended comes first, then a loss without a trial."""
+    engine = open_one(steps=2)
+    submit_trial(engine, tmp_path)
+    outcome = tmp_path / "lora" / "trial_0000" / "outcome.json"
+    while not outcome.exists():
+        time.sleep(0.01)
+    time.sleep(0.5)  # until it has been sent as well
+    engine.kill(0, "too late")
+    _, ended = until(engine, Ended)
+    assert isinstance(ended, Ended)
+    assert ended.outcome.cause == "finished"
+    _, lost = until(engine, Lost)
+    assert isinstance(lost, Lost)
+    assert lost.trial is None
+
+
 def _local(tmp_path: Path, **plan: str) -> LocalEngine:
     fake = FakeTrainer(step_seconds=0.01, steps=1000, plan={0: plan.get("n0", "finish")})
-    workers = Workers(engine="local", trainer="fake", fake=fake)
-    return LocalEngine(workers, 1, lambda worker: tmp_path / f"{worker}.log")
+    return LocalEngine(make_workers("local", fake), 1, lambda worker: tmp_path / f"{worker}.log")
 
 
 def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
     """kill -9 of a worker: Lost names its trial and its exit code; a new worker offers a slot."""
     engine = _local(tmp_path)
     try:
-        submit = _submit(engine, tmp_path)
+        submit = submit_trial(engine, tmp_path)
         time.sleep(0.3)
         os.kill(engine._hosts[0].process.pid or 0, signal.SIGKILL)
-        _, lost = _until(engine, Lost)
+        _, lost = until(engine, Lost)
         assert isinstance(lost, Lost)
         assert (lost.trial, lost.attempt) == (submit.trial, 1)
         assert "exit code -9" in lost.message
-        _until(engine, Slots)
+        until(engine, Slots)
+    finally:
+        engine.close()
+
+
+def test_signals_to_every_process_end_no_worker(tmp_path: Path) -> None:
+    """Slurm's notice and SIGTERM reach workers too; the trial goes on until the driver says stop."""
+    engine = _local(tmp_path)
+    try:
+        submit = submit_trial(engine, tmp_path)
+        until(engine, Progress)
+        for number in (
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+            signal.SIGTERM,
+            signal.SIGHUP,
+            signal.SIGINT,
+        ):
+            os.kill(engine._hosts[0].process.pid or 0, number)
+        time.sleep(0.3)
+        engine.stop(submit.trial, "cancelled")
+        _, ended = until(engine, Ended)
+        assert isinstance(ended, Ended)
+        assert ended.outcome.cause == "cancelled"
     finally:
         engine.close()
 
@@ -167,7 +228,7 @@ def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
 def test_close_ends_a_hanging_worker(tmp_path: Path) -> None:
     """A worker that hangs in a trial does not outlive its engine."""
     engine = _local(tmp_path, n0="hang")
-    _submit(engine, tmp_path)
+    submit_trial(engine, tmp_path)
     process = psutil.Process(engine._hosts[0].process.pid)
     time.sleep(0.3)
     engine.close()
@@ -177,7 +238,7 @@ def test_close_ends_a_hanging_worker(tmp_path: Path) -> None:
 def test_a_worker_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
     """The pipe breaks, the worker ends, though it is in the middle of a trial."""
     engine = _local(tmp_path, n0="hang")
-    _submit(engine, tmp_path)
+    submit_trial(engine, tmp_path)
     time.sleep(0.3)
     host = engine._hosts[0]
     host.connection.close()
@@ -193,7 +254,7 @@ def test_workers_that_cannot_start_end_the_study(
     engine = _local(tmp_path)
     try:
         with pytest.raises(WorkerError, match="dies before it can start"):
-            _until(engine, Slots)
+            until(engine, Slots)
     finally:
         engine.close()
 

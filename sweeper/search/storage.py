@@ -1,0 +1,102 @@
+"""Optuna's RDBStorage, patient: a call waits for a database that is away, instead of ending the study.
+
+Training goes on meanwhile; what the workers report waits in their pipes. Knows nothing of studies.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+
+from sweeper.errors import StudyError
+
+SQLITE_TIMEOUT_S = 60
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+PATIENCE_S = 15 * 60.0
+"""A restart takes seconds, a fail-over minutes; after that a person has to look."""
+
+Result = TypeVar("Result")
+
+
+class PatientStorage(RDBStorage):
+    """RDBStorage whose public calls are repeated while the database cannot be reached.
+
+    Raises, from its constructor and after PATIENCE_S from any call:
+        StudyError: the database is away, or cannot be opened as what the URL says.
+    """
+
+    def __init__(self, url: str) -> None:
+        options: dict[str, Any] = {
+            "pool_pre_ping": True
+        }  # a restart leaves dead connections behind
+        if url.startswith("sqlite"):
+            options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S}
+        elif url.startswith("postgresql"):
+            options["connect_args"] = {"options": "-c timezone=utc"}
+        try:
+            super().__init__(url, engine_kwargs=options)
+        except ImportError as error:
+            raise StudyError(
+                f"hydra.sweeper.storage needs a driver that is not installed ({error}); "
+                "for postgresql+psycopg:// add it with pip install 'sweeper[postgres]'"
+            ) from None
+        except (SQLAlchemyError, StorageInternalError) as error:
+            raise StudyError(f"hydra.sweeper.storage cannot be opened: {_reason(error)}") from None
+
+
+def patient(
+    call: Callable[..., Result],
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Callable[..., Result]:
+    """A call that is repeated, with longer and longer waits, while the database is away.
+
+    A repeated call whose first try was stored after all finds the trial finished: then it is done.
+    """
+
+    @functools.wraps(call)
+    def repeated(*arguments: Any, **options: Any) -> Result:
+        began, wait_s, tries = clock(), FIRST_WAIT_S, 0
+        while True:
+            tries += 1
+            try:
+                return call(*arguments, **options)
+            except UpdateFinishedTrialError:
+                if tries == 1 or call.__name__ != "set_trial_state_values":
+                    raise
+                return True  # type: ignore[return-value]  # what set_trial_state_values answers
+            except (StorageInternalError, OperationalError, InterfaceError) as error:
+                if not _is_away(error):
+                    raise
+                if clock() - began > PATIENCE_S:
+                    raise StudyError(
+                        f"the study's database has been away for {PATIENCE_S / 60:.0f} minutes "
+                        f"({_reason(error)}); nothing told so far is lost: bring it back and run "
+                        "the same command again"
+                    ) from None
+            sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+    return repeated
+
+
+for _name in BaseStorage.__abstractmethods__:
+    setattr(PatientStorage, _name, patient(getattr(RDBStorage, _name)))
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the database could not be reached, or refused for the moment (locked, disk full)."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return isinstance(cause, OperationalError | InterfaceError)
+
+
+def _reason(error: Exception) -> str:
+    """The driver's first line; SQLAlchemy keeps passwords out of it."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__

@@ -1,0 +1,110 @@
+"""A database that goes away and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from sqlalchemy.exc import OperationalError
+
+from sweeper.errors import StudyError
+from sweeper.search.storage import PATIENCE_S, PatientStorage, patient
+
+
+class Clock:
+    """Time that passes only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def _away(wrapped: bool) -> Exception:
+    error = OperationalError("select 1", {}, Exception("connection refused"))
+    if not wrapped:
+        return error
+    outer = StorageInternalError("commit")
+    outer.__cause__ = error
+    return outer
+
+
+def _call(clock: Clock, *answers: Any, name: str = "get_trial") -> Callable[[], Any]:
+    script = list(answers)
+
+    def call() -> Any:
+        answer = script.pop(0) if len(script) > 1 else script[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    call.__name__ = name
+    return patient(call, clock, clock.sleep)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_call_waits_until_the_database_is_back(wrapped: bool) -> None:
+    """Three failures, then the answer; the waits grow."""
+    clock = Clock()
+    assert _call(clock, *[_away(wrapped)] * 3, "answer")() == "answer"
+    assert clock.now == 0.5 + 1 + 2
+
+
+def test_patience_ends_with_a_message_that_says_what_to_do() -> None:
+    """A quarter of an hour, then StudyError; no password and no stack trace in it."""
+    clock = Clock()
+    with pytest.raises(StudyError, match="run the same command again"):
+        _call(clock, _away(True))()
+    assert PATIENCE_S < clock.now < PATIENCE_S + 20
+
+
+def test_other_errors_are_not_waited_for() -> None:
+    """A mistake in the call itself comes out at once."""
+    clock = Clock()
+    with pytest.raises(KeyError):
+        _call(clock, KeyError("no such trial"))()
+    assert clock.now == 0
+
+
+def test_a_state_that_was_stored_before_the_connection_broke_counts_as_stored() -> None:
+    """The answer got lost, not the commit; without a break the same error is an error."""
+    clock = Clock()
+    finished = UpdateFinishedTrialError("already finished")
+    assert _call(clock, _away(True), finished, name="set_trial_state_values")() is True
+    with pytest.raises(UpdateFinishedTrialError):
+        _call(clock, finished, name="set_trial_state_values")()
+
+
+def test_every_call_of_optunas_storage_is_patient(tmp_path: Path) -> None:
+    """No method of the interface is left out, and a study works on it."""
+    storage = PatientStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    for name in BaseStorage.__abstractmethods__:
+        assert hasattr(getattr(PatientStorage, name), "__wrapped__"), name
+    study = optuna.create_study(storage=storage)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    assert len(study.trials) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql+psycopg://me:geheim@127.0.0.1:9/optuna", "cannot be opened|needs a driver"),
+        ("mysql+nodriver://me:geheim@127.0.0.1/optuna", "cannot be opened"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_an_error_without_its_password(
+    url: str, words: str
+) -> None:
+    """One line for the user."""
+    with pytest.raises(StudyError, match=words) as caught:
+        PatientStorage(url)
+    assert "geheim" not in str(caught.value)

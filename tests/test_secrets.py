@@ -1,0 +1,105 @@
+"""A canary in every place a secret may come from; it must come out nowhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+CANARY = "c4n4ry0f7h3d4y"
+STUDY = (
+    *("+experiment=lr_rank_sweep", "workers=fake", "~hydra.sweeper.arms.full"),
+    *("hydra.sweeper.n_trials=3", "workers.fake.step_seconds=0.02", "pruner=none"),
+)
+
+
+def _environment(tmp_path: Path) -> dict[str, str]:
+    """A token, a password, and URLs that are secrets as a whole."""
+    (tmp_path / CANARY).mkdir()
+    return {
+        **os.environ,
+        "HF_TOKEN": f"hf_{CANARY}",
+        "MLFLOW_TRACKING_PASSWORD": CANARY,
+        "SWEEPER_STORAGE": f"sqlite:///{tmp_path / CANARY / 'study.db'}",
+    }
+
+
+@pytest.mark.parametrize("tracking", ["none", pytest.param("mlflow", marks=pytest.mark.slow)])
+def test_a_secret_given_by_reference_comes_out_nowhere(tmp_path: Path, tracking: str) -> None:
+    """Not in a file, not in MLflow's store, not on the terminal, not in the process list."""
+    command = [
+        *(sys.executable, "-m", "sweeper", *STUDY, f"tracking={tracking}"),
+        *(
+            "hydra.sweeper.storage=${oc.env:SWEEPER_STORAGE}",
+            "++workers.fake.plan={1: crash}",
+            "-m",
+        ),
+    ]
+    process = subprocess.Popen(
+        command,
+        *(-1, None, None, subprocess.PIPE, subprocess.STDOUT),
+        cwd=tmp_path,
+        env=_environment(tmp_path),
+        text=True,
+    )
+    seen: list[str] = []
+    while process.poll() is None:
+        family = [psutil.Process(process.pid)] if psutil.pid_exists(process.pid) else []
+        for member in [*family, *(child for p in family for child in p.children(recursive=True))]:
+            try:
+                seen.extend(member.cmdline())
+            except psutil.Error:
+                continue
+        try:
+            process.wait(0.1)
+        except subprocess.TimeoutExpired:
+            continue
+    output = process.stdout.read() if process.stdout else ""
+    assert process.returncode == 0, output
+    assert (tmp_path / CANARY / "study.db").exists(), "the reference was used"
+    assert any("oc.env:SWEEPER_STORAGE" in word for word in seen), "the process list was read"
+    assert not [word for word in seen if CANARY in word]
+    assert CANARY not in output
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    held = [path for path in files if CANARY.encode() in path.read_bytes()]
+    assert held == []
+
+
+def test_a_literal_password_on_the_command_line_is_refused(tmp_path: Path) -> None:
+    """Exit 2, the key and the way out; the password itself is not repeated, and nothing is written."""
+    override = f"hydra.sweeper.storage=postgresql+psycopg://me:{CANARY}@db/optuna"
+    result = subprocess.run(
+        [sys.executable, "-m", "sweeper", *STUDY, override, "-m"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "'hydra.sweeper.storage=${oc.env:NAME}'" in result.stderr
+    assert CANARY not in result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_database_names_no_password(tmp_path: Path) -> None:
+    """A server that does not answer: one message, exit 1, no URL with its password."""
+    url = f"postgresql+psycopg://me:{CANARY}@127.0.0.1:9/optuna"
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "sweeper", *STUDY, "tracking=none"),
+            *("hydra.sweeper.storage=${oc.env:SWEEPER_STORAGE}", "-m"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "SWEEPER_STORAGE": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "hydra.sweeper.storage" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert CANARY not in result.stdout + result.stderr
