@@ -393,6 +393,7 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     activation_checkpointing: AutoBool
+    use_liger_kernel: AutoBool
     loss_chunk_size: Positive | None
     logging_steps: Positive
     eval_steps: Steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ def training_arguments(
         max_grad_norm=training.max_grad_norm,
         activation_checkpointing=training.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
+        use_liger_kernel=use_liger_kernel(settings),
         bf16=compute_dtype == torch.bfloat16,
         fp16=compute_dtype == torch.float16,
         logging_strategy="steps",
@@ -66,6 +68,24 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
     )
+
+
+def use_liger_kernel(settings: TrialSettings) -> bool:
+    """Whether Liger's fused layers replace transformers' own; `auto`: on a GPU where it is installed.
+
+    Raises:
+        ConfigError: asked for and not available.
+    """
+    asked = settings.training.use_liger_kernel
+    available = torch.cuda.is_available() and find_spec("liger_kernel") is not None
+    if asked is True and not available:
+        raise ConfigError(
+            [
+                "training.use_liger_kernel=true: needs a CUDA GPU and the package liger-kernel; "
+                "use auto or false"
+            ]
+        )
+    return available if asked == "auto" else asked
 
 
 def refuse_fp16_on_cpu(settings: TrialSettings) -> None:
