@@ -19,12 +19,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 # tokens and stand-ins that the tests build are neither taken from the user's cache nor left in it
-CACHE = tempfile.mkdtemp(prefix="sweeper-tests-")
-os.environ["XDG_CACHE_HOME"] = CACHE
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sweeper-tests-")
 
 from sweeper.compose import compose
 from sweeper.settings import Settings, validate
+
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
