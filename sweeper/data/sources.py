@@ -258,13 +258,6 @@ def hub_data(source: Source, split: str) -> Any:
     return data
 
 
-def hide_progress() -> None:
-    """No progress bars of `datasets` in this process: a worker's output is no terminal."""
-    import datasets
-
-    datasets.disable_progress_bars()
-
-
 def _not_on_hub(source: Source, error: Exception) -> str:
     page = f"https://huggingface.co/datasets/{source.path}"
     if "gated" in str(error):

@@ -99,12 +99,10 @@ def _json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _hub_layout(folder: Path, rows: list[dict[str, Any]], what: str) -> None:
     """What `git clone` of a hub data set gives: a card with its YAML head, and Parquet under data/."""
-    import pyarrow
-    from pyarrow import parquet
+    from datasets import Dataset
 
     (folder / "data").mkdir()
-    table = pyarrow.Table.from_pylist(rows)
-    parquet.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
+    Dataset.from_list(rows).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
     card = f"""---
 license: psf-2.0
 configs:

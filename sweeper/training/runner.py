@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from datasets.utils import logging as datasets_logging
 from filelock import FileLock
 from peft import PeftModel
 from tqdm import tqdm
@@ -22,7 +23,6 @@ from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
 from sweeper.data.packing import require_isolation
-from sweeper.data.sources import hide_progress
 from sweeper.data.tokens import IGNORED
 from sweeper.errors import ConfigError, DataError, Diverged, ModelError
 from sweeper.evaluation.judge import Judgement, plausibility_warning
@@ -59,7 +59,7 @@ class TransformersRunner:
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        hide_progress()
+        datasets_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._estimates: dict[str, MemoryEstimate] = {}
