@@ -27,7 +27,7 @@ def _assert_names_all_four(message: str) -> None:
     assert "training.learning_rte" in message
     assert "did you mean training.learning_rate?" in message
     assert "quantization=nf5" in message
-    assert "available: nf4, none" in message
+    assert "available: fp4, int8, nf4, none" in message
     assert "seed='abc'" in message
     assert "adapter.r=0: input should be greater than or equal to 1" in message
 

@@ -23,20 +23,45 @@ GROUPS = sorted(
 )
 
 
+OWN_FILES = {
+    "gpt2_book": ["data.train=book.txt"],
+    "qwen2_5_instruct": ["data.train=train.jsonl", "data.validation=val.jsonl"],
+}
+"""The experiments on files that their users bring."""
+
+
+@pytest.fixture
+def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with the files that commands and experiments name."""
+    for name in ("my.jsonl", "train.jsonl", "val.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "book.txt").write_text("A book.\n")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("own_files")
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_is_a_valid_study(experiment: str) -> None:
     """An experiment composes into a plan whose spaces pass the settings' own rules."""
-    (plan,) = studies([f"+experiment={experiment}"])
+    (plan,) = studies([f"+experiment={experiment}", *OWN_FILES.get(experiment, [])])
     assert plan.experiment == experiment
     assert plan.study.study_name == experiment
     assert plan.arms[0].name == "lora"
 
 
+NEEDS = {
+    ("adapter", "none"): ["quantization=none"],
+    ("objective", "rougeL"): ["evaluation.generation.num_examples=1"],
+}
+"""What a choice cannot do without."""
+
+
 @pytest.mark.parametrize(("group", "choice"), GROUPS)
 def test_group_choice_is_valid(group: str, choice: str) -> None:
     """Every choice of every group gives a valid trial beside the defaults."""
-    extra = ["quantization=none"] if (group, choice) == ("adapter", "none") else []
-    single([f"{group}={choice}", *extra])
+    extra = NEEDS.get((group, choice), [])
+    added = "+" if group == "stand_in" else ""  # it is no default: an experiment is stood in for
+    single([f"{added}{group}={choice}", *extra])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONF).as_posix())
@@ -88,14 +113,10 @@ COMMANDS = sorted(
 )
 
 
+@pytest.mark.usefixtures("own_files")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_in_readme_or_yaml_is_valid(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_in_readme_or_yaml_is_valid(command: str) -> None:
     """What the README and the headers of conf/ tell people to type passes every check."""
-    for name in ("my.jsonl", "train.jsonl", "val.jsonl"):
-        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
-    monkeypatch.chdir(tmp_path)
     line = parse_command_line(shlex.split(command))
     if line.overrides and line.overrides[0] in VERBS:
         return

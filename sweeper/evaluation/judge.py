@@ -175,6 +175,10 @@ class Judge:
             held_out=held_out,
         )
 
+    def sees_all_of(self, other: Judge) -> bool:
+        """Whether it judges another one's very rows and prompts, in batches of whatever size."""
+        return self.rows is other.rows and self.held_out is other.held_out
+
     def halved(self) -> Judge | None:
         """The same judge in batches half the size, which change no figure; None below one example."""
         size, generation = self.settings.per_device_eval_batch_size, self.settings.generation

@@ -142,7 +142,8 @@ class TransformersRunner:
             # nothing here holds the base itself: it is dropped where its weights were trained
             prepared = self._data(settings, self._base(settings))
             fits = self._fits(prepared)
-        settings = resolve(settings, fits, on_gpu=device().type == "cuda")
+        with meter.stage("load"):
+            settings = resolve(settings, fits, on_gpu=device().type == "cuda")
         while True:
             try:
                 outcome = self._attempt(settings, folder, observer, meter)

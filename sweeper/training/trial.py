@@ -144,7 +144,7 @@ def _judge_kept(
     step = trainer.state.best_global_step
     if trainer.state.best_metric is None:
         return None
-    if looks.judge is whole and step in trainer.judgements:
+    if looks.judge.sees_all_of(whole) and step in trainer.judgements:
         return trainer.judgements[step]
     with meter.stage("eval"):
         return Looks(whole, meter)(trainer.model)

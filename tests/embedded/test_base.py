@@ -33,7 +33,8 @@ def test_base_is_small_and_of_safe_widths() -> None:
     assert all(size % 32 == 0 for weight in model.parameters() for size in weight.shape)
     assert (BASE_DIR / "model.safetensors").stat().st_size < 2.6e6
     with safe_open(BASE_DIR / "model.safetensors", "pt") as weights:
-        assert {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118 == {torch.bfloat16}
+        dtypes = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118
+    assert dtypes == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("text", ["def f(x=1) -> int", "  two  spaces\n\ttab", "naïve 漢字 🙂", ""])

@@ -8,7 +8,8 @@ from sweeper.errors import ConfigError
 from tests.conftest import make_settings
 
 NONE = "evaluation.generation.num_examples=0"
-OWN = ("+evaluation.metrics.mine=my.metrics:f", "evaluation.metric_modules=[my]")
+SOME = "evaluation.generation.num_examples=1"
+OWN = (SOME, "+evaluation.metrics.mine=my.metrics:f", "evaluation.metric_modules=[my]")
 
 
 def test_loss_is_the_default_objective() -> None:
@@ -21,7 +22,7 @@ def test_loss_is_the_default_objective() -> None:
 
 def test_a_costly_objective_is_pruned_by_the_loss() -> None:
     """ROUGE is maximised; looks inside the trial go by the loss, which is minimised."""
-    objective = make_settings("objective=rougeL", "objective.pruning_metric=null").objective
+    objective = make_settings("objective=rougeL", SOME, "objective.pruning_metric=null").objective
     assert (objective.metric, objective.direction) == ("eval/rougeL", "maximize")
     assert objective.is_costly
     assert (objective.judged_while_training, objective.pruning_direction) == (

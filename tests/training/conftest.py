@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sweeper.embedded import BASE_DIR
 from sweeper.folders import TrialFolder
+from sweeper.modeling.memory_estimate import WORDS, MemoryEstimate
 from sweeper.outcome import Outcome
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
@@ -25,25 +26,35 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_base")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "max_position_embeddings": 256, "vocab_size": 2048}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 512, "vocab_size": 2048}
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def run_tiny(tiny_base: Path, rows_file: Path, tmp_path: Path) -> RunTiny:
+def ready_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory estimate at hand: a real one takes as long as a tiny trial, and has tests of its own."""
+    estimate = MemoryEstimate(**dict.fromkeys(WORDS, 1.0))
+    monkeypatch.setattr("sweeper.training.runner.estimate_trial", lambda *_, **__: estimate)
+
+
+@pytest.fixture
+def run_tiny(tiny_base: Path, rows_file: Path, tmp_path: Path, ready_estimate: None) -> RunTiny:
     """Run a trial on `tiny_base` in a folder of the test: (outcome, evaluations, folder)."""
 
     def run(
-        name: str, *overrides: str, runner: TransformersRunner | None = None
+        name: str,
+        *overrides: str,
+        runner: TransformersRunner | None = None,
+        observer: Recorder | None = None,
     ) -> tuple[Outcome, list[tuple[int, float]], TrialFolder]:
         settings = make_settings(
             *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
             *("training.max_steps=6", "training.eval_steps=2", "training.logging_steps=1"),
             *overrides,
         ).trial
-        recorder, folder = Recorder(), TrialFolder(tmp_path / name)
+        recorder, folder = observer or Recorder(), TrialFolder(tmp_path / name)
         outcome = (runner or TransformersRunner(threads=1)).run(settings, folder, {}, recorder)
         return outcome, recorder.losses, folder
 

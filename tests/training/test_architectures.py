@@ -22,9 +22,9 @@ from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2048}
-HEADS = {"num_attention_heads": 2, "max_position_embeddings": 256}
+HEADS = {"num_attention_heads": 2, "max_position_embeddings": 512}
 CONFIGS: dict[str, PretrainedConfig] = {
-    "gpt2": GPT2Config(vocab_size=2048, n_embd=64, n_layer=2, n_head=2, n_positions=256),
+    "gpt2": GPT2Config(vocab_size=2048, n_embd=64, n_layer=2, n_head=2, n_positions=512),
     "gpt_neox": GPTNeoXConfig(**SMALL, **HEADS),
     "phi": PhiConfig(**SMALL, **HEADS),
     "qwen3": Qwen3Config(**SMALL, **HEADS, num_key_value_heads=2, head_dim=32),

@@ -1,4 +1,4 @@
-"""One real trial on the embedded base, against plain PEFT and against itself."""
+"""Real trials: on the embedded base against plain PEFT, on a tiny one against themselves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
@@ -18,13 +19,14 @@ from sweeper.evaluation.loss import evaluate_loss
 from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
 from sweeper.outcome import Outcome
-from sweeper.settings import Settings
+from sweeper.settings import Settings, TrialSettings
 from sweeper.training.checkpoint import newest_checkpoint
 from sweeper.training.prepare import prepare
 from sweeper.training.runner import TransformersRunner
 from sweeper.training.schedule import plan_schedule
 from sweeper.training.spool import Spool
 from tests.conftest import make_settings
+from tests.training.conftest import RunTiny
 from tests.training.recorder import Recorder
 
 SHORT = ("training.max_steps=8", "training.eval_steps=2", "training.logging_steps=1")
@@ -34,17 +36,10 @@ def _settings(rows_file: Path, overrides: Sequence[str]) -> Settings:
     return make_settings(f"data.train={rows_file}", *SHORT, *overrides)
 
 
-def _run(
-    rows_file: Path,
-    folder: Path,
-    *overrides: str,
-    runner: TransformersRunner | None = None,
-    stop_after: int | None = None,
-) -> tuple[Outcome, Recorder]:
-    runner = runner or TransformersRunner(threads=1)
-    recorder = Recorder(stop_after)
+def _run(rows_file: Path, folder: Path, *overrides: str) -> tuple[Outcome, Recorder]:
+    recorder = Recorder()
     settings = _settings(rows_file, overrides).trial
-    return runner.run(settings, TrialFolder(folder), {}, recorder), recorder
+    return TransformersRunner(threads=1).run(settings, TrialFolder(folder), {}, recorder), recorder
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
@@ -55,6 +50,7 @@ def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     overrides = [f"quantization={quantization}", "training.learning_rate=0.02"]
     outcome, recorder = _run(rows_file, tmp_path / "t", *overrides)
     assert outcome.best_value == min(loss for _, loss in recorder.losses)
+    assert outcome.metrics["cost/estimated_memory_mib"] > 2  # bf16 weights alone are 2.2 MB
     settings = _settings(rows_file, overrides)
     fresh = load_base(settings.model, settings.quantization, trained=False)
     model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
@@ -97,16 +93,17 @@ def test_bf16_is_computed_in_by_training_and_judging_alike(rows_file: Path, tmp_
     assert again == pytest.approx(outcome.best_value, abs=1e-3)
 
 
-def test_trial_folder_is_complete(rows_file: Path, tmp_path: Path) -> None:
-    """Config, spool, logs, outcome and adapter are there; no checkpoints, no base weights."""
-    outcome, _ = _run(rows_file, tmp_path / "t")
-    folder = TrialFolder(tmp_path / "t")
+def test_trial_folder_is_complete(run_tiny: RunTiny) -> None:
+    """Config, spool, logs, data card, outcome and adapter are there; no checkpoints, no base weights."""
+    outcome, _, folder = run_tiny("t", "quantization=nf4")
     assert Outcome.model_validate_json(folder.outcome.read_text()) == outcome
+    assert TrialSettings.model_validate(yaml.safe_load(folder.config.read_text())).seed == 0
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert {"train/loss", "train/grad_norm", "train/learning_rate"} <= set(lines[0])
-    assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4, 6, 8]
-    assert "QLoRA r=8 alpha=16" in folder.log_text.read_text()
+    assert [line["step"] for line in lines if "eval/loss" in line] == [2, 4, 6]
+    assert "QLoRA (nf4) r=8 alpha=16" in folder.log_text.read_text()
     assert json.loads(folder.log_json.read_text())["outcome"]["cause"] == "finished"
+    assert "Return the sum of a and b plus" in folder.data_card.read_text()
     assert not folder.checkpoints.exists()
     with safe_open(folder.adapter / "adapter_model.safetensors", "pt") as weights:
         assert all("lora_" in name for name in weights.keys())  # noqa: SIM118 - no mapping
@@ -114,86 +111,91 @@ def test_trial_folder_is_complete(rows_file: Path, tmp_path: Path) -> None:
     assert (folder.adapter / "tokenizer.json").exists()
 
 
-def test_warm_base_gives_the_losses_of_a_fresh_one(rows_file: Path, tmp_path: Path) -> None:
+def test_warm_base_gives_the_losses_of_a_fresh_one(run_tiny: RunTiny) -> None:
     """The second trial in a worker computes what it would have computed as the first."""
     runner = TransformersRunner(threads=1)
-    _run(rows_file, tmp_path / "a", "adapter.r=32", "training.learning_rate=0.03", runner=runner)
-    _, warm = _run(rows_file, tmp_path / "b", runner=runner)
-    _, fresh = _run(rows_file, tmp_path / "c")
-    assert warm.losses == fresh.losses
+    other = ("adapter.r=32", "training.learning_rate=0.03")
+    run_tiny("a", "quantization=nf4", *other, runner=runner)
+    _, warm, _ = run_tiny("b", "quantization=nf4", runner=runner)
+    _, fresh, _ = run_tiny("c", "quantization=nf4")
+    assert len(warm) == 3
+    assert warm == fresh
 
 
-def test_seed_decides_the_adapter_and_the_order(rows_file: Path, tmp_path: Path) -> None:
+def test_seed_decides_the_adapter_and_the_order(run_tiny: RunTiny) -> None:
     """The same seed gives the same losses, another seed gives others."""
-    _, first = _run(rows_file, tmp_path / "a")
-    _, same = _run(rows_file, tmp_path / "b")
-    _, other = _run(rows_file, tmp_path / "c", "seed=1")
-    assert first.losses == same.losses != other.losses
+    _, first, _ = run_tiny("a")
+    _, same, _ = run_tiny("b")
+    _, other, _ = run_tiny("c", "seed=1")
+    assert len(first) == 3
+    assert first == same != other
 
 
-def test_early_stopping_keeps_the_best_checkpoint(rows_file: Path, tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_checkpoint(run_tiny: RunTiny) -> None:
     """A rate that only harms is stopped after two evaluations without improvement."""
-    overrides = ["adapter=none", "quantization=none", "training.learning_rate=0.5"]
-    overrides += [
-        "training.max_steps=40",
-        "training.warmup_ratio=0.5",
-        "training.max_grad_norm=100",
+    outcome, losses, _ = run_tiny(
+        *("t", "adapter=none", "training.learning_rate=0.5", "training.max_steps=40"),
+        *("training.warmup_ratio=0.5", "training.max_grad_norm=100"),
         "training.divergence_threshold=null",
-    ]
-    outcome, recorder = _run(rows_file, tmp_path / "t", *overrides)
+    )
     assert outcome.cause == "early_stopped"
     assert outcome.steps < 40
-    assert outcome.best_value == min(loss for _, loss in recorder.losses)
-    assert outcome.best_step == min(recorder.losses, key=lambda item: item[1])[0]
-    assert all(loss > outcome.best_value for _, loss in recorder.losses[-2:])
+    assert outcome.best_value == min(loss for _, loss in losses)
+    assert outcome.best_step == min(losses, key=lambda item: item[1])[0]
+    assert all(loss > outcome.best_value for _, loss in losses[-2:])
 
 
-def test_a_stop_request_ends_the_trial_at_its_next_step(rows_file: Path, tmp_path: Path) -> None:
+def test_a_stop_request_ends_the_trial_at_its_next_step(run_tiny: RunTiny) -> None:
     """The driver's stop takes effect after the evaluation that caused it."""
-    outcome, recorder = _run(rows_file, tmp_path / "t", stop_after=2)
+    steps = "training.max_steps=8"
+    outcome, losses, _ = run_tiny("t", steps, observer=Recorder(stop_after=2))
     assert outcome.cause == "pruned"
-    assert len(recorder.losses) == 2
+    assert len(losses) == 2
     assert outcome.steps <= 5
 
 
-def test_divergence_is_an_outcome_within_the_logging_steps(rows_file: Path, tmp_path: Path) -> None:
+def test_divergence_is_an_outcome_within_the_logging_steps(run_tiny: RunTiny) -> None:
     """A loss that is no longer finite ends the trial with its cause and nothing is stored."""
-    poison = "training.max_grad_norm=1e38"
-    overrides = ["adapter=none", "quantization=none", "training.learning_rate=1.0", poison]
-    overrides += ["training.warmup_ratio=0.0", "training.max_steps=60", "training.eval_steps=60"]
-    outcome, _ = _run(rows_file, tmp_path / "t", *overrides, "training.weight_decay=1e30")
+    outcome, _, folder = run_tiny(
+        *("t", "adapter=none", "training.learning_rate=1.0", "training.max_grad_norm=1e38"),
+        *("training.warmup_ratio=0.0", "training.max_steps=60", "training.eval_steps=60"),
+        "training.weight_decay=1e30",
+    )
     assert outcome.cause == "diverged"
     assert "step" in (outcome.message or "")
-    assert not (tmp_path / "t" / "checkpoints").exists()
-    assert not (tmp_path / "t" / "model").exists()
+    assert not folder.checkpoints.exists()
+    assert not folder.model.exists()
 
 
-def test_accumulation_is_the_larger_batch(rows_file: Path, tmp_path: Path) -> None:
+def test_accumulation_is_the_larger_batch(run_tiny: RunTiny) -> None:
     """4 x 4 accumulated computes what 16 x 1 computes: the mean over all target tokens of a step."""
     size, times = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
-    whole_step = ("quantization=none", f"{size}=16", f"{times}=1")
-    in_parts = ("quantization=none", f"{size}=4", f"{times}=4")
-    _, whole = _run(rows_file, tmp_path / "whole", *whole_step)
-    _, parts = _run(rows_file, tmp_path / "parts", *in_parts)
-    assert parts.losses == [pytest.approx(item, abs=2e-4) for item in whole.losses]
+    fast = "training.learning_rate=0.02"
+    _, whole, _ = run_tiny("whole", f"{size}=16", f"{times}=1", fast)
+    _, parts, _ = run_tiny("parts", f"{size}=4", f"{times}=4", fast)
+    assert parts == [pytest.approx(item, abs=2e-4) for item in whole]
+    assert whole[0][1] - whole[-1][1] > 0.01
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_trained_biases_do_not_stay_on_the_base(rows_file: Path, tmp_path: Path, bias: str) -> None:
+def test_trained_biases_do_not_stay_on_the_base(
+    run_tiny: RunTiny, tmp_path: Path, bias: str
+) -> None:
     """bias=all trains biases of the base itself: the next trial gets a base that never saw it."""
     base = tmp_path / "gpt2"
-    config = GPT2Config(vocab_size=2048, n_embd=64, n_layer=1, n_head=2, n_positions=256)
+    config = GPT2Config(vocab_size=2048, n_embd=64, n_layer=1, n_head=2, n_positions=512)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(base)
     overrides = [f"model.base_model={base}", f"adapter.bias={bias}", "training.learning_rate=0.02"]
     runner = TransformersRunner(threads=1)
-    _, first = _run(rows_file, tmp_path / "a", *overrides, runner=runner)
-    _, second = _run(rows_file, tmp_path / "b", *overrides, runner=runner)
-    assert first.losses == second.losses
+    _, first, _ = run_tiny("a", "quantization=nf4", *overrides, runner=runner)
+    _, second, _ = run_tiny("b", "quantization=nf4", *overrides, runner=runner)
+    assert len(first) == 3
+    assert first == second
 
 
 def test_out_of_memory_before_the_first_step_is_an_outcome(
-    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A base that does not fit is `oom` with no step trained, not an error in the code."""
 
@@ -201,25 +203,26 @@ def test_out_of_memory_before_the_first_step_is_an_outcome(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
 
     monkeypatch.setattr("sweeper.training.runner.load_base", too_large)
-    outcome, _ = _run(rows_file, tmp_path / "t")
+    outcome, _, _ = run_tiny("t")
     assert (outcome.cause, outcome.steps) == ("oom", 0)
 
 
-def test_an_impossible_adapter_is_refused(rows_file: Path, tmp_path: Path) -> None:
+def test_an_impossible_adapter_is_refused(run_tiny: RunTiny) -> None:
     """A target that the model has not is refused with the names that exist; the base stays clean."""
     runner = TransformersRunner(threads=1)
-    outcome, _ = _run(rows_file, tmp_path / "a", "adapter.target_modules=c_attn", runner=runner)
+    outcome, _, _ = run_tiny("a", "adapter.target_modules=c_attn", runner=runner)
     assert outcome.cause == "refused"
     assert "q_proj" in (outcome.message or "")
-    outcome, _ = _run(rows_file, tmp_path / "b", runner=runner)
+    outcome, _, _ = run_tiny("b", runner=runner)
     assert outcome.cause == "finished"
 
 
 def test_a_killed_attempt_is_continued_from_its_checkpoint(
-    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_tiny: RunTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after step 4 of 8, resumed: the same losses as a run that was never interrupted."""
-    _, whole = _run(rows_file, tmp_path / "whole")
+    steps = "training.max_steps=8"
+    _, whole, _ = run_tiny("whole", steps)
 
     class Killed(BaseException):
         pass
@@ -230,20 +233,17 @@ def test_a_killed_attempt_is_continued_from_its_checkpoint(
                 raise Killed
 
     monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
-    runner = TransformersRunner(threads=1)
-    settings = _settings(rows_file, ()).trial
-    folder = TrialFolder(tmp_path / "killed")
     with pytest.raises(Killed):
-        runner.run(settings, folder, {}, Killer())
-    checkpoint = newest_checkpoint(folder.checkpoints)
+        run_tiny("killed", steps, observer=Killer())
+    checkpoint = newest_checkpoint(TrialFolder(tmp_path / "killed").checkpoints)
     assert checkpoint is not None
     assert checkpoint.step == 4
-    outcome, resumed = _run(rows_file, tmp_path / "killed")
-    assert [step for step, _ in resumed.losses] == [6, 8]
-    assert resumed.losses == [pytest.approx(item, abs=1e-6) for item in whole.losses[2:]]
-    steps = [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()]
-    assert steps == sorted(steps)
-    assert outcome.best_value == pytest.approx(min(loss for _, loss in whole.losses), abs=1e-6)
+    outcome, resumed, folder = run_tiny("killed", steps)
+    assert [step for step, _ in resumed] == [6, 8]
+    assert resumed == [pytest.approx(item, abs=1e-6) for item in whole[2:]]
+    logged = [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()]
+    assert logged == sorted(logged)
+    assert outcome.best_value == pytest.approx(min(loss for _, loss in whole), abs=1e-6)
 
 
 def test_an_incomplete_checkpoint_is_not_continued(tmp_path: Path) -> None:
