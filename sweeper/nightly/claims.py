@@ -1,0 +1,125 @@
+"""Who runs a night: one row per set and local date, and a lock that dies with its process.
+
+The row is the memory (this night was run, and how it ended), the lock is the present (somebody is
+running it). A scheduler may fire twice, late, or after a crash: the first to hold the lock of a night
+that has not ended runs it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sweeper.errors import SweeperError
+
+BUSY_SECONDS = 60.0
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS nights (
+    set_name TEXT NOT NULL,
+    local_date TEXT NOT NULL,
+    starts INTEGER NOT NULL,
+    started_at TEXT NOT NULL,
+    ended_at TEXT,
+    result TEXT,
+    PRIMARY KEY (set_name, local_date)
+)
+"""
+
+
+class NightTaken(SweeperError):
+    """Another process runs this set, or this night is over."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to run one night, for as long as the block that got it lasts."""
+
+    set_name: str
+    date: date
+    starts: int
+    """1, or more after a crash: the night goes on where it was."""
+
+
+class Nights:
+    """The nights of all sets under one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with self._database() as database:
+            database.execute(_SCHEMA)
+
+    @contextmanager
+    def claim(self, set_name: str, on: date, now: datetime) -> Iterator[Claim]:
+        """Hold one night; on a normal return the night has ended, on an exception it has not.
+
+        Raises:
+            NightTaken: the set is running at this moment, or this night has ended before.
+        """
+        lock = FileLock(self._folder / f"{set_name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise NightTaken(f"nightly {set_name}: another process is running it") from None
+        try:
+            claim = Claim(set_name, on, self._start(set_name, on, now))
+            yield claim
+        finally:
+            lock.release()
+
+    def end(self, claim: Claim, result: str, now: datetime) -> None:
+        """Record that a night is over, so that it never runs again."""
+        with self._database() as database:
+            database.execute(
+                "UPDATE nights SET ended_at = ?, result = ? WHERE set_name = ? AND local_date = ?",
+                (_text(now), result, claim.set_name, claim.date.isoformat()),
+            )
+
+    def result(self, set_name: str, on: date) -> str | None:
+        """How a night ended; None if it did not run, or not to its end."""
+        with self._database() as database:
+            row = database.execute(
+                "SELECT result FROM nights WHERE set_name = ? AND local_date = ?",
+                (set_name, on.isoformat()),
+            ).fetchone()
+        return None if row is None else row[0]
+
+    def last_before(self, set_name: str, on: date) -> date | None:
+        """The latest earlier night of a set that ran to its end."""
+        with self._database() as database:
+            row = database.execute(
+                "SELECT max(local_date) FROM nights "
+                "WHERE set_name = ? AND local_date < ? AND ended_at IS NOT NULL",
+                (set_name, on.isoformat()),
+            ).fetchone()
+        return date.fromisoformat(row[0]) if row[0] else None
+
+    def _start(self, set_name: str, on: date, now: datetime) -> int:
+        key = (set_name, on.isoformat())
+        with self._database() as database:
+            row = database.execute(
+                "INSERT INTO nights (set_name, local_date, starts, started_at) VALUES (?, ?, 1, ?) "
+                "ON CONFLICT DO UPDATE SET starts = starts + 1 WHERE ended_at IS NULL "
+                "RETURNING starts",
+                (*key, _text(now)),
+            ).fetchone()
+        if row is None:
+            raise NightTaken(f"nightly {set_name}: the night of {on} has been run already")
+        return int(row[0])
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        path = self._folder / "nights.db"
+        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as database, database:
+            yield database
+
+
+def _text(instant: datetime) -> str:
+    return instant.astimezone(UTC).isoformat(timespec="seconds")
