@@ -32,6 +32,7 @@ LAYERS = (
     {"search"},
     {"reporting"},
     {"session", "single", "doctor", "dry_run"},
+    {"nightly"},
     {"cli", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
