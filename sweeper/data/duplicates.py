@@ -11,7 +11,8 @@ import unicodedata
 import zlib
 from typing import Any
 
-SHINGLE_CHARS = 5
+from sweeper.embedded.pairs import jaccard, shingles
+
 PERMUTATIONS = 128
 
 
@@ -82,15 +83,3 @@ class _NearIndex:
 def normalised(text: str) -> str:
     """In one Unicode form and letter case, white space single: what equality is judged by."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
-
-
-def shingles(text: str) -> frozenset[str]:
-    """All runs of five characters (the text itself if it is shorter)."""
-    starts = range(max(1, len(text) - SHINGLE_CHARS + 1))
-    return frozenset(text[start : start + SHINGLE_CHARS] for start in starts)
-
-
-def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
-    """Shared share of two non-empty sets, 0 to 1."""
-    shared = len(left & right)
-    return shared / (len(left) + len(right) - shared)

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from sweeper.data.cleaning import clean, redact
-from sweeper.data.duplicates import Seen, jaccard, normalised, shingles
+from sweeper.data.duplicates import Seen, normalised
 from sweeper.data.examples import Example, Ledger
+from sweeper.embedded.pairs import jaccard, shingles
 from tests.data.samples import example, make_data
 
 
