@@ -287,7 +287,8 @@ def _log_artifacts(client: MlflowClient, run: str, folder: TrialFolder) -> None:
     """The small files and the adapter; full weights stay in the trial folder, whose path is a tag."""
     for path in (
         *(folder.config, folder.outcome, folder.provenance),
-        *(folder.log_text, folder.log_json),
+        *(folder.log_text, folder.log_json, folder.data_card),
+        *(folder.samples, folder.samples.with_suffix(".json"), folder.archive),
     ):
         if path.exists():
             client.log_artifact(run, str(path))
