@@ -127,6 +127,7 @@ def test_model_card_names_this_build() -> None:
     assert str(Path.home()) not in card
 
 
+@pytest.mark.slow
 def test_build_base_end_to_end(tmp_path: Path) -> None:
     """A tiny build learns a little, loads again, and leaves torch and the folder as they were."""
     torch.manual_seed(7)
