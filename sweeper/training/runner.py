@@ -22,32 +22,29 @@ from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
 from sweeper.data.packing import require_isolation
-from sweeper.data.tokens import IGNORED
 from sweeper.errors import ConfigError, DataError, Diverged, ModelError
 from sweeper.evaluation.judge import Judgement, plausibility_warning
 from sweeper.folders import TrialFolder, write_atomic, write_json
 from sweeper.modeling.adapter import attach, detach, touches_base
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.hardware import device, device_report, dtype_name
-from sweeper.modeling.memory_estimate import MemoryEstimate, estimate_trial
 from sweeper.outcome import Facts, Outcome
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import refuse_fp16_on_cpu
 from sweeper.training.asked import Asked
-from sweeper.training.batch import Fits, halved, out_of_memory, resolve
+from sweeper.training.batch import halved, out_of_memory, resolve
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.log import training_log
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
 from sweeper.training.prepare import Prepared, prepare
+from sweeper.training.room import Room
 from sweeper.training.schedule import advice
 from sweeper.training.spool import finite
 from sweeper.training.trial import TrialInputs, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
-USABLE_MEMORY = 0.8
-"""Of what is free: the share that an estimate may reach before memory is saved by recomputing."""
 
 
 class TransformersRunner:
@@ -60,7 +57,7 @@ class TransformersRunner:
         transformers_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
-        self._estimates: dict[str, MemoryEstimate] = {}
+        self._room = Room()
 
     def probe(self, settings: TrialSettings) -> Facts:
         """Load what an arm's trials share and judge the untuned base.
@@ -141,7 +138,7 @@ class TransformersRunner:
         with meter.stage("data"):
             # nothing here holds the base itself: it is dropped where its weights were trained
             prepared = self._data(settings, self._base(settings))
-            fits = self._fits(prepared)
+            fits = self._room.fits(prepared)
         with meter.stage("load"):
             settings = resolve(settings, fits, on_gpu=device().type == "cuda")
         while True:
@@ -215,23 +212,6 @@ class TransformersRunner:
             self._prepared[key] = prepare(settings.data, base)
         return self._prepared[key]
 
-    def _fits(self, prepared: Prepared) -> Fits:
-        """Whether the estimate for a trial's longest batch leaves room on this device."""
-        free = device_report(device()).free_mib
-        return lambda settings: self._estimate(settings, prepared).total < USABLE_MEMORY * free
-
-    def _estimate(self, settings: TrialSettings, prepared: Prepared) -> MemoryEstimate:
-        rows = prepared.train.rows
-        length = max(len(row["input_ids"]) for row in rows)
-        targets = max(sum(label != IGNORED for label in row["labels"]) for row in rows)
-        parts = (settings.model, settings.adapter, settings.quantization, settings.training)
-        key = " ".join([f"{length} {targets}", *(part.model_dump_json() for part in parts)])
-        if key not in self._estimates:
-            self._estimates[key] = estimate_trial(
-                settings, device(), length=length, targets=targets
-            )
-        return self._estimates[key]
-
     def _facts(
         self, settings: TrialSettings, base: Base, prepared: Prepared, judgement: Judgement
     ) -> Facts:
@@ -265,7 +245,7 @@ class TransformersRunner:
         """What the log and the outcome tell of the data and the machine."""
         training, report = settings.training, device_report(device())
         write_atomic(folder.data_card, prepared.card.markdown())
-        estimate = self._estimate(settings, prepared)
+        estimate = self._room.estimate_mib(settings, prepared)
         meter.facts = {
             "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
             "Precision": f"{base.dtype_reason}; trained weights float32",
@@ -282,8 +262,9 @@ class TransformersRunner:
             "data/train_truncated": float(prepared.train.truncated),
             "data/train_dropped": float(prepared.train.dropped),
             "data/validation_rows": float(len(prepared.validation.rows)),
-            "cost/estimated_memory_mib": estimate.total,
         }
+        if estimate is not None:
+            meter.figures["cost/estimated_memory_mib"] = estimate
 
 
 def _warn(outcome: Outcome, prepared: Prepared, meter: Meter) -> None:

@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sweeper.embedded import BASE_DIR
 from sweeper.folders import TrialFolder
-from sweeper.modeling.memory_estimate import WORDS, MemoryEstimate
 from sweeper.outcome import Outcome
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
@@ -33,14 +32,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ready_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A memory estimate at hand: a real one takes as long as a tiny trial, and has tests of its own."""
-    estimate = MemoryEstimate(**dict.fromkeys(WORDS, 1.0))
-    monkeypatch.setattr("sweeper.training.runner.estimate_trial", lambda *_, **__: estimate)
-
-
-@pytest.fixture
-def run_tiny(tiny_base: Path, rows_file: Path, tmp_path: Path, ready_estimate: None) -> RunTiny:
+def run_tiny(tiny_base: Path, rows_file: Path, tmp_path: Path) -> RunTiny:
     """Run a trial on `tiny_base` in a folder of the test: (outcome, evaluations, folder)."""
 
     def run(

@@ -50,7 +50,6 @@ def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     overrides = [f"quantization={quantization}", "training.learning_rate=0.02"]
     outcome, recorder = _run(rows_file, tmp_path / "t", *overrides)
     assert outcome.best_value == min(loss for _, loss in recorder.losses)
-    assert outcome.metrics["cost/estimated_memory_mib"] > 2  # bf16 weights alone are 2.2 MB
     settings = _settings(rows_file, overrides)
     fresh = load_base(settings.model, settings.quantization, trained=False)
     model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
