@@ -31,7 +31,9 @@ from transformers import (
 )
 
 from sweeper.compose import compose
-from sweeper.data.tokens import IGNORED, Collator, Encoded, Tokens
+from sweeper.data.encode import Encoded
+from sweeper.data.tokens import IGNORED, Collator, Tokens
+from sweeper.evaluation.judge import make_judge
 from sweeper.folders import TrialFolder
 from sweeper.modeling.adapter import attach, detach
 from sweeper.outcome import StopCause
@@ -104,7 +106,9 @@ def ours(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder:
     assert isinstance(adapter, LoraAdapter)
     set_seed(settings.seed)
     model = attach(base, adapter)
-    inputs = TrialInputs(model, make_tokenizer(), Encoded(rows, 0), Encoded(rows[:1], 0))
+    tokenizer = make_tokenizer()
+    judge = make_judge(tokenizer, rows[:1], None, settings.evaluation, seed=0)
+    inputs = TrialInputs(model, tokenizer, Encoded(rows), judge)
     trial = resolve(settings.trial, lambda _: None, on_gpu=ON_GPU)
     meter = Meter()
     try:

@@ -221,12 +221,9 @@ def make_judge(
 
 
 def loss_metrics(loss: Loss) -> dict[str, float]:
-    """A split's loss under the names it is recorded by."""
-    return {
-        "eval/loss": loss.mean,
-        "eval/perplexity": loss.perplexity,
-        "eval/bits_per_byte": loss.bits_per_byte,
-    }
+    """A split's loss under the names it is recorded by; targets without text have no bits per byte."""
+    metrics = {"eval/loss": loss.mean, "eval/perplexity": loss.perplexity}
+    return {**metrics, "eval/bits_per_byte": loss.bits_per_byte} if loss.bytes else metrics
 
 
 def plausibility_warning(perplexity: float) -> str | None:
