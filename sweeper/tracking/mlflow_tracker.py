@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.folders import TrialFolder
+from sweeper.settings import Objective
 from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
 
 if TYPE_CHECKING:
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
 
 STUDY_TAG, TRIAL_TAG = "sweeper.study", "sweeper.trial"
 PARENT_TAG = "mlflow.parentRunId"
-EXPERIMENT_TAGS = {
-    # the UI opens on runs and their metrics rather than on traces, and charts the objective first
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.experiment.primaryMetric.name": "best/eval_loss",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
-}
 OUTAGE_SETTINGS = {
     # MLflow's own defaults keep one call waiting for 246 seconds
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -144,7 +139,7 @@ class MlflowTracker:
             self._problems.append(f"{what}: {reason}")
 
     def _open_study(self, client: MlflowClient, study: StudyRecord) -> None:
-        self._experiment = self._experiment_id(client, study.experiment)
+        self._experiment = self._experiment_id(client, study.experiment, study.objective)
         self._study = {STUDY_TAG: study.name}
         query = f"tags.`{STUDY_TAG}` = '{study.name}'"
         runs = list(_search(client, self._experiment, query))
@@ -173,7 +168,7 @@ class MlflowTracker:
         assert self._parent is not None
         return self._parent
 
-    def _experiment_id(self, client: MlflowClient, name: str) -> str:
+    def _experiment_id(self, client: MlflowClient, name: str, objective: Objective) -> str:
         found = client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
@@ -181,7 +176,7 @@ class MlflowTracker:
         if self._uri is None:  # MLflow would take the current folder of whoever comes first
             location = (self._root / "artifacts" / name).resolve().as_uri()
         identity = str(client.create_experiment(name, artifact_location=location))
-        for tag, value in EXPERIMENT_TAGS.items():
+        for tag, value in _experiment_tags(objective).items():
             client.set_experiment_tag(identity, tag, value)
         return identity
 
@@ -231,6 +226,20 @@ class MlflowTracker:
         _log_artifacts(client, run, trial.folder)
         client.set_terminated(run, status)
         self._final.add(trial.key)
+
+
+def _experiment_tags(objective: Objective) -> dict[str, str]:
+    """The UI opens on runs and their metrics rather than on traces, and charts the objective first.
+
+    Of several studies of one experiment the first one's.
+    """
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.experiment.primaryMetric.name": objective.metric.replace("eval/", "best/eval_"),
+        "mlflow.experiment.primaryMetric.greaterIsBetter": str(
+            objective.direction == "maximize"
+        ).lower(),
+    }
 
 
 def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:

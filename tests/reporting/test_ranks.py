@@ -33,7 +33,7 @@ def _ladder(noise: float | None, losses: dict[int, float] = LOSSES) -> Ladder:
 def test_each_rank_counts_with_its_best_finished_trial() -> None:
     """The best over all else; pruned trials did not see the end of the schedule."""
     ladder = _ladder(None)
-    assert {rung.r: rung.loss for rung in ladder.rungs} == LOSSES
+    assert {rung.r: rung.value for rung in ladder.rungs} == LOSSES
     assert [rung.trials for rung in ladder.rungs] == [1, 1, 2, 1]
 
 

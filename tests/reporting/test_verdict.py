@@ -150,8 +150,8 @@ def test_an_arm_that_was_not_judged_on_the_test_split_is_compared_on_the_other()
     trials = [make_trial("bf16", 0, "finished", 4.1, LORA_COSTS)]
     arms = (*two_arms(4.05, 4.0).arms, make_arm("bf16", trials, "LoRA", "bfloat16"))
     judged, not_judged = judge(make_results(*arms, contrasts=(CONTRAST,))).duels
-    assert (judged.split, judged.losses) == ("test", (4.06, 4.01))
-    assert (not_judged.split, not_judged.losses) == ("validation", (4.1, 4.0))
+    assert (judged.split, judged.values) == ("test", (4.06, 4.01))
+    assert (not_judged.split, not_judged.values) == ("validation", (4.1, 4.0))
     assert not_judged.ahead is None
 
 

@@ -13,7 +13,8 @@ from sweeper.folders import TrialFolder
 from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
 
-STUDY = StudyRecord("lr_rank_sweep", "mine", {"lora.n_trials": 2}, {"git.commit": "abc"})
+LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
+STUDY = StudyRecord("lr_rank_sweep", "mine", {"lora.n_trials": 2}, {"git.commit": "abc"}, LOSS)
 
 
 @pytest.fixture
