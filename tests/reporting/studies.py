@@ -42,6 +42,7 @@ LORA_COSTS = {
     "cost/peak_memory_mib": 300.0,
     "cost/artifact_mib": 1.0,
 }
+ROUGE_FACTS = FACTS.model_copy(update={"base_metrics": {**FACTS.base_metrics, "eval/rougeL": 0.1}})
 FULL_COSTS = {
     "parameters/trainable": 1000.0,
     "parameters/trainable_percent": 100.0,

@@ -101,6 +101,12 @@ def test_wrong_kills_are_counted_against_the_trials_that_were_not_audited() -> N
     assert audit(loss, [], [1.0]) is None
 
 
+def test_wrong_kills_of_a_maximised_objective_are_the_high_ones() -> None:
+    """The same values where more is better: one above the median, none above the best."""
+    rouge = make_settings("objective=rougeL", "evaluation.generation.num_examples=1").objective
+    assert audit(rouge, [1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == Audit(audited=3, wrong=1, costly=0)
+
+
 def test_costs_give_a_front_and_no_pruning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
