@@ -21,9 +21,10 @@ from sweeper.workers.fake import FakeRunner
 LORA = ("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full", "hydra.sweeper.study_name=s")
 FAKE = ("workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0", "tracking=none")
 ONE_KEY = (
-    *("adapter.r=8", "adapter.alpha_over_r=2", "adapter.target_modules=mlp", "sampler=grid"),
-    *("training.warmup_ratio=0.03", "hydra.sweeper.n_trials=5"),
+    *("adapter.r=8", "adapter.alpha_over_r=2", "training.warmup_ratio=0.03", "sampler=grid"),
+    "hydra.sweeper.n_trials=5",
 )
+MLP = "adapter.target_modules=mlp"
 ROUGE = ("objective=rougeL", "evaluation.generation.num_examples=4")
 GOOD_LOSSES = "5e-3, 4e-3, 6e-3, 7e-3"
 """The rates around the fake trainer's best loss; its best ROUGE lies at 1.67e-3."""
@@ -31,7 +32,7 @@ RATES = f"training.learning_rate=choice({GOOD_LOSSES}, 1.5e-3)"
 
 
 def _run(tmp_path: Path, *overrides: str) -> Results:
-    (plan,) = studies([*LORA, *FAKE, *ONE_KEY, f"output_dir={tmp_path}", *overrides])
+    (plan,) = studies([*LORA, *FAKE, *ONE_KEY, MLP, f"output_dir={tmp_path}", *overrides])
     return run_study(plan)
 
 
@@ -250,7 +251,7 @@ def test_a_module_that_the_model_lacks_is_infeasible(
             *(*LORA, *ONE_KEY, "workers=inline", "tracking=none", f"output_dir={tmp_path}"),
             *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
             *("training.max_steps=2", "training.eval_steps=2", "training.learning_rate=1e-3"),
-            *("space=tiny", "evaluation.max_samples=4"),
+            *("space=tiny", "training=tiny", "evaluation=tiny", "data.max_length=128"),
             "adapter.target_modules=choice(attention,no_such_module)",
         ]
     )
