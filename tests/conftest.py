@@ -53,7 +53,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_base")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "max_position_embeddings": 256, "vocab_size": 2048}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 512, "vocab_size": 2048}
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(folder)
     return folder

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from sweeper.errors import Diverged
@@ -21,7 +20,6 @@ from sweeper.settings import (
     ROUGE_METRICS,
     FakeTrainer,
     LoraAdapter,
-    Objective,
     TrialSettings,
 )
 from sweeper.training.observer import Observer
@@ -86,14 +84,6 @@ def fake_parameters(settings: TrialSettings) -> float:
     return 1000.0 * adapter.r if isinstance(adapter, LoraAdapter) else 1_000_000.0
 
 
-@dataclass(frozen=True)
-class Kept:
-    """An evaluation whose checkpoint would be kept."""
-
-    step: int
-    metrics: dict[str, float]
-
-
 class FakeRunner:
     """Writes what a real runner writes, but for the weights."""
 
@@ -140,24 +130,24 @@ class FakeRunner:
         started = time.monotonic()
         total = self._settings.steps
         every = max(1, total // EVALUATIONS)
-        best: Kept | None = None
-        objective = settings.objective
+        objective, best, best_step = settings.objective, math.inf, 0
         for step in range(1, total + 1):
             time.sleep(self._settings.step_seconds)
             self._misbehave(_planned(self._settings, folder), step)
             observer.progress(step, total, 1000.0)
             if step % every == 0 or step == total:
                 metrics = fake_metrics(settings, step / total)
-                best = _better(Kept(step, metrics), best, objective)
+                worth = objective.order(metrics[objective.metric])
+                best, best_step = min((best, best_step), (worth, step))
                 line = {"step": step, "time": time.time(), **metrics}
                 with folder.metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
                 observer.evaluated(step, total, metrics[objective.judged_while_training])
             if cause := observer.stop_cause():
-                return _ended(settings, time.monotonic() - started, cause, best, step)
+                return _ended(settings, time.monotonic() - started, cause, best_step, step, total)
         if _planned(self._settings, folder) == "oom":
             return Outcome(cause="oom", message="fake: out of memory", steps=total)
-        return _ended(settings, time.monotonic() - started, "finished", best, total)
+        return _ended(settings, time.monotonic() - started, "finished", best_step, total, total)
 
     def _misbehave(self, plan: str, step: int) -> None:
         """Half-way, so that something was trained and reported before."""
@@ -174,13 +164,6 @@ class FakeRunner:
                 time.sleep(3600)
 
 
-def _better(new: Kept, kept: Kept | None, objective: Objective) -> Kept:
-    if kept is None:
-        return new
-    metric = objective.metric
-    return new if objective.gain(new.metrics[metric], over=kept.metrics[metric]) > 0 else kept
-
-
 def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:
     """The plan speaks of the lora arm's trial numbers."""
     if folder.path.parent.name != "lora":
@@ -189,13 +172,14 @@ def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:
 
 
 def _ended(
-    settings: TrialSettings, seconds: float, cause: Cause, best: Kept | None, steps: int
+    settings: TrialSettings, seconds: float, cause: Cause, best_step: int, steps: int, total: int
 ) -> Outcome:
-    if best is None:
+    if best_step == 0:
         return Outcome(cause=cause, steps=steps)
+    kept = fake_metrics(settings, best_step / total)
     metrics = {
-        **{name.replace("eval/", "best/eval_"): value for name, value in best.metrics.items()},
+        **{name.replace("eval/", "best/eval_"): value for name, value in kept.items()},
         **{"parameters/trainable": fake_parameters(settings), "cost/seconds": seconds},
     }
-    value = best.metrics[settings.objective.metric]
-    return Outcome(cause=cause, best_value=value, best_step=best.step, steps=steps, metrics=metrics)
+    value = kept[settings.objective.metric]
+    return Outcome(cause=cause, best_value=value, best_step=best_step, steps=steps, metrics=metrics)
