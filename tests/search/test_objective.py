@@ -11,12 +11,15 @@ import pytest
 from optuna.trial import TrialState
 
 from sweeper.errors import ConfigError, StudyError, StudyMismatch
+from sweeper.folders import TrialFolder
 from sweeper.outcome import Facts
 from sweeper.reporting.results import Results, load_results
 from sweeper.search.plan import studies
 from sweeper.search.study import settings_as_json
 from sweeper.session import run_study
+from sweeper.single import run_single
 from sweeper.workers.fake import FakeRunner
+from tests.conftest import make_settings
 
 LORA = ("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full", "hydra.sweeper.study_name=s")
 FAKE = ("workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0", "tracking=none")
@@ -146,6 +149,16 @@ def test_a_base_that_the_objective_does_not_measure_ends_the_study(
     monkeypatch.setattr(FakeRunner, "probe", without_rouge)
     with pytest.raises(StudyError, match=r"objective.metric=eval/rougeL: .* it has eval/loss$"):
         _run(tmp_path, *ROUGE, RATES)
+
+
+def test_a_single_trial_names_what_it_is_judged_by(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base by the objective, the evaluations by the metric that pruning goes by."""
+    run_single(make_settings(*ROUGE, *FAKE), TrialFolder(tmp_path / "one"), "")
+    output = capsys.readouterr().out
+    assert "untuned base: eval rougeL 0.1000" in output
+    assert "step 20 of 20: eval loss 3." in output
 
 
 def test_another_objective_is_another_question(tmp_path: Path) -> None:
