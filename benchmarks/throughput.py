@@ -67,7 +67,7 @@ class Silent:
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
         """Nothing."""
 
-    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
+    def evaluated(self, step: int, total_steps: int, value: float) -> None:
         """Nothing."""
 
     def stop_cause(self) -> StopCause | None:

@@ -9,6 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from sweeper.errors import StudyError
+
 Cause = Literal[
     "finished",
     "early_stopped",
@@ -68,7 +70,18 @@ class Facts(Value):
     device: str
     dtype: str
 
-    @property
-    def base_loss(self) -> float:
-        """eval/loss of the untuned base, in nats per target token."""
-        return self.base_metrics["eval/loss"]
+    def base_value(self, metric: str) -> float:
+        """The untuned base's value of a metric: what every trial is held against.
+
+        Raises:
+            StudyError: the base was not judged by it, or its value is not finite.
+        """
+        if metric not in self.base_metrics:
+            known = ", ".join(
+                name for name in sorted(self.base_metrics) if name.startswith("eval/")
+            )
+            raise StudyError(
+                f"objective.metric={metric}: the untuned base has no finite value of it; "
+                f"it has {known}"
+            )
+        return self.base_metrics[metric]

@@ -30,6 +30,7 @@ from sweeper.search.driver import POLL_SECONDS, ArmDriver
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
 from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
+from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
 from sweeper.tracking.trackers import browse_command, make_tracker
@@ -64,9 +65,9 @@ class StudySession:
         self._storage = open_storage(plan.study.storage, folder)
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking)
-        self._board = Board()
+        self._board = Board(plan.objective)
         self._slots: dict[int, int] = {}
-        self._budget = StudyBudget(plan.study.budget, plan.study.direction == "minimize")
+        self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
 
     def run(self) -> Results:
         """See run_study."""
@@ -92,13 +93,14 @@ class StudySession:
 
     def _run_arm(self, arm: ArmPlan, engine: Engine, view: View) -> None:
         facts = self._probe(arm, engine)
+        base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
         words = fill_study(study, self._plan, arm, facts, self._storage)
         done = counted(study)
         budget = self._arm_budget(arm)
         words += [left] if (left := budget.left([])) else []
         self._announce(arm, facts, done, words, view)
-        self._board.open_arm(arm.name, arm.n_trials, facts.base_loss)
+        self._board.open_arm(arm.name, arm.n_trials, base_value)
         driver = ArmDriver(
             arm=arm,
             study=study,
@@ -170,7 +172,8 @@ class StudySession:
             text += ", all of them done before: nothing to train"
         elif done:
             text += f", {done} of them done before"
-        view.event(f"{text}; untuned base {facts.base_loss:.4f}")
+        metric = self._plan.objective.metric
+        view.event(f"{text}; untuned base: {metric_words(metric)} {facts.base_value(metric):.4f}")
         for word in words:
             view.event(f"arm {arm.name}: {word}")
 
@@ -252,7 +255,8 @@ class StudySession:
             for key, domain in arm.space.items()
         }
         name = self._plan.study.study_name
-        return StudyRecord(self._plan.experiment, name, spaces, {**arms, **self._provenance})
+        tags = {**arms, **self._provenance}
+        return StudyRecord(self._plan.experiment, name, spaces, tags, self._plan.objective)
 
 
 @contextmanager

@@ -435,6 +435,11 @@ DIRECTIONS: dict[str, str] = {**LOSS_METRICS, **ROUGE_METRICS}
 """The metrics that a trial can be judged by, and which way is better; a user adds `eval/<name>`."""
 
 
+def metric_words(metric: str) -> str:
+    """A metric's name in running text and column heads: eval loss, eval rougeL."""
+    return metric.replace("/", " ")
+
+
 class Generation(Section):
     """Greedy answers to held-out prompts, for ROUGE, lengths and the user's metrics."""
 
@@ -522,6 +527,19 @@ class Objective(Section):
     def pruning_direction(self) -> str:
         """Which way is better for `judged_while_training`."""
         return DIRECTIONS.get(self.judged_while_training, self.direction)
+
+    @property
+    def unit(self) -> str:
+        """What the metric is measured in: nats for eval/loss; of the others none is named."""
+        return "nats" if self.metric == "eval/loss" else ""
+
+    def gain(self, value: float, over: float) -> float:
+        """How much better a value of the metric is than another; below zero, it is worse."""
+        return over - value if self.direction == "minimize" else value - over
+
+    def order(self, value: float) -> float:
+        """A key to sort values of the metric by, the best first."""
+        return value if self.direction == "minimize" else -value
 
 
 class TrialSettings(Section):
@@ -768,7 +786,6 @@ class Study(Section):
     n_trials: Positive
     n_jobs: Positive
     storage: str | None
-    direction: Literal["minimize", "maximize"]
     costs: list[str]
     sampler: Sampler
     pruner: Pruner
@@ -784,12 +801,6 @@ class Study(Section):
     def _lora_is_the_search_itself(self) -> Study:
         if "lora" in self.arms:
             raise ValueError("arms.lora is hydra.sweeper.params itself; give the arm another name")
-        return self
-
-    @model_validator(mode="after")
-    def _losses_are_minimised(self) -> Study:
-        if self.direction != "minimize":
-            raise ValueError(f"direction={self.direction}: the objective is a loss; minimize it")
         return self
 
     @model_validator(mode="after")

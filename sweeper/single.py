@@ -14,7 +14,7 @@ from sweeper.reporting.tables import describe_data
 from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
 from sweeper.search.states import STATES
-from sweeper.settings import Settings, TrialSettings, flatten
+from sweeper.settings import Settings, TrialSettings, flatten, metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import Tracker, TrialRecord
 from sweeper.tracking.trackers import browse_command, make_tracker
@@ -101,7 +101,8 @@ class SingleTrial:
                 case Evaluated() as event:
                     self._tracker.ship(self.record)
                     done = f"step {event.step} of {event.total_steps}"
-                    self._console.print(f"{done}: eval loss {event.loss:.4f}", highlight=False)
+                    judged = metric_words(self._settings.objective.judged_while_training)
+                    self._console.print(f"{done}: {judged} {event.value:.4f}", highlight=False)
                 case Ended(outcome=outcome):
                     return outcome
                 case Lost(cause=cause, message=message):
@@ -113,7 +114,9 @@ class SingleTrial:
         digests = {"data.digest": facts.data_digest, "base.digest": facts.base_digest}
         self.record = replace(self.record, tags={**self.record.tags, **digests})
         self._console.print(f"data: {describe_data(facts)}", highlight=False, soft_wrap=True)
-        self._console.print(f"untuned base: eval loss {facts.base_loss:.4f}", highlight=False)
+        metric = self._settings.objective.metric
+        value = facts.base_value(metric)
+        self._console.print(f"untuned base: {metric_words(metric)} {value:.4f}", highlight=False)
 
     def _submit(self, worker: int) -> None:
         self._tracker.start(self.record)

@@ -22,6 +22,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sweeper-tests-")
 
 from sweeper.compose import compose
+from sweeper.embedded import BASE_DIR
 from sweeper.settings import Settings, validate
 
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -48,6 +49,21 @@ def rows_file(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised Llama of two layers of 32, with the embedded base's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_base")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 512, "vocab_size": 2048}
+    LlamaForCausalLM(LlamaConfig(**shape, **heads)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(folder)
+    return folder
 
 
 def run_program(

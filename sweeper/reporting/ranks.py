@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.sheet import Sheet, duration, number
+from sweeper.settings import Objective, metric_words
 
 RANK = "adapter.r"
 
@@ -21,13 +23,13 @@ class Rung:
     """One rank: its best trial, and what it gains over the next smaller rank."""
 
     r: int
-    loss: float
+    value: float
     trials: int
     """Finished trials at this rank; the best of many is better than the best of one by luck alone."""
     trainable: float | None
     seconds: float | None
     gain: float | None = None
-    """Nats below the next smaller rank; negative where the larger rank is worse."""
+    """How much better than the next smaller rank; negative where the larger rank is worse."""
     per_doubling: float | None = None
     per_million_parameters: float | None = None
     """Gain over added trainable parameters; None where none were added."""
@@ -40,22 +42,30 @@ class Ladder:
     """An arm's ranks in ascending order."""
 
     arm: str
+    objective: Objective
     rungs: tuple[Rung, ...]
     noise: float | None
     """Standard deviation over seeds of the best configuration, if it was trained with several."""
 
     @property
+    def unit(self) -> str:
+        """What gains are measured in: the metric's unit, or the metric itself."""
+        return self.objective.unit or metric_words(self.objective.metric)
+
+    @property
     def best(self) -> Rung:
-        """The rank with the lowest loss; the smaller of two that are equal."""
-        return min(self.rungs, key=lambda rung: (rung.loss, rung.r))
+        """The rank with the best value; the smaller of two that are equal."""
+        return min(self.rungs, key=lambda rung: (self.objective.order(rung.value), rung.r))
 
     @property
     def enough(self) -> Rung | None:
         """The smallest rank within the noise of the best; None while the noise is unknown."""
         if self.noise is None:
             return None
-        limit = self.best.loss + self.noise
-        return next(rung for rung in self.rungs if rung.loss <= limit)
+        best, noise = self.best.value, self.noise
+        return next(
+            rung for rung in self.rungs if self.objective.gain(best, over=rung.value) <= noise
+        )
 
     @property
     def words(self) -> str:
@@ -66,7 +76,7 @@ class Ladder:
             for rung in self.rungs
             if rung.per_doubling is not None
         )
-        text = f"Ranks {steps}: gain per doubling in nats {gains}{self._trend()}. "
+        text = f"Ranks {steps}: gain per doubling in {self.unit} {gains}{self._trend()}. "
         return text + self._recommendation()
 
     def _trend(self) -> str:
@@ -80,8 +90,8 @@ class Ladder:
     def _recommendation(self) -> str:
         if self.noise is None or self.enough is None:
             return (
-                f"The lowest loss is at r={self.best.r}; how much of that is chance is unknown "
-                "until a configuration was trained with several seeds."
+                f"The best {metric_words(self.objective.metric)} is at r={self.best.r}; how much of "
+                "that is chance is unknown until a configuration was trained with several seeds."
             )
         if self.enough == self.best:
             return f"No smaller rank comes within the noise ({self.noise:.4f}) of r={self.best.r}."
@@ -102,23 +112,25 @@ def rank_ladder(arm: ArmResult, noise: float | None) -> Ladder | None:
 
     Args:
         arm: its trials.
-        noise: standard deviation over seeds of the objective, in nats.
+        noise: standard deviation over seeds of the objective.
     """
     found: dict[int, list[TrialResult]] = {}
     for trial in arm.trials:
         rank = trial.point.get(RANK)
-        if isinstance(rank, int | float) and trial.complete and trial.loss is not None:
+        if isinstance(rank, int | float) and trial.complete and trial.value is not None:
             found.setdefault(int(rank), []).append(trial)
     rungs: list[Rung] = []
     for rank in sorted(found):
-        rungs.append(_rung(rank, found[rank], rungs[-1] if rungs else None))
-    return Ladder(arm.name, tuple(rungs), noise) if len(rungs) > 1 else None
+        below = rungs[-1] if rungs else None
+        rungs.append(_rung(rank, found[rank], below, arm.objective))
+    return Ladder(arm.name, arm.objective, tuple(rungs), noise) if len(rungs) > 1 else None
 
 
 def rank_sheet(ladder: Ladder) -> Sheet:
     """The ladder as a table."""
     columns = (
-        *("r", "trials", "eval loss", "trainable", "time/trial", "gain", "per doubling"),
+        *("r", "trials", metric_words(ladder.objective.metric), "trainable", "time/trial"),
+        *("gain", "per doubling"),
         *("in noise", "per 1M parameters", "per second"),
     )
     rows = [_row(rung, ladder.noise) for rung in ladder.rungs]
@@ -126,7 +138,7 @@ def rank_sheet(ladder: Ladder) -> Sheet:
 
 
 def _noise(results: Results, name: str) -> float | None:
-    for found in results.contrasts:
+    for found in results.decisive:
         if found.arm == name:
             return found.noise[0]
         if found.reference == name:
@@ -134,19 +146,18 @@ def _noise(results: Results, name: str) -> float | None:
     return None
 
 
-def _rung(rank: int, trials: list[TrialResult], below: Rung | None) -> Rung:
-    best = min(trials, key=lambda trial: trial.loss or 0.0)
-    assert best.loss is not None
+def _rung(
+    rank: int, trials: Sequence[TrialResult], below: Rung | None, objective: Objective
+) -> Rung:
+    best = trials[0]  # an arm has its trials with the best first
+    assert best.value is not None
     trainable, seconds = best.metric("parameters/trainable"), best.metric("cost/seconds")
+    rung = Rung(rank, best.value, len(trials), trainable, seconds)
     if below is None:
-        return Rung(rank, best.loss, len(trials), trainable, seconds)
-    gain = below.loss - best.loss
-    return Rung(
-        r=rank,
-        loss=best.loss,
-        trials=len(trials),
-        trainable=trainable,
-        seconds=seconds,
+        return rung
+    gain = objective.gain(best.value, over=below.value)
+    return replace(
+        rung,
         gain=gain,
         per_doubling=gain / math.log2(rank / below.r),
         per_million_parameters=_per(gain, trainable, below.trainable, 1e6),
@@ -166,7 +177,7 @@ def _row(rung: Rung, noise: float | None) -> tuple[str, ...]:
     return (
         str(rung.r),
         str(rung.trials),
-        f"{rung.loss:.4f}",
+        f"{rung.value:.4f}",
         number(rung.trainable),
         duration(rung.seconds),
         number(rung.gain, "{:+.4f}"),

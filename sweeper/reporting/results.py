@@ -21,10 +21,10 @@ from sweeper.search.audit import Audit, audit
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
 from sweeper.search.study import point_of
-from sweeper.settings import Fairness, LoraAdapter, flatten
+from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
 from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
 
-FORMAT = 2
+FORMAT = 3
 """Of results.json; another version's is not read."""
 
 
@@ -47,8 +47,8 @@ class TrialResult:
     """Whether the pruner would have stopped it, and it went on to find out if that was right."""
 
     @property
-    def loss(self) -> float | None:
-        """The best eval/loss, if the trial may be compared by it."""
+    def value(self) -> float | None:
+        """The objective's value of the kept checkpoint, if the trial may be compared by it."""
         feasible = not STATES[self.outcome.cause].infeasible
         return self.outcome.best_value if feasible else None
 
@@ -70,6 +70,7 @@ class ArmResult:
     wanted: int
     method: str
     base: str
+    objective: Objective
     facts: Facts
     trials: tuple[TrialResult, ...]
     settings: Mapping[str, Any]
@@ -79,11 +80,16 @@ class ArmResult:
     exhaustive: bool
     """Its space is a grid, and the arm walks all of it."""
     costs: tuple[str, ...] = ()
-    """Metrics that are minimised beside the loss."""
+    """Metrics that are minimised beside the objective."""
     front: tuple[int, ...] = ()
-    """Numbers of the trials on the Pareto front of loss and costs."""
+    """Numbers of the trials on the Pareto front of objective and costs."""
 
-    def value(self, key: str) -> Any:
+    @property
+    def base_value(self) -> float:
+        """The objective's value of the untuned base, as this arm holds it."""
+        return self.facts.base_value(self.objective.metric)
+
+    def setting(self, key: str) -> Any:
         """A setting of its best trial; of all its trials if it is not searched."""
         assert self.best is not None
         return self.best.point.get(key, self.settings.get(key))
@@ -105,17 +111,18 @@ class ArmResult:
     @property
     def audit(self) -> Audit | None:
         """How often the pruner was wrong, if it was audited."""
-        complete = [trial for trial in self.trials if trial.complete and trial.loss is not None]
+        complete = [trial for trial in self.trials if trial.complete]
         return audit(
-            [trial.loss for trial in complete if trial.loss is not None and not trial.audited],
-            [trial.loss for trial in complete if trial.loss is not None and trial.audited],
+            self.objective,
+            [trial.value for trial in complete if trial.value is not None and not trial.audited],
+            [trial.value for trial in complete if trial.value is not None and trial.audited],
         )
 
     @property
     def best(self) -> TrialResult | None:
-        """The complete trial with the lowest loss."""
-        complete = [trial for trial in self.trials if trial.complete and trial.loss is not None]
-        return min(complete, key=lambda trial: trial.loss or 0.0, default=None)
+        """The complete trial with the best value; its trials are sorted that way."""
+        complete = (trial for trial in self.trials if trial.complete and trial.value is not None)
+        return next(complete, None)
 
     @property
     def tried(self) -> int:
@@ -149,9 +156,19 @@ class Results:
     contrasts: tuple[Contrast, ...] = ()
     """Arms against their reference on the test split, once finalists were judged on it."""
 
+    @property
+    def objective(self) -> Objective:
+        """What the trials of every arm are worth; the arms share it (search.plan)."""
+        return self.arms[0].objective
+
+    @property
+    def decisive(self) -> tuple[Contrast, ...]:
+        """The contrasts that the verdict may rest on: they are of losses, so only by that objective."""
+        return self.contrasts if self.objective.metric == "eval/loss" else ()
+
     def contrast(self, name: str) -> Contrast | None:
         """How an arm did on the test split, against its reference."""
-        return next((found for found in self.contrasts if found.arm == name), None)
+        return next((found for found in self.decisive if found.arm == name), None)
 
     def seeds(self, name: str) -> int:
         """With how many seeds an arm's best configuration was judged: on the test split, or once."""
@@ -183,8 +200,9 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         wanted=arm.n_trials,
         method=_method(arm),
         base=_base_name(arm, facts),
+        objective=arm.settings.objective,
         facts=facts,
-        trials=rank(trials),
+        trials=rank(trials, arm.settings.objective),
         settings=flatten(arm.settings.trial.model_dump(mode="json")),
         ranges=number_ranges(arm.space),
         exhaustive=arm.sampler.name == "grid" and arm.n_trials >= sum(1 for _ in grid(arm.space)),
@@ -246,12 +264,13 @@ def load_results(study_name: str, output_dir: Path) -> Results:
     return from_document(document)
 
 
-def rank(trials: list[TrialResult]) -> tuple[TrialResult, ...]:
-    """Complete trials by loss, then pruned ones by loss, then the failed ones."""
+def rank(trials: list[TrialResult], objective: Objective) -> tuple[TrialResult, ...]:
+    """Complete trials with the best value first, then pruned ones likewise, then the failed ones."""
 
     def order(trial: TrialResult) -> tuple[int, float, int]:
-        group = 0 if trial.complete else 1 if trial.loss is not None else 2
-        return group, trial.loss if trial.loss is not None else 0.0, trial.number
+        if trial.value is None:
+            return 2, 0.0, trial.number
+        return 0 if trial.complete else 1, objective.order(trial.value), trial.number
 
     return tuple(sorted(trials, key=order))
 
@@ -263,6 +282,7 @@ def to_document(results: Results) -> dict[str, Any]:
         "study_name": results.study_name,
         "command": results.command,
         "provenance": dict(results.provenance),
+        "objective": results.objective.model_dump(mode="json"),
         "fairness": results.fairness.model_dump(mode="json"),
         "contrasts": [contrast.model_dump(mode="json") for contrast in results.contrasts],
         "arms": {
@@ -295,17 +315,18 @@ def to_document(results: Results) -> dict[str, Any]:
 
 def from_document(document: Mapping[str, Any]) -> Results:
     """Results back from results.json."""
+    objective = Objective.model_validate(document["objective"])
     return Results(
         study_name=document["study_name"],
         command=document["command"],
         provenance=document["provenance"],
-        arms=tuple(_arm(name, arm) for name, arm in document["arms"].items()),
+        arms=tuple(_arm(name, arm, objective) for name, arm in document["arms"].items()),
         fairness=Fairness.model_validate(document["fairness"]),
         contrasts=tuple(Contrast.model_validate(found) for found in document["contrasts"]),
     )
 
 
-def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
+def _arm(name: str, document: Mapping[str, Any], objective: Objective) -> ArmResult:
     fields = set(Outcome.model_fields)
     trials = [
         TrialResult(
@@ -322,8 +343,9 @@ def _arm(name: str, document: Mapping[str, Any]) -> ArmResult:
         wanted=document["n_trials"],
         method=document["method"],
         base=document["base"],
+        objective=objective,
         facts=Facts.model_validate(document["facts"]),
-        trials=rank(trials),
+        trials=rank(trials, objective),
         settings=document["settings"],
         ranges={key: Range.model_validate(found) for key, found in document["ranges"].items()},
         exhaustive=document["exhaustive"],

@@ -8,10 +8,14 @@ from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.sheet import DASH, Sheet, duration, number
 from sweeper.reporting.verdict import judge, label
 from sweeper.search.board import short_names
+from sweeper.settings import metric_words
 
 
 def comparison(results: Results) -> Sheet:
-    """One row per untuned base and one per arm's best trial: what it reaches and what it costs."""
+    """One row per untuned base and one per arm's best trial: what it reaches and what it costs.
+
+    `vs base` is the value minus the base's: a loss that fell is negative, a ROUGE that rose positive.
+    """
     tested = {
         name: loss
         for found in results.contrasts
@@ -20,8 +24,9 @@ def comparison(results: Results) -> Sheet:
     trained = trained_by_full(results)
     rows = [*_base_rows(results), *(_arm_row(arm, trained, tested) for arm in results.arms)]
     columns = (
-        *("method", "trainable", "of base", "of total", "fewer", "eval loss", "vs base"),
-        *("perplexity", "test loss", "time/trial", "memory", "artifact"),
+        *("method", "trainable", "of base", "of total", "fewer"),
+        *(metric_words(results.objective.metric), "vs base", "perplexity"),
+        *("test loss", "time/trial", "memory", "artifact"),
     )
     sheet = Sheet("Arms side by side", columns, tuple(rows), frozenset({"method"}))
     return sheet if tested else sheet.without("test loss")
@@ -42,27 +47,28 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     """An arm's trials, the best first."""
     keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
-    columns += ("eval loss", "time", "ended")
+    columns += (metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
     title = f"{arm.name}: {arm.tried} trials, {duration(arm.seconds)} in all"
     return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
 
 
 def pareto_front(arm: ArmResult) -> Sheet:
-    """The trials that no other beats in the loss and in every cost, the best loss first."""
+    """The trials that no other beats in value and in every cost, the best value first."""
     front = [trial for trial in arm.trials if trial.number in arm.front]
     keys = list(dict.fromkeys(key for trial in front for key in trial.point))
-    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), "eval loss", *arm.costs)
+    judged = metric_words(arm.objective.metric)
+    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), judged, *arm.costs)
     rows = [
         (
             str(trial.number),
             *(short_names(trial.point).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
-            number(trial.loss, "{:.4f}"),
+            number(trial.value, "{:.4f}"),
             *(number(trial.metric(cost), "{:,.4g}") for cost in arm.costs),
         )
         for trial in front
     ]
-    title = f"{arm.name}: Pareto front of eval loss and {', '.join(arm.costs)}"
+    title = f"{arm.name}: Pareto front of {judged} and {', '.join(arm.costs)}"
     return Sheet(title, columns, tuple(rows), frozenset({"target_modules"}))
 
 
@@ -107,13 +113,13 @@ def trained_by_full(results: Results) -> float:
 
 def _base_rows(results: Results) -> list[tuple[str, ...]]:
     """The untuned base, once per way it is held in memory."""
-    bases = {arm.base: arm.facts for arm in results.arms}
+    bases = {arm.base: arm for arm in results.arms}
     return [
         (
-            *(f"untuned, {base}", "0", DASH, DASH, DASH, f"{facts.base_loss:.4f}", DASH),
-            *(f"{facts.base_metrics['eval/perplexity']:.2f}", DASH, DASH, DASH, DASH),
+            *(f"untuned, {base}", "0", DASH, DASH, DASH, f"{arm.base_value:.4f}", DASH),
+            *(number(arm.facts.base_metrics.get("eval/perplexity"), "{:.2f}"), *([DASH] * 4)),
         )
-        for base, facts in bases.items()
+        for base, arm in bases.items()
     ]
 
 
@@ -121,7 +127,7 @@ def _arm_row(arm: ArmResult, trained: float, tested: dict[str, float]) -> tuple[
     best = arm.best
     if best is None:
         return (label(arm), *([DASH] * 11))
-    assert best.loss is not None
+    assert best.value is not None
     trainable = best.metric("parameters/trainable")
     fewer = None if trainable is None or not trained else 100 * (1 - trainable / trained)
     return (
@@ -130,8 +136,8 @@ def _arm_row(arm: ArmResult, trained: float, tested: dict[str, float]) -> tuple[
         number(best.metric("parameters/trainable_percent_of_base"), "{:.4g} %"),
         number(best.metric("parameters/trainable_percent"), "{:.4g} %"),
         number(fewer, "{:.2f} %"),
-        f"{best.loss:.4f}",
-        f"{best.loss - arm.facts.base_loss:+.4f}",
+        f"{best.value:.4f}",
+        f"{best.value - arm.base_value:+.4f}",
         number(best.metric("best/eval_perplexity"), "{:.2f}"),
         number(tested.get(arm.name), "{:.4f}"),
         duration(arm.seconds_per_trial),
@@ -143,8 +149,8 @@ def _arm_row(arm: ArmResult, trained: float, tested: dict[str, float]) -> tuple[
 def _condition_row(results: Results, arm: ArmResult) -> tuple[str, ...]:
     if arm.best is None:
         return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
-    micro = arm.value("training.per_device_train_batch_size")
-    batch = micro * arm.value("training.gradient_accumulation_steps")
+    micro = arm.setting("training.per_device_train_batch_size")
+    batch = micro * arm.setting("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
     ends = DASH if searched is None else f"{searched.values[0]:.2g}…{searched.values[-1]:.2g}"
     return (
@@ -153,9 +159,9 @@ def _condition_row(results: Results, arm: ArmResult) -> tuple[str, ...]:
         str(results.seeds(arm.name)),
         _weights(arm),
         arm.facts.dtype,
-        arm.value("training.optim"),
+        arm.setting("training.optim"),
         str(batch),
-        f"{arm.value('training.learning_rate'):.3g}",
+        f"{arm.setting('training.learning_rate'):.3g}",
         ends,
         duration(arm.seconds),
     )
@@ -163,19 +169,18 @@ def _condition_row(results: Results, arm: ArmResult) -> tuple[str, ...]:
 
 def _weights(arm: ArmResult) -> str:
     """How the weights are held: what is trained is fp32 in every arm (modeling.base)."""
-    if arm.value("adapter.method") == "none":
+    if arm.setting("adapter.method") == "none":
         return "float32"
     return f"{arm.base} + float32"
 
 
 def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
     shown = short_names(trial.point)
-    loss = DASH if trial.loss is None else f"{trial.loss:.4f}"
     return (
         str(place),
         str(trial.number),
         *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
-        loss,
+        number(trial.value, "{:.4f}"),
         duration(trial.metric("cost/seconds")),
         trial.outcome.cause,
     )

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from sweeper.reporting.intervals import Estimate
 from sweeper.reporting.results import ArmResult, Range, Results
 from sweeper.search.board import short_names
+from sweeper.settings import Objective, metric_words
 
 RATE = "training.learning_rate"
 OUTER = 0.1
@@ -31,9 +34,9 @@ class Side:
     arm: str
     label: str
     point: str
-    loss: float
-    """Of its best trial, on the validation split that chose it."""
-    base_loss: float
+    value: float
+    """Of its best trial by the objective, on the validation split that chose it."""
+    base_value: float
     seeds: int
     trials: int
     trainable: float | None
@@ -50,11 +53,13 @@ class Duel:
 
     side: Side
     reference: Side
+    objective: Objective
     split: str
-    losses: tuple[float, float]
+    values: tuple[float, float]
     """Of the arm and of the reference on that split; means over seeds on the test split."""
     difference: Estimate
-    """Loss minus the reference's loss, in nats: below zero, the arm is ahead."""
+    """Value minus the reference's value, in the metric's unit: below zero, the arm is ahead if the
+    metric is minimised, and behind if it is maximised."""
     retained: Estimate | None
     """Improvement over the untuned base in % of the reference's; None if that has none."""
     noise: tuple[float | None, float | None]
@@ -64,7 +69,13 @@ class Duel:
         """Who is ahead, by label; None for a tie, or where there is no interval to tell a tie by."""
         if self.difference.low is None or self.difference.has(0):
             return None
-        return self.side.label if self.difference.value < 0 else self.reference.label
+        return self.better.label
+
+    @property
+    def better(self) -> Side:
+        """Whose value is better, be it by chance."""
+        arm_leads = self.objective.gain(self.difference.value, over=0) > 0
+        return self.side if arm_leads else self.reference
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Doubt:
 class Verdict:
     """The answer of a study."""
 
+    objective: Objective
     sides: tuple[Side, ...]
     """The arms with a finished trial."""
     duels: tuple[Duel, ...]
@@ -107,7 +119,7 @@ class Verdict:
         """Figures, reasons and words as JSON values."""
 
         def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
-            return {k: v.model_dump() if isinstance(v, Estimate) else v for k, v in items}
+            return {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in items}
 
         return {
             "provisional": self.provisional,
@@ -131,7 +143,9 @@ def judge(results: Results) -> Verdict:
     ]
     failed = [(label(arm), _endings(arm)) for arm in results.arms if arm.best is None]
     doubts = [*_edges(results), *_budgets(results)] if sides else []
-    return Verdict(tuple(sides.values()), tuple(duels), tuple(failed), tuple(doubts))
+    return Verdict(
+        results.objective, tuple(sides.values()), tuple(duels), tuple(failed), tuple(doubts)
+    )
 
 
 def label(arm: ArmResult) -> str:
@@ -155,13 +169,13 @@ def reference_arm(results: Results) -> ArmResult | None:
 def _side(results: Results, arm: ArmResult) -> Side:
     best = arm.best
     assert best is not None
-    assert best.loss is not None
+    assert best.value is not None
     return Side(
         arm=arm.name,
         label=label(arm),
         point=", ".join(f"{name}={value}" for name, value in short_names(best.point).items()),
-        loss=best.loss,
-        base_loss=arm.facts.base_loss,
+        value=best.value,
+        base_value=arm.base_value,
         seeds=results.seeds(arm.name),
         trials=arm.tried,
         trainable=best.metric("parameters/trainable"),
@@ -174,26 +188,28 @@ def _side(results: Results, arm: ArmResult) -> Side:
 
 def _duel(results: Results, side: Side, reference: Side) -> Duel:
     """On the test split if both were judged on it against each other, else on the validation split."""
-    found = results.contrast(side.arm)
+    objective, found = results.objective, results.contrast(side.arm)
     if found is not None and found.reference == reference.arm:
         return Duel(
             side=side,
             reference=reference,
+            objective=objective,
             split=found.split,
-            losses=found.losses,
+            values=found.losses,
             difference=found.difference,
             retained=found.retained,
             noise=found.noise,
         )
-    base = reference.base_loss  # one zero line for both: the base as the reference finds it
-    gain = base - reference.loss
+    base = reference.base_value  # one zero line for both: the base as the reference finds it
+    gain, whole = (objective.gain(one.value, over=base) for one in (side, reference))
     return Duel(
         side=side,
         reference=reference,
+        objective=objective,
         split="validation",
-        losses=(side.loss, reference.loss),
-        difference=Estimate(value=side.loss - reference.loss),
-        retained=Estimate(value=100 * (base - side.loss) / gain) if gain > 0 else None,
+        values=(side.value, reference.value),
+        difference=Estimate(value=side.value - reference.value),
+        retained=Estimate(value=100 * gain / whole) if whole > 0 else None,
         noise=(None, None),
     )
 
@@ -209,7 +225,7 @@ def _edges(results: Results) -> Iterator[Doubt]:
         found = arm.ranges.get(RATE)
         if arm.best is None or found is None:
             continue
-        rate = float(arm.value(RATE))
+        rate = float(arm.setting(RATE))
         low, high = found.values[0], found.values[-1]
         place = math.log(rate / low) / math.log(high / low)
         if OUTER <= place <= 1 - OUTER:
@@ -291,7 +307,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     for duel in verdict.duels:
         yield from _duel_words(duel)
     if not verdict.duels:
-        yield from (_alone(side) for side in verdict.sides)
+        yield from (_alone(side, verdict.objective) for side in verdict.sides)
     if not verdict.sides:
         yield "No trial has finished yet, so there is nothing to compare."
     elif not verdict.duels:
@@ -301,43 +317,52 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
 
 
-def _alone(side: Side) -> str:
-    gain = side.base_loss - side.loss
+def _alone(side: Side, objective: Objective) -> str:
+    gain = objective.gain(side.value, over=side.base_value)
     if gain <= 0:
         return f"The best {side.label} ({side.point}) is no better than the untuned base."
-    return f"The best {side.label} ({side.point}) lowers the eval loss by {gain:.3f} nats."
+    verb = "lowers" if objective.direction == "minimize" else "raises"
+    return (
+        f"The best {side.label} ({side.point}) {verb} the {metric_words(objective.metric)} by "
+        f"{_amount(gain, '{:.3f}', objective)}."
+    )
 
 
 def _duel_words(duel: Duel) -> Iterator[str]:
     side, reference = duel.side, duel.reference
     name = f"The best {side.label} ({side.point})"
-    losses = f"{duel.split} loss {duel.losses[0]:.4f} against {duel.losses[1]:.4f}"
+    metric = duel.objective.metric.removeprefix("eval/")
+    values = f"{duel.split} {metric} {duel.values[0]:.4f} against {duel.values[1]:.4f}"
     if duel.retained is None:
         yield (
             f"{name} cannot be measured by {reference.label}, which does not improve on the base "
-            f"at all ({losses})."
+            f"at all ({values})."
         )
     elif duel.retained.value <= 0:
-        yield f"{name} is no better than the untuned base ({losses})."
+        yield f"{name} is no better than the untuned base ({values})."
     else:
         share = _with_interval(duel.retained, "{:.1f}", " %")
-        yield f"{name} retains {share} of {reference.label}'s improvement over the base ({losses})."
+        yield f"{name} retains {share} of {reference.label}'s improvement over the base ({values})."
     yield _who_is_ahead(duel)
     if costs := _costs(side, reference):
         yield f"{_capital(side.label)} {costs}."
 
 
 def _who_is_ahead(duel: Duel) -> str:
-    size = f"{abs(duel.difference.value):.4f} nats"
+    size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
     if duel.difference.low is None:
-        better = duel.side if duel.difference.value < 0 else duel.reference
-        return (
-            f"{_capital(better.label)} is ahead by {size}, with no interval to tell it from a tie."
-        )
+        leader = _capital(duel.better.label)
+        return f"{leader} is ahead by {size}, with no interval to tell it from a tie."
     ends = f"95 % interval {duel.difference.low:+.4f} to {duel.difference.high:+.4f}"
     if duel.ahead is None:
-        return f"It is a tie: the difference of {duel.difference.value:+.4f} nats may be zero ({ends})."
+        difference = _amount(duel.difference.value, "{:+.4f}", duel.objective)
+        return f"It is a tie: the difference of {difference} may be zero ({ends})."
     return f"{_capital(duel.ahead)} is ahead by {size} ({ends})."
+
+
+def _amount(value: float, form: str, objective: Objective) -> str:
+    """A difference of the metric, with its unit if it has one."""
+    return f"{form.format(value)} {objective.unit}".rstrip()
 
 
 def _with_interval(found: Estimate, form: str, unit: str) -> str:
@@ -386,4 +411,5 @@ def _seed_words(duel: Duel) -> str:
         for sd, side in zip(duel.noise, (duel.side, duel.reference), strict=True)
         if sd is not None
     )
-    return f"Seeds: {seeds[0]} against {seeds[1]}; noise floor (sd over seeds) {noise} nats."
+    floor = f"noise floor (sd over seeds) {noise} {duel.objective.unit}".rstrip()
+    return f"Seeds: {seeds[0]} against {seeds[1]}; {floor}."

@@ -22,6 +22,7 @@ from sweeper.reporting.results import Results
 from sweeper.reporting.tables import comparison, conditions, leaderboard, pareto_front
 from sweeper.reporting.verdict import judge
 from sweeper.search.board import Board, TrialView, View, format_scalar
+from sweeper.settings import metric_words
 
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
@@ -64,7 +65,7 @@ class LiveView(PlainView):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._board = Board()
+        self._board: Board | None = None
         self._live = Live(
             console=console, refresh_per_second=4, get_renderable=self._draw, transient=True
         )
@@ -80,8 +81,8 @@ class LiveView(PlainView):
         """See View."""
         self._board = board
 
-    def _draw(self) -> Table:
-        return board_table(self._board)
+    def _draw(self) -> Table | Text:
+        return Text("starting …") if self._board is None else board_table(self._board)
 
 
 def make_view(console: Console) -> View:
@@ -130,9 +131,13 @@ def board_table(board: Board) -> Table:
     )
     for name in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
         table.add_column(name, justify="right" if name == "trial" else "left")
-    for name in ("progress", "tokens/s", "eval loss", "best", "state"):
+    objective = board.objective
+    judged, valued = objective.judged_while_training, objective.metric
+    best_of = "best" if judged == valued else metric_words(valued)
+    for name in ("progress", "tokens/s", metric_words(judged), best_of, "state"):
         table.add_column(name, justify="right")
-    best = min((t.best for t in trials if t.best is not None and t.state in STYLES), default=None)
+    values = (t.best for t in trials if t.best is not None and t.state in STYLES)
+    best = min(values, key=objective.order, default=None)
     for trial in trials[-MAX_ROWS:]:
         table.add_row(*_cells(trial, keys, best))
     return table
@@ -140,11 +145,9 @@ def board_table(board: Board) -> Table:
 
 def _headline(board: Board, trials: list[TrialView]) -> str:
     done = sum(trial.state not in ("running", "waiting", "cancelled") for trial in trials)
-    base = "" if board.base_loss is None else f"   untuned base {board.base_loss:.4f}"
+    base = "" if board.base_value is None else f"   untuned base {board.base_value:.4f}"
     left = f"   {board.left}" if board.left else ""
-    return (
-        f"{board.arm}: {done} of {board.wanted} trials{base}{left}" if board.arm else "starting …"
-    )
+    return f"{board.arm}: {done} of {board.wanted} trials{base}{left}"
 
 
 def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text | ProgressBar]:
@@ -162,7 +165,7 @@ def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text |
         *(Text(format_scalar(trial.point.get(key, ""))) for key in keys),
         bar,
         Text(speed),
-        Text("" if trial.loss is None else f"{trial.loss:.4f}"),
+        Text("" if trial.value is None else f"{trial.value:.4f}"),
         Text(
             "" if trial.best is None else f"{trial.best:.4f}", style="bold green" if is_best else ""
         ),

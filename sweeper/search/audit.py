@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sweeper.settings import Objective
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -28,10 +30,13 @@ class Audit:
         )
 
 
-def audit(finished: Sequence[float], audited: Sequence[float]) -> Audit | None:
-    """Count wrong kills; values are losses, lower is better.
+def audit(
+    objective: Objective, finished: Sequence[float], audited: Sequence[float]
+) -> Audit | None:
+    """Count wrong kills.
 
     Args:
+        objective: says which values are better.
         finished: final values of the trials that finished and were not audited.
         audited: final values of the audited ones.
 
@@ -40,9 +45,9 @@ def audit(finished: Sequence[float], audited: Sequence[float]) -> Audit | None:
     """
     if not finished or not audited:
         return None
-    median, best = statistics.median(finished), min(finished)
+    median, best = statistics.median(finished), min(finished, key=objective.order)
     return Audit(
         len(audited),
-        sum(value < median for value in audited),
-        sum(value < best for value in audited),
+        sum(objective.gain(value, over=median) > 0 for value in audited),
+        sum(objective.gain(value, over=best) > 0 for value in audited),
     )

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from sweeper.outcome import Outcome
+from sweeper.settings import Objective, metric_words
 from sweeper.space import Scalar
 
 
@@ -23,16 +24,19 @@ class TrialView:
     state: str = "waiting"
     step: int = 0
     total_steps: int = 0
-    loss: float | None = None
+    value: float | None = None
+    """Of the metric that pruning goes by, at the last evaluation."""
     best: float | None = None
+    """Of the objective; while the trial runs only where that is what pruning goes by."""
     tokens_per_second: float | None = None
     started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
 
-    def evaluated(self, loss: float) -> None:
+    def evaluated(self, value: float, objective: Objective) -> None:
         """Take note of an evaluation."""
-        self.loss = loss
-        self.best = loss if self.best is None else min(self.best, loss)
+        self.value = value
+        if objective.judged_while_training == objective.metric:
+            self.best = value if self.best is None else min(self.best, value, key=objective.order)
 
     def ended(self, outcome: Outcome) -> None:
         """Take note of the end."""
@@ -40,10 +44,11 @@ class TrialView:
         self.best = outcome.best_value
         self.seconds = outcome.metrics.get("cost/seconds")
 
-    def summary(self, outcome: Outcome) -> str:
-        """One line for the log: what was tried and what came of it."""
+    def summary(self, outcome: Outcome, metric: str) -> str:
+        """One line for the log: what was tried, and what it is worth by the objective's metric."""
         values = ", ".join(f"{name}={value}" for name, value in short_names(self.point).items())
-        result = "" if outcome.best_value is None else f", eval loss {outcome.best_value:.4f}"
+        value = outcome.best_value
+        result = "" if value is None else f", {metric_words(metric)} {value:.4f}"
         seconds = "" if self.seconds is None else f", {self.seconds:.0f} s"
         reason = "" if outcome.message is None else f" ({outcome.message.splitlines()[-1]})"
         return f"{self.key} {outcome.cause}{result}{seconds}: {values}{reason}"
@@ -62,16 +67,17 @@ def format_scalar(value: Scalar) -> str:
 class Board:
     """All trials of a run of the driver, by key, in the order they came."""
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
         self.arm = ""
         self.wanted = 0
-        self.base_loss: float | None = None
+        self.base_value: float | None = None
         self.left = ""
         self.trials: dict[str, TrialView] = {}
 
-    def open_arm(self, arm: str, wanted: int, base_loss: float) -> None:
+    def open_arm(self, arm: str, wanted: int, base_value: float) -> None:
         """From now on the trials are this arm's."""
-        self.arm, self.wanted, self.base_loss = arm, wanted, base_loss
+        self.arm, self.wanted, self.base_value = arm, wanted, base_value
 
     def add(self, trial: TrialView) -> None:
         """Show a trial."""

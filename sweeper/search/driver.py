@@ -20,10 +20,10 @@ from sweeper.outcome import Facts, Outcome
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.plan import ArmPlan
-from sweeper.search.pruning import Watch, audited, make_watch
+from sweeper.search.pruning import Watch, as_told, audited, make_watch
 from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
 from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
-from sweeper.settings import Pruner, Settings, flatten
+from sweeper.settings import Objective, Pruner, Settings, flatten
 from sweeper.space import Point
 from sweeper.tracking.tracker import Tracker, TrialRecord
 from sweeper.workers.protocol import (
@@ -116,6 +116,16 @@ class ArmDriver:
                 f"arm {self.arm.name} ends at {done} of {self.arm.n_trials} trials: {reason}"
             )
 
+    @property
+    def objective(self) -> Objective:
+        """What the arm's trials are worth."""
+        return self.arm.settings.objective
+
+    @property
+    def base_value(self) -> float:
+        """What the untuned base is worth."""
+        return self.facts.base_value(self.objective.metric)
+
     def _more(self) -> bool:
         return bool(self._live or self._waiting) or self._may_ask()
 
@@ -174,7 +184,7 @@ class ArmDriver:
             duplicate = Outcome(cause="refused", message=message)
         else:
             duplicate = outcome.model_copy(update={"cause": "duplicate", "message": message})
-        tell(self.study, trial, duplicate, self.facts.base_loss, self.costs)
+        tell(self.study, trial, duplicate, self.base_value, self.costs)
         self.view.event(f"{self.arm.name} {trial.number}: {message}; not trained again")
 
     def _prepare(self, trial: Trial, point: Point, reported: Iterable[int] = ()) -> Live | None:
@@ -200,7 +210,7 @@ class ArmDriver:
 
     def _tell_refused(self, trial: Trial, view: TrialView, message: str) -> None:
         refused = Outcome(cause="refused", message=message)
-        tell(self.study, trial, refused, self.facts.base_loss, self.costs)
+        tell(self.study, trial, refused, self.base_value, self.costs)
         view.state = "refused"
         self.view.event(f"{view.key} refused: {message}")
 
@@ -251,8 +261,9 @@ class ArmDriver:
         if live is None or event.attempt != live.attempt:
             return
         live.view.step, live.view.total_steps = event.step, event.total_steps
-        live.view.evaluated(event.loss)
-        hopeless = live.watch.evaluated(event.step, event.total_steps, event.loss)
+        live.view.evaluated(event.value, self.objective)
+        told = as_told(self.objective, event.value)
+        hopeless = live.watch.evaluated(event.step, event.total_steps, told)
         if hopeless and not live.stopping and not live.audited:
             self._stop_or_audit(live)
 
@@ -275,7 +286,7 @@ class ArmDriver:
         outcome = judged(outcome, self.costs)
         if outcome.cause == "cancelled":
             ask_again(self.study, live.trial, self.arm.space)
-        tell(self.study, live.trial, outcome, self.facts.base_loss, self.costs)
+        tell(self.study, live.trial, outcome, self.base_value, self.costs)
         if live.started:
             self.budget.ended.append(self.budget.clock() - live.started)
         live.view.ended(outcome)
@@ -283,7 +294,7 @@ class ArmDriver:
             STATES[outcome.cause].status or "KILLED"
         )  # refused by the worker: its run was started all the same
         self.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
-        self.view.event(live.view.summary(outcome))
+        self.view.event(live.view.summary(outcome, self.objective.metric))
         self.told()
         if outcome.cause == "error":
             self._count_error(outcome.message or "")
@@ -366,4 +377,4 @@ class ArmDriver:
         self._waiting.clear()
         for trial in adopt(self.study):  # asked, but not handed out when the interrupt came
             ask_again(self.study, trial, self.arm.space)
-            tell(self.study, trial, Outcome(cause="cancelled"), self.facts.base_loss, self.costs)
+            tell(self.study, trial, Outcome(cause="cancelled"), self.base_value, self.costs)

@@ -31,7 +31,7 @@ from sweeper.search.study import (
 from sweeper.settings import flatten
 from sweeper.space import Draw, Point, keys, locate
 
-SAME = ("objective", "data digest", "base model digest")
+SAME = ("objective.metric", "objective.direction", "costs", "data digest", "base model digest")
 """Parts of the question in which a study and its fork must agree."""
 
 

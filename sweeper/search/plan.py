@@ -17,16 +17,15 @@ from sweeper.data.sources import path_problems
 from sweeper.errors import ConfigError
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
-from sweeper.settings import Sampler, Settings, Study, describe, validate
+from sweeper.settings import Objective, Sampler, Settings, Study, describe, validate
 from sweeper.space import Choice, Point, Scalar, Space, decided_twice, grid, keys, probes
 
 LORA = "lora"
 """The arm that `hydra.sweeper.params` describes."""
 
 
-OBJECTIVE = "eval/loss"
-COMPARABLE = ("eval/bits_per_byte",)
-"""Objectives that mean the same for every base model: a loss per token depends on its tokenizer."""
+PER_TOKEN = ("eval/loss", "eval/perplexity")
+"""Metrics that depend on the tokenizer: their values of two base models do not compare."""
 _OTHER_QUESTION = "decides what is compared, so it cannot be searched; make it an arm or a study"
 _MACHINERY = "is machinery and changes no result, so it cannot be searched"
 NEVER_SEARCHED = {
@@ -89,15 +88,14 @@ class StudyPlan:
         return self.arms[0].settings
 
     @property
+    def objective(self) -> Objective:
+        """What the trials of every arm are worth."""
+        return self.settings.objective
+
+    @property
     def dry_run(self) -> bool:
         """Whether the study is only to be shown."""
         return self.settings.dry_run
-
-
-def objective(config: Mapping[str, Any]) -> str:
-    """The metric that trials are compared by."""
-    section = config.get("objective", {})
-    return str(section.get("metric", OBJECTIVE))
 
 
 def single(overrides: Sequence[str]) -> Settings:
@@ -237,9 +235,20 @@ def _arms(study: Study, fixed: Sequence[str], swept: Mapping[str, str]) -> tuple
             arms.append(_arm(*blueprint))
         except ConfigError as error:
             problems += error.problems
+    problems += _other_objectives(arms)
     if problems:
         raise ConfigError(problems)
     return tuple(arms)
+
+
+def _other_objectives(arms: Sequence[ArmPlan]) -> list[str]:
+    """Arms are held against each other, so one objective judges them all."""
+    return [
+        f"arm {arm.name}: its objective ({arm.settings.objective.metric}) is not that of arm "
+        f"{arms[0].name} ({arms[0].settings.objective.metric}); set objective for all arms"
+        for arm in arms
+        if arm.settings.objective != arms[0].settings.objective
+    ]
 
 
 def _arm_sampler(sampler: Sampler, name: str | None) -> Sampler:
@@ -275,7 +284,9 @@ def _arm(
     ]
     if not problems:
         problems += _point_problems(space, fixed, overrides)
-    problems += _never_searched(space, objective(composition.config))
+        objective = validate(Objective, composition.config["objective"])
+        problems += _incomparable_models(space, objective)
+    problems += _never_searched(space)
     points = [_prior(prior, space) for prior in priors]
     if points and sampler.name == "grid":
         problems.append("sampler=grid tries every point, so priors change nothing; set priors=[]")
@@ -289,15 +300,25 @@ def _arm(
     return ArmPlan(name, texts, space, tuple(points), count, sampler, settings)
 
 
-def _never_searched(space: Space, metric: str) -> list[str]:
-    reasons = dict(NEVER_SEARCHED)
-    if metric not in COMPARABLE:
-        reasons["model"] = (
-            f"cannot be searched by {metric}, which depends on the model's tokenizer; "
-            f"searching it needs objective.metric={COMPARABLE[0]}"
-        )
+def _never_searched(space: Space) -> list[str]:
     return [
-        f"{key}: {reasons[part]}" for key in sorted(keys(space)) if (part := _part(key)) in reasons
+        f"{key}: {NEVER_SEARCHED[part]}"
+        for key in sorted(keys(space))
+        if (part := _part(key)) in NEVER_SEARCHED
+    ]
+
+
+def _incomparable_models(space: Space, objective: Objective) -> list[str]:
+    """Base models are searched neither by a metric of one tokenizer, nor pruned by one."""
+    judges = {"metric": objective.metric, "pruning_metric": objective.judged_while_training}
+    wrong = next((key for key, metric in judges.items() if metric in PER_TOKEN), None)
+    if wrong is None:
+        return []
+    return [
+        f"{key}: cannot be searched by {judges[wrong]}, which depends on the model's tokenizer; "
+        f"searching it needs objective.{wrong}=eval/bits_per_byte"
+        for key in sorted(keys(space))
+        if _part(key) == "model"
     ]
 
 

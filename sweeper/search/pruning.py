@@ -2,7 +2,7 @@
 
 The step told to Optuna is the per-mille of the trial's own schedule, and the guarded pruners see fixed
 rungs of it only, so that trials are compared at the same fraction of the schedule even when its
-length is searched. Which evaluations a trial makes does not matter: its best loss so far is
+length is searched. Which evaluations a trial makes does not matter: its best value so far is
 interpolated between the two evaluations around a rung.
 """
 
@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import Trial
 
 from sweeper.search.samplers import make_by_class_name
-from sweeper.settings import Pruner, Training
+from sweeper.settings import Objective, Pruner, Training
 
 WHOLE = 1000
 """The whole schedule in per-mille."""
@@ -68,6 +68,16 @@ def make_watch(
     if settings.rungs:
         return RungWatch(settings, training, trial, reported)
     return OpenWatch(trial, reported)
+
+
+def as_told(objective: Objective, value: float) -> float:
+    """What Optuna is told of a value of the metric that pruning goes by.
+
+    An Optuna study has one direction, for intermediate values as for final ones. Where the objective
+    is better the other way (ROUGE is maximised and pruned by a loss), the value is negated: higher is
+    then better for both, and rungs, medians and the best so far need no second rule.
+    """
+    return value if objective.pruning_direction == objective.direction else -value
 
 
 class Unwatched:

@@ -1,7 +1,7 @@
 """What happened to a trial, and what each side is told about it: one table.
 
 An infeasible trial (out of memory, diverged, refused) is told as COMPLETE with the untuned base's
-loss and a constraint above zero: every sampler learns from that, and no best trial is ever one of
+value and a constraint above zero: every sampler learns from that, and no best trial is ever one of
 them. FAIL would teach nothing, and PRUNED with a constraint is ignored by the GP sampler.
 """
 
@@ -63,7 +63,7 @@ def judged(outcome: Outcome, costs: Sequence[str]) -> Outcome:
 
 
 def tell(
-    study: Study, trial: Trial, outcome: Outcome, base_loss: float, costs: Sequence[str] = ()
+    study: Study, trial: Trial, outcome: Outcome, base_value: float, costs: Sequence[str] = ()
 ) -> None:
     """Tell Optuna an outcome: attributes first, the state last, so that a crash in between is seen
     as a trial that still runs.
@@ -72,7 +72,7 @@ def tell(
         study: the arm's study.
         trial: as asked or adopted.
         outcome: how it ended.
-        base_loss: the untuned base's eval/loss, what an infeasible trial is worth.
+        base_value: the untuned base's value of the objective, what an infeasible trial is worth.
         costs: metrics of the outcome that the study minimises beside its objective.
     """
     row = STATES[outcome.cause]
@@ -82,7 +82,7 @@ def tell(
     if row.infeasible:
         trial.set_constraint(outcome.cause, 1.0)
         worst = [_worst(study, index) for index, _ in enumerate(costs, start=1)]
-        study.tell(trial.number, [base_loss, *worst])
+        study.tell(trial.number, [base_value, *worst])
     elif row.state is TrialState.COMPLETE:
         assert outcome.best_value is not None, f"{outcome.cause} without an evaluation"
         study.tell(trial.number, [outcome.best_value, *(outcome.metrics[name] for name in costs)])

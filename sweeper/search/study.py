@@ -36,11 +36,21 @@ from sweeper.space import (
     walk,
 )
 
-MACHINERY = frozenset({"model.base_model", "model.revision", "data.train", "data.validation"}) | {
-    *("data.test", "evaluation.per_device_eval_batch_size", "evaluation.generation.batch_size"),
-    "evaluation.rouge_path",
-}
-"""Settings that name things whose content has a digest, or that change no result."""
+DIGESTED = ("model.base_model", "model.revision", "data.train", "data.validation", "data.test")
+"""Settings that name things whose content has a digest; a source may be a mapping of its own."""
+WITHOUT_EFFECT = (
+    "artifacts",  # what is stored beside the kept weights
+    "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
+    "evaluation.generation.batch_size",
+    "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
+    "training.logging_steps",
+    "training.save_steps",  # a new best is saved at once, whatever this says
+    "training.save_total_limit",  # the best checkpoint is never among those deleted
+    "training.loss_chunk_size",  # the same loss, computed in pieces
+    "training.micro_batch",  # the effective batch stays
+)
+"""Settings, or sections of them, that change no trial's value."""
+MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
 
 
 def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
@@ -66,7 +76,7 @@ def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage)
     study = optuna.create_study(
         storage=storage,
         study_name=optuna_name(plan.study.study_name, arm.name),
-        directions=[plan.study.direction, *costs],
+        directions=[plan.objective.direction, *costs],
         pruner=make_pruner(plan.study.pruner),
         load_if_exists=True,
     )
@@ -180,7 +190,7 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     """What an arm's study asks, part by part; not how many trials, by which sampler or package."""
     decided = always_decided(arm.space)
     return {
-        "costs": ", ".join(plan.study.costs),
+        "costs": ", ".join(plan.study.costs) or "none",
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},
@@ -191,7 +201,11 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
 def settings_as_json(arm: ArmPlan) -> dict[str, str]:
     """An arm's settings before any point is applied, but for those that change no result."""
     settings = flatten(arm.settings.trial.model_dump(mode="json"))
-    return {key: json.dumps(value) for key, value in settings.items() if key not in MACHINERY}
+    return {key: json.dumps(value) for key, value in settings.items() if not _is_machinery(key)}
+
+
+def _is_machinery(key: str) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in MACHINERY)
 
 
 def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts) -> None:

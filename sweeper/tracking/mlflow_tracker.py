@@ -25,14 +25,9 @@ from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+EVERY_TRIAL_HAS = ("eval/loss", "minimize")
 STUDY_TAG, TRIAL_TAG = "sweeper.study", "sweeper.trial"
 PARENT_TAG = "mlflow.parentRunId"
-EXPERIMENT_TAGS = {
-    # the UI opens on runs and their metrics rather than on traces, and charts the objective first
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.experiment.primaryMetric.name": "best/eval_loss",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
-}
 OUTAGE_SETTINGS = {
     # MLflow's own defaults keep one call waiting for 246 seconds
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -162,7 +157,9 @@ class MlflowTracker:
         self._problems.append(f"{what}: the server is away")
 
     def _open_study(self, client: MlflowClient, study: StudyRecord) -> None:
-        self._experiment = self._experiment_id(client, study.experiment)
+        self._experiment = self._experiment_id(
+            client, study.experiment, study.objective.metric, study.objective.direction
+        )
         self._study = {STUDY_TAG: study.name}
         query = f"tags.`{STUDY_TAG}` = '{study.name}'"
         runs = list(_search(client, self._experiment, query))
@@ -191,7 +188,7 @@ class MlflowTracker:
         assert self._parent is not None
         return self._parent
 
-    def _experiment_id(self, client: MlflowClient, name: str) -> str:
+    def _experiment_id(self, client: MlflowClient, name: str, metric: str, direction: str) -> str:
         found = client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
@@ -199,7 +196,7 @@ class MlflowTracker:
         if self._uri is None:  # MLflow would take the current folder of whoever comes first
             location = (self._root / "artifacts" / name).resolve().as_uri()
         identity = str(client.create_experiment(name, artifact_location=location))
-        for tag, value in EXPERIMENT_TAGS.items():
+        for tag, value in _experiment_tags(metric, direction).items():
             client.set_experiment_tag(identity, tag, value)
         return identity
 
@@ -210,7 +207,7 @@ class MlflowTracker:
             return
         tags = {TRIAL_TAG: trial.key, **trial.tags}
         if self._announced is None:
-            self._experiment = self._experiment_id(client, "single trials")
+            self._experiment = self._experiment_id(client, "single trials", *EVERY_TRIAL_HAS)
         else:
             tags |= {PARENT_TAG: self._parent_of(client), **self._study}
         run = client.create_run(self._experiment, run_name=trial.key, tags=tags)
@@ -249,6 +246,15 @@ class MlflowTracker:
         _log_artifacts(client, run, trial.folder)
         client.set_terminated(run, status)
         self._final.add(trial.key)
+
+
+def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
+    """The UI opens on runs and their metrics rather than on traces, and charts this metric first."""
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.experiment.primaryMetric.name": metric.replace("eval/", "best/eval_"),
+        "mlflow.experiment.primaryMetric.greaterIsBetter": str(direction == "maximize").lower(),
+    }
 
 
 def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:

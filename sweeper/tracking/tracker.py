@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sweeper.folders import TrialFolder
+from sweeper.settings import Objective
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's final states; KILLED is what it shows for a pruned trial."""
@@ -25,6 +26,7 @@ class StudyRecord:
     name: str
     params: Mapping[str, Any]
     tags: Mapping[str, str]
+    objective: Objective
 
 
 @dataclass(frozen=True)

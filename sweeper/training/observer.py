@@ -13,8 +13,8 @@ class Observer(Protocol):
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
         """An optimiser step was taken."""
 
-    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
-        """The validation loss was measured."""
+    def evaluated(self, step: int, total_steps: int, value: float) -> None:
+        """The validation split was judged: the value of the metric that pruning goes by."""
 
     def stop_cause(self) -> StopCause | None:
         """Why the trial shall stop at the next step, or None to go on."""

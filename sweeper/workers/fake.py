@@ -1,4 +1,4 @@
-"""A runner that only pretends to train: a smooth loss surface, milliseconds a trial.
+"""A runner that only pretends to train: smooth metrics over the settings, milliseconds a trial.
 
 For tests of the driver and for trying out a study's set-up. What happens to which trial is told by
 `workers.fake.plan`; everything else finishes.
@@ -15,11 +15,20 @@ from typing import Any
 
 from sweeper.errors import Diverged
 from sweeper.folders import TrialFolder, read_json, write_atomic, write_json
-from sweeper.outcome import Facts, Outcome
-from sweeper.settings import FakeTrainer, LoraAdapter, TrialSettings
+from sweeper.outcome import Cause, Facts, Outcome
+from sweeper.settings import (
+    LOSS_METRICS,
+    ROUGE_METRICS,
+    FakeTrainer,
+    LoraAdapter,
+    TrialSettings,
+)
 from sweeper.training.observer import Observer
 
 BASE_LOSS = 4.5
+BASE_SCORE = 0.1
+"""ROUGE of the untuned base, and the user's own metrics, all in 0..1."""
+BYTES_PER_TOKEN = 4
 EVALUATIONS = 5
 
 
@@ -35,6 +44,39 @@ def fake_loss(settings: TrialSettings, fraction: float = 1.0) -> float:
     distance = math.log10(settings.training.learning_rate / best)
     final = min(floor + 0.15 * distance**2, BASE_LOSS)
     return final + (BASE_LOSS - final) * (1 - fraction) ** 2
+
+
+def fake_score(settings: TrialSettings, fraction: float = 1.0) -> float:
+    """ROUGE after a fraction of the schedule: a hill whose top lies at a third of the loss's best rate.
+
+    So the best trial by ROUGE is another one than the best by loss.
+    """
+    best = 5e-3 / 3 if isinstance(settings.adapter, LoraAdapter) else 5e-4 / 3
+    distance = math.log10(settings.training.learning_rate / best)
+    final = max(0.5 - 0.1 * distance**2, BASE_SCORE)
+    return final - (final - BASE_SCORE) * (1 - fraction) ** 2
+
+
+def fake_metrics(settings: TrialSettings, fraction: float = 1.0) -> dict[str, float]:
+    """What a judge measures after a fraction of the schedule: 0 is the untuned base.
+
+    Generated answers, and so ROUGE and the user's metrics, only where the settings ask for some. A
+    metric that the objective minimises counts errors: one minus the score.
+    """
+    loss = fake_loss(settings, fraction)
+    metrics = {
+        "eval/loss": loss,
+        "eval/perplexity": math.exp(loss),
+        "eval/bits_per_byte": loss / math.log(2) / BYTES_PER_TOKEN,
+    }
+    if settings.evaluation.generation.num_examples == 0:
+        return metrics
+    score, objective = fake_score(settings, fraction), settings.objective
+    metrics |= dict.fromkeys(ROUGE_METRICS, score)
+    metrics |= {f"eval/{name}": score for name in settings.evaluation.metrics}
+    if objective.direction == "minimize" and objective.metric not in LOSS_METRICS:
+        metrics[objective.metric] = 1 - score
+    return metrics
 
 
 def fake_parameters(settings: TrialSettings) -> float:
@@ -54,7 +96,7 @@ class FakeRunner:
         return Facts(
             base_digest="fake",
             base_commit=None,
-            base_metrics={"eval/loss": BASE_LOSS, "eval/perplexity": math.exp(BASE_LOSS)},
+            base_metrics=fake_metrics(settings, 0.0),
             base_parameters=1_000_000,
             data_digest=f"fake {settings.data.train}",
             data_source="fake",
@@ -90,25 +132,27 @@ class FakeRunner:
         started = time.monotonic()
         total = self._settings.steps
         every = max(1, total // EVALUATIONS)
+        objective = settings.objective
         first, best, best_step = _resume(folder)
         for step in range(first + 1, total + 1):
             time.sleep(self._settings.step_seconds)
             self._misbehave(_planned(self._settings, folder), step)
             observer.progress(step, total, 1000.0)
             if step % every == 0 or step == total:
-                loss = fake_loss(settings, step / total)
-                best, best_step = min((best, best_step), (loss, step))
-                line = {"step": step, "time": time.time(), "eval/loss": loss}
+                metrics = fake_metrics(settings, step / total)
+                worth = objective.order(metrics[objective.metric])
+                best, best_step = min((best, best_step), (worth, step))
+                line = {"step": step, "time": time.time(), **metrics}
                 with folder.metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
-                observer.evaluated(step, total, loss)
+                observer.evaluated(step, total, metrics[objective.judged_while_training])
                 _save(folder, step, best, best_step)
             if cause := observer.stop_cause():
                 _save(folder, step, best, best_step)
-                return _ended(settings, time.monotonic() - started, cause, best, best_step, step)
+                return _ended(settings, time.monotonic() - started, cause, best_step, step, total)
         if _planned(self._settings, folder) == "oom":
             return Outcome(cause="oom", message="fake: out of memory", steps=total)
-        return _ended(settings, time.monotonic() - started, "finished", best, best_step, total)
+        return _ended(settings, time.monotonic() - started, "finished", best_step, total, total)
 
     def _misbehave(self, plan: str, step: int) -> None:
         """Half-way, so that something was trained and reported before."""
@@ -153,12 +197,14 @@ def _resume(folder: TrialFolder) -> tuple[int, float, int]:
 
 
 def _ended(
-    settings: TrialSettings, seconds: float, cause: Any, best: float, best_step: int, steps: int
+    settings: TrialSettings, seconds: float, cause: Cause, best_step: int, steps: int, total: int
 ) -> Outcome:
-    if math.isinf(best):
+    if best_step == 0:
         return Outcome(cause=cause, steps=steps)
+    kept = fake_metrics(settings, best_step / total)
     metrics = {
-        **{"best/eval_loss": best, "best/eval_perplexity": math.exp(best)},
+        **{name.replace("eval/", "best/eval_"): value for name, value in kept.items()},
         **{"parameters/trainable": fake_parameters(settings), "cost/seconds": seconds},
     }
-    return Outcome(cause=cause, best_value=best, best_step=best_step, steps=steps, metrics=metrics)
+    value = kept[settings.objective.metric]
+    return Outcome(cause=cause, best_value=value, best_step=best_step, steps=steps, metrics=metrics)

@@ -71,14 +71,14 @@ class Progress(Value):
 
 
 class Evaluated(Value):
-    """A trial was judged on the validation split."""
+    """A trial was judged on the validation split; `value` is of the metric that pruning goes by."""
 
     kind: Literal["evaluated"] = "evaluated"
     trial: str
     attempt: int
     step: int
     total_steps: int
-    loss: float
+    value: float
 
 
 class Ended(Value):

@@ -103,7 +103,7 @@ class RemoteObserver:
             )
         )
 
-    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
+    def evaluated(self, step: int, total_steps: int, value: float) -> None:
         """See Observer."""
         self.channel.send(
             Evaluated(
@@ -111,7 +111,7 @@ class RemoteObserver:
                 attempt=self.attempt,
                 step=step,
                 total_steps=total_steps,
-                loss=loss,
+                value=value,
             )
         )
 

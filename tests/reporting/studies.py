@@ -7,7 +7,7 @@ from typing import Any
 
 from sweeper.outcome import Facts, Outcome
 from sweeper.reporting.results import ArmResult, Range, Results, TrialResult, rank
-from sweeper.settings import Fairness
+from sweeper.settings import Fairness, Objective
 
 RATE = "training.learning_rate"
 FACTS = Facts(
@@ -24,6 +24,8 @@ FACTS = Facts(
     device="cpu",
     dtype="float32",
 )
+LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
+ROUGE = Objective(metric="eval/rougeL", direction="maximize", pruning_metric="eval/loss")
 FAIRNESS = Fairness(equal="trials", tolerance=0.1, min_finished=1)
 SETTINGS = {
     "adapter.method": "lora",
@@ -40,6 +42,7 @@ LORA_COSTS = {
     "cost/peak_memory_mib": 300.0,
     "cost/artifact_mib": 1.0,
 }
+ROUGE_FACTS = FACTS.model_copy(update={"base_metrics": {**FACTS.base_metrics, "eval/rougeL": 0.1}})
 FULL_COSTS = {
     "parameters/trainable": 1000.0,
     "parameters/trainable_percent": 100.0,
@@ -54,14 +57,14 @@ def make_trial(
     arm: str,
     number: int,
     cause: str,
-    loss: float | None,
+    value: float | None,
     costs: Mapping[str, float] | None = None,
     **point: Any,
 ) -> TrialResult:
     """One trial; `point` by the last part of its keys."""
     keys = {"learning_rate": RATE, "r": "adapter.r"}
     named = {keys[name]: value for name, value in point.items()}
-    outcome = Outcome(cause=cause, best_value=loss, metrics=dict(costs or {}))  # type: ignore[arg-type]
+    outcome = Outcome(cause=cause, best_value=value, metrics=dict(costs or {}))  # type: ignore[arg-type]
     return TrialResult(arm, number, named or {RATE: 1e-3}, outcome)
 
 
@@ -75,6 +78,7 @@ def make_arm(
 ) -> ArmResult:
     """An arm that was searched over the given rates."""
     facts = fields.pop("facts", FACTS)
+    objective = fields.pop("objective", LOSS)
     adapter = "none" if method == "full fine-tuning" else "lora"
     continuous = fields.pop("continuous", True)
     ranges = {} if rates is None else {RATE: Range(values=rates, continuous=continuous)}
@@ -83,8 +87,9 @@ def make_arm(
         wanted=fields.pop("wanted", len(trials)),
         method=method,
         base=base,
+        objective=objective,
         facts=facts,
-        trials=rank(list(trials)),
+        trials=rank(list(trials), objective),
         settings={**SETTINGS, "adapter.method": adapter},
         ranges=ranges,
         exhaustive=fields.pop("exhaustive", False),
@@ -97,11 +102,11 @@ def make_results(*arms: ArmResult, fairness: Fairness = FAIRNESS, **fields: Any)
     return Results("mine", "+experiment=mine -m", provenance, tuple(arms), fairness, **fields)
 
 
-def two_arms(lora: float | None, full: float | None) -> Results:
-    """One trial an arm; an arm without a loss is left out (full) or failed (lora)."""
+def two_arms(lora: float | None, full: float | None, **fields: Any) -> Results:
+    """One trial an arm; an arm without a value is left out (full) or failed (lora)."""
     cause = "finished" if lora is not None else "oom"
-    arms = [make_arm("lora", [make_trial("lora", 0, cause, lora, LORA_COSTS)])]
+    arms = [make_arm("lora", [make_trial("lora", 0, cause, lora, LORA_COSTS)], **fields)]
     if full is not None:
         trials = [make_trial("full", 0, "finished", full, FULL_COSTS)]
-        arms.append(make_arm("full", trials, "full fine-tuning", "float32"))
+        arms.append(make_arm("full", trials, "full fine-tuning", "float32", **fields))
     return make_results(*arms)

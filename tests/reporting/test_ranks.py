@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from sweeper.reporting.ranks import Ladder, rank_ladder, rank_ladders, rank_sheet
-from tests.reporting.studies import LORA_COSTS, make_arm, make_results, make_trial, two_arms
+from tests.reporting.studies import (
+    LORA_COSTS,
+    ROUGE,
+    ROUGE_FACTS,
+    make_arm,
+    make_results,
+    make_trial,
+    two_arms,
+)
 
 LOSSES = {2: 4.20, 4: 4.12, 8: 4.08, 32: 4.079}
 
@@ -33,7 +41,7 @@ def _ladder(noise: float | None, losses: dict[int, float] = LOSSES) -> Ladder:
 def test_each_rank_counts_with_its_best_finished_trial() -> None:
     """The best over all else; pruned trials did not see the end of the schedule."""
     ladder = _ladder(None)
-    assert {rung.r: rung.loss for rung in ladder.rungs} == LOSSES
+    assert {rung.r: rung.value for rung in ladder.rungs} == LOSSES
     assert [rung.trials for rung in ladder.rungs] == [1, 1, 2, 1]
 
 
@@ -70,6 +78,21 @@ def test_diminishing_returns_are_said_only_where_they_are() -> None:
     assert "with diminishing returns" not in rising.words
     worse = _ladder(None, {2: 4.2, 4: 4.1, 8: 4.15})
     assert "4: +0.1000, 8: -0.0500, none beyond r=4." in worse.words
+
+
+def test_ranks_of_a_maximised_objective_gain_upwards() -> None:
+    """ROUGE 0.40, 0.48, 0.49: a noise of 0.02 lets r=4 do, and gains are in ROUGE, not in nats."""
+    trials = [
+        make_trial("lora", n, "finished", value, LORA_COSTS, r=r)
+        for n, (r, value) in enumerate({2: 0.40, 4: 0.48, 8: 0.49}.items())
+    ]
+    ladder = rank_ladder(make_arm("lora", trials, objective=ROUGE, facts=ROUGE_FACTS), 0.02)
+    assert ladder is not None
+    assert [rung.gain for rung in ladder.rungs[1:]] == pytest.approx([0.08, 0.01])
+    assert ladder.best.r == 8
+    assert "gain per doubling in eval rougeL 4: +0.0800, 8: +0.0100" in ladder.words
+    assert "r=4 is the smallest rank within the noise" in ladder.words
+    assert "eval rougeL" in rank_sheet(ladder).columns
 
 
 def test_nothing_is_divided_by_nothing() -> None:

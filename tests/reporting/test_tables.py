@@ -17,6 +17,8 @@ from tests.reporting.studies import (
     FACTS,
     FULL_COSTS,
     LORA_COSTS,
+    ROUGE,
+    ROUGE_FACTS,
     make_arm,
     make_results,
     make_trial,
@@ -51,6 +53,29 @@ def test_ranking_puts_complete_trials_first() -> None:
     assert [trial.number for trial in arm.trials] == [3, 2, 1, 0]
     assert arm.best is arm.trials[0]
     assert arm.finished == 2
+
+
+def test_ranking_of_a_maximised_objective_puts_the_highest_first() -> None:
+    """ROUGE 0.5 before 0.4, pruned ones after them likewise."""
+    trials = [
+        make_trial("lora", 0, "pruned", 0.7),
+        make_trial("lora", 1, "finished", 0.4),
+        make_trial("lora", 2, "pruned", 0.8),
+        make_trial("lora", 3, "finished", 0.5),
+        make_trial("lora", 4, "oom", None),
+    ]
+    arm = make_arm("lora", trials, objective=ROUGE, facts=ROUGE_FACTS)
+    assert [trial.number for trial in arm.trials] == [3, 1, 2, 0, 4]
+    assert arm.best is arm.trials[0]
+
+
+def test_columns_are_named_after_the_objective() -> None:
+    """eval rougeL, and a ROUGE above the base's is a plus."""
+    sheet = comparison(two_arms(0.4, 0.5, objective=ROUGE, facts=ROUGE_FACTS))
+    row = dict(zip(sheet.columns, sheet.rows[2], strict=True))
+    assert (row["eval rougeL"], row["vs base"]) == ("0.4000", "+0.3000")
+    assert sheet.rows[0][sheet.columns.index("eval rougeL")] == "0.1000"
+    assert "eval loss" not in sheet.columns
 
 
 def test_comparison_has_a_row_per_base_and_per_arm() -> None:

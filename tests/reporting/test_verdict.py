@@ -20,6 +20,8 @@ from tests.reporting.studies import (
     FULL_COSTS,
     LORA_COSTS,
     RATE,
+    ROUGE,
+    ROUGE_FACTS,
     make_arm,
     make_results,
     make_trial,
@@ -123,6 +125,36 @@ def test_words_claim_no_more_than_the_numbers(
     assert words in judge(two_arms(lora, full)).words
 
 
+def test_a_maximised_objective_is_worded_the_other_way() -> None:
+    """ROUGE 0.4 against 0.5 over a base of 0.1: three quarters kept, and the higher arm is ahead."""
+    verdict = judge(two_arms(0.4, 0.5, objective=ROUGE, facts=ROUGE_FACTS))
+    (duel,) = verdict.duels
+    assert duel.difference.value == pytest.approx(-0.1)
+    assert duel.retained is not None
+    assert duel.retained.value == pytest.approx(75.0)
+    assert "retains 75.0 % of full fine-tuning's improvement over the base" in verdict.words
+    assert "(validation rougeL 0.4000 against 0.5000)" in verdict.words
+    assert "Full fine-tuning is ahead by 0.1000, with no interval" in verdict.words
+    assert "nats" not in verdict.words
+    assert verdict.document()["objective"]["metric"] == "eval/rougeL"
+
+
+@pytest.mark.parametrize(
+    ("rouge", "words"),
+    [(0.35, "raises the eval rougeL by 0.250."), (0.05, "is no better than the untuned base")],
+)
+def test_an_arm_alone_is_held_against_the_base_by_the_objective(rouge: float, words: str) -> None:
+    """Above the base is better where the objective is maximised."""
+    assert words in judge(two_arms(rouge, None, objective=ROUGE, facts=ROUGE_FACTS)).words
+
+
+def test_test_losses_decide_no_study_by_another_metric() -> None:
+    """Contrasts are of losses; by ROUGE the arms are compared where ROUGE was measured."""
+    arms = two_arms(0.4, 0.5, objective=ROUGE, facts=ROUGE_FACTS).arms
+    (duel,) = judge(make_results(*arms, contrasts=(CONTRAST,))).duels
+    assert (duel.split, duel.values) == ("validation", (0.4, 0.5))
+
+
 def test_the_share_has_one_zero_line() -> None:
     """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
     results = two_arms(4.05, 4.0)
@@ -150,8 +182,8 @@ def test_an_arm_that_was_not_judged_on_the_test_split_is_compared_on_the_other()
     trials = [make_trial("bf16", 0, "finished", 4.1, LORA_COSTS)]
     arms = (*two_arms(4.05, 4.0).arms, make_arm("bf16", trials, "LoRA", "bfloat16"))
     judged, not_judged = judge(make_results(*arms, contrasts=(CONTRAST,))).duels
-    assert (judged.split, judged.losses) == ("test", (4.06, 4.01))
-    assert (not_judged.split, not_judged.losses) == ("validation", (4.1, 4.0))
+    assert (judged.split, judged.values) == ("test", (4.06, 4.01))
+    assert (not_judged.split, not_judged.values) == ("validation", (4.1, 4.0))
     assert not_judged.ahead is None
 
 

@@ -47,7 +47,7 @@ def test_a_study_runs_every_arm_to_its_total(tmp_path: Path) -> None:
     assert sorted(trial.point["training.learning_rate"] for trial in full.trials) == [
         *(3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     ]
-    losses = [trial.loss for trial in lora.trials if trial.complete]
+    losses = [trial.value for trial in lora.trials if trial.complete]
     assert losses == sorted(losses)
     assert lora.best is lora.trials[0]
 

@@ -9,6 +9,7 @@ from optuna.trial import Trial
 from sweeper.search.pruning import (
     RungWatch,
     Watch,
+    as_told,
     audited,
     make_pruner,
     make_watch,
@@ -149,6 +150,29 @@ def test_the_rung_of_a_maximised_value_is_its_highest() -> None:
         _run(study, MEDIAN, [0.1, 0.2, 0.3, 0.4], 100)
     assert _run(study, MEDIAN, [0.2, 0.3, 0.4, 0.5], 100) is None
     assert _run(study, MEDIAN, [0.1, 0.1, 0.1, 0.1], 100) == 50
+
+
+def test_a_loss_prunes_where_the_objective_is_maximised() -> None:
+    """Told with its sign turned, it decides at the same steps and rungs as where it is minimised."""
+    rouge = make_settings("objective=rougeL", "evaluation.generation.num_examples=1").objective
+    down = optuna.create_study(pruner=make_pruner(MEDIAN))
+    up = optuna.create_study(direction="maximize", pruner=make_pruner(MEDIAN))
+    curves = [GOOD, [2.0, 0.9, 3.0, 3.0], [1.9, 1.8, 1.1, 1.0], BAD]
+    stopped = [_run(down, MEDIAN, losses, 100) for losses in curves]
+    told = [[as_told(rouge, loss) for loss in losses] for losses in curves]
+    assert [_run(up, MEDIAN, values, 100) for values in told] == stopped
+    assert stopped[-1] == 50
+    for minimised, maximised in zip(down.trials, up.trials, strict=True):
+        seen = {step: -value for step, value in maximised.intermediate_values.items()}
+        assert seen == minimised.intermediate_values
+
+
+def test_values_of_the_objectives_own_direction_are_told_as_they_are() -> None:
+    """A loss under a loss, and ROUGE under ROUGE, keep their sign."""
+    generate = ("objective=rougeL", "evaluation.generation.num_examples=1")
+    own = make_settings(*generate, "objective.pruning_metric=eval/rougeL").objective
+    assert as_told(make_settings().objective, 3.0) == 3.0
+    assert as_told(own, 0.3) == 0.3
 
 
 def test_halving_compares_with_running_trials_but_not_with_nobody() -> None:

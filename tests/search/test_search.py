@@ -14,6 +14,7 @@ from sweeper.reporting.results import ArmResult, Results, load_results
 from sweeper.search.audit import Audit, audit
 from sweeper.search.plan import studies
 from sweeper.session import run_study
+from tests.conftest import make_settings
 
 FAKE = (
     *("workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0", "tracking=none"),
@@ -94,9 +95,16 @@ def test_a_hopeless_trial_is_pruned_and_its_twin_is_not_trained(tmp_path: Path) 
 
 def test_wrong_kills_are_counted_against_the_trials_that_were_not_audited() -> None:
     """Of three audited: one better than the median of the others, one better than the best."""
-    assert audit([1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == Audit(audited=3, wrong=2, costly=1)
-    assert audit([1.0], []) is None
-    assert audit([], [1.0]) is None
+    loss = make_settings().objective
+    assert audit(loss, [1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == Audit(audited=3, wrong=2, costly=1)
+    assert audit(loss, [1.0], []) is None
+    assert audit(loss, [], [1.0]) is None
+
+
+def test_wrong_kills_of_a_maximised_objective_are_the_high_ones() -> None:
+    """The same values where more is better: one above the median, none above the best."""
+    rouge = make_settings("objective=rougeL", "evaluation.generation.num_examples=1").objective
+    assert audit(rouge, [1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == Audit(audited=3, wrong=1, costly=0)
 
 
 def test_costs_give_a_front_and_no_pruning(
@@ -111,7 +119,7 @@ def test_costs_give_a_front_and_no_pruning(
     )
     assert "nothing is pruned" in capsys.readouterr().out
     values = {
-        trial.number: (trial.loss or 0.0, trial.metric("parameters/trainable") or 0.0)
+        trial.number: (trial.value or 0.0, trial.metric("parameters/trainable") or 0.0)
         for trial in arm.trials
     }
     beaten = {
@@ -218,7 +226,7 @@ def test_a_fork_adopts_what_fits_and_trains_the_rest(
     assert len([trial for trial in new.trials if trial.complete]) == 8
     for trial in marked:
         origin = kept[trial.params["training.learning_rate"]]
-        assert trial.values == [origin.loss]
+        assert trial.values == [origin.value]
         assert trial.user_attrs["forked_from"] == f"old/lora/{origin.number:04d}"
         folder = tmp_path / "new" / "lora" / f"trial_{trial.number:04d}"
         assert folder.resolve().name == f"trial_{origin.number:04d}"
@@ -262,7 +270,7 @@ def test_changed_costs_are_another_question(tmp_path: Path) -> None:
     _run(tmp_path, "one", "hydra.sweeper.n_trials=1")
     with pytest.raises(StudyMismatch) as caught:
         _run(tmp_path, "one", "hydra.sweeper.costs=[parameters/trainable]")
-    assert "objective: minimize eval/loss then, minimize eval/loss and param" in str(caught.value)
+    assert "costs: none then, parameters/trainable now" in str(caught.value)
     assert "hydra.sweeper.study_name=one_2 hydra.sweeper.fork_of=one" in str(caught.value)
 
 

@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 from sweeper.outcome import Cause, Outcome
 from sweeper.search.states import STATES, counts, tell
 
-BASE_LOSS = 4.5
+BASE = 4.5
 
 
 def _told(cause: Cause, *, value: float | None = 4.0, steps: int = 10) -> optuna.trial.FrozenTrial:
@@ -19,7 +19,7 @@ def _told(cause: Cause, *, value: float | None = 4.0, steps: int = 10) -> optuna
     trial = study.ask()
     trial.suggest_float("x", 0, 1)
     trial.report(4.2, 100)
-    tell(study, trial, Outcome(cause=cause, best_value=value, steps=steps), BASE_LOSS)
+    tell(study, trial, Outcome(cause=cause, best_value=value, steps=steps), BASE)
     return study.trials[0]
 
 
@@ -38,9 +38,9 @@ def test_finished_trials_are_worth_their_best_evaluation(cause: Cause) -> None:
 
 @pytest.mark.parametrize("cause", ["oom", "diverged", "refused"])
 def test_infeasible_trials_teach_the_sampler_and_are_never_best(cause: Cause) -> None:
-    """COMPLETE with the untuned base's loss, and a constraint above zero named after the cause."""
+    """COMPLETE with the untuned base's value, and a constraint above zero named after the cause."""
     trial = _told(cause, value=None)
-    assert (trial.state, trial.value) == (TrialState.COMPLETE, BASE_LOSS)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, BASE)
     assert trial.constraints == {cause: 1.0}
 
 
@@ -48,8 +48,8 @@ def test_an_infeasible_trial_is_not_the_best_even_when_alone_lower() -> None:
     """best_trial skips infeasible trials, whatever they are worth."""
     study = optuna.create_study()
     bad, good = study.ask(), study.ask()
-    tell(study, bad, Outcome(cause="oom", steps=1), base_loss=1.0)
-    tell(study, good, Outcome(cause="finished", best_value=4.0), base_loss=1.0)
+    tell(study, bad, Outcome(cause="oom", steps=1), base_value=1.0)
+    tell(study, good, Outcome(cause="finished", best_value=4.0), base_value=1.0)
     assert study.best_trial.number == good.number
 
 

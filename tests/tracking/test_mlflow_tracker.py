@@ -12,11 +12,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from sweeper.folders import TrialFolder
+from sweeper.settings import Objective
 from sweeper.tracking import mlflow_tracker
 from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
 
-STUDY = StudyRecord("lr_rank_sweep", "mine", {"lora.n_trials": 2}, {"git.commit": "abc"})
+LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
+STUDY = StudyRecord("lr_rank_sweep", "mine", {"lora.n_trials": 2}, {"git.commit": "abc"}, LOSS)
 
 
 @pytest.fixture
@@ -59,6 +61,9 @@ def test_parent_child_metrics_and_artifacts(tmp_path: Path, trial: TrialRecord) 
     assert child.data.params == {"training.learning_rate": "0.001"}
     assert child.data.metrics["best/eval_loss"] == 2.0
     client = MlflowClient(local_uri(tmp_path))
+    tags = client.get_experiment(parent.info.experiment_id).tags
+    assert tags["mlflow.experiment.primaryMetric.name"] == "best/eval_loss"
+    assert tags["mlflow.experiment.primaryMetric.greaterIsBetter"] == "false"
     history = client.get_metric_history(child.info.run_id, "eval/loss")
     assert [(point.step, point.value) for point in history] == [(1, 3.0), (2, 2.0)]
     assert [point.timestamp for point in history] == [1_700_000_001_000, 1_700_000_002_000]

@@ -16,8 +16,8 @@ class Recorder:
         assert 0 < step <= total_steps
         assert tokens_per_second > 0
 
-    def evaluated(self, step: int, total_steps: int, loss: float) -> None:
-        self.losses.append((step, loss))
+    def evaluated(self, step: int, total_steps: int, value: float) -> None:
+        self.losses.append((step, value))
 
     def stop_cause(self) -> StopCause | None:
         enough = self._stop_after is not None and len(self.losses) >= self._stop_after

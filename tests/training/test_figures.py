@@ -174,7 +174,7 @@ def test_best_between_two_periodic_checkpoints_is_what_is_kept(
         *(f"model.base_model={folder.model}", "quantization=none", f"data.train={data['train']}")
     )
     monkeypatch.undo()
-    stored = TransformersRunner(threads=1).probe(settings.trial).base_loss
+    stored = TransformersRunner(threads=1).probe(settings.trial).base_value("eval/loss")
     assert stored == pytest.approx(real[1], abs=1e-5)
     assert abs(real[1] - real[2]) > 1e-3
 

@@ -87,7 +87,7 @@ def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
     engine = open_one()
     submit = submit_trial(engine, tmp_path)
     seen, ended = until(engine, Ended)
-    losses = [event.loss for event in seen if isinstance(event, Evaluated)]
+    losses = [event.value for event in seen if isinstance(event, Evaluated)]
     steps = [event.step for event in seen if isinstance(event, Evaluated)]
     assert isinstance(ended, Ended)
     assert ended.trial == submit.trial
