@@ -19,23 +19,38 @@ def verbs() -> None:
 
 @app.command()
 def report(
-    name: Annotated[str, typer.Argument(help="The study_name.")],
+    names: Annotated[list[str], typer.Argument(help="One study_name or several.")],
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
-    markdown: Annotated[bool, typer.Option(help="Print Markdown instead of tables.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Save the comparison as a picture.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="terminal, html, md, json, csv or svg.")
+    ] = "terminal",
+    output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
 ) -> None:
-    """Show a study's leaderboards, its comparison and its verdict."""
+    """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
+    from sweeper.errors import ConfigError
+    from sweeper.folders import write_atomic
+    from sweeper.reporting.formats import FORMATS, WRITERS, default_path
     from sweeper.reporting.results import load_results
-    from sweeper.reporting.tables import markdown_report
-    from sweeper.reporting.view import make_console, print_results, save_picture
+    from sweeper.reporting.view import make_console, print_results
 
-    results = load_results(name, output_dir)
-    if svg is not None:
-        save_picture(results, svg)
-    elif markdown:
-        typer.echo(markdown_report(results))
+    if form not in FORMATS:
+        raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
+    if form == "svg" and len(names) > 1:
+        raise ConfigError(["--format svg: a picture shows one study; name one"])
+    results = [load_results(name, output_dir) for name in names]
+    if form == "terminal":
+        if output is not None:
+            raise ConfigError([f"--output {output}: a terminal has no file; add --format"])
+        for found in results:
+            print_results(found, make_console())
+        return
+    text = WRITERS[form](results, output_dir)
+    path = output or (default_path(results, output_dir) if form == "html" else None)
+    if path is None:
+        typer.echo(text, nl=False)
     else:
-        print_results(results, make_console())
+        write_atomic(path, text)
+        typer.echo(path)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 WIDTH, HEIGHT = 480, 300
@@ -77,6 +77,13 @@ def number_axis(label: str, values: Iterable[float], log: bool = False) -> Axis:
     return Axis(label, low, high, _linear_ticks(low, high))
 
 
+def step_axis(label: str, values: Iterable[float], log: bool = False) -> Axis:
+    """An axis that is marked at the values themselves, as there are only a few."""
+    found = sorted(set(values))
+    axis = number_axis(label, found, log)
+    return replace(axis, ticks=tuple((value, _short(value)) for value in found))
+
+
 def word_axis(label: str, words: Sequence[str]) -> Axis:
     """An axis with one place for each word: the word's index."""
     ticks = tuple((float(place), word) for place, word in enumerate(words))
@@ -135,14 +142,20 @@ def parallel(title: str, description: str, axes: Sequence[Axis], lines: Sequence
         points = " ".join(at(*point) for point in line.points)
         kind = "l strong" if line.strong else "l faint"
         words = f"<title>{escape(line.words)}</title>"
-        parts.append(f'<polyline class="{kind} s{line.series}" points="{points}">{words}</polyline>')
+        parts.append(
+            f'<polyline class="{kind} s{line.series}" points="{points}">{words}</polyline>'
+        )
     for index, axis in enumerate(axes):
         x = 60 + gap * index
         parts.append(f'<path class="axis" d="M{x:.0f} {top}V{height - bottom}"/>')
-        parts.append(f'<text class="name" x="{x:.0f}" y="18" text-anchor="middle">{escape(axis.label)}</text>')
+        parts.append(
+            f'<text class="name" x="{x:.0f}" y="18" text-anchor="middle">{escape(axis.label)}</text>'
+        )
         for value, words in axis.ticks:
             y = float(at(index, value).split(",")[1])
-            parts.append(f'<text class="halo" x="{x + 5:.0f}" y="{y + 4:.0f}">{escape(words)}</text>')
+            parts.append(
+                f'<text class="halo" x="{x + 5:.0f}" y="{y + 4:.0f}">{escape(words)}</text>'
+            )
     return _svg(title, description, width, height, parts)
 
 
@@ -160,11 +173,15 @@ class _Frame:
         for value, words in self._x.ticks:
             x = self._across(value)
             parts.append(f'<path class="grid" d="M{x} {self._top}V{bottom}"/>')
-            parts.append(f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{escape(words)}</text>')
+            parts.append(
+                f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{escape(words)}</text>'
+            )
         for value, words in self._y.ticks:
             y = self._up(value)
             parts.append(f'<path class="grid" d="M{LEFT} {y}H{right}"/>')
-            parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(words)}</text>')
+            parts.append(
+                f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(words)}</text>'
+            )
         middle = (self._top + bottom) / 2
         return [
             *parts,
@@ -258,7 +275,16 @@ def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
     values = [float(f"{factor}e{power}") for power in powers for factor in factors]
-    return tuple((value, f"{value:g}") for value in values if low <= value <= high)
+    return tuple((value, _short(value)) for value in values if low <= value <= high)
+
+
+def _short(value: float) -> str:
+    """10k and 2M rather than 10000 and 2e+06; small numbers as they are."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            unit = 1e3 if letter == "k" else size
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
 
 
 def _svg(title: str, description: str, width: int, height: int, parts: Sequence[str]) -> str:

@@ -7,11 +7,14 @@ missing is None or empty, and the page says so.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.evaluation.samples import Sample
 from sweeper.folders import StudyFolder
@@ -22,8 +25,10 @@ Curve = tuple[tuple[int, float], ...]
 """Optimiser step and eval/loss."""
 
 EVALUATOR = "PED-ANOVA (optuna.importance)"
+FEWEST_TRIALS = 6
+"""With a result; below that no share is worth a bar."""
 ABOVE_TARGET = 5
-"""Trials that PED-ANOVA's authors want above its target quantile; half of the trials at most."""
+"""Trials that Optuna's documentation wants above PED-ANOVA's target quantile."""
 
 
 @dataclass(frozen=True)
@@ -88,20 +93,29 @@ def read_samples(folder: StudyFolder, arm: ArmResult) -> tuple[Sample, ...]:
 def importances(study: optuna.Study) -> dict[str, float]:
     """How much of the chance to be among the best each parameter decides; empty for too few trials.
 
-    The target quantile is one tenth (Optuna's default), or as much more as puts five trials above it.
+    The target quantile is one tenth (Optuna's default), or as much more as puts five trials above it,
+    but no more than one half.
     """
-    count = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
-    if count < 2 * ABOVE_TARGET:
+    count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    if count < FEWEST_TRIALS:
         return {}
-    sign = -1.0 if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else 1.0
-    found = optuna.importance.get_param_importances(
-        study,
-        evaluator=optuna.importance.PedAnovaImportanceEvaluator(
-            target_quantile=max(0.1, ABOVE_TARGET / count)
-        ),
-        target=lambda trial: sign * trial.values[0],
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(
+        target_quantile=min(0.5, max(0.1, ABOVE_TARGET / count))
     )
+    with warnings.catch_warnings():  # it warns whoever names a target that low must be good
+        warnings.simplefilter("ignore", UserWarning)
+        found = optuna.importance.get_param_importances(
+            study, evaluator=evaluator, target=_first_value(study)
+        )
     return dict(found) if len(found) > 1 else {}
+
+
+def _first_value(study: optuna.Study) -> Callable[[FrozenTrial], float] | None:
+    """The objective among several values, lower being better; None where it is the only one."""
+    if len(study.directions) == 1:
+        return None
+    sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
+    return lambda trial: sign * trial.values[0]
 
 
 def _importances(

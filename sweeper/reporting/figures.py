@@ -14,10 +14,11 @@ from sweeper.reporting.chart import (
     number_axis,
     parallel,
     plot,
+    step_axis,
     word_axis,
 )
-from sweeper.reporting.evidence import EVALUATOR, Evidence
-from sweeper.reporting.ranks import RANK, Ladder, rank_ladders
+from sweeper.reporting.evidence import EVALUATOR, FEWEST_TRIALS, Evidence
+from sweeper.reporting.ranks import Ladder, rank_ladders
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.verdict import RATE, label
 from sweeper.search.board import format_scalar, short_names
@@ -28,6 +29,8 @@ MOST_CURVES = 60
 """Loss curves in one picture; beyond that nobody can follow one."""
 MOST_MARKS = 1000
 """Dots in one picture, and lines across parallel axes; so that a page stays below its size."""
+FEW = 6
+"""Different values of a setting that are marked one by one."""
 BEST_SHARE = 0.1
 """Of the trials, drawn in front across parallel axes."""
 
@@ -116,17 +119,15 @@ def rank_figure(ladder: Ladder) -> Figure:
     """What each rank brings: the best loss at each."""
     title = f"{ladder.arm}: loss by rank"
     points = [(float(rung.r), rung.loss) for rung in ladder.rungs]
-    axis = number_axis("rank r (log)", [r for r, _ in points], log=True)
-    ticks = tuple((r, f"{r:g}") for r, _ in points)
     axes = (
-        Axis(axis.label, axis.low, axis.high, ticks, log=True),
+        step_axis("rank r (log)", [r for r, _ in points], log=True),
         number_axis("best eval loss", [loss for _, loss in points]),
     )
     dots = [
         Dot(r, loss, f"r={r:g}: eval loss {loss:.4f} (best of {rung.trials})")
         for (r, loss), rung in zip(points, ladder.rungs, strict=True)
     ]
-    lines = [Line(tuple(points), "best loss by rank")]
+    lines = [Line(tuple(points), "best loss by rank", strong=True)]
     return Figure(title, plot(title, ladder.words, axes, dots, lines), ladder.words)
 
 
@@ -193,9 +194,7 @@ def importance_figure(arm: ArmResult, evidence: Evidence) -> Figure:
     title = f"{arm.name}: which settings matter"
     shares = evidence.importances.get(arm.name)
     if shares is None:
-        words = (
-            "Left out: it needs the study's database in its folder, and ten trials with a result."
-        )
+        words = f"Left out: it needs the study's database and {FEWEST_TRIALS} finished trials."
         return Figure(title, None, words)
     rows = [
         (key.rsplit("/", 1)[-1].rsplit(".", 1)[-1], share, f"{share:.0%}")
@@ -211,11 +210,15 @@ def parallel_figure(arm: ArmResult) -> Figure:
     """Every trial as a line across its settings to its loss."""
     title = f"{arm.name}: all settings at once"
     keys = _varied(arm)
-    trials = [t for t in arm.trials[:MOST_MARKS] if t.loss is not None and set(keys) <= set(t.point)]
+    trials = [
+        t for t in arm.trials[:MOST_MARKS] if t.loss is not None and set(keys) <= set(t.point)
+    ]
     if len(trials) < 2:
         return Figure(title, None, "Fewer than two trials were measured at every searched setting.")
     axes = [_axis(key, trials) for key in keys]
-    axes.append(number_axis("eval loss", [trial.loss for trial in trials if trial.loss is not None]))
+    axes.append(
+        number_axis("eval loss", [trial.loss for trial in trials if trial.loss is not None])
+    )
     places = [{word: place for place, word in axis.ticks} for axis in axes]
     count = max(1, round(BEST_SHARE * len(trials)))
     lines = []
@@ -238,7 +241,8 @@ def _axis(key: str, trials: Sequence[TrialResult]) -> Axis:
         return word_axis(name, sorted({format_scalar(value) for value in values}))
     numbers = [float(value) for value in values if isinstance(value, int | float)]
     wide = min(numbers) > 0 and max(numbers) / min(numbers) >= 8
-    return number_axis(name, numbers, log=wide)
+    make = step_axis if len(set(numbers)) <= FEW else number_axis
+    return make(name, numbers, log=wide)
 
 
 def _is_number(key: str, trials: Sequence[TrialResult]) -> bool:

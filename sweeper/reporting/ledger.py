@@ -15,7 +15,15 @@ MESSAGE_CHARS = 160
 
 def cost_sheet(results: Results) -> Sheet:
     """One row an arm: device time by what became of it, and what pruning saved."""
-    columns = ("method", "trials", "finished", "pruned", "failed", "device time", "saved by pruning")
+    columns = (
+        "method",
+        "trials",
+        "finished",
+        "pruned",
+        "failed",
+        "device time",
+        "saved by pruning",
+    )
     rows = [_cost_row(arm) for arm in results.arms]
     return Sheet("What it cost", columns, tuple(rows), frozenset({"method"}))
 
@@ -48,7 +56,9 @@ def failure_sheet(results: Results) -> Sheet | None:
     if not rows:
         return None
     columns = ("method", "cause", "trials", "first message")
-    return Sheet("What failed", columns, tuple(rows), frozenset({"method", "cause", "first message"}))
+    return Sheet(
+        "What failed", columns, tuple(rows), frozenset({"method", "cause", "first message"})
+    )
 
 
 def _cost_row(arm: ArmResult) -> tuple[str, ...]:

@@ -9,16 +9,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import optuna
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from markupsafe import Markup
 
-from sweeper.evaluation.samples import Sample
 from sweeper.folders import StudyFolder, write_atomic
 from sweeper.reporting.evidence import Evidence, gather
 from sweeper.reporting.figures import Figure, figures
@@ -52,69 +50,69 @@ class Study:
     folder: StudyFolder
     evidence: Evidence
 
-    @property
+    @cached_property
     def verdict(self) -> Verdict:
         """See reporting.verdict."""
         return judge(self.results)
 
-    @property
+    @cached_property
     def tiles(self) -> list[tuple[str, str]]:
         """The headline's figures, each with its words."""
         return list(_tiles(self.verdict))
 
-    @property
+    @cached_property
     def sheets(self) -> list[Sheet]:
         """The arms side by side, and under which conditions."""
         return [comparison(self.results), conditions(self.results)]
 
-    @property
+    @cached_property
     def figures(self) -> list[Figure]:
         """See reporting.figures."""
         return figures(self.results, self.evidence)
 
-    @property
+    @cached_property
     def details(self) -> list[Sheet]:
         """The gain of each rank, and the Pareto fronts that the study itself searched for."""
         ladders = [rank_sheet(ladder) for ladder in rank_ladders(self.results)]
         return [*ladders, *(pareto_front(arm) for arm in self.results.arms if arm.front)]
 
-    @property
+    @cached_property
     def boards(self) -> list[Board]:
         """A leaderboard for each arm."""
         return [_board(arm, self.folder) for arm in self.results.arms]
 
-    @property
+    @cached_property
     def costs(self) -> Sheet:
         """See reporting.ledger."""
         return cost_sheet(self.results)
 
-    @property
+    @cached_property
     def failures(self) -> Sheet | None:
         """See reporting.ledger."""
         return failure_sheet(self.results)
 
-    @property
+    @cached_property
     def audits(self) -> list[str]:
         """How often the pruner was wrong, where that was measured."""
         return [f"{arm.name}: {arm.audit}" for arm in self.results.arms if arm.audit is not None]
 
-    @property
+    @cached_property
     def data(self) -> str:
         """Where the data came from."""
         return describe_data(self.results.arms[0].facts)
 
-    @property
+    @cached_property
     def card(self) -> Markup | None:
         """The data card as HTML."""
         card = self.evidence.data_card
         return None if card is None else Markup(_render(card[:CARD_CHARS]))
 
-    @property
+    @cached_property
     def answers(self) -> Sheet | None:
         """The qualitative prompts, and what the base and each arm's best trial answered."""
         return _answers(self.results, self.evidence)
 
-    @property
+    @cached_property
     def steps(self) -> list[Step]:
         """See reporting.next_steps."""
         return next_steps(self.results, self.evidence)
@@ -209,19 +207,17 @@ def _again(folder: Path) -> str:
 
 
 def _answers(results: Results, evidence: Evidence) -> Sheet | None:
-    """One row a prompt; arms that hold their base differently share one column of base answers."""
-    asked = {arm: found for arm in results.arms if (found := evidence.samples.get(arm.name))}
-    if not asked:
+    """One row a prompt; the untuned answer is the first arm's that was asked."""
+    asked = {label(arm): evidence.samples.get(arm.name, ()) for arm in results.arms}
+    names = [name for name, samples in asked.items() if samples]
+    if not names:
         return None
-    by_prompt: dict[str, dict[str, Sample]] = {}
-    for arm, samples in ((label(arm), samples) for arm, samples in asked.items()):
-        for sample in samples:
-            by_prompt.setdefault(sample.prompt, {})[arm] = sample
-    names = [label(arm) for arm in asked]
+    answers = {(name, s.prompt): s for name in names for s in asked[name]}
     rows = []
-    for prompt, found in by_prompt.items():
-        base = next(iter(found.values())).base
-        tuned = [found[name].tuned if name in found else DASH for name in names]
+    for prompt in dict.fromkeys(prompt for _, prompt in answers):
+        found = [answers.get((name, prompt)) for name in names]
+        base = next(sample.base for sample in found if sample is not None)
+        tuned = [DASH if sample is None else sample.tuned for sample in found]
         rows.append((prompt, *(_cut(text) for text in (base, *tuned))))
     columns = ("prompt", "untuned", *names)
     return Sheet("The same prompts, side by side", columns, tuple(rows), frozenset(columns))
@@ -258,4 +254,3 @@ def _render(markdown: str) -> str:
         elif token.type == "th_open":
             token.attrSet("scope", "col")
     return str(parser.renderer.render(tokens, parser.options, {}))
-
