@@ -121,9 +121,9 @@ def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -
         y = 8 + step * place
         width = max(room * length / longest, 1.0)
         parts += [
-            f'<text x="{left - 6:.0f}" y="{y + 14}" text-anchor="end">{escape(name)}</text>',
+            _text(left - 6, y + 14, name, "end"),
             f'<rect class="f s0" x="{left:.0f}" y="{y}" width="{width:.1f}" height="18"/>',
-            f'<text x="{left + width + 6:.0f}" y="{y + 14}">{escape(words)}</text>',
+            _text(left + width + 6, y + 14, words),
         ]
     return _svg(title, description, WIDTH, 16 + step * len(rows), parts)
 
@@ -148,14 +148,10 @@ def parallel(title: str, description: str, axes: Sequence[Axis], lines: Sequence
     for index, axis in enumerate(axes):
         x = 60 + gap * index
         parts.append(f'<path class="axis" d="M{x:.0f} {top}V{height - bottom}"/>')
-        parts.append(
-            f'<text class="name" x="{x:.0f}" y="18" text-anchor="middle">{escape(axis.label)}</text>'
-        )
+        parts.append(_text(x, 18, axis.label, "middle", "name"))
         for value, words in axis.ticks:
             y = float(at(index, value).split(",")[1])
-            parts.append(
-                f'<text class="halo" x="{x + 5:.0f}" y="{y + 4:.0f}">{escape(words)}</text>'
-            )
+            parts.append(_text(x + 5, y + 4, words, kind="halo"))
     return _svg(title, description, width, height, parts)
 
 
@@ -173,21 +169,16 @@ class _Frame:
         for value, words in self._x.ticks:
             x = self._across(value)
             parts.append(f'<path class="grid" d="M{x} {self._top}V{bottom}"/>')
-            parts.append(
-                f'<text x="{x}" y="{bottom + 17}" text-anchor="middle">{escape(words)}</text>'
-            )
+            parts.append(_text(x, bottom + 17, words, "middle"))
         for value, words in self._y.ticks:
             y = self._up(value)
             parts.append(f'<path class="grid" d="M{LEFT} {y}H{right}"/>')
-            parts.append(
-                f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(words)}</text>'
-            )
+            parts.append(_text(LEFT - 6, y + 4, words, "end"))
         middle = (self._top + bottom) / 2
         return [
             *parts,
             f'<path class="axis" d="M{LEFT} {self._top}V{bottom}H{right}"/>',
-            f'<text class="name" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-            f"{escape(self._x.label)}</text>",
+            _text((LEFT + right) / 2, HEIGHT - 8, self._x.label, "middle", "name"),
             f'<text class="name" transform="translate(13 {middle}) rotate(-90)" '
             f'text-anchor="middle">{escape(self._y.label)}</text>',
         ]
@@ -219,6 +210,11 @@ class _Frame:
     def _up(self, value: float) -> float:
         bottom = HEIGHT - BOTTOM
         return round(bottom - self._y.place(value) * (bottom - self._top), 1)
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "tick") -> str:
+    at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {at}>{escape(words)}</text>'
 
 
 def _shape(x: float, y: float, series: int, kind: str, inside: str = "") -> str:
@@ -256,7 +252,7 @@ def _legend(rows: Sequence[Sequence[tuple[int, float, str]]]) -> list[str]:
         y = 13 + LEGEND_ROW * place
         for series, x, name in row:
             parts.append(_shape(x, y - 4, series, "f"))
-            parts.append(f'<text x="{x + 9:.0f}" y="{y}">{escape(name)}</text>')
+            parts.append(_text(x + 9, y, name))
     return parts
 
 

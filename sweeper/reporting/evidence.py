@@ -1,7 +1,7 @@
 """Evidence: what a report shows beyond results.json, read from the trials' folders and the study.
 
-Everything here may be missing (a folder that was cleaned up, a fake trainer, a database elsewhere); what is
-missing is None or empty, and the page says so.
+Everything here may be missing (a folder that was cleaned up, a fake trainer, a database elsewhere);
+what is missing is None or empty, and the page says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report's figures: what a study found, drawn. Each is a chart with words, or words why there is none."""
+"""The report's figures: what a study found, drawn; or words that say why there is nothing to draw."""
 
 from __future__ import annotations
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 
+from sweeper.outcome import Cause
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.sheet import DASH, Sheet, duration, number
 from sweeper.reporting.verdict import label
 
-FAILURES = ("oom", "diverged", "timeout", "crash", "error", "refused")
+FAILURES: tuple[Cause, ...] = ("oom", "diverged", "timeout", "crash", "error", "refused")
 MESSAGE_CHARS = 160
 
 
@@ -77,7 +78,7 @@ def _training_seconds(trial: TrialResult) -> float:
     return trial.metric("cost/train_seconds") or trial.metric("cost/seconds") or 0.0
 
 
-def _message(arm: ArmResult, cause: str) -> str:
+def _message(arm: ArmResult, cause: Cause) -> str:
     messages = (trial.outcome.message for trial in arm.trials if trial.outcome.cause == cause)
     first = next((message for message in messages if message), DASH).strip()
     last_line = first.splitlines()[-1]

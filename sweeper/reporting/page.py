@@ -1,6 +1,6 @@
 """The report as one HTML file: offline, for phone, desktop and paper, light and dark.
 
-Puts together what others computed (verdict, tables, figures, ledger, next steps); computes nothing itself.
+Puts together what others computed (verdict, tables, figures, ledger, next steps); computes nothing.
 Every text is escaped by the template; only pictures and the rendered data card pass as HTML.
 """
 
