@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-VERBS = ("report", "trial", "doctor", "prefetch", "build-base")
+VERBS = ("report", "best", "generate", "trial", "doctor", "prefetch", "build-base")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -51,6 +51,54 @@ def report(
     else:
         write_atomic(path, text)
         typer.echo(path)
+
+
+@app.command()
+def best(
+    name: Annotated[str, typer.Argument(help="The study_name.")],
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    arm: Annotated[str | None, typer.Option(help="Of which arm; the first one's.")] = None,
+    number: Annotated[int | None, typer.Option("--trial", help="Not the best, but this.")] = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print it as an experiment.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Print its folder alone.")] = False,
+    merge: Annotated[Path | None, typer.Option(help="Merge it with its base into this.")] = None,
+) -> None:
+    """Use a study's winner: how to load, ask, serve, merge, publish and train it again."""
+    from sweeper.errors import ConfigError
+    from sweeper.folders import StudyFolder
+    from sweeper.reporting.results import load_results
+    from sweeper.reporting.winner import experiment_yaml, find_winner, usage
+
+    if as_yaml + adapter + (merge is not None) > 1:
+        raise ConfigError(["--yaml, --adapter and --merge: give one of them"])
+    results = load_results(name, output_dir)
+    winner = find_winner(results, StudyFolder(output_dir / name), arm, number)
+    if as_yaml:
+        typer.echo(experiment_yaml(winner), nl=False)
+    elif adapter:
+        typer.echo(winner.artifact)
+    elif merge is not None:
+        from sweeper.training.export import merge_trial
+
+        merge_trial(winner.settings, winner.folder, merge)
+        typer.echo(merge)
+    else:
+        typer.echo(usage(winner))
+
+
+@app.command()
+def generate(
+    adapters: Annotated[list[Path], typer.Argument(help="Trials' folders or their adapter/.")],
+    prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
+) -> None:
+    """Ask the untuned base and adapters the same prompts, side by side on one loaded base."""
+    from sweeper.answers import side_by_side
+
+    for asked in side_by_side(adapters, prompt, max_new_tokens):
+        typer.echo(f"\n# {asked.prompt}")
+        for name, answer in asked.answers.items():
+            typer.echo(f"\n## {name}\n{answer.strip()}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Using the winner: its configuration as an experiment file, and the lines that load, serve and publish it.
+"""Using the winner: its experiment file, and the lines that load, serve and publish it.
 
 Reads a trial's folder; loads no model.
 """
