@@ -38,7 +38,8 @@ def model_card(settings: TrialSettings, figures: Mapping[str, float], base_folde
         base_folder: where the base's files lie; its own card says under which licence it stands.
     """
     licence = base_licence(base_folder)
-    data = ModelCardData(**_metadata(settings, figures), **(licence or {"license": "unknown"}))
+    fields: dict[str, Any] = licence or {"license": "unknown"}
+    data = ModelCardData(**_metadata(settings, figures), **fields)
     return f"---\n{data.to_yaml()}\n---\n\n{_body(settings, figures, licence)}"
 
 
