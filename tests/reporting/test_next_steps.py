@@ -80,10 +80,8 @@ def test_length_of_a_trial() -> None:
 
 def test_memory() -> None:
     """Many trials out of memory ask for recomputed activations, also where nothing finished."""
-    assert (
-        "activation_checkpointing=true"
-        in next_steps(make_results(_alone("oom")), Evidence())[0].command
-    )
+    step = next_steps(make_results(_alone("oom")), Evidence())[0]
+    assert "activation_checkpointing=true" in step.command
 
 
 def test_nothing_to_say() -> None:

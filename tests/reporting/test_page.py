@@ -14,7 +14,7 @@ import pytest
 from sweeper.evaluation.samples import Sample
 from sweeper.folders import StudyFolder, read_json, write_atomic
 from sweeper.reporting.evidence import Evidence, gather, importances, read_curve
-from sweeper.reporting.page import Study, page
+from sweeper.reporting.page import ASSETS, Study, page
 from sweeper.reporting.results import Results, TrialResult
 from tests.conftest import run_program
 from tests.reporting.pages import Page
@@ -48,7 +48,13 @@ def many(count: int) -> Results:
             r=2 ** (1 + number % 4),
         )
         outcome = trial.outcome.model_copy(update={"steps": 32 if pruned else 64})
-        trials.append(replace(trial, outcome=outcome))
+        more = {
+            "adapter.alpha_over_r": 2 ** (number % 3),
+            "adapter.target_modules": ("attention", "mlp", "all-linear")[number % 3],
+            "training.warmup_ratio": number * 7 % 100 / 1000,
+            "adapter.lora_dropout": number * 11 % 10 / 100,
+        }
+        trials.append(replace(trial, outcome=outcome, point={**trial.point, **more}))
     full = [make_trial("full", 0, "finished", 4.0, FULL_COSTS)]
     arms = [make_arm("lora", trials), make_arm("full", full, "full fine-tuning", "float32")]
     return make_results(*arms)
@@ -246,3 +252,26 @@ def test_evidence_is_read_from_the_folders(tmp_path: Path) -> None:
     assert evidence.samples == {"lora": (Sample("c", "p", "b", "t"),), "full": ()}
     assert evidence.data_card == "# Data card\n"
     assert evidence.importances == {}
+
+
+def _luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    shares = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: str, other: str) -> float:
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_contrast(scheme: int) -> None:
+    """Every text and every series has a contrast of 4.5 or more, on the paper and on a panel."""
+    blocks = re.findall(r":root \{(.*?)\}", (ASSETS / "page.css").read_text(), re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[scheme]))
+    for name in ("ink", "quiet", "accent", *(f"c{series}" for series in range(6))):
+        for ground in ("paper", "panel"):
+            assert _contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+    assert _contrast(colours["warn"], colours["warn-paper"]) >= 4.5

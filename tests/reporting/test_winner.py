@@ -58,13 +58,13 @@ def test_the_best_trial_wins_unless_another_is_named(tmp_path: Path) -> None:
             "model.base_model=org/model",
             "training=real",
             "evaluation=real",
-            "data.columns={prompt: q}",
+            "++data.columns.prompt=q",
         ),
     ],
     ids=["lora", "full", "another base"],
 )
 def test_best_yaml_is_an_experiment(tmp_path: Path, overrides: tuple[str, ...]) -> None:
-    """In the user's conf/experiment it composes to the very settings of the trial, as trial and study."""
+    """In the user's conf/experiment it composes to the trial's very settings, alone and in a study."""
     winner = _winner(tmp_path / "outputs" / "mine", *overrides)
     conf = tmp_path / "conf"
     write_atomic(conf / "experiment" / "best.yaml", experiment_yaml(winner))
