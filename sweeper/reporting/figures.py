@@ -28,11 +28,13 @@ TRAINABLE = "parameters/trainable"
 MOST_CURVES = 60
 """Loss curves in one picture; beyond that nobody can follow one."""
 MOST_MARKS = 1000
-"""Dots in one picture, and lines across parallel axes; so that a page stays below its size."""
+"""Dots in one picture, so that a page stays below its size."""
+MOST_LINES = 300
+"""Lines across parallel axes; beyond that they are a plane."""
 FEW = 6
 """Different values of a setting that are marked one by one."""
-BEST_SHARE = 0.1
-"""Of the trials, drawn in front across parallel axes."""
+BEST_SHARE, MOST_BEST = 0.1, 10
+"""Of the trials, drawn in front across parallel axes: a tenth of them, and no more than ten."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +212,8 @@ def parallel_figure(arm: ArmResult) -> Figure:
     """Every trial as a line across its settings to its loss."""
     title = f"{arm.name}: all settings at once"
     keys = _varied(arm)
-    trials = [
-        t for t in arm.trials[:MOST_MARKS] if t.loss is not None and set(keys) <= set(t.point)
-    ]
+    measured = [t for t in arm.trials if t.loss is not None and set(keys) <= set(t.point)]
+    trials = measured[:MOST_LINES]
     if len(trials) < 2:
         return Figure(title, None, "Fewer than two trials were measured at every searched setting.")
     axes = [_axis(key, trials) for key in keys]
@@ -220,7 +221,7 @@ def parallel_figure(arm: ArmResult) -> Figure:
         number_axis("eval loss", [trial.loss for trial in trials if trial.loss is not None])
     )
     places = [{word: place for place, word in axis.ticks} for axis in axes]
-    count = max(1, round(BEST_SHARE * len(trials)))
+    count = min(MOST_BEST, max(1, round(BEST_SHARE * len(trials))))
     lines = []
     for rank, trial in enumerate(trials):
         points = [
@@ -231,6 +232,8 @@ def parallel_figure(arm: ArmResult) -> Figure:
         lines.append(Line(tuple(points), _words(trial), 0, strong=rank < count))
     best = "the best trial" if count == 1 else f"the best {count} trials"
     words = f"One line a trial, from its settings to its loss; thick: {best}."
+    if len(measured) > MOST_LINES:
+        words += f" Shown are the first {MOST_LINES} of {len(measured)} by rank."
     return Figure(title, parallel(title, words, axes, lines), words, wide=True)
 
 
