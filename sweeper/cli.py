@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -78,6 +79,7 @@ def best(
     elif adapter:
         typer.echo(winner.artifact)
     elif merge is not None:
+        _quiet()
         from sweeper.training.export import merge_trial
 
         merge_trial(winner.settings, winner.folder, merge)
@@ -93,6 +95,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
 ) -> None:
     """Ask the untuned base and adapters the same prompts, side by side on one loaded base."""
+    _quiet()
     from sweeper.answers import side_by_side
 
     for asked in side_by_side(adapters, prompt, max_new_tokens):
@@ -171,3 +174,12 @@ def build_base(
     from sweeper.embedded.pretrain import build_base as build
 
     build(out, tokens=tokens, seed=seed)
+
+
+def _quiet() -> None:
+    """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that is not needed
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
