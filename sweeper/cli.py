@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-VERBS = ("report", "trial", "doctor", "prefetch", "build-base")
+VERBS = ("report", "best", "generate", "trial", "doctor", "prefetch", "build-base")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -19,23 +20,88 @@ def verbs() -> None:
 
 @app.command()
 def report(
+    names: Annotated[list[str], typer.Argument(help="One study_name or several.")],
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    form: Annotated[
+        str, typer.Option("--format", help="terminal, html, md, json, csv or svg.")
+    ] = "terminal",
+    output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
+) -> None:
+    """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
+    from sweeper.errors import ConfigError
+    from sweeper.folders import write_atomic
+    from sweeper.reporting.formats import FORMATS, WRITERS, default_path
+    from sweeper.reporting.results import load_results
+    from sweeper.reporting.view import make_console, print_results
+
+    if form not in FORMATS:
+        raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
+    if form == "svg" and len(names) > 1:
+        raise ConfigError(["--format svg: a picture shows one study; name one"])
+    results = [load_results(name, output_dir) for name in names]
+    if form == "terminal":
+        if output is not None:
+            raise ConfigError([f"--output {output}: a terminal has no file; add --format"])
+        for found in results:
+            print_results(found, make_console())
+        return
+    text = WRITERS[form](results, output_dir)
+    path = output or (default_path(results, output_dir) if form == "html" else None)
+    if path is None:
+        typer.echo(text, nl=False)
+    else:
+        write_atomic(path, text)
+        typer.echo(path)
+
+
+@app.command()
+def best(
     name: Annotated[str, typer.Argument(help="The study_name.")],
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
-    markdown: Annotated[bool, typer.Option(help="Print Markdown instead of tables.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Save the comparison as a picture.")] = None,
+    arm: Annotated[str | None, typer.Option(help="Of which arm; the first one's.")] = None,
+    number: Annotated[int | None, typer.Option("--trial", help="Not the best, but this.")] = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print it as an experiment.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Print its folder alone.")] = False,
+    merge: Annotated[Path | None, typer.Option(help="Merge it with its base into this.")] = None,
 ) -> None:
-    """Show a study's leaderboards, its comparison and its verdict."""
+    """Use a study's winner: how to load, ask, serve, merge, publish and train it again."""
+    from sweeper.errors import ConfigError
+    from sweeper.folders import StudyFolder
     from sweeper.reporting.results import load_results
-    from sweeper.reporting.tables import markdown_report
-    from sweeper.reporting.view import make_console, print_results, save_picture
+    from sweeper.reporting.winner import experiment_yaml, find_winner, usage
 
+    if as_yaml + adapter + (merge is not None) > 1:
+        raise ConfigError(["--yaml, --adapter and --merge: give one of them"])
     results = load_results(name, output_dir)
-    if svg is not None:
-        save_picture(results, svg)
-    elif markdown:
-        typer.echo(markdown_report(results))
+    winner = find_winner(results, StudyFolder(output_dir / name), arm, number)
+    if as_yaml:
+        typer.echo(experiment_yaml(winner), nl=False)
+    elif adapter:
+        typer.echo(winner.artifact)
+    elif merge is not None:
+        _quiet()
+        from sweeper.training.export import merge_trial
+
+        merge_trial(winner.settings, winner.folder, merge)
+        typer.echo(merge)
     else:
-        print_results(results, make_console())
+        typer.echo(usage(winner))
+
+
+@app.command()
+def generate(
+    adapters: Annotated[list[Path], typer.Argument(help="Trials' folders or their adapter/.")],
+    prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
+) -> None:
+    """Ask the untuned base and adapters the same prompts, side by side on one loaded base."""
+    _quiet()
+    from sweeper.answers import side_by_side
+
+    for asked in side_by_side(adapters, prompt, max_new_tokens):
+        typer.echo(f"\n# {asked.prompt}")
+        for name, answer in asked.answers.items():
+            typer.echo(f"\n## {name}\n{answer.strip()}")
 
 
 @app.command()
@@ -108,3 +174,12 @@ def build_base(
     from sweeper.embedded.pretrain import build_base as build
 
     build(out, tokens=tokens, seed=seed)
+
+
+def _quiet() -> None:
+    """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that is not needed
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

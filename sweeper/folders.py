@@ -167,6 +167,16 @@ class StudyFolder:
         """The answer, for people (Markdown)."""
         return self.path / "report.md"
 
+    @property
+    def page(self) -> Path:
+        """The whole answer with its figures, for people: one HTML file."""
+        return self.path / "report.html"
+
+    @property
+    def answers(self) -> tuple[Path, ...]:
+        """The answer in all its forms."""
+        return self.results, self.report, self.page
+
     def worker_log(self, worker: int) -> Path:
         """What worker number `worker` printed."""
         return self.path / f"worker_{worker}.log"

@@ -20,6 +20,7 @@ from sweeper.errors import StudyError, StudyLocked, WorkerError
 from sweeper.folders import StudyFolder, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Facts
+from sweeper.reporting.page import write_page
 from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
@@ -207,13 +208,14 @@ class StudySession:
             print_results(results, self._console)
             text = self._next_commands(results, status)
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            write_page(results, self._folder, self._storage)
         best = results.arms[0].best if results.arms else None
         self._tracker.close_study(
             status,
             {} if best is None else best.outcome.metrics,
             {} if best is None else best.point,
             markdown_report(results) if results.arms else "",
-            [path for path in (self._folder.results, self._folder.report) if path.exists()],
+            [path for path in self._folder.answers if path.exists()],
         )
         for problem in self._tracker.close():
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
@@ -222,7 +224,7 @@ class StudySession:
     def _next_commands(self, results: Results, status: RunStatus) -> str:
         name = self._plan.study.study_name
         total = self._plan.study.n_trials
-        lines = ["", f"Results    {self._folder.report}"]
+        lines = ["", f"Results    {self._folder.page}"]
         best = results.arms[0].best
         if best is not None:
             artifact = self._folder.trial(best.arm, best.number).artifact

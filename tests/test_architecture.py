@@ -31,7 +31,7 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "doctor", "dry_run"},
+    {"session", "single", "doctor", "dry_run", "answers"},
     {"nightly"},
     {"cli", "__main__"},
 )
@@ -108,7 +108,13 @@ def test_orchestration_imports_no_torch() -> None:
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
         *("doctor", "dry_run"),
-        *("tracking.mlflow_tracker", "reporting.tables", "workers.local", "workers.engines"),
+        *(
+            "tracking.mlflow_tracker",
+            "reporting.formats",
+            "reporting.winner",
+            "workers.local",
+            "workers.engines",
+        ),
     ]
     code = "import sys\n" + "".join(f"import sweeper.{name}\n" for name in modules)
     code += "print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'mlflow'})"

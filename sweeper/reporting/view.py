@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import sys
 import time
-from pathlib import Path
 from typing import Self
 
 from rich.console import Console
@@ -113,13 +112,12 @@ def print_results(results: Results, console: Console) -> None:
     console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
 
 
-def save_picture(results: Results, path: Path) -> None:
-    """Draw the comparison and the verdict as an SVG file, for a README or a slide."""
+def picture(results: Results) -> str:
+    """The comparison and the verdict as SVG, for a README or a slide."""
     console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
     console.print(comparison(results).draw())
     console.print(judge(results).words, highlight=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    console.save_svg(str(path), title=f"python -m sweeper {results.command}")
+    return console.export_svg(title=f"python -m sweeper {results.command}")
 
 
 def board_table(board: Board) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweeper.folders import TrialFolder, write_atomic
 from sweeper.settings import TrialSettings
 from sweeper.training.manifest import write_manifest
+from sweeper.training.model_card import README, model_card
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The date of every file in an archive: the earliest that the zip format has."""
@@ -29,8 +31,17 @@ class Trained:
     tokenizer: PreTrainedTokenizerBase
 
 
-def save_artifact(trained: Trained, settings: TrialSettings, folder: TrialFolder) -> None:
-    """Store the model as it stands: the adapter alone, or all weights of a full fine-tune."""
+def save_artifact(
+    trained: Trained, settings: TrialSettings, folder: TrialFolder, figures: Mapping[str, float]
+) -> None:
+    """Store the model as it stands: the adapter alone, or all weights of a full fine-tune.
+
+    Args:
+        trained: what to store.
+        settings: what it was trained with.
+        folder: the trial's.
+        figures: what its model card tells (sweeper.training.model_card).
+    """
     target = folder.adapter if isinstance(trained.model, PeftModel) else folder.model
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -41,6 +52,8 @@ def save_artifact(trained: Trained, settings: TrialSettings, folder: TrialFolder
         trained.model.save_pretrained(str(partial))
     trained.tokenizer.save_pretrained(str(partial))
     save_bpe(trained.tokenizer, partial)
+    base_folder = Path(trained.model.config.name_or_path)
+    write_atomic(partial / README, model_card(settings, figures, base_folder))
     write_manifest(partial)
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sweeper.folders import TrialFolder
@@ -31,11 +32,20 @@ def export_merged(settings: TrialSettings, folder: TrialFolder) -> Base:
     Raises:
         ModelError: the base cannot be loaded, or the adapter does not fit it.
     """
-    dtype = cast(MergeDtype, dtype_name(choose_dtype(settings.model.dtype, device()).dtype))
-    merge(find_source(settings.model).folder, folder.adapter, folder.merged, dtype)
-    write_manifest(folder.merged)
+    merge_trial(settings, folder, folder.merged)
     model = settings.model.model_copy(update={"base_model": str(folder.merged), "revision": None})
     return load_base(model, UNQUANTIZED, trained=False)
+
+
+def merge_trial(settings: TrialSettings, folder: TrialFolder, out: Path) -> None:
+    """Merge a trial's adapter into its unquantized base, and store that in `out` with its manifest.
+
+    Raises:
+        ModelError: the base cannot be found, the adapter does not fit it, or `out` is in use.
+    """
+    dtype = cast(MergeDtype, dtype_name(choose_dtype(settings.model.dtype, device()).dtype))
+    merge(find_source(settings.model).folder, folder.adapter, out, dtype)
+    write_manifest(out)
 
 
 def merged_figures(merged: Base, prepared: Prepared, settings: TrialSettings) -> dict[str, float]:

@@ -105,7 +105,8 @@ def train_trial(
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
     judgement = _judge_kept(trainer, inputs.judge, looks, meter)
     with meter.stage("save"):
-        save_artifact(Trained(inputs.model, inputs.tokenizer), settings, folder)
+        figures = {**meter.figures, **({} if judgement is None else judgement.metrics)}
+        save_artifact(Trained(inputs.model, inputs.tokenizer), settings, folder, figures)
     return _outcome(trainer.state, narrator, settings, folder, judgement)
 
 

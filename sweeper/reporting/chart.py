@@ -1,0 +1,292 @@
+"""Charts as SVG text: dots, lines, bars and parallel axes. Knows numbers and words, and no study.
+
+A series is told apart by its shape and its dash as well as by its colour. Colours are classes (s0 … s5)
+that the page's stylesheet fills in, for light and for dark. Every mark carries its words as a tooltip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+
+WIDTH, HEIGHT = 480, 300
+LEFT, RIGHT, BOTTOM = 62, 14, 46
+LEGEND_ROW = 20
+LETTER = 7.2
+"""Width of a letter, roughly, in the units of the viewBox."""
+SERIES = 6
+"""How many series have a colour of their own; the next ones begin again."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis: its words, its ends, and where it is marked."""
+
+    label: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies: 0 at the low end, 1 at the high end."""
+        if self.log:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One point; `hollow` where it did not run to its end."""
+
+    x: float
+    y: float
+    words: str
+    series: int = 0
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line through points; `cut` ends it in a cross, `strong` puts it in front."""
+
+    points: tuple[tuple[float, float], ...]
+    words: str
+    series: int = 0
+    strong: bool = False
+    cut: bool = False
+
+
+def number_axis(label: str, values: Iterable[float], log: bool = False) -> Axis:
+    """An axis on which all values have a place, with round ticks.
+
+    Raises:
+        ValueError: there is no value, or one at or below zero on a log axis.
+    """
+    found = list(values)
+    if not found or (log and min(found) <= 0):
+        raise ValueError(f"no axis {label!r} for {found[:3]}")
+    low, high = min(found), max(found)
+    if log:
+        low, high = (low / 1.5, high * 1.5) if low < high else (low / 3, high * 3)
+        return Axis(label, low, high, _log_ticks(low, high), log=True)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    low, high = low - room, high + room
+    return Axis(label, low, high, _linear_ticks(low, high))
+
+
+def step_axis(label: str, values: Iterable[float], log: bool = False) -> Axis:
+    """An axis that is marked at the values themselves, as there are only a few."""
+    found = sorted(set(values))
+    axis = number_axis(label, found, log)
+    return replace(axis, ticks=tuple((value, _short(value)) for value in found))
+
+
+def word_axis(label: str, words: Sequence[str]) -> Axis:
+    """An axis with one place for each word: the word's index."""
+    ticks = tuple((float(place), word) for place, word in enumerate(words))
+    return Axis(label, -0.5, len(words) - 0.5, ticks)
+
+
+def plot(
+    title: str,
+    description: str,
+    axes: tuple[Axis, Axis],
+    dots: Sequence[Dot] = (),
+    lines: Sequence[Line] = (),
+    legend: Sequence[str] = (),
+) -> str:
+    """Dots and lines over two axes; the legend names the series in order."""
+    rows = _legend_rows(legend)
+    frame = _Frame(axes, top=14 + LEGEND_ROW * len(rows))
+    ordered = sorted(lines, key=lambda line: line.strong)
+    parts = [
+        *frame.grid(),
+        *(frame.line(line) for line in ordered),
+        *(frame.dot(dot) for dot in dots),
+        *(_legend(rows)),
+    ]
+    return _svg(title, description, WIDTH, HEIGHT, parts)
+
+
+def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -> str:
+    """Horizontal bars from zero; rows are (name, length, words beside the bar)."""
+    step, left = 28, 12 + LETTER * max(len(name) for name, _, _ in rows)
+    longest = max(length for _, length, _ in rows) or 1.0
+    room = WIDTH - left - 70
+    parts = []
+    for place, (name, length, words) in enumerate(rows):
+        y = 8 + step * place
+        width = max(room * length / longest, 1.0)
+        parts += [
+            _text(left - 6, y + 14, name, "end"),
+            f'<rect class="f s0" x="{left:.0f}" y="{y}" width="{width:.1f}" height="18"/>',
+            _text(left + width + 6, y + 14, words),
+        ]
+    return _svg(title, description, WIDTH, 16 + step * len(rows), parts)
+
+
+def parallel(title: str, description: str, axes: Sequence[Axis], lines: Sequence[Line]) -> str:
+    """Parallel coordinates: each line's points are (index of the axis, value on it)."""
+    width, height, top, bottom = 960, 340, 34, 24
+    gap = (width - 150) / max(len(axes) - 1, 1)
+
+    def at(index: float, value: float) -> str:
+        share = axes[int(index)].place(value)
+        return f"{60 + gap * index:.0f},{height - bottom - share * (height - top - bottom):.0f}"
+
+    parts = []
+    for line in sorted(lines, key=lambda line: line.strong):
+        points = " ".join(at(*point) for point in line.points)
+        kind = "l strong" if line.strong else "l faint"
+        words = f"<title>{escape(line.words)}</title>"
+        parts.append(
+            f'<polyline class="{kind} s{line.series}" points="{points}">{words}</polyline>'
+        )
+    for index, axis in enumerate(axes):
+        x = 60 + gap * index
+        parts.append(f'<path class="axis" d="M{x:.0f} {top}V{height - bottom}"/>')
+        parts.append(_text(x, 18, axis.label, "middle", "name"))
+        for value, words in axis.ticks:
+            y = float(at(index, value).split(",")[1])
+            parts.append(_text(x + 5, y + 4, words, kind="halo"))
+    return _svg(title, description, width, height, parts)
+
+
+class _Frame:
+    """The area between two axes."""
+
+    def __init__(self, axes: tuple[Axis, Axis], top: int) -> None:
+        self._x, self._y = axes
+        self._top = top
+
+    def grid(self) -> list[str]:
+        """Ticks, grid lines and the names of the axes."""
+        right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+        parts = []
+        for value, words in self._x.ticks:
+            x = self._across(value)
+            parts.append(f'<path class="grid" d="M{x} {self._top}V{bottom}"/>')
+            parts.append(_text(x, bottom + 17, words, "middle"))
+        for value, words in self._y.ticks:
+            y = self._up(value)
+            parts.append(f'<path class="grid" d="M{LEFT} {y}H{right}"/>')
+            parts.append(_text(LEFT - 6, y + 4, words, "end"))
+        middle = (self._top + bottom) / 2
+        return [
+            *parts,
+            f'<path class="axis" d="M{LEFT} {self._top}V{bottom}H{right}"/>',
+            _text((LEFT + right) / 2, HEIGHT - 8, self._x.label, "middle", "name"),
+            f'<text class="name" transform="translate(13 {middle}) rotate(-90)" '
+            f'text-anchor="middle">{escape(self._y.label)}</text>',
+        ]
+
+    def dot(self, dot: Dot) -> str:
+        """A dot with its tooltip."""
+        kind = "h" if dot.hollow else "f"
+        words = f"<title>{escape(dot.words)}</title>"
+        return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, words)
+
+    def line(self, line: Line) -> str:
+        """A line with its tooltip, and the cross where it was cut."""
+        placed = [(self._across(x), self._up(y)) for x, y in line.points]
+        points = " ".join(f"{x},{y}" for x, y in placed)
+        kind = "l strong" if line.strong else "l"
+        words = f"<title>{escape(line.words)}</title>"
+        drawn = (
+            f'<polyline class="{kind} s{line.series % SERIES}" points="{points}">{words}</polyline>'
+        )
+        if not line.cut:
+            return drawn
+        x, y = placed[-1]
+        cross = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
+        return f'{drawn}<path class="l strong s{line.series % SERIES}" d="{cross}"/>'
+
+    def _across(self, value: float) -> float:
+        return round(LEFT + self._x.place(value) * (WIDTH - LEFT - RIGHT), 1)
+
+    def _up(self, value: float) -> float:
+        bottom = HEIGHT - BOTTOM
+        return round(bottom - self._y.place(value) * (bottom - self._top), 1)
+
+
+def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "tick") -> str:
+    at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {at}>{escape(words)}</text>'
+
+
+def _shape(x: float, y: float, series: int, kind: str, inside: str = "") -> str:
+    """The mark of a series: circle, square, triangle, diamond, and again."""
+    name = f'class="{kind} s{series % SERIES}"'
+    match series % 4:
+        case 0:
+            return f'<circle {name} cx="{x}" cy="{y}" r="4">{inside}</circle>'
+        case 1:
+            path = f"M{x - 4:.1f} {y - 4:.1f}h8v8h-8z"
+        case 2:
+            path = f"M{x} {y - 5:.1f}l5 9h-10z"
+        case _:
+            path = f"M{x} {y - 5:.1f}l5 5l-5 5l-5 -5z"
+    return f'<path {name} d="{path}">{inside}</path>'
+
+
+def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
+    """Names of series as (series, x, name), row by row; no legend for a single series."""
+    rows: list[list[tuple[int, float, str]]] = []
+    x = math.inf
+    for series, name in enumerate(names if len(names) > 1 else ()):
+        width = 26 + LETTER * len(name)
+        if x + width > WIDTH - RIGHT:
+            rows.append([])
+            x = float(LEFT)
+        rows[-1].append((series, x, name))
+        x += width
+    return rows
+
+
+def _legend(rows: Sequence[Sequence[tuple[int, float, str]]]) -> list[str]:
+    parts = []
+    for place, row in enumerate(rows):
+        y = 13 + LEGEND_ROW * place
+        for series, x, name in row:
+            parts.append(_shape(x, y - 4, series, "f"))
+            parts.append(_text(x + 9, y, name))
+    return parts
+
+
+def _linear_ticks(low: float, high: float, count: int = 5) -> tuple[tuple[float, str], ...]:
+    """Round numbers (1, 2 or 5 times a power of ten) between low and high."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    digits = max(0, -math.floor(math.log10(step)))
+    return tuple((n * step, f"{n * step:,.{digits}f}") for n in range(first, last + 1))
+
+
+def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """Powers of ten between low and high; also twos and fives where they are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
+    values = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    return tuple((value, _short(value)) for value in values if low <= value <= high)
+
+
+def _short(value: float) -> str:
+    """10k and 2M rather than 10000 and 2e+06; small numbers as they are."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            unit = 1e3 if letter == "k" else size
+            return f"{value / unit:g}{letter}"
+    return f"{value:g}"
+
+
+def _svg(title: str, description: str, width: int, height: int, parts: Sequence[str]) -> str:
+    """A picture with words for those who do not see it."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}"><title>{escape(title)}</title>'
+        f"<desc>{escape(description)}</desc>{''.join(parts)}</svg>"
+    )

@@ -1,0 +1,169 @@
+"""What to try next: each step follows from figures of the study, and comes with its command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from sweeper.reporting.evidence import Curve, Evidence
+from sweeper.reporting.ranks import RANK, rank_ladders
+from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.verdict import FULL, judge, label, with_override
+
+LARGE_GAP = 0.25
+"""Share of the improvement over the base by which eval loss may lie above training loss."""
+STILL_FALLING = 0.05
+"""Share of the improvement that the last stretch of a curve may bring if it is to be called flat."""
+FLAT = 0.02
+"""Share of the improvement that counts as having arrived."""
+EARLY = 0.6
+"""Share of the steps before which arriving is early."""
+OFTEN = 0.25
+"""Share of an arm's trials that may run out of memory before it is worth a word."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to try: why, and what to type."""
+
+    reason: str
+    command: str
+
+
+def next_steps(results: Results, evidence: Evidence) -> list[Step]:
+    """What the figures suggest, the most pressing first; none is made up where they suggest nothing."""
+    doubts = [
+        Step(_sentence(doubt.reason), f"python -m sweeper {doubt.command}")
+        for doubt in judge(results).doubts
+    ]
+    arms = [step for arm in results.arms for step in _of_arm(results, arm, evidence.curves)]
+    steps = {step.command: step for step in reversed([*doubts, *_ranks(results), *arms])}
+    return list(reversed(steps.values())) or list(_repeat(results))
+
+
+def _of_arm(
+    results: Results, arm: ArmResult, curves: Mapping[tuple[str, int], Curve]
+) -> Iterator[Step]:
+    yield from _memory(results, arm)
+    best = arm.best
+    if best is None or best.loss is None:
+        return
+    gain = arm.facts.base_loss - best.loss
+    if gain <= 0:
+        return
+    yield from _overfitting(results, arm, best, gain)
+    curve = curves.get((arm.name, best.number), ())
+    if len(curve) > 2:
+        yield from _length(results, arm, curve, gain)
+
+
+def _ranks(results: Results) -> Iterator[Step]:
+    """The largest rank is the best: go on. A smaller one is as good: take it."""
+    arms = {arm.name: arm for arm in results.arms}
+    for ladder in rank_ladders(results):
+        arm, best, enough = arms[ladder.arm], ladder.best, ladder.enough
+        if enough is not None and enough != best:
+            number = _best_at(arm, enough.r).number
+            yield Step(
+                f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} nats) of the "
+                f"best rank, {best.r}, and smaller: use it.",
+                f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {number}",
+            )
+        elif best == ladder.rungs[-1]:
+            values = [rung.r for rung in ladder.rungs[-2:]]
+            more = ", ".join(str(r) for r in (*values, 2 * best.r, 4 * best.r))
+            yield Step(
+                f"{label(arm)}: the best rank, {best.r}, is the largest that was tried "
+                f"({_signed(best.per_doubling)} nats for its last doubling): try larger ones.",
+                _anew(results, arm, "ranks", RANK, f"choice({more})"),
+            )
+
+
+def _overfitting(
+    results: Results, arm: ArmResult, best: TrialResult, gain: float
+) -> Iterator[Step]:
+    """Eval loss far above training loss: dropout, or fewer epochs."""
+    gap = best.metric("best/eval_minus_train_loss")
+    if gap is None or gap <= LARGE_GAP * gain:
+        return
+    reason = (
+        f"{label(arm)}: the best trial's eval loss lies {gap:.4f} nats above its training loss, "
+        f"{gap / gain:.0%} of all it gained"
+    )
+    if arm.method == FULL:
+        epochs = float(arm.value("training.num_train_epochs") or 1.0)
+        command = _anew(results, arm, "shorter", "training.num_train_epochs", f"{epochs / 2:g}")
+        yield Step(f"{reason}: it learns the rows by heart; train for fewer epochs.", command)
+    else:
+        command = _anew(results, arm, "dropout", "adapter.lora_dropout", "choice(0.05, 0.1)")
+        yield Step(f"{reason}: it learns the rows by heart; try dropout, or fewer epochs.", command)
+
+
+def _length(results: Results, arm: ArmResult, curve: Curve, gain: float) -> Iterator[Step]:
+    """Still falling at the end: train longer. Arrived early: train shorter."""
+    last_step, last_loss = curve[-1]
+    lowest = min(loss for _, loss in curve)
+    arrived = next(step for step, loss in curve if loss <= lowest + FLAT * gain)
+    limit = "training.max_steps"
+    if last_loss == lowest and curve[-2][1] - last_loss > STILL_FALLING * gain:
+        yield Step(
+            f"{label(arm)}: the best trial still gained {curve[-2][1] - last_loss:.4f} nats in its "
+            f"last stretch (step {curve[-2][0]} to {last_step}): train longer.",
+            _anew(results, arm, "longer", limit, str(2 * last_step)),
+        )
+    elif arrived <= EARLY * last_step:
+        yield Step(
+            f"{label(arm)}: the best trial was within {FLAT:.0%} of its gain at step {arrived} of "
+            f"{last_step}: shorter trials would leave time for more of them.",
+            _anew(results, arm, "shorter", limit, str(arrived)),
+        )
+
+
+def _memory(results: Results, arm: ArmResult) -> Iterator[Step]:
+    """Many trials ran out of memory."""
+    count = sum(trial.outcome.cause == "oom" for trial in arm.trials)
+    if count and count >= OFTEN * len(arm.trials):
+        yield Step(
+            f"{label(arm)}: {count} of {len(arm.trials)} trials ran out of memory: recompute "
+            "activations instead of keeping them.",
+            _anew(results, arm, "memory", "training.activation_checkpointing", "true"),
+        )
+
+
+def _repeat(results: Results) -> Iterator[Step]:
+    """Nothing else: how much of the best figure is luck?"""
+    arm = next((arm for arm in results.arms if arm.best is not None), None)
+    if arm is not None and results.seeds(arm.name) == 1:
+        yield Step(
+            f"The figures suggest no other search. {label(arm)} was trained with one seed: train the "
+            "best configuration with another to see how much of the difference is chance.",
+            f"python -m sweeper best {results.study_name} --yaml > conf/experiment/best.yaml && "
+            "python -m sweeper +experiment=best seed=1",
+        )
+
+
+def _anew(results: Results, arm: ArmResult, suffix: str, key: str, words: str) -> str:
+    """The study's command under a new name, with a key searched otherwise.
+
+    A schedule is every arm's, or the arms would no longer be compared fairly.
+    """
+    name = f"{results.study_name}_{suffix}"
+    command = with_override(results.command, "hydra.sweeper.study_name", name)
+    if arm.name == "lora" or key.startswith("training."):
+        command = with_override(command, key, words)
+    else:
+        where = f"hydra.sweeper.arms.{arm.name}.params"
+        command = with_override(command, where, f'{{{key}: "{words}"}}')
+    return f"python -m sweeper {command}"
+
+
+def _best_at(arm: ArmResult, rank: int) -> TrialResult:
+    return next(trial for trial in arm.trials if trial.complete and trial.point.get(RANK) == rank)
+
+
+def _signed(gain: float | None) -> str:
+    return "–" if gain is None else f"{-gain:+.4f}"
+
+
+def _sentence(reason: str) -> str:
+    return f"{reason[:1].upper()}{reason[1:]}."

@@ -1,0 +1,256 @@
+"""The report as one HTML file: offline, for phone, desktop and paper, light and dark.
+
+Puts together what others computed (verdict, tables, figures, ledger, next steps); computes nothing.
+Every text is escaped by the template; only pictures and the rendered data card pass as HTML.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import optuna
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from sweeper.folders import StudyFolder, write_atomic
+from sweeper.reporting.evidence import Evidence, gather
+from sweeper.reporting.figures import Figure, figures
+from sweeper.reporting.ledger import cost_sheet, failure_sheet
+from sweeper.reporting.next_steps import Step, next_steps
+from sweeper.reporting.ranks import rank_ladders, rank_sheet
+from sweeper.reporting.results import ArmResult, Results
+from sweeper.reporting.sheet import DASH, Sheet, duration
+from sweeper.reporting.tables import (
+    comparison,
+    conditions,
+    describe_data,
+    leaderboard,
+    pareto_front,
+)
+from sweeper.reporting.verdict import Verdict, judge, label
+
+ASSETS = Path(__file__).parent / "assets"
+MOST_ROWS = 1000
+"""Of a leaderboard, so that a page stays below 2 MB; the rest is in results.json."""
+CARD_CHARS = 100_000
+ANSWER_CHARS = 2_000
+"""Of a model's answer; a model that does not stop fills pages."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One study on the page."""
+
+    results: Results
+    folder: StudyFolder
+    evidence: Evidence
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """See reporting.verdict."""
+        return judge(self.results)
+
+    @cached_property
+    def tiles(self) -> list[tuple[str, str]]:
+        """The headline's figures, each with its words."""
+        return list(_tiles(self.verdict))
+
+    @cached_property
+    def sheets(self) -> list[Sheet]:
+        """The arms side by side, and under which conditions."""
+        return [comparison(self.results), conditions(self.results)]
+
+    @cached_property
+    def figures(self) -> list[Figure]:
+        """See reporting.figures."""
+        return figures(self.results, self.evidence)
+
+    @cached_property
+    def details(self) -> list[Sheet]:
+        """The gain of each rank, and the Pareto fronts that the study itself searched for."""
+        ladders = [rank_sheet(ladder) for ladder in rank_ladders(self.results)]
+        return [*ladders, *(pareto_front(arm) for arm in self.results.arms if arm.front)]
+
+    @cached_property
+    def boards(self) -> list[Board]:
+        """A leaderboard for each arm."""
+        return [_board(arm, self.folder) for arm in self.results.arms]
+
+    @cached_property
+    def costs(self) -> Sheet:
+        """See reporting.ledger."""
+        return cost_sheet(self.results)
+
+    @cached_property
+    def failures(self) -> Sheet | None:
+        """See reporting.ledger."""
+        return failure_sheet(self.results)
+
+    @cached_property
+    def audits(self) -> list[str]:
+        """How often the pruner was wrong, where that was measured."""
+        return [f"{arm.name}: {arm.audit}" for arm in self.results.arms if arm.audit is not None]
+
+    @cached_property
+    def data(self) -> str:
+        """Where the data came from."""
+        return describe_data(self.results.arms[0].facts)
+
+    @cached_property
+    def card(self) -> Markup | None:
+        """The data card as HTML."""
+        card = self.evidence.data_card
+        return None if card is None else Markup(_render(card[:CARD_CHARS]))
+
+    @cached_property
+    def answers(self) -> Sheet | None:
+        """The qualitative prompts, and what the base and each arm's best trial answered."""
+        return _answers(self.results, self.evidence)
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """See reporting.next_steps."""
+        return next_steps(self.results, self.evidence)
+
+
+@dataclass(frozen=True)
+class Board:
+    """A leaderboard with the command that trains each row again."""
+
+    sheet: Sheet
+    seconds: tuple[float | None, ...]
+    """What the column `time` is sorted by."""
+    left_out: int
+
+
+def page(studies: Sequence[Study]) -> str:
+    """The page of one study, or of several one after the other."""
+    names = [study.results.study_name for study in studies]
+    return _template().render(
+        title=", ".join(names),
+        studies=studies,
+        overview=_overview(studies) if len(studies) > 1 else None,
+        css=Markup((ASSETS / "page.css").read_text(encoding="utf-8")),
+        script=Markup((ASSETS / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def write_page(
+    results: Results, folder: StudyFolder, storage: optuna.storages.BaseStorage | None = None
+) -> Path:
+    """Write report.html into a study's folder.
+
+    Args:
+        results: the study.
+        folder: where its trials lie.
+        storage: Optuna's; without one the database in the folder is read, if it is there.
+    """
+    study = Study(results, folder, gather(results, folder, storage))
+    write_atomic(folder.page, page([study]))
+    return folder.page
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja")
+
+
+def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
+    """Of the first duel, or of the only arm."""
+    for duel in verdict.duels[:1]:
+        side, reference = duel.side, duel.reference
+        if duel.retained is not None:
+            yield f"{duel.retained.value:.1f} %", f"of {reference.label}'s improvement retained"
+        if side.trainable and reference.trainable:
+            share = 100 * side.trainable / reference.trainable
+            yield f"{share:.3g} %", "of the parameters trained"
+        if side.seconds_per_trial and reference.seconds_per_trial:
+            ratio = side.seconds_per_trial / reference.seconds_per_trial
+            yield f"{ratio:.2g}×", "the time a trial"
+        if side.artifact_mib and reference.artifact_mib:
+            yield f"{side.artifact_mib / reference.artifact_mib:.2g}×", "the disk space"
+    if not verdict.duels:
+        for side in verdict.sides[:1]:
+            yield f"{side.loss:.4f}", f"best eval loss of {side.label}"
+            yield f"{side.base_loss:.4f}", "eval loss of the untuned base"
+
+
+def _board(arm: ArmResult, folder: StudyFolder) -> Board:
+    sheet = leaderboard(arm, MOST_ROWS)
+    trials = arm.trials[:MOST_ROWS]
+    rows = [
+        (*row, _again(folder.trial(arm.name, trial.number).path))
+        for row, trial in zip(sheet.rows, trials, strict=True)
+    ]
+    left = sheet.left | {"train it again"}
+    return Board(
+        Sheet(sheet.title, (*sheet.columns, "train it again"), tuple(rows), left),
+        tuple(trial.metric("cost/seconds") for trial in trials),
+        len(arm.trials) - len(trials),
+    )
+
+
+def _again(folder: Path) -> str:
+    return f"sweeper trial {shlex.quote(folder.as_posix())} --into again"
+
+
+def _answers(results: Results, evidence: Evidence) -> Sheet | None:
+    """One row a prompt; the untuned answer is the first arm's that was asked."""
+    asked = {label(arm): evidence.samples.get(arm.name, ()) for arm in results.arms}
+    names = [name for name, samples in asked.items() if samples]
+    if not names:
+        return None
+    answers = {(name, s.prompt): s for name in names for s in asked[name]}
+    rows = []
+    for prompt in dict.fromkeys(prompt for _, prompt in answers):
+        found = [answers.get((name, prompt)) for name in names]
+        base = next(sample.base for sample in found if sample is not None)
+        tuned = [DASH if sample is None else sample.tuned for sample in found]
+        rows.append((prompt, *(_cut(text) for text in (base, *tuned))))
+    columns = ("prompt", "untuned", *names)
+    return Sheet("The same prompts, side by side", columns, tuple(rows), frozenset(columns))
+
+
+def _cut(text: str) -> str:
+    return text[:ANSWER_CHARS] + "…" * (len(text) > ANSWER_CHARS)
+
+
+def _overview(studies: Sequence[Study]) -> Sheet:
+    """One row a study and arm."""
+    rows = [
+        (
+            *(study.results.study_name, label(arm), str(arm.tried)),
+            f"{arm.facts.base_loss:.4f}",
+            DASH if arm.best is None else f"{arm.best.loss:.4f}",
+            duration(arm.seconds),
+        )
+        for study in studies
+        for arm in study.results.arms
+    ]
+    columns = ("study", "method", "trials", "untuned", "best eval loss", "device time")
+    return Sheet("All studies", columns, tuple(rows), frozenset({"study", "method"}))
+
+
+def _render(markdown: str) -> str:
+    """Markdown as HTML: without raw HTML, links and pictures, its headings below the page's own."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
+    tokens = parser.parse(markdown)
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
+        elif token.type == "th_open":
+            token.attrSet("scope", "col")
+    return str(parser.renderer.render(tokens, parser.options, {}))

@@ -1,0 +1,184 @@
+"""Using the winner: its experiment file, and the lines that load, serve and publish it.
+
+Reads a trial's folder; loads no model.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from sweeper import stand_ins
+from sweeper.compose import read_yaml, to_yaml
+from sweeper.errors import StudyError
+from sweeper.folders import StudyFolder, TrialFolder
+from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.verdict import label
+from sweeper.search.board import short_names
+from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, validate
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
+
+
+@dataclass(frozen=True)
+class Winner:
+    """A trial that somebody wants to use."""
+
+    study_name: str
+    arm: ArmResult
+    trial: TrialResult
+    folder: TrialFolder
+
+    @cached_property
+    def settings(self) -> TrialSettings:
+        """What it was trained with.
+
+        Raises:
+            StudyError: its folder is gone.
+            ConfigError: it was written by a version with other settings.
+        """
+        path = self.folder.config
+        if not path.exists():
+            raise StudyError(f"{path}: no such file; the trial's folder was removed or moved")
+        return validate(TrialSettings, read_yaml(path))
+
+    @property
+    def artifact(self) -> Path:
+        """Its adapter, or its weights.
+
+        Raises:
+            StudyError: it has none.
+        """
+        if self.folder.artifact is None:
+            raise StudyError(f"{self.folder.path} holds neither adapter/ nor model/")
+        return self.folder.artifact
+
+    @property
+    def words(self) -> str:
+        """Which trial it is, and how good."""
+        point = ", ".join(
+            f"{name}={value}" for name, value in short_names(self.trial.point).items()
+        )
+        loss = "" if self.trial.loss is None else f", eval loss {self.trial.loss:.4f}"
+        return f"{label(self.arm)} of {self.study_name}: trial {self.trial.number}{loss} ({point})"
+
+
+def find_winner(
+    results: Results, folder: StudyFolder, arm: str | None = None, number: int | None = None
+) -> Winner:
+    """The best trial of an arm, or the trial of a number.
+
+    Args:
+        results: the study.
+        folder: the study's.
+        arm: its name; the first one without.
+        number: of the trial; the best one without.
+
+    Raises:
+        StudyError: there is no such arm or trial; lists those that exist.
+    """
+    arms = {found.name: found for found in results.arms}
+    name = arm or results.arms[0].name
+    if name not in arms:
+        raise StudyError(f"--arm {name}: no such arm; arms: {', '.join(arms)}")
+    found = arms[name]
+    if number is None:
+        trial = found.best
+        reason = f"arm {name} has no finished trial; see `sweeper report {results.study_name}`"
+    else:
+        trial = next((trial for trial in found.trials if trial.number == number), None)
+        numbers = ", ".join(str(n) for n in sorted(trial.number for trial in found.trials))
+        reason = f"--trial {number}: no such trial in arm {name}; trials: {numbers}"
+    if trial is None:
+        raise StudyError(reason)
+    return Winner(results.study_name, found, trial, folder.trial(name, trial.number))
+
+
+def experiment_yaml(winner: Winner) -> str:
+    """The trial's whole configuration as conf/experiment/best.yaml."""
+    head = (
+        "# @package _global_\n"
+        f"# {winner.words}.\n"
+        "# Saved as conf/experiment/best.yaml it is trained again by\n"
+        "#   python -m sweeper +experiment=best\n"
+    )
+    return head + to_yaml(winner.settings.model_dump(mode="json"))
+
+
+def usage(winner: Winner) -> str:
+    """How to load, ask, serve, merge and publish it, as text for a terminal."""
+    path = winner.artifact.as_posix()
+    parts = [winner.words, f"in {path}", _loading(winner, path)]
+    name = winner.study_name
+    which = f"{name} --arm {winner.arm.name} --trial {winner.trial.number}"
+    if isinstance(winner.settings.adapter, LoraAdapter):
+        parts += [
+            f"Ask        python -m sweeper generate {shlex.quote(path)} --prompt 'Your prompt'",
+            f"Serve      {_serving(winner, path)}",
+            f"Merge      python -m sweeper best {which} --merge merged",
+        ]
+    else:
+        parts.append(f"Serve      vllm serve {shlex.quote(path)}")
+    return "\n\n".join(
+        [
+            *parts,
+            f"Publish    hf upload YOUR_NAME/{name} {shlex.quote(path)}",
+            f"Again      python -m sweeper best {which} --yaml > conf/experiment/best.yaml\n"
+            "           python -m sweeper +experiment=best",
+        ]
+    )
+
+
+def base_name(settings: TrialSettings) -> str:
+    """What other programs load the base by: a hub id or a folder."""
+    name = settings.model.base_model
+    if name != EMBEDDED and not name.startswith(stand_ins.PREFIX):
+        return name
+    from sweeper.modeling.source import find_source
+
+    return find_source(settings.model).folder.as_posix()
+
+
+def _loading(winner: Winner, path: str) -> str:
+    """Plain transformers and PEFT: nothing of this program is needed."""
+    if not isinstance(winner.settings.adapter, LoraAdapter):
+        return (
+            "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"    model = AutoModelForCausalLM.from_pretrained({path!r})\n"
+            f"    tokenizer = AutoTokenizer.from_pretrained({path!r})"
+        )
+    revision = winner.settings.model.revision
+    pinned = "" if revision is None else f", revision={revision!r}"
+    return (
+        "    from peft import PeftModel\n"
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"    base = AutoModelForCausalLM.from_pretrained({base_name(winner.settings)!r}{pinned})\n"
+        f"    model = PeftModel.from_pretrained(base, {path!r})\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({path!r})"
+    )
+
+
+def _serving(winner: Winner, path: str) -> str:
+    """vLLM's line, or why vLLM has to be given the merged model."""
+    adapter = winner.settings.adapter
+    assert isinstance(adapter, LoraAdapter)
+    largest = max(adapter.r, *adapter.rank_pattern.values(), 0)
+    rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    reasons = {
+        "DoRA": adapter.use_dora,
+        "trained biases": adapter.bias != "none",
+        "modules_to_save": bool(adapter.modules_to_save),
+        f"ranks above {VLLM_RANKS[-1]}": rank is None,
+    }
+    refused = [reason for reason, holds in reasons.items() if holds]
+    if refused:
+        return (
+            f"vllm serve merged    (after Merge below: vLLM serves no {' and no '.join(refused)})"
+        )
+    return (
+        f"vllm serve {shlex.quote(base_name(winner.settings))} --enable-lora "
+        f"--max-lora-rank {rank} --lora-modules {winner.study_name}={shlex.quote(path)}"
+    )

@@ -1,0 +1,160 @@
+"""README.md of an artifact: a model card in the hub's format, filled with what is known of it.
+
+Knows settings and figures; neither the study nor who will publish it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+import sweeper
+from sweeper import stand_ins
+from sweeper.data.sources import describe_sources
+from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, sources
+from sweeper.training.log import describe_method
+
+README = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+METRICS = {
+    "eval/loss": ("loss", "Loss, nats per target token"),
+    "eval/perplexity": ("perplexity", "Perplexity per target token"),
+    "eval/rougeL": ("rouge", "ROUGE-L"),
+}
+"""Figure -> the hub's metric and its name on the card."""
+LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def model_card(settings: TrialSettings, figures: Mapping[str, float], base_folder: Path) -> str:
+    """The card as text.
+
+    Args:
+        settings: what was trained.
+        figures: of the kept checkpoint: eval/…, parameters/…, data/….
+        base_folder: where the base's files lie; its own card says under which licence it stands.
+    """
+    licence = base_licence(base_folder)
+    fields: dict[str, Any] = licence or {"license": "unknown"}
+    data = ModelCardData(**_metadata(settings, figures), **fields)
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(settings, figures, licence)}"
+
+
+def base_licence(base_folder: Path) -> dict[str, str]:
+    """The licence fields of the base's own card; empty where it has none."""
+    card = base_folder / README
+    if not card.is_file():
+        return {}
+    data = ModelCard.load(card, ignore_metadata_errors=True).data
+    return {key: str(value) for key in LICENCE_KEYS if (value := data.get(key))}
+
+
+def hub_id(name: str) -> str | None:
+    """A name if it is one of the hub, rather than a file, a folder or a word of this program."""
+    own = name == EMBEDDED or name.startswith(stand_ins.PREFIX)
+    return None if own or not HUB_ID.fullmatch(name) or Path(name).exists() else name
+
+
+def _metadata(settings: TrialSettings, figures: Mapping[str, float]) -> dict[str, Any]:
+    adapter = isinstance(settings.adapter, LoraAdapter)
+    base = hub_id(settings.model.base_model)
+    paths = [source.path for source in sources(settings.data.train)]
+    datasets = [found for path in paths if "/" in path and (found := hub_id(path))]
+    kind = ["qlora", "lora"] if settings.quantization.load_in_4bit else ["lora"]
+    return {
+        "base_model": base,
+        "base_model_relation": ("adapter" if adapter else "finetune") if base else None,
+        "datasets": datasets or None,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*(kind if adapter else ()), "sweeper"],
+        "model_name": f"{describe_method(settings)} of {settings.model.base_model}",
+        "eval_results": [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=datasets[0] if datasets else "custom",
+                dataset_name=f"{describe_sources(settings.data)}, validation split",
+                metric_type=metric,
+                metric_name=words,
+                metric_value=round(figures[name], 6),
+            )
+            for name, (metric, words) in METRICS.items()
+            if name in figures
+        ]
+        or None,
+    }
+
+
+def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object) -> str:
+    base, training = settings.model.base_model, settings.training
+    revision = f" (revision {settings.model.revision})" if settings.model.revision else ""
+    rows = figures.get("data/train_rows")
+    counted = "" if rows is None else f", {rows:,.0f} rows after cleaning"
+    metrics = {words: figures[name] for name, (_, words) in METRICS.items() if name in figures}
+    trained = {
+        "Method": describe_method(settings),
+        "Trained parameters": _count(figures),
+        "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
+        "Effective batch": f"{training.effective_batch_size}",
+        "Optimiser": training.optim,
+        "Seed": f"{settings.seed}",
+    }
+    terms = (
+        "The licence fields above are the base model's own"
+        if licence
+        else "The base model's files name no licence: set `license` above before you publish this"
+    )
+    return (
+        "\n\n".join(
+            [
+                f"# {describe_method(settings)}",
+                f"Trained on `{base}`{revision} by sweeper {sweeper.__version__}.",
+                "## Figures",
+                "Of the stored checkpoint, on the validation split that chose it.",
+                _table({words: f"{value:.4f}" for words, value in metrics.items()}),
+                "## Training",
+                _table({words: value for words, value in trained.items() if value}),
+                "## Data",
+                f"{describe_sources(settings.data)}{counted}.",
+                "## Use",
+                _use(settings),
+                "## Licence",
+                f"{terms}. What the training data allows is for you to check.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def _count(figures: Mapping[str, float]) -> str:
+    if "parameters/trainable" not in figures:
+        return ""
+    share = figures["parameters/trainable_percent"]
+    return f"{figures['parameters/trainable']:,.0f} ({share:.4g} % of all)"
+
+
+def _use(settings: TrialSettings) -> str:
+    base = settings.model.base_model
+    if not isinstance(settings.adapter, LoraAdapter):
+        lines = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+        ]
+    else:
+        lines = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({base!r})",
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
+        ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
