@@ -22,6 +22,7 @@ from sweeper.reporting.ranks import Ladder, rank_ladders
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.verdict import RATE, label
 from sweeper.search.board import format_scalar, short_names
+from sweeper.settings import Objective, metric_words
 
 TARGETS = "adapter.target_modules"
 TRAINABLE = "parameters/trainable"
@@ -64,10 +65,10 @@ def rate_figure(results: Results) -> Figure:
     """Learning rate against loss, by arm."""
     title = "Learning rate against loss"
     measured = [
-        (place, trial, rate, trial.loss)
+        (place, trial, rate, trial.value)
         for place, arm in enumerate(results.arms)
         for trial in arm.trials[:MOST_MARKS]
-        if trial.loss is not None and isinstance(rate := trial.point.get(RATE), int | float)
+        if trial.value is not None and isinstance(rate := trial.point.get(RATE), int | float)
     ]
     if len({rate for _, _, rate, _ in measured}) < 2:
         return Figure(title, None, "No two trials were measured at different learning rates.")
@@ -77,7 +78,7 @@ def rate_figure(results: Results) -> Figure:
     ]
     axes = (
         number_axis("learning rate (log)", [dot.x for dot in dots], log=True),
-        number_axis("best eval loss", [dot.y for dot in dots]),
+        number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
     words = "One mark a trial; hollow marks were stopped early by the pruner."
     return Figure(title, plot(title, words, axes, dots, legend=_names(results)), words)
@@ -95,7 +96,7 @@ def curve_figure(results: Results, evidence: Evidence) -> Figure:
     ]
     if not trials:
         return Figure(title, None, "No trial's metrics.jsonl with an evaluation was found.")
-    trials.sort(key=lambda found: (found[1].loss is None, found[1].loss or 0.0))
+    trials.sort(key=lambda found: found[1].value is None)  # of each arm the best come first
     lines = [
         Line(
             evidence.curves[trial.arm, trial.number],
@@ -120,13 +121,13 @@ def curve_figure(results: Results, evidence: Evidence) -> Figure:
 def rank_figure(ladder: Ladder) -> Figure:
     """What each rank brings: the best loss at each."""
     title = f"{ladder.arm}: loss by rank"
-    points = [(float(rung.r), rung.loss) for rung in ladder.rungs]
+    points = [(float(rung.r), rung.value) for rung in ladder.rungs]
     axes = (
         step_axis("rank r (log)", [r for r, _ in points], log=True),
-        number_axis("best eval loss", [loss for _, loss in points]),
+        number_axis(f"best {_metric(ladder.objective)}", [loss for _, loss in points]),
     )
     dots = [
-        Dot(r, loss, f"r={r:g}: eval loss {loss:.4f} (best of {rung.trials})")
+        Dot(r, loss, f"r={r:g}: {loss:.4f} (best of {rung.trials})")
         for (r, loss), rung in zip(points, ladder.rungs, strict=True)
     ]
     lines = [Line(tuple(points), "best loss by rank", strong=True)]
@@ -137,10 +138,10 @@ def target_figure(results: Results) -> Figure:
     """Loss by which modules got an adapter."""
     title = "Target modules"
     measured = [
-        (place, trial, str(trial.point[TARGETS]), trial.loss)
+        (place, trial, str(trial.point[TARGETS]), trial.value)
         for place, arm in enumerate(results.arms)
         for trial in arm.trials[:MOST_MARKS]
-        if trial.complete and trial.loss is not None and TARGETS in trial.point
+        if trial.complete and trial.value is not None and TARGETS in trial.point
     ]
     groups = list(dict.fromkeys(group for _, _, group, _ in measured))
     if len(groups) < 2:
@@ -153,7 +154,7 @@ def target_figure(results: Results) -> Figure:
     ]
     axes = (
         word_axis("target modules, the best first", groups),
-        number_axis("best eval loss", [dot.y for dot in dots]),
+        number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
     found = ", ".join(f"{name} {lowest[name]:.4f}" for name in groups)
     words = f"Lowest loss by choice, over all other settings: {found}. One mark a finished trial."
@@ -164,10 +165,10 @@ def pareto_figure(results: Results) -> Figure:
     """Loss against trainable parameters, and the trials that no other beats in both."""
     title = "Loss against trainable parameters"
     measured = [
-        (place, trial, size, trial.loss)
+        (place, trial, size, trial.value)
         for place, arm in enumerate(results.arms)
         for trial in arm.trials[:MOST_MARKS]
-        if trial.complete and trial.loss is not None and (size := trial.metric(TRAINABLE))
+        if trial.complete and trial.value is not None and (size := trial.metric(TRAINABLE))
     ]
     if len({size for _, _, size, _ in measured}) < 2:
         return Figure(title, None, "No two finished trials differ in their trainable parameters.")
@@ -175,7 +176,7 @@ def pareto_figure(results: Results) -> Figure:
     front = pareto([(dot.x, dot.y) for dot in dots])
     axes = (
         number_axis("trainable parameters (log)", [dot.x for dot in dots], log=True),
-        number_axis("best eval loss", [dot.y for dot in dots]),
+        number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
     words = "The line joins the finished trials that no other beats in both: the Pareto front."
     lines = [Line(tuple(front), "Pareto front", SERIES - 1, strong=True)]
@@ -212,13 +213,15 @@ def parallel_figure(arm: ArmResult) -> Figure:
     """Every trial as a line across its settings to its loss."""
     title = f"{arm.name}: all settings at once"
     keys = _varied(arm)
-    measured = [t for t in arm.trials if t.loss is not None and set(keys) <= set(t.point)]
+    measured = [t for t in arm.trials if t.value is not None and set(keys) <= set(t.point)]
     trials = measured[:MOST_LINES]
     if len(trials) < 2:
         return Figure(title, None, "Fewer than two trials were measured at every searched setting.")
     axes = [_axis(key, trials) for key in keys]
     axes.append(
-        number_axis("eval loss", [trial.loss for trial in trials if trial.loss is not None])
+        number_axis(
+            _metric(arm.objective), [trial.value for trial in trials if trial.value is not None]
+        )
     )
     places = [{word: place for place, word in axis.ticks} for axis in axes]
     count = min(MOST_BEST, max(1, round(BEST_SHARE * len(trials))))
@@ -228,7 +231,7 @@ def parallel_figure(arm: ArmResult) -> Figure:
             (index, _on_axis(trial.point[key], places[index], _is_number(key, trials)))
             for index, key in enumerate(keys)
         ]
-        points.append((len(keys), trial.loss or 0.0))
+        points.append((len(keys), trial.value or 0.0))
         lines.append(Line(tuple(points), _words(trial), 0, strong=rank < count))
     best = "the best trial" if count == 1 else f"the best {count} trials"
     words = f"One line a trial, from its settings to its loss; thick: {best}."
@@ -274,8 +277,12 @@ def _names(results: Results) -> list[str]:
     return [label(arm) for arm in results.arms]
 
 
+def _metric(objective: Objective) -> str:
+    return metric_words(objective.metric)
+
+
 def _words(trial: TrialResult) -> str:
     """The tooltip of a trial's mark."""
     values = ", ".join(f"{name}={value}" for name, value in short_names(trial.point).items())
-    loss = "" if trial.loss is None else f" eval loss {trial.loss:.4f},"
+    loss = "" if trial.value is None else f" {trial.value:.4f},"
     return f"{trial.arm} {trial.number}:{loss} {trial.outcome.cause}; {values}"

@@ -45,7 +45,7 @@ def as_csv(results: Sequence[Results], _: Path) -> str:
             "arm": arm.name,
             "trial": trial.number,
             "cause": trial.outcome.cause,
-            "value": trial.loss,
+            "value": trial.value,
             "best_step": trial.outcome.best_step,
             "steps": trial.outcome.steps,
             **trial.point,

@@ -46,9 +46,9 @@ def _of_arm(
 ) -> Iterator[Step]:
     yield from _memory(results, arm)
     best = arm.best
-    if best is None or best.loss is None:
+    if best is None or best.value is None:
         return
-    gain = arm.facts.base_loss - best.loss
+    gain = arm.objective.gain(best.value, over=arm.base_value)
     if gain <= 0:
         return
     yield from _overfitting(results, arm, best, gain)
@@ -65,8 +65,8 @@ def _ranks(results: Results) -> Iterator[Step]:
         if enough is not None and enough != best:
             number = _best_at(arm, enough.r).number
             yield Step(
-                f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} nats) of the "
-                f"best rank, {best.r}, and smaller: use it.",
+                f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} {ladder.unit}) "
+                f"of the best rank, {best.r}, and smaller: use it.",
                 f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {number}",
             )
         elif best == ladder.rungs[-1]:
@@ -74,7 +74,7 @@ def _ranks(results: Results) -> Iterator[Step]:
             more = ", ".join(str(r) for r in (*values, 2 * best.r, 4 * best.r))
             yield Step(
                 f"{label(arm)}: the best rank, {best.r}, is the largest that was tried "
-                f"({_signed(best.per_doubling)} nats for its last doubling): try larger ones.",
+                f"({_signed(best.per_doubling)} {ladder.unit} for its last doubling): try larger ones.",
                 _anew(results, arm, "ranks", RANK, f"choice({more})"),
             )
 
@@ -91,7 +91,7 @@ def _overfitting(
         f"{gap / gain:.0%} of all it gained"
     )
     if arm.method == FULL:
-        epochs = float(arm.value("training.num_train_epochs") or 1.0)
+        epochs = float(arm.setting("training.num_train_epochs") or 1.0)
         command = _anew(results, arm, "shorter", "training.num_train_epochs", f"{epochs / 2:g}")
         yield Step(f"{reason}: it learns the rows by heart; train for fewer epochs.", command)
     else:

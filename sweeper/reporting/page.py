@@ -33,6 +33,7 @@ from sweeper.reporting.tables import (
     pareto_front,
 )
 from sweeper.reporting.verdict import Verdict, judge, label
+from sweeper.settings import metric_words
 
 ASSETS = Path(__file__).parent / "assets"
 MOST_ROWS = 1000
@@ -182,9 +183,10 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
         if side.artifact_mib and reference.artifact_mib:
             yield f"{side.artifact_mib / reference.artifact_mib:.2g}×", "the disk space"
     if not verdict.duels:
+        metric = metric_words(verdict.objective.metric)
         for side in verdict.sides[:1]:
-            yield f"{side.loss:.4f}", f"best eval loss of {side.label}"
-            yield f"{side.base_loss:.4f}", "eval loss of the untuned base"
+            yield f"{side.value:.4f}", f"best {metric} of {side.label}"
+            yield f"{side.base_value:.4f}", f"{metric} of the untuned base"
 
 
 def _board(arm: ArmResult, folder: StudyFolder) -> Board:
@@ -232,14 +234,14 @@ def _overview(studies: Sequence[Study]) -> Sheet:
     rows = [
         (
             *(study.results.study_name, label(arm), str(arm.tried)),
-            f"{arm.facts.base_loss:.4f}",
-            DASH if arm.best is None else f"{arm.best.loss:.4f}",
+            f"{arm.base_value:.4f}",
+            DASH if arm.best is None else f"{arm.best.value:.4f}",
             duration(arm.seconds),
         )
         for study in studies
         for arm in study.results.arms
     ]
-    columns = ("study", "method", "trials", "untuned", "best eval loss", "device time")
+    columns = ("study", "method", "trials", "untuned", "best value", "device time")
     return Sheet("All studies", columns, tuple(rows), frozenset({"study", "method"}))
 
 

@@ -17,7 +17,7 @@ from sweeper.folders import StudyFolder, TrialFolder
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.verdict import label
 from sweeper.search.board import short_names
-from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, validate
+from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
@@ -62,7 +62,11 @@ class Winner:
         point = ", ".join(
             f"{name}={value}" for name, value in short_names(self.trial.point).items()
         )
-        loss = "" if self.trial.loss is None else f", eval loss {self.trial.loss:.4f}"
+        loss = (
+            ""
+            if self.trial.value is None
+            else f", {metric_words(self.arm.objective.metric)} {self.trial.value:.4f}"
+        )
         return f"{label(self.arm)} of {self.study_name}: trial {self.trial.number}{loss} ({point})"
 
 

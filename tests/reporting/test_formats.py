@@ -21,7 +21,7 @@ def test_json_is_a_list_of_results() -> None:
     """Each study's document reads back as the same results, with its verdict beside them."""
     documents = json.loads(WRITERS["json"](BOTH, Path("outputs")))
     assert [document["study_name"] for document in documents] == ["mine", "other"]
-    assert documents[0]["verdict"]["duels"][0]["losses"] == [4.05, 4.0]
+    assert documents[0]["verdict"]["duels"][0]["values"] == [4.05, 4.0]
     assert to_document(from_document(documents[0])) == to_document(BOTH[0])
 
 
