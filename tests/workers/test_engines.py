@@ -41,6 +41,8 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             step_seconds=step_seconds,
             steps=steps,
             plan={int(key[1:]): value for key, value in plan.items()},
+            finalists={},
+            free_mib=None,
         )
         workers = Workers(engine=request.param, trainer="fake", fake=fake)
         engines.append(open_engine(workers, 1, lambda worker: tmp_path / f"{worker}.log"))
@@ -143,7 +145,13 @@ def test_after_oom_the_worker_offers_a_slot_again(open_one: Open, tmp_path: Path
 
 
 def _local(tmp_path: Path, **plan: str) -> LocalEngine:
-    fake = FakeTrainer(step_seconds=0.01, steps=1000, plan={0: plan.get("n0", "finish")})
+    fake = FakeTrainer(
+        step_seconds=0.01,
+        steps=1000,
+        plan={0: plan.get("n0", "finish")},
+        finalists={},
+        free_mib=None,
+    )
     workers = Workers(engine="local", trainer="fake", fake=fake)
     return LocalEngine(workers, 1, lambda worker: tmp_path / f"{worker}.log")
 
