@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sweeper.outcome import Misfit
 from sweeper.reporting.intervals import Estimate
 from sweeper.reporting.results import ArmResult, Range, Results
 from sweeper.search.board import short_names
@@ -34,6 +35,9 @@ class Side:
     loss: float
     """Of its best trial, on the validation split that chose it."""
     base_loss: float
+    test_loss: float | None
+    """Mean over the seeds on the test split, if it was judged there."""
+    untuned_test_loss: float | None
     seeds: int
     trials: int
     trainable: float | None
@@ -86,6 +90,10 @@ class Verdict:
     failed: tuple[tuple[str, str], ...]
     """Label of each arm without a finished trial, and how its trials ended."""
     doubts: tuple[Doubt, ...]
+    untested: str | None = None
+    """Why the arms are not compared on the test split."""
+    misfits: tuple[tuple[str, Misfit], ...] = ()
+    """Arms that were not run because their trainings are larger than the device."""
 
     @property
     def provisional(self) -> bool:
@@ -112,6 +120,7 @@ class Verdict:
         return {
             "provisional": self.provisional,
             **asdict(self, dict_factory=plain),
+            "misfits": {name: misfit.model_dump() for name, misfit in self.misfits},
             "words": self.words,
         }
 
@@ -131,7 +140,14 @@ def judge(results: Results) -> Verdict:
     ]
     failed = [(label(arm), _endings(arm)) for arm in results.arms if arm.best is None]
     doubts = [*_edges(results), *_budgets(results)] if sides else []
-    return Verdict(tuple(sides.values()), tuple(duels), tuple(failed), tuple(doubts))
+    return Verdict(
+        tuple(sides.values()),
+        tuple(duels),
+        tuple(failed),
+        tuple(doubts),
+        results.untested,
+        tuple(results.misfits.items()),
+    )
 
 
 def label(arm: ArmResult) -> str:
@@ -162,6 +178,8 @@ def _side(results: Results, arm: ArmResult) -> Side:
         point=", ".join(f"{name}={value}" for name, value in short_names(best.point).items()),
         loss=best.loss,
         base_loss=arm.facts.base_loss,
+        test_loss=None if arm.final is None else arm.final.test_loss,
+        untuned_test_loss=None if arm.final is None else arm.final.untuned_test_loss,
         seeds=results.seeds(arm.name),
         trials=arm.tried,
         trainable=best.metric("parameters/trainable"),
@@ -298,14 +316,25 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield "There is no other arm with a finished trial to compare it with."
     for name, endings in verdict.failed:
         yield f"{_capital(name)} has no finished trial ({endings})."
+    for arm, misfit in verdict.misfits:
+        yield f"Arm {arm} did not fit and was not run: {misfit}."
     yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
+    if verdict.sides and verdict.untested is not None:
+        yield f"Not judged on the test split: {verdict.untested}."
 
 
 def _alone(side: Side) -> str:
     gain = side.base_loss - side.loss
     if gain <= 0:
         return f"The best {side.label} ({side.point}) is no better than the untuned base."
-    return f"The best {side.label} ({side.point}) lowers the eval loss by {gain:.3f} nats."
+    lowered = f"The best {side.label} ({side.point}) lowers the eval loss by {gain:.3f} nats"
+    if side.test_loss is None or side.untuned_test_loss is None:
+        return f"{lowered}."
+    seeds = f"mean of {side.seeds} seeds" if side.seeds > 1 else "one seed"
+    return (
+        f"{lowered}, and has a test loss of {side.test_loss:.4f} against the untuned base's "
+        f"{side.untuned_test_loss:.4f} ({seeds})."
+    )
 
 
 def _duel_words(duel: Duel) -> Iterator[str]:

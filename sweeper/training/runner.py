@@ -172,7 +172,8 @@ class TransformersRunner:
         estimate = estimate_trial(
             settings.model_copy(update={"training": training}), device(), length=SHORT_ROW
         )
-        states = 0.0 if settings.training.optim.startswith("paged") else estimate.optimizer
+        pages = settings.training.optim.startswith("paged") and device().type == "cuda"
+        states = 0.0 if pages else estimate.optimizer
         need = estimate.weights + estimate.gradients + states
         have = device_report(device()).free_mib
         if need > have:
