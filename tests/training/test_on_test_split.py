@@ -20,11 +20,14 @@ from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 
+SHORT = "data.max_length=256"
+"""As many positions as `tiny_base` has."""
+
 
 def _settings(tiny_base: Path, rows_file: Path, *overrides: str) -> TrialSettings:
     return make_settings(
         *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
-        *overrides,
+        *(SHORT, *overrides),
     ).trial
 
 
@@ -45,13 +48,12 @@ def _by_hand(model: torch.nn.Module, settings: TrialSettings) -> tuple[list[floa
     return nll, tokens
 
 
-@pytest.mark.slow
 def test_a_stored_adapter_is_judged_as_plain_peft_finds_it(
     run_tiny: RunTiny, tiny_base: Path, rows_file: Path
 ) -> None:
     """Per example to 1e-3 nats; the warm base comes out of it as it was: untuned before and after."""
     runner, rate = TransformersRunner(threads=1), "training.learning_rate=0.05"
-    *_, folder = run_tiny("lora", rate, runner=runner)
+    *_, folder = run_tiny("lora", SHORT, rate, runner=runner)
     settings = _settings(tiny_base, rows_file, rate)
     before = runner.test(settings, None)
     found = runner.test(settings, folder)
@@ -65,14 +67,13 @@ def test_a_stored_adapter_is_judged_as_plain_peft_finds_it(
     assert abs(found.loss - before.loss) > 0.01
 
 
-@pytest.mark.slow
 def test_stored_weights_are_judged_as_plain_transformers_finds_them(
     run_tiny: RunTiny, tiny_base: Path, rows_file: Path
 ) -> None:
     """A full fine-tune's model folder, loaded by transformers alone, gives the same losses."""
     overrides = ("adapter=none", "training.learning_rate=1e-2")
     runner = TransformersRunner(threads=1)
-    *_, folder = run_tiny("full", *overrides, runner=runner)
+    *_, folder = run_tiny("full", SHORT, *overrides, runner=runner)
     settings = _settings(tiny_base, rows_file, *overrides)
     found = runner.test(settings, folder)
     nll, tokens = _by_hand(AutoModelForCausalLM.from_pretrained(folder.model), settings)
@@ -84,10 +85,10 @@ def test_weights_that_were_changed_are_not_judged(
     run_tiny: RunTiny, tiny_base: Path, rows_file: Path
 ) -> None:
     """The manifest is checked first; a folder without an artifact is refused as well."""
-    *_, folder = run_tiny("lora", "training.max_steps=2")
+    *_, folder = run_tiny("lora", SHORT, "training.max_steps=2")
     runner, settings = TransformersRunner(threads=1), _settings(tiny_base, rows_file)
     (folder.adapter / "adapter_config.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="adapter_config.json: changed"):
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json: changed"):
         runner.test(settings, folder)
     folder.clear_results()
     with pytest.raises(ArtifactError, match="holds neither an adapter nor a model"):
