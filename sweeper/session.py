@@ -29,7 +29,8 @@ from sweeper.reporting.view import make_console, make_view, print_results
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
-from sweeper.search.finalists import ArmFinal, FinalistsDriver, finalists_seconds
+from sweeper.search.final import ArmFinal, finalists_seconds
+from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
 from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds

@@ -14,7 +14,7 @@ from sweeper.outcome import Examples
 from sweeper.reporting.intervals import Contrast, Judged, contrast
 from sweeper.reporting.results import Results
 from sweeper.reporting.verdict import reference_arm
-from sweeper.search.finalists import ArmFinal
+from sweeper.search.final import ArmFinal
 
 SWITCHED_OFF = "finalists.top=0"
 NOT_ENDED = "the study has not come to its end"

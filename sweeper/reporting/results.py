@@ -19,7 +19,7 @@ from sweeper.folders import StudyFolder, read_json
 from sweeper.outcome import Facts, Misfit, Outcome, Value
 from sweeper.reporting.intervals import Contrast
 from sweeper.search.audit import Audit, audit
-from sweeper.search.finalists import Final
+from sweeper.search.final import Final
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
 from sweeper.search.study import point_of

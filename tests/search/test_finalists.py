@@ -17,7 +17,7 @@ from sweeper.outcome import Examples, Outcome
 from sweeper.reporting.finals import NO_TEST_SPLIT, SWITCHED_OFF
 from sweeper.reporting.results import Results, load_results
 from sweeper.reporting.verdict import judge
-from sweeper.search.finalists import Finalist, Repeat, choose
+from sweeper.search.final import Finalist, Repeat, choose
 from sweeper.search.plan import studies
 from sweeper.session import run_study
 
