@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sweeper.data.tokens import IGNORED
 from sweeper.errors import ArtifactError, DataError, DoesNotFit
+from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
 from sweeper.modeling.hardware import DeviceReport
 from sweeper.settings import TrialSettings
@@ -19,6 +20,7 @@ from sweeper.training.prepare import prepare
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
+from tests.training.recorder import Recorder
 
 SHORT = "data.max_length=256"
 """As many positions as `tiny_base` has."""
@@ -26,8 +28,8 @@ SHORT = "data.max_length=256"
 
 def _settings(tiny_base: Path, rows_file: Path, *overrides: str) -> TrialSettings:
     return make_settings(
-        *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
-        *(SHORT, *overrides),
+        *(f"model.base_model={tiny_base}", f"data.train={rows_file}", SHORT),
+        *("training.max_steps=6", "training.eval_steps=2", *overrides),
     ).trial
 
 
@@ -48,17 +50,19 @@ def _by_hand(model: torch.nn.Module, settings: TrialSettings) -> tuple[list[floa
     return nll, tokens
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_stored_adapter_is_judged_as_plain_peft_finds_it(
-    run_tiny: RunTiny, tiny_base: Path, rows_file: Path
+    tiny_base: Path, rows_file: Path, tmp_path: Path, quantization: str
 ) -> None:
     """Per example to 1e-3 nats; the warm base comes out of it as it was: untuned before and after."""
-    runner, rate = TransformersRunner(threads=1), "training.learning_rate=0.05"
-    *_, folder = run_tiny("lora", SHORT, rate, runner=runner)
-    settings = _settings(tiny_base, rows_file, rate)
+    overrides = (f"quantization={quantization}", "training.learning_rate=0.05")
+    settings = _settings(tiny_base, rows_file, *overrides)
+    runner, folder = TransformersRunner(threads=1), TrialFolder(tmp_path / "lora")
+    runner.run(settings, folder, {}, Recorder())
     before = runner.test(settings, None)
     found = runner.test(settings, folder)
     assert runner.test(settings, None) == before
-    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    base = load_base(settings.model, settings.quantization, trained=False).model
     nll, tokens = _by_hand(base, settings)
     assert before.nll == pytest.approx(nll, abs=1e-3)
     nll, tokens = _by_hand(PeftModel.from_pretrained(base, folder.adapter), settings)
@@ -71,9 +75,11 @@ def test_stored_weights_are_judged_as_plain_transformers_finds_them(
     run_tiny: RunTiny, tiny_base: Path, rows_file: Path
 ) -> None:
     """A full fine-tune's model folder, loaded by transformers alone, gives the same losses."""
-    overrides = ("adapter=none", "training.learning_rate=1e-2")
+    overrides = ("adapter=none", "quantization=none", "training.learning_rate=1e-2")
     runner = TransformersRunner(threads=1)
-    *_, folder = run_tiny("full", SHORT, *overrides, runner=runner)
+    *_, folder = run_tiny(
+        "full", SHORT, "adapter=none", "training.learning_rate=1e-2", runner=runner
+    )
     settings = _settings(tiny_base, rows_file, *overrides)
     found = runner.test(settings, folder)
     nll, tokens = _by_hand(AutoModelForCausalLM.from_pretrained(folder.model), settings)
@@ -86,7 +92,8 @@ def test_weights_that_were_changed_are_not_judged(
 ) -> None:
     """The manifest is checked first; a folder without an artifact is refused as well."""
     *_, folder = run_tiny("lora", SHORT, "training.max_steps=2")
-    runner, settings = TransformersRunner(threads=1), _settings(tiny_base, rows_file)
+    runner = TransformersRunner(threads=1)
+    settings = _settings(tiny_base, rows_file, "quantization=none")
     (folder.adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"adapter_config\.json: changed"):
         runner.test(settings, folder)
@@ -114,7 +121,7 @@ def test_a_full_fine_tune_must_fit_with_its_optimizer(
     report = DeviceReport("fake", "", bf16=False, total_mib=8.0, free_mib=free_mib)
     monkeypatch.setattr("sweeper.training.runner.device_report", lambda _: report)
     runner = TransformersRunner(threads=1)
-    settings = _settings(tiny_base, rows_file, "adapter=none")
+    settings = _settings(tiny_base, rows_file, "adapter=none", "quantization=none")
     if fits:
         assert runner.probe(settings).base_parameters > 0
         return
