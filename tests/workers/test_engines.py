@@ -25,6 +25,8 @@ from sweeper.workers.protocol import (
     Probed,
     Slots,
     Submit,
+    Test,
+    Tested,
 )
 from tests.conftest import make_settings
 
@@ -104,6 +106,25 @@ def test_a_probe_is_answered(open_one: Open) -> None:
     _, probed = _until(engine, Probed)
     assert isinstance(probed, Probed)
     assert probed.facts is not None
+
+
+def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Path) -> None:
+    """Test: the loss of each example of the untuned base; of a folder with nothing in it, the reason."""
+    engine = open_one()
+    answers = []
+    for folder in (None, tmp_path / "nothing"):
+        _, slot = _until(engine, Slots)
+        assert isinstance(slot, Slots)
+        engine.test(
+            slot.worker, Test(trial="x", attempt=1, settings=make_settings().trial, folder=folder)
+        )
+        answers.append(_until(engine, Tested)[1])
+    base, nothing = answers
+    assert isinstance(base, Tested)
+    assert isinstance(nothing, Tested)
+    assert base.examples is not None
+    assert len(base.examples.nll) == len(base.examples.tokens) > 0
+    assert (nothing.examples, "nothing was trained here" in (nothing.message or "")) == (None, True)
 
 
 def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:
