@@ -35,8 +35,6 @@ class Test(Value):
     Sent only when every search has ended: no search ever sees a figure of the test split.
     """
 
-    __test__ = False  # its name makes pytest look for tests in it
-
     kind: Literal["test"] = "test"
     trial: str
     attempt: int
