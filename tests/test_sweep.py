@@ -23,7 +23,7 @@ SMALL = (
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder in which the sweep was run once, small, and what it printed."""
     folder = tmp_path_factory.mktemp("sweep")
-    result = run_program(["+experiment=lr_rank_sweep", *SMALL, "-m"], folder, timeout_s=400)
+    result = run_program(["+experiment=lr_rank_sweep", *SMALL, "-m"], folder, timeout_s=280)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder, result.stdout + result.stderr
 
