@@ -39,10 +39,10 @@ from sweeper.settings import EMBEDDED, flatten
 from sweeper.space import Branch, Branches, Choice, Domain, Interval, Point, Scalar, Space, word
 
 CONFIG_NAME = "config"
-AUTO_GROUPS = ("evaluation", "space", "training")
+AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
-SHORT_KEYS = ("sampler.", "pruner.", "budget.")
+SHORT_KEYS = ("sampler.", "pruner.", "finalists.", "budget.")
 """Keys that need no `hydra.sweeper.` in front on the command line."""
 FLAGS_WITH_VALUE = frozenset(
     {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"}

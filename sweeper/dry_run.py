@@ -108,7 +108,8 @@ def show_study(plan: StudyPlan, console: Console, estimator: Estimator = estimat
     sizes = iter(estimator([trial for found in drafts for trial in found.settings]))
     for arm, found in zip(plan.arms, drafts, strict=True):
         _show_arm(console, plan, arm, earlier)
-        _show_points(console, arm, found, list(itertools.islice(sizes, len(found.settings))))
+        found_sizes = list(itertools.islice(sizes, len(found.settings)))
+        _show_points(console, arm, found, found_sizes, further_seeds(plan))
     _line(console, "", forecast(plan, earlier))
     _line(console, f"run it:     python -m sweeper {without_dry_run(plan.command)}")
 
@@ -152,20 +153,27 @@ def space_size(space: Space) -> str:
 
 def forecast(plan: StudyPlan, earlier: Results | None) -> str:
     """How long the rest of a study takes, from its own earlier trials; every arm must have some."""
-    seconds = 0.0
+    seconds, repeats = 0.0, further_seeds(plan)
     for arm in plan.arms:
         done = _of_arm(earlier, arm)
         typical = None if done is None else done.seconds_per_trial
         if typical is None:
             return f"time:       cannot be known before the first finished trial of arm {arm.name}"
         assert done is not None
-        seconds += max(arm.n_trials - done.tried, 0) * typical
+        more = max(arm.n_trials - done.tried, 0) + (repeats if done.final is None else 0)
+        seconds += more * typical
     jobs = plan.study.n_jobs
     beside = f" with {jobs} workers" if jobs > 1 else ""
     return (
         f"time:       about {duration(seconds / jobs)}{beside} at most, from the median of this "
         "study's earlier trials (pruned ones take less)"
     )
+
+
+def further_seeds(plan: StudyPlan) -> int:
+    """How many trainings an arm's finalists need when the search has ended."""
+    wanted = plan.study.finalists
+    return wanted.top * (wanted.seeds - 1)
 
 
 def disk(settings: Settings, artifacts_mib: Sequence[float | None]) -> str:
@@ -208,17 +216,23 @@ def _show_arm(console: Console, plan: StudyPlan, arm: ArmPlan, earlier: Results 
     _line(console, "", f"arm {arm.name}: {arm.n_trials} trials by {arm.sampler.name}{before}")
     for key, value in _differences(plan.settings, arm.settings).items():
         _line(console, f"  {key} = {value}")
+    if more := further_seeds(plan):
+        wanted = plan.study.finalists
+        _line(console, f"  then {more} more: the best {wanted.top} over {wanted.seeds} seeds")
     _line(console, f"  space: {space_size(arm.space)}")
     for key, domain in arm.space.items():
         _line(console, f"    {key}: {domain}")
 
 
-def _show_points(console: Console, arm: ArmPlan, found: Draft, sizes: list[Footprint]) -> None:
+def _show_points(
+    console: Console, arm: ArmPlan, found: Draft, sizes: list[Footprint], repeats: int
+) -> None:
     """The first points, and the disk they would need if all trials were like the largest of them."""
     console.print(points_sheet(found, sizes).draw())
     known = [size.artifact_mib for size in sizes if size.artifact_mib is not None]
     largest = max(known) if known and len(known) == len(sizes) else None
-    _line(console, f"{disk(arm.settings, [largest] * arm.n_trials)} (all as large as the largest)")
+    count = arm.n_trials + repeats
+    _line(console, f"{disk(arm.settings, [largest] * count)} (all as large as the largest)")
 
 
 def draft(arm: ArmPlan) -> Draft:

@@ -4,6 +4,7 @@ SweeperError
 ├── ConfigError        a setting, key, group or search space is wrong (exit 2)
 ├── DataError          a data file cannot be read as what it claims to be
 ├── ModelError         the base model cannot be loaded, or the adapter does not fit it
+│   └── DoesNotFit     a full fine-tune is larger than the device
 ├── StudyError         the study cannot be opened, resumed or found
 │   ├── StudyLocked    another driver runs it
 │   └── StudyMismatch  its name stands for a different question
@@ -15,6 +16,10 @@ SweeperError
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sweeper.outcome import Misfit
 
 
 class SweeperError(Exception):
@@ -44,6 +49,14 @@ class DataError(SweeperError):
 
 class ModelError(SweeperError):
     """The base model cannot be loaded, or the adapter does not fit it."""
+
+
+class DoesNotFit(ModelError):
+    """A training is larger than the device, whatever its batch; `misfit` says by how much."""
+
+    def __init__(self, misfit: Misfit) -> None:
+        self.misfit = misfit
+        super().__init__(f"full fine-tuning does not fit: {misfit}")
 
 
 class StudyError(SweeperError):

@@ -185,6 +185,18 @@ class StudyFolder:
         """The folder of trial `number` of an arm."""
         return TrialFolder(self.path / arm / f"trial_{number:04d}")
 
+    def finalist(self, arm: str, number: int, seed: int) -> TrialFolder:
+        """The folder of trial `number` of an arm, trained again with another seed."""
+        return TrialFolder(self.finalists(arm) / f"trial_{number:04d}_seed_{seed}")
+
+    def finalists(self, arm: str) -> Path:
+        """Where an arm's repeats over seeds and their figures on the test split are kept."""
+        return self.path / arm / "finalists"
+
+    def test_examples(self, arm: str, name: str) -> Path:
+        """What a model lost on each example of the test split; `name` says which model."""
+        return self.finalists(arm) / "test" / f"{name}.json"
+
 
 def size_mib(folder: Path) -> float:
     """Size of all files under a folder, in MiB."""

@@ -5,6 +5,7 @@ Plain frozen values that travel as JSON; no torch, no Optuna, no MLflow.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -48,6 +49,33 @@ class Outcome(Value):
     metrics: dict[str, float] = {}
     message: str | None = None
     """For people: why it failed, or the traceback of a code error."""
+
+
+class Examples(Value):
+    """The loss of one model on each example of a split, in the split's order."""
+
+    nll: tuple[float, ...]
+    """Summed negative log-likelihood of each example's target tokens, in nats."""
+    tokens: tuple[int, ...]
+    """How many target tokens each sum is over."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per target token."""
+        return math.fsum(self.nll) / sum(self.tokens)
+
+
+class Misfit(Value):
+    """A training that is larger than the device, before any activation is counted."""
+
+    need_mib: float
+    have_mib: float
+
+    def __str__(self) -> str:
+        return (
+            f"weights, gradients and optimizer states need {self.need_mib:,.0f} MiB, and the device "
+            f"has {self.have_mib:,.0f} MiB free"
+        )
 
 
 class Facts(Value):

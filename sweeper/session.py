@@ -10,6 +10,7 @@ import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -19,16 +20,19 @@ from rich.console import Console
 from sweeper.errors import StudyError, StudyLocked, WorkerError
 from sweeper.folders import StudyFolder, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
-from sweeper.outcome import Facts
+from sweeper.outcome import Facts, Misfit
+from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, to_document
+from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_results
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
-from sweeper.search.plan import ArmPlan, StudyPlan
+from sweeper.search.final import ArmFinal, finalists_seconds
+from sweeper.search.finalists import FinalistsDriver
+from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
 from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
 from sweeper.settings import metric_words
@@ -37,6 +41,9 @@ from sweeper.tracking.tracker import RunStatus, StudyRecord
 from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
+
+PAGED = "training.optim=paged_adamw_8bit"
+"""Its states need no room on the device: they move to the host's memory and back."""
 
 
 def run_study(plan: StudyPlan) -> Results:
@@ -68,6 +75,8 @@ class StudySession:
         self._tracker = make_tracker(plan.settings.tracking)
         self._board = Board(plan.objective)
         self._slots: dict[int, int] = {}
+        self._finals: dict[str, ArmFinal] | None = None
+        self._misfits: dict[str, Misfit] = {}
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
 
     def run(self) -> Results:
@@ -83,6 +92,7 @@ class StudySession:
                 view.event(f"study {name} ({presets}): loading the base model and the data")
                 for arm in self._plan.arms:
                     self._run_arm(arm, engine, view)
+                self._run_finalists(engine, view)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -94,6 +104,9 @@ class StudySession:
 
     def _run_arm(self, arm: ArmPlan, engine: Engine, view: View) -> None:
         facts = self._probe(arm, engine)
+        if isinstance(facts, Misfit):
+            self._leave_out(arm, facts, view)
+            return
         base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
         words = fill_study(study, self._plan, arm, facts, self._storage)
@@ -121,8 +134,53 @@ class StudySession:
         )
         driver.run()
 
-    def _probe(self, arm: ArmPlan, engine: Engine) -> Facts:
-        """Ask the first free worker what this arm starts from."""
+    def _leave_out(self, arm: ArmPlan, misfit: Misfit, view: View) -> None:
+        """An arm that cannot fit ends nothing: the others go on.
+
+        Raises:
+            StudyError: it is the only one.
+        """
+        self._misfits[arm.name] = misfit
+        words = [f"arm {arm.name} is not run: {misfit}", *self._ways_out(arm)]
+        if len(self._misfits) == len(self._plan.arms):
+            raise StudyError("\n".join(words))
+        for line in words:
+            view.event(line)
+
+    def _ways_out(self, arm: ArmPlan) -> list[str]:
+        smaller = "    a smaller base:           model.base_model=PATH_OR_HUB_ID"
+        if arm.name == LORA:
+            return [f"    a paged 8-bit optimizer:  {PAGED}", smaller]
+        where = f"hydra.sweeper.arms.{arm.name}"
+        overrides = ",".join((*self._plan.study.arms[arm.name].overrides, PAGED))
+        return [
+            f"    a paged 8-bit optimizer:  {shlex.quote(f'{where}.overrides=[{overrides}]')}",
+            smaller,
+            f"    a study without it:       {shlex.quote(f'~{where}')}",
+        ]
+
+    def _run_finalists(self, engine: Engine, view: View) -> None:
+        """Once every search has ended: further seeds for the best, and the test split."""
+        wanted = self._plan.study.finalists
+        if wanted.top == 0:
+            return
+        found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
+        driver = FinalistsDriver(
+            wanted=wanted,
+            folder=self._folder,
+            budget=self._budget.of_arm(1.0, self._spent()),
+            engine=engine,
+            tracker=self._tracker,
+            view=view,
+            board=self._board,
+            provenance=self._provenance,
+            slots=self._slots,
+            interrupt=self._interrupt,
+        )
+        self._finals = driver.run([(arm, study) for arm, study in found if study is not None])
+
+    def _probe(self, arm: ArmPlan, engine: Engine) -> Facts | Misfit:
+        """Ask the first free worker what this arm starts from, or why it cannot."""
         while not any(self._slots.values()):
             self._wait_for_slots(engine)
         worker = next(worker for worker, free in self._slots.items() if free)
@@ -139,6 +197,8 @@ class StudySession:
                 raise WorkerError(
                     f"the worker died while it loaded the base model:\n{event.message}"
                 )
+            elif isinstance(event, Probed) and event.misfit is not None:
+                return event.misfit
             elif isinstance(event, Probed) and event.facts is None:
                 raise StudyError(f"arm {arm.name}: {event.message}")
             elif isinstance(event, Probed) and event.facts is not None:
@@ -159,8 +219,16 @@ class StudySession:
         }
         names = list(wanted)
         following = sum(wanted[name] for name in names[names.index(arm.name) :])
-        spent = sum(spent_seconds(study) for study in studies if study)
-        return self._budget.of_arm(wanted[arm.name] / max(1, following), spent)
+        return self._budget.of_arm(wanted[arm.name] / max(1, following), self._spent())
+
+    def _spent(self) -> float:
+        """Worker time of all trials and finalists so far."""
+        found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
+        return sum(
+            spent_seconds(study) + finalists_seconds(self._folder, arm.name)
+            for arm, study in found
+            if study is not None
+        )
 
     def _announce(
         self, arm: ArmPlan, facts: Facts, done: int, words: Sequence[str], view: View
@@ -181,7 +249,7 @@ class StudySession:
     def _results(self) -> Results:
         """What all arms have so far, from their storage."""
         found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
-        return Results(
+        results = Results(
             study_name=self._plan.study.study_name,
             command=self._plan.command,
             provenance=self._provenance,
@@ -191,11 +259,18 @@ class StudySession:
                 if study is not None
             ),
             fairness=self._plan.study.fairness,
+            untested=NOT_ENDED if self._plan.study.finalists.top else SWITCHED_OFF,
+            misfits=self._misfits,
         )
+        if self._finals is None:
+            return results
+        return settle(replace(results, untested=None), self._finals)
 
     def _write_results(self) -> None:
         """After every trial, so that a report can be read while the study runs or after a crash."""
-        results = self._results()
+        self._write(self._results())
+
+    def _write(self, results: Results) -> None:
         verdict = judge(results).document()
         write_json(self._folder.results, {**to_document(results), "verdict": verdict})
         write_atomic(self._folder.report, markdown_report(results))
@@ -204,7 +279,7 @@ class StudySession:
         """Write, record and print what there is, whether or not the study came to its end."""
         results = self._results()
         if results.arms:
-            self._write_results()
+            self._write(results)
             print_results(results, self._console)
             text = self._next_commands(results, status)
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -212,7 +287,7 @@ class StudySession:
         best = results.arms[0].best if results.arms else None
         self._tracker.close_study(
             status,
-            {} if best is None else best.outcome.metrics,
+            {} if best is None else {**best.outcome.metrics, **test_figures(results.arms[0])},
             {} if best is None else best.point,
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],

@@ -602,11 +602,13 @@ def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:
 
 
 class FakeTrainer(Section):
-    """What the fake trainer of workers=fake does: trial number -> what happens to it."""
+    """What the fake trainer of workers=fake does: trial (or finalist) -> what happens to it."""
 
     step_seconds: Annotated[float, Field(ge=0)]
     steps: Positive
     plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
+    finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
+    free_mib: Annotated[float, Field(gt=0)] | None
 
 
 class Workers(Section):
@@ -758,6 +760,13 @@ class Budget(Section):
     plateau: Plateau | None
 
 
+class Finalists(Section):
+    """Which configurations of each arm are trained over several seeds before the verdict."""
+
+    top: Annotated[int, Field(ge=0)]
+    seeds: Positive
+
+
 class Fairness(Section):
     """When a comparison of arms counts as fair; otherwise its verdict is called provisional."""
 
@@ -795,6 +804,7 @@ class Study(Section):
     warm_start: list[StudyName]
     fork_of: StudyName | None
     arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Arm]
+    finalists: Finalists
     fairness: Fairness
 
     @model_validator(mode="after")

@@ -55,9 +55,16 @@ def test_terminal_shows_leaderboard_comparison_and_next_commands(swept: tuple[Pa
 
 
 def test_every_trial_has_a_run_under_the_parent(swept: tuple[Path, str]) -> None:
-    """3 + 2 children with their final states, under one parent with the answer as its note."""
+    """3 + 2 children and a finalist an arm, under one parent with the answer as its note."""
     parent, children = _runs(swept[0])
-    assert set(children) == {f"lora/000{n}" for n in range(3)} | {f"full/000{n}" for n in range(2)}
+    trials = {f"lora/000{n}" for n in range(3)} | {f"full/000{n}" for n in range(2)}
+    finalists = {name: run for name, run in children.items() if "finalist" in run.data.tags}
+    assert set(children) - set(finalists) == trials
+    assert sorted(run.data.tags["arm"] for run in finalists.values()) == ["full", "lora"]
+    for name, run in finalists.items():
+        assert name == f"{run.data.tags['finalist']}_seed_1"
+        assert run.data.params["seed"] == "1"
+    assert parent.data.metrics["test/loss"] > 0
     for run in children.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == ("KILLED" if run.data.tags["cause"] == "pruned" else "FINISHED")
@@ -96,7 +103,8 @@ def test_runs_agree_with_the_trial_folders(swept: tuple[Path, str]) -> None:
     client = MlflowClient(local_uri(folder / "mlruns"))
     for name, run in children.items():
         arm, number = name.split("/")
-        trial = folder / "outputs" / "lr_rank_sweep" / arm / f"trial_{number}"
+        within = "finalists" if "seed" in number else "."
+        trial = folder / "outputs" / "lr_rank_sweep" / arm / within / f"trial_{number}"
         lines = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
         spooled = [(line["step"], line["eval/loss"]) for line in lines if "eval/loss" in line]
         history = client.get_metric_history(run.info.run_id, "eval/loss")
@@ -129,6 +137,7 @@ def test_the_same_command_says_that_it_is_finished(swept: tuple[Path, str]) -> N
     assert "hydra.sweeper.study_name=lr_rank_sweep_2" in result.stdout
     after = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()
     assert json.loads(before)["arms"] == json.loads(after)["arms"]
+    assert json.loads(before)["contrasts"] == json.loads(after)["contrasts"] != []
 
 
 def test_report_reads_the_study(swept: tuple[Path, str]) -> None:

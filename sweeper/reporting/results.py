@@ -5,9 +5,10 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ import optuna
 
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
-from sweeper.outcome import Facts, Outcome, Value
+from sweeper.outcome import Facts, Misfit, Outcome, Value
 from sweeper.reporting.intervals import Contrast
 from sweeper.search.audit import Audit, audit
+from sweeper.search.final import Final
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
 from sweeper.search.study import point_of
@@ -83,6 +85,8 @@ class ArmResult:
     """Metrics that are minimised beside the objective."""
     front: tuple[int, ...] = ()
     """Numbers of the trials on the Pareto front of objective and costs."""
+    final: Final | None = None
+    """How its best configurations did over several seeds, once that is known."""
 
     @property
     def base_value(self) -> float:
@@ -120,9 +124,11 @@ class ArmResult:
 
     @property
     def best(self) -> TrialResult | None:
-        """The complete trial with the best value; its trials are sorted that way."""
+        """The complete trial with the best value, or the one whose configuration won over the seeds."""
+        if self.final is not None:
+            return next(trial for trial in self.trials if trial.number == self.final.winner)
         complete = (trial for trial in self.trials if trial.complete and trial.value is not None)
-        return next(complete, None)
+        return next(complete, None)  # they are sorted that way
 
     @property
     def tried(self) -> int:
@@ -155,6 +161,10 @@ class Results:
     fairness: Fairness
     contrasts: tuple[Contrast, ...] = ()
     """Arms against their reference on the test split, once finalists were judged on it."""
+    untested: str | None = None
+    """Why the arms are not compared on the test split, for people."""
+    misfits: Mapping[str, Misfit] = field(default_factory=dict)
+    """Arms that were not run because their trainings are larger than the device, by name."""
 
     @property
     def objective(self) -> Objective:
@@ -172,7 +182,10 @@ class Results:
 
     def seeds(self, name: str) -> int:
         """With how many seeds an arm's best configuration was judged: on the test split, or once."""
-        counts = {found.arm: found.seeds[0] for found in self.contrasts}
+        counts = {
+            arm.name: len(arm.final.test_losses) or 1 for arm in self.arms if arm.final is not None
+        }
+        counts |= {found.arm: found.seeds[0] for found in self.contrasts}
         counts |= {found.reference: found.seeds[1] for found in self.contrasts}
         return counts.get(name, 1)
 
@@ -209,6 +222,12 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         costs=tuple(costs),
         front=tuple(front),
     )
+
+
+def test_figures(arm: ArmResult) -> dict[str, float]:
+    """What an arm's winner is worth on the test split, as metrics; none before it was judged there."""
+    loss = None if arm.final is None else arm.final.test_loss
+    return {} if loss is None else {"test/loss": loss, "test/perplexity": math.exp(loss)}
 
 
 def number_ranges(space: Space) -> dict[str, Range]:
@@ -285,6 +304,8 @@ def to_document(results: Results) -> dict[str, Any]:
         "objective": results.objective.model_dump(mode="json"),
         "fairness": results.fairness.model_dump(mode="json"),
         "contrasts": [contrast.model_dump(mode="json") for contrast in results.contrasts],
+        "untested": results.untested,
+        "misfits": {name: found.model_dump(mode="json") for name, found in results.misfits.items()},
         "arms": {
             arm.name: {
                 "method": arm.method,
@@ -297,6 +318,7 @@ def to_document(results: Results) -> dict[str, Any]:
                 "best": None if arm.best is None else arm.best.number,
                 "costs": list(arm.costs),
                 "front": list(arm.front),
+                "final": None if arm.final is None else arm.final.model_dump(mode="json"),
                 "audit": None if arm.audit is None else asdict(arm.audit),
                 "trials": [
                     {
@@ -323,6 +345,8 @@ def from_document(document: Mapping[str, Any]) -> Results:
         arms=tuple(_arm(name, arm, objective) for name, arm in document["arms"].items()),
         fairness=Fairness.model_validate(document["fairness"]),
         contrasts=tuple(Contrast.model_validate(found) for found in document["contrasts"]),
+        untested=document["untested"],
+        misfits={name: Misfit.model_validate(found) for name, found in document["misfits"].items()},
     )
 
 
@@ -351,4 +375,5 @@ def _arm(name: str, document: Mapping[str, Any], objective: Objective) -> ArmRes
         exhaustive=document["exhaustive"],
         costs=tuple(document["costs"]),
         front=tuple(document["front"]),
+        final=None if document["final"] is None else Final.model_validate(document["final"]),
     )

@@ -21,6 +21,9 @@ def comparison(results: Results) -> Sheet:
         for found in results.contrasts
         for name, loss in zip((found.arm, found.reference), found.losses, strict=True)
     }
+    for arm in results.arms:
+        if arm.final is not None and arm.final.test_loss is not None:
+            tested[arm.name] = arm.final.test_loss
     trained = trained_by_full(results)
     rows = [*_base_rows(results), *(_arm_row(arm, trained, tested) for arm in results.arms)]
     columns = (
@@ -41,6 +44,27 @@ def conditions(results: Results) -> Sheet:
     words = frozenset({"method", "weights", "compute", "optimiser"})
     rows = [_condition_row(results, arm) for arm in results.arms]
     return Sheet("Under which conditions", columns, tuple(rows), words)
+
+
+def finalists(results: Results) -> Sheet | None:
+    """Configurations over several seeds, with the objective of each; None if there are none."""
+    rows = [
+        (
+            label(arm),
+            str(finalist.number),
+            f"{len(finalist.values)} of {len(finalist.repeats)}",
+            " ".join(number(repeat.value, "{:.4f}") for repeat in finalist.repeats),
+            f"{finalist.mean:.4f}",
+            number(finalist.spread, "{:.4f}"),
+            "won" if finalist.number == arm.final.winner else "",
+        )
+        for arm in results.arms
+        if arm.final is not None
+        for finalist in arm.final.finalists
+    ]
+    columns = ("method", "trial", "seeds", "validation by seed", "mean", "sd", "chosen")
+    left = frozenset({"method", "validation by seed", "chosen"})
+    return Sheet("Finalists over seeds", columns, tuple(rows), left) if rows else None
 
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
@@ -79,7 +103,8 @@ def markdown_report(results: Results) -> str:
         judge(results).text,
         f"`python -m sweeper {results.command}`",
     ]
-    for sheet in (comparison(results), conditions(results)):
+    sheets = (comparison(results), conditions(results), finalists(results))
+    for sheet in filter(None, sheets):
         parts += [f"## {sheet.title}", sheet.markdown()]
     for ladder in rank_ladders(results):
         sheet = rank_sheet(ladder)
@@ -114,10 +139,14 @@ def trained_by_full(results: Results) -> float:
 def _base_rows(results: Results) -> list[tuple[str, ...]]:
     """The untuned base, once per way it is held in memory."""
     bases = {arm.base: arm for arm in results.arms}
+    tested = {
+        arm.base: arm.final.untuned_test_loss for arm in results.arms if arm.final is not None
+    }
     return [
         (
             *(f"untuned, {base}", "0", DASH, DASH, DASH, f"{arm.base_value:.4f}", DASH),
-            *(number(arm.facts.base_metrics.get("eval/perplexity"), "{:.2f}"), *([DASH] * 4)),
+            number(arm.facts.base_metrics.get("eval/perplexity"), "{:.2f}"),
+            *(number(tested.get(base), "{:.4f}"), DASH, DASH, DASH),
         )
         for base, arm in bases.items()
     ]

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from sweeper.outcome import Misfit
 from sweeper.reporting.intervals import Estimate
 from sweeper.reporting.results import ArmResult, Range, Results
 from sweeper.search.board import short_names
@@ -37,6 +38,9 @@ class Side:
     value: float
     """Of its best trial by the objective, on the validation split that chose it."""
     base_value: float
+    test_loss: float | None
+    """Mean over the seeds on the test split, if it was judged there."""
+    untuned_test_loss: float | None
     seeds: int
     trials: int
     trainable: float | None
@@ -98,6 +102,10 @@ class Verdict:
     failed: tuple[tuple[str, str], ...]
     """Label of each arm without a finished trial, and how its trials ended."""
     doubts: tuple[Doubt, ...]
+    untested: str | None = None
+    """Why the arms are not compared on the test split."""
+    misfits: tuple[tuple[str, Misfit], ...] = ()
+    """Arms that were not run because their trainings are larger than the device."""
 
     @property
     def provisional(self) -> bool:
@@ -124,6 +132,7 @@ class Verdict:
         return {
             "provisional": self.provisional,
             **asdict(self, dict_factory=plain),
+            "misfits": {name: misfit.model_dump() for name, misfit in self.misfits},
             "words": self.words,
         }
 
@@ -144,7 +153,13 @@ def judge(results: Results) -> Verdict:
     failed = [(label(arm), _endings(arm)) for arm in results.arms if arm.best is None]
     doubts = [*_edges(results), *_budgets(results)] if sides else []
     return Verdict(
-        results.objective, tuple(sides.values()), tuple(duels), tuple(failed), tuple(doubts)
+        results.objective,
+        tuple(sides.values()),
+        tuple(duels),
+        tuple(failed),
+        tuple(doubts),
+        results.untested,
+        tuple(results.misfits.items()),
     )
 
 
@@ -176,6 +191,8 @@ def _side(results: Results, arm: ArmResult) -> Side:
         point=", ".join(f"{name}={value}" for name, value in short_names(best.point).items()),
         value=best.value,
         base_value=arm.base_value,
+        test_loss=None if arm.final is None else arm.final.test_loss,
+        untuned_test_loss=None if arm.final is None else arm.final.untuned_test_loss,
         seeds=results.seeds(arm.name),
         trials=arm.tried,
         trainable=best.metric("parameters/trainable"),
@@ -314,7 +331,11 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield "There is no other arm with a finished trial to compare it with."
     for name, endings in verdict.failed:
         yield f"{_capital(name)} has no finished trial ({endings})."
+    for arm, misfit in verdict.misfits:
+        yield f"Arm {arm} did not fit and was not run: {misfit}."
     yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
+    if verdict.sides and verdict.untested is not None:
+        yield f"Not judged on the test split: {verdict.untested}."
 
 
 def _alone(side: Side, objective: Objective) -> str:
@@ -322,9 +343,16 @@ def _alone(side: Side, objective: Objective) -> str:
     if gain <= 0:
         return f"The best {side.label} ({side.point}) is no better than the untuned base."
     verb = "lowers" if objective.direction == "minimize" else "raises"
-    return (
+    gained = (
         f"The best {side.label} ({side.point}) {verb} the {metric_words(objective.metric)} by "
-        f"{_amount(gain, '{:.3f}', objective)}."
+        f"{_amount(gain, '{:.3f}', objective)}"
+    )
+    if side.test_loss is None or side.untuned_test_loss is None:
+        return f"{gained}."
+    seeds = f"mean of {side.seeds} seeds" if side.seeds > 1 else "one seed"
+    return (
+        f"{gained}, and has a test loss of {side.test_loss:.4f} against the untuned base's "
+        f"{side.untuned_test_loss:.4f} ({seeds})."
     )
 
 

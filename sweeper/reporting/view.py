@@ -18,7 +18,7 @@ from rich.text import Text
 
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
 from sweeper.reporting.results import Results
-from sweeper.reporting.tables import comparison, conditions, leaderboard, pareto_front
+from sweeper.reporting.tables import comparison, conditions, finalists, leaderboard, pareto_front
 from sweeper.reporting.verdict import judge
 from sweeper.search.board import Board, TrialView, View, format_scalar
 from sweeper.settings import metric_words
@@ -109,6 +109,8 @@ def print_results(results: Results, console: Console) -> None:
         console.print(ladder.words, highlight=False, markup=False, soft_wrap=True)
     console.print(comparison(results).draw())
     console.print(conditions(results).draw())
+    if (found := finalists(results)) is not None:
+        console.print(found.draw())
     console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
 
 

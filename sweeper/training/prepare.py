@@ -16,6 +16,7 @@ from sweeper.data.encode import Encoded, encode_evaluation, encode_prompts, enco
 from sweeper.data.examples import Example, Message, Row
 from sweeper.data.splits import Splits, load_splits
 from sweeper.data.tokens import Prompt
+from sweeper.errors import DataError
 from sweeper.evaluation.judge import HeldOut, Judge, make_judge
 from sweeper.evaluation.samples import require_unseen
 from sweeper.settings import Data, TrialSettings
@@ -33,6 +34,8 @@ class Prepared:
     splits: Splits
     train: Encoded
     validation: Encoded
+    test: Encoded | None
+    """None without a test split; only the finalists are judged on it."""
     tokenizer: PreTrainedTokenizerBase
     settings: Data
 
@@ -55,6 +58,24 @@ class Prepared:
             self.held_out if settings.evaluation.generation.num_examples else None,
             settings.evaluation,
             settings.data.split_seed,  # every trial of a study is judged on the same draw
+            base.compute_dtype,
+            settings.training.loss_chunk_size,
+        )
+
+    def test_judge(self, settings: TrialSettings, base: Base) -> Judge:
+        """The judge of the losses on the test split.
+
+        Raises:
+            DataError: the data have no test split.
+        """
+        if self.test is None:
+            raise DataError("the data have no test split: set data.test or data.test_ratio")
+        return make_judge(
+            self.tokenizer,
+            self.test.rows,
+            None,
+            settings.evaluation,
+            settings.data.split_seed,
             base.compute_dtype,
             settings.training.loss_chunk_size,
         )
@@ -98,12 +119,17 @@ def prepare(settings: Data, base: Base) -> Prepared:
         "train", lambda: encode_train(examples["train"], tokenizer, settings, limit), None
     )
     block = train.max_length
-    validation = through_cache(
-        "validation",
-        lambda: encode_evaluation(examples["validation"], tokenizer, settings, limit, block),
-        block,
-    )
-    return Prepared(splits, train, validation, tokenizer, settings)
+
+    def held_out(name: str) -> Encoded:
+        return through_cache(
+            name,
+            lambda: encode_evaluation(examples[name], tokenizer, settings, limit, block),
+            block,
+        )
+
+    # test too: a row that does not fit the model is to be found now, not when the search has ended
+    test = held_out("test") if examples.get("test") else None
+    return Prepared(splits, train, held_out("validation"), test, tokenizer, settings)
 
 
 def positions(model: PreTrainedModel) -> int | None:

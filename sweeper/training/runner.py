@@ -11,40 +11,45 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
 from sweeper.data.packing import require_isolation
-from sweeper.errors import ConfigError, DataError, Diverged, ModelError
-from sweeper.evaluation.judge import Judgement, plausibility_warning
+from sweeper.errors import ArtifactError, ConfigError, DataError, Diverged, DoesNotFit, ModelError
+from sweeper.evaluation.judge import Judge, Judgement, plausibility_warning
 from sweeper.folders import TrialFolder, write_atomic, write_json
 from sweeper.modeling.adapter import attach, detach, touches_base
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.hardware import device, device_report, dtype_name
-from sweeper.outcome import Facts, Outcome
+from sweeper.modeling.memory_estimate import estimate_trial
+from sweeper.outcome import Examples, Facts, Misfit, Outcome
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import refuse_fp16_on_cpu
 from sweeper.training.asked import Asked
 from sweeper.training.batch import halved, out_of_memory, resolve
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.log import training_log
+from sweeper.training.manifest import verify_manifest
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
 from sweeper.training.prepare import Prepared, prepare
 from sweeper.training.room import Room
 from sweeper.training.schedule import advice
 from sweeper.training.spool import finite
-from sweeper.training.trial import TrialInputs, train_trial
+from sweeper.training.trial import Looks, TrialInputs, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
+SHORT_ROW = 8
+"""Tokens of a row whose activations hardly count."""
 
 
 class TransformersRunner:
@@ -66,8 +71,11 @@ class TransformersRunner:
             DataError: the data cannot be read.
             ModelError: the base cannot be loaded.
             ConfigError: the settings do not fit this machine.
+            DoesNotFit: a full fine-tune is larger than the device, whatever its batch.
         """
         refuse_fp16_on_cpu(settings)
+        if not isinstance(settings.adapter, LoraAdapter):
+            self._require_room(settings)
         base = self._base(settings)
         prepared = self._data(settings, base)
         if settings.data.packing:
@@ -108,6 +116,65 @@ class TransformersRunner:
             if outcome.cause != "cancelled":
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
+
+    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+        """Judge what a trial has stored, or the untuned base (None), on the test split.
+
+        The base is held as the trial held it, so that the same judge on the validation split finds
+        the trial's own loss.
+
+        Raises:
+            ArtifactError: nothing is stored, or not what the manifest says.
+            DataError: the data have no test split.
+        """
+        judge = self._test_judge(settings)
+        if folder is None:
+            return _examples(judge, self._base(settings).model)
+        artifact = folder.artifact
+        if artifact is None:
+            raise ArtifactError(f"{folder.path} holds neither an adapter nor a model")
+        verify_manifest(artifact)
+        if isinstance(settings.adapter, LoraAdapter):
+            return self._test_adapter(judge, settings, settings.adapter, artifact)
+        self._warm.clear()  # make room: the stored model comes whole
+        stored = settings.model.model_copy(update={"base_model": str(artifact), "revision": None})
+        return _examples(judge, load_base(stored, settings.quantization, trained=True).model)
+
+    def _test_judge(self, settings: TrialSettings) -> Judge:
+        """Holds no model."""
+        base = self._base(settings)
+        return self._data(settings, base).test_judge(settings, base)
+
+    def _test_adapter(
+        self, judge: Judge, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
+    ) -> Examples:
+        model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
+        try:
+            return _examples(judge, model)
+        finally:
+            detach(model)
+            if touches_base(adapter):
+                self._warm.clear()
+
+    def _require_room(self, settings: TrialSettings) -> None:
+        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit.
+
+        The states of a paged optimizer do not count: it moves them out of the device's way.
+        """
+        self._warm.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        one_short_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+        training = settings.training.model_copy(update=one_short_row)
+        estimate = estimate_trial(
+            settings.model_copy(update={"training": training}), device(), length=SHORT_ROW
+        )
+        pages = settings.training.optim.startswith("paged") and device().type == "cuda"
+        states = 0.0 if pages else estimate.optimizer
+        need = estimate.weights + estimate.gradients + states
+        have = device_report(device()).free_mib
+        if need > have:
+            raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
 
     def _outcome(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -265,6 +332,13 @@ class TransformersRunner:
         }
         if estimate is not None:
             meter.figures["cost/estimated_memory_mib"] = estimate
+
+
+def _examples(judge: Judge, model: PreTrainedModel | PeftModel) -> Examples:
+    losses = Looks(judge, Meter())(model).examples
+    return Examples(
+        nll=tuple(loss.nll for loss in losses), tokens=tuple(loss.tokens for loss in losses)
+    )
 
 
 def _warn(outcome: Outcome, prepared: Prepared, meter: Meter) -> None:

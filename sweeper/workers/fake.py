@@ -13,9 +13,9 @@ import shutil
 import time
 from typing import Any
 
-from sweeper.errors import Diverged
+from sweeper.errors import ArtifactError, Diverged, DoesNotFit
 from sweeper.folders import TrialFolder, read_json, write_atomic, write_json
-from sweeper.outcome import Cause, Facts, Outcome
+from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome
 from sweeper.settings import (
     LOSS_METRICS,
     ROUGE_METRICS,
@@ -30,19 +30,24 @@ BASE_SCORE = 0.1
 """ROUGE of the untuned base, and the user's own metrics, all in 0..1."""
 BYTES_PER_TOKEN = 4
 EVALUATIONS = 5
+TEST_TOKENS = (8, 12, 10, 9, 11, 10, 10, 10, 10, 10)
+"""Of each example of a test split that does not exist."""
+ADAM_BYTES = 16
+"""Of each trained fp32 parameter: itself, its gradient and two moments."""
 
 
 def fake_loss(settings: TrialSettings, fraction: float = 1.0) -> float:
     """Nats after a fraction of the schedule: a valley in log learning rate, shallower for small r.
 
-    Its floor lies at 5e-3 for LoRA and at 5e-4 for full fine-tuning.
+    Its floor lies at 5e-3 for LoRA and at 5e-4 for full fine-tuning; seed 0 has no luck.
     """
     adapter = settings.adapter
     floor, best = (3.95, 5e-4)
     if isinstance(adapter, LoraAdapter):
         floor, best = 3.9 + 0.2 / adapter.r, 5e-3
     distance = math.log10(settings.training.learning_rate / best)
-    final = min(floor + 0.15 * distance**2, BASE_LOSS)
+    luck = 0.01 * math.sin(1000 * settings.seed * settings.training.learning_rate)
+    final = min(floor + 0.15 * distance**2 + luck, BASE_LOSS)
     return final + (BASE_LOSS - final) * (1 - fraction) ** 2
 
 
@@ -92,7 +97,16 @@ class FakeRunner:
         self._settings = settings
 
     def probe(self, settings: TrialSettings) -> Facts:
-        """Facts of a base that does not exist."""
+        """Facts of a base that does not exist.
+
+        Raises:
+            DoesNotFit: a full fine-tune is larger than `workers.fake.free_mib`.
+        """
+        need, have = ADAM_BYTES * fake_parameters(settings) / 2**20, self._settings.free_mib
+        if settings.adapter.method == "none" and have is not None and need > have:
+            raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
+        counts = {"train": 100, "validation": 10}
+        counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
         return Facts(
             base_digest="fake",
             base_commit=None,
@@ -101,7 +115,7 @@ class FakeRunner:
             data_digest=f"fake {settings.data.train}",
             data_source="fake",
             data_format="alpaca",
-            rows={"train": 100, "validation": 10, "test": 10},
+            rows=counts,
             dropped={},
             target_tokens=100,
             device="fake",
@@ -127,6 +141,17 @@ class FakeRunner:
         if outcome.cause != "cancelled":
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
+
+    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+        """Its loss, a little harder, on examples of which some are harder than others."""
+        if folder is not None and not folder.outcome.exists():
+            raise ArtifactError(f"{folder.path}: fake: nothing was trained here")
+        loss = BASE_LOSS if folder is None else fake_loss(settings)
+        nll = [
+            count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
+            for place, count in enumerate(TEST_TOKENS)
+        ]
+        return Examples(nll=tuple(nll), tokens=TEST_TOKENS)
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         started = time.monotonic()
@@ -171,6 +196,8 @@ class FakeRunner:
 
 def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:
     """The plan speaks of the lora arm's trial numbers."""
+    if folder.path.parent.name == "finalists":
+        return settings.finalists.get(folder.path.name, "finish")
     if folder.path.parent.name != "lora":
         return "finish"
     return settings.plan.get(int(folder.path.name.rpartition("_")[2]), "finish")

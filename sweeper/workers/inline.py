@@ -20,6 +20,7 @@ from sweeper.workers.protocol import (
     Probe,
     Stop,
     Submit,
+    Test,
     lost,
 )
 from sweeper.workers.worker import Farewell, Orders, make_runner, serve
@@ -57,6 +58,10 @@ class InlineEngine:
         """See Engine."""
         self._current = submit
         self._send(submit)
+
+    def test(self, worker: int, test: Test) -> None:
+        """See Engine."""
+        self._send(test)
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """See Engine."""

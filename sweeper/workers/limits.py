@@ -22,6 +22,7 @@ from sweeper.workers.protocol import (
     Probe,
     Progress,
     Submit,
+    Test,
 )
 
 
@@ -59,6 +60,10 @@ class LimitedEngine:
         """See Engine."""
         self._watches[worker] = Watch(submit.trial, self._clock())
         self._engine.submit(worker, submit)
+
+    def test(self, worker: int, test: Test) -> None:
+        """See Engine; loading what is judged has no limit, as for a probe."""
+        self._engine.test(worker, test)
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """See Engine."""

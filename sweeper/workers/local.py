@@ -33,6 +33,8 @@ from sweeper.workers.protocol import (
     Slots,
     Stop,
     Submit,
+    Test,
+    Tested,
     lost,
 )
 from sweeper.workers.worker import Orders, make_runner, print_into, serve, tail_of
@@ -64,7 +66,7 @@ class Host:
     connection: Connection
     log: Path
     started: bool = False
-    current: Submit | None = None
+    current: Submit | Test | None = None
     killed_for: str | None = None
 
     def send(self, message: Value) -> None:
@@ -105,6 +107,11 @@ class LocalEngine:
         self._hosts[worker].current = submit
         self._hosts[worker].send(submit)
 
+    def test(self, worker: int, test: Test) -> None:
+        """See Engine."""
+        self._hosts[worker].current = test
+        self._hosts[worker].send(test)
+
     def stop(self, trial: str, cause: StopCause) -> None:
         """See Engine."""
         for host in self._hosts.values():
@@ -144,7 +151,7 @@ class LocalEngine:
         if isinstance(event, Slots):
             host.started = True
             self._failed_starts = 0
-        elif isinstance(event, Ended):
+        elif isinstance(event, Ended | Tested):
             host.current = None
         return event
 

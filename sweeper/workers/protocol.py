@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Outcome, StopCause, Value
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
 from sweeper.settings import TrialSettings
 from sweeper.training.observer import Observer
 
@@ -27,6 +27,20 @@ class Submit(Value):
     folder: Path
     settings: TrialSettings
     provenance: dict[str, Any]
+
+
+class Test(Value):
+    """Judge a stored artifact, or the untuned base, on the test split.
+
+    Sent only when every search has ended: no search ever sees a figure of the test split.
+    """
+
+    kind: Literal["test"] = "test"
+    trial: str
+    attempt: int
+    settings: TrialSettings
+    folder: Path | None
+    """Of the trial whose artifact is judged; None for the untuned base."""
 
 
 class Stop(Value):
@@ -90,6 +104,16 @@ class Ended(Value):
     outcome: Outcome
 
 
+class Tested(Value):
+    """The answer to a test: the loss of each example, or why there is none."""
+
+    kind: Literal["tested"] = "tested"
+    trial: str
+    attempt: int
+    examples: Examples | None
+    message: str | None
+
+
 class Probed(Value):
     """The answer to a probe: facts, or why there are none."""
 
@@ -97,10 +121,12 @@ class Probed(Value):
     arm: str
     facts: Facts | None
     message: str | None
+    misfit: Misfit | None = None
+    """Set if the arm's trainings are larger than the device."""
 
 
 class Lost(Value):
-    """A worker died or was killed; `trial` is what it was training, if anything."""
+    """A worker died or was killed; `trial` is what it was training or testing, if anything."""
 
     kind: Literal["lost"] = "lost"
     worker: int
@@ -110,7 +136,7 @@ class Lost(Value):
     message: str
 
 
-def lost(worker: int, current: Submit | None, killed_for: str | None, message: str) -> Lost:
+def lost(worker: int, current: Submit | Test | None, killed_for: str | None, message: str) -> Lost:
     """What becomes of a dead worker's trial: a timeout if the driver killed it, else a crash."""
     return Lost(
         worker=worker,
@@ -121,8 +147,8 @@ def lost(worker: int, current: Submit | None, killed_for: str | None, message: s
     )
 
 
-AnyCommand = Submit | Stop | Probe | Close
-AnyEvent = Slots | Progress | Evaluated | Ended | Probed | Lost
+AnyCommand = Submit | Test | Stop | Probe | Close
+AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Lost
 COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
 EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
 
@@ -142,6 +168,9 @@ class Runner(Protocol):
     ) -> Outcome:
         """Train one trial to its outcome and write its folder."""
 
+    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+        """Judge a trial's artifact (None: the untuned base) on each example of the test split."""
+
 
 class Engine(Protocol):
     """Hosts workers somewhere and carries messages to and from them.
@@ -155,6 +184,9 @@ class Engine(Protocol):
 
     def submit(self, worker: int, submit: Submit) -> None:
         """Hand a trial to a free slot; `Ended` or `Lost` follows."""
+
+    def test(self, worker: int, test: Test) -> None:
+        """Hand a judgement on the test split to a free slot; `Tested` or `Lost` follows."""
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """Ask for a trial's end; its `Ended` follows. Unknown trials (just ended) are ignored."""

@@ -49,6 +49,8 @@ from sweeper.workers.protocol import (
     Slots,
     Stop,
     Submit,
+    Test,
+    Tested,
     lost,
 )
 from sweeper.workers.worker import Orders, make_runner, print_into, serve, tail_of
@@ -184,7 +186,7 @@ class Host:
     poll: Any
     log: Path
     started: bool = False
-    current: Submit | None = None
+    current: Submit | Test | None = None
     killed_for: str | None = None
 
     def send(self, message: Value) -> None:
@@ -219,6 +221,11 @@ class RayEngine:
         """See Engine."""
         self._hosts[worker].current = submit
         self._hosts[worker].send(submit)
+
+    def test(self, worker: int, test: Test) -> None:
+        """See Engine; the trial's folder must be on a file system that the node shares."""
+        self._hosts[worker].current = test
+        self._hosts[worker].send(test)
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """See Engine."""
@@ -279,12 +286,12 @@ class RayEngine:
         return True
 
     def _arrived(self, host: Host, event: AnyEvent, files: Files) -> None:
-        if files and host.current is not None:
+        if files and isinstance(host.current, Submit):
             unpack(host.current.folder, files)
         if isinstance(event, Slots):
             host.started = True
             self._failed_starts = 0
-        elif isinstance(event, Ended):
+        elif isinstance(event, Ended | Tested):
             host.current = None
         self._events.append(event)
 

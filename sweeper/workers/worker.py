@@ -17,9 +17,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from sweeper.errors import SweeperError
+from sweeper.errors import DoesNotFit, SweeperError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Outcome, StopCause, Value
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
 from sweeper.redaction import redact
 from sweeper.settings import Workers
 from sweeper.workers.protocol import (
@@ -34,6 +34,8 @@ from sweeper.workers.protocol import (
     Slots,
     Stop,
     Submit,
+    Test,
+    Tested,
 )
 
 TRACEBACK_LINES = 30
@@ -54,7 +56,7 @@ class Channel(Protocol):
 class Orders:
     """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
 
-    work: queue.Queue[Submit | Probe | Close] = field(default_factory=queue.Queue)
+    work: queue.Queue[Submit | Test | Probe | Close] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
 
     @classmethod
@@ -140,6 +142,9 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
         if isinstance(command, Probe):
             channel.send(_probed(command, runner))
             continue
+        if isinstance(command, Test):
+            channel.send(_tested(command, runner))
+            continue
         outcome = _outcome(command, runner, channel, orders)
         channel.send(Ended(trial=command.trial, attempt=command.attempt, outcome=outcome))
         if outcome.cause == "oom":
@@ -198,13 +203,28 @@ def _installed_gpus() -> list[str]:
 def _probed(command: Probe, runner: Runner) -> Probed:
     facts: Facts | None = None
     message: str | None = None
+    misfit: Misfit | None = None
     try:
         facts = runner.probe(command.settings)
     except SweeperError as error:
         message = str(error)
+        misfit = error.misfit if isinstance(error, DoesNotFit) else None
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return Probed(arm=command.arm, facts=facts, message=message)
+    return Probed(arm=command.arm, facts=facts, message=message, misfit=misfit)
+
+
+def _tested(command: Test, runner: Runner) -> Tested:
+    examples: Examples | None = None
+    message: str | None = None
+    try:
+        folder = None if command.folder is None else TrialFolder(command.folder)
+        examples = runner.test(command.settings, folder)
+    except SweeperError as error:
+        message = str(error)
+    except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
+        message = _traceback()
+    return Tested(trial=command.trial, attempt=command.attempt, examples=examples, message=message)
 
 
 def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:

@@ -26,6 +26,8 @@ from sweeper.workers.protocol import (
     Progress,
     Slots,
     Submit,
+    Test,
+    Tested,
 )
 from tests.conftest import make_settings
 from tests.workers.conftest import make_workers
@@ -45,6 +47,8 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             step_seconds=step_seconds,
             steps=steps,
             plan={int(key[1:]): value for key, value in plan.items()},
+            finalists={},
+            free_mib=None,
         )
         workers = make_workers(request.param, fake, address)
         engines.append(open_engine(workers, 1, lambda worker: tmp_path / f"{worker}.log"))
@@ -106,6 +110,25 @@ def test_a_probe_is_answered(open_one: Open) -> None:
     _, probed = until(engine, Probed)
     assert isinstance(probed, Probed)
     assert probed.facts is not None
+
+
+def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Path) -> None:
+    """Test: the loss of each example of the untuned base; of a folder with nothing in it, the reason."""
+    engine = open_one()
+    answers = []
+    for folder in (None, tmp_path / "nothing"):
+        _, slot = until(engine, Slots)
+        assert isinstance(slot, Slots)
+        engine.test(
+            slot.worker, Test(trial="x", attempt=1, settings=make_settings().trial, folder=folder)
+        )
+        answers.append(until(engine, Tested)[1])
+    base, nothing = answers
+    assert isinstance(base, Tested)
+    assert isinstance(nothing, Tested)
+    assert base.examples is not None
+    assert len(base.examples.nll) == len(base.examples.tokens) > 0
+    assert (nothing.examples, "nothing was trained here" in (nothing.message or "")) == (None, True)
 
 
 def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:
@@ -182,7 +205,13 @@ def test_a_trial_that_had_ended_is_not_lost(open_one: Open, tmp_path: Path) -> N
 
 
 def _local(tmp_path: Path, **plan: str) -> LocalEngine:
-    fake = FakeTrainer(step_seconds=0.01, steps=1000, plan={0: plan.get("n0", "finish")})
+    fake = FakeTrainer(
+        step_seconds=0.01,
+        steps=1000,
+        plan={0: plan.get("n0", "finish")},
+        finalists={},
+        free_mib=None,
+    )
     return LocalEngine(make_workers("local", fake), 1, lambda worker: tmp_path / f"{worker}.log")
 
 

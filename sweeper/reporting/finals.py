@@ -1,0 +1,73 @@
+"""The arms' winners held against each other on the test split, example by example.
+
+Makes contrasts of what the finalists were judged to lose; knows no study and no worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from sweeper.outcome import Examples
+from sweeper.reporting.intervals import Contrast, Judged, contrast
+from sweeper.reporting.results import Results
+from sweeper.reporting.verdict import reference_arm
+from sweeper.search.final import ArmFinal
+
+SWITCHED_OFF = "finalists.top=0"
+NOT_ENDED = "the study has not come to its end"
+NO_TEST_SPLIT = "the data have none (set data.test, or data.test_ratio above 0)"
+NO_FIGURES = "not every arm's winner could be judged on it"
+OTHER_EXAMPLES = "the arms do not share its examples and their tokens"
+
+
+def settle(results: Results, finals: Mapping[str, ArmFinal]) -> Results:
+    """Results with the finalists' figures, and every arm against its reference on the test split."""
+    arms = tuple(
+        replace(arm, final=finals[arm.name].final) if arm.name in finals else arm
+        for arm in results.arms
+    )
+    settled = replace(results, arms=arms)
+    compared = [arm for arm in arms if arm.best is not None]
+    if any(not arm.facts.rows.get("test", 0) for arm in compared):
+        return replace(settled, untested=NO_TEST_SPLIT)
+    if any(not finals[arm.name].seeds or not finals[arm.name].untuned for arm in compared):
+        return replace(settled, untested=NO_FIGURES)
+    reference = reference_arm(settled)
+    if reference is None:
+        return settled
+    rivals = [arm.name for arm in compared if arm.name != reference.name]
+    contrasts = [_contrast(name, reference.name, finals) for name in rivals]
+    found = tuple(each for each in contrasts if each is not None)
+    return replace(
+        settled,
+        contrasts=found,
+        untested=OTHER_EXAMPLES if len(found) < len(rivals) else None,
+    )
+
+
+def _contrast(arm: str, reference: str, finals: Mapping[str, ArmFinal]) -> Contrast | None:
+    """Both against the base as the reference holds it, which is one zero line for both.
+
+    None if they were judged on different examples, or by different tokenizers.
+    """
+    base = finals[reference].untuned
+    assert base is not None
+    one, other = _judged(finals[arm]), _judged(finals[reference])
+    if not np.array_equal(one.tokens, other.tokens):
+        return None
+    return contrast((arm, reference), one, other, _rows([base]))
+
+
+def _judged(final: ArmFinal) -> Judged:
+    return _rows(list(final.seeds.values()))
+
+
+def _rows(seeds: Sequence[Examples]) -> Judged:
+    """The seeds of one configuration, a row each."""
+    return Judged(
+        np.array([examples.nll for examples in seeds], dtype=np.float64),
+        np.array(seeds[0].tokens, dtype=np.float64),
+    )
