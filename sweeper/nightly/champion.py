@@ -76,16 +76,12 @@ def decide(
         f"{found.difference.value:+.4f} nats against {rival} "
         f"({found.difference.low:+.4f} to {high:+.4f}), margin {margin:.4f}"
     )
-    if broken:
-        verdict, reason = "kept", "; ".join([*broken, interval])
-    else:
-        verdict, reason = ("promoted" if ahead else "kept"), interval
     return Decision(
         model=model,
         challenger=who,
         champion=holder,
-        verdict=verdict,
-        reason=reason,
+        verdict="promoted" if ahead and not broken else "kept",
+        reason="; ".join([*broken, interval]),
         margin=margin,
         contrast=found,
     )

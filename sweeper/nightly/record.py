@@ -6,11 +6,11 @@ Frozen values, written whole after every step; a night that was cut short goes o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sweeper.folders import NightFolder, NightsFolder, write_atomic
 from sweeper.nightly.champion import Decision
@@ -23,6 +23,10 @@ Status = Literal["planned", "done", "cut_short", "failed", "skipped"]
 Result = Literal["no change", "new champion", "regression", "failure"]
 
 ENDED: frozenset[Status] = frozenset({"done", "cut_short", "failed", "skipped"})
+
+
+JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.max_samples")
+"""Parts of an identity without which two losses do not compare."""
 
 
 class Best(Value):
@@ -62,7 +66,7 @@ class EntryRecord(Value):
     status: Status = "planned"
     message: str | None = None
     """Why it failed, or was cut short."""
-    causes: dict[str, int] = {}
+    causes: dict[str, int] = Field(default_factory=dict)
     """How tonight's trials ended, over all arms."""
     seconds: float = 0.0
     """Worker time of tonight's trials."""
@@ -81,7 +85,7 @@ class NightRecord(Value):
     result: Result | None = None
     problems: tuple[str, ...] = ()
     """What could not be written, sent or recorded."""
-    entries: dict[str, EntryRecord] = {}
+    entries: dict[str, EntryRecord] = Field(default_factory=dict)
 
     def with_entry(self, entry: EntryRecord) -> NightRecord:
         """The record with one entry replaced."""
@@ -113,3 +117,24 @@ def earlier(nights: NightsFolder, set_name: str, on: date) -> Iterator[NightReco
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """The parts of two identities that differ."""
     return [part for part in {**before, **now} if before.get(part) != now.get(part)]
+
+
+def last_of(name: str, history: Sequence[NightRecord]) -> EntryRecord | None:
+    """The latest earlier night of an entry that has a best trial."""
+    found = (night.entries.get(name) for night in history)
+    return next((each for each in found if each and each.best and each.decided), None)
+
+
+def comparable(entry: EntryRecord, last: EntryRecord) -> bool:
+    """Whether two nights' losses mean the same: the same data, the same base model."""
+    if entry.decided is None or last.decided is None:
+        return False
+    then, now = last.decided.identity, entry.decided.identity
+    return all(then.get(part) == now[part] for part in now if part.endswith(JUDGED_ON))
+
+
+def regressed(entry: EntryRecord, last: EntryRecord | None, tolerance: float) -> bool:
+    """Whether tonight's best is worse than the last comparable one by more than a tolerance."""
+    if last is None or entry.best is None or last.best is None or not comparable(entry, last):
+        return False
+    return entry.best.loss > last.best.loss + tolerance

@@ -37,7 +37,7 @@ class Entry(Section):
     experiment: str
     name: StudyName | None = None
     """Tells apart two entries of one experiment; null = the experiment's name."""
-    overrides: list[str] = []
+    overrides: list[str] = Field(default_factory=list)
     policy: Policy
     n_trials: Positive | None = None
     """Of a study's first night; null = as the experiment says."""
@@ -80,6 +80,8 @@ class NightlySet(Section):
     begins: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
     window: Duration
     overlap: Literal["skip", "queue", "replace"]
+    regression: Annotated[float, Field(ge=0)]
+    """Nats by which tonight's best may lie above the last comparable one."""
     champion: ChampionRules
     notify: list[str | None]
     """Apprise URLs, each by reference."""
@@ -101,7 +103,9 @@ class NightlySet(Section):
     def _nights_apart(cls, value: float) -> float:
         if timedelta(seconds=value) > LONGEST_WINDOW:
             hours = LONGEST_WINDOW / timedelta(hours=1)
-            raise ValueError(f"{value / 3600:g}h would reach into the next night; at most {hours:g}h")
+            raise ValueError(
+                f"{value / 3600:g}h would reach into the next night; at most {hours:g}h"
+            )
         return value
 
     @model_validator(mode="after")
