@@ -13,7 +13,7 @@ from pathlib import Path
 from sweeper.folders import StudyFolder
 from sweeper.nightly.identity import identity, question_of
 from sweeper.nightly.record import Decided, EntryRecord, NightRecord, changed
-from sweeper.nightly.sets import Entry, NightlySet, plan_of
+from sweeper.nightly.sets import Entry, Loaded
 from sweeper.search.plan import StudyPlan
 from sweeper.search.study import counted, find_study, open_storage, spent_seconds
 
@@ -29,6 +29,8 @@ class Progress:
 
     counted: int
     """Trials of the lora arm that use up n_trials."""
+    missing: int
+    """Trials that its arms have not got to."""
     seconds: float
     """Worker time of all arms."""
     ended: dict[str, list[int]]
@@ -39,12 +41,14 @@ def progress(plan: StudyPlan) -> Progress:
     """What the storage says of a study, whether or not it was ever opened."""
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     if plan.study.storage is None and not folder.database.exists():
-        return Progress(0, 0.0, {arm.name: [] for arm in plan.arms})
+        missing = sum(arm.n_trials for arm in plan.arms)
+        return Progress(0, missing, 0.0, {arm.name: [] for arm in plan.arms})
     storage = open_storage(plan.study.storage, folder)
     studies = {arm.name: find_study(plan, arm, storage) for arm in plan.arms}
-    lora = studies[plan.arms[0].name]
+    counts = {name: counted(study) if study else 0 for name, study in studies.items()}
     return Progress(
-        counted=counted(lora) if lora else 0,
+        counted=counts[plan.arms[0].name],
+        missing=sum(max(0, arm.n_trials - counts[arm.name]) for arm in plan.arms),
         seconds=sum(spent_seconds(study) for study in studies.values() if study),
         ended={
             name: [trial.number for trial in study.get_trials() if trial.state.is_finished()]
@@ -55,14 +59,11 @@ def progress(plan: StudyPlan) -> Progress:
     )
 
 
-def decide(
-    nightly: NightlySet, set_name: str, entry: Entry, on: date, history: Sequence[NightRecord]
-) -> Decided:
+def decide(loaded: Loaded, entry: Entry, on: date, history: Sequence[NightRecord]) -> Decided:
     """Choose by the entry's policy and by what changed since its last study.
 
     Args:
-        nightly: the set.
-        set_name: its name, part of the names of its studies.
+        loaded: the set.
         entry: one of its experiments.
         on: the night's date.
         history: records of earlier nights, the latest first.
@@ -70,7 +71,7 @@ def decide(
     Raises:
         SweeperError: the data or the base model cannot be found.
     """
-    asked = plan_of(nightly, entry)
+    asked = loaded.plan(entry)
     parts = identity(asked)
     past = _past(entry, history)
     last = past[0] if past else None
@@ -80,10 +81,10 @@ def decide(
     if choice == "continue" and last is not None and last.decided is not None:
         name = last.decided.study_name
     else:
-        name = f"{set_name}_{entry.label}_{on}"
+        name = f"{loaded.name}_{entry.label}_{on}"
     earlier_studies = [each.decided.study_name for each in past if each.decided is not None]
     winners = () if choice == "continue" else tuple(dict.fromkeys(earlier_studies))[:WINNERS]
-    before = progress(plan_of(nightly, entry, [f"hydra.sweeper.study_name={name}"]))
+    before = progress(loaded.plan(entry, name))
     first = entry.n_trials or asked.study.n_trials
     grown = before.counted + (entry.extend_by or 0)
     return Decided(

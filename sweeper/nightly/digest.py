@@ -19,6 +19,8 @@ from sweeper.nightly.record import Best, EntryRecord, NightRecord, comparable, l
 from sweeper.nightly.sets import NightlySet
 from sweeper.reporting.sheet import DASH, Sheet, duration, number
 
+UNFINISHED = "not finished"
+"""Of a night that was stopped; the next firing within its window goes on."""
 FINE = frozenset({"finished", "early_stopped", "pruned", "duplicate"})
 """Ends of trials that are no failures."""
 PAGE = """<!doctype html>
@@ -36,7 +38,7 @@ code {{ background: #f4f4f4; padding: .1rem .3rem }}
 
 def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
     """The page as Markdown."""
-    head = f"# Nightly {record.set_name}, {record.date}: {record.result}"
+    head = f"# Nightly {record.set_name}, {record.date}: {record.result or UNFINISHED}"
     sections = (
         ("What ran", [_ran(record, nightly, history)]),
         ("What is new", list(_new(record, history))),

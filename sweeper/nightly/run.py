@@ -15,10 +15,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sweeper.errors import SweeperError
-from sweeper.folders import NightFolder, NightsFolder, write_atomic
+from sweeper.folders import NightFolder, write_atomic
 from sweeper.nightly.claims import Claim, Nights, NightTaken
 from sweeper.nightly.decide import decide, progress
-from sweeper.nightly.digest import digest, page
+from sweeper.nightly.digest import UNFINISHED, digest, page
 from sweeper.nightly.nights import Night
 from sweeper.nightly.notify import notify
 from sweeper.nightly.record import (
@@ -34,7 +34,7 @@ from sweeper.nightly.record import (
     regressed,
     write_record,
 )
-from sweeper.nightly.sets import Entry, NightlySet, load_set, plan_of
+from sweeper.nightly.sets import Entry, Loaded, NightlySet, load_set, plan_of
 from sweeper.redaction import redact
 from sweeper.reporting.results import Results, load_results
 from sweeper.search.plan import StudyPlan
@@ -70,7 +70,8 @@ def run_night(name: str, overrides: Sequence[str] = (), clock: Clock = utc_now) 
         ConfigError: everything that is wrong with the set.
         KeyboardInterrupt: the user stopped it; the next firing within the window goes on.
     """
-    nightly = load_set(name, overrides)
+    loaded = load_set(name, overrides)
+    nightly = loaded.settings
     now = clock()
     night = nightly.rhythm.at(now)
     if night is None:
@@ -78,13 +79,11 @@ def run_night(name: str, overrides: Sequence[str] = (), clock: Clock = utc_now) 
         begins = following.begins.astimezone(nightly.rhythm.time_zone)
         _say(f"nightly {name}: no night at this hour; the next begins {begins:%Y-%m-%d %H:%M %Z}")
         return None
-    folder = NightsFolder.under(Path(nightly.output_dir))
-    nights = Nights(folder)
+    nights = Nights(nightly.folder)
     try:
         wait = _patience(nightly, nights, name, night, now)
         with nights.claim(name, night.date, clock(), wait) as claim:
-            run = NightRun(nightly, claim, night, folder, clock)
-            result = run.run()
+            result = NightRun(loaded, claim, night, clock).run()
             nights.end(claim, result, clock())
             return result
     except NightTaken as reason:
@@ -108,16 +107,16 @@ class NightRun:
 
     def __init__(
         self,
-        nightly: NightlySet,
+        loaded: Loaded,
         claim: Claim,
         night: Night,
-        nights: NightsFolder,
         clock: Clock,
     ) -> None:
-        self._nightly = nightly
+        self._loaded = loaded
+        self._nightly = nightly = loaded.settings
         self._clock = clock
-        self._folder: NightFolder = nights.night(claim.set_name, claim.date.isoformat())
-        self._history = list(earlier(nights, claim.set_name, claim.date))
+        self._folder: NightFolder = nightly.folder.night(claim.set_name, claim.date.isoformat())
+        self._history = list(earlier(nightly.folder, claim.set_name, claim.date))
         new = NightRecord(
             set_name=claim.set_name, date=claim.date, began=claim.began, starts=claim.starts
         )
@@ -157,7 +156,7 @@ class NightRun:
         return self._train(plan, record, decided)
 
     def _decide(self, entry: Entry) -> Decided:
-        return decide(self._nightly, self._record.set_name, entry, self._record.date, self._history)
+        return decide(self._loaded, entry, self._record.date, self._history)
 
     def _train(self, plan: StudyPlan, record: EntryRecord, decided: Decided) -> EntryRecord:
         _say(f"nightly: {record.name} ({decided.choice}: {decided.reason})")
@@ -166,10 +165,10 @@ class NightRun:
         except Exception as error:  # noqa: BLE001 - the night's edge: one experiment ends no night
             return _with_results(_failed(record, error), _stored(plan), decided)
         record = _with_results(record, results, decided)
-        short = progress(plan).counted < decided.n_trials
-        words = "the budget ended it before its last trial" if short else None
+        missing = progress(plan).missing
+        words = f"its budget ended it {missing} trials early" if missing else None
         return record.model_copy(
-            update={"status": "cut_short" if short else "done", "message": words}
+            update={"status": "cut_short" if missing else "done", "message": words}
         )
 
     def _limits(self, entry: Entry, decided: Decided) -> list[str] | str:
@@ -181,7 +180,7 @@ class NightRun:
         seconds = (self._deadline - self._clock()).total_seconds()
         if seconds <= 0:
             return "the night's time is used up"
-        own = plan_of(self._nightly, entry).study.budget
+        own = self._loaded.plan(entry).study.budget
         walls = (seconds, entry.budget.wall_clock, own.wall_clock)
         others = [other for other in self._nightly.experiments if other.label != entry.label]
         whole = self._nightly.budget.device_hours
@@ -202,9 +201,8 @@ class NightRun:
         record = self._entry(entry)
         if record.status in ENDED or record.decided is None or record.decided.choice == "skip":
             return record.seconds
-        name = f"hydra.sweeper.study_name={record.decided.study_name}"
-        now = progress(plan_of(self._nightly, entry, [name])).seconds
-        return now - record.decided.seconds_before
+        now = progress(self._loaded.plan(entry, record.decided.study_name))
+        return now.seconds - record.decided.seconds_before
 
     def _keep(self, record: EntryRecord) -> None:
         self._record = self._record.with_entry(record)
@@ -224,8 +222,9 @@ class NightRun:
 
     def _conclude(self) -> Result:
         result = _result(self._record, self._nightly.regression, self._history)
-        ended = {"ended": self._clock(), "result": result}
-        self._record = self._record.model_copy(update=ended)
+        if self._whole:
+            ended = {"ended": self._clock(), "result": result}
+            self._record = self._record.model_copy(update=ended)
         self._store()
         text = digest(self._record, self._nightly, self._history)
         for problem in notify(self._nightly.notify, self._title(), text) if self._whole else []:
@@ -235,7 +234,7 @@ class NightRun:
 
     def _title(self) -> str:
         record = self._record
-        return f"nightly {record.set_name} {record.date}: {record.result}"
+        return f"nightly {record.set_name} {record.date}: {record.result or UNFINISHED}"
 
     def _write_digest(self, text: str) -> None:
         """To its files; to the terminal where there is no room for files."""

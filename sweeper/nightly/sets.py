@@ -5,7 +5,9 @@ Defaults live in conf/nightly/default.yaml; other sets build on it with `default
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,11 +17,13 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sweeper import compose
 from sweeper.errors import ConfigError
+from sweeper.folders import NightsFolder
 from sweeper.nightly.nights import LONGEST_WINDOW, Rhythm
 from sweeper.search.plan import StudyPlan, studies
 from sweeper.settings import Positive, Section, StudyName, parse_duration, validate
 from sweeper.space import word
 
+SET_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}"
 Policy = Literal["continue", "fresh", "skip_unchanged"]
 Duration = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(parse_duration)]
 
@@ -122,13 +126,35 @@ class NightlySet(Section):
         begins, window = time.fromisoformat(self.begins), timedelta(seconds=self.window)
         return Rhythm(ZoneInfo(self.time_zone), begins, window)
 
+    @property
+    def folder(self) -> NightsFolder:
+        """Where its nights are kept."""
+        return NightsFolder.under(Path(self.output_dir))
+
     def overrides_of(self, entry: Entry) -> list[str]:
         """What is given to every study of an entry, whichever night it is."""
         added = [f"+experiment={entry.experiment}", f"output_dir={word(self.output_dir)}"]
         return compose.with_user_conf([*added, *entry.overrides], Path.cwd())
 
 
-def load_set(name: str, overrides: Sequence[str] = ()) -> NightlySet:
+@dataclass(frozen=True)
+class Loaded:
+    """A valid set, and the study that each of its entries asks for before any night has its say."""
+
+    name: str
+    settings: NightlySet
+    plans: Mapping[str, StudyPlan]
+
+    def plan(self, entry: Entry, study_name: str | None = None) -> StudyPlan:
+        """An entry's study, under another name."""
+        plan = self.plans[entry.label]
+        if study_name is None:
+            return plan
+        study = plan.study.model_copy(update={"study_name": study_name})
+        return replace(plan, study=study)
+
+
+def load_set(name: str, overrides: Sequence[str] = ()) -> Loaded:
     """A set by its name, from the user's conf/nightly/ or the packaged one, with overrides.
 
     Args:
@@ -138,6 +164,8 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> NightlySet:
     Raises:
         ConfigError: everything that is wrong with the set or with any of its experiments.
     """
+    if not re.fullmatch(SET_NAME, name):
+        raise ConfigError([f"{name!r} is no name of a set; sets are files conf/nightly/NAME.yaml"])
     given = compose.with_user_conf(list(overrides), Path.cwd())
     values, written = compose.compose_group("nightly", name, given)
     problems = _literal_urls(written)
@@ -145,14 +173,15 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> NightlySet:
         found = validate(NightlySet, values, f"nightly/{name}")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
+    plans: dict[str, StudyPlan] = {}
     for entry in found.experiments:
         try:
-            plan_of(found, entry)
+            plans[entry.label] = plan_of(found, entry)
         except ConfigError as error:
             problems += [f"nightly/{name}, {entry.label}: {words}" for words in error.problems]
     if problems:
         raise ConfigError(problems)
-    return found
+    return Loaded(name, found, plans)
 
 
 def plan_of(nightly: NightlySet, entry: Entry, overrides: Sequence[str] = ()) -> StudyPlan:
