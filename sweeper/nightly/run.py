@@ -16,6 +16,8 @@ from pathlib import Path
 
 from sweeper.errors import SweeperError
 from sweeper.folders import NightFolder, write_atomic
+from sweeper.nightly.challenge import GateJudge, challenge, judge_apart
+from sweeper.nightly.champion import Decision
 from sweeper.nightly.claims import Claim, Nights, NightTaken
 from sweeper.nightly.decide import decide, progress
 from sweeper.nightly.digest import UNFINISHED, digest, page
@@ -39,6 +41,7 @@ from sweeper.redaction import redact
 from sweeper.reporting.results import Results, load_results
 from sweeper.search.plan import StudyPlan
 from sweeper.session import run_study
+from sweeper.tracking.trackers import make_registry
 
 Clock = Callable[[], datetime]
 EXIT_CODES: Mapping[Result, int] = {
@@ -55,13 +58,19 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def run_night(name: str, overrides: Sequence[str] = (), clock: Clock = utc_now) -> Result | None:
+def run_night(
+    name: str,
+    overrides: Sequence[str] = (),
+    clock: Clock = utc_now,
+    judge: GateJudge = judge_apart,
+) -> Result | None:
     """Run tonight's night of a set, if it has not been run; or the rest of it, after a crash.
 
     Args:
         name: of the set.
         overrides: Hydra's, for the set.
         clock: tells which night it is, and how much of it is left.
+        judge: of challengers and champions.
 
     Returns:
         How the night ended; None if there was nothing to run.
@@ -83,7 +92,7 @@ def run_night(name: str, overrides: Sequence[str] = (), clock: Clock = utc_now) 
     try:
         wait = _patience(nightly, nights, name, night, now)
         with nights.claim(name, night.date, clock(), wait) as claim:
-            result = NightRun(loaded, claim, night, clock).run()
+            result = NightRun(loaded, claim, night, clock, judge).run()
             nights.end(claim, result, clock())
             return result
     except NightTaken as reason:
@@ -111,7 +120,9 @@ class NightRun:
         claim: Claim,
         night: Night,
         clock: Clock,
+        judge: GateJudge,
     ) -> None:
+        self._judge = judge
         self._loaded = loaded
         self._nightly = nightly = loaded.settings
         self._clock = clock
@@ -165,11 +176,22 @@ class NightRun:
         except Exception as error:  # noqa: BLE001 - the night's edge: one experiment ends no night
             return _with_results(_failed(record, error), _stored(plan), decided)
         record = _with_results(record, results, decided)
+        record = record.model_copy(update={"champion": self._challenge(plan, record)})
         missing = progress(plan).missing
         words = f"its budget ended it {missing} trials early" if missing else None
         return record.model_copy(
             update={"status": "cut_short" if missing else "done", "message": words}
         )
+
+    def _challenge(self, plan: StudyPlan, record: EntryRecord) -> Decision | None:
+        entry = next(each for each in self._nightly.experiments if each.label == record.name)
+        if record.best is None:
+            return None
+        try:
+            return challenge(entry, plan, record.best, self._nightly.champion, self._judge)
+        except (SweeperError, OSError, ValueError) as error:
+            self._problem(f"{entry.label}: champion not decided: {error}")
+            return None
 
     def _limits(self, entry: Entry, decided: Decided) -> list[str] | str:
         """What the entry's study may use now; or why it may use nothing.
@@ -226,11 +248,30 @@ class NightRun:
             ended = {"ended": self._clock(), "result": result}
             self._record = self._record.model_copy(update=ended)
         self._store()
-        text = digest(self._record, self._nightly, self._history)
-        for problem in notify(self._nightly.notify, self._title(), text) if self._whole else []:
-            self._problem(problem)
-        self._write_digest(digest(self._record, self._nightly, self._history))
+        if self._whole:
+            for problem in notify(self._nightly.notify, self._title(), self._text()):
+                self._problem(problem)
+        self._write_digest(self._text())
+        self._log(self._text())
+        _say(f"{self._title()}\nDigest     {self._folder.digest}")
         return result
+
+    def _log(self, text: str) -> None:
+        """The page as a run of MLflow, where the set's experiments are tracked."""
+        trackings = [plan.settings.tracking for plan in self._loaded.plans.values()]
+        registry = next(filter(None, map(make_registry, trackings)), None)
+        if registry is None:
+            return
+        name = f"{self._record.set_name} {self._record.date}"
+        tags = {"sweeper.result": self._record.result or UNFINISHED, "mlflow.note.content": text}
+        try:
+            registry.log_night(name, tags, [self._folder.digest, self._folder.page])
+        except (SweeperError, OSError) as error:
+            self._problem(f"digest not recorded: {error}")
+            self._write_digest(self._text())
+
+    def _text(self) -> str:
+        return digest(self._record, self._nightly, self._history)
 
     def _title(self) -> str:
         record = self._record
@@ -241,7 +282,6 @@ class NightRun:
         try:
             write_atomic(self._folder.digest, text)
             write_atomic(self._folder.page, page(text, self._title()))
-            _say(f"{self._title()}\nDigest     {self._folder.digest}")
         except OSError as error:
             print(f"nightly: the digest could not be written ({error}):\n{text}", file=sys.stderr)
 

@@ -48,6 +48,8 @@ class Entry(Section):
     extend_by: Positive | None = None
     """Trials that each further night of a continued study adds."""
     budget: Limits = Limits()
+    gate: str | None = None
+    """Source of the split that champions are decided on; in no other split. null = none is decided."""
 
     @model_validator(mode="after")
     def _extended_if_continued(self) -> Entry:
