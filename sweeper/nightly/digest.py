@@ -44,7 +44,7 @@ def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightReco
         ("What is new", list(_new(record, history))),
         ("Regressions", list(_regressions(record, nightly, history))),
         ("Failures", list(_failures(record))),
-        ("Champions", list(_champions(record))),
+        ("Champions", list(_champions(record, history))),
         ("Cost", list(_cost(record, nightly))),
         ("Not done", [f"- {problem}" for problem in record.problems]),
         ("Look closer", list(_commands(record, nightly))),
@@ -143,11 +143,21 @@ def _failures(record: NightRecord) -> Iterator[str]:
                 yield f"- {entry.name}: {count} trials ended as {cause}"
 
 
-def _champions(record: NightRecord) -> Iterator[str]:
+def _champions(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
     for entry in record.entries.values():
         if entry.champion is not None:
             found = entry.champion
             yield f"- {found.model}: {found.verdict} ({found.challenger}): {_one_line(found.reason)}"
+            looks = sum(_looked(night.entries.get(entry.name)) for night in (record, *history))
+            if looks:
+                yield (
+                    f"- {found.model}: these nights looked at the gate {looks} times; every look "
+                    "makes its verdicts a little less honest, so renew it now and then"
+                )
+
+
+def _looked(entry: EntryRecord | None) -> bool:
+    return bool(entry and entry.champion and entry.champion.contrast)
 
 
 def _cost(record: NightRecord, nightly: NightlySet) -> Iterator[str]:

@@ -263,7 +263,10 @@ class NightRun:
         if registry is None:
             return
         name = f"{self._record.set_name} {self._record.date}"
-        tags = {"sweeper.result": self._record.result or UNFINISHED, "mlflow.note.content": text}
+        tags = {
+            "sweeper.result": self._record.result or UNFINISHED,
+            "mlflow.note.content": text[:8000],
+        }
         try:
             registry.log_night(name, tags, [self._folder.digest, self._folder.page])
         except (SweeperError, OSError) as error:
