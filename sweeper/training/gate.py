@@ -2,8 +2,8 @@
 
     python -m sweeper.training.gate REQUEST.json ANSWER.json
 
-The gate is a source of its own that no trial was trained, chosen or tested on. Rows that stand in a
-model's training or validation split are left out. Knows adapters, not champions.
+The gate is a source of its own. Rows that stand in a model's other splits are left out: it was trained
+or chosen on them, or they are kept for the last word (test). Knows adapters, not champions.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Answer(Value):
     nll: dict[str, list[float]] = Field(default_factory=dict)
     """Summed negative log-likelihood of each example in nats, by name; `base` among them."""
     left_out: int = 0
-    """Rows of the gate that a model was trained or chosen on."""
+    """Rows of the gate that stand in another split of a model."""
     problem: str | None = None
 
 
@@ -69,8 +69,8 @@ def judge_on_gate(request: Request) -> Answer:
     unseen = _unseen(examples, list(settings.values()))
     if len(unseen) < MIN_EXAMPLES:
         raise DataError(
-            f"gate={request.gate}: {len(unseen)} of its {len(examples)} rows were never trained or "
-            f"chosen on; give at least {MIN_EXAMPLES} rows that stand in no other split"
+            f"gate={request.gate}: {len(unseen)} of its {len(examples)} rows stand in no other split; "
+            f"at least {MIN_EXAMPLES} are needed"
         )
     losses = {BASE: _losses(first, None, unseen)}
     for name, folder in request.trials.items():
@@ -95,13 +95,12 @@ def _settings(folder: Path) -> TrialSettings:
 
 
 def _unseen(examples: Sequence[Example], settings: Sequence[TrialSettings]) -> list[Example]:
-    """Examples in no training or validation split of any of the models."""
+    """Examples in no split of any of the models."""
     sections = {each.data.model_dump_json(): each.data for each in settings}
     seen = {
         example.text
         for data in sections.values()
-        for name, found in load_splits(data).examples.items()
-        if name != "test"
+        for found in load_splits(data).examples.values()
         for example in found
     }
     return [example for example in examples if example.text not in seen]

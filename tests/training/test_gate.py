@@ -52,10 +52,10 @@ def test_losses_are_those_of_the_trials_own_judge(
     assert loss < math.fsum(answer.nll["base"]) / tokens
 
 
-def test_rows_that_were_trained_or_chosen_on_are_left_out(
+def test_rows_of_other_splits_are_left_out(
     trial: TrialFolder, gate: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    """Five training rows and the ten validation rows in the gate are counted and not judged."""
+    """Five rows of the training file and the ten validation rows are counted and not judged."""
     trained = rows_file.read_text().splitlines(keepends=True)[:5]
     chosen = (tmp_path / "validation.jsonl").read_text()
     gate.write_text(gate.read_text() + "".join(trained) + chosen)
@@ -65,7 +65,7 @@ def test_rows_that_were_trained_or_chosen_on_are_left_out(
 
 def test_gate_of_trained_rows_is_refused(trial: TrialFolder, rows_file: Path) -> None:
     """The training file itself is no gate."""
-    with pytest.raises(DataError, match="0 of its 40 rows were never trained"):
+    with pytest.raises(DataError, match="0 of its 40 rows stand in no other split"):
         judge_on_gate(Request(gate=str(rows_file), trials={CHALLENGER: trial.path}))
 
 
