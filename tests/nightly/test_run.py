@@ -285,6 +285,7 @@ def test_of_two_firings_one_runs(write_set: Write, capsys: pytest.CaptureFixture
     assert _record().starts == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overlap", "ran"), [("skip", False), ("queue", True), ("replace", True)])
 def test_last_night_that_still_runs(write_set: Write, overlap: str, ran: bool) -> None:
     """skip leaves tonight out, queue runs it afterwards, replace stops the old night first."""
