@@ -18,6 +18,7 @@ from sweeper.folders import StudyFolder, size_mib
 from sweeper.nightly.record import Best, EntryRecord, NightRecord, comparable, last_of, regressed
 from sweeper.nightly.sets import NightlySet
 from sweeper.reporting.sheet import DASH, Sheet, duration, number
+from sweeper.space import Scalar
 
 UNFINISHED = "not finished"
 """Of a night that was stopped; the next firing within its window goes on."""
@@ -108,7 +109,7 @@ def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
         if entry.best is None or entry.status == "skipped":
             continue
         if before is None or entry.best.loss < before.loss:
-            point = ", ".join(f"{key}={value}" for key, value in entry.best.point.items())
+            point = ", ".join(f"{key}={_short(value)}" for key, value in entry.best.point.items())
             gain = "" if before is None else f", {before.loss - entry.best.loss:.4f} below the last"
             yield (
                 f"- {entry.name}: best {entry.best.loss:.4f}{gain} "
@@ -119,6 +120,10 @@ def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
                 f"- {entry.name}: last night's loss does not compare, it was measured on other "
                 "data or another base model"
             )
+
+
+def _short(value: Scalar) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _regressions(

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def _patience(nightly: NightlySet, nights: Nights, name: str, night: Night, now:
         return 0.0
     if nightly.overlap == "replace":
         _say(f"nightly {name}: stopping the night of {holder.date} (process {holder.process})")
-        os.kill(holder.process, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(holder.process, signal.SIGTERM)
     return (night.ends - now).total_seconds()
 
 
@@ -252,7 +254,8 @@ class NightRun:
             for problem in notify(self._nightly.notify, self._title(), self._text()):
                 self._problem(problem)
         self._write_digest(self._text())
-        self._log(self._text())
+        if self._whole:  # whoever stops a night is not kept waiting for a server
+            self._log(self._text())
         _say(f"{self._title()}\nDigest     {self._folder.digest}")
         return result
 

@@ -304,6 +304,15 @@ def test_last_night_that_still_runs(write_set: Write, overlap: str, ran: bool) -
         assert (trials, finished) == (8, "no change")
 
 
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (compose.conf_dir() / "nightly").glob("*.yaml"))
+)
+def test_packaged_sets_are_valid(name: str) -> None:
+    """Every set that travels with the package loads, with all its experiments."""
+    loaded = load_set(name)
+    assert set(loaded.plans) == {entry.label for entry in loaded.settings.experiments}
+
+
 def test_wrong_sets_are_told_at_once(write_set: Write) -> None:
     """Time zone, window, policy and an experiment's override: every problem is named."""
     write_set(
