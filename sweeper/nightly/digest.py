@@ -156,7 +156,7 @@ def _champions(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[
             looks = sum(_looked(night.entries.get(entry.name)) for night in (record, *history))
             if looks:
                 yield (
-                    f"- {found.model}: these nights looked at the gate {looks} times; every look "
+                    f"- {found.model}: these nights looked at the gate {looks} time{'' if looks == 1 else 's'}; every look "
                     "makes its verdicts a little less honest, so renew it now and then"
                 )
 
