@@ -1,4 +1,5 @@
-# Two images: `servers` (MLflow and the migrations, no torch) and `sweeper` (what trains).
+# Three images: `servers` (MLflow and the migrations, no torch), `sweeper` (what trains), and `nightly`,
+# which is `sweeper` under supercronic.
 #   docker build --target sweeper --tag sweeper:0.1.0 .
 #   docker build --target sweeper --tag sweeper:0.1.0 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128 .
 FROM python:3.11.14-slim-bookworm AS base
@@ -15,6 +16,10 @@ RUN useradd --create-home --uid 10001 sweeper \
 WORKDIR /home/sweeper
 COPY constraints.txt ./
 
+# built from source: Go checks it against the public checksum database, on every architecture
+FROM golang:1.24.4-bookworm AS supercronic
+RUN CGO_ENABLED=0 GOBIN=/out go install github.com/aptible/supercronic@v0.2.32
+
 FROM base AS servers
 RUN pip install --constraint constraints.txt mlflow optuna "psycopg[binary]"
 COPY deploy/init_databases.py deploy/check_mlflow.py deploy/
@@ -28,9 +33,15 @@ COPY pyproject.toml README.md LICENSE ./
 COPY sweeper sweeper
 COPY hydra_plugins hydra_plugins
 COPY conf conf
-RUN pip install --constraint constraints.txt ".[postgres,ray]" \
+RUN pip install --constraint constraints.txt ".[postgres,ray,nightly]" \
  && rm -rf sweeper hydra_plugins conf \
  && mkdir -p outputs .cache/huggingface \
  && chown -R sweeper:sweeper .
 USER sweeper
 ENTRYPOINT ["python", "-m", "sweeper"]
+
+FROM sweeper AS nightly
+COPY --from=supercronic /out/supercronic /usr/local/bin/supercronic
+COPY deploy/nightly.crontab ./
+USER sweeper
+ENTRYPOINT ["supercronic", "-passthrough-logs", "nightly.crontab"]

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all lint format ui report servers servers-stop audit bench wheel clean
+.PHONY: help setup sweep test test-all lint format ui report nightly servers servers-stop audit bench wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,postgres]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,postgres,nightly]'
 	touch $(READY)
 
 sweep: $(READY)  ## Run the main job: the learning-rate and rank sweep, and its full fine-tuning baseline
@@ -44,6 +44,9 @@ ui: $(READY)  ## Open the MLflow UI on ./mlruns at http://127.0.0.1:5000
 
 report: $(READY)  ## Show the last results of the main job
 	$(BIN)/python -m sweeper report lr_rank_sweep
+
+nightly: $(READY)  ## Run tonight's night of the set `default`, once (docs/nightly.md)
+	$(BIN)/python -m sweeper nightly default
 
 servers: $(READY)  ## Start PostgreSQL and MLflow as processes; reads .env (docs/servers.md)
 	PYTHON=$(BIN)/python deploy/servers.sh start

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-VERBS = ("report", "best", "generate", "trial", "doctor", "prefetch", "build-base")
+if TYPE_CHECKING:
+    from sweeper.tracking.registry import Registry, Version
+
+VERBS = (
+    *("report", "best", "generate", "trial", "doctor", "prefetch"),
+    *("nightly", "champion", "clean", "build-base"),
+)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -164,6 +170,86 @@ def doctor(
     raise typer.Exit(0 if sound(findings) else 1)
 
 
+@app.command()
+def nightly(
+    name: Annotated[str, typer.Argument(help="A set: conf/nightly/NAME.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the set: nightly.budget.wall_clock=2h")
+    ] = None,
+) -> None:
+    """Run tonight's night of a set, once, however often this is fired (docs/nightly.md).
+
+    Exit codes: 0 no change, or nothing to run; 1 failure; 10 new champion; 11 regression.
+    """
+    from sweeper.nightly.run import EXIT_CODES, run_night
+
+    result = run_night(name, overrides or [])
+    raise typer.Exit(0 if result is None else EXIT_CODES[result])
+
+
+@app.command()
+def clean(
+    name: Annotated[str, typer.Argument(help="The study_name.")],
+    keep_adapters: Annotated[int, typer.Option(min=0, help="Best adapters that stay.")] = 3,
+    dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
+    ] = None,
+) -> None:
+    """Delete the weights of a study's losers and of full fine-tunes; figures and reports stay."""
+    from sweeper.nightly.retention import removals, remove
+
+    held = [found.folder for found in _registry_champions(overrides or [])]
+    found = removals(name, output_dir, keep_adapters, held)
+    for removal in found:
+        typer.echo(f"{removal.mib:10.1f} MiB  {removal.path}  ({removal.why})")
+    if not dry_run:
+        remove(name, output_dir, found)
+    done = "would be freed" if dry_run else "freed"
+    typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
+
+
+champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
+app.add_typer(champions, name="champion")
+Model = Annotated[str, typer.Argument(help="The registered model: an entry of a nightly set.")]
+Where = Annotated[
+    list[str] | None, typer.Argument(help="Which MLflow, as overrides: tracking.uri=…")
+]
+
+
+@champions.command()
+def show(model: Model, overrides: Where = None) -> None:
+    """Show the champion: its version, its trial, and the evidence that made it."""
+    version = _registry(overrides or []).champion(model)
+    if version is None:
+        typer.echo(f"{model}: no champion yet")
+        return
+    typer.echo(f"{model}: version {version.number}, trial {version.trial} of {version.study}")
+    for key, value in sorted(version.tags.items()):
+        typer.echo(f"  {key}: {value}")
+
+
+@champions.command()
+def promote(
+    model: Model,
+    study: Annotated[str, typer.Argument(help="The study_name.")],
+    trial: Annotated[str, typer.Argument(help="Arm and number: lora/0007.")],
+    overrides: Where = None,
+) -> None:
+    """Make a trial's adapter the champion by hand."""
+    tags = {"sweeper.promoted_by": "hand"}
+    version = _registry(overrides or []).promote(model, study, trial, tags)
+    typer.echo(f"{model}: version {version.number} is the champion")
+
+
+@champions.command()
+def rollback(model: Model, overrides: Where = None) -> None:
+    """Give the champion's place back to the one before."""
+    version = _registry(overrides or []).rollback(model)
+    typer.echo(f"{model}: version {version.number} is the champion again")
+
+
 @app.command(name="build-base")
 def build_base(
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
@@ -183,3 +269,23 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def _registry(overrides: list[str]) -> Registry:
+    from sweeper.errors import ConfigError
+    from sweeper.search.plan import single
+    from sweeper.tracking.trackers import make_registry
+
+    registry = make_registry(single(overrides).tracking)
+    if registry is None:
+        raise ConfigError(["tracking=none: there is no registry without MLflow"])
+    return registry
+
+
+def _registry_champions(overrides: list[str]) -> list[Version]:
+    """The champions of all models, whose weights are never deleted; none without MLflow."""
+    from sweeper.search.plan import single
+    from sweeper.tracking.trackers import make_registry
+
+    registry = make_registry(single(overrides).tracking)
+    return [] if registry is None else registry.champions()

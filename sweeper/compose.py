@@ -174,6 +174,24 @@ def compose(overrides: Sequence[str]) -> Composition:
         raise ConfigError([_reason(error)]) from None
 
 
+def compose_group(
+    group: str, name: str, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One choice of a group that no trial has: its values, and what was written (with references).
+
+    Raises:
+        ConfigError: all that Hydra refused.
+    """
+    composition, problems = compose_leniently([f"+{group}={name}", *overrides])
+    if problems:
+        raise ConfigError(problems)
+    written = OmegaConf.to_container(composition.unresolved[group], resolve=False)
+    values = composition.config[group]
+    assert isinstance(values, dict)
+    assert isinstance(written, dict)
+    return values, {str(key): value for key, value in written.items()}
+
+
 def compose_leniently(overrides: Sequence[str]) -> tuple[Composition, list[str]]:
     """Compose what can be composed; everything else comes back as problems, one per override."""
     try:

@@ -9,6 +9,7 @@ SweeperError
 │   ├── StudyLocked    another driver runs it
 │   └── StudyMismatch  its name stands for a different question
 ├── ArtifactError      stored weights are not what their manifest says
+├── TrackingError      MLflow does not answer, or has no such run or model
 ├── WorkerError        workers cannot be started
 └── Diverged           the loss or the gradient is not finite, or far off (a trial's outcome)
 """
@@ -77,6 +78,10 @@ class TrialFailed(SweeperError):
 
 class ArtifactError(SweeperError):
     """Stored weights are not what their manifest says."""
+
+
+class TrackingError(SweeperError):
+    """MLflow does not answer, or has no such run or model."""
 
 
 class WorkerError(SweeperError):

@@ -198,6 +198,62 @@ class StudyFolder:
         return self.finalists(arm) / "test" / f"{name}.json"
 
 
+@dataclass(frozen=True)
+class NightsFolder:
+    """The nights of all sets under one output_dir."""
+
+    path: Path
+
+    @classmethod
+    def under(cls, output_dir: Path) -> NightsFolder:
+        """Beside the studies that the nights train."""
+        return cls(output_dir / "nightly")
+
+    @property
+    def database(self) -> Path:
+        """Which nights were run: one row per set and local date."""
+        return self.path / "nights.db"
+
+    def lock(self, set_name: str) -> Path:
+        """Held by the process that runs the set."""
+        return self.path / f"{set_name}.lock"
+
+    def holder(self, set_name: str) -> Path:
+        """Who holds the lock, and for which night."""
+        return self.path / f"{set_name}.running.json"
+
+    def night(self, set_name: str, date: str) -> NightFolder:
+        """The folder of one night, by its local date."""
+        return NightFolder(self.path / set_name / date)
+
+    def dates(self, set_name: str) -> list[str]:
+        """The nights of a set that left a record, the latest first."""
+        records = (self.path / set_name).glob("*/night.json")
+        return sorted((record.parent.name for record in records), reverse=True)
+
+
+@dataclass(frozen=True)
+class NightFolder:
+    """What one night leaves behind."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """What was decided and what came of it; a night that was cut short goes on from here."""
+        return self.path / "night.json"
+
+    @property
+    def digest(self) -> Path:
+        """The morning's page (Markdown)."""
+        return self.path / "digest.md"
+
+    @property
+    def page(self) -> Path:
+        """The same as a web page."""
+        return self.path / "digest.html"
+
+
 def size_mib(folder: Path) -> float:
     """Size of all files under a folder, in MiB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20

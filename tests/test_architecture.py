@@ -42,7 +42,7 @@ SEAMS = {
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
-    "mlflow": {"sweeper/tracking/mlflow_tracker.py"},
+    "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
     "typer": {"sweeper/cli.py"},
     "multiprocessing": {"sweeper/workers/local.py"},
     "datasets": {"sweeper/data/sources.py"},
@@ -107,7 +107,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run"),
+        *("doctor", "dry_run", "nightly.run", "nightly.retention"),
         *(
             "tracking.mlflow_tracker",
             "reporting.formats",

@@ -19,7 +19,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 GROUPS = sorted(
     (path.parent.relative_to(CONF).as_posix(), path.stem)
     for path in FILES
-    if path.parent not in (CONF, CONF / "experiment")
+    if path.parent not in (CONF, CONF / "experiment", CONF / "nightly")
 )
 
 

@@ -104,6 +104,15 @@ def load_splits(data: Data) -> Splits:
     return Splits(examples, tuple(reading.formats), source, reading.ledger, passed, ordered)
 
 
+def load_examples(path: str, data: Data) -> list[Example]:
+    """The usable examples of one more source, in the format of `data`: a split that no stage shapes.
+
+    Raises:
+        DataError: it is missing or broken, or holds too many unusable rows.
+    """
+    return _examples(Source(path=path), "gate", data, _Reading(Ledger(), {}))
+
+
 def _refuse_empty(examples: Mapping[str, Sequence[Example]], source: str, ledger: Ledger) -> None:
     for name in ("train", "validation"):
         if not examples[name]:

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from pathlib import Path
+from json import JSONDecodeError
+from os import getpid
 
 from filelock import FileLock, Timeout
 
 from sweeper.errors import SweeperError
+from sweeper.folders import NightsFolder, read_json, write_json
 
 BUSY_SECONDS = 60.0
 
@@ -45,34 +47,68 @@ class Claim:
     date: date
     starts: int
     """1, or more after a crash: the night goes on where it was."""
+    began: datetime
+    """When the first of its starts was: the night's time is counted from there."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that runs a set at this moment."""
+
+    process: int
+    date: date
 
 
 class Nights:
     """The nights of all sets under one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: NightsFolder) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         with self._database() as database:
             database.execute(_SCHEMA)
 
     @contextmanager
-    def claim(self, set_name: str, on: date, now: datetime) -> Iterator[Claim]:
-        """Hold one night; on a normal return the night has ended, on an exception it has not.
+    def claim(
+        self, set_name: str, on: date, now: datetime, wait_seconds: float = 0
+    ) -> Iterator[Claim]:
+        """Hold one night, until the block ends; whether the night is over, `end` says.
+
+        Args:
+            set_name: whose night.
+            on: the local date it begins on.
+            now: for the record.
+            wait_seconds: how long a process that runs the set is waited for.
 
         Raises:
             NightTaken: the set is running at this moment, or this night has ended before.
         """
-        lock = FileLock(self._folder / f"{set_name}.lock", timeout=0)
+        lock = FileLock(self._folder.lock(set_name), timeout=wait_seconds)
         try:
             lock.acquire()
         except Timeout:
             raise NightTaken(f"nightly {set_name}: another process is running it") from None
         try:
-            claim = Claim(set_name, on, self._start(set_name, on, now))
+            claim = self._start(set_name, on, now)
+            held = {"process": getpid(), "date": on.isoformat()}
+            write_json(self._folder.holder(set_name), held)
             yield claim
         finally:
+            self._folder.holder(set_name).unlink(missing_ok=True)
             lock.release()
+
+    def holder(self, set_name: str) -> Holder | None:
+        """Who runs a set, while somebody does; None in the moment before it is known."""
+        try:
+            with FileLock(self._folder.lock(set_name), timeout=0):
+                return None
+        except Timeout:
+            pass
+        try:
+            held = read_json(self._folder.holder(set_name))
+        except (FileNotFoundError, JSONDecodeError):
+            return None
+        return Holder(int(held["process"]), date.fromisoformat(held["date"]))
 
     def end(self, claim: Claim, result: str, now: datetime) -> None:
         """Record that a night is over, so that it never runs again."""
@@ -101,23 +137,23 @@ class Nights:
             ).fetchone()
         return date.fromisoformat(row[0]) if row[0] else None
 
-    def _start(self, set_name: str, on: date, now: datetime) -> int:
+    def _start(self, set_name: str, on: date, now: datetime) -> Claim:
         key = (set_name, on.isoformat())
         with self._database() as database:
             row = database.execute(
                 "INSERT INTO nights (set_name, local_date, starts, started_at) VALUES (?, ?, 1, ?) "
                 "ON CONFLICT DO UPDATE SET starts = starts + 1 WHERE ended_at IS NULL "
-                "RETURNING starts",
+                "RETURNING starts, started_at",
                 (*key, _text(now)),
             ).fetchone()
         if row is None:
             raise NightTaken(f"nightly {set_name}: the night of {on} has been run already")
-        return int(row[0])
+        return Claim(set_name, on, int(row[0]), datetime.fromisoformat(row[1]))
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        path = self._folder / "nights.db"
-        with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as database, database:
+        database = sqlite3.connect(self._folder.database, timeout=BUSY_SECONDS)
+        with closing(database), database:
             yield database
 
 

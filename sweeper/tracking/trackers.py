@@ -7,6 +7,7 @@ from pathlib import Path
 from sweeper.redaction import redact
 from sweeper.settings import Tracking
 from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
+from sweeper.tracking.registry import Registry
 from sweeper.tracking.tracker import NullTracker, Tracker
 
 LOCAL_STORE = Path("mlruns")
@@ -17,6 +18,11 @@ def make_tracker(settings: Tracking) -> Tracker:
     if settings.kind == "none":
         return NullTracker()
     return MlflowTracker(settings.uri, LOCAL_STORE)
+
+
+def make_registry(settings: Tracking) -> Registry | None:
+    """The registry beside the runs; None where nothing is tracked."""
+    return None if settings.kind == "none" else Registry(settings.uri, LOCAL_STORE)
 
 
 def browse_command(settings: Tracking) -> str:

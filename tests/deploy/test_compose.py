@@ -48,7 +48,7 @@ def test_images_are_pinned() -> None:
     """No tag that moves, in the compose file or in the Dockerfile."""
     images = [service["image"] for service in SERVICES.values()]
     images += re.findall(r"^FROM (\S+:\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
-    assert len(images) == 5
+    assert len(images) == 7
     assert all(re.search(r":\d+\.\d+", image) for image in images)
 
 
@@ -60,7 +60,8 @@ def test_servers_have_healthchecks_and_start_in_order() -> None:
     assert SERVICES["init"]["depends_on"] == {"db": {"condition": "service_healthy"}}
     order = {"init": {"condition": "service_completed_successfully"}}
     assert SERVICES["mlflow"]["depends_on"] == order
-    assert SERVICES["sweep"]["depends_on"] == {"mlflow": {"condition": "service_healthy"}}
+    for name in ("sweep", "nightly"):
+        assert SERVICES[name]["depends_on"] == {"mlflow": {"condition": "service_healthy"}}
 
 
 def test_mlflow_server_is_closed_where_it_should_be() -> None:
@@ -98,16 +99,19 @@ def test_keys_are_keys_of_compose() -> None:
 
 def test_images_do_not_run_as_root() -> None:
     """Each final stage of the Dockerfile ends as an ordinary user."""
-    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[2:]
-    assert len(stages) == 2
-    for stage in stages:
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    final = [stage for stage in stages if re.match(r"\S+ AS (servers|sweeper|nightly)\n", stage)]
+    assert len(final) == 3
+    for stage in final:
         assert re.findall(r"^USER (\w+)$", stage, re.MULTILINE)[-1] == "sweeper"
 
 
 def test_files_that_images_copy_exist() -> None:
     """Each COPY source is there, and .dockerignore lets it through."""
     allowed = (ROOT / ".dockerignore").read_text().splitlines()
-    copies = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    copies = re.findall(
+        r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE
+    )
     for source in " ".join(copies).split():
         assert (ROOT / source).exists(), source
         assert f"!{source.partition('/')[0]}" in allowed, source

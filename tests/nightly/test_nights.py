@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import sqlite3
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, time, timedelta
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -12,6 +15,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from sweeper.folders import NightsFolder
 from sweeper.nightly.claims import Nights, NightTaken
 from sweeper.nightly.nights import Rhythm
 
@@ -38,10 +42,26 @@ def test_nights_never_overlap_and_come_daily(zone: str, begins: time) -> None:
         assert before.ends <= after.begins
 
 
+class UnsyncedNights(Nights):
+    """The same rows through one connection that does not wait for the disk: 1,600 claims in seconds."""
+
+    def __init__(self, folder: NightsFolder) -> None:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self._kept = sqlite3.connect(folder.database)
+        self._kept.execute("PRAGMA synchronous = OFF")
+        super().__init__(folder)
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        with self._kept:
+            yield self._kept
+
+
 @pytest.mark.parametrize(("zone", "begins"), zip(ZONES, cycle([time(22, 0), time(2, 30)])))
 def test_each_local_date_runs_exactly_once(zone: str, begins: time, tmp_path: Path) -> None:
     """A scheduler that fires early, late, twice or again after hours runs each of 400 nights once."""
-    rhythm, nights, chance = _rhythm(zone, begins), Nights(tmp_path), random.Random(zone)
+    rhythm, chance = _rhythm(zone, begins), random.Random(zone)
+    nights = UnsyncedNights(NightsFolder(tmp_path))
     ran: Counter[date] = Counter()
     for day in range(NIGHTS):
         begin = rhythm.night(FIRST + timedelta(days=day)).begins
@@ -90,7 +110,11 @@ def test_windows_that_could_overlap_are_refused() -> None:
 
 def test_crashed_night_goes_on_and_ends_once(tmp_path: Path) -> None:
     """A night whose process died is claimed again, as its second start; an ended one never."""
-    nights, on, now = Nights(tmp_path), date(2026, 5, 1), datetime(2026, 5, 1, 22, tzinfo=UTC)
+    nights, on, now = (
+        Nights(NightsFolder(tmp_path)),
+        date(2026, 5, 1),
+        datetime(2026, 5, 1, 22, tzinfo=UTC),
+    )
     with pytest.raises(RuntimeError, match="power cut"), nights.claim("set", on, now):
         raise RuntimeError("power cut")
     assert nights.result("set", on) is None
@@ -105,7 +129,7 @@ def test_crashed_night_goes_on_and_ends_once(tmp_path: Path) -> None:
 
 def _try(folder: Path, queue: multiprocessing.Queue[str]) -> None:
     now = datetime(2026, 5, 1, 22, tzinfo=UTC)
-    nights = Nights(folder)
+    nights = Nights(NightsFolder(folder))
     try:
         with nights.claim("set", date(2026, 5, 1), now) as claim:
             queue.put("ran")

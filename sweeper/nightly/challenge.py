@@ -1,0 +1,135 @@
+"""Put a night's best before the champion: have both judged on the gate, decide, move the alias.
+
+Knows the registry and who judges; the decision itself is `sweeper.nightly.champion`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sweeper.errors import WorkerError
+from sweeper.folders import StudyFolder, size_mib, write_atomic
+from sweeper.nightly.champion import Decision, Evidence, decide
+from sweeper.nightly.record import Best
+from sweeper.nightly.sets import ChampionRules, Entry
+from sweeper.outcome import Value
+from sweeper.redaction import redact
+from sweeper.reporting.intervals import Judged
+from sweeper.search.plan import StudyPlan
+from sweeper.tracking.registry import Registry, Version
+from sweeper.tracking.trackers import make_registry
+
+CHALLENGER, CHAMPION, BASE = "challenger", "champion", "base"
+
+
+class Figures(Value):
+    """What a judge says: the same examples in the same order for every model."""
+
+    tokens: list[int]
+    nll: dict[str, list[float]]
+    left_out: int = 0
+    problem: str | None = None
+
+    def of(self, name: str) -> Judged:
+        """One model's figures, as of one seed."""
+        return Judged(np.array([self.nll[name]]), np.array(self.tokens, dtype=np.float64))
+
+
+GateJudge = Callable[[str, dict[str, Path]], Figures]
+"""Judges trials' folders by name on a gate source; `base` is the first one's untuned base."""
+
+
+def judge_apart(gate: str, trials: dict[str, Path]) -> Figures:
+    """Judge in a process of its own: the night imports no torch, and its memory is free afterwards.
+
+    Raises:
+        WorkerError: the process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="sweeper-gate-") as folder:
+        request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
+        write_atomic(request, _request(gate, trials))
+        command = [sys.executable, "-m", "sweeper.training.gate", str(request), str(answer)]
+        environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode != 0 or not answer.exists():
+            raise WorkerError(f"the gate's judge died:\n{redact(done.stderr[-2000:])}")
+        return Figures.model_validate_json(answer.read_text(encoding="utf-8"))
+
+
+def challenge(
+    entry: Entry, plan: StudyPlan, best: Best, rules: ChampionRules, judge: GateJudge
+) -> Decision | None:
+    """Decide about the night's best, and move the alias if it won; None where nothing is tracked.
+
+    Raises:
+        SweeperError: the registry or the judge fails.
+    """
+    registry = make_registry(plan.settings.tracking)
+    if registry is None:
+        return None
+    study, trial = plan.study.study_name, f"{best.arm}/{best.number:04d}"
+    who = f"{study}/{trial}"
+    champion = registry.champion(entry.label)
+    name = None if champion is None else f"version {champion.number}"
+    if champion is not None and (champion.study, champion.trial) == (study, trial):
+        return _undecided(entry, who, name, "it is the champion already")
+    if entry.gate is None:
+        words = (
+            "no gate split: name one (experiments[].gate=FILE), or promote by hand: "
+            f"sweeper champion promote {entry.label} {study} {trial}"
+        )
+        return _undecided(entry, who, name, words)
+    return _duel(entry, plan, best, champion, rules, judge, registry)
+
+
+def _duel(
+    entry: Entry,
+    plan: StudyPlan,
+    best: Best,
+    champion: Version | None,
+    rules: ChampionRules,
+    judge: GateJudge,
+    registry: Registry,
+) -> Decision:
+    study = plan.study.study_name
+    folder = StudyFolder(Path(plan.settings.output_dir) / study).trial(best.arm, best.number)
+    trials = {CHALLENGER: folder.path}
+    if champion is not None:
+        trials[CHAMPION] = champion.folder
+    name = None if champion is None else f"version {champion.number}"
+    trial = f"{best.arm}/{best.number:04d}"
+    assert entry.gate is not None
+    found = judge(entry.gate, trials)
+    if found.problem is not None:
+        return _undecided(entry, f"{study}/{trial}", name, found.problem)
+    decision = decide(
+        (entry.label, f"{study}/{trial}", name),
+        found.of(CHALLENGER),
+        None if champion is None else found.of(CHAMPION),
+        found.of(BASE),
+        Evidence(size_mib=size_mib(folder.adapter), forgotten=None),
+        rules,
+    )
+    if decision.verdict == "promoted":
+        tags = {"sweeper.reason": decision.reason, "sweeper.decision": decision.model_dump_json()}
+        registry.promote(entry.label, study, trial, {key: tags[key][:5000] for key in tags})
+    return decision
+
+
+def _undecided(entry: Entry, who: str, champion: str | None, reason: str) -> Decision:
+    return Decision(
+        model=entry.label, challenger=who, champion=champion, verdict="undecided", reason=reason
+    )
+
+
+def _request(gate: str, trials: dict[str, Path]) -> str:
+    resolved = {name: str(path.resolve()) for name, path in trials.items()}
+    return json.dumps({"gate": gate, "trials": resolved})

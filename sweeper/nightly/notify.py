@@ -1,0 +1,38 @@
+"""Tell people through apprise, where they gave addresses; never at the cost of the night."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+
+def notify(urls: Sequence[str | None], title: str, text: str) -> list[str]:
+    """Send the digest to every address.
+
+    Returns:
+        What went wrong, one line each; never an address, which is a secret.
+    """
+    wanted = [url for url in urls if url]
+    if not wanted:
+        return []
+    try:
+        import apprise  # an extra: sweeper[nightly]
+    except ImportError:
+        return ["not notified: apprise is not installed; pip install 'sweeper[nightly]'"]
+    logging.getLogger("apprise").setLevel(logging.CRITICAL)
+    return [
+        problem
+        for index, url in enumerate(wanted)
+        if (problem := _send(apprise, url, title, text, f"notify[{index}]"))
+    ]
+
+
+def _send(apprise: object, url: str, title: str, text: str, name: str) -> str | None:
+    try:
+        sender = apprise.Apprise()  # type: ignore[attr-defined]
+        if not sender.add(url):
+            return f"{name}: is no address that apprise knows"
+        sent = sender.notify(title=title, body=text, body_format="markdown")
+    except Exception as error:  # noqa: BLE001 - a plug-in of others, over a network
+        return f"{name}: not sent ({type(error).__name__})"
+    return None if sent else f"{name}: not sent"

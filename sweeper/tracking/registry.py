@@ -1,0 +1,220 @@
+"""MLflow's model registry: which version of a model is the champion, and which one was before.
+
+A version points at the adapter that its trial's run holds. Knows nothing of why a champion moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper.errors import TrackingError
+from sweeper.redaction import redact
+from sweeper.tracking.mlflow_tracker import (
+    OUTAGE_SETTINGS,
+    STUDY_TAG,
+    TRIAL_TAG,
+    local_uri,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ALIAS = "champion"
+PREVIOUS_TAG = "sweeper.previous"
+FOLDER_TAG = "folder"
+ROLLED_BACK_TAG = "sweeper.rolled_back"
+NIGHTS = "nightly"
+"""Experiment that holds a run per night."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model."""
+
+    model: str
+    number: str
+    study: str
+    trial: str
+    """"lora/0007"."""
+    folder: Path
+    """The trial's folder, where this machine has it."""
+    previous: str | None
+    """The champion before it."""
+    tags: Mapping[str, str]
+
+
+class Registry:
+    """The registry of one tracking server or local store; calls wait, for at most a minute."""
+
+    def __init__(self, uri: str | None, root: Path) -> None:
+        """`uri` is a tracking server or database; without one the store is local, under `root`."""
+        self._uri = uri
+        self._root = root
+        self._made: MlflowClient | None = None
+
+    def champion(self, model: str) -> Version | None:
+        """The version with the alias, if the model is registered and has one.
+
+        Raises:
+            TrackingError: the registry cannot be asked.
+        """
+        with self._client() as client:
+            number = _champion_number(client, model)
+            return None if number is None else _version(client, model, number)
+
+    def champions(self) -> list[Version]:
+        """The champions of all models, and the ones a rollback would bring back.
+
+        Raises:
+            TrackingError: the registry cannot be asked.
+        """
+        with self._client() as client:
+            numbers = [(each.name, each.aliases.get(ALIAS)) for each in _models(client)]
+            now = [_version(client, name, str(number)) for name, number in numbers if number]
+            before = [each for each in now if each.previous is not None]
+            return [*now, *(_version(client, v.model, str(v.previous)) for v in before)]
+
+    def promote(self, model: str, study: str, trial: str, tags: Mapping[str, str]) -> Version:
+        """Register a trial's adapter as a new version and make it the champion.
+
+        Args:
+            model: name of the registered model; made if it is new.
+            study: study_name.
+            trial: "lora/0007".
+            tags: the evidence, for people.
+
+        Raises:
+            TrackingError: no such run, or the registry cannot be asked.
+        """
+        with self._client() as client:
+            run = _run_of(client, study, trial)
+            if not client.search_registered_models(f"name = '{model}'"):
+                client.create_registered_model(model)
+            before = _champion_number(client, model)
+            origin = {STUDY_TAG: study, TRIAL_TAG: trial}
+            origin[FOLDER_TAG] = run.data.tags.get(FOLDER_TAG, "")
+            if before is not None:
+                origin[PREVIOUS_TAG] = before
+            made = client.create_model_version(
+                model,
+                source=f"{run.info.artifact_uri}/adapter",
+                run_id=run.info.run_id,
+                tags={**tags, **origin},
+            )
+            client.set_registered_model_alias(model, ALIAS, str(made.version))
+            return _version(client, model, str(made.version))
+
+    def rollback(self, model: str) -> Version:
+        """Give the alias back to the champion before.
+
+        Raises:
+            TrackingError: there is none, or the registry cannot be asked.
+        """
+        now = self.champion(model)
+        if now is None:
+            raise TrackingError(f"model {model!r} has no champion that could be rolled back")
+        if now.previous is None:
+            raise TrackingError(
+                f"version {now.number} of {model!r} is its first champion; there is none before it"
+            )
+        with self._client() as client:
+            client.set_model_version_tag(model, now.number, ROLLED_BACK_TAG, "true")
+            client.set_registered_model_alias(model, ALIAS, now.previous)
+            return _version(client, model, now.previous)
+
+    def log_night(self, name: str, tags: Mapping[str, str], files: Sequence[Path]) -> None:
+        """Record a night's digest as a run of its own, or add to the one it has.
+
+        Raises:
+            TrackingError: the server cannot be asked, or refuses.
+        """
+        with self._client() as client:
+            found = client.get_experiment_by_name(NIGHTS)
+            experiment = found.experiment_id if found else self._create_experiment(client)
+            query = f"tags.`sweeper.night` = '{name}'"
+            runs = client.search_runs([experiment], filter_string=query)
+            run = runs[0] if runs else client.create_run(experiment, run_name=name)
+            for key, value in {**tags, "sweeper.night": name}.items():
+                client.set_tag(run.info.run_id, key, value)
+            for path in files:
+                client.log_artifact(run.info.run_id, str(path))
+            client.set_terminated(run.info.run_id, "FINISHED")
+
+    def _create_experiment(self, client: MlflowClient) -> str:
+        local = (self._root / "artifacts" / NIGHTS).resolve().as_uri()
+        location = local if self._uri is None else None
+        return str(client.create_experiment(NIGHTS, artifact_location=location))
+
+    @contextmanager
+    def _client(self) -> Iterator[MlflowClient]:
+        """The client; MLflow's errors become one line."""
+        try:
+            yield self._connect()
+        except TrackingError:
+            raise
+        except Exception as error:
+            from mlflow.exceptions import MlflowException
+
+            if not isinstance(error, MlflowException | OSError):
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TrackingError(f"MLflow: {redact(first)}") from None
+
+    def _connect(self) -> MlflowClient:
+        if self._made is None:
+            for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **OUTAGE_SETTINGS}.items():
+                os.environ.setdefault(name, value)
+            import mlflow  # two seconds, and only where there is a champion to ask for
+
+            for name in ("mlflow", "alembic"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            self._root.mkdir(parents=True, exist_ok=True)
+            self._made = mlflow.MlflowClient(self._uri or local_uri(self._root))
+        return self._made
+
+
+def _models(client: MlflowClient) -> Iterator[Any]:
+    token: str | None = None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _champion_number(client: MlflowClient, model: str) -> str | None:
+    found = client.search_registered_models(f"name = '{model}'")
+    number = found[0].aliases.get(ALIAS) if found else None
+    return None if number is None else str(number)
+
+
+def _version(client: MlflowClient, model: str, number: str) -> Version:
+    tags = client.get_model_version(model, number).tags
+    return Version(
+        model=model,
+        number=number,
+        study=tags.get(STUDY_TAG, ""),
+        trial=tags.get(TRIAL_TAG, ""),
+        folder=Path(tags.get(FOLDER_TAG, "")),
+        previous=tags.get(PREVIOUS_TAG),
+        tags=dict(tags),
+    )
+
+
+def _run_of(client: MlflowClient, study: str, trial: str) -> Any:
+    query = f"tags.`{STUDY_TAG}` = '{study}' AND tags.`{TRIAL_TAG}` = '{trial}'"
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    runs = client.search_runs(experiments, filter_string=query)
+    if not runs:
+        raise TrackingError(
+            f"MLflow has no run of trial {trial} of study {study!r}; is it the store that the study "
+            "was recorded in (MLFLOW_TRACKING_URI)?"
+        )
+    return runs[0]

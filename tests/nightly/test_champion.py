@@ -1,0 +1,104 @@
+"""A champion is replaced only beyond doubt: the rule, on losses whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sweeper.nightly.champion import Decision, Evidence, decide
+from sweeper.nightly.sets import ChampionRules
+from sweeper.reporting.intervals import Judged
+
+EXAMPLES = 200
+TOKENS = np.full(EXAMPLES, 10.0)
+RULES = ChampionRules(margin=0.01, max_size_mib=None, max_forgetting=None)
+SMALL = Evidence(size_mib=1.0, forgotten=None)
+
+
+def _judged(loss: float, *, noise: float = 0.0, seeds: int = 1, spread: float = 0.0) -> Judged:
+    """Examples of different difficulty, the same for every model; `noise` is a model's own."""
+    random = np.random.default_rng(int(loss * 1000))
+    hard = np.random.default_rng(0).normal(0, 5, EXAMPLES)
+    own = random.normal(0, noise, (seeds, EXAMPLES)) if noise else np.zeros((seeds, EXAMPLES))
+    shift = np.linspace(-spread, spread, seeds)[:, None]
+    return Judged(TOKENS * (loss + shift) + hard + own, TOKENS)
+
+
+BASE = _judged(4.5)
+NAMES = ("model", "study/lora/0003", "version 1")
+
+
+def _decide(challenger: Judged, champion: Judged | None, rules: ChampionRules = RULES) -> Decision:
+    return decide(NAMES, challenger, champion, BASE, SMALL, rules)
+
+
+def test_clearly_better_is_promoted() -> None:
+    """0.1 nats better on the same examples, where the margin is 0.01."""
+    decision = _decide(_judged(3.8), _judged(3.9))
+    assert decision.verdict == "promoted"
+    assert decision.contrast is not None
+    assert decision.contrast.split == "gate"
+    assert decision.contrast.difference.value == pytest.approx(-0.1)
+
+
+def test_better_by_less_than_the_margin_is_refused() -> None:
+    """0.005 nats better without any noise is still within the margin."""
+    assert _decide(_judged(3.895), _judged(3.9)).verdict == "kept"
+
+
+def test_better_by_luck_is_refused() -> None:
+    """A difference of 0.02 nats drowns in the examples' own noise of 5 nats each."""
+    decision = _decide(_judged(3.88, noise=5.0), _judged(3.9, noise=5.0))
+    assert decision.verdict == "kept"
+
+
+def test_worse_is_refused() -> None:
+    """The champion keeps its place before a worse model."""
+    assert _decide(_judged(4.0), _judged(3.9)).verdict == "kept"
+
+
+def test_first_champion_must_beat_the_untuned_base() -> None:
+    """Without a champion the base is the rival: one model passes, one does not."""
+    assert _decide(_judged(3.9), None).verdict == "promoted"
+    assert _decide(_judged(4.498), None).verdict == "kept"
+
+
+def test_margin_is_twice_the_seed_spread_where_it_is_known() -> None:
+    """Seeds that lie 0.04 apart have a standard deviation of 0.04: a gain of 0.05 is not enough."""
+    rules = RULES.model_copy(update={"margin": None})
+    challenger, champion = (_judged(x, seeds=3, spread=0.04) for x in (3.85, 3.9))
+    decision = _decide(challenger, champion, rules)
+    assert decision.margin == pytest.approx(0.08)
+    assert decision.verdict == "kept"
+    assert _decide(_judged(3.85), _judged(3.9), rules).margin == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rules", "evidence", "words"),
+    [
+        ({"max_size_mib": 10.0}, {"size_mib": 12.0}, "12.0 MiB are over max_size_mib=10"),
+        ({"max_forgetting": 0.1}, {"forgotten": 0.3}, "it forgot 0.3000 nats"),
+        ({"max_forgetting": 0.1}, {}, "nobody measured general text"),
+    ],
+)
+def test_limits_refuse_a_better_model(
+    rules: dict[str, float], evidence: dict[str, float], words: str
+) -> None:
+    """Too large, too forgetful, or forgetting asked for and not measured."""
+    decision = decide(
+        NAMES,
+        _judged(3.8),
+        _judged(3.9),
+        BASE,
+        SMALL.model_copy(update=evidence),
+        RULES.model_copy(update=rules),
+    )
+    assert decision.verdict == "kept"
+    assert words in decision.reason
+
+
+def test_other_examples_do_not_compare() -> None:
+    """Losses over other tokens are refused rather than compared."""
+    other = Judged(np.ones((1, EXAMPLES)), np.full(EXAMPLES, 11.0))
+    with pytest.raises(ValueError, match="different examples"):
+        _decide(other, _judged(3.9))

@@ -1,0 +1,134 @@
+"""Champions in a real MLflow store, over nights whose trainer only pretends and whose judge is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from sweeper.errors import TrackingError
+from sweeper.nightly.challenge import Figures
+from sweeper.nightly.record import NightRecord
+from sweeper.nightly.run import run_night
+from sweeper.tracking.registry import Registry
+
+FIRST = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
+MODEL = "lr_rank_sweep"
+FIXED = ["adapter.r=8", "adapter.alpha_over_r=2", "adapter.target_modules=attention"]
+OVERRIDES = [
+    *("workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0"),
+    *("~hydra.sweeper.arms.full", "training.warmup_ratio=0.0", "data.train=my.jsonl", *FIXED),
+]
+
+
+class Judge:
+    """Losses that a test decides, on 100 examples of 10 tokens; remembers what it was asked."""
+
+    def __init__(self, **losses: float) -> None:
+        self.losses = losses
+        self.asked: list[dict[str, Path]] = []
+
+    def __call__(self, gate: str, trials: dict[str, Path]) -> Figures:
+        self.asked.append(trials)
+        hard = np.random.default_rng(0).normal(0, 1, 100)
+        names = ["base", *trials]
+        nll = {name: list(10 * self.losses[name] + hard) for name in names}
+        return Figures(tokens=[10] * 100, nll=nll)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's folder with a set that is tracked in its own mlruns/."""
+    folder = tmp_path_factory.mktemp("user")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        rows = ({"instruction": f"Add {i}.", "output": f"Added {i} to it."} for i in range(40))
+        Path("my.jsonl").write_text(
+            "".join(json.dumps({**row, "input": ""}) + "\n" for row in rows)
+        )
+        entry = {
+            **{"experiment": "lr_rank_sweep", "overrides": OVERRIDES, "gate": "gate.jsonl"},
+            **{"policy": "fresh", "n_trials": 2},
+        }
+        Path("conf/nightly").mkdir(parents=True)
+        text = {"defaults": ["default", "_self_"], "experiments": [entry]}
+        text["champion"] = {"margin": 0.01}
+        Path("conf/nightly/mine.yaml").write_text(yaml.safe_dump(text))
+        yield folder
+
+
+def _night(number: int, judge: Judge) -> NightRecord:
+    when = FIRST + timedelta(days=number)
+    run_night("mine", clock=lambda: when, judge=judge)
+    path = Path("outputs/nightly/mine") / when.date().isoformat() / "night.json"
+    return NightRecord.model_validate_json(path.read_text())
+
+
+def test_promotion_refusal_promotion_and_rollback(folder: Path) -> None:
+    """Night 1 crowns the first, night 2 is refused with its evidence, night 3 wins; it is taken back."""
+    registry = Registry(None, folder / "mlruns")
+    first = _night(0, Judge(base=4.5, challenger=4.0))
+    assert first.result == "new champion"
+    crowned = registry.champion(MODEL)
+    assert crowned is not None
+    assert crowned.study == "mine_lr_rank_sweep_2026-05-01"
+    refusing = Judge(base=4.5, challenger=3.995, champion=4.0)
+    second = _night(1, refusing)
+    decision = second.entries[MODEL].champion
+    assert (second.result, decision and decision.verdict) == ("no change", "kept")
+    assert refusing.asked[0]["champion"] == crowned.folder
+    assert registry.champion(MODEL) == crowned
+    third = _night(2, Judge(base=4.5, challenger=3.8, champion=4.0))
+    assert third.result == "new champion"
+    now = registry.champion(MODEL)
+    assert now is not None
+    assert (now.number, now.previous) == ("2", "1")
+    assert "-0.2000 nats against champion version 1" in now.tags["sweeper.reason"]
+    text = Path("outputs/nightly/mine/2026-05-03/digest.md").read_text()
+    assert "promoted" in text
+    assert "looked at the gate 3 times" in text
+    assert registry.rollback(MODEL).number == "1"
+    assert registry.champion(MODEL) == crowned
+    with pytest.raises(TrackingError, match="first champion"):
+        registry.rollback(MODEL)
+    _digests_are_recorded(folder)
+
+
+def _digests_are_recorded(folder: Path) -> None:
+    client = MlflowClient(f"sqlite:///{folder / 'mlruns' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("nightly")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) == 3
+    names = {file.path for file in client.list_artifacts(runs[0].info.run_id)}
+    assert {"digest.md", "digest.html"} <= names
+
+
+def test_unknown_models_and_runs_are_named(folder: Path) -> None:
+    """Nothing to roll back, and no run to promote: one line each."""
+    registry = Registry(None, folder / "mlruns")
+    assert registry.champion("nobody") is None
+    with pytest.raises(TrackingError, match="'nobody' has no champion"):
+        registry.rollback("nobody")
+    with pytest.raises(TrackingError, match="no run of trial lora/0099"):
+        registry.promote("nobody", "mine", "lora/0099", {})
+
+
+def test_server_that_is_away_ends_no_night(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at the tracking URI: the night trains, and the digest says what is missing."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("sweeper.tracking.mlflow_tracker.CLOSE_SECONDS", 0.1)
+    from sweeper import compose
+
+    compose._composed_or_refused.cache_clear()  # the environment is read when it is composed
+    record = _night(3, Judge())
+    assert record.entries[MODEL].status == "done"
+    text = Path("outputs/nightly/mine/2026-05-04/digest.md").read_text()
+    assert "champion not decided: MLflow:" in text
+    assert "digest not recorded: MLflow:" in text

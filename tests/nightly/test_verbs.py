@@ -1,0 +1,43 @@
+"""The verbs' exit codes and what they print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sweeper.cli import app
+from sweeper.nightly import retention, run
+from sweeper.nightly.retention import Removal
+
+RUNNER = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("result", "code"),
+    [(None, 0), ("no change", 0), ("failure", 1), ("new champion", 10), ("regression", 11)],
+)
+def test_exit_code_tells_how_the_night_ended(
+    result: str | None, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing to run and no change are 0; the others can be told apart."""
+    monkeypatch.setattr(run, "run_night", lambda name, overrides: result)
+    assert RUNNER.invoke(app, ["nightly", "default"]).exit_code == code
+
+
+def test_dry_run_of_clean_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dry-run prints what would go and how much that is; without it, it goes."""
+    loser = tmp_path / "outputs" / "mine" / "adapter"
+    loser.mkdir(parents=True)
+    found = [Removal(loser, 12.34, "adapter of a loser")]
+    monkeypatch.setattr(retention, "removals", lambda *_: found)
+    arguments = ["clean", "mine", "tracking=none", "--output-dir", str(tmp_path / "outputs")]
+    shown = RUNNER.invoke(app, [*arguments, "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "12.3 MiB" in shown.output
+    assert "adapter of a loser" in shown.output
+    assert "would be freed" in shown.output
+    assert loser.exists()
+    assert "12.3 MiB freed" in RUNNER.invoke(app, arguments).output
+    assert not loser.exists()

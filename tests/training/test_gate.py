@@ -1,0 +1,94 @@
+"""Stored adapters on the gate split: the same losses as any judge's, on rows that nobody trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sweeper.errors import ArtifactError, DataError
+from sweeper.folders import TrialFolder
+from sweeper.nightly.challenge import CHALLENGER, CHAMPION, judge_apart
+from sweeper.training.gate import Request, judge_on_gate
+from tests.training.conftest import RunTiny
+
+
+def _write(path: Path, first: int, count: int) -> Path:
+    rows = [
+        {"instruction": "Say it.", "input": f"def f{i}(x)", "output": f"Return x times {i}."}
+        for i in range(first, first + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """Thirty rows of their own."""
+    return _write(tmp_path / "gate.jsonl", 500, 30)
+
+
+@pytest.fixture
+def trial(run_tiny: RunTiny, tmp_path: Path) -> TrialFolder:
+    """A trial that never saw the gate."""
+    validation = _write(tmp_path / "validation.jsonl", 900, 10)
+    return run_tiny("a", f"data.validation={validation}", "training.eval_steps=6")[2]
+
+
+def test_losses_are_those_of_the_trials_own_judge(
+    run_tiny: RunTiny, trial: TrialFolder, gate: Path
+) -> None:
+    """The stored adapter has the loss that the same training had with the gate as validation."""
+    outcome, _, _ = run_tiny("b", f"data.validation={gate}", "training.eval_steps=6")
+    answer = judge_on_gate(Request(gate=str(gate), trials={CHALLENGER: trial.path}))
+    tokens = sum(answer.tokens)
+    assert len(answer.tokens) == 30
+    assert outcome.best_value is not None
+    loss = math.fsum(answer.nll[CHALLENGER]) / tokens
+    assert loss == pytest.approx(outcome.best_value, abs=1e-5)
+    assert loss < math.fsum(answer.nll["base"]) / tokens
+
+
+def test_rows_of_other_splits_are_left_out(
+    trial: TrialFolder, gate: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """Five rows of the training file and the ten validation rows are counted and not judged."""
+    trained = rows_file.read_text().splitlines(keepends=True)[:5]
+    chosen = (tmp_path / "validation.jsonl").read_text()
+    gate.write_text(gate.read_text() + "".join(trained) + chosen)
+    answer = judge_on_gate(Request(gate=str(gate), trials={CHALLENGER: trial.path}))
+    assert (len(answer.tokens), answer.left_out) == (30, 15)
+
+
+def test_gate_of_trained_rows_is_refused(trial: TrialFolder, rows_file: Path) -> None:
+    """The training file itself is no gate."""
+    with pytest.raises(DataError, match="0 of its 40 rows stand in no other split"):
+        judge_on_gate(Request(gate=str(rows_file), trials={CHALLENGER: trial.path}))
+
+
+def test_missing_and_changed_adapters_are_refused(trial: TrialFolder, gate: Path) -> None:
+    """An adapter that was cleaned away, and one whose weights are not those that were stored."""
+    weights = trial.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"0")
+    request = Request(gate=str(gate), trials={CHALLENGER: trial.path})
+    with pytest.raises(ArtifactError, match="changed"):
+        judge_on_gate(request)
+    shutil.rmtree(trial.adapter)
+    with pytest.raises(ArtifactError, match="is not there"):
+        judge_on_gate(request)
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_answers(trial: TrialFolder, gate: Path, tmp_path: Path) -> None:
+    """Two trials and the base come back as figures; what cannot be judged comes back as a sentence."""
+    trials = {CHALLENGER: trial.path, CHAMPION: trial.path}
+    figures = judge_apart(str(gate), trials)
+    assert figures.problem is None
+    assert figures.nll[CHALLENGER] == pytest.approx(figures.nll[CHAMPION])
+    assert figures.of("base").nll.shape == (1, 30)
+    missing = judge_apart(str(tmp_path / "gone.jsonl"), trials)
+    assert missing.problem is not None
+    assert "gone.jsonl" in missing.problem
