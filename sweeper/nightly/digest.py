@@ -155,17 +155,10 @@ def _champions(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[
             yield f"- {found.model}: {found.verdict} ({found.challenger}): {_one_line(found.reason)}"
             looks = sum(_looked(night.entries.get(entry.name)) for night in (record, *history))
             if looks:
-<<<<<<< HEAD
-                times = f"{looks} time{'' if looks == 1 else 's'}"
-                yield (
-                    f"- {found.model}: these nights looked at the gate {times}; every look "
-                    "makes its verdicts a little less honest, so renew it now and then"
-=======
                 times = "once" if looks == 1 else f"{looks} times"
                 yield (
                     f"- {found.model}: these nights looked at the gate {times}; every look makes "
                     "its verdicts a little less honest, so renew it now and then"
->>>>>>> nights
                 )
 
 
