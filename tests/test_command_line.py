@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sweeper.cli import VERBS
-from sweeper.compose import parse_command_line
+from sweeper.compose import AUTO_GROUPS, parse_command_line
 from sweeper.errors import ConfigError
 from sweeper.search.plan import single, studies
 from tests.conftest import Program
@@ -198,7 +198,7 @@ def test_auto_groups_follow_a_base_model_named_in_an_experiment(tmp_path: Path) 
         )
     search = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
     for plan in studies(["+experiment=one,two", search]):
-        assert dict(plan.presets) == {"evaluation": "real", "space": "real", "training": "real"}
+        assert dict(plan.presets) == dict.fromkeys(AUTO_GROUPS, "real")
         assert str(plan.arms[0].space["adapter.r"]) == "choice(8, 16, 32, 64)"
 
 

@@ -166,7 +166,7 @@ def test_footprint_of_nothing_says_why() -> None:
     document = make_settings("model.base_model=/no/such/folder").trial.model_dump(mode="json")
     found = Footprint.model_validate(json.loads(json.dumps(answer(document))))
     assert found.trainable is None
-    assert "no local folder" in (found.problem or "")
+    assert "neither a local folder nor a hub id" in (found.problem or "")
 
 
 def test_one_trial_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -347,7 +347,10 @@ def _alone(side: Side, objective: Objective) -> str:
         f"The best {side.label} ({side.point}) {verb} the {metric_words(objective.metric)} by "
         f"{_amount(gain, '{:.3f}', objective)}"
     )
-    if side.test_loss is None or side.untuned_test_loss is None:
+    judged = side.test_loss is not None and side.untuned_test_loss is not None
+    if (
+        not judged or objective.metric != "eval/loss"
+    ):  # what is judged on the test split is the loss
         return f"{gained}."
     seeds = f"mean of {side.seeds} seeds" if side.seeds > 1 else "one seed"
     return (

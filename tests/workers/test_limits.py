@@ -67,7 +67,7 @@ def _limited(
         address=None,
         trial_timeout_s=trial_timeout_s,
         stall_timeout_s=stall_timeout_s,
-        fake=FakeTrainer(step_seconds=0, steps=1, plan={}),
+        fake=FakeTrainer(step_seconds=0, steps=1, plan={}, finalists={}, free_mib=None),
     )
     return LimitedEngine(engine, workers, clock=lambda: engine.now)
 
@@ -110,7 +110,7 @@ def test_a_silent_trial_is_killed_once_and_lost_as_timeout() -> None:
     "word",
     [
         _progress(),
-        Evaluated(trial="lora/0000", attempt=2, step=1, total_steps=9, loss=1.0),
+        Evaluated(trial="lora/0000", attempt=2, step=1, total_steps=9, value=1.0),
     ],
 )
 def test_a_word_from_the_trial_starts_the_count_again(word: AnyEvent) -> None:

@@ -104,7 +104,7 @@ def test_a_mailbox_sends_the_spool_with_evaluations_and_all_at_the_end(tmp_path:
     command.folder.mkdir(parents=True)
     (command.folder / "metrics.jsonl").write_text("{}\n")
     (command.folder / "outcome.json").write_text("{}")
-    box.send(Evaluated(trial="lora/0003", attempt=1, step=1, total_steps=2, loss=1.0))
+    box.send(Evaluated(trial="lora/0003", attempt=1, step=1, total_steps=2, value=1.0))
     box.send(Ended(trial="lora/0003", attempt=1, outcome=Outcome(cause="finished")))
     box.end()
     parcels, ended = box.take(wait_s=0)
@@ -142,7 +142,7 @@ def test_results_come_back_from_nodes_that_do_not_see_the_folder(
     tmp_path: Path, ray_cluster: Any
 ) -> None:
     """The outcome, the spool and the provenance lie in the driver's folder when Ended arrives."""
-    fake = FakeTrainer(step_seconds=0.001, steps=10, plan={})
+    fake = FakeTrainer(step_seconds=0.001, steps=10, plan={}, finalists={}, free_mib=None)
     engine = FarEngine(
         make_workers("ray", fake, ray_cluster.address), 1, lambda worker: tmp_path / "log"
     )
@@ -164,7 +164,7 @@ def test_a_lost_node_is_announced_and_its_worker_replaced_where_there_is_room(
 ) -> None:
     """Two nodes, one worker each; one node dies: Lost names the trial; a new node gets a new worker."""
     node = ray_cluster.add_node(num_cpus=1, **SMALL)
-    fake = FakeTrainer(step_seconds=0.05, steps=10_000, plan={})
+    fake = FakeTrainer(step_seconds=0.05, steps=10_000, plan={}, finalists={}, free_mib=None)
     workers = make_workers("ray", fake, ray_cluster.address)
     engine = RayEngine(workers, 2, lambda worker: tmp_path / f"{worker}.log")
     try:
