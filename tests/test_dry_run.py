@@ -177,6 +177,7 @@ def test_one_trial_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2.0 MiB of artifacts" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("dry_run=true",), (*STUDY, "-m")], ids=["single", "study"])
 def test_nothing_is_left_behind(
     program: Program, tmp_path: Path, arguments: tuple[str, ...]

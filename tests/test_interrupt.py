@@ -106,6 +106,7 @@ def test_the_second_signal_ends_the_program_at_once(tmp_path: Path) -> None:
     assert alive == []
 
 
+@pytest.mark.slow
 def test_a_hanging_worker_does_not_hold_up_the_first_signal_for_long(tmp_path: Path) -> None:
     """The trial cannot be asked to end; the study ends with final states all the same."""
     process = _start(tmp_path, "++workers.fake.plan={0: hang}")

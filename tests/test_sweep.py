@@ -150,6 +150,7 @@ def test_report_reads_the_study(swept: tuple[Path, str]) -> None:
     assert "lr_rank_sweep" in missing.stderr
 
 
+@pytest.mark.slow
 def test_own_model_and_file_need_nothing_else(tmp_path: Path, rows_file: Path) -> None:
     """Another base and another file: format found, split made, the real space chosen, priors first."""
     from sweeper.embedded import BASE_DIR

@@ -76,6 +76,7 @@ def test_near_duplicates_agree_with_all_pairs_compared() -> None:
     assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 3
 
 
+@pytest.mark.slow
 def test_near_duplicates_do_not_depend_on_the_hash_seed() -> None:
     """Two interpreters with different hash seeds leave out the same rows."""
     code = (

@@ -75,6 +75,7 @@ print(json.dumps([splits.counts, splits.examples["test"][0].row.where[:9]]))
 """
 
 
+@pytest.mark.slow
 def test_what_was_prefetched_is_used_without_a_network(tmp_path: Path, python: Sweeper) -> None:
     """Model and data land in the cache, without second copies of weights; offline the rows are there."""
     fetched = python(

@@ -90,6 +90,7 @@ def test_base_knows_where_text_ends() -> None:
     assert mean_log_end(1.0) > mean_log_end(0.5) + math.log(20)
 
 
+@pytest.mark.slow
 def test_base_loads_quietly_and_offline() -> None:
     """Loading by the two Auto classes warns of nothing and reaches no network."""
     code = (
@@ -107,6 +108,7 @@ def test_base_loads_quietly_and_offline() -> None:
     assert done.stdout + done.stderr == ""
 
 
+@pytest.mark.slow
 def test_pretraining_text_holds_no_task_row() -> None:
     """No pre-training docstring begins with a sentence of the data set."""
     rows = docstring_pairs().rows

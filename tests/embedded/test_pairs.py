@@ -207,6 +207,7 @@ def _run(code: str, **environment: str) -> str:
     ).stdout.strip()
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_the_hash_seed() -> None:
     """Two processes with different hash seeds make the same rows in the same order."""
     code = (

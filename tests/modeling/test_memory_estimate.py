@@ -121,6 +121,7 @@ def _workload(*, checkpointing: bool = False, length: int = 32, **other: int) ->
     return Workload(2, length, checkpointing, False, "adamw_torch", **other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_two_depths_continue_to_the_whole_stack(

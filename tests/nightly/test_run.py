@@ -141,6 +141,7 @@ def test_between_nights_it_says_when_the_next_begins(
     assert "the next begins 2026-05-01 22:00 CEST" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_failing_experiment_does_not_end_the_night(write_set: Write) -> None:
     """The second entry has no data: it is recorded and told, the third runs, the exit code is 1."""
     broken = [*FAKE, *ONE_KEY, "data.train=gone.jsonl"]
@@ -179,6 +180,7 @@ def test_no_experiment_starts_after_the_budget(write_set: Write) -> None:
     assert _record().starts == 2
 
 
+@pytest.mark.slow
 def test_device_hours_of_the_night_are_shared(write_set: Write) -> None:
     """The second entry gets nothing once the first used up the night's device-hours."""
     slow = [*FAKE, *SMALL, "workers.fake.step_seconds=0.01"]
@@ -194,6 +196,7 @@ def test_device_hours_of_the_night_are_shared(write_set: Write) -> None:
     assert first.seconds + second.seconds < 1.0 + trial
 
 
+@pytest.mark.slow
 def test_worse_than_last_night_is_a_regression(write_set: Write) -> None:
     """A fresh study on the same data that ends 0.1 nats above the last one is called so."""
     write_set({"policy": "fresh"})
@@ -257,6 +260,7 @@ def _wait_for_trials(count: int) -> None:
 SLOW = [*FAKE, *SMALL, "workers.fake.step_seconds=0.02"]
 
 
+@pytest.mark.slow
 def test_a_killed_night_is_completed_by_the_next_firing(write_set: Write) -> None:
     """kill -9 after two trials: the next firing makes the other four, in the same study, once."""
     write_set({"policy": "fresh", "n_trials": 6, "overrides": SLOW})
@@ -273,6 +277,7 @@ def test_a_killed_night_is_completed_by_the_next_firing(write_set: Write) -> Non
     assert "started 2 times" in _folder().digest.read_text()
 
 
+@pytest.mark.slow
 def test_of_two_firings_one_runs(write_set: Write, capsys: pytest.CaptureFixture[str]) -> None:
     """While a process runs the night, a second one says so and has nothing to run."""
     write_set({"policy": "fresh", "n_trials": 4, "overrides": SLOW}, overlap="queue")

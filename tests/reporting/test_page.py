@@ -146,6 +146,7 @@ def test_hostile_strings_stay_text() -> None:
     assert HOSTILE in found.all("h1")[0].text
 
 
+@pytest.mark.slow
 def test_headline_is_the_verdict_of_results_json(tmp_path: Path) -> None:
     """The page's words and figures are those that the study wrote down as its verdict."""
     arguments = ["+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "-m"]

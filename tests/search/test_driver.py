@@ -213,6 +213,7 @@ def test_interrupt_ends_cleanly_and_resumes(tmp_path: Path, number: signal.Signa
     assert sum(map(counts, _trials(tmp_path))) == 6
 
 
+@pytest.mark.slow
 def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
     """Stopped in the middle of the full arm and started again, every rate of the grid is trained."""
     few = ("workers.fake.step_seconds=0.03", "pruner=none", "hydra.sweeper.n_trials=1")
@@ -261,6 +262,7 @@ def test_mended_code_runs_after_the_same_error_stopped_the_study(tmp_path: Path)
     assert sum(map(counts, _trials(tmp_path))) == 2
 
 
+@pytest.mark.slow
 def test_results_of_a_finished_arm_survive_a_refused_change(tmp_path: Path) -> None:
     """A mismatch in one arm leaves the results of all arms as they were."""
     small = ("hydra.sweeper.n_trials=1", "hydra.sweeper.arms.full.n_trials=1")

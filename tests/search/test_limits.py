@@ -11,6 +11,7 @@ from sweeper.search.plan import studies
 from sweeper.session import run_study
 
 
+@pytest.mark.slow
 def test_a_hanging_trial_gets_three_attempts_and_ends_as_timeout(tmp_path: Path) -> None:
     """It is killed each time, continues from its checkpoint, then FAIL; the others finish."""
     (plan,) = studies(

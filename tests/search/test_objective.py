@@ -81,6 +81,7 @@ def test_results_carry_the_objective(tmp_path: Path) -> None:
     assert load_results("s", tmp_path).arms[0].best == results.arms[0].best
 
 
+@pytest.mark.slow
 def test_a_trial_is_pruned_by_its_loss_whatever_its_rouge(tmp_path: Path) -> None:
     """The last rate has the best ROUGE and the worst loss: pruned. Optuna is told negated losses."""
     slow = ("pruner=median", "workers.fake.step_seconds=0.03")
@@ -104,6 +105,7 @@ def test_infeasible_trials_are_worth_the_bases_rouge(tmp_path: Path) -> None:
     assert arm.best.point["training.learning_rate"] == 4e-3
 
 
+@pytest.mark.slow
 def test_audits_count_in_the_objectives_direction(tmp_path: Path) -> None:
     """The trial that its loss would have stopped ends with the best ROUGE: a costly wrong kill."""
     (arm,) = _run(
@@ -115,6 +117,7 @@ def test_audits_count_in_the_objectives_direction(tmp_path: Path) -> None:
     assert (arm.audit.audited, arm.audit.wrong, arm.audit.costly) == (1, 1, 1)
 
 
+@pytest.mark.slow
 def test_a_plateau_is_of_the_objective(tmp_path: Path) -> None:
     """ROUGE that goes on rising is no plateau though the loss rises with it; one that falls is."""
     rule = ("pruner=none", "++hydra.sweeper.budget.plateau={trials: 2, min_improvement: 0.0001}")

@@ -83,6 +83,7 @@ def test_every_option_of_the_groups_is_among_them() -> None:
         assert names <= set(options)
 
 
+@pytest.mark.slow
 def test_budget_and_short_keys_work_on_the_command_line(program: Program) -> None:
     """What remains is used, and the printed command has the keys in full."""
     result = program(*SMALL, "hydra.sweeper.n_trials=2", "budget.wall_clock=1h", "-m")

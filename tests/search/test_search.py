@@ -70,6 +70,7 @@ HOPELESS = (
 """The fifth rate of a grid is far worse than the median of the four before it."""
 
 
+@pytest.mark.slow
 def test_an_audited_trial_ends_by_itself_and_is_judged(tmp_path: Path) -> None:
     """audit_fraction=1: nothing is pruned, and the report says how often the pruner was wrong."""
     arm = _lora(tmp_path, "x", *HOPELESS, "sampler=grid", "hydra.sweeper.pruner.audit_fraction=1")
@@ -80,6 +81,7 @@ def test_an_audited_trial_ends_by_itself_and_is_judged(tmp_path: Path) -> None:
     assert load_results("x", tmp_path).arms[0].audit == arm.audit
 
 
+@pytest.mark.slow
 def test_a_hopeless_trial_is_pruned_and_its_twin_is_not_trained(tmp_path: Path) -> None:
     """Without an audit it is stopped; asked again, the point is answered from that trial."""
     arm = _lora(tmp_path, "x", *HOPELESS, "sampler=grid")

@@ -79,6 +79,7 @@ def test_full_fine_tune_stores_a_model_with_the_reported_loss(
     )
 
 
+@pytest.mark.slow
 def test_bf16_is_computed_in_by_training_and_judging_alike(rows_file: Path, tmp_path: Path) -> None:
     """With model.dtype=bfloat16 the stored adapter, judged anew in bf16, gives the reported loss."""
     outcome, _ = _run(rows_file, tmp_path / "t", "model.dtype=bfloat16")
