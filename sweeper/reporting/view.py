@@ -25,8 +25,8 @@ from sweeper.settings import metric_words
 
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
-PICTURE_COLUMNS = 132
-PLAIN_COLUMNS = 132
+PICTURE_COLUMNS = 140
+PLAIN_COLUMNS = 140
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
