@@ -1,4 +1,4 @@
-"""The only Hydra and OmegaConf code: overrides in, plain resolved dicts out.
+"""Composing with Hydra and OmegaConf: overrides in, plain resolved dicts out.
 
 Hydra reports the first bad override and stops; here every override is tried, so that a user sees all
 that is wrong at once. Knows nothing of what the settings mean (sweeper.settings does).
@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import copy
 import difflib
-import inspect
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,21 +19,15 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser, create_functions
-from hydra.core.override_parser.types import (
-    ChoiceSweep,
-    IntervalSweep,
-    Override,
-    ParsedElementType,
-    RangeSweep,
-)
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sweeper.errors import ConfigError
+from sweeper.grammar import format_override, in_hydras_words, read_override
 from sweeper.settings import EMBEDDED, flatten
-from sweeper.space import Branch, Branches, Choice, Domain, Interval, Point, Scalar, Space, word
+from sweeper.space import Scalar, word
 
 CONFIG_NAME = "config"
 AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
@@ -215,7 +206,7 @@ def compose_leniently(overrides: Sequence[str]) -> tuple[Composition, list[str]]
 def expand_experiments(overrides: Sequence[str]) -> list[list[str]]:
     """`+experiment=a,b` asks for two studies; everything else belongs to both."""
     for index, text in enumerate(overrides):
-        override = _parse(text)
+        override = read_override(text)
         if override is not None and override.key_or_group == "experiment":
             if not override.is_sweep_override():
                 break
@@ -243,115 +234,6 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def parse_space(
-    params: Mapping[str, object], is_setting: Callable[[str], bool]
-) -> tuple[Space, Point, list[str]]:
-    """Read a whole space: (what is searched, what is simply fixed, what is wrong).
-
-    A mapping is a choice between branches, `KEY: {VALUE: {KEY: words, …}, …}`: VALUE is drawn first,
-    and its own keys are searched only then. If KEY is no setting (and has no dot) it is a label.
-    """
-    space: Space = {}
-    fixed: Point = {}
-    problems: list[str] = []
-    for key, words in params.items():
-        try:
-            if isinstance(words, Mapping):
-                space[key], wrong = _branches(key, words, is_setting)
-                problems += wrong
-                continue
-            domain = parse_domain(key, words)
-        except ValueError as error:
-            problems.append(f"{key}: {error}")
-            continue
-        if isinstance(domain, Choice | Interval):
-            space[key] = domain
-        else:
-            fixed[key] = domain
-    return space, fixed, problems
-
-
-def _branches(
-    key: str, words: Mapping[Any, object], is_setting: Callable[[str], bool]
-) -> tuple[Branches, list[str]]:
-    if len(words) < 2:
-        raise ValueError(f"a choice between branches needs two or more, not {len(words)}")
-    branches: dict[Scalar, Branch] = {}
-    problems: list[str] = []
-    for name, params in words.items():
-        if not isinstance(params, Mapping):
-            raise ValueError(
-                f"{name}: {params!r} is no mapping; write KEY: {{VALUE: {{KEY: words}}, …}}, "
-                "and {} for a branch without keys of its own"
-            )
-        space, fixed, wrong = parse_space(params, is_setting)
-        branches[scalar(name)] = Branch(fixed, space)
-        problems += [f"{key}={word(scalar(name))}: {problem}" for problem in wrong]
-    return Branches(branches, label="." not in key and not is_setting(key)), problems
-
-
-def parse_domain(key: str, words: object) -> Domain | Scalar:
-    """Read one entry of a search space: a domain, or a plain value that is simply fixed.
-
-    `words` is what stands in the YAML or after `key=` on the command line: `interval(a,b)`,
-    `tag(log, interval(a,b))`, `int(interval(a,b))`, `choice(...)`, `a,b,c`, a YAML list, and
-    `range(start, stop[, step])` for numeric steps, with the stop excluded, as everywhere in Hydra.
-
-    Raises:
-        ValueError: not a word of that grammar, or an empty or impossible domain.
-    """
-    if isinstance(words, list):
-        return Choice(tuple(scalar(value) for value in words))
-    if not isinstance(words, str):
-        return scalar(words)
-    try:
-        override = _grammar().parse_override(f"{key}={words}")
-    except HydraException as error:
-        raise ValueError(
-            f"{words!r} is not a search-space expression: {_first_line(error)}"
-        ) from None
-    value = override.value()
-    tags = set(getattr(value, "tags", ()))
-    if unknown := sorted(tags - {"log"}):
-        raise ValueError(f"{words!r}: tag {unknown[0]!r} has no meaning; valid: log")
-    match value:
-        case ChoiceSweep() if not tags:
-            return Choice(tuple(scalar(item) for item in value.list))
-        case IntervalSweep():
-            return _interval(value)
-        case RangeSweep() if not tags:
-            return _range(value)
-        case ChoiceSweep() | RangeSweep():
-            raise ValueError(f"{words!r}: a log scale belongs to an interval only")
-        case _:
-            return scalar(value)
-
-
-def _grammar() -> OverridesParser:
-    """Hydra's grammar, but choice(...) takes null as well."""
-    functions = create_functions()
-    values = inspect.Parameter(
-        "args",
-        inspect.Parameter.VAR_POSITIONAL,
-        annotation=ParsedElementType | ChoiceSweep,
-    )
-    functions.definitions["choice"] = inspect.Signature([values])
-    return OverridesParser(functions)
-
-
-def in_hydras_words(text: str) -> str:
-    """An override that our grammar reads and Hydra's refuses, said in Hydra's: `choice(null,1)`."""
-    if _parse(text) is not None:
-        return text
-    try:
-        value = _grammar().parse_override(text).value()
-    except HydraException:
-        return text  # whoever composes says what is wrong
-    if not isinstance(value, ChoiceSweep):
-        return text
-    return f"{text.partition('=')[0]}={','.join(word(scalar(item)) for item in value.list)}"
-
-
 def with_values(config: DictConfig, point: Mapping[str, Scalar]) -> dict[str, Any]:
     """A composed config with dotted keys set, each text read as Hydra would read it.
 
@@ -365,11 +247,6 @@ def with_values(config: DictConfig, point: Mapping[str, Scalar]) -> dict[str, An
     container = OmegaConf.to_container(changed, resolve=True)
     assert isinstance(container, dict)
     return {str(name): node for name, node in container.items()}
-
-
-def format_override(key: str, value: Scalar) -> str:
-    """Write one value as a Hydra override."""
-    return f"{key}={word(value)}"
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
@@ -470,15 +347,8 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
 
 
-def _parse(text: str) -> Override | None:
-    try:
-        return OverridesParser.create().parse_override(text)
-    except HydraException:
-        return None  # compose_leniently reports it
-
-
 def _is_sweep(text: str) -> bool:
-    override = _parse(text)
+    override = read_override(text)
     return override is not None and override.is_sweep_override()
 
 
@@ -523,40 +393,3 @@ def _reason(error: Exception) -> str:
     if "Available options" in str(error):
         return f"{first}; available: {', '.join(options)}"
     return first
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
-
-
-def _interval(sweep: IntervalSweep) -> Interval:
-    low, high = sweep.start, sweep.end
-    assert low is not None
-    assert high is not None
-    integer = isinstance(low, int) and isinstance(high, int)
-    return Interval(low, high, log="log" in sweep.tags, integer=integer)
-
-
-def _range(sweep: RangeSweep) -> Interval | Choice:
-    """In decimal arithmetic: in binary, 0.9 would be a value of range(0, 0.9, 0.3)."""
-    assert sweep.start is not None
-    assert sweep.stop is not None
-    low, stop, step = (Decimal(repr(number)) for number in (sweep.start, sweep.stop, sweep.step))
-    count = max(0, math.ceil((stop - low) / step)) if step else 0
-    integer = all(isinstance(number, int) for number in (sweep.start, sweep.stop, sweep.step))
-    kind = int if integer else float
-    if count == 0:
-        raise ValueError(f"range({sweep.start}, {sweep.stop}, {sweep.step}) is empty")
-    if count == 1 or step < 0:
-        return Choice(tuple(kind(low + step * index) for index in range(count)))
-    high = low + step * (count - 1)
-    return Interval(kind(low), kind(high), integer=integer, step=kind(step))
-
-
-def scalar(value: Any) -> Scalar:
-    """A value Optuna can store; lists and dicts become their override text."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, list | dict):
-        return str(Override._get_value_element_as_str(value))
-    return str(value.text) if hasattr(value, "text") else str(value)

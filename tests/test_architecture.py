@@ -25,6 +25,7 @@ LAYERS = (
         "stand_ins",
         "redaction",
     },
+    {"grammar"},
     {"compose", "data"},
     {"modeling", "evaluation"},
     {"tracking", "training"},
@@ -39,6 +40,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEAMS = {
     "hydra": {
         "sweeper/compose.py",
+        "sweeper/grammar.py",
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },

@@ -9,13 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sweeper.compose import (
-    in_hydras_words,
-    parse_command_line,
-    parse_domain,
-    parse_space,
-    with_values,
-)
+from sweeper.compose import parse_command_line, with_values
+from sweeper.grammar import in_hydras_words, parse_domain, parse_space
 from sweeper.space import (
     Branch,
     Branches,

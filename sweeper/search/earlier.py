@@ -14,7 +14,7 @@ import optuna
 from optuna.storages import RDBStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
-from sweeper import compose
+from sweeper import compose, grammar
 from sweeper.errors import StudyMismatch
 from sweeper.folders import StudyFolder
 from sweeper.outcome import Facts
@@ -132,7 +132,7 @@ def _fitting(
         if not config.exists():
             continue
         settings = flatten(compose.read_yaml(config))
-        known = {key: compose.scalar(settings[key]) for key in searched if key in settings}
+        known = {key: grammar.scalar(settings[key]) for key in searched if key in settings}
         draw = locate(arm.space, {**known, **point_of(trial)})
         point = _complete(arm, draw)
         if draw is None or point is None:

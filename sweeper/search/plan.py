@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sweeper import compose
+from sweeper import compose, grammar
 from sweeper.data.sources import path_problems
 from sweeper.errors import ConfigError
 from sweeper.search.pruning import make_pruner
@@ -67,7 +67,7 @@ class ArmPlan:
 
 
 def _as_overrides(point: Mapping[str, Scalar]) -> list[str]:
-    return [compose.format_override(key, value) for key, value in point.items()]
+    return [grammar.format_override(key, value) for key, value in point.items()]
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,7 @@ def _arm(
     overrides = compose.with_auto_groups(overrides)
     composition, problems = compose.compose_leniently(overrides)
     problems += _setting_problems(composition.config)
-    space, fixed, space_problems = compose.parse_space(
+    space, fixed, space_problems = grammar.parse_space(
         params, lambda key: key in composition.choices or _has(composition.config, key)
     )
     problems += space_problems
