@@ -52,7 +52,7 @@ SEAMS = {
     "datasketch": {"sweeper/data/duplicates.py"},
     "ray": {"sweeper/workers/ray.py"},
 }
-SEAMS["omegaconf"] = SEAMS["hydra"]
+SEAMS["omegaconf"] = SEAMS["hydra"] - {"sweeper/grammar.py"}
 
 
 def _imports(path: Path) -> set[str]:
