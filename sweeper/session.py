@@ -15,6 +15,7 @@ from pathlib import Path
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.storages import RDBStorage
 from rich.console import Console
 
 from sweeper.errors import StudyError, StudyLocked, WorkerError
@@ -57,20 +58,27 @@ def run_study(plan: StudyPlan) -> Results:
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
-        return StudySession(plan, folder, console, interrupt).run()
+        storage = open_storage(plan.study.storage, folder)
+        with storage.owned(plan.study.study_name):
+            return StudySession(plan, folder, storage, console, interrupt).run()
 
 
 class StudySession:
     """A study while it runs."""
 
     def __init__(
-        self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
+        self,
+        plan: StudyPlan,
+        folder: StudyFolder,
+        storage: RDBStorage,
+        console: Console,
+        interrupt: Interrupt,
     ) -> None:
         self._plan = plan
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
-        self._storage = open_storage(plan.study.storage, folder)
+        self._storage = storage
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking)
         self._board = Board(plan.objective)

@@ -53,7 +53,7 @@ WITHOUT_EFFECT = (
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
 
 
-def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
+def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
     """Optuna's storage: the given URL, or SQLite in the study's folder."""
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
