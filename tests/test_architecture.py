@@ -24,6 +24,7 @@ LAYERS = (
         "interrupt",
         "stand_ins",
         "redaction",
+        "yaml_bounds",
     },
     {"grammar"},
     {"compose", "data"},

@@ -5,9 +5,10 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,10 +219,15 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         trials=rank(trials, arm.settings.objective),
         settings=flatten(arm.settings.trial.model_dump(mode="json")),
         ranges=number_ranges(arm.space),
-        exhaustive=arm.sampler.name == "grid" and arm.n_trials >= sum(1 for _ in grid(arm.space)),
+        exhaustive=arm.sampler.name == "grid" and _has_all_of(arm.n_trials, grid(arm.space)),
         costs=tuple(costs),
         front=tuple(front),
     )
+
+
+def _has_all_of(count: int, points: Iterable[object]) -> bool:
+    """Without going through all of a grid that has far more."""
+    return sum(1 for _ in itertools.islice(points, count + 1)) <= count
 
 
 def test_figures(arm: ArmResult) -> dict[str, float]:

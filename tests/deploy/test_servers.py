@@ -4,112 +4,30 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.deploy.stack import NEEDS_POSTGRES, PASSWORD, ROOT, Stack, running_stack
+
 pytest.importorskip("psycopg", reason="the driver of PostgreSQL is optional")
 
-ROOT = Path(__file__).resolve().parents[2]
-PASSWORD = "canary5f1e7c0de"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        shutil.which("initdb") is None
-        and not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
-        reason="PostgreSQL is not installed",
-    ),
-]
-STORAGE = "hydra.sweeper.storage=${oc.env:SWEEPER_STORAGE}"
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Servers that deploy/servers.sh started, and how to reach them."""
-
-    folder: Path
-    postgres: int
-    mlflow: int
-
-    @property
-    def uri(self) -> str:
-        """The MLflow server."""
-        return f"http://127.0.0.1:{self.mlflow}"
-
-    @property
-    def storage(self) -> str:
-        """Optuna's database."""
-        return f"postgresql+psycopg://sweeper:{PASSWORD}@127.0.0.1:{self.postgres}/optuna"
-
-    def script(self, verb: str) -> None:
-        """Run deploy/servers.sh."""
-        result = subprocess.run(
-            [str(ROOT / "deploy" / "servers.sh"), verb],
-            cwd=self.folder,
-            env={**os.environ, "PYTHON": sys.executable},
-            stdout=(self.folder / "script.log").open("a"),
-            stderr=subprocess.STDOUT,
-            check=False,
-            timeout=300,
-        )
-        assert result.returncode == 0, (self.folder / "script.log").read_text()
-
-    def sweep(self, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-        """A study with two fake workers on these servers."""
-        environment = {
-            **os.environ,
-            "SWEEPER_STORAGE": self.storage,
-            "MLFLOW_TRACKING_URI": self.uri,
-        }
-        environment |= {"HF_TOKEN": f"hf_{PASSWORD}", "MLFLOW_TRACKING_PASSWORD": f"m{PASSWORD}"}
-        arguments = ["+experiment=lr_rank_sweep", "workers=fake", "pruner=none", STORAGE]
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "sweeper", *arguments, "hydra.sweeper.n_jobs=2"),
-                *("~hydra.sweeper.arms.full", *overrides, "-m"),
-            ],
-            *(-1, None, None, subprocess.PIPE, subprocess.STDOUT),
-            cwd=folder,
-            env=environment,
-            text=True,
-        )
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), NEEDS_POSTGRES]
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    """Started as the documentation says, in a folder that the user postgres may enter."""
-    folder = Path(tempfile.mkdtemp(prefix="sweeper-servers-"))
-    folder.chmod(0o755)
-    stack = Stack(folder, _free_port(), _free_port())
-    (folder / ".env").write_text(
-        f"POSTGRES_PASSWORD={PASSWORD}\nPOSTGRES_PORT={stack.postgres}\n"
-        f"MLFLOW_PORT={stack.mlflow}\nSERVERS_DIR={folder / 'servers'}\n"
-    )
-    try:
-        stack.script("start")
+    """For all tests here: starting it takes longer than they do."""
+    with running_stack() as stack:
         yield stack
-    finally:
-        stack.script("stop")
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_study(stack: Stack, name: str, n_trials: int) -> None:

@@ -1,0 +1,158 @@
+"""R2, R3, R16, R17: drivers that are killed, and several that start at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from sweeper.outcome import Outcome
+from tests.faults.conftest import Launch
+from tests.faults.sweep import DEADLINE_S, FAKE, STUDY, Sweep
+
+pytestmark = pytest.mark.slow
+TOTAL = 1000
+READY_CPU_S = 10.0
+GRID = (
+    *("sampler=grid", "training.learning_rate=1e-3,3e-3,1e-2", "adapter.r=2,4,8,16"),
+    *("adapter.alpha_over_r=2", "adapter.target_modules=mlp", "training.warmup_ratio=0.03"),
+)
+"""Twelve points."""
+
+
+def _fill(sweep: Sweep, total: int) -> None:
+    """Copies of the study's one trial, at other points, as if trained before."""
+    storage = f"sqlite:///{sweep.study / 'study.db'}"
+    engine = {"connect_args": {"timeout": 60}, "isolation_level": "AUTOCOMMIT"}
+    study = optuna.load_study(
+        study_name=f"{STUDY}/lora",
+        storage=optuna.storages.RDBStorage(storage, engine_kwargs=engine),
+    )
+    (first,) = study.get_trials()
+    outcome = Outcome.model_validate(first.user_attrs["outcome"])
+    for number in range(1, total):
+        rate = 1e-3 + number * 1e-6
+        point = {**first.user_attrs["point"], "training.learning_rate": rate}
+        study.add_trial(
+            create_trial(
+                params={**first.params, "training.learning_rate": rate},
+                distributions=first.distributions,
+                value=first.value + number * 1e-6,
+                user_attrs={
+                    **first.user_attrs,
+                    "point": point,
+                    "outcome": outcome.model_dump(mode="json"),
+                },
+            )
+        )
+
+
+@pytest.mark.timeout(600)
+def test_a_study_of_a_thousand_trials_is_ready_within_ten_seconds(
+    launch: Launch, tmp_path: Path
+) -> None:
+    """CPU time from the command to the first new trial; none of the old ones is touched."""
+    one = launch("tracking=none", "hydra.sweeper.n_trials=1", "workers.fake.step_seconds=0")
+    one.end()
+    _fill(one, TOTAL)
+    known = {trial.number: trial.value for trial in one.trials()}
+    sweep = launch(
+        "tracking=none", f"hydra.sweeper.n_trials={TOTAL + 1}", "workers.fake.step_seconds=0.2"
+    )
+    sweep.until(sweep.trial(TOTAL).exists, "the first new trial began")
+    used = psutil.Process(sweep.process.pid).cpu_times()
+    sweep.end()
+    trials = sweep.trials()
+    assert len(trials) == TOTAL + 1
+    assert known.items() <= {trial.number: trial.value for trial in trials}.items()
+    assert used.user + used.system < READY_CPU_S
+
+
+def test_two_orchestrators_and_eight_workers_train_each_point_once(launch: Launch) -> None:
+    """A grid of 12: the second driver is refused, nothing is trained twice, the total is exact."""
+    both = [
+        launch(
+            *("tracking=none", "hydra.sweeper.n_jobs=8", "workers.fake.step_seconds=0.1"),
+            *(*GRID, "hydra.sweeper.n_trials=12"),
+        )
+        for _ in range(2)
+    ]
+    psutil.wait_procs([psutil.Process(each.process.pid) for each in both], timeout=DEADLINE_S)
+    codes = sorted(each.process.wait(DEADLINE_S) for each in both)
+    assert codes == [0, 1], [each.output for each in both]
+    refused = next(each for each in both if each.process.returncode == 1)
+    assert "already run by another driver" in refused.output
+    trials = both[0].check_each_once(12)
+    points = {tuple(sorted(trial.params.items())) for trial in trials}
+    assert len(points) == 12
+    assert {trial.user_attrs["attempt"] for trial in trials} == {1}
+
+
+def test_two_folders_on_one_database_are_two_drivers(launch: Launch, tmp_path: Path) -> None:
+    """The same study on the same SQLite file from another folder: refused, and says by whom."""
+    (tmp_path / "elsewhere").mkdir()
+    storage = f"hydra.sweeper.storage=sqlite:///{tmp_path / 'shared.db'}"
+    slow = ("tracking=none", "hydra.sweeper.n_trials=2", "workers.fake.step_seconds=0.2", storage)
+    first = launch(*slow, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    first.until_steps()
+    second = launch(*slow, folder=tmp_path / "elsewhere")
+    assert "of this database is already run by another driver" in second.end(exit_code=1)
+    first.end()
+    first.check_each_once(2)
+
+
+def test_eight_studies_start_at_once_in_an_empty_folder(launch: Launch, tmp_path: Path) -> None:
+    """Neither Optuna's database nor MLflow's is there yet: eight of eight finish and are recorded."""
+    started = [
+        launch(
+            *("hydra.sweeper.n_trials=1", "workers.fake.step_seconds=0", "workers.engine=inline"),
+            f"hydra.sweeper.study_name=start_{number}",
+            *(f"hydra.sweeper.storage=sqlite:///{tmp_path / 'all.db'}",),
+        )
+        for number in range(8)
+    ]
+    for each in started:
+        assert "not recorded" not in each.end()
+    code = (
+        "from mlflow import MlflowClient; c = MlflowClient('sqlite:///mlruns/mlflow.db');"
+        "e = c.get_experiment_by_name('lr_rank_sweep').experiment_id;"
+        "print(sorted((r.info.status, r.info.run_name) for r in c.search_runs([e])))"
+    )
+    runs = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    wanted = [("FINISHED", f"start_{number}") for number in range(8)]
+    assert runs.stdout.strip() == str(sorted([("FINISHED", "lora/0000")] * 8 + wanted))
+
+
+DYING = Path(__file__).with_name("dying.py")
+
+
+def test_a_driver_killed_between_any_two_writes_loses_and_doubles_nothing(
+    tmp_path: Path,
+) -> None:
+    """kill -9 after the first, second, … write of a study of two trials; the same command ends it."""
+    command = [sys.executable, str(DYING), *FAKE, "tracking=none", "workers.engine=inline"]
+    result = subprocess.run(
+        [*command, "hydra.sweeper.n_trials=2", "workers.fake.step_seconds=0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    kills = int(result.stdout.split()[-1])
+    assert kills >= 20, "two trials are asked, handed out, reported and told"
+    for number in range(1, kills + 1):
+        storage = f"sqlite:///{tmp_path}/killed_{number}/{STUDY}/study.db"
+        trials = optuna.load_study(study_name=f"{STUDY}/lora", storage=storage).get_trials()
+        counted = [trial for trial in trials if trial.user_attrs.get("counts")]
+        assert len(counted) == 2, (number, trials)
+        assert {trial.user_attrs["cause"] for trial in counted} == {"finished"}, number
+        assert {trial.state for trial in trials} == {TrialState.COMPLETE}, number
