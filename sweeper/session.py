@@ -276,7 +276,10 @@ class StudySession:
 
     def _write_results(self) -> None:
         """After every trial, so that a report can be read while the study runs or after a crash."""
-        self._write(self._results())
+        try:
+            self._write(self._results())
+        except OSError as error:  # a full disk: the storage has it all, the next trial tries again
+            self._console.print(f"results are not written: {error}", style="yellow")
 
     def _write(self, results: Results) -> None:
         verdict = judge(results).document()

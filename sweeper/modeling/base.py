@@ -23,7 +23,7 @@ from transformers import (
 from sweeper.errors import ModelError
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.hardware import device as device  # training takes it from here
-from sweeper.modeling.source import find_source, one_line, weights_digest
+from sweeper.modeling.source import NO_CODE, find_source, one_line, weights_digest
 from sweeper.settings import Model, Quantization
 
 
@@ -62,9 +62,14 @@ def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> 
     if quantization.kind != "none":
         options["quantization_config"] = bits_and_bytes(quantization, dtype, on)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **NO_CODE)
         model, report = AutoModelForCausalLM.from_pretrained(
-            source.folder, device_map={"": on}, output_loading_info=True, **options
+            source.folder,
+            device_map={"": on},
+            output_loading_info=True,
+            use_safetensors=True,
+            **NO_CODE,
+            **options,
         )
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error

@@ -35,6 +35,7 @@ from sweeper.workers.protocol import (
     Progress,
     Slots,
     Submit,
+    Waiting,
 )
 
 FRUITLESS = ("refused", "duplicate")
@@ -245,6 +246,8 @@ class ArmDriver:
                 self._progressed(event)
             case Evaluated():
                 self._evaluated(event)
+            case Waiting():
+                self.view.event(f"{event.trial}: {event.message}")
             case Ended():
                 self._ended(event)
             case Lost():

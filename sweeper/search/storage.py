@@ -6,6 +6,7 @@ Training goes on meanwhile; what the workers report waits in their pipes. Knows 
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ CACHED = (
 """What Optuna's cache, which it puts before every RDBStorage, calls instead of the interface."""
 CLAIMS = frozenset({"create_new_trial", "_create_new_trial", "set_trial_state_values"})
 """Calls that only the one driver of a study may make: asking and telling."""
+
+_LOG = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -110,6 +113,8 @@ def patient(
                         f"({_reason(error)}); nothing told so far is lost: bring it back and run "
                         "the same command again"
                     ) from None
+                if tries == 1:
+                    _LOG.warning("waiting for the study's database: %s", _reason(error))
             sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
 

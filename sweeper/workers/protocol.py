@@ -95,6 +95,15 @@ class Evaluated(Value):
     value: float
 
 
+class Waiting(Value):
+    """A trial waits for something that a person has to see to; it goes on by itself afterwards."""
+
+    kind: Literal["waiting"] = "waiting"
+    trial: str
+    attempt: int
+    message: str
+
+
 class Ended(Value):
     """A trial ended, and its folder is complete."""
 
@@ -148,7 +157,7 @@ def lost(worker: int, current: Submit | Test | None, killed_for: str | None, mes
 
 
 AnyCommand = Submit | Test | Stop | Probe | Close
-AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Lost
+AnyEvent = Slots | Progress | Evaluated | Waiting | Ended | Tested | Probed | Lost
 COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
 EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
 

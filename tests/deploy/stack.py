@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +62,26 @@ class Stack:
             timeout=300,
         )
         assert result.returncode == 0, (self.folder / "script.log").read_text()
+
+    def crash_postgres(self) -> None:
+        """End it at once, as a crash would; `script("start")` brings it back."""
+        pid_file = self.folder / "servers" / "postgres" / "postmaster.pid"
+        postmaster = psutil.Process(int(pid_file.read_text().split()[0]))
+        postmaster.send_signal(signal.SIGQUIT)
+        postmaster.wait(60)
+
+    @contextmanager
+    def frozen_mlflow(self) -> Iterator[None]:
+        """A server that takes connections and never answers."""
+        server = psutil.Process(int((self.folder / "servers" / "mlflow.pid").read_text()))
+        family = [server, *server.children(recursive=True)]
+        for process in family:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in family:
+                process.send_signal(signal.SIGCONT)
 
     def sweep(self, folder: Path, *overrides: str) -> subprocess.Popen[str]:
         """A study with two fake workers on these servers."""

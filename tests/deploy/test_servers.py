@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -82,11 +81,7 @@ def test_a_tracking_server_that_stays_away_costs_records_not_results(
     stack: Stack, tmp_path: Path
 ) -> None:
     """MLflow frozen for good: the sweep ends with exit 0 and says what was not recorded."""
-    server = psutil.Process(int((stack.folder / "servers" / "mlflow.pid").read_text()))
-    family = [server, *server.children(recursive=True)]
-    for process in family:
-        process.send_signal(signal.SIGSTOP)
-    try:
+    with stack.frozen_mlflow():
         sweep = stack.sweep(
             tmp_path, "hydra.sweeper.n_trials=3", "hydra.sweeper.study_name=unrecorded"
         )
@@ -94,9 +89,6 @@ def test_a_tracking_server_that_stays_away_costs_records_not_results(
         assert sweep.returncode == 0, output
         assert "not recorded in MLflow" in output
         assert len(list(tmp_path.glob("outputs/unrecorded/lora/*/outcome.json"))) == 3
-    finally:
-        for process in family:
-            process.send_signal(signal.SIGCONT)
 
 
 def test_servers_listen_on_the_loopback_and_know_their_names(stack: Stack) -> None:

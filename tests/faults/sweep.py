@@ -12,8 +12,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ DEADLINE_S = 120.0
 STUDY = "faulted"
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "sampler=random", "pruner=none"),
-    *("finalists=none", "~hydra.sweeper.arms.full", f"hydra.sweeper.study_name={STUDY}"),
+    *("finalists=none", "~hydra.sweeper.arms.full"),
 )
 """Every trial ends as `finished` unless a fault ends it otherwise."""
 EVALUATED = [4, 8, 12, 16, 20]
@@ -42,12 +43,12 @@ class Sweep:
     log: Path
     storage: str | None = None
     """Optuna's, if it is not the study's own file."""
-    seen: set[int] = field(default_factory=set)
+    name: str = STUDY
 
     @property
     def study(self) -> Path:
         """The study's folder."""
-        return self.folder / "outputs" / STUDY
+        return self.folder / "outputs" / self.name
 
     @property
     def output(self) -> str:
@@ -97,6 +98,19 @@ class Sweep:
             if "spawn_main" in " ".join(_words(child))
         ]
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Its workers do nothing meanwhile, so that it cannot end."""
+        workers = self.workers()
+        assert workers
+        for worker in workers:
+            worker.suspend()
+        try:
+            yield
+        finally:
+            for worker in workers:
+                worker.resume()
+
     def end(self, exit_code: int = 0) -> str:
         """Wait until it ends by itself, with this exit code; returns what it printed."""
         assert self.process.wait(DEADLINE_S) == exit_code, self.output
@@ -127,7 +141,7 @@ class Sweep:
     def trials(self) -> list[FrozenTrial]:
         """What Optuna knows."""
         storage = self.storage or f"sqlite:///{self.study / 'study.db'}"
-        return optuna.load_study(study_name=f"{STUDY}/lora", storage=storage).get_trials()
+        return optuna.load_study(study_name=f"{self.name}/lora", storage=storage).get_trials()
 
     def check_each_once(self, n_trials: int) -> list[FrozenTrial]:
         """Every trial finished, each counted once, none left running, no step measured twice."""
@@ -145,14 +159,15 @@ def start(
     *overrides: str,
     environment: Mapping[str, str] | None = None,
     storage: str | None = None,
-    command: tuple[str, ...] = ("-m", "sweeper"),
+    name: str = STUDY,
 ) -> Sweep:
     """Run `python -m sweeper … -m` with the fake trainer."""
     number = len(list(folder.glob("run_*.log")))
     log = folder / f"run_{number}.log"
+    study_name = f"hydra.sweeper.study_name={name}"
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, *command, *FAKE, *overrides, "-m"],
+            [sys.executable, "-m", "sweeper", *FAKE, study_name, *overrides, "-m"],
             cwd=folder,
             env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
@@ -160,7 +175,7 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Sweep(folder, process, log, storage)
+    return Sweep(folder, process, log, storage, name)
 
 
 def spool(folder: Path) -> list[dict[str, Any]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
 import pytest
-from optuna.trial import TrialState, create_trial
+from optuna.trial import TrialState
 
-from sweeper.outcome import Outcome
 from tests.faults.conftest import Launch
-from tests.faults.sweep import DEADLINE_S, FAKE, STUDY, Sweep
+from tests.faults.sweep import FAKE, STUDY, Sweep
 
 pytestmark = pytest.mark.slow
 TOTAL = 1000
@@ -26,30 +28,36 @@ GRID = (
 
 
 def _fill(sweep: Sweep, total: int) -> None:
-    """Copies of the study's one trial, at other points, as if trained before."""
-    storage = f"sqlite:///{sweep.study / 'study.db'}"
-    engine = {"connect_args": {"timeout": 60}, "isolation_level": "AUTOCOMMIT"}
-    study = optuna.load_study(
-        study_name=f"{STUDY}/lora",
-        storage=optuna.storages.RDBStorage(storage, engine_kwargs=engine),
-    )
-    (first,) = study.get_trials()
-    outcome = Outcome.model_validate(first.user_attrs["outcome"])
-    for number in range(1, total):
-        rate = 1e-3 + number * 1e-6
-        point = {**first.user_attrs["point"], "training.learning_rate": rate}
-        study.add_trial(
-            create_trial(
-                params={**first.params, "training.learning_rate": rate},
-                distributions=first.distributions,
-                value=first.value + number * 1e-6,
-                user_attrs={
-                    **first.user_attrs,
-                    "point": point,
-                    "outcome": outcome.model_dump(mode="json"),
-                },
-            )
-        )
+    """Copies of the study's one trial, at other points, as if trained before; in one transaction."""
+    with sqlite3.connect(sweep.study / "study.db") as database:
+        database.row_factory = sqlite3.Row
+        for table in COPIED:
+            first = [dict(row) for row in database.execute(f"select * from {table}")]
+            rows = [_copy(row, number) for number in range(1, total) for row in first]
+            names = ", ".join(f":{name}" for name in rows[0])
+            columns = names.replace(":", "")
+            database.executemany(f"insert into {table} ({columns}) values ({names})", rows)
+
+
+COPIED = ("trials", "trial_params", "trial_values", "trial_user_attributes")
+
+
+def _copy(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """A row of trial 0 as one of another trial, whose learning rate is its own."""
+    rate = 1e-3 + number * 1e-6
+    copy = {name: value for name, value in row.items() if name not in ROW_IDS}
+    copy["trial_id"] = row["trial_id"] + number
+    if "number" in copy:
+        copy["number"] = number
+    if copy.get("param_name") == "training.learning_rate":
+        copy["param_value"] = rate
+    if copy.get("key") == "point":
+        point = {**json.loads(row["value_json"]), "training.learning_rate": rate}
+        copy["value_json"] = json.dumps(point)
+    return copy
+
+
+ROW_IDS = ("param_id", "trial_value_id", "trial_user_attribute_id")
 
 
 @pytest.mark.timeout(600)
@@ -75,18 +83,18 @@ def test_a_study_of_a_thousand_trials_is_ready_within_ten_seconds(
 
 def test_two_orchestrators_and_eight_workers_train_each_point_once(launch: Launch) -> None:
     """A grid of 12: the second driver is refused, nothing is trained twice, the total is exact."""
-    both = [
-        launch(
-            *("tracking=none", "hydra.sweeper.n_jobs=8", "workers.fake.step_seconds=0.1"),
-            *(*GRID, "hydra.sweeper.n_trials=12"),
-        )
-        for _ in range(2)
-    ]
-    psutil.wait_procs([psutil.Process(each.process.pid) for each in both], timeout=DEADLINE_S)
-    codes = sorted(each.process.wait(DEADLINE_S) for each in both)
-    assert codes == [0, 1], [each.output for each in both]
-    refused = next(each for each in both if each.process.returncode == 1)
-    assert "already run by another driver" in refused.output
+    arguments = (
+        *("tracking=none", "hydra.sweeper.n_jobs=8", "workers.fake.step_seconds=0.1"),
+        *(*GRID, "hydra.sweeper.n_trials=12", "workers.stall_timeout_s=null"),
+    )
+    both = [launch(*arguments) for _ in range(2)]
+    winner = both[0].until(
+        lambda: next((each for each in both if len(each.workers()) == 8), None), "one has it"
+    )
+    loser = next(each for each in both if each is not winner)
+    with winner.held():
+        assert "already run by another driver" in loser.end(exit_code=1)
+    winner.end()
     trials = both[0].check_each_once(12)
     points = {tuple(sorted(trial.params.items())) for trial in trials}
     assert len(points) == 12
@@ -97,11 +105,12 @@ def test_two_folders_on_one_database_are_two_drivers(launch: Launch, tmp_path: P
     """The same study on the same SQLite file from another folder: refused, and says by whom."""
     (tmp_path / "elsewhere").mkdir()
     storage = f"hydra.sweeper.storage=sqlite:///{tmp_path / 'shared.db'}"
-    slow = ("tracking=none", "hydra.sweeper.n_trials=2", "workers.fake.step_seconds=0.2", storage)
+    slow = ("tracking=none", "hydra.sweeper.n_trials=2", "workers.stall_timeout_s=null", storage)
     first = launch(*slow, storage=f"sqlite:///{tmp_path / 'shared.db'}")
     first.until_steps()
-    second = launch(*slow, folder=tmp_path / "elsewhere")
-    assert "of this database is already run by another driver" in second.end(exit_code=1)
+    with first.held():
+        second = launch(*slow, folder=tmp_path / "elsewhere")
+        assert "of this database is already run by another driver" in second.end(exit_code=1)
     first.end()
     first.check_each_once(2)
 
@@ -111,8 +120,8 @@ def test_eight_studies_start_at_once_in_an_empty_folder(launch: Launch, tmp_path
     started = [
         launch(
             *("hydra.sweeper.n_trials=1", "workers.fake.step_seconds=0", "workers.engine=inline"),
-            f"hydra.sweeper.study_name=start_{number}",
-            *(f"hydra.sweeper.storage=sqlite:///{tmp_path / 'all.db'}",),
+            f"hydra.sweeper.storage=sqlite:///{tmp_path / 'all.db'}",
+            name=f"start_{number}",
         )
         for number in range(8)
     ]
@@ -133,26 +142,30 @@ def test_eight_studies_start_at_once_in_an_empty_folder(launch: Launch, tmp_path
 DYING = Path(__file__).with_name("dying.py")
 
 
+@pytest.mark.timeout(900)
 def test_a_driver_killed_between_any_two_writes_loses_and_doubles_nothing(
     tmp_path: Path,
 ) -> None:
-    """kill -9 after the first, second, … write of a study of two trials; the same command ends it."""
-    command = [sys.executable, str(DYING), *FAKE, "tracking=none", "workers.engine=inline"]
+    """kill -9 after the first, second, … write of a study of one trial; the same command ends it."""
+    command = [sys.executable, str(DYING), *FAKE, f"hydra.sweeper.study_name={STUDY}"]
     result = subprocess.run(
-        [*command, "hydra.sweeper.n_trials=2", "workers.fake.step_seconds=0"],
+        [
+            *(*command, "tracking=none", "workers.engine=inline"),
+            *("hydra.sweeper.n_trials=1", "workers.fake.step_seconds=0"),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=800,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     kills = int(result.stdout.split()[-1])
-    assert kills >= 20, "two trials are asked, handed out, reported and told"
+    assert kills >= 15, "a trial is asked, handed out, reported and told"
     for number in range(1, kills + 1):
         storage = f"sqlite:///{tmp_path}/killed_{number}/{STUDY}/study.db"
         trials = optuna.load_study(study_name=f"{STUDY}/lora", storage=storage).get_trials()
         counted = [trial for trial in trials if trial.user_attrs.get("counts")]
-        assert len(counted) == 2, (number, trials)
+        assert len(counted) == 1, (number, trials)
         assert {trial.user_attrs["cause"] for trial in counted} == {"finished"}, number
         assert {trial.state for trial in trials} == {TrialState.COMPLETE}, number
