@@ -48,6 +48,7 @@ WITHOUT_EFFECT = (
     "training.save_total_limit",  # the best checkpoint is never among those deleted
     "training.loss_chunk_size",  # the same loss, computed in pieces
     "training.micro_batch",  # the effective batch stays
+    "training.devices_per_trial",  # and devices share it
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)

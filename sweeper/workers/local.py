@@ -37,7 +37,7 @@ from sweeper.workers.protocol import (
     Tested,
     lost,
 )
-from sweeper.workers.worker import Orders, make_runner, print_into, serve, tail_of
+from sweeper.workers.worker import Orders, Place, make_runner, print_into, serve, tail_of
 
 CLOSE_SECONDS = 5.0
 MAX_FAILED_STARTS = 3
@@ -91,9 +91,12 @@ class Host:
 class LocalEngine:
     """`n_jobs` worker processes; a dead one is replaced at once."""
 
-    def __init__(self, workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> None:
+    def __init__(
+        self, workers: Workers, n_jobs: int, devices: int, log: Callable[[int], Path]
+    ) -> None:
         self._workers = workers
-        self._threads = max(1, (os.cpu_count() or 1) // n_jobs)
+        self._devices = devices
+        self._threads = max(1, (os.cpu_count() or 1) // (n_jobs * devices))
         self._log = log
         self._failed_starts = 0
         self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
@@ -176,7 +179,13 @@ class LocalEngine:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = context.Process(
             target=_main,
-            args=(theirs, worker, self._workers.model_dump_json(), self._threads, str(log)),
+            args=(
+                theirs,
+                worker,
+                self._workers.model_dump_json(),
+                self._threads,
+                Place(log, self._devices),
+            ),
             name=f"sweeper-worker-{worker}",
         )
         process.start()
@@ -184,13 +193,13 @@ class LocalEngine:
         return Host(process, ours, log)
 
 
-def _main(connection: Connection, worker: int, workers: str, threads: int, log: str) -> None:
+def _main(connection: Connection, worker: int, workers: str, threads: int, place: Place) -> None:
     """The worker process from birth to death."""
     os.setsid()
     for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
         signal.signal(number, signal.SIG_IGN)
-    print_into(Path(log))
+    print_into(place.log)
     settings = Workers.model_validate_json(workers)
     channel = PipeChannel(connection)
     orders = Orders.listen(channel)  # before the slow imports: the driver may die meanwhile
-    serve(channel, orders, make_runner(settings, worker, threads), worker)
+    serve(channel, orders, make_runner(settings, worker, threads, place), worker)
