@@ -185,7 +185,7 @@ class StudySession:
         driver = FinalistsDriver(
             wanted=wanted,
             folder=self._folder,
-            budget=self._budget.of_arm(1.0, self._spent()),
+            budget=self._budget.of_arm(1.0, self._spent(), self._devices),
             engine=engine,
             tracker=self._tracker,
             view=view,
@@ -236,10 +236,11 @@ class StudySession:
         }
         names = list(wanted)
         following = sum(wanted[name] for name in names[names.index(arm.name) :])
-        return self._budget.of_arm(wanted[arm.name] / max(1, following), self._spent())
+        share, devices = wanted[arm.name] / max(1, following), self._devices
+        return self._budget.of_arm(share, self._spent(), devices)
 
     def _spent(self) -> float:
-        """Worker time of all trials and finalists so far."""
+        """Device time of all trials and finalists so far."""
         found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
         return sum(
             spent_seconds(study) + finalists_seconds(self._folder, arm.name)

@@ -6,16 +6,26 @@ import os
 import shutil
 import subprocess
 
+from sweeper.errors import WorkerError
+
 
 def devices_of(worker: int, count: int) -> list[str | None]:
     """The GPUs of a worker, as CUDA_VISIBLE_DEVICES names them; None for each share of the CPUs.
 
-    Where this process already sees no more than `count` (a cluster has chosen them), it has them all.
+    Where this process already sees just `count` (a cluster has chosen them), it has them all.
+
+    Raises:
+        WorkerError: there are GPUs, but fewer than `count`.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = visible.split(",") if visible is not None else _installed_gpus()
     if not any(found):
         return [None] * count
+    if len(found) < count:
+        raise WorkerError(
+            f"training.devices_per_trial={count}: this machine shows {len(found)} GPUs "
+            f"({', '.join(found)})"
+        )
     first = worker * count if len(found) > count else 0
     return [found[(first + index) % len(found)] for index in range(count)]
 

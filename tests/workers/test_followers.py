@@ -50,7 +50,7 @@ def train(tiny_base: Path, rows_file: Path, tmp_path: Path, followers: Followers
 
 
 def spooled(folder: TrialFolder, name: str) -> list[float]:
-    return [row.metrics[name] for row in read_spool(folder.metrics) if name in row.metrics]
+    return [row[name] for row in read_spool(folder.metrics) if name in row]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_worker_without_followers_says_so(train: Train) -> None:
 
 def test_devices_share_a_batch_evenly() -> None:
     """A batch that cannot be shared evenly is refused before anything is trained."""
-    with pytest.raises(ConfigError, match="16 examples a step .* among 3 devices"):
+    with pytest.raises(ConfigError, match=r"16 examples a step .* among 3 devices"):
         make_settings("training.devices_per_trial=3")
 
 
