@@ -74,13 +74,13 @@ class Meter:
 
     def metrics(self) -> dict[str, float]:
         """All of it under the names of the outcome."""
-        train = max(self.seconds("train"), 1e-9)
+        train, seconds = max(self.seconds("train"), 1e-9), time.monotonic() - self._started
         return {
             **self.figures,
             **{f"cost/{name}_seconds": spent for name, spent in self._seconds.items()},
             **{f"cost/{name}_cpu_seconds": spent for name, spent in self._cpu_seconds.items()},
-            "cost/seconds": time.monotonic() - self._started,
-            "cost/device_seconds": (time.monotonic() - self._started) * self.devices,
+            "cost/seconds": seconds,
+            "cost/device_seconds": seconds * self.devices,
             "cost/cpu_seconds": time.process_time() - self._cpu_started,
             "cost/oom_retries": float(self.oom_retries),
             "cost/tokens_per_second": self.tokens_per_second,

@@ -34,8 +34,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from sweeper.errors import WorkerError
-from sweeper.outcome import StopCause, Value
+from sweeper.outcome import Value
 from sweeper.settings import Workers
+from sweeper.workers.hosts import HostedEngine
 from sweeper.workers.protocol import (
     COMMANDS,
     EVENTS,
@@ -45,12 +46,8 @@ from sweeper.workers.protocol import (
     Ended,
     Evaluated,
     Lost,
-    Probe,
-    Slots,
-    Stop,
     Submit,
     Test,
-    Tested,
     lost,
 )
 from sweeper.workers.worker import Orders, Place, make_runner, print_into, serve, tail_of
@@ -58,7 +55,6 @@ from sweeper.workers.worker import Orders, Place, make_runner, print_into, serve
 POLL_SECONDS = 1.0
 DRAIN_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-MAX_FAILED_STARTS = 3
 REACH_SECONDS = 10.0
 PLACEMENT_SECONDS = 600.0
 """How long no worker at all may find a place."""
@@ -197,20 +193,22 @@ class Host:
         self.actor.order.remote(message.model_dump_json())
 
 
-class RayEngine:
-    """`n_jobs` actors; a dead one is replaced as soon as the cluster has a place for it."""
+class RayEngine(HostedEngine[Host]):
+    """`n_jobs` actors; a dead one is replaced as soon as the cluster has a place for it.
+
+    What is tested must lie on a file system that the nodes share.
+    """
 
     def __init__(
         self, workers: Workers, n_jobs: int, devices: int, log: Callable[[int], Path]
     ) -> None:
+        super().__init__()
         connect(workers.address, n_jobs)
         self._workers = workers
         self._devices = devices
         self._log = log
-        self._failed_starts = 0
         self._unplaced_s = 0.0
         self._events: deque[AnyEvent] = deque()
-        self._hosts: dict[int, Host] = {}
         try:
             self._share = share_of(ray.nodes(), n_jobs, devices)
             self._mark = self._leave_mark()
@@ -218,26 +216,6 @@ class RayEngine:
         except BaseException:
             self.close()
             raise
-
-    def probe(self, worker: int, probe: Probe) -> None:
-        """See Engine."""
-        self._hosts[worker].send(probe)
-
-    def submit(self, worker: int, submit: Submit) -> None:
-        """See Engine."""
-        self._hosts[worker].current = submit
-        self._hosts[worker].send(submit)
-
-    def test(self, worker: int, test: Test) -> None:
-        """See Engine; the trial's folder must be on a file system that the node shares."""
-        self._hosts[worker].current = test
-        self._hosts[worker].send(test)
-
-    def stop(self, trial: str, cause: StopCause) -> None:
-        """See Engine."""
-        for host in self._hosts.values():
-            if host.current is not None and host.current.trial == trial:
-                host.send(Stop(trial=trial, cause=cause))
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine; what the actor still holds is fetched first."""
@@ -294,11 +272,7 @@ class RayEngine:
     def _arrived(self, host: Host, event: AnyEvent, files: Files) -> None:
         if files and isinstance(host.current, Submit):
             unpack(host.current.folder, files)
-        if isinstance(event, Slots):
-            host.started = True
-            self._failed_starts = 0
-        elif isinstance(event, Ended | Tested):
-            host.current = None
+        self._heard(host, event)
         self._events.append(event)
 
     def _replace(self, worker: int, reason: str) -> None:
@@ -307,10 +281,7 @@ class RayEngine:
             host.actor, no_restart=True
         )  # should it only be out of reach, it must not train on
         message = f"worker {worker} is lost: {reason}\n{tail_of(host.log)}"
-        if not host.started:
-            self._failed_starts += 1
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            raise WorkerError(f"worker {worker} dies before it can start:\n{message}")
+        self._died(worker, host, message)
         self._hosts[worker] = self._start(worker)
         event: Lost = lost(worker, host.current, host.killed_for, message)
         self._events.append(event)
