@@ -47,7 +47,7 @@ SEAMS = {
     },
     "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
     "typer": {"sweeper/cli.py"},
-    "multiprocessing": {"sweeper/workers/local.py"},
+    "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
     "datasketch": {"sweeper/data/duplicates.py"},

@@ -319,8 +319,10 @@ class ArmDriver:
         if live is None:
             return
         self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
-        if live.attempt >= MAX_ATTEMPTS:
-            self._tell(live, Outcome(cause=event.cause, message=event.message))
+        if event.cause == "oom" or live.attempt >= MAX_ATTEMPTS:  # it would run out of memory again
+            self._tell(
+                live, Outcome(cause=event.cause, message=event.message, steps=live.view.step)
+            )
         else:
             live.attempt += 1
             live.stopping = False

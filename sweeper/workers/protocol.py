@@ -141,17 +141,23 @@ class Lost(Value):
     worker: int
     trial: str | None
     attempt: int
-    cause: Literal["crash", "timeout"]
+    cause: Literal["crash", "timeout", "oom"]
     message: str
 
 
-def lost(worker: int, current: Submit | Test | None, killed_for: str | None, message: str) -> Lost:
-    """What becomes of a dead worker's trial: a timeout if the driver killed it, else a crash."""
+def lost(
+    worker: int,
+    current: Submit | Test | None,
+    killed_for: str | None,
+    message: str,
+    died_of: Literal["crash", "oom"] = "crash",
+) -> Lost:
+    """What becomes of a dead worker's trial: a timeout if the driver killed it, else what it died of."""
     return Lost(
         worker=worker,
         trial=current.trial if current else None,
         attempt=current.attempt if current else 0,
-        cause="crash" if killed_for is None else "timeout",
+        cause=died_of if killed_for is None else "timeout",
         message=message if killed_for is None else killed_for,
     )
 
