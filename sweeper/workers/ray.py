@@ -324,6 +324,10 @@ class RayEngine(HostedEngine[Host]):
         return mark
 
 
+LOOPBACK = "127.0.0.1"
+"""By this address Ray's processes listen to this machine alone; by any other, to every network."""
+
+
 def connect(address: str | None, n_jobs: int) -> None:
     """Join a running cluster, or start Ray on this machine.
 
@@ -342,6 +346,7 @@ def connect(address: str | None, n_jobs: int) -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         options = {
             "address": "local",
+            "_node_ip_address": LOOPBACK,
             "num_cpus": max(os.cpu_count() or 1, n_jobs),
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,

@@ -10,7 +10,6 @@ import pytest
 
 from tests.faults import sweep
 from tests.faults.sweep import Sweep
-from tests.training.conftest import run_tiny as run_tiny  # trials of the real trainer
 
 
 class Launch(Protocol):

@@ -22,7 +22,7 @@ import optuna
 import psutil
 from optuna.trial import FrozenTrial, TrialState
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 """Far beyond what anything here takes on a busy machine."""
 STUDY = "faulted"
 FAKE = (
@@ -92,11 +92,10 @@ class Sweep:
 
     def workers(self) -> list[psutil.Process]:
         """Worker processes that run, oldest first."""
-        return [
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if "spawn_main" in " ".join(_words(child))
-        ]
+        if not self._runs():
+            return []
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "spawn_main" in " ".join(_words(child))]
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from tests.faults.conftest import Launch
 from tests.faults.sweep import Sweep, spool
 
 BERLIN = ZoneInfo("Europe/Berlin")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMITED = (
     *("tracking=none", "hydra.sweeper.n_trials=8", "workers.fake.step_seconds=0.05"),
     *("hydra.sweeper.n_jobs=2", "workers.stall_timeout_s=10", "workers.trial_timeout_s=30"),

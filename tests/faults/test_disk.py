@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.conftest import Launch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SIZE_MIB = 6
 """Room for a small study and its report."""
 

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from optuna.trial import TrialState
 from tests.faults.conftest import Launch
 from tests.faults.sweep import FAKE, STUDY, Sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TOTAL = 1000
 READY_CPU_S = 10.0
 GRID = (
@@ -88,9 +89,9 @@ def test_two_orchestrators_and_eight_workers_train_each_point_once(launch: Launc
         *(*GRID, "hydra.sweeper.n_trials=12", "workers.stall_timeout_s=null"),
     )
     both = [launch(*arguments) for _ in range(2)]
-    winner = both[0].until(
-        lambda: next((each for each in both if len(each.workers()) == 8), None), "one has it"
-    )
+    while not (ready := [each for each in both if len(each.workers()) == 8]):
+        time.sleep(0.01)
+    (winner,) = ready
     loser = next(each for each in both if each is not winner)
     with winner.held():
         assert "already run by another driver" in loser.end(exit_code=1)
@@ -105,7 +106,10 @@ def test_two_folders_on_one_database_are_two_drivers(launch: Launch, tmp_path: P
     """The same study on the same SQLite file from another folder: refused, and says by whom."""
     (tmp_path / "elsewhere").mkdir()
     storage = f"hydra.sweeper.storage=sqlite:///{tmp_path / 'shared.db'}"
-    slow = ("tracking=none", "hydra.sweeper.n_trials=2", "workers.stall_timeout_s=null", storage)
+    slow = (
+        *("tracking=none", "hydra.sweeper.n_trials=2", "workers.stall_timeout_s=null", storage),
+        "workers.fake.step_seconds=0.2",
+    )
     first = launch(*slow, storage=f"sqlite:///{tmp_path / 'shared.db'}")
     first.until_steps()
     with first.held():

@@ -16,6 +16,7 @@ from sweeper.modeling.base import load_base
 from sweeper.modeling.merge import merge
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
+from tests.training.conftest import run_tiny as run_tiny
 
 
 class Payload:

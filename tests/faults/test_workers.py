@@ -1,10 +1,14 @@
-"""R1, R4: workers that are killed or frozen, at random moments and at the worst ones."""
+"""R1, R4, R12, R18: workers that are killed, frozen, out of memory; trials that kill every worker."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +16,10 @@ from sweeper.search.states import MAX_ATTEMPTS
 from tests.faults.conftest import Launch
 from tests.faults.sweep import Sweep, spool
 
+pytestmark = pytest.mark.timeout(900)
 KILLS = 20
+TRIALS = 30
+"""More than are over when the last kill comes."""
 
 
 def test_a_killed_worker_costs_one_attempt_and_no_step(launch: Launch) -> None:
@@ -27,41 +34,38 @@ def test_a_killed_worker_costs_one_attempt_and_no_step(launch: Launch) -> None:
     assert spool(sweep.trial(1))[: len(before)] == before, "what was measured before is kept"
 
 
+def _taken(sweep: Sweep) -> int:
+    """How many attempts have begun; grows whenever a worker that came up takes a trial."""
+    records = sweep.study.glob("lora/*/provenance.json")
+    return sum(int(json.loads(path.read_text())["attempt"]) for path in records)
+
+
 def _kill_one(sweep: Sweep, draw: random.Random) -> bool:
-    """Kill a worker at a moment that no trial under way may be lost for good; False: none is left."""
-
-    def allowed() -> bool:
-        attempts = sweep.attempts().values()
-        spare = all(attempt < MAX_ATTEMPTS for attempt in attempts)
-        return sweep.process.poll() is not None or (bool(sweep.workers()) and spare)
-
-    deadline = time.monotonic() + 120
-    while not allowed():
-        assert time.monotonic() < deadline, sweep.output
-        time.sleep(0.01)
+    """Kill a worker, once one has taken a trial since the last kill; False: it might be the last try."""
     time.sleep(draw.uniform(0.0, 0.7))  # in its imports, between claim and first step, anywhere
-    if not allowed() or sweep.process.poll() is not None:
+    if any(attempt >= MAX_ATTEMPTS for attempt in sweep.attempts().values()):
         return False
+    taken = _taken(sweep)
     draw.choice(sweep.workers()).kill()
+    sweep.until(lambda: _taken(sweep) > taken, "a worker took a trial")
     return True
 
 
 @pytest.mark.slow
 def test_twenty_kills_of_workers_lose_nothing(launch: Launch) -> None:
-    """At random moments, imports and the first step included: 16 results, each once, none RUNNING."""
+    """At random moments, imports and first steps included: every result once, none left RUNNING."""
     draw = random.Random(1)
     sweep = launch(
-        *("tracking=none", "hydra.sweeper.n_trials=16", "hydra.sweeper.n_jobs=2"),
+        *("tracking=none", f"hydra.sweeper.n_trials={TRIALS}", "hydra.sweeper.n_jobs=2"),
         "workers.fake.step_seconds=0.06",
     )
     sweep.until(sweep.attempts, "the first trial began")
     kills = 0
-    while kills < KILLS and sweep.process.poll() is None:
+    while kills < KILLS:
         kills += _kill_one(sweep, draw)
     sweep.end()
-    assert kills == KILLS
-    attempts = [trial.user_attrs["attempt"] for trial in sweep.check_each_once(16)]
-    assert sum(attempts) - len(attempts) >= KILLS // 3, "kills met trials, not only idle workers"
+    attempts = [trial.user_attrs["attempt"] for trial in sweep.check_each_once(TRIALS)]
+    assert sum(attempts) - TRIALS >= KILLS // 3, "kills met trials, not only idle workers"
 
 
 def test_a_frozen_worker_is_replaced_and_never_heard_again(launch: Launch) -> None:
@@ -97,3 +101,68 @@ def test_a_short_freeze_costs_nothing(launch: Launch) -> None:
     sweep.process.send_signal(signal.SIGCONT)
     sweep.end()
     assert {trial.user_attrs["attempt"] for trial in sweep.check_each_once(4)} == {1}
+
+
+MEMORY = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.fixture
+def no_memory() -> Iterator[Path]:
+    """A group of processes that may not take one page more; Linux kills whoever does."""
+    group = MEMORY / f"sweeper-fault-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text("4096")
+    except OSError:
+        pytest.skip("taking a process's memory needs root and a memory cgroup (version 1)")
+    yield group
+    group.rmdir()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_for_its_memory_is_out_of_memory(launch: Launch, no_memory: Path) -> None:
+    """The kernel's own kill: cause oom, no second attempt of the same batch, the sweep goes on."""
+    sweep = launch("tracking=none", "hydra.sweeper.n_trials=3", "workers.fake.step_seconds=0.1")
+    sweep.until_steps(1)
+    (worker,) = sweep.workers()
+    (no_memory / "cgroup.procs").write_text(str(worker.pid))
+    assert "out of memory" in sweep.end()
+    trials = sweep.trials()
+    assert [trial.user_attrs["cause"] for trial in trials] == ["finished", "oom", "finished"]
+    assert [trial.user_attrs["attempt"] for trial in trials] == [1, 1, 1]
+    assert [trial.user_attrs["counts"] for trial in trials] == [True] * 3
+    assert trials[1].constraints == {"oom": 1.0}
+
+
+@pytest.mark.slow
+def test_a_trial_that_kills_its_workers_ends_after_three(launch: Launch) -> None:
+    """Its worker dies in the middle, every time: three attempts, then FAIL; the others finish."""
+    sweep = launch(
+        *("tracking=none", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2"),
+        *("++workers.fake.plan={1: crash}", "workers.fake.step_seconds=0.02"),
+    )
+    output = sweep.end()
+    causes = {trial.number: trial.user_attrs["cause"] for trial in sweep.trials()}
+    assert causes == {0: "finished", 1: "crash", 2: "finished", 3: "finished"}
+    assert sweep.trials()[1].user_attrs["attempt"] == MAX_ATTEMPTS
+    assert output.count("lora/0001: worker") == MAX_ATTEMPTS
+
+
+@pytest.mark.slow
+def test_a_hanging_trial_is_ended_with_everything_it_started(launch: Launch) -> None:
+    """No step for two seconds: its worker's whole process group is gone, the slot is used again."""
+    sweep = launch(
+        *("tracking=none", "hydra.sweeper.n_trials=2", "workers.stall_timeout_s=2"),
+        *("++workers.fake.plan={0: hang}", "workers.fake.step_seconds=0.02"),
+    )
+    groups = {sweep.until(sweep.workers, "a worker started")[0].pid}
+    while sweep.process.poll() is None:
+        groups |= {worker.pid for worker in sweep.workers()}
+        time.sleep(0.05)
+    sweep.end()
+    causes = [trial.user_attrs["cause"] for trial in sweep.trials()]
+    assert causes == ["timeout", "finished"]
+    assert len(groups) >= MAX_ATTEMPTS
+    for group in groups:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(group, 0)
