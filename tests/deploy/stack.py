@@ -83,6 +83,27 @@ class Stack:
             for process in family:
                 process.send_signal(signal.SIGCONT)
 
+    def check_recorded(self, name: str, storage: str, n_trials: int) -> None:
+        """Optuna has n_trials, each finished once; MLflow a finished run for each, with all points."""
+        import optuna
+        from mlflow import MlflowClient
+
+        trials = optuna.load_study(study_name=f"{name}/lora", storage=storage).trials
+        assert [trial.number for trial in trials] == list(range(n_trials))
+        assert {trial.user_attrs["cause"] for trial in trials} == {"finished"}
+        client = MlflowClient(self.uri)
+        experiment = client.get_experiment_by_name("lr_rank_sweep")
+        runs = client.search_runs([experiment.experiment_id], f"tags.`sweeper.study` = '{name}'")
+        children = {r.info.run_name: r for r in runs if "mlflow.parentRunId" in r.data.tags}
+        assert sorted(children) == [f"lora/{number:04d}" for number in range(n_trials)]
+        assert len(runs) == n_trials + 1
+        assert {run.info.status for run in runs} == {"FINISHED"}
+        for run in children.values():
+            points = client.get_metric_history(run.info.run_id, "eval/loss")
+            assert [point.step for point in points] == [4, 8, 12, 16, 20]
+            names = {item.path for item in client.list_artifacts(run.info.run_id)}
+            assert {"config.yaml", "outcome.json"} <= names
+
     def sweep(self, folder: Path, *overrides: str) -> subprocess.Popen[str]:
         """A study with two fake workers on these servers."""
         environment = {

@@ -29,28 +29,6 @@ def stack() -> Iterator[Stack]:
         yield stack
 
 
-def _check_study(stack: Stack, name: str, n_trials: int) -> None:
-    """Optuna has n_trials, each finished once; MLflow a finished run for each, with all its points."""
-    import optuna
-    from mlflow import MlflowClient
-
-    trials = optuna.load_study(study_name=f"{name}/lora", storage=stack.storage).trials
-    assert [trial.number for trial in trials] == list(range(n_trials))
-    assert {trial.user_attrs["cause"] for trial in trials} == {"finished"}
-    client = MlflowClient(stack.uri)
-    experiment = client.get_experiment_by_name("lr_rank_sweep")
-    runs = client.search_runs([experiment.experiment_id], f"tags.`sweeper.study` = '{name}'")
-    children = {r.info.run_name: r for r in runs if "mlflow.parentRunId" in r.data.tags}
-    assert sorted(children) == [f"lora/{number:04d}" for number in range(n_trials)]
-    assert len(runs) == n_trials + 1
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    for run in children.values():
-        points = client.get_metric_history(run.info.run_id, "eval/loss")
-        assert [point.step for point in points] == [4, 8, 12, 16, 20]
-        names = {item.path for item in client.list_artifacts(run.info.run_id)}
-        assert {"config.yaml", "outcome.json"} <= names
-
-
 def test_both_servers_restart_in_the_middle_and_nothing_is_lost(
     stack: Stack, tmp_path: Path
 ) -> None:
@@ -72,7 +50,7 @@ def test_both_servers_restart_in_the_middle_and_nothing_is_lost(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "not recorded" not in output
-    _check_study(stack, "restarted", 24)
+    stack.check_recorded("restarted", stack.storage, 24)
     assert PASSWORD not in output
     _nowhere(tmp_path)
 

@@ -12,11 +12,15 @@ import pytest
 
 from sweeper.answers import find_adapter
 from sweeper.errors import ArtifactError, ModelError
+from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
 from sweeper.modeling.merge import merge
+from sweeper.training.checkpoint import newest_checkpoint
+from sweeper.training.manifest import write_manifest
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 from tests.training.conftest import run_tiny as run_tiny
+from tests.training.recorder import Recorder
 
 
 class Payload:
@@ -107,4 +111,33 @@ def test_an_adapter_is_read_only_as_it_was_stored(
     ):
         with pytest.raises(ModelError, match=r"no \*\.safetensors weights"):
             read()
+    assert not trace.exists()
+
+
+class Killed(BaseException):
+    """Ends an attempt as SIGKILL does: its checkpoints stay."""
+
+
+class Killer(Recorder):
+    """Kills at step 5."""
+
+    def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
+        if step >= 5:
+            raise Killed
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_of_somebody_else_runs_no_code(
+    run_tiny: RunTiny, trace: Path, name: str
+) -> None:
+    """A pickle in a checkpoint, though its manifest was written anew: refused by what loads it."""
+    with pytest.raises(Killed):
+        run_tiny("trial", observer=Killer())
+    checkpoint = newest_checkpoint(TrialFolder(trace.parent / "trial").checkpoints)
+    assert checkpoint is not None
+    assert (checkpoint.path / name).exists()
+    _poison(checkpoint.path / name, trace)
+    write_manifest(checkpoint.path)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        run_tiny("trial")
     assert not trace.exists()
