@@ -197,6 +197,10 @@ class StudyFolder:
         """What a model lost on each example of the test split; `name` says which model."""
         return self.finalists(arm) / "test" / f"{name}.json"
 
+    def general_examples(self, arm: str, digest: str, name: str) -> Path:
+        """What a model lost on each window of the general text of this digest."""
+        return self.finalists(arm) / "general" / digest[:12] / f"{name}.json"
+
 
 @dataclass(frozen=True)
 class NightsFolder:

@@ -65,6 +65,15 @@ class Examples(Value):
         return math.fsum(self.nll) / sum(self.tokens)
 
 
+class Unseen(Value):
+    """What one model loses on texts that no search sees."""
+
+    test: Examples | None = None
+    """On each example of the test split; None if the data have none."""
+    general: Examples | None = None
+    """On each window of general text; None if none is named (evaluation.general_text)."""
+
+
 class Misfit(Value):
     """A training that is larger than the device, before any activation is counted."""
 
@@ -97,6 +106,8 @@ class Facts(Value):
     """Target tokens of the validation split: what the loss is a mean over."""
     device: str
     dtype: str
+    general_digest: str | None = None
+    """Of the windows of general text; None if none is named."""
 
     def base_value(self, metric: str) -> float:
         """The untuned base's value of a metric: what every trial is held against.

@@ -23,7 +23,7 @@ from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Facts, Misfit
 from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
+from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_results
@@ -285,9 +285,11 @@ class StudySession:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             write_page(results, self._folder, self._storage)
         best = results.arms[0].best if results.arms else None
+        final = results.arms[0].final if results.arms else None
+        unseen = {} if final is None else final.metrics
         self._tracker.close_study(
             status,
-            {} if best is None else {**best.outcome.metrics, **test_figures(results.arms[0])},
+            {} if best is None else {**best.outcome.metrics, **unseen},
             {} if best is None else best.point,
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],

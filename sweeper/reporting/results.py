@@ -5,7 +5,6 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ import optuna
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
 from sweeper.outcome import Facts, Misfit, Outcome, Value
-from sweeper.reporting.intervals import Contrast
+from sweeper.reporting.intervals import Contrast, Estimate
 from sweeper.search.audit import Audit, audit
 from sweeper.search.final import Final
 from sweeper.search.plan import ArmPlan
@@ -26,7 +25,7 @@ from sweeper.search.study import point_of
 from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
 from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
 
-FORMAT = 3
+FORMAT = 4
 """Of results.json; another version's is not read."""
 
 
@@ -161,6 +160,8 @@ class Results:
     fairness: Fairness
     contrasts: tuple[Contrast, ...] = ()
     """Arms against their reference on the test split, once finalists were judged on it."""
+    forgetting: tuple[Contrast, ...] = ()
+    """Arms against their untuned base on general text, once finalists were judged on it."""
     untested: str | None = None
     """Why the arms are not compared on the test split, for people."""
     misfits: Mapping[str, Misfit] = field(default_factory=dict)
@@ -179,6 +180,11 @@ class Results:
     def contrast(self, name: str) -> Contrast | None:
         """How an arm did on the test split, against its reference."""
         return next((found for found in self.decisive if found.arm == name), None)
+
+    def forgotten(self, name: str) -> Estimate | None:
+        """How much worse an arm's winner is than its base on general text, in nats per token."""
+        found = (each.difference for each in self.forgetting if each.arm == name)
+        return next(found, None)
 
     def seeds(self, name: str) -> int:
         """With how many seeds an arm's best configuration was judged: on the test split, or once."""
@@ -222,12 +228,6 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         costs=tuple(costs),
         front=tuple(front),
     )
-
-
-def test_figures(arm: ArmResult) -> dict[str, float]:
-    """What an arm's winner is worth on the test split, as metrics; none before it was judged there."""
-    loss = None if arm.final is None else arm.final.test_loss
-    return {} if loss is None else {"test/loss": loss, "test/perplexity": math.exp(loss)}
 
 
 def number_ranges(space: Space) -> dict[str, Range]:
@@ -304,6 +304,7 @@ def to_document(results: Results) -> dict[str, Any]:
         "objective": results.objective.model_dump(mode="json"),
         "fairness": results.fairness.model_dump(mode="json"),
         "contrasts": [contrast.model_dump(mode="json") for contrast in results.contrasts],
+        "forgetting": [contrast.model_dump(mode="json") for contrast in results.forgetting],
         "untested": results.untested,
         "misfits": {name: found.model_dump(mode="json") for name, found in results.misfits.items()},
         "arms": {
@@ -345,6 +346,7 @@ def from_document(document: Mapping[str, Any]) -> Results:
         arms=tuple(_arm(name, arm, objective) for name, arm in document["arms"].items()),
         fairness=Fairness.model_validate(document["fairness"]),
         contrasts=tuple(Contrast.model_validate(found) for found in document["contrasts"]),
+        forgetting=tuple(Contrast.model_validate(found) for found in document["forgetting"]),
         untested=document["untested"],
         misfits={name: Misfit.model_validate(found) for name, found in document["misfits"].items()},
     )

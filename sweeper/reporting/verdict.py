@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Side:
     test_loss: float | None
     """Mean over the seeds on the test split, if it was judged there."""
     untuned_test_loss: float | None
+    forgetting: Estimate | None
+    """How much worse than its untuned base it is on general text, in nats per token."""
     seeds: int
     trials: int
     trainable: float | None
@@ -193,6 +195,7 @@ def _side(results: Results, arm: ArmResult) -> Side:
         base_value=arm.base_value,
         test_loss=None if arm.final is None else arm.final.test_loss,
         untuned_test_loss=None if arm.final is None else arm.final.untuned_test_loss,
+        forgetting=results.forgotten(arm.name),
         seeds=results.seeds(arm.name),
         trials=arm.tried,
         trainable=best.metric("parameters/trainable"),
@@ -325,6 +328,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield from _duel_words(duel)
     if not verdict.duels:
         yield from (_alone(side, verdict.objective) for side in verdict.sides)
+    yield from _forgetting_words(verdict.sides)
     if not verdict.sides:
         yield "No trial has finished yet, so there is nothing to compare."
     elif not verdict.duels:
@@ -336,6 +340,14 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
     if verdict.sides and verdict.untested is not None:
         yield f"Not judged on the test split: {verdict.untested}."
+
+
+def _forgetting_words(sides: Sequence[Side]) -> Iterator[str]:
+    """What tuning did to the loss on text that is not about the task."""
+    found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
+    if found:
+        each = [f"{name} {_with_interval(forgot, '{:+.4f}', '')}" for name, forgot in found]
+        yield f"Forgetting (loss on general text against the untuned base): {', '.join(each)} nats."
 
 
 def _alone(side: Side, objective: Objective) -> str:

@@ -1,4 +1,4 @@
-"""Finalists: each arm's best configurations over further seeds, and the winners on the test split.
+"""Finalists: each arm's best configurations over further seeds, and the winners on unseen texts.
 
 Runs when every search has ended, so that no search sees a figure of the test split. Seeds are trained
 through the same engine as trials, but count to no n_trials and are told to no Optuna study. What is
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import optuna
@@ -17,11 +18,20 @@ from optuna.trial import TrialState
 
 from sweeper.folders import StudyFolder, TrialFolder, write_atomic
 from sweeper.interrupt import Interrupt
-from sweeper.outcome import Examples, Facts, Outcome
+from sweeper.outcome import Examples, Facts, Outcome, Unseen
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.driver import CANCEL_SECONDS, POLL_SECONDS
-from sweeper.search.final import COMPLETE, ArmFinal, Final, Finalist, Repeat, choose
+from sweeper.search.final import (
+    COMPLETE,
+    ArmFinal,
+    Final,
+    Finalist,
+    Repeat,
+    UnseenKind,
+    choose,
+    unseen_metrics,
+)
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import MAX_ATTEMPTS, STATES
 from sweeper.search.study import point_of
@@ -117,13 +127,13 @@ class Training:
 
 @dataclass
 class Judging:
-    """One model's judgement on the test split."""
+    """One model's judgement on what no search saw."""
 
     key: str
     settings: TrialSettings
     folder: TrialFolder | None
     attempt: int = 1
-    examples: Examples | None = None
+    losses: Unseen | None = None
     problem: str | None = None
 
     def hand(self, engine: Engine, worker: int) -> None:
@@ -135,7 +145,7 @@ class Judging:
     def take(self, event: AnyEvent) -> None:
         """See Task."""
         if isinstance(event, Tested):
-            self.examples, self.problem = event.examples, event.message
+            self.losses, self.problem = event.losses, event.message
 
     def give_up(self, message: str) -> None:
         """See Task."""
@@ -157,6 +167,11 @@ class Candidate:
     def settings_of(self, seed: int) -> TrialSettings:
         """The configuration with another seed."""
         return self.settings.model_copy(update={"seed": seed})
+
+    def record(self, folder: StudyFolder) -> TrialRecord:
+        """Of the search's trial."""
+        name = self.arm.name
+        return TrialRecord(f"{name}/{self.number:04d}", folder.trial(name, self.number), {})
 
     def finalist(self) -> Finalist:
         """As a value."""
@@ -259,8 +274,8 @@ class FinalistsDriver:
         return self.budget.refusal([now] * len(self._live), typical, [])
 
     def _test(self, chosen: Candidate, final: Final, facts: Facts) -> ArmFinal:
-        """Judge the winner's seeds and its base on the test split, if there is one."""
-        if not facts.rows.get("test", 0):
+        """Judge the winner's seeds and its base on the test split and general text, if there are."""
+        if not facts.rows.get("test", 0) and facts.general_digest is None:
             return ArmFinal(final)
         name, number = chosen.arm.name, chosen.number
         judgings = {chosen.settings.seed: (self.folder.trial(name, number), chosen.settings)}
@@ -272,32 +287,67 @@ class FinalistsDriver:
             seed: Judging(f"{name}/{number:04d}_seed_{seed}", settings, folder)
             for seed, (folder, settings) in judgings.items()
         }
-        self._judge(name, [untuned, *seeds.values()])
-        tested = {seed: judging.examples for seed, judging in seeds.items() if judging.examples}
-        figures = {
-            "test_losses": {seed: examples.loss for seed, examples in tested.items()},
-            "untuned_test_loss": untuned.examples and untuned.examples.loss,
-        }
-        return ArmFinal(final.model_copy(update=figures), tested, untuned.examples)
-
-    def _judge(self, arm: str, judgings: Sequence[Judging]) -> None:
         files = {
-            judging.key: self.folder.test_examples(arm, f"trial_{judging.key.split('/')[-1]}")
-            for judging in judgings
+            judging.key: self._files(name, facts, f"trial_{judging.key.split('/')[-1]}")
+            for judging in (untuned, *seeds.values())
         }
+        self._judge(name, [untuned, *seeds.values()], files)
+        found = {seed: judging.losses for seed, judging in seeds.items() if judging.losses}
+        ended = ArmFinal.judged(final, found, untuned.losses or Unseen())
+        records = {training.settings.seed: training.record for training in chosen.trainings}
+        for seed in found:
+            record = records.get(seed) or chosen.record(self.folder)
+            self._record_unseen(record, ended, seed, files[seeds[seed].key])
+        return ended
+
+    def _files(self, arm: str, facts: Facts, name: str) -> dict[UnseenKind, Path]:
+        """Where a model's losses on each kind of text are kept, for the kinds that there are."""
+        files: dict[UnseenKind, Path] = {}
+        if facts.rows.get("test", 0):
+            files["test"] = self.folder.test_examples(arm, name)
+        if facts.general_digest is not None:
+            files["general"] = self.folder.general_examples(arm, facts.general_digest, name)
+        return files
+
+    def _judge(
+        self,
+        arm: str,
+        judgings: Sequence[Judging],
+        files: Mapping[str, Mapping[UnseenKind, Path]],
+    ) -> None:
+        """What was judged before is read; the rest is judged, and kept for the next time."""
+        stored = {judging.key: _stored(files[judging.key]) for judging in judgings}
         for judging in judgings:
-            if (path := files[judging.key]).exists():
-                judging.examples = Examples.model_validate_json(path.read_text(encoding="utf-8"))
-        missing = [judging for judging in judgings if judging.examples is None]
+            if len(stored[judging.key]) == len(files[judging.key]):
+                judging.losses = Unseen(**stored[judging.key])
+        missing = [judging for judging in judgings if judging.losses is None]
         if missing:
-            self.view.event(f"arm {arm}: judging the winner on the test split")
+            kinds = {"test": "the test split", "general": "general text"}
+            words = " and ".join(kinds[kind] for kind in files[missing[0].key])
+            self.view.event(f"arm {arm}: judging the winner on {words}")
         self._share_out(missing, lambda: None)
         for judging in missing:
-            if judging.examples is None:
+            if judging.losses is None:
                 reason = (judging.problem or "no answer").splitlines()[-1]
                 self.view.event(f"{judging.key} is left out of the test: {reason}")
-            else:
-                write_atomic(files[judging.key], judging.examples.model_dump_json())
+                continue
+            judging.losses = judging.losses.model_copy(update=stored[judging.key])
+            for kind, path in files[judging.key].items():
+                if (examples := getattr(judging.losses, kind)) is not None:
+                    write_atomic(path, examples.model_dump_json())
+
+    def _record_unseen(
+        self, record: TrialRecord, ended: ArmFinal, seed: int, files: Mapping[UnseenKind, Path]
+    ) -> None:
+        """Add a seed's figures to its run, dated by the files, so that a repeat adds nothing."""
+        final = ended.final
+        metrics = unseen_metrics(
+            final.test_losses.get(seed),
+            final.general_losses.get(seed),
+            final.untuned_general_loss,
+        )
+        judged_at = max(path.stat().st_mtime for path in files.values())
+        self.tracker.amend(record, metrics, judged_at)
 
     def _share_out(self, tasks: Sequence[Task], refusal: Callable[[], str | None]) -> str | None:
         """Hand tasks to free slots until all are answered, or until no more may be started (why)."""
@@ -394,6 +444,14 @@ class FinalistsDriver:
 
 def _title(arm: ArmPlan) -> str:
     return f"{arm.name} finalists"
+
+
+def _stored(files: Mapping[UnseenKind, Path]) -> dict[str, Examples]:
+    return {
+        kind: Examples.model_validate_json(path.read_text(encoding="utf-8"))
+        for kind, path in files.items()
+        if path.exists()
+    }
 
 
 def _facts(study: optuna.Study) -> Facts:

@@ -182,7 +182,9 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
         settings = Settings.model_validate(config)
     except ValidationError as error:
         return describe(error, Settings)
-    return [] if settings.workers.trainer == "fake" else path_problems(settings.data)
+    if settings.workers.trainer == "fake":
+        return []
+    return path_problems(settings.data, settings.evaluation.general_text)
 
 
 def _part(key: str) -> str:

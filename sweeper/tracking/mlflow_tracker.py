@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
 from sweeper.redaction import redact
 from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
@@ -91,6 +92,13 @@ class MlflowTracker:
         """See Tracker."""
         self._later(
             f"end of {trial.key}", lambda client: self._end(client, trial, status, metrics, tags)
+        )
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """See Tracker."""
+        self._later(
+            f"figures of {trial.key}",
+            lambda client: self._amend(client, trial, metrics, measured_at),
         )
 
     def close_study(
@@ -247,6 +255,17 @@ class MlflowTracker:
         client.set_terminated(run, status)
         self._final.add(trial.key)
 
+    def _amend(
+        self,
+        client: MlflowClient,
+        trial: TrialRecord,
+        metrics: Mapping[str, float],
+        measured_at: float,
+    ) -> None:
+        if trial.key not in self._runs:
+            raise TrackingError(f"MLflow has no run of {trial.key}")
+        _log_final(client, self._runs[trial.key], metrics, measured_at)
+
 
 def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
     """The UI opens on runs and their metrics rather than on traces, and charts this metric first."""
@@ -282,11 +301,13 @@ def _log_params(client: MlflowClient, run: str, params: Mapping[str, Any]) -> No
     client.log_batch(run, params=[Param(name, str(value)) for name, value in params.items()])
 
 
-def _log_final(client: MlflowClient, run: str, metrics: Mapping[str, float]) -> None:
+def _log_final(
+    client: MlflowClient, run: str, metrics: Mapping[str, float], at: float | None = None
+) -> None:
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    client.log_batch(run, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+    when = int((time.time() if at is None else at) * 1000)
+    client.log_batch(run, metrics=[Metric(name, value, when, 0) for name, value in metrics.items()])
 
 
 def _log_artifacts(client: MlflowClient, run: str, folder: TrialFolder) -> None:

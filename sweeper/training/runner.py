@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
+from sweeper.data.general import digest
 from sweeper.data.packing import require_isolation
 from sweeper.errors import ArtifactError, ConfigError, DataError, Diverged, DoesNotFit, ModelError
 from sweeper.evaluation.judge import Judge, Judgement, plausibility_warning
@@ -30,7 +31,7 @@ from sweeper.modeling.adapter import attach, detach, touches_base
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.outcome import Examples, Facts, Misfit, Outcome
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, Unseen
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import refuse_fp16_on_cpu
 from sweeper.training.asked import Asked
@@ -48,6 +49,8 @@ from sweeper.training.trial import Looks, TrialInputs, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
+Judges = Mapping[str, Judge]
+"""Of unseen texts, by the field of Unseen."""
 SHORT_ROW = 8
 """Tokens of a row whose activations hardly count."""
 
@@ -81,11 +84,13 @@ class TransformersRunner:
         if settings.data.packing:
             require_isolation(base.model)
         prepared.prompts(settings)  # refuses those that were trained on
+        general = prepared.general_rows(settings)  # what is wrong with them is to be found now
         judgement = prepared.judge(settings, base)(base.model)
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
-        return self._facts(settings, base, prepared, judgement)
+        facts = self._facts(settings, base, prepared, judgement)
+        return facts.model_copy(update={"general_digest": digest(general) if general else None})
 
     def run(
         self,
@@ -117,40 +122,45 @@ class TransformersRunner:
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """Judge what a trial has stored, or the untuned base (None), on the test split.
+    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
+        """Judge what a trial has stored, or the untuned base (None), on test split and general text.
 
         The base is held as the trial held it, so that the same judge on the validation split finds
         the trial's own loss.
 
         Raises:
             ArtifactError: nothing is stored, or not what the manifest says.
-            DataError: the data have no test split.
+            DataError: there is neither a test split nor general text.
         """
-        judge = self._test_judge(settings)
+        judges = self._unseen_judges(settings)
         if folder is None:
-            return _examples(judge, self._base(settings).model)
+            return _unseen(judges, self._base(settings).model)
         artifact = folder.artifact
         if artifact is None:
             raise ArtifactError(f"{folder.path} holds neither an adapter nor a model")
         verify_manifest(artifact)
         if isinstance(settings.adapter, LoraAdapter):
-            return self._test_adapter(judge, settings, settings.adapter, artifact)
+            return self._test_adapter(judges, settings, settings.adapter, artifact)
         self._warm.clear()  # make room: the stored model comes whole
         stored = settings.model.model_copy(update={"base_model": str(artifact), "revision": None})
-        return _examples(judge, load_base(stored, settings.quantization, trained=True).model)
+        return _unseen(judges, load_base(stored, settings.quantization, trained=True).model)
 
-    def _test_judge(self, settings: TrialSettings) -> Judge:
-        """Holds no model."""
+    def _unseen_judges(self, settings: TrialSettings) -> dict[str, Judge]:
+        """By the field of Unseen; they hold no model."""
         base = self._base(settings)
-        return self._data(settings, base).test_judge(settings, base)
+        prepared = self._data(settings, base)
+        general = prepared.general_judge(settings, base)
+        judges = {} if general is None else {"general": general}
+        if prepared.test is None and judges:
+            return judges
+        return {"test": prepared.test_judge(settings, base), **judges}
 
     def _test_adapter(
-        self, judge: Judge, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
-    ) -> Examples:
+        self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
+    ) -> Unseen:
         model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
         try:
-            return _examples(judge, model)
+            return _unseen(judges, model)
         finally:
             detach(model)
             if touches_base(adapter):
@@ -332,6 +342,10 @@ class TransformersRunner:
         }
         if estimate is not None:
             meter.figures["cost/estimated_memory_mib"] = estimate
+
+
+def _unseen(judges: Judges, model: PreTrainedModel | PeftModel) -> Unseen:
+    return Unseen(**{name: _examples(judge, model) for name, judge in judges.items()})
 
 
 def _examples(judge: Judge, model: PreTrainedModel | PeftModel) -> Examples:

@@ -15,7 +15,7 @@ from typing import Any
 
 from sweeper.errors import ArtifactError, Diverged, DoesNotFit
 from sweeper.folders import TrialFolder, read_json, write_atomic, write_json
-from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome
+from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome, Unseen
 from sweeper.settings import (
     LOSS_METRICS,
     ROUGE_METRICS,
@@ -32,6 +32,9 @@ BYTES_PER_TOKEN = 4
 EVALUATIONS = 5
 TEST_TOKENS = (8, 12, 10, 9, 11, 10, 10, 10, 10, 10)
 """Of each example of a test split that does not exist."""
+GENERAL_TOKENS = (127,) * 8
+"""Of each window of general text that nobody reads."""
+GENERAL_LOSS = 3.6
 ADAM_BYTES = 16
 """Of each trained fp32 parameter: itself, its gradient and two moments."""
 
@@ -120,6 +123,7 @@ class FakeRunner:
             target_tokens=100,
             device="fake",
             dtype="float32",
+            general_digest="fake" if settings.evaluation.general_text.source else None,
         )
 
     def run(
@@ -142,10 +146,18 @@ class FakeRunner:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """Its loss, a little harder, on examples of which some are harder than others."""
+    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
+        """Its losses on splits that do not exist, as far as the settings ask for them."""
         if folder is not None and not folder.outcome.exists():
             raise ArtifactError(f"{folder.path}: fake: nothing was trained here")
+        data, general = settings.data, settings.evaluation.general_text
+        return Unseen(
+            test=self._test_split(settings, folder) if data.test_ratio else None,
+            general=_forgotten(settings, folder) if general.source else None,
+        )
+
+    def _test_split(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+        """A little harder than validation, on examples of which some are harder than others."""
         loss = BASE_LOSS if folder is None else fake_loss(settings)
         nll = [
             count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
@@ -192,6 +204,16 @@ class FakeRunner:
                 os._exit(9)
             case "hang":
                 time.sleep(3600)
+
+
+def _forgotten(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+    """General text: full fine-tuning forgets ten times as much as LoRA."""
+    forgotten = 0.02 if isinstance(settings.adapter, LoraAdapter) else 0.2
+    loss = GENERAL_LOSS + (0.0 if folder is None else forgotten)
+    nll = tuple(
+        count * (loss + 0.1 * math.cos(place)) for place, count in enumerate(GENERAL_TOKENS)
+    )
+    return Examples(nll=nll, tokens=GENERAL_TOKENS)
 
 
 def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:

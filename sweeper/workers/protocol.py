@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
+from sweeper.outcome import Facts, Misfit, Outcome, StopCause, Unseen, Value
 from sweeper.settings import TrialSettings
 from sweeper.training.observer import Observer
 
@@ -30,9 +30,9 @@ class Submit(Value):
 
 
 class Test(Value):
-    """Judge a stored artifact, or the untuned base, on the test split.
+    """Judge a stored artifact, or the untuned base, on the test split and on general text.
 
-    Sent only when every search has ended: no search ever sees a figure of the test split.
+    Sent only when every search has ended: no search ever sees these figures.
     """
 
     kind: Literal["test"] = "test"
@@ -105,12 +105,12 @@ class Ended(Value):
 
 
 class Tested(Value):
-    """The answer to a test: the loss of each example, or why there is none."""
+    """The answer to a test: the losses, or why there are none."""
 
     kind: Literal["tested"] = "tested"
     trial: str
     attempt: int
-    examples: Examples | None
+    losses: Unseen | None
     message: str | None
 
 
@@ -168,8 +168,8 @@ class Runner(Protocol):
     ) -> Outcome:
         """Train one trial to its outcome and write its folder."""
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """Judge a trial's artifact (None: the untuned base) on each example of the test split."""
+    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
+        """Judge a trial's artifact (None: the untuned base) on the test split and general text."""
 
 
 class Engine(Protocol):
@@ -186,7 +186,7 @@ class Engine(Protocol):
         """Hand a trial to a free slot; `Ended` or `Lost` follows."""
 
     def test(self, worker: int, test: Test) -> None:
-        """Hand a judgement on the test split to a free slot; `Tested` or `Lost` follows."""
+        """Hand a judgement on unseen texts to a free slot; `Tested` or `Lost` follows."""
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """Ask for a trial's end; its `Ended` follows. Unknown trials (just ended) are ignored."""

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from sweeper.errors import DoesNotFit, SweeperError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
+from sweeper.outcome import Facts, Misfit, Outcome, StopCause, Unseen, Value
 from sweeper.redaction import redact
 from sweeper.settings import Workers
 from sweeper.workers.protocol import (
@@ -215,16 +215,16 @@ def _probed(command: Probe, runner: Runner) -> Probed:
 
 
 def _tested(command: Test, runner: Runner) -> Tested:
-    examples: Examples | None = None
+    losses: Unseen | None = None
     message: str | None = None
     try:
         folder = None if command.folder is None else TrialFolder(command.folder)
-        examples = runner.test(command.settings, folder)
+        losses = runner.test(command.settings, folder)
     except SweeperError as error:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return Tested(trial=command.trial, attempt=command.attempt, examples=examples, message=message)
+    return Tested(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
 
 
 def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:

@@ -126,9 +126,10 @@ def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Pat
     base, nothing = answers
     assert isinstance(base, Tested)
     assert isinstance(nothing, Tested)
-    assert base.examples is not None
-    assert len(base.examples.nll) == len(base.examples.tokens) > 0
-    assert (nothing.examples, "nothing was trained here" in (nothing.message or "")) == (None, True)
+    assert base.losses is not None
+    assert base.losses.test is not None
+    assert len(base.losses.test.nll) == len(base.losses.test.tokens) > 0
+    assert (nothing.losses, "nothing was trained here" in (nothing.message or "")) == (None, True)
 
 
 def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:
