@@ -193,6 +193,10 @@ class StudyFolder:
         """Where an arm's repeats over seeds and their figures on the test split are kept."""
         return self.path / arm / "finalists"
 
+    def adopted(self, arm: str) -> Path:
+        """Where the model of an earlier run is fetched to, if it lies on a server."""
+        return self.path / arm / "adopted"
+
     def test_examples(self, arm: str, name: str) -> Path:
         """What a model lost on each example of the test split; `name` says which model."""
         return self.finalists(arm) / "test" / f"{name}.json"

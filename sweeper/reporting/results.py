@@ -15,7 +15,7 @@ import optuna
 
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
-from sweeper.outcome import Facts, Misfit, Outcome, Value
+from sweeper.outcome import Adopted, Facts, Misfit, Outcome, Value
 from sweeper.reporting.intervals import Contrast, Estimate
 from sweeper.search.audit import Audit, audit
 from sweeper.search.final import Final
@@ -86,6 +86,8 @@ class ArmResult:
     """Numbers of the trials on the Pareto front of objective and costs."""
     final: Final | None = None
     """How its best configurations did over several seeds, once that is known."""
+    adopted: Adopted | None = None
+    """The earlier run that stands in for its search; costs and settings are then that run's."""
 
     @property
     def base_value(self) -> float:
@@ -145,6 +147,8 @@ class ArmResult:
     @property
     def seconds(self) -> float:
         """Worker time of all trials."""
+        if self.adopted is not None:
+            return self.adopted.seconds
         return sum(trial.metric("cost/seconds") or 0.0 for trial in self.trials)
 
 
@@ -199,12 +203,14 @@ class Results:
 def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
     """What an arm has so far, from its storage."""
     facts = Facts.model_validate(study.user_attrs["facts"])
+    stored = study.user_attrs.get("adopted")
+    adopted = None if stored is None else Adopted.model_validate(stored)
     trials = [
         TrialResult(
             arm.name,
             frozen.number,
             point_of(frozen),
-            Outcome.model_validate(frozen.user_attrs["outcome"]),
+            _at_the_costs_of(adopted, Outcome.model_validate(frozen.user_attrs["outcome"])),
             bool(frozen.user_attrs.get("audited", False)),
         )
         for frozen in study.get_trials(deepcopy=False)
@@ -222,12 +228,45 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         objective=arm.settings.objective,
         facts=facts,
         trials=rank(trials, arm.settings.objective),
-        settings=flatten(arm.settings.trial.model_dump(mode="json")),
+        settings=_settings(arm, adopted),
         ranges=number_ranges(arm.space),
         exhaustive=arm.sampler.name == "grid" and arm.n_trials >= sum(1 for _ in grid(arm.space)),
         costs=tuple(costs),
         front=tuple(front),
+        adopted=adopted,
     )
+
+
+def _at_the_costs_of(adopted: Adopted | None, outcome: Outcome) -> Outcome:
+    """What a training cost, where only a judgement was paid here."""
+    if adopted is None:
+        return outcome
+    own = {
+        name: value
+        for name, value in outcome.metrics.items()
+        if not name.startswith("cost/") or name == "cost/artifact_mib"
+    }
+    return outcome.model_copy(update={"metrics": {**own, **adopted.costs}})
+
+
+def _settings(arm: ArmPlan, adopted: Adopted | None) -> dict[str, Any]:
+    """The arm's, as dotted keys; how an adopted model was trained only its run knows."""
+    settings = flatten(arm.settings.trial.model_dump(mode="json"))
+    if adopted is None:
+        return settings
+    kept = {key: value for key, value in settings.items() if not key.startswith("training.")}
+    trained = {key: text for key, text in adopted.params.items() if key.startswith("training.")}
+    return {**kept, **{key: _number(text) for key, text in trained.items()}}
+
+
+def _number(text: str) -> int | float | str:
+    """A parameter as it was before MLflow made it a text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def number_ranges(space: Space) -> dict[str, Range]:
@@ -319,6 +358,7 @@ def to_document(results: Results) -> dict[str, Any]:
                 "best": None if arm.best is None else arm.best.number,
                 "costs": list(arm.costs),
                 "front": list(arm.front),
+                "adopted": None if arm.adopted is None else arm.adopted.model_dump(mode="json"),
                 "final": None if arm.final is None else arm.final.model_dump(mode="json"),
                 "audit": None if arm.audit is None else asdict(arm.audit),
                 "trials": [
@@ -378,4 +418,7 @@ def _arm(name: str, document: Mapping[str, Any], objective: Objective) -> ArmRes
         costs=tuple(document["costs"]),
         front=tuple(document["front"]),
         final=None if document["final"] is None else Final.model_validate(document["final"]),
+        adopted=None
+        if document["adopted"] is None
+        else Adopted.model_validate(document["adopted"]),
     )

@@ -185,19 +185,19 @@ def _condition_row(results: Results, arm: ArmResult) -> tuple[str, ...]:
     if arm.best is None:
         return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
     micro = arm.setting("training.per_device_train_batch_size")
-    batch = micro * arm.setting("training.gradient_accumulation_steps")
+    accumulated = arm.setting("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
-    ends = DASH if searched is None else f"{searched.values[0]:.2g}…{searched.values[-1]:.2g}"
+    rates = searched.values if searched is not None else arm.adopted.rates if arm.adopted else ()
     return (
         label(arm),
-        str(arm.tried),
+        str(arm.tried) if arm.adopted is None else f"{arm.adopted.trials} of that run's search",
         str(results.seeds(arm.name)),
         _weights(arm),
         arm.facts.dtype,
-        arm.setting("training.optim"),
-        str(batch),
-        f"{arm.setting('training.learning_rate'):.3g}",
-        ends,
+        arm.setting("training.optim") or DASH,
+        str(micro * accumulated) if micro and accumulated else DASH,
+        number(arm.setting("training.learning_rate"), "{:.3g}"),
+        f"{rates[0]:.2g}…{rates[-1]:.2g}" if rates else DASH,
         duration(arm.seconds),
     )
 

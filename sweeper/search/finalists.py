@@ -231,7 +231,8 @@ class FinalistsDriver:
         ]
         for candidate in candidates:
             first = candidate.settings.seed
-            seeds = range(first + 1, first + self.wanted.seeds)
+            further = 0 if arm.run_id else self.wanted.seeds - 1  # nobody trains what was adopted
+            seeds = range(first + 1, first + 1 + further)
             candidate.trainings = [self._training(candidate, study, seed) for seed in seeds]
         return candidates
 

@@ -192,6 +192,7 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",
+        **({} if arm.run_id is None else {"adopted run": arm.run_id}),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},

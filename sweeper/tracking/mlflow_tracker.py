@@ -170,7 +170,7 @@ class MlflowTracker:
         )
         self._study = {STUDY_TAG: study.name}
         query = f"tags.`{STUDY_TAG}` = '{study.name}'"
-        runs = list(_search(client, self._experiment, query))
+        runs = list(search(client, self._experiment, query))
         parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
         if parents:
             self._parent = parents[0].info.run_id
@@ -276,7 +276,8 @@ def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
     }
 
 
-def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:
+def search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:
+    """All runs of an experiment that a filter finds, page by page."""
     token: str | None = None
     while True:
         page = client.search_runs([experiment], filter_string=query, page_token=token)

@@ -5,22 +5,14 @@ A version points at the adapter that its trial's run holds. Knows nothing of why
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
-from sweeper.redaction import redact
-from sweeper.tracking.mlflow_tracker import (
-    OUTAGE_SETTINGS,
-    STUDY_TAG,
-    TRIAL_TAG,
-    local_uri,
-)
+from sweeper.tracking.mlflow_tracker import STUDY_TAG, TRIAL_TAG
+from sweeper.tracking.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,14 +41,8 @@ class Version:
     tags: Mapping[str, str]
 
 
-class Registry:
-    """The registry of one tracking server or local store; calls wait, for at most a minute."""
-
-    def __init__(self, uri: str | None, root: Path) -> None:
-        """`uri` is a tracking server or database; without one the store is local, under `root`."""
-        self._uri = uri
-        self._root = root
-        self._made: MlflowClient | None = None
+class Registry(Store):
+    """The registry of one tracking server or local store."""
 
     def champion(self, model: str) -> Version | None:
         """The version with the alias, if the model is registered and has one.
@@ -150,33 +136,6 @@ class Registry:
         local = (self._root / "artifacts" / NIGHTS).resolve().as_uri()
         location = local if self._uri is None else None
         return str(client.create_experiment(NIGHTS, artifact_location=location))
-
-    @contextmanager
-    def _client(self) -> Iterator[MlflowClient]:
-        """The client; MLflow's errors become one line."""
-        try:
-            yield self._connect()
-        except TrackingError:
-            raise
-        except Exception as error:
-            from mlflow.exceptions import MlflowException
-
-            if not isinstance(error, MlflowException | OSError):
-                raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrackingError(f"MLflow: {redact(first)}") from None
-
-    def _connect(self) -> MlflowClient:
-        if self._made is None:
-            for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **OUTAGE_SETTINGS}.items():
-                os.environ.setdefault(name, value)
-            import mlflow  # two seconds, and only where there is a champion to ask for
-
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._made = mlflow.MlflowClient(self._uri or local_uri(self._root))
-        return self._made
 
 
 def _models(client: MlflowClient) -> Iterator[Any]:

@@ -26,17 +26,19 @@ from sweeper.data.general import digest
 from sweeper.data.packing import require_isolation
 from sweeper.errors import ArtifactError, ConfigError, DataError, Diverged, DoesNotFit, ModelError
 from sweeper.evaluation.judge import Judge, Judgement, plausibility_warning
-from sweeper.folders import TrialFolder, write_atomic, write_json
-from sweeper.modeling.adapter import attach, detach, touches_base
+from sweeper.folders import TrialFolder, size_mib, write_atomic, write_json
+from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.outcome import Examples, Facts, Misfit, Outcome, Unseen
 from sweeper.settings import LoraAdapter, TrialSettings
+from sweeper.training.adopt import keep, require_kin
 from sweeper.training.arguments import refuse_fp16_on_cpu
 from sweeper.training.asked import Asked
 from sweeper.training.batch import halved, out_of_memory, resolve
 from sweeper.training.export import export_merged, merged_figures
+from sweeper.training.figures import best_figures, parameter_figures
 from sweeper.training.log import training_log
 from sweeper.training.manifest import verify_manifest
 from sweeper.training.meter import Meter
@@ -67,8 +69,12 @@ class TransformersRunner:
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._room = Room()
 
-    def probe(self, settings: TrialSettings) -> Facts:
+    def probe(self, settings: TrialSettings, adopted: Path | None = None) -> Facts:
         """Load what an arm's trials share and judge the untuned base.
+
+        Args:
+            settings: of the arm.
+            adopted: a model that is judged in the place of any training.
 
         Raises:
             DataError: the data cannot be read.
@@ -77,9 +83,11 @@ class TransformersRunner:
             DoesNotFit: a full fine-tune is larger than the device, whatever its batch.
         """
         refuse_fp16_on_cpu(settings)
-        if not isinstance(settings.adapter, LoraAdapter):
+        if not isinstance(settings.adapter, LoraAdapter) and adopted is None:
             self._require_room(settings)
         base = self._base(settings)
+        if adopted is not None:
+            require_kin(adopted, base)
         prepared = self._data(settings, base)
         if settings.data.packing:
             require_isolation(base.model)
@@ -122,6 +130,52 @@ class TransformersRunner:
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
+    def adopt(
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: Mapping[str, Any],
+        model: Path,
+    ) -> Outcome:
+        """Judge a model that another run trained on the validation split, and keep it as a trial's.
+
+        Its figures are this judge's; what its training cost is not known here.
+
+        Raises:
+            Exception: an error in the code (the worker reports it with its traceback).
+        """
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
+            folder.clear_results()
+            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
+            write_json(folder.provenance, provenance)
+            try:
+                outcome = self._adopted(settings, folder, model)
+            except (ModelError, DataError, ConfigError, ArtifactError) as error:
+                outcome = Outcome(cause="refused", message=str(error))
+            write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
+        return outcome
+
+    def _adopted(self, settings: TrialSettings, folder: TrialFolder, model: Path) -> Outcome:
+        meter = Meter()
+        with meter.stage("load"):
+            require_kin(model, self._base(settings))
+            keep(model, folder, self._base(settings).tokenizer)
+        with meter.stage("data"):
+            judge = self._data(settings, self._base(settings)).judge(settings, self._base(settings))
+        with meter.stage("load"):
+            tuned = self._stored(settings, folder.model)
+        with meter.stage("eval"):
+            judgement = Looks(judge, meter)(tuned)
+        metrics = {
+            **best_figures((), judgement.metrics, best_step=0),
+            **parameter_figures(count_parameters(tuned)),
+            **meter.metrics(),
+            "cost/artifact_mib": size_mib(folder.model),
+        }
+        value = judgement.value(settings.objective.metric)
+        return Outcome(cause="finished", best_value=value, best_step=0, metrics=finite(metrics))
+
     def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
         """Judge what a trial has stored, or the untuned base (None), on test split and general text.
 
@@ -141,9 +195,13 @@ class TransformersRunner:
         verify_manifest(artifact)
         if isinstance(settings.adapter, LoraAdapter):
             return self._test_adapter(judges, settings, settings.adapter, artifact)
+        return _unseen(judges, self._stored(settings, artifact))
+
+    def _stored(self, settings: TrialSettings, folder: Path) -> PreTrainedModel:
+        """The weights of a full fine-tune, held as they were trained."""
         self._warm.clear()  # make room: the stored model comes whole
-        stored = settings.model.model_copy(update={"base_model": str(artifact), "revision": None})
-        return _unseen(judges, load_base(stored, settings.quantization, trained=True).model)
+        stored = settings.model.model_copy(update={"base_model": str(folder), "revision": None})
+        return load_base(stored, settings.quantization, trained=True).model
 
     def _unseen_judges(self, settings: TrialSettings) -> dict[str, Judge]:
         """By the field of Unseen; they hold no model."""

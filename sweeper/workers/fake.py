@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from sweeper.errors import ArtifactError, Diverged, DoesNotFit
@@ -99,14 +100,15 @@ class FakeRunner:
     def __init__(self, settings: FakeTrainer) -> None:
         self._settings = settings
 
-    def probe(self, settings: TrialSettings) -> Facts:
+    def probe(self, settings: TrialSettings, adopted: Path | None = None) -> Facts:
         """Facts of a base that does not exist.
 
         Raises:
             DoesNotFit: a full fine-tune is larger than `workers.fake.free_mib`.
         """
         need, have = ADAM_BYTES * fake_parameters(settings) / 2**20, self._settings.free_mib
-        if settings.adapter.method == "none" and have is not None and need > have:
+        trains_all = settings.adapter.method == "none" and adopted is None
+        if trains_all and have is not None and need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
         counts = {"train": 100, "validation": 10}
         counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
@@ -144,6 +146,16 @@ class FakeRunner:
         write_atomic(folder.outcome, outcome.model_dump_json())
         if outcome.cause != "cancelled":
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        return outcome
+
+    def adopt(
+        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+    ) -> Outcome:
+        """Pretend to judge: worth what the fake trainer would have reached."""
+        write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
+        write_json(folder.provenance, provenance)
+        outcome = _ended(settings, 0.0, "finished", 1, 0, 1)
+        write_atomic(folder.outcome, outcome.model_dump_json())
         return outcome
 
     def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:

@@ -27,6 +27,8 @@ class Submit(Value):
     folder: Path
     settings: TrialSettings
     provenance: dict[str, Any]
+    adopted: Path | None = None
+    """A model that another run trained: it is judged and kept, and nothing is trained."""
 
 
 class Test(Value):
@@ -57,6 +59,8 @@ class Probe(Value):
     kind: Literal["probe"] = "probe"
     arm: str
     settings: TrialSettings
+    adopted: Path | None = None
+    """The model that is judged in the place of any training."""
 
 
 class Close(Value):
@@ -156,8 +160,8 @@ EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discrimina
 class Runner(Protocol):
     """What a worker runs: the real trainer, or the fake one of the tests."""
 
-    def probe(self, settings: TrialSettings) -> Facts:
-        """Facts shared by the trials of an arm; raises SweeperError if they cannot be trained."""
+    def probe(self, settings: TrialSettings, adopted: Path | None) -> Facts:
+        """Facts shared by the trials of an arm; raises SweeperError if they cannot be had."""
 
     def run(
         self,
@@ -167,6 +171,11 @@ class Runner(Protocol):
         observer: Observer,
     ) -> Outcome:
         """Train one trial to its outcome and write its folder."""
+
+    def adopt(
+        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+    ) -> Outcome:
+        """Judge a model that another run trained and keep it as a trial of this study."""
 
     def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
         """Judge a trial's artifact (None: the untuned base) on the test split and general text."""

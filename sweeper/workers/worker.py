@@ -205,7 +205,7 @@ def _probed(command: Probe, runner: Runner) -> Probed:
     message: str | None = None
     misfit: Misfit | None = None
     try:
-        facts = runner.probe(command.settings)
+        facts = runner.probe(command.settings, command.adopted)
     except SweeperError as error:
         message = str(error)
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
@@ -231,6 +231,9 @@ def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) 
     observer = RemoteObserver(channel, orders, command.trial, command.attempt)
     folder = TrialFolder(command.folder)
     try:
+        if command.adopted is not None:
+            model = command.adopted
+            return runner.adopt(command.settings, folder, command.provenance, model)
         return runner.run(command.settings, folder, command.provenance, observer)
     except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
         return Outcome(cause="error", message=_traceback())
