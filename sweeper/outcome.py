@@ -66,6 +66,10 @@ class Examples(Value):
         return math.fsum(self.nll) / sum(self.tokens)
 
 
+UnseenKind = Literal["test", "general"]
+"""A field of Unseen."""
+
+
 class Unseen(Value):
     """What one model loses on texts that no search sees."""
 

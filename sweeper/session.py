@@ -21,7 +21,7 @@ from sweeper.errors import StudyError, StudyLocked, WorkerError
 from sweeper.folders import StudyFolder, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Adopted, Facts, Misfit
-from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
+from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
 from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
@@ -291,7 +291,8 @@ class StudySession:
         )
         if self._finals is None:
             return results
-        return settle(replace(results, untested=None), self._finals)
+        untested = None if self._plan.study.finalists.test else LEFT_ALONE
+        return settle(replace(results, untested=untested), self._finals)
 
     def _write_results(self) -> None:
         """After every trial, so that a report can be read while the study runs or after a crash."""

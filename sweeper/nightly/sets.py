@@ -77,6 +77,16 @@ class ChampionRules(Section):
     """Nats that the loss on general text may rise above the untuned base."""
 
 
+class RetentionPolicy(Section):
+    """What stays on disk after a night."""
+
+    keep_adapters: Annotated[int, Field(ge=0)] | None
+    """Best adapters of each of the set's studies; champions stay anyway. null = nothing is deleted."""
+    mlflow_deleted_after: Duration | None
+    """How long runs that were deleted in MLflow can still be restored; null = for ever."""
+    dry_run: bool
+
+
 class NightlySet(Section):
     """One file of conf/nightly/."""
 
@@ -87,8 +97,9 @@ class NightlySet(Section):
     window: Duration
     overlap: Literal["skip", "queue", "replace"]
     regression: Annotated[float, Field(ge=0)]
-    """Nats by which tonight's best may lie above the last comparable one."""
+    """By how much of the objective's metric tonight's best may be worse than the last comparable one."""
     champion: ChampionRules
+    retention: RetentionPolicy
     notify: list[str | None]
     """Apprise URLs, each by reference."""
     output_dir: str = Field(min_length=1)

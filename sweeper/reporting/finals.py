@@ -17,6 +17,7 @@ from sweeper.reporting.verdict import reference_arm
 from sweeper.search.final import ArmFinal
 
 SWITCHED_OFF = "finalists.top=0"
+LEFT_ALONE = "finalists.test=false leaves it unread"
 NOT_ENDED = "the study has not come to its end"
 NO_TEST_SPLIT = "the data have none (set data.test, or data.test_ratio above 0)"
 NO_FIGURES = "not every arm's winner could be judged on it"
@@ -25,7 +26,10 @@ OTHER_EXAMPLES = "the arms do not share its examples and their tokens"
 
 
 def settle(results: Results, finals: Mapping[str, ArmFinal]) -> Results:
-    """Results with the finalists' figures, and every arm against its reference on the test split."""
+    """Results with the finalists' figures, and every arm against its reference on the test split.
+
+    Where `results.untested` says why nobody may read it, they are held against their bases alone.
+    """
     arms = tuple(
         replace(arm, final=finals[arm.name].final) if arm.name in finals else arm
         for arm in results.arms
@@ -33,6 +37,8 @@ def settle(results: Results, finals: Mapping[str, ArmFinal]) -> Results:
     forgotten = [_forgotten(name, final) for name, final in finals.items()]
     forgetting = tuple(found for found in forgotten if found is not None)
     settled = replace(results, arms=arms, forgetting=forgetting)
+    if results.untested is not None:
+        return settled
     compared = [arm for arm in arms if arm.best is not None]
     if any(not arm.facts.rows.get("test", 0) for arm in compared):
         return replace(settled, untested=NO_TEST_SPLIT)

@@ -9,14 +9,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from pydantic import Field
 
 from sweeper.folders import StudyFolder
-from sweeper.outcome import Cause, Examples, Outcome, Unseen, Value
+from sweeper.outcome import Cause, Examples, Outcome, Unseen, UnseenKind, Value
 
-UnseenKind = Literal["test", "general"]
 COMPLETE: tuple[Cause, ...] = ("finished", "early_stopped")
 
 

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from sweeper.folders import StudyFolder, TrialFolder, write_atomic
 from sweeper.interrupt import Interrupt
-from sweeper.outcome import Examples, Facts, Outcome, Unseen
+from sweeper.outcome import Examples, Facts, Outcome, Unseen, UnseenKind
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.driver import CANCEL_SECONDS, POLL_SECONDS
@@ -28,7 +28,6 @@ from sweeper.search.final import (
     Final,
     Finalist,
     Repeat,
-    UnseenKind,
     choose,
     unseen_metrics,
 )
@@ -132,6 +131,7 @@ class Judging:
     key: str
     settings: TrialSettings
     folder: TrialFolder | None
+    kinds: tuple[UnseenKind, ...]
     attempt: int = 1
     losses: Unseen | None = None
     problem: str | None = None
@@ -139,8 +139,16 @@ class Judging:
     def hand(self, engine: Engine, worker: int) -> None:
         """See Task."""
         folder = None if self.folder is None else self.folder.path.resolve()
-        test = Test(trial=self.key, attempt=self.attempt, settings=self.settings, folder=folder)
-        engine.test(worker, test)
+        engine.test(
+            worker,
+            Test(
+                trial=self.key,
+                attempt=self.attempt,
+                settings=self.settings,
+                folder=folder,
+                kinds=self.kinds,
+            ),
+        )
 
     def take(self, event: AnyEvent) -> None:
         """See Task."""
@@ -276,21 +284,21 @@ class FinalistsDriver:
 
     def _test(self, chosen: Candidate, final: Final, facts: Facts) -> ArmFinal:
         """Judge the winner's seeds and its base on the test split and general text, if there are."""
-        if not facts.rows.get("test", 0) and facts.general_digest is None:
+        kinds = self._kinds(facts)
+        if not kinds:
             return ArmFinal(final)
         name, number = chosen.arm.name, chosen.number
         judgings = {chosen.settings.seed: (self.folder.trial(name, number), chosen.settings)}
         for training in chosen.trainings:
             if training.outcome is not None and training.outcome.cause in COMPLETE:
                 judgings[training.settings.seed] = (training.record.folder, training.settings)
-        untuned = Judging(f"{name}/{number:04d}_untuned", chosen.settings, None)
+        untuned = Judging(f"{name}/{number:04d}_untuned", chosen.settings, None, kinds)
         seeds = {
-            seed: Judging(f"{name}/{number:04d}_seed_{seed}", settings, folder)
+            seed: Judging(f"{name}/{number:04d}_seed_{seed}", settings, folder, kinds)
             for seed, (folder, settings) in judgings.items()
         }
         files = {
-            judging.key: self._files(name, facts, f"trial_{judging.key.split('/')[-1]}")
-            for judging in (untuned, *seeds.values())
+            judging.key: self._files(name, facts, judging) for judging in (untuned, *seeds.values())
         }
         self._judge(name, [untuned, *seeds.values()], files)
         found = {seed: judging.losses for seed, judging in seeds.items() if judging.losses}
@@ -301,14 +309,21 @@ class FinalistsDriver:
             self._record_unseen(record, ended, seed, files[seeds[seed].key])
         return ended
 
-    def _files(self, arm: str, facts: Facts, name: str) -> dict[UnseenKind, Path]:
-        """Where a model's losses on each kind of text are kept, for the kinds that there are."""
-        files: dict[UnseenKind, Path] = {}
-        if facts.rows.get("test", 0):
-            files["test"] = self.folder.test_examples(arm, name)
-        if facts.general_digest is not None:
-            files["general"] = self.folder.general_examples(arm, facts.general_digest, name)
-        return files
+    def _kinds(self, facts: Facts) -> tuple[UnseenKind, ...]:
+        """The unseen texts that there are, and that may be read."""
+        tested = self.wanted.test and facts.rows.get("test", 0)
+        general = facts.general_digest is not None
+        return (*(("test",) if tested else ()), *(("general",) if general else ()))
+
+    def _files(self, arm: str, facts: Facts, judging: Judging) -> dict[UnseenKind, Path]:
+        """Where a model's losses on each kind of text are kept."""
+        name = f"trial_{judging.key.split('/')[-1]}"
+        digest = facts.general_digest or ""
+        files: dict[UnseenKind, Path] = {
+            "test": self.folder.test_examples(arm, name),
+            "general": self.folder.general_examples(arm, digest, name),
+        }
+        return {kind: files[kind] for kind in judging.kinds}
 
     def _judge(
         self,

@@ -99,6 +99,8 @@ class Finalists(Section):
 
     top: Annotated[int, Field(ge=0)]
     seeds: Positive
+    test: bool
+    """Whether the winners are judged on the test split."""
 
 
 class Baseline(Section):

@@ -40,6 +40,8 @@ CLOSE_SECONDS = 10.0
 """How long the end of a study waits for a server that is away; what is left is said."""
 AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
 """MLflow's error codes for a server that may answer later."""
+ACTIVE_ONLY = 1
+"""mlflow.entities.ViewType.ACTIVE_ONLY, which takes two seconds to import."""
 BATCH = 1000
 """MLflow takes at most this many metrics a request."""
 
@@ -276,11 +278,13 @@ def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
     }
 
 
-def search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:
-    """All runs of an experiment that a filter finds, page by page."""
+def search(
+    client: MlflowClient, experiment: str, query: str, view: int = ACTIVE_ONLY
+) -> Iterator[Any]:
+    """All runs of an experiment that a filter finds, page by page; `view` is MLflow's ViewType."""
     token: str | None = None
     while True:
-        page = client.search_runs([experiment], filter_string=query, page_token=token)
+        page = client.search_runs([experiment], query, run_view_type=view, page_token=token)
         yield from page
         token = page.token
         if not token:

@@ -78,28 +78,27 @@ class Prepared:
         return self._loss_judge(self.test.rows, settings, base)
 
     def general_rows(self, settings: TrialSettings) -> list[Tokens]:
-        """The windows of general text that a model is judged on; none where no source is named.
+        """The windows of general text that a model is judged on.
 
         Raises:
-            DataError: the source cannot be read, or holds too little.
+            DataError: no source is named, it cannot be read, or it holds too little.
         """
         general = settings.evaluation.general_text
         if general.source is None:
-            return []
+            raise DataError("no general text is named: set evaluation.general_text.source")
         key = general.model_dump_json()
         if key not in self._general:
             task = (example for found in self.splits.examples.values() for example in found)
             self._general[key] = general_rows(general, task, self.tokenizer, self.limit)
         return self._general[key]
 
-    def general_judge(self, settings: TrialSettings, base: Base) -> Judge | None:
-        """The judge of the losses on general text; None where no source is named.
+    def general_judge(self, settings: TrialSettings, base: Base) -> Judge:
+        """The judge of the losses on general text.
 
         Raises:
-            DataError: the source cannot be read, or holds too little.
+            DataError: no source is named, it cannot be read, or it holds too little.
         """
-        rows = self.general_rows(settings)
-        return self._loss_judge(rows, settings, base) if rows else None
+        return self._loss_judge(self.general_rows(settings), settings, base)
 
     def _loss_judge(self, rows: list[Tokens], settings: TrialSettings, base: Base) -> Judge:
         return make_judge(

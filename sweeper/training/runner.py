@@ -10,7 +10,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from sweeper.modeling.adapter import attach, count_parameters, detach, touches_b
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, Unseen
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, Unseen, UnseenKind
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.adopt import keep, require_kin
 from sweeper.training.arguments import refuse_fp16_on_cpu
@@ -92,13 +92,16 @@ class TransformersRunner:
         if settings.data.packing:
             require_isolation(base.model)
         prepared.prompts(settings)  # refuses those that were trained on
-        general = prepared.general_rows(settings)  # what is wrong with them is to be found now
+        general = (
+            settings.evaluation.general_text.source
+        )  # what is wrong with it is to be found now
+        windows = None if general is None else digest(prepared.general_rows(settings))
         judgement = prepared.judge(settings, base)(base.model)
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
         facts = self._facts(settings, base, prepared, judgement)
-        return facts.model_copy(update={"general_digest": digest(general) if general else None})
+        return facts.model_copy(update={"general_digest": windows})
 
     def run(
         self,
@@ -176,17 +179,19 @@ class TransformersRunner:
         value = judgement.value(settings.objective.metric)
         return Outcome(cause="finished", best_value=value, best_step=0, metrics=finite(metrics))
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
-        """Judge what a trial has stored, or the untuned base (None), on test split and general text.
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        """Judge what a trial has stored, or the untuned base (None), on texts that no search sees.
 
         The base is held as the trial held it, so that the same judge on the validation split finds
         the trial's own loss.
 
         Raises:
             ArtifactError: nothing is stored, or not what the manifest says.
-            DataError: there is neither a test split nor general text.
+            DataError: there is no such text.
         """
-        judges = self._unseen_judges(settings)
+        judges = self._unseen_judges(settings, kinds)
         if folder is None:
             return _unseen(judges, self._base(settings).model)
         artifact = folder.artifact
@@ -203,15 +208,12 @@ class TransformersRunner:
         stored = settings.model.model_copy(update={"base_model": str(folder), "revision": None})
         return load_base(stored, settings.quantization, trained=True).model
 
-    def _unseen_judges(self, settings: TrialSettings) -> dict[str, Judge]:
-        """By the field of Unseen; they hold no model."""
+    def _unseen_judges(self, settings: TrialSettings, kinds: Sequence[UnseenKind]) -> Judges:
+        """They hold no model."""
         base = self._base(settings)
         prepared = self._data(settings, base)
-        general = prepared.general_judge(settings, base)
-        judges = {} if general is None else {"general": general}
-        if prepared.test is None and judges:
-            return judges
-        return {"test": prepared.test_judge(settings, base), **judges}
+        judges = {"test": prepared.test_judge, "general": prepared.general_judge}
+        return {kind: judges[kind](settings, base) for kind in kinds}
 
     def _test_adapter(
         self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path

@@ -11,12 +11,13 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sweeper.errors import ArtifactError, Diverged, DoesNotFit
 from sweeper.folders import TrialFolder, read_json, write_atomic, write_json
-from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome, Unseen
+from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome, Unseen, UnseenKind
 from sweeper.settings import (
     LOSS_METRICS,
     ROUGE_METRICS,
@@ -158,24 +159,14 @@ class FakeRunner:
         write_atomic(folder.outcome, outcome.model_dump_json())
         return outcome
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
-        """Its losses on splits that do not exist, as far as the settings ask for them."""
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        """Its losses on texts that do not exist."""
         if folder is not None and not folder.outcome.exists():
             raise ArtifactError(f"{folder.path}: fake: nothing was trained here")
-        data, general = settings.data, settings.evaluation.general_text
-        return Unseen(
-            test=self._test_split(settings, folder) if data.test_ratio else None,
-            general=_forgotten(settings, folder) if general.source else None,
-        )
-
-    def _test_split(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """A little harder than validation, on examples of which some are harder than others."""
-        loss = BASE_LOSS if folder is None else fake_loss(settings)
-        nll = [
-            count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
-            for place, count in enumerate(TEST_TOKENS)
-        ]
-        return Examples(nll=tuple(nll), tokens=TEST_TOKENS)
+        judges = {"test": _on_test_split, "general": _on_general_text}
+        return Unseen(**{kind: judges[kind](settings, folder) for kind in kinds})
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         started = time.monotonic()
@@ -218,7 +209,17 @@ class FakeRunner:
                 time.sleep(3600)
 
 
-def _forgotten(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+def _on_test_split(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+    """A little harder than validation, on examples of which some are harder than others."""
+    loss = BASE_LOSS if folder is None else fake_loss(settings)
+    nll = tuple(
+        count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
+        for place, count in enumerate(TEST_TOKENS)
+    )
+    return Examples(nll=nll, tokens=TEST_TOKENS)
+
+
+def _on_general_text(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
     """General text: full fine-tuning forgets ten times as much as LoRA."""
     forgotten = 0.02 if isinstance(settings.adapter, LoraAdapter) else 0.2
     loss = GENERAL_LOSS + (0.0 if folder is None else forgotten)

@@ -7,13 +7,14 @@ here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Misfit, Outcome, StopCause, Unseen, Value
+from sweeper.outcome import Facts, Misfit, Outcome, StopCause, Unseen, UnseenKind, Value
 from sweeper.settings import TrialSettings
 from sweeper.training.observer import Observer
 
@@ -32,7 +33,7 @@ class Submit(Value):
 
 
 class Test(Value):
-    """Judge a stored artifact, or the untuned base, on the test split and on general text.
+    """Judge a stored artifact, or the untuned base, on the test split, on general text, or both.
 
     Sent only when every search has ended: no search ever sees these figures.
     """
@@ -43,6 +44,8 @@ class Test(Value):
     settings: TrialSettings
     folder: Path | None
     """Of the trial whose artifact is judged; None for the untuned base."""
+    kinds: tuple[UnseenKind, ...]
+    """On what."""
 
 
 class Stop(Value):
@@ -177,8 +180,10 @@ class Runner(Protocol):
     ) -> Outcome:
         """Judge a model that another run trained and keep it as a trial of this study."""
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Unseen:
-        """Judge a trial's artifact (None: the untuned base) on the test split and general text."""
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        """Judge a trial's artifact (None: the untuned base) on these kinds of unseen text."""
 
 
 class Engine(Protocol):

@@ -219,7 +219,7 @@ def _tested(command: Test, runner: Runner) -> Tested:
     message: str | None = None
     try:
         folder = None if command.folder is None else TrialFolder(command.folder)
-        losses = runner.test(command.settings, folder)
+        losses = runner.test(command.settings, folder, command.kinds)
     except SweeperError as error:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it

@@ -214,7 +214,7 @@ def test_digest_and_page_say_the_same(write_set: Write) -> None:
     best = _record().entries["lr_rank_sweep"].best
     assert best is not None
     for text in (_folder().digest.read_text(), _folder().page.read_text()):
-        assert f"{best.loss:.4f}" in text
+        assert f"{best.value:.4f}" in text
         assert "Device-hours" in text
         assert "python -m sweeper report mine_lr_rank_sweep_2026-05-01" in text
     assert "<table>" in _folder().page.read_text()

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from sweeper.compose import parse_command_line
 from sweeper.errors import ConfigError, StudyMismatch, TrackingError
 from sweeper.reporting.results import Results, load_results
 from sweeper.reporting.tables import conditions
 from sweeper.reporting.verdict import judge
-from sweeper.search.plan import studies
+from sweeper.search.plan import StudyPlan, studies
 from sweeper.session import run_study
 from sweeper.tracking.mlflow_tracker import local_uri
 
@@ -23,8 +24,13 @@ FAKE = (
 )
 
 
+def _plans(*overrides: str) -> list[StudyPlan]:
+    """As typed: baseline.run_id needs no hydra.sweeper. in front."""
+    return studies(parse_command_line([*FAKE, *overrides]).overrides)
+
+
 def _run(*overrides: str) -> Results:
-    (plan,) = studies([*FAKE, *overrides])
+    (plan,) = _plans(*overrides)
     return run_study(plan)
 
 
@@ -110,7 +116,7 @@ def test_it_is_a_way_out_where_full_fine_tuning_does_not_fit(
 def test_an_experiment_without_a_full_arm_gets_one(earlier: str) -> None:
     """Its overrides are adapter=none and quantization=none."""
     overrides = ("hydra.sweeper.study_name=alone", "~hydra.sweeper.arms.full")
-    (plan,) = studies([*FAKE, *overrides, f"baseline.run_id={earlier}"])
+    (plan,) = _plans(*overrides, f"baseline.run_id={earlier}")
     assert [(arm.name, arm.run_id, arm.n_trials) for arm in plan.arms] == [
         ("lora", None, 4),
         ("full", earlier, 1),
@@ -126,6 +132,6 @@ def test_a_wrong_run_is_found_before_anything_is_trained() -> None:
         _run("hydra.sweeper.study_name=wrong", "baseline.run_id=0123abcd")
     assert not list(Path("outputs/wrong").glob("*/trial_*"))
     with pytest.raises(ConfigError, match="tracking=none leaves no MLflow"):
-        studies([*FAKE, "baseline.run_id=abc", "tracking=none"])
+        _plans("baseline.run_id=abc", "tracking=none")
     with pytest.raises(ConfigError, match="what an adopted run cost is not measured here"):
-        studies([*FAKE, "baseline.run_id=abc", "hydra.sweeper.costs=[parameters/trainable]"])
+        _plans("baseline.run_id=abc", "hydra.sweeper.costs=[parameters/trainable]")

@@ -1,4 +1,4 @@
-"""Earlier full fine-tunes in a real MLflow store: what is found, what is known of them, what is refused."""
+"""Earlier full fine-tunes in a real MLflow store: what is found and known of them, what is refused."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_an_adopted_model_is_worth_what_its_own_trial_was(
     verify_manifest(folder.model)
     assert json.loads(folder.provenance.read_text()) == {"adopted.run_id": "x"}
     shutil.rmtree(trained.path)  # its own copy is all that is needed
-    judged = runner.test(settings, folder).test
+    judged = runner.test(settings, folder, ["test"]).test
     assert judged is not None
 
 

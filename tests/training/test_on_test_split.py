@@ -54,7 +54,7 @@ def _by_hand(model: torch.nn.Module, settings: TrialSettings) -> tuple[list[floa
 def _on_test(
     runner: TransformersRunner, settings: TrialSettings, folder: TrialFolder | None
 ) -> Examples:
-    found = runner.test(settings, folder).test
+    found = runner.test(settings, folder, ["test"]).test
     assert found is not None
     return found
 
@@ -105,18 +105,21 @@ def test_weights_that_were_changed_are_not_judged(
     settings = _settings(tiny_base, rows_file, "quantization=none")
     (folder.adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"adapter_config\.json: changed"):
-        runner.test(settings, folder)
+        runner.test(settings, folder, ["test"])
     folder.clear_results()
     with pytest.raises(ArtifactError, match="holds neither an adapter nor a model"):
-        runner.test(settings, folder)
+        runner.test(settings, folder, ["test"])
 
 
 def test_without_unseen_texts_nothing_is_judged(tiny_base: Path, rows_file: Path) -> None:
-    """Neither test split nor general text: an error that names the settings."""
+    """Neither test split nor general text: errors that name the settings."""
     nothing = ("data.test_ratio=0", "evaluation.general_text.source=null")
     settings = _settings(tiny_base, rows_file, *nothing)
+    runner = TransformersRunner(threads=1)
     with pytest.raises(DataError, match=r"data\.test_ratio"):
-        TransformersRunner(threads=1).test(settings, None)
+        runner.test(settings, None, ["test"])
+    with pytest.raises(DataError, match=r"evaluation\.general_text\.source"):
+        runner.test(settings, None, ["general"])
 
 
 def test_general_text_is_judged_without_a_test_split(
@@ -126,7 +129,7 @@ def test_general_text_is_judged_without_a_test_split(
     runner = TransformersRunner(threads=1)
     *_, folder = run_tiny("lora", SHORT, "training.learning_rate=0.05", runner=runner)
     settings = _settings(tiny_base, rows_file, "quantization=none", "data.test_ratio=0")
-    before, after = runner.test(settings, None), runner.test(settings, folder)
+    before, after = (runner.test(settings, each, ["general"]) for each in (None, folder))
     assert (before.test, after.test) == (None, None)
     assert before.general is not None
     assert after.general is not None

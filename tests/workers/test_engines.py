@@ -120,7 +120,14 @@ def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Pat
         _, slot = until(engine, Slots)
         assert isinstance(slot, Slots)
         engine.test(
-            slot.worker, Test(trial="x", attempt=1, settings=make_settings().trial, folder=folder)
+            slot.worker,
+            Test(
+                trial="x",
+                attempt=1,
+                settings=make_settings().trial,
+                folder=folder,
+                kinds=("test",),
+            ),
         )
         answers.append(until(engine, Tested)[1])
     base, nothing = answers
