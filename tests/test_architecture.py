@@ -51,7 +51,7 @@ SEAMS = {
         "sweeper/tracking/store.py",
     },
     "typer": {"sweeper/cli.py"},
-    "multiprocessing": {"sweeper/workers/local.py"},
+    "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
     "datasketch": {"sweeper/data/duplicates.py"},

@@ -15,7 +15,7 @@ import optuna
 
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
-from sweeper.outcome import Adopted, Facts, Misfit, Outcome, Value
+from sweeper.outcome import Adopted, Facts, Misfit, Outcome, Value, device_seconds
 from sweeper.reporting.intervals import Contrast, Estimate
 from sweeper.search.audit import Audit, audit
 from sweeper.search.final import Final
@@ -146,10 +146,10 @@ class ArmResult:
 
     @property
     def seconds(self) -> float:
-        """Worker time of all trials."""
+        """Device time of all trials."""
         if self.adopted is not None:
             return self.adopted.seconds
-        return sum(trial.metric("cost/seconds") or 0.0 for trial in self.trials)
+        return sum(device_seconds(trial.outcome.metrics) for trial in self.trials)
 
 
 @dataclass(frozen=True)

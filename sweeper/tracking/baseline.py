@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Adopted
+from sweeper.outcome import Adopted, device_seconds
 from sweeper.tracking.mlflow_tracker import STUDY_TAG, search
 from sweeper.tracking.registry import FOLDER_TAG
 from sweeper.tracking.store import Store
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RATE = "training.learning_rate"
-COSTS = ("cost/seconds", "cost/peak_memory_mib")
+COSTS = ("cost/seconds", "cost/device_seconds", "cost/peak_memory_mib")
 """Of the earlier training: what cannot be measured again."""
 CONFIG, WEIGHTS, ADAPTER = "config.json", ".safetensors", "adapter_config.json"
 MAX_DEPTH = 3
@@ -56,7 +56,7 @@ class Baselines(Store):
                 trials=len(search_of),
                 rates=tuple(sorted(rates)),
                 best_rate=_best_rate(search_of),
-                seconds=sum(each.data.metrics.get("cost/seconds", 0.0) for each in search_of),
+                seconds=sum(device_seconds(each.data.metrics) for each in search_of),
             )
 
 
