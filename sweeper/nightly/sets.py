@@ -192,9 +192,23 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> Loaded:
             plans[entry.label] = plan_of(found, entry)
         except ConfigError as error:
             problems += [f"nightly/{name}, {entry.label}: {words}" for words in error.problems]
+            continue
+        problems += _unmeasurable_limit(found, entry, plans[entry.label])
     if problems:
         raise ConfigError(problems)
     return Loaded(name, found, plans)
+
+
+def _unmeasurable_limit(nightly: NightlySet, entry: Entry, plan: StudyPlan) -> list[str]:
+    """A limit that no night could check would keep every champion from moving."""
+    limit = nightly.champion.max_forgetting
+    named = plan.settings.evaluation.general_text.source is not None
+    if entry.gate is None or limit is None or named:
+        return []
+    return [
+        f"{entry.label}: champion.max_forgetting={limit:g} needs general text to measure it on; name one in "
+        "its overrides (evaluation.general_text.source=FILE), or set nightly.champion.max_forgetting=null"
+    ]
 
 
 def plan_of(nightly: NightlySet, entry: Entry, overrides: Sequence[str] = ()) -> StudyPlan:

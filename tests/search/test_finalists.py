@@ -14,7 +14,7 @@ import pytest
 
 from sweeper.errors import StudyError
 from sweeper.outcome import Examples, Outcome
-from sweeper.reporting.finals import NO_TEST_SPLIT, SWITCHED_OFF
+from sweeper.reporting.finals import LEFT_ALONE, NO_TEST_SPLIT, SWITCHED_OFF
 from sweeper.reporting.results import Results, load_results
 from sweeper.reporting.verdict import judge
 from sweeper.search.final import Finalist, Repeat, choose
@@ -185,6 +185,15 @@ def test_without_a_test_split_the_verdict_stays_on_validation(tmp_path: Path) ->
     verdict = judge(results)
     assert verdict.duels[0].split == "validation"
     assert f"Not judged on the test split: {NO_TEST_SPLIT}." in verdict.words
+
+
+def test_the_test_split_can_be_left_unread(tmp_path: Path) -> None:
+    """finalists.test=false: seeds are trained, forgetting is measured, and the words say why no more."""
+    results = _run(tmp_path, ONLY_LORA, "hydra.sweeper.finalists.test=false")
+    assert len(_trained(tmp_path)) == 1
+    assert not (_finalists(tmp_path) / "test").exists()
+    assert [found.arm for found in results.forgetting] == ["lora"]
+    assert f"Not judged on the test split: {LEFT_ALONE}." in judge(results).words
 
 
 def test_a_used_up_budget_leaves_seeds_out(
