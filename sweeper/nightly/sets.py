@@ -206,8 +206,8 @@ def _unmeasurable_limit(nightly: NightlySet, entry: Entry, plan: StudyPlan) -> l
     if entry.gate is None or limit is None or named:
         return []
     return [
-        f"{entry.label}: champion.max_forgetting={limit:g} needs general text to measure it on; name one "
-        "in its overrides (evaluation.general_text.source=FILE), or set "
+        f"{entry.label}: champion.max_forgetting={limit:g} needs general text to measure it on; name "
+        "one in its overrides (evaluation.general_text.source=FILE), or set "
         "nightly.champion.max_forgetting=null"
     ]
 
