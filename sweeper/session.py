@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -156,6 +157,7 @@ class StudySession:
             adopted=adopted,
         )
         driver.run()
+        shutil.rmtree(self._folder.adopted(arm.name), ignore_errors=True)  # its trial has it now
 
     def _adopted(self, arm: ArmPlan) -> Adopted | None:
         """What stands in for the arm's search; once it was judged, its own copy is all that is needed.

@@ -90,7 +90,7 @@ class TransformersRunner:
         if not isinstance(settings.adapter, LoraAdapter) and adopted is None:
             self._require_room(settings)
         base = self._base(settings)
-        if adopted is not None:
+        if adopted is not None and adopted.is_dir():  # once judged, it may have been cleaned away
             require_kin(adopted, base)
         prepared = self._data(settings, base)
         if settings.data.packing:
