@@ -45,7 +45,12 @@ SEAMS = {
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
-    "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
+    "mlflow": {
+        "sweeper/tracking/baseline.py",
+        "sweeper/tracking/mlflow_tracker.py",
+        "sweeper/tracking/registry.py",
+        "sweeper/tracking/store.py",
+    },
     "typer": {"sweeper/cli.py"},
     "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},

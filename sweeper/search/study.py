@@ -42,6 +42,7 @@ WITHOUT_EFFECT = (
     "artifacts",  # what is stored beside the kept weights
     "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
     "evaluation.generation.batch_size",
+    "evaluation.general_text",  # read when every search has ended
     "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
     "training.logging_steps",
     "training.save_steps",  # a new best is saved at once, whatever this says
@@ -191,6 +192,7 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",
+        **({} if arm.run_id is None else {"adopted run": arm.run_id}),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},

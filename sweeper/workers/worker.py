@@ -20,7 +20,7 @@ from typing import Protocol
 
 from sweeper.errors import DoesNotFit, SweeperError, WorkerError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
+from sweeper.outcome import Facts, Misfit, Outcome, StopCause, Unseen, Value
 from sweeper.redaction import redact
 from sweeper.settings import Workers
 from sweeper.workers.devices import devices_of, see_only
@@ -209,7 +209,7 @@ def _probed(command: Probe, runner: Runner) -> Probed:
     message: str | None = None
     misfit: Misfit | None = None
     try:
-        facts = runner.probe(command.settings)
+        facts = runner.probe(command.settings, command.adopted)
     except SweeperError as error:
         message = str(error)
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
@@ -219,16 +219,16 @@ def _probed(command: Probe, runner: Runner) -> Probed:
 
 
 def _tested(command: Test, runner: Runner) -> Tested:
-    examples: Examples | None = None
+    losses: Unseen | None = None
     message: str | None = None
     try:
         folder = None if command.folder is None else TrialFolder(command.folder)
-        examples = runner.test(command.settings, folder)
+        losses = runner.test(command.settings, folder, command.kinds)
     except SweeperError as error:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return Tested(trial=command.trial, attempt=command.attempt, examples=examples, message=message)
+    return Tested(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
 
 
 def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:
@@ -238,6 +238,9 @@ def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) 
     waited_s = 0.0
     while True:
         try:
+            if command.adopted is not None:
+                model = command.adopted
+                return runner.adopt(command.settings, folder, command.provenance, model)
             return runner.run(command.settings, folder, command.provenance, observer)
         except WorkerError:
             raise  # not the trial's fault: the worker ends, and the trial continues on its successor

@@ -96,7 +96,7 @@ def test_training_outlives_postgres_and_nobody_takes_over(
 def test_a_study_without_mlflow_is_synced_later(
     stack: Stack, launch: Launch, tracked: dict[str, Any]
 ) -> None:
-    """A server that hangs from beginning to end: exit 0, what is missing is said, sync records it all."""
+    """A server that hangs all the time: exit 0, what is missing is said, and sync records it all."""
     with stack.frozen_mlflow():
         sweep = launch("hydra.sweeper.n_trials=3", **tracked)
         output = sweep.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from sweeper.errors import StudyError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Outcome, Value
+from sweeper.outcome import Facts, Outcome, Unseen, UnseenKind, Value
 from sweeper.settings import TrialSettings
 from sweeper.training.observer import Observer
 from sweeper.workers import worker
@@ -29,7 +30,14 @@ class FullDisk:
     def probe(self, settings: TrialSettings) -> Facts:
         raise NotImplementedError
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        raise NotImplementedError
+
+    def adopt(
+        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+    ) -> Outcome:
         raise NotImplementedError
 
     def run(
