@@ -20,8 +20,8 @@ import tempfile
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -324,8 +324,22 @@ class RayEngine(HostedEngine[Host]):
         return mark
 
 
-LOOPBACK = "127.0.0.1"
-"""By this address Ray's processes listen to this machine alone; by any other, to every network."""
+@contextmanager
+def _this_machine_only() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1, as it does by itself on macOS and Windows.
+
+    On Linux it listens on every interface, and replaces a loopback address that it is given.
+    """
+    constants = ray._private.ray_constants
+    name = constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, variable = constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        os.environ |= {} if variable is None else {name: variable}
 
 
 def connect(address: str | None, n_jobs: int) -> None:
@@ -346,7 +360,6 @@ def connect(address: str | None, n_jobs: int) -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         options = {
             "address": "local",
-            "_node_ip_address": LOOPBACK,
             "num_cpus": max(os.cpu_count() or 1, n_jobs),
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
@@ -356,7 +369,8 @@ def connect(address: str | None, n_jobs: int) -> None:
         if address is not None and address != "auto":
             host, _, port = address.rpartition(":")  # Ray itself tries for many minutes
             socket.create_connection((host, int(port)), REACH_SECONDS).close()
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        with nullcontext() if address is not None else _this_machine_only():
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, RayError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "on this machine" if address is None else f"at workers.address={address}"

@@ -20,7 +20,8 @@ def _listening(sweep: Sweep) -> set[str]:
             connections = process.net_connections("inet")
         except psutil.NoSuchProcess:
             continue
-        found |= {each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN}
+        listening = [each for each in connections if each.status == psutil.CONN_LISTEN]
+        found |= {each.laddr.ip.removeprefix("::ffff:") for each in listening}  # IPv4 in IPv6
     return found
 
 
