@@ -22,7 +22,7 @@ from sweeper.search.audit import Audit, audit
 from sweeper.search.final import Final
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
-from sweeper.search.study import point_of
+from sweeper.search.study import shown_point
 from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
 from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
 
@@ -197,7 +197,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         TrialResult(
             arm.name,
             frozen.number,
-            point_of(frozen),
+            shown_point(frozen),
             Outcome.model_validate(frozen.user_attrs["outcome"]),
             bool(frozen.user_attrs.get("audited", False)),
         )
@@ -222,6 +222,12 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         costs=tuple(costs),
         front=tuple(front),
     )
+
+
+def equal_size(arm: ArmResult) -> bool:
+    """Whether the arm's ranks follow from adapter.trainable_parameters."""
+    key = "adapter.trainable_parameters"
+    return arm.settings.get(key) is not None or any(key in trial.point for trial in arm.trials)
 
 
 def test_figures(arm: ArmResult) -> dict[str, float]:

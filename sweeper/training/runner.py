@@ -28,9 +28,9 @@ from sweeper.evaluation.judge import Judge, Judgement, plausibility_warning
 from sweeper.folders import TrialFolder, write_atomic, write_json
 from sweeper.modeling.adapter import attach, detach, touches_base
 from sweeper.modeling.base import Base, load_base
+from sweeper.modeling.check import ModelChecks
 from sweeper.modeling.hardware import device, device_report, dtype_name
-from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.outcome import Examples, Facts, Misfit, Outcome
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, Size
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import refuse_fp16_on_cpu
 from sweeper.training.asked import Asked
@@ -48,8 +48,6 @@ from sweeper.training.trial import Looks, TrialInputs, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
-SHORT_ROW = 8
-"""Tokens of a row whose activations hardly count."""
 
 
 class TransformersRunner:
@@ -62,6 +60,7 @@ class TransformersRunner:
         transformers_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
+        self._checks = ModelChecks()
         self._room = Room()
 
     def probe(self, settings: TrialSettings) -> Facts:
@@ -87,6 +86,20 @@ class TransformersRunner:
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
         return self._facts(settings, base, prepared, judgement)
 
+    def check(self, settings: TrialSettings) -> Size:
+        """How large a trial is; loads nothing.
+
+        Raises:
+            ModelError: it is impossible on its model, or larger than the device.
+            ConfigError: the settings do not fit this machine.
+        """
+        refuse_fp16_on_cpu(settings)
+        size = self._checks.size(settings, device())
+        data = settings.data.model_dump_json()
+        known = (found for (key, _), found in self._prepared.items() if key == data)
+        self._room.require(settings.with_rank(size.rank), size, next(known, None))
+        return size
+
     def run(
         self,
         settings: TrialSettings,
@@ -102,10 +115,11 @@ class TransformersRunner:
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
             folder.clear_results()
-            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
             started, meter = time.time(), Meter()
-            outcome = self._outcome(settings, folder, observer, meter)
+            settings, refusal = self._checked(settings)
+            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
+            outcome = refusal or self._outcome(settings, folder, observer, meter)
             metrics = {**outcome.metrics, **finite(meter.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
             text, document = training_log(settings, outcome, folder, started, meter)
@@ -157,24 +171,23 @@ class TransformersRunner:
                 self._warm.clear()
 
     def _require_room(self, settings: TrialSettings) -> None:
-        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit.
+        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit by now.
 
-        The states of a paged optimizer do not count: it moves them out of the device's way.
+        Whoever else uses the device does not leave it for this study.
         """
         self._warm.clear()
         gc.collect()
         torch.cuda.empty_cache()
-        one_short_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-        training = settings.training.model_copy(update=one_short_row)
-        estimate = estimate_trial(
-            settings.model_copy(update={"training": training}), device(), length=SHORT_ROW
-        )
-        pages = settings.training.optim.startswith("paged") and device().type == "cuda"
-        states = 0.0 if pages else estimate.optimizer
-        need = estimate.weights + estimate.gradients + states
-        have = device_report(device()).free_mib
+        need, have = self.check(settings).held_mib, device_report(device()).free_mib
         if need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
+
+    def _checked(self, settings: TrialSettings) -> tuple[TrialSettings, Outcome | None]:
+        """The settings with their rank decided, or as they are and why the trial is impossible."""
+        try:
+            return settings.with_rank(self.check(settings).rank), None
+        except (ModelError, ConfigError) as error:
+            return settings, Outcome(cause="refused", message=str(error))
 
     def _outcome(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -199,7 +212,6 @@ class TransformersRunner:
         Every attempt builds the model anew from the same seed and continues from the newest
         checkpoint, so that it computes what it would have computed with the smaller micro-batch.
         """
-        refuse_fp16_on_cpu(settings)
         with meter.stage("load"):
             self._base(settings)  # does not fit at all: no micro-batch would help
         with meter.stage("data"):

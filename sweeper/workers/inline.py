@@ -15,6 +15,7 @@ from sweeper.workers.protocol import (
     EVENTS,
     AnyCommand,
     AnyEvent,
+    Check,
     Close,
     Ended,
     Probe,
@@ -50,7 +51,7 @@ class InlineEngine:
         self._current: Submit | None = None
         self._start()
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine."""
         self._send(probe)
 

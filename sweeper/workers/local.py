@@ -26,6 +26,7 @@ from sweeper.workers.protocol import (
     EVENTS,
     AnyCommand,
     AnyEvent,
+    Check,
     Close,
     Ended,
     Lost,
@@ -98,7 +99,7 @@ class LocalEngine:
         self._failed_starts = 0
         self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine."""
         self._hosts[worker].send(probe)
 

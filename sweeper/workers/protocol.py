@@ -1,7 +1,7 @@
 """The protocol between driver and worker: frozen messages that travel as JSON.
 
-A worker announces free slots; down go submit, stop, probe and close; up come events that carry the
-trial and the attempt. One slot a worker today; packed training announces more and changes nothing
+A worker announces free slots; down go submit, stop, probe, check and close; up come events that carry
+the trial and the attempt. One slot a worker today; packed training announces more and changes nothing
 here.
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, Size, StopCause, Value
 from sweeper.settings import TrialSettings
 from sweeper.training.observer import Observer
 
@@ -56,6 +56,13 @@ class Probe(Value):
 
     kind: Literal["probe"] = "probe"
     arm: str
+    settings: TrialSettings
+
+
+class Check(Value):
+    """Tell whether this trial is possible on its model, and how large it is."""
+
+    kind: Literal["check"] = "check"
     settings: TrialSettings
 
 
@@ -125,6 +132,16 @@ class Probed(Value):
     """Set if the arm's trainings are larger than the device."""
 
 
+class Checked(Value):
+    """A worker's answer to a check: the trial's size, or how it ended before it began."""
+
+    kind: Literal["checked"] = "checked"
+    worker: int
+    size: Size | None
+    refusal: Outcome | None
+    """Refused, or an error in the code."""
+
+
 class Lost(Value):
     """A worker died or was killed; `trial` is what it was training or testing, if anything."""
 
@@ -147,8 +164,8 @@ def lost(worker: int, current: Submit | Test | None, killed_for: str | None, mes
     )
 
 
-AnyCommand = Submit | Test | Stop | Probe | Close
-AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Lost
+AnyCommand = Submit | Test | Stop | Probe | Check | Close
+AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Checked | Lost
 COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
 EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
 
@@ -158,6 +175,9 @@ class Runner(Protocol):
 
     def probe(self, settings: TrialSettings) -> Facts:
         """Facts shared by the trials of an arm; raises SweeperError if they cannot be trained."""
+
+    def check(self, settings: TrialSettings) -> Size:
+        """How large a trial is; raises SweeperError if it is impossible. Loads no weights."""
 
     def run(
         self,
@@ -179,8 +199,8 @@ class Engine(Protocol):
     takes work after it announced a slot (`Slots`); a dead one is announced (`Lost`) and replaced.
     """
 
-    def probe(self, worker: int, probe: Probe) -> None:
-        """Have a free worker answer with `Probed`."""
+    def probe(self, worker: int, probe: Probe | Check) -> None:
+        """Have a free worker answer with `Probed` or `Checked`."""
 
     def submit(self, worker: int, submit: Submit) -> None:
         """Hand a trial to a free slot; `Ended` or `Lost` follows."""

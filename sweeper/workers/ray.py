@@ -41,6 +41,7 @@ from sweeper.workers.protocol import (
     EVENTS,
     AnyCommand,
     AnyEvent,
+    Check,
     Close,
     Ended,
     Evaluated,
@@ -213,7 +214,7 @@ class RayEngine:
             self.close()
             raise
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine."""
         self._hosts[worker].send(probe)
 
