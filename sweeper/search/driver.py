@@ -23,7 +23,7 @@ from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
 from sweeper.search.sizes import Sizes, decided, recorded
 from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
-from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
+from sweeper.search.study import adopt, ask_again, counted, shown_point, suggest, twin
 from sweeper.settings import Objective, Pruner, Settings
 from sweeper.space import Point
 from sweeper.tracking.tracker import Tracker, TrialRecord
@@ -167,7 +167,7 @@ class ArmDriver:
             live = self._next()
             if live is None:
                 return
-            if size := self._sizes.size(live.settings.trial):
+            if size := self._sizes.size(live.settings):
                 self._submit(live, worker, size)
             else:
                 self._check(live, worker)
@@ -175,7 +175,7 @@ class ArmDriver:
     def _next(self) -> Live | None:
         """The next trial to hand out; those known to be impossible are told at once."""
         while live := self._waiting.pop(0) if self._waiting else self._ask():
-            refusal = self._sizes.refusal(live.settings.trial)
+            refusal = self._sizes.refusal(live.settings)
             if refusal is None:
                 return live
             if refusal.cause == "refused":
@@ -193,7 +193,7 @@ class ArmDriver:
     def _checked(self, event: Checked) -> None:
         live = self._checking.pop(event.worker, None)
         if live is not None:
-            self._sizes.learn(live.settings.trial, event)
+            self._sizes.learn(live.settings, event)
             self._waiting.insert(0, live)
 
     def _ask(self) -> Live | None:
@@ -250,7 +250,7 @@ class ArmDriver:
     def _submit(self, live: Live, worker: int, size: Size) -> None:
         self.slots[worker] -= 1
         live.record = replace(live.record, params=recorded(live.settings.trial, size))
-        if sized := decided(live.settings.trial, size):
+        if sized := decided(live.settings, size):
             live.trial.set_user_attr("sized", sized)
             live.view.point = {**live.point, "adapter.r": sized["rank"]}
         live.trial.set_user_attr("attempt", live.attempt)
@@ -390,7 +390,7 @@ class ArmDriver:
             outcome = Outcome.model_validate(frozen.user_attrs["outcome"])
             key = f"{self.arm.name}/{frozen.number:04d}"
             view = TrialView(
-                key=key, arm=self.arm.name, number=frozen.number, point=point_of(frozen)
+                key=key, arm=self.arm.name, number=frozen.number, point=shown_point(frozen)
             )
             view.ended(outcome)
             self.board.add(view)

@@ -33,7 +33,9 @@ EQUAL = ("adapter.r=null", "adapter.trainable_parameters=20k")
 
 
 def _run(tmp_path: Path, *overrides: str) -> Results:
-    (plan,) = studies([*LORA, *FAKE, *FIXED, f"output_dir={tmp_path}", *overrides])
+    given = {text.partition("=")[0] for text in overrides}
+    fixed = (text for text in FIXED if text.partition("=")[0] not in given)
+    (plan,) = studies([*LORA, *FAKE, *fixed, f"output_dir={tmp_path}", *overrides])
     return run_study(plan)
 
 
@@ -59,7 +61,7 @@ def test_an_impossible_point_is_never_handed_out(tmp_path: Path) -> None:
     """Refused with the worker's words and a constraint; no folder, no attempt, not counted."""
     _run(
         tmp_path,
-        *(INLINE, "sampler=grid", "adapter.r=2", "hydra.sweeper.n_trials=5"),
+        *(INLINE, "sampler=grid", "adapter.r=2", "hydra.sweeper.n_trials=6"),
         "adapter.target_modules=choice(no_such_module,mlp)",
         "adapter.layers_to_transform=choice(0-1,last-2,2-7)",
     )
@@ -67,7 +69,7 @@ def test_an_impossible_point_is_never_handed_out(tmp_path: Path) -> None:
         (t.params["adapter.target_modules"], t.params["adapter.layers_to_transform"]): t
         for t in _trials(tmp_path)
     }
-    assert len(causes) == 5
+    assert len(causes) == 6
     for (targets, layers), trial in causes.items():
         refused = targets == "no_such_module" or layers == "2-7"
         assert trial.user_attrs["cause"] == ("refused" if refused else "finished")
