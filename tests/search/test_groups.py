@@ -20,11 +20,12 @@ SMALL = (
     *("adapter.target_modules=attention_qv", "training.warmup_ratio=0.03"),
     *("training.max_steps=2", "training.eval_steps=2", "data.max_length=128"),
 )
+TIMEOUT_S = 900
 
 
 def _sweep(program: Program, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The trials of a sweep from the command line, with the settings that each was trained with."""
-    result = program(*SMALL, *arguments, "-m")
+    result = program(*SMALL, *arguments, "-m", timeout_s=TIMEOUT_S)
     assert result.returncode == 0, result.stdout + result.stderr
     study = folder / "outputs" / "lr_rank_sweep"
     trials = json.loads((study / "results.json").read_text())["arms"]["lora"]["trials"]
@@ -34,6 +35,7 @@ def _sweep(program: Program, folder: Path, *arguments: str) -> list[dict[str, An
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
 def test_quantization_is_searched_as_a_group(
     program: Program, tmp_path: Path, rows_file: Path
 ) -> None:
@@ -54,6 +56,7 @@ def test_quantization_is_searched_as_a_group(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
 def test_models_are_searched_as_a_group(
     program: Program, tmp_path: Path, rows_file: Path, tiny_base: Path
 ) -> None:
@@ -77,6 +80,7 @@ def test_models_are_searched_as_a_group(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S)
 def test_target_modules_are_searched_at_equal_size(
     program: Program, tmp_path: Path, rows_file: Path
 ) -> None:
@@ -84,8 +88,8 @@ def test_target_modules_are_searched_at_equal_size(
     trials = _sweep(
         program,
         tmp_path,
-        *(f"data.train={rows_file}", "~hydra.sweeper.params.adapter.r", "adapter.r=null"),
-        *("adapter.trainable_parameters=61440", "adapter.target_modules=choice(attention,mlp)"),
+        *(f"data.train={rows_file}", "adapter.r=null", "adapter.trainable_parameters=61440"),
+        "adapter.target_modules=choice(attention,mlp)",
     )
     study = tmp_path / "outputs" / "lr_rank_sweep" / "lora"
     for trial in trials:
