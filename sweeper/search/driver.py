@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sweeper.errors import ConfigError, StudyError
 from sweeper.folders import StudyFolder
 from sweeper.interrupt import Interrupt
-from sweeper.outcome import Facts, Outcome, Size
+from sweeper.outcome import Adopted, Facts, Outcome, Size
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.plan import ArmPlan
@@ -86,6 +86,8 @@ class ArmDriver:
     interrupt: Interrupt
     told: Callable[[], None]
     """Called after every trial that was told."""
+    adopted: Adopted | None = None
+    """What stands in for the arm's search: its one trial is judged, not trained."""
     _live: dict[str, Live] = field(default_factory=dict)
     _waiting: list[Live] = field(default_factory=list)
     _checking: dict[int, Live] = field(default_factory=dict)
@@ -167,10 +169,11 @@ class ArmDriver:
             live = self._next()
             if live is None:
                 return
-            if size := self._sizes.size(live.settings):
-                self._submit(live, worker, size)
-            else:
+            size = self._sizes.size(live.settings)
+            if size is None and self.adopted is None:
                 self._check(live, worker)
+            else:
+                self._submit(live, worker, size)
 
     def _next(self) -> Live | None:
         """The next trial to hand out; those known to be impossible are told at once."""
@@ -235,7 +238,7 @@ class ArmDriver:
         folder = self.folder.trial(self.arm.name, trial.number)
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
-        params = recorded(settings.trial)
+        params = recorded(settings.trial) if self.adopted is None else self.adopted.params
         tags = {"arm": self.arm.name, **self._origin()}
         record = TrialRecord(key, folder, params, tags)
         watch = make_watch(self.pruner, settings.training, trial, reported)
@@ -247,12 +250,11 @@ class ArmDriver:
         view.state = "refused"
         self.view.event(f"{view.key} refused: {message}")
 
-    def _submit(self, live: Live, worker: int, size: Size) -> None:
+    def _submit(self, live: Live, worker: int, size: Size | None) -> None:
+        """Hand a trial out; what is adopted has no size, because it is not trained."""
         self.slots[worker] -= 1
-        live.record = replace(live.record, params=recorded(live.settings.trial, size))
-        if sized := decided(live.settings, size):
-            live.trial.set_user_attr("sized", sized)
-            live.view.point = {**live.point, "adapter.r": sized["rank"]}
+        if size is not None:
+            self._take_size(live, size)
         live.trial.set_user_attr("attempt", live.attempt)
         live.view.state = "running"
         live.started = self.budget.clock()
@@ -264,15 +266,23 @@ class ArmDriver:
                 trial=live.record.key,
                 attempt=live.attempt,
                 folder=live.record.folder.path.resolve(),
-                settings=live.settings.trial.with_rank(size.rank),
+                settings=live.settings.trial.with_rank(None if size is None else size.rank),
                 provenance={**self._origin(), "attempt": live.attempt},
+                adopted=None if self.adopted is None else self.adopted.model,
             ),
         )
+
+    def _take_size(self, live: Live, size: Size) -> None:
+        live.record = replace(live.record, params=recorded(live.settings.trial, size))
+        if sized := decided(live.settings, size):
+            live.trial.set_user_attr("sized", sized)
+            live.view.point = {**live.point, "adapter.r": sized["rank"]}
 
     def _origin(self) -> dict[str, str]:
         """Code, machine, data and base: where this arm's results come from."""
         digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
-        return {**self.provenance, **digests}
+        adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
+        return {**self.provenance, **digests, **adopted}
 
     def _handle(self, event: AnyEvent) -> None:
         match event:
