@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # before torch is imported anywhere: two test processes share two cores
@@ -25,6 +26,9 @@ from sweeper.compose import compose
 from sweeper.embedded import BASE_DIR
 from sweeper.settings import Settings, validate
 
+# how long an example takes depends on what else the machine does
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 Program = Callable[..., subprocess.CompletedProcess[str]]

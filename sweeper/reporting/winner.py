@@ -169,7 +169,7 @@ def _serving(winner: Winner, path: str) -> str:
     """vLLM's line, or why vLLM has to be given the merged model."""
     adapter = winner.settings.adapter
     assert isinstance(adapter, LoraAdapter)
-    largest = max(adapter.r, *adapter.rank_pattern.values(), 0)
+    largest = max(adapter.rank, *adapter.rank_pattern.values(), 0)
     rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
     reasons = {
         "DoRA": adapter.use_dora,

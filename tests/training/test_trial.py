@@ -18,6 +18,7 @@ from sweeper.embedded import BASE_DIR
 from sweeper.evaluation.loss import evaluate_loss
 from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
+from sweeper.modeling.hardware import DeviceReport
 from sweeper.outcome import Outcome
 from sweeper.settings import Settings, TrialSettings
 from sweeper.training.checkpoint import newest_checkpoint
@@ -205,6 +206,21 @@ def test_out_of_memory_before_the_first_step_is_an_outcome(
     monkeypatch.setattr("sweeper.training.runner.load_base", too_large)
     outcome, _, _ = run_tiny("t")
     assert (outcome.cause, outcome.steps) == ("oom", 0)
+
+
+def test_a_trial_larger_than_the_device_is_refused_before_a_weight_is_loaded(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, adapter, gradients and states against a machine of a hundredth of a MiB."""
+    report = DeviceReport("small", "", bf16=False, total_mib=0.01, free_mib=0.01)
+    monkeypatch.setattr("sweeper.training.room.device_report", lambda _: report)
+    monkeypatch.setattr("sweeper.training.runner.load_base", lambda *_, **__: pytest.fail("loaded"))
+    outcome, _, folder = run_tiny("t", "adapter.r=null", "adapter.trainable_parameters=8k")
+    assert (outcome.cause, outcome.steps) == ("refused", 0)
+    assert "it does not fit: weights, gradients and optimizer states need" in (
+        outcome.message or ""
+    )
+    assert folder.outcome.exists()
 
 
 def test_an_impossible_adapter_is_refused(run_tiny: RunTiny) -> None:
