@@ -23,7 +23,7 @@ from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Facts, Misfit
 from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
+from sweeper.reporting.results import Results, collect_arm, headline, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_results
@@ -72,7 +72,7 @@ class StudySession:
         self._console = console
         self._storage = open_storage(plan.study.storage, folder)
         self._provenance = provenance(plan.command)
-        self._tracker = make_tracker(plan.settings.tracking)
+        self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
         self._slots: dict[int, int] = {}
         self._finals: dict[str, ArmFinal] | None = None
@@ -284,16 +284,18 @@ class StudySession:
             text = self._next_commands(results, status)
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             write_page(results, self._folder, self._storage)
-        best = results.arms[0].best if results.arms else None
         self._tracker.close_study(
             status,
-            {} if best is None else {**best.outcome.metrics, **test_figures(results.arms[0])},
-            {} if best is None else best.point,
+            *headline(results),
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],
         )
-        for problem in self._tracker.close():
+        left = self._tracker.close(hurry=status == "KILLED")
+        for problem in left:
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
+        if left:
+            command = f"python -m sweeper sync {self._plan.study.study_name}{self._elsewhere()}"
+            self._console.print(f"Record     {command}", highlight=False, soft_wrap=True)
         return results
 
     def _next_commands(self, results: Results, status: RunStatus) -> str:

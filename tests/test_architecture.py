@@ -32,7 +32,7 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "doctor", "dry_run", "answers"},
+    {"session", "single", "sync", "doctor", "dry_run", "answers"},
     {"nightly"},
     {"cli", "__main__"},
 )
@@ -44,7 +44,11 @@ SEAMS = {
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
-    "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
+    "mlflow": {
+        "sweeper/tracking/server.py",
+        "sweeper/tracking/shipment.py",
+        "sweeper/tracking/registry.py",
+    },
     "typer": {"sweeper/cli.py"},
     "multiprocessing": {"sweeper/workers/local.py"},
     "datasets": {"sweeper/data/sources.py"},
@@ -109,7 +113,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run", "nightly.run", "nightly.retention"),
+        *("doctor", "dry_run", "sync", "nightly.run", "nightly.retention"),
         *(
             "tracking.mlflow_tracker",
             "reporting.formats",

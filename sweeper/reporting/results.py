@@ -24,7 +24,7 @@ from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
 from sweeper.search.study import point_of
 from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
-from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
+from sweeper.space import Choice, Interval, Point, Scalar, Space, grid, keys
 
 FORMAT = 3
 """Of results.json; another version's is not read."""
@@ -228,6 +228,14 @@ def test_figures(arm: ArmResult) -> dict[str, float]:
     """What an arm's winner is worth on the test split, as metrics; none before it was judged there."""
     loss = None if arm.final is None else arm.final.test_loss
     return {} if loss is None else {"test/loss": loss, "test/perplexity": math.exp(loss)}
+
+
+def headline(results: Results) -> tuple[dict[str, float], Point]:
+    """What a study's own run shows: the figures and the point of the first arm's best trial."""
+    best = results.arms[0].best if results.arms else None
+    if best is None:
+        return {}, {}
+    return {**best.outcome.metrics, **test_figures(results.arms[0])}, dict(best.point)
 
 
 def number_ranges(space: Space) -> dict[str, Range]:

@@ -5,8 +5,6 @@ A version points at the adapter that its trial's run holds. Knows nothing of why
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
 from sweeper.redaction import redact
-from sweeper.tracking.mlflow_tracker import (
-    OUTAGE_SETTINGS,
-    STUDY_TAG,
-    TRIAL_TAG,
-    local_uri,
-)
+from sweeper.tracking.server import Away, Server
+from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,9 +48,7 @@ class Registry:
 
     def __init__(self, uri: str | None, root: Path) -> None:
         """`uri` is a tracking server or database; without one the store is local, under `root`."""
-        self._uri = uri
-        self._root = root
-        self._made: MlflowClient | None = None
+        self._server = Server(uri, root)
 
     def champion(self, model: str) -> Version | None:
         """The version with the alias, if the model is registered and has one.
@@ -147,17 +139,19 @@ class Registry:
             client.set_terminated(run.info.run_id, "FINISHED")
 
     def _create_experiment(self, client: MlflowClient) -> str:
-        local = (self._root / "artifacts" / NIGHTS).resolve().as_uri()
-        location = local if self._uri is None else None
+        local = (self._server.root / "artifacts" / NIGHTS).resolve().as_uri()
+        location = local if self._server.uri is None else None
         return str(client.create_experiment(NIGHTS, artifact_location=location))
 
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:
         """The client; MLflow's errors become one line."""
         try:
-            yield self._connect()
+            yield self._server.client()
         except TrackingError:
             raise
+        except Away as away:
+            raise TrackingError(f"MLflow: {away}") from None
         except Exception as error:
             from mlflow.exceptions import MlflowException
 
@@ -165,18 +159,6 @@ class Registry:
                 raise
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrackingError(f"MLflow: {redact(first)}") from None
-
-    def _connect(self) -> MlflowClient:
-        if self._made is None:
-            for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **OUTAGE_SETTINGS}.items():
-                os.environ.setdefault(name, value)
-            import mlflow  # two seconds, and only where there is a champion to ask for
-
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._made = mlflow.MlflowClient(self._uri or local_uri(self._root))
-        return self._made
 
 
 def _models(client: MlflowClient) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """What the driver tells a tracker: one parent run a study, one child run a trial.
 
-No call waits for a network: a tracker works in its own thread. What it could not record it says at
-the end; the trial folders remain the record.
+No call waits for a network: a tracker writes down and ships in its own thread. What it could not
+record it says at the end; `sweeper sync` records it later.
 """
 
 from __future__ import annotations
@@ -70,8 +70,11 @@ class Tracker(Protocol):
     ) -> None:
         """Give the parent run its final state, the answer and the best trial's figures."""
 
-    def close(self) -> list[str]:
-        """Wait for what is under way; say what could not be recorded, one line each."""
+    def close(self, *, hurry: bool = False) -> list[str]:
+        """Wait for what is under way; say what could not be recorded, one line each.
+
+        `hurry`: somebody waits for this process to end, so wait for seconds only.
+        """
 
 
 class NullTracker:
@@ -105,6 +108,6 @@ class NullTracker:
     ) -> None:
         """See Tracker."""
 
-    def close(self) -> list[str]:
+    def close(self, *, hurry: bool = False) -> list[str]:
         """See Tracker."""
         return []
