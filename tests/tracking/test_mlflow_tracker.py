@@ -30,14 +30,6 @@ NOWHERE = "http://127.0.0.1:9"
 Observe = Callable[..., None]
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, made once: a second for each test."""
-    root = tmp_path_factory.mktemp("store")
-    Server(None, root).client()
-    return root / "mlflow.db"
-
-
 @pytest.fixture
 def trial(tmp_path: Path, empty_store: Path) -> TrialRecord:
     """A trial folder with two evaluations and an adapter, and an empty store."""
