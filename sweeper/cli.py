@@ -224,15 +224,18 @@ def clean(
         list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
     ] = None,
 ) -> None:
-    """Delete the weights of a study's losers and of full fine-tunes; figures and reports stay."""
-    from sweeper.nightly.retention import removals, remove
+    """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    from sweeper.folders import StudyFolder
+    from sweeper.reporting.results import load_results
+    from sweeper.retention import removals, remove
 
     held = [found.folder for found in _registry_champions(overrides or [])]
-    found = removals(name, output_dir, keep_adapters, held)
+    folder = StudyFolder(output_dir / name)
+    found = removals(load_results(name, output_dir), folder, keep_adapters, held)
     for removal in found:
         typer.echo(f"{removal.mib:10.1f} MiB  {removal.path}  ({removal.why})")
     if not dry_run:
-        remove(name, output_dir, found)
+        remove(folder, found)
     done = "would be freed" if dry_run else "freed"
     typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
 

@@ -51,6 +51,8 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
         engine.close()
     status = STATES[outcome.cause].status or "FAILED"
     tracker.end(single.record, status, outcome.metrics, {"cause": outcome.cause})
+    if status == "FINISHED":
+        tracker.keep([folder])
     for problem in tracker.close(hurry=stopped is not None):
         console.print(f"not recorded in MLflow: {problem}", style="yellow")
     if stopped is not None:

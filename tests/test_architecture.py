@@ -32,7 +32,7 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "sync", "doctor", "dry_run", "answers"},
+    {"session", "single", "sync", "retention", "doctor", "dry_run", "answers"},
     {"nightly"},
     {"cli", "__main__"},
 )
@@ -113,7 +113,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run", "sync", "nightly.run", "nightly.retention"),
+        *("doctor", "dry_run", "sync", "nightly.run", "retention"),
         *(
             "tracking.mlflow_tracker",
             "reporting.formats",

@@ -101,6 +101,13 @@ class Finalists(Section):
     seeds: Positive
 
 
+class Retention(Section):
+    """Which weights stay when a study ends, besides those that its report points to."""
+
+    adapters: Annotated[int, Field(ge=0)] | None
+    """The best so many; null keeps every adapter and all full weights."""
+
+
 class Fairness(Section):
     """When a comparison of arms counts as fair; otherwise its verdict is called provisional."""
 
@@ -139,6 +146,7 @@ class Study(Section):
     fork_of: StudyName | None
     arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Arm]
     finalists: Finalists
+    retention: Retention
     fairness: Fairness
 
     @model_validator(mode="after")

@@ -25,12 +25,13 @@ from pydantic import Field, ValidationError
 from sweeper.folders import TrialFolder, write_atomic
 from sweeper.outcome import Value
 from sweeper.tracking.tracker import RunStatus
+from sweeper.training.manifest import MANIFEST
 from sweeper.training.spool import read_spool
 
 STUDY = "study"
 """The parent run's key; a trial's has a slash in it."""
-STATE = "state"
-"""The part of a run that is shipped last: its final state says that all before it is there."""
+STATE, WEIGHTS = "state", "weights"
+"""Parts of a run: its final state, which says that all before is there; a kept trial's weights."""
 OPENED = 0
 """When a part was shipped that belongs to no end."""
 
@@ -96,6 +97,8 @@ class TrialEntry(Value):
     params: dict[str, str]
     tags: dict[str, str]
     started_ms: int
+    kept: bool = False
+    """Its weights stay, and are uploaded."""
     ending: Ending | None = None
     """None while it runs."""
     before: Ending | None = None
@@ -282,15 +285,27 @@ def pending(ledger: Ledger, key: str, store: str) -> Pending:
     if end is not None:
         points += len(end.metrics) if mark.done.get("figures") != end.time_ms else 0
         files = len(files_of(ledger, entry)) if mark.done.get("files") != end.time_ms else 0
+        if isinstance(entry, TrialEntry) and lacks_weights(entry, mark):
+            files += len(weights_of(ledger.trial_folder(entry)))
     elif points == 0 and is_open(entry, mark):
         return Pending()
-    return Pending(1, points, files, 0 if end is None else 1)
+    stated = end is None or mark.done.get(STATE) == end.time_ms
+    return Pending(1, points, files, 0 if stated else 1)
 
 
 def is_shipped(entry: StudyEntry | TrialEntry, mark: Mark) -> bool:
     """Whether the run has its final state at the store, and so everything before it."""
     end = entry.ending
-    return end is not None and (mark.done.get(STATE), mark.status) == (end.time_ms, end.status)
+    if end is None or (mark.done.get(STATE), mark.status) != (end.time_ms, end.status):
+        return False
+    return not lacks_weights(entry, mark)
+
+
+def lacks_weights(entry: StudyEntry | TrialEntry, mark: Mark) -> bool:
+    """Whether weights that are kept have still to be uploaded."""
+    if isinstance(entry, StudyEntry) or entry.ending is None or not entry.kept:
+        return False
+    return mark.done.get(WEIGHTS) != entry.ending.time_ms
 
 
 def is_open(entry: StudyEntry | TrialEntry, mark: Mark) -> bool:
@@ -317,7 +332,7 @@ def unshipped(rows: Sequence[Mapping[str, Any]], cursor: Mapping[str, int]) -> l
 
 
 def files_of(ledger: Ledger, entry: StudyEntry | TrialEntry) -> list[Path]:
-    """The files that a run ends with and that are there; a manifest comes last in its folder."""
+    """The small files that a run ends with and that are there."""
     if isinstance(entry, StudyEntry):
         listed = [ledger.folder.parent / name for name in entry.artifacts]
         return [path for path in listed if path.exists()]
@@ -325,15 +340,20 @@ def files_of(ledger: Ledger, entry: StudyEntry | TrialEntry) -> list[Path]:
     small = (
         *(folder.config, folder.outcome, folder.provenance),
         *(folder.log_text, folder.log_json, folder.data_card),
-        *(folder.samples, folder.samples.with_suffix(".json"), folder.archive),
+        *(folder.samples, folder.samples.with_suffix(".json")),
     )
-    return [*(path for path in small if path.exists()), *weights_of(folder)]
+    return [path for path in small if path.exists()]
 
 
 def weights_of(folder: TrialFolder) -> list[Path]:
-    """An adapter's files, its manifest last: a reader who finds it finds all of them."""
+    """An adapter's files, its manifest last: a reader who finds it finds all of them.
+
+    Full weights stay in the trial's folder, whose path is a tag: they are as large as the base.
+    """
     files = [path for path in folder.adapter.rglob("*") if path.is_file()]
-    return sorted(files, key=lambda path: (path.name == "manifest.json", path))
+    ordered = sorted(files, key=lambda path: (path.name == MANIFEST, path))
+    archive = folder.adapter.with_suffix(".zip")
+    return [archive, *ordered] if archive.exists() else ordered
 
 
 def _counted(count: int, noun: str) -> str:

@@ -18,6 +18,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from sweeper.errors import TrackingError
+from sweeper.folders import TrialFolder
 from sweeper.tracking.ledger import (
     STUDY,
     Ledger,
@@ -103,6 +104,13 @@ class MlflowTracker:
         end = ending(status, metrics, tags).or_same(known.ending, known.before)
         if end != known.ending:
             self._keep(known.model_copy(update={"ending": end}))
+
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """See Tracker."""
+        chosen = {self._ledger.relative(folder.path) for folder in folders}
+        for trial in list(self._ledger.trials.values()):
+            if trial.kept != (trial.folder in chosen):
+                self._keep(trial.model_copy(update={"kept": trial.folder in chosen}))
 
     def close_study(
         self,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would stand in the study's table
     # MLflow's own defaults keep one call waiting for 246 seconds; a request that is sent again inside
     # MLflow's client could store a point twice, so it is sent again by whoever can look first
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -36,6 +37,8 @@ ANSWER_SECONDS = 5
 """How long a server may take to tell its version; a hung one never does."""
 OLDEST = 2
 """The oldest major version whose REST API has all that is recorded."""
+MODELS_SINCE = 3
+"""The first major version with LoggedModels."""
 CREDENTIALS = (
     "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what it "
     "accepts"
@@ -62,6 +65,7 @@ class Server:
         """What this server's version cannot hold, for people; each is said once."""
         self.version: str | None = None
         """What an HTTP server says it is; None before it was asked, or if it does not say."""
+        self._modelless = False
         self._made: MlflowClient | None = None
 
     @property
@@ -101,6 +105,23 @@ class Server:
         except Exception:  # noqa: BLE001 - whatever it is, it is no answer
             return False
         return True
+
+    def holds_models(self) -> bool:
+        """Whether LoggedModels may be asked for: MLflow has them since 3.0."""
+        major = (self.version or "").partition(".")[0]
+        if self._modelless or (major.isdigit() and int(major) < MODELS_SINCE):
+            self.know_no_models()
+            return False
+        return True
+
+    def know_no_models(self) -> None:
+        """It has no LoggedModels: said once."""
+        self._modelless = True
+        which = f"MLflow {self.version}" if self.version else "an older MLflow"
+        self.remark(
+            f"{self.name} is {which}, which has no LoggedModels: adapters are recorded as artifacts of "
+            "their runs only"
+        )
 
     def remark(self, words: str) -> None:
         """Note what the server cannot hold, once."""
@@ -167,6 +188,11 @@ def as_ours(error: Exception, name: str) -> Away | TrackingError:
     if isinstance(error, FileNotFoundError):
         return TrackingError(reason)
     return Away(reason) if isinstance(error, OSError) else TrackingError(reason)
+
+
+def lacks_endpoint(error: Exception) -> bool:
+    """Whether the server is too old to know this kind of request."""
+    return getattr(error, "error_code", None) == "ENDPOINT_NOT_FOUND"
 
 
 def is_gone(error: Exception) -> bool:

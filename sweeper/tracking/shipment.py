@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sweeper.errors import TrackingError
+from sweeper.folders import TrialFolder
 from sweeper.tracking.ledger import (
     OPENED,
     STATE,
     STUDY,
+    WEIGHTS,
     Ending,
     Ledger,
     Mark,
@@ -25,9 +27,10 @@ from sweeper.tracking.ledger import (
     files_of,
     is_shipped,
     unshipped,
+    weights_of,
 )
-from sweeper.tracking.server import Away, Server, as_ours, is_gone
-from sweeper.training.manifest import MANIFEST, verify_manifest
+from sweeper.tracking.server import Away, Server, as_ours, is_gone, lacks_endpoint
+from sweeper.training.manifest import verify_manifest
 from sweeper.training.spool import read_spool
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ PARENT_TAG = "mlflow.parentRunId"
 SINGLE = "single trials"
 """The experiment of trials without a study."""
 EVERY_TRIAL_HAS = ("eval/loss", "minimize")
+MODEL_TYPE = "peft adapter"
 METRICS_BATCH, TEXTS_BATCH = 1000, 100
 """MLflow takes at most this many metrics, and this many params or tags, a request."""
 Item = TypeVar("Item")
@@ -139,6 +143,11 @@ class Shipper:
         self._ledger.keep_mark(key, mark)
 
     @property
+    def server(self) -> Server:
+        """Where it goes."""
+        return self._server
+
+    @property
     def ledger(self) -> Ledger:
         """What is to be recorded."""
         return self._ledger
@@ -193,6 +202,8 @@ class Shipment:
             self._part("figures", ending.time_ms, lambda: self._figures(run, ending))
             self._part("tags", ending.time_ms, lambda: _log_tags(self._client, run, ending.tags))
             self._part("files", ending.time_ms, lambda: self._files(run))
+            if isinstance(entry, TrialEntry) and entry.kept:
+                self._part(WEIGHTS, ending.time_ms, lambda: self._weights(run, entry))
             self._terminate(run, ending)
         if self._refused:
             raise TrackingError("; ".join(self._refused))
@@ -285,19 +296,60 @@ class Shipment:
 
     def _files(self, run: str) -> None:
         entry, ledger = self._entry, self._shipper.ledger
-        self._sweep(run)
+        root = ledger.folder.parent
         if isinstance(entry, TrialEntry):
-            folder = ledger.trial_folder(entry)
-            if (folder.adapter / MANIFEST).exists():
-                verify_manifest(folder.adapter)
-            _log_tags(self._client, run, {"folder": str(folder.path.resolve())})
-            root = folder.path
-        else:
-            root = ledger.folder.parent
-        for path in files_of(ledger, entry):
+            root = ledger.trial_folder(entry).path
+            _log_tags(self._client, run, {"folder": str(root.resolve())})
+        self._sweep(run)
+        self._upload(run, files_of(ledger, entry), root)
+
+    def _weights(self, run: str, entry: TrialEntry) -> None:
+        """The adapter, checked first; where the server has them, as a LoggedModel as well."""
+        folder = self._shipper.ledger.trial_folder(entry)
+        if not folder.adapter.is_dir():
+            return
+        verify_manifest(folder.adapter)
+        self._upload(run, weights_of(folder), folder.path)
+        if self._shipper.server.holds_models():
+            self._logged_model(run, entry, folder)
+
+    def _upload(self, run: str, files: Sequence[Path], root: Path) -> None:
+        for path in files:
             place = path.parent.relative_to(root).as_posix()
             self._client.log_artifact(run, str(path), None if place == "." else place)
             self._shipper.steps += 1
+
+    def _logged_model(self, run: str, entry: TrialEntry, folder: TrialFolder) -> None:
+        """READY when all its files are there; an older server has no such thing."""
+        client, experiment = self._client, self._shipper.experiment(self._client)
+        tags = {UID_TAG: self._shipper.uid(entry), TRIAL_TAG: entry.key}
+        try:
+            if "model" in self._mark.unsure:
+                query = " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+                found = client.search_logged_models([experiment], filter_string=query)
+            else:
+                self._save(unsure=(*self._mark.unsure, "model"))
+                found = []
+            model = (
+                found[0]
+                if found
+                else client.create_logged_model(
+                    experiment, _model_name(entry.key), run, tags, dict(entry.params), MODEL_TYPE
+                )
+            )
+        except Exception as error:
+            if not lacks_endpoint(error):
+                raise
+            self._shipper.server.know_no_models()
+            return
+        for path in weights_of(folder):
+            if folder.adapter not in path.parents:
+                continue  # the archive holds the same once more
+            inside = path.parent.relative_to(folder.adapter).as_posix()
+            client.log_model_artifact(model.model_id, str(path), None if inside == "." else inside)
+            self._shipper.steps += 1
+        client.finalize_logged_model(model.model_id, "READY")
+        self._sure("model")
 
     def _sweep(self, run: str) -> None:
         """Remove what killed uploads left in a local store; nobody else uploads to this run."""
@@ -345,6 +397,11 @@ def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
         "mlflow.experiment.primaryMetric.name": metric.replace("eval/", "best/eval_"),
         "mlflow.experiment.primaryMetric.greaterIsBetter": str(direction == "maximize").lower(),
     }
+
+
+def _model_name(key: str) -> str:
+    """lora_0007: MLflow allows no slash in a model's name."""
+    return key.replace("/", "_").replace(".", "_")
 
 
 def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:

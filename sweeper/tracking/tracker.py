@@ -60,6 +60,9 @@ class Tracker(Protocol):
     ) -> None:
         """Ship the rest, the artifacts and the final state; does nothing to a run that has one."""
 
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """Upload the weights of these trials; of the others only the figures are recorded."""
+
     def close_study(
         self,
         status: RunStatus,
@@ -96,6 +99,9 @@ class NullTracker:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> None:
+        """See Tracker."""
+
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
         """See Tracker."""
 
     def close_study(

@@ -35,6 +35,11 @@ def trial(tmp_path: Path, empty_store: Path) -> TrialRecord:
     """A trial folder with two evaluations and an adapter, and an empty store."""
     (tmp_path / "mlruns").mkdir()
     shutil.copy(empty_store, tmp_path / "mlruns")
+    return make_trial(tmp_path)
+
+
+def make_trial(tmp_path: Path) -> TrialRecord:
+    """A trial folder with two evaluations and an adapter."""
     folder = TrialFolder(tmp_path / "mine" / "lora" / "trial_0000")
     folder.adapter.mkdir(parents=True)
     (folder.adapter / "adapter_config.json").write_text("{}")
@@ -90,6 +95,7 @@ def _record(folder: Path, trial: TrialRecord, uri: str | None = None) -> list[st
     tracker.ship(trial)
     tracker.ship(trial)
     tracker.end(trial, "FINISHED", {"best/eval_loss": 2.0}, {"cause": "finished"})
+    tracker.keep([trial.folder])
     tracker.close_study("FINISHED", {"best/eval_loss": 2.0}, {}, "# the answer", [])
     return tracker.close()
 
@@ -111,6 +117,8 @@ def test_parent_child_metrics_and_artifacts(tmp_path: Path, trial: TrialRecord) 
     assert [point.timestamp for point in history] == [1_700_000_001_000, 1_700_000_002_000]
     paths = {item.path for item in client.list_artifacts(child.info.run_id)}
     assert {"adapter", "outcome.json"} <= paths
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert (model.status.name, model.source_run_id) == ("READY", child.info.run_id)
     assert parent.data.tags["mlflow.note.content"] == "# the answer"
 
 
@@ -147,7 +155,7 @@ def test_an_unreachable_server_blocks_no_call_and_is_counted(
     tracker.end(trial, "FINISHED", {"best/eval_loss": 2.0}, {})
     assert time.monotonic() - started < 5
     (problem,) = tracker.close()
-    assert problem.startswith("3 metric points, 4 files and 1 final state of 2 runs (http://127")
+    assert problem.startswith("3 metric points, 1 file and 1 final state of 2 runs (http://127")
     assert "Connection" in problem
 
 
@@ -327,6 +335,17 @@ def test_a_damaged_adapter_is_refused_and_the_manifest_comes_last(
     (problem,) = tracker.close()
     assert "z_last_by_name.txt: changed" in problem
     assert (stored / "z_last_by_name.txt").read_text() == "weights"
+
+
+def test_weights_that_are_not_kept_are_not_uploaded(tmp_path: Path, trial: TrialRecord) -> None:
+    """Of a loser only the figures are recorded; its adapter goes when the study ends."""
+    tracker = _tracker(tmp_path)
+    tracker.open_study(STUDY)
+    tracker.end(trial, "FINISHED", {"best/eval_loss": 2.0}, {"cause": "finished"})
+    tracker.keep([])
+    assert tracker.close() == []
+    names = {item.path for item in _client(tmp_path).list_artifacts(_child(tmp_path).info.run_id)}
+    assert names == {"outcome.json"}
 
 
 def test_what_begun_and_was_never_ended_is_killed_with_the_study(

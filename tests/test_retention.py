@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from sweeper.nightly.retention import removals, remove
 
 from sweeper.errors import StudyError, StudyLocked
 from sweeper.folders import StudyFolder
-from sweeper.nightly.retention import removals, remove
 from sweeper.reporting.results import load_results
 from sweeper.search.plan import studies
 from sweeper.session import run_study
