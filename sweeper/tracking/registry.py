@@ -201,16 +201,14 @@ def _require_adapter(client: MlflowClient, run: Any) -> None:
     Raises:
         TrackingError: its weights are nowhere.
     """
-    if any(
-        item.path == f"adapter/{MANIFEST}"
-        for item in client.list_artifacts(run.info.run_id, "adapter")
-    ):
+    stored = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
+    if f"adapter/{MANIFEST}" in stored:
         return
     folder = TrialFolder(Path(run.data.tags.get(FOLDER_TAG, "")))
     if not folder.adapter.is_dir():
         raise TrackingError(
-            f"run {run.info.run_name} holds no adapter, and neither does {folder.path}: its weights were "
-            "removed when its study ended (hydra.sweeper.retention.adapters=null keeps all)"
+            f"run {run.info.run_name} holds no adapter, nor does {folder.path}: its weights went "
+            "when its study ended (hydra.sweeper.retention.adapters=null keeps all)"
         )
     verify_manifest(folder.adapter)
     for path in weights_of(folder):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,8 +76,8 @@ def test_a_store_that_keeps_doubles_gets_none(tmp_path: Path, server: OldServer)
     """Two answers are lost after the points were stored: the store is asked, nothing is sent again."""
     server.lose_answers = 2
     trial = make_trial(tmp_path)
-    (remark,) = _record(tmp_path, server.uri, replace(trial))
+    (remark,) = _record(tmp_path, server.uri, trial)
     assert "no LoggedModels" in remark
     assert server.lose_answers == 0
-    assert server.steps("run1", "eval/loss") == [1, 2]
-    assert server.steps("run1", "best/eval_loss") == [0]
+    assert server.steps("eval/loss") == [1, 2]
+    assert server.steps("best/eval_loss") == [0]
