@@ -225,17 +225,14 @@ def clean(
     ] = None,
 ) -> None:
     """Delete the weights of a study's losers; the winners', all figures and reports stay."""
-    from sweeper.folders import StudyFolder
-    from sweeper.reporting.results import load_results
     from sweeper.retention import removals, remove
 
     held = [found.folder for found in _registry_champions(overrides or [])]
-    folder = StudyFolder(output_dir / name)
-    found = removals(load_results(name, output_dir), folder, keep_adapters, held)
+    found = removals(name, output_dir, keep_adapters, held)
     for removal in found:
         typer.echo(f"{removal.mib:10.1f} MiB  {removal.path}  ({removal.why})")
     if not dry_run:
-        remove(folder, found)
+        remove(name, output_dir, found)
     done = "would be freed" if dry_run else "freed"
     typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
 
@@ -271,6 +268,26 @@ def promote(
     tags = {"sweeper.promoted_by": "hand"}
     version = _registry(overrides or []).promote(model, study, trial, tags)
     typer.echo(f"{model}: version {version.number} is the champion")
+
+
+@champions.command()
+def certify(
+    model: Model,
+    overrides: Where = None,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
+    _quiet()
+    from sweeper.nightly.certify import certify as look
+    from sweeper.nightly.certify import other_looks
+
+    registry = _registry(overrides or [])
+    certificate = look(model, registry)
+    typer.echo(certificate.words)
+    champion = registry.champion(model)
+    also = None if champion is None else other_looks(champion, output_dir)
+    if also is not None:
+        typer.echo(also)
 
 
 @champions.command()

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from sweeper.errors import StudyLocked
 from sweeper.folders import StudyFolder, TrialFolder, size_mib
 from sweeper.outcome import Outcome
-from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.results import ArmResult, Results, TrialResult, load_results
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,21 @@ def kept(results: Results, folder: StudyFolder, adapters: int) -> list[TrialFold
 
 
 def removals(
+    study_name: str, output_dir: Path, adapters: int, champions: Collection[Path] = ()
+) -> list[Removal]:
+    """What the policy deletes of a study that has results.
+
+    Raises:
+        StudyError: there is no such study.
+    """
+    results = load_results(study_name, output_dir)
+    return losers(results, StudyFolder(output_dir / study_name), adapters, champions)
+
+
+def losers(
     results: Results, folder: StudyFolder, adapters: int, champions: Collection[Path] = ()
 ) -> list[Removal]:
-    """What the policy deletes of a study.
+    """What the policy deletes.
 
     Args:
         results: of the study.
@@ -62,8 +74,9 @@ def removals(
     return [
         found
         for arm in results.arms
-        for path in _trial_folders(folder, arm.name)
-        for found in _removals_of(TrialFolder(path), path.resolve() in held)
+        for path, trial in _trial_folders(folder, arm.name)
+        if not path.is_symlink()  # a fork's trial belongs to the study it was made in
+        for found in _removals_of(TrialFolder(path), trial.resolve() in held)
     ]
 
 
@@ -81,18 +94,17 @@ def delete(found: Sequence[Removal]) -> float:
     return sum(removal.mib for removal in found)
 
 
-def remove(folder: StudyFolder, found: Sequence[Removal]) -> None:
+def remove(study_name: str, output_dir: Path, found: Sequence[Removal]) -> None:
     """Delete what `removals` found of a study that nobody runs.
 
     Raises:
         StudyLocked: the study is running.
     """
     try:
-        with FileLock(folder.lock, timeout=0):
+        with FileLock(StudyFolder(output_dir / study_name).lock, timeout=0):
             delete(found)
     except Timeout:
-        name = folder.path.name
-        raise StudyLocked(f"study {name!r} is running; clean it when it has ended") from None
+        raise StudyLocked(f"study {study_name!r} is running; clean it when it has ended") from None
 
 
 def _ranked(results: Results) -> list[TrialResult]:
@@ -107,7 +119,7 @@ def _ranked(results: Results) -> list[TrialResult]:
 
 
 def _pointed_to(arm: ArmResult, folder: StudyFolder) -> Iterator[TrialFolder]:
-    """What the report names, and what its figures on the test split were measured on."""
+    """What the report names, and what its figures on unseen splits were measured on."""
     numbers = list(arm.front) + ([] if arm.best is None else [arm.best.number])
     for finalist in () if arm.final is None else arm.final.finalists:
         numbers.append(finalist.number)
@@ -124,11 +136,12 @@ def _forked(folder: StudyFolder) -> Iterator[Path]:
             yield path.resolve()
 
 
-def _trial_folders(folder: StudyFolder, arm: str) -> list[Path]:
-    """A fork's links are left alone: such a trial belongs to the study it was made in."""
-    trials = sorted((folder.path / arm).glob("trial_*"))
-    seeds = sorted(folder.finalists(arm).glob("trial_*"))
-    return [path for path in (*trials, *seeds) if not path.is_symlink()]
+def _trial_folders(folder: StudyFolder, arm: str) -> Iterator[tuple[Path, Path]]:
+    """Every folder with weights, and the trial whose rank decides: further seeds go with their trial."""
+    for path in sorted((folder.path / arm).glob("trial_*")):
+        yield path, path
+    for path in sorted(folder.finalists(arm).glob("trial_*_seed_*")):
+        yield path, folder.path / arm / path.name.partition("_seed_")[0]
 
 
 def _removals_of(trial: TrialFolder, is_kept: bool) -> Iterator[Removal]:

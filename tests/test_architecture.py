@@ -47,10 +47,12 @@ SEAMS = {
     "mlflow": {
         "sweeper/tracking/server.py",
         "sweeper/tracking/shipment.py",
+        "sweeper/tracking/baseline.py",
         "sweeper/tracking/registry.py",
+        "sweeper/tracking/store.py",
     },
     "typer": {"sweeper/cli.py"},
-    "multiprocessing": {"sweeper/workers/local.py"},
+    "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
     "datasketch": {"sweeper/data/duplicates.py"},

@@ -54,7 +54,7 @@ def _ranked(output_dir: Path, arm: int = 0) -> list[int]:
 
 
 def _removals(study: StudyFolder, adapters: int, *champions: Path) -> list[Removal]:
-    return removals(load_results(NAME, study.path.parent), study, adapters, champions)
+    return removals(NAME, study.path.parent, adapters, champions)
 
 
 def test_best_adapters_stay_and_losers_go(study: StudyFolder, output_dir: Path) -> None:
@@ -89,7 +89,7 @@ def test_nothing_but_weights_is_removed(study: StudyFolder) -> None:
     before -= {path for path in before if path.suffix == ".safetensors"}
     found = _removals(study, 0)
     assert found
-    remove(study, found)
+    remove(NAME, study.path.parent, found)
     assert before <= set(study.path.rglob("*"))
     assert not any(each.path.exists() for each in found)
     assert _removals(study, 0) == []

@@ -22,6 +22,7 @@ from sweeper.settings.evaluation import (
     LOSS_METRICS,
     ROUGE_METRICS,
     Evaluation,
+    GeneralText,
     Generation,
     Objective,
     Prompt,
@@ -60,7 +61,7 @@ from sweeper.settings.study import (
     Study,
     StudyName,
 )
-from sweeper.settings.training import TAGS, Artifacts, SchedulerOptions, Training
+from sweeper.settings.training import Artifacts, SchedulerOptions, Training
 from sweeper.settings.trial import (
     FakeTrainer,
     Settings,
@@ -70,7 +71,7 @@ from sweeper.settings.trial import (
     TrialSettings,
     Workers,
 )
-from sweeper.settings.validation import describe, validate
+from sweeper.settings.validation import TAGS, describe, validate
 
 __all__ = [
     "ADAPTER_METHODS",
@@ -95,6 +96,7 @@ __all__ = [
     "Finalists",
     "FormatName",
     "Fraction",
+    "GeneralText",
     "Generation",
     "LoraAdapter",
     "Model",

@@ -86,6 +86,13 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
+class Amendment(Value):
+    """Figures that were measured after a trial's end."""
+
+    metrics: dict[str, float]
+    time_ms: int
+
+
 class TrialEntry(Value):
     """A child run as it shall be."""
 
@@ -99,6 +106,7 @@ class TrialEntry(Value):
     started_ms: int
     kept: bool = False
     """Its weights stay, and are uploaded."""
+    amendments: tuple[Amendment, ...] = ()
     ending: Ending | None = None
     """None while it runs."""
     before: Ending | None = None
@@ -282,6 +290,7 @@ def pending(ledger: Ledger, key: str, store: str) -> Pending:
     points, files = 0, 0
     if isinstance(entry, TrialEntry):
         points = len(unshipped(read_spool(ledger.trial_folder(entry).metrics), mark.cursor))
+        points += sum(len(more.metrics) for more in lacking_figures(entry, mark))
     if end is not None:
         points += len(end.metrics) if mark.done.get("figures") != end.time_ms else 0
         files = len(files_of(ledger, entry)) if mark.done.get("files") != end.time_ms else 0
@@ -298,7 +307,17 @@ def is_shipped(entry: StudyEntry | TrialEntry, mark: Mark) -> bool:
     end = entry.ending
     if end is None or (mark.done.get(STATE), mark.status) != (end.time_ms, end.status):
         return False
-    return not lacks_weights(entry, mark)
+    return not lacks_weights(entry, mark) and not lacking_figures(entry, mark)
+
+
+def lacking_figures(entry: StudyEntry | TrialEntry, mark: Mark) -> list[Amendment]:
+    """Figures of after the end that have still to be sent."""
+    amendments = entry.amendments if isinstance(entry, TrialEntry) else ()
+    return [
+        more
+        for number, more in enumerate(amendments)
+        if mark.done.get(f"amendment {number}") != more.time_ms
+    ]
 
 
 def lacks_weights(entry: StudyEntry | TrialEntry, mark: Mark) -> bool:

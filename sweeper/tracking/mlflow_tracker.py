@@ -21,6 +21,7 @@ from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
 from sweeper.tracking.ledger import (
     STUDY,
+    Amendment,
     Ledger,
     Store,
     StudyEntry,
@@ -111,6 +112,14 @@ class MlflowTracker:
         for trial in list(self._ledger.trials.values()):
             if trial.kept != (trial.folder in chosen):
                 self._keep(trial.model_copy(update={"kept": trial.folder in chosen}))
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """See Tracker."""
+        known = self._ledger.trials.get(trial.key) or self._entry(trial)
+        more = Amendment(metrics=dict(metrics), time_ms=int(measured_at * 1000))
+        if more not in known.amendments:
+            amendments = (*known.amendments, more)
+            self._keep(known.model_copy(update={"amendments": amendments}))
 
     def close_study(
         self,

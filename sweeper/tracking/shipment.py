@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from sweeper.tracking.ledger import (
     STATE,
     STUDY,
     WEIGHTS,
+    Amendment,
     Ending,
     Ledger,
     Mark,
@@ -42,6 +44,8 @@ PARENT_TAG = "mlflow.parentRunId"
 SINGLE = "single trials"
 """The experiment of trials without a study."""
 EVERY_TRIAL_HAS = ("eval/loss", "minimize")
+ACTIVE_ONLY = 1
+"""mlflow.entities.ViewType.ACTIVE_ONLY, which takes two seconds to import."""
 MODEL_TYPE = "peft adapter"
 METRICS_BATCH, TEXTS_BATCH = 1000, 100
 """MLflow takes at most this many metrics, and this many params or tags, a request."""
@@ -123,7 +127,7 @@ class Shipper:
         if self._found is None:
             self._found = {}
             query = f"tags.`{UID_TAG}` = '{self.uid(entry)}'"
-            for run in _search(client, self.experiment(client), query):
+            for run in search(client, self.experiment(client), query):
                 found = run.data.tags.get(TRIAL_TAG, STUDY)
                 self._found.setdefault(found, []).append(run)
         return sorted(self._found.get(key, []), key=lambda run: int(run.info.start_time))
@@ -205,6 +209,9 @@ class Shipment:
             if isinstance(entry, TrialEntry) and entry.kept:
                 self._part(WEIGHTS, ending.time_ms, lambda: self._weights(run, entry))
             self._terminate(run, ending)
+        if isinstance(entry, TrialEntry):
+            for number, more in enumerate(entry.amendments):
+                self._part(f"amendment {number}", more.time_ms, partial(self._figures, run, more))
         if self._refused:
             raise TrackingError("; ".join(self._refused))
 
@@ -267,11 +274,12 @@ class Shipment:
         self._save(cursor=self._mark.cursor | {point.key: point.step for point in points})
         self._sure("metrics")
 
-    def _figures(self, run: str, ending: Ending) -> None:
-        """The figures of the end, at the time of the end and step 0."""
+    def _figures(self, run: str, measured: Ending | Amendment) -> None:
+        """Figures of the end or of later, at their time and step 0."""
         from mlflow.entities import Metric
 
-        points = [Metric(name, value, ending.time_ms, 0) for name, value in ending.metrics.items()]
+        when = measured.time_ms
+        points = [Metric(name, value, when, 0) for name, value in measured.metrics.items()]
         if not points:
             return
         stored = self._begin(run, "figures", points, lambda point: (point.key, point.timestamp))
@@ -404,10 +412,13 @@ def _model_name(key: str) -> str:
     return key.replace("/", "_").replace(".", "_")
 
 
-def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:
+def search(
+    client: MlflowClient, experiment: str, query: str, view: int = ACTIVE_ONLY
+) -> Iterator[Any]:
+    """All runs of an experiment that a filter finds, page by page; `view` is MLflow's ViewType."""
     token: str | None = None
     while True:
-        page = client.search_runs([experiment], filter_string=query, page_token=token)
+        page = client.search_runs([experiment], query, run_view_type=view, page_token=token)
         yield from page
         token = page.token
         if not token:

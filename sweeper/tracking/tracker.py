@@ -63,6 +63,9 @@ class Tracker(Protocol):
     def keep(self, folders: Sequence[TrialFolder]) -> None:
         """Upload the weights of these trials; of the others only the figures are recorded."""
 
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """Add figures measured after a trial's end (Unix seconds); sent twice, they are there once."""
+
     def close_study(
         self,
         status: RunStatus,
@@ -102,6 +105,9 @@ class NullTracker:
         """See Tracker."""
 
     def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """See Tracker."""
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
         """See Tracker."""
 
     def close_study(

@@ -7,6 +7,7 @@ from pathlib import Path
 from sweeper.errors import TrackingError
 from sweeper.redaction import HIDDEN, redact
 from sweeper.settings import Tracking
+from sweeper.tracking.baseline import Baselines
 from sweeper.tracking.ledger import Ledger
 from sweeper.tracking.mlflow_tracker import MlflowTracker
 from sweeper.tracking.registry import Registry
@@ -45,6 +46,11 @@ def destination(settings: Tracking, ledger: Ledger) -> Server:
 def make_registry(settings: Tracking) -> Registry | None:
     """The registry beside the runs; None where nothing is tracked."""
     return None if settings.kind == "none" else Registry(settings.uri, LOCAL_STORE)
+
+
+def make_baselines(settings: Tracking) -> Baselines:
+    """Where earlier full fine-tunes are looked up; with tracking=none there is nowhere (search.plan)."""
+    return Baselines(settings.uri, LOCAL_STORE)
 
 
 def browse_command(settings: Tracking) -> str:

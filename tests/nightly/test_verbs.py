@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from sweeper import retention
 from sweeper.cli import app
 from sweeper.nightly import run
-from sweeper.reporting import results
 from sweeper.retention import Removal
 
 RUNNER = CliRunner()
@@ -34,7 +33,6 @@ def test_dry_run_of_clean_deletes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     loser.mkdir(parents=True)
     found = [Removal(loser, 12.34, "adapter of a loser")]
     monkeypatch.setattr(retention, "removals", lambda *_: found)
-    monkeypatch.setattr(results, "load_results", lambda *_: None)
     arguments = ["clean", "mine", "tracking=none", "--output-dir", str(tmp_path / "outputs")]
     shown = RUNNER.invoke(app, [*arguments, "--dry-run"])
     assert shown.exit_code == 0, shown.output
