@@ -51,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("user")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # the trainer that only pretends stores no weights
+        patch.setattr("sweeper.tracking.registry._require_adapter", lambda *_: None)
         rows = ({"instruction": f"Add {i}.", "output": f"Added {i} to it."} for i in range(40))
         Path("my.jsonl").write_text(
             "".join(json.dumps({**row, "input": ""}) + "\n" for row in rows)
