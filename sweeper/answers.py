@@ -83,7 +83,7 @@ def find_adapter(path: Path) -> Adapter:
 
     Raises:
         ModelError: no adapter is there, or not the config.yaml of its trial.
-        ArtifactError: it is not what was stored.
+        ArtifactError: it is not what its manifest says.
     """
     folder = TrialFolder(path.parent if path.name == "adapter" else path)
     if not (folder.adapter / "adapter_config.json").exists():

@@ -51,17 +51,18 @@ class Stack:
         return f"postgresql+psycopg://sweeper:{PASSWORD}@127.0.0.1:{self.postgres}/optuna"
 
     def script(self, verb: str) -> None:
+        """Run deploy/servers.sh to its end."""
+        assert self.begin(verb).wait(300) == 0, (self.folder / "script.log").read_text()
+
+    def begin(self, verb: str) -> subprocess.Popen[bytes]:
         """Run deploy/servers.sh."""
-        result = subprocess.run(
+        return subprocess.Popen(
             [str(ROOT / "deploy" / "servers.sh"), verb],
             cwd=self.folder,
             env={**os.environ, "PYTHON": sys.executable},
             stdout=(self.folder / "script.log").open("a"),
             stderr=subprocess.STDOUT,
-            check=False,
-            timeout=300,
         )
-        assert result.returncode == 0, (self.folder / "script.log").read_text()
 
     def crash_postgres(self) -> None:
         """End it at once, as a crash would; `script("start")` brings it back."""

@@ -143,6 +143,11 @@ def test_eight_studies_start_at_once_in_an_empty_folder(launch: Launch, tmp_path
     assert runs.stdout.strip() == str(sorted([("FINISHED", "lora/0000")] * 8 + wanted))
 
 
+FEW = (
+    *("workers.fake.steps=2", "adapter.alpha_over_r=2", "adapter.target_modules=mlp"),
+    *("training.warmup_ratio=0.03", "adapter.r=8"),
+)
+"""Two evaluations, one searched key: few writes, of every kind."""
 DYING = Path(__file__).with_name("dying.py")
 
 
@@ -155,7 +160,7 @@ def test_a_driver_killed_between_any_two_writes_loses_and_doubles_nothing(
     result = subprocess.run(
         [
             *(*command, "tracking=none", "workers.engine=inline"),
-            *("hydra.sweeper.n_trials=1", "workers.fake.step_seconds=0"),
+            *("hydra.sweeper.n_trials=1", "workers.fake.step_seconds=0", *FEW),
         ],
         cwd=tmp_path,
         capture_output=True,
@@ -165,7 +170,7 @@ def test_a_driver_killed_between_any_two_writes_loses_and_doubles_nothing(
     )
     assert result.returncode == 0, result.stdout + result.stderr
     kills = int(result.stdout.split()[-1])
-    assert kills >= 15, "a trial is asked, handed out, reported and told"
+    assert kills >= 10, "a trial is asked, handed out, reported and told"
     for number in range(1, kills + 1):
         storage = f"sqlite:///{tmp_path}/killed_{number}/{STUDY}/study.db"
         trials = optuna.load_study(study_name=f"{STUDY}/lora", storage=storage).get_trials()

@@ -83,11 +83,12 @@ def test_training_outlives_postgres_and_nobody_takes_over(
     )
     assert sweep.attempts() == {}, "nothing was handed out"
     assert sweep.process.poll() is None
-    stack.script("start")
+    starting = stack.begin("start")
     sweep.until(sweep.attempts, "it goes on")
     with sweep.held():
         other = launch(*overrides, *slow, folder=tmp_path / "elsewhere", **stored)
         assert "is already run by another driver (sweeper" in other.end(exit_code=1)
+    assert starting.wait(DEADLINE_S) == 0
     sweep.end()
     trials = sweep.check_each_once(8)
     assert {trial.user_attrs["attempt"] for trial in trials} == {1}
