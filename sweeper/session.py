@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +67,8 @@ def run_study(plan: StudyPlan) -> Results:
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
         storage = open_storage(plan.study.storage, folder)
-        with storage.owned(plan.study.study_name):
+        shared = plan.study.storage is not None  # else it lies in the folder that is locked
+        with storage.owned(plan.study.study_name) if shared else nullcontext():
             return StudySession(plan, folder, storage, console, interrupt).run()
 
 
