@@ -43,9 +43,9 @@ def _kill_one(sweep: Sweep, draw: random.Random) -> int:
     """Kill a worker at a random moment, now and then its successor in its imports as well."""
     sweep.until(lambda: _spared(sweep), "trials in their first attempt")
     time.sleep(draw.uniform(0.0, 0.5))
-    if not _spared(sweep):
-        return 0
     before = sweep.workers()
+    if not (before and _spared(sweep)):
+        return 0
     draw.choice(before).kill()
     if draw.random() < 0.7:
         return 1
