@@ -50,7 +50,7 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
     if folder.outcome.exists():
         raise StudyError(f"{folder.path} holds a trial already; give another folder")
     console = make_console()
-    tracker = make_tracker(settings.tracking)
+    tracker = make_tracker(settings.tracking, folder.tracking)
     devices = settings.training.devices_per_trial
     engine = open_engine(
         settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log", devices
@@ -66,7 +66,9 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
         engine.close()
     status = STATES[outcome.cause].status or "FAILED"
     tracker.end(single.record, status, outcome.metrics, {"cause": outcome.cause})
-    for problem in tracker.close():
+    if status == "FINISHED":
+        tracker.keep([folder])
+    for problem in tracker.close(hurry=stopped is not None):
         console.print(f"not recorded in MLflow: {problem}", style="yellow")
     if stopped is not None:
         raise stopped

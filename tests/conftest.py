@@ -70,6 +70,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without a run, made once: its tables take seconds."""
+    from sweeper.tracking.server import Server
+
+    root = tmp_path_factory.mktemp("store")
+    Server(None, root).client()
+    return root / "mlflow.db"
+
+
 def run_program(
     arguments: Sequence[str], cwd: Path, timeout_s: float = 240
 ) -> subprocess.CompletedProcess[str]:

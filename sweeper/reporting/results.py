@@ -23,7 +23,7 @@ from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
 from sweeper.search.study import shown_point
 from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
-from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
+from sweeper.space import Choice, Interval, Point, Scalar, Space, grid, keys
 
 FORMAT = 4
 """Of results.json; another version's is not read."""
@@ -273,6 +273,15 @@ def _number(text: str) -> int | float | str:
         except ValueError:
             continue
     return text
+
+
+def headline(results: Results) -> tuple[dict[str, float], Point]:
+    """What a study's own run shows: the figures and the point of the first arm's best trial."""
+    arm = results.arms[0] if results.arms else None
+    if arm is None or arm.best is None:
+        return {}, {}
+    unseen = {} if arm.final is None else arm.final.metrics
+    return {**arm.best.outcome.metrics, **unseen}, dict(arm.best.point)
 
 
 def number_ranges(space: Space) -> dict[str, Range]:

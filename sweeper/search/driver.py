@@ -311,6 +311,7 @@ class ArmDriver:
             return
         live.view.step, live.view.total_steps = event.step, event.total_steps
         live.view.evaluated(event.value, self.objective)
+        self.tracker.ship(live.record)
         told = as_told(self.objective, event.value)
         hopeless = live.watch.evaluated(event.step, event.total_steps, told)
         if hopeless and not live.stopping and not live.audited:

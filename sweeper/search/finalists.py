@@ -261,6 +261,8 @@ class FinalistsDriver:
         elif isinstance(event, Progress | Evaluated):
             if task := self._live.get(event.trial):
                 task.take(event)
+                if isinstance(task, Training) and isinstance(event, Evaluated):
+                    self.tracker.ship(task.record)
         elif isinstance(event, Ended | Tested) and (task := self._live.pop(event.trial, None)):
             task.take(event)
             self._answered(task)

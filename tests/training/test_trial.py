@@ -21,7 +21,7 @@ from sweeper.modeling.base import load_base
 from sweeper.modeling.hardware import DeviceReport
 from sweeper.outcome import Outcome
 from sweeper.settings import Settings, TrialSettings
-from sweeper.training.checkpoint import newest_checkpoint
+from sweeper.training.checkpoint import newest_checkpoint, seal
 from sweeper.training.prepare import prepare
 from sweeper.training.runner import TransformersRunner
 from sweeper.training.schedule import plan_schedule
@@ -263,10 +263,12 @@ def test_a_killed_attempt_is_continued_from_its_checkpoint(
 
 
 def test_an_incomplete_checkpoint_is_not_continued(tmp_path: Path) -> None:
-    """Without trainer_state.json, which is written last, a checkpoint does not count."""
-    (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-8").mkdir()
+    """Without its manifest, which is written last, a checkpoint does not count."""
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text('{"best_global_step": null}')
+    seal(tmp_path / "checkpoint-4")
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 4
