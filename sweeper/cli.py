@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sweeper import cli_study
+
 if TYPE_CHECKING:
     from sweeper.tracking.registry import Registry, Version
 
 VERBS = (
-    *("report", "best", "generate", "trial", "doctor", "prefetch"),
+    *("report", "study", "best", "generate", "trial", "doctor", "prefetch"),
     *("nightly", "champion", "clean", "build-base"),
 )
 
@@ -209,6 +211,8 @@ def clean(
     done = "would be freed" if dry_run else "freed"
     typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
 
+
+app.add_typer(cli_study.app, name="study")
 
 champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
 app.add_typer(champions, name="champion")

@@ -34,6 +34,7 @@ from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
+from sweeper.search.steering import Steering
 from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
@@ -42,6 +43,8 @@ from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
+LOCK_SECONDS = 1.0
+"""Somebody who only looks whether there is a driver holds its lock for a moment."""
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no room on the device: they move to the host's memory and back."""
 
@@ -66,7 +69,6 @@ class StudySession:
     def __init__(
         self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
     ) -> None:
-        self._plan = plan
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
@@ -78,6 +80,16 @@ class StudySession:
         self._finals: dict[str, ArmFinal] | None = None
         self._misfits: dict[str, Misfit] = {}
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
+        found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
+        studies = {name: study for name, study in found.items() if study is not None}
+        self._steering = Steering(plan, folder, interrupt, self._budget, self._board, studies)
+        self._ran: dict[str, int] = {}
+        """To which total each arm was run."""
+
+    @property
+    def _plan(self) -> StudyPlan:
+        """With the totals that were raised while it ran."""
+        return self._steering.plan
 
     def run(self) -> Results:
         """See run_study."""
@@ -90,8 +102,11 @@ class StudySession:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
                 name = self._plan.study.study_name
                 view.event(f"study {name} ({presets}): loading the base model and the data")
-                for arm in self._plan.arms:
+                self._steering.catch_up(view)
+                while (arm := self._next_arm()) is not None:
                     self._run_arm(arm, engine, view)
+                    self._ran[arm.name] = self._steering.total(arm.name)
+                self._steering.searched = True
                 self._run_finalists(engine, view)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -100,7 +115,13 @@ class StudySession:
         finally:
             engine.close()
             results = self._conclude(status)
+            self._steering.close(status)
         return results
+
+    def _next_arm(self) -> ArmPlan | None:
+        """The first arm that was not run to its total; one that was extended comes again."""
+        arms = (arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials)
+        return next(arms, None)
 
     def _run_arm(self, arm: ArmPlan, engine: Engine, view: View) -> None:
         facts = self._probe(arm, engine)
@@ -109,6 +130,7 @@ class StudySession:
             return
         base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
+        self._steering.open_arm(arm.name, study)
         words = fill_study(study, self._plan, arm, facts, self._storage)
         done = counted(study)
         budget = self._arm_budget(arm)
@@ -130,6 +152,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
             told=self._write_results,
         )
         driver.run()
@@ -176,6 +199,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
         )
         self._finals = driver.run([(arm, study) for arm, study in found if study is not None])
 
@@ -233,7 +257,7 @@ class StudySession:
     def _announce(
         self, arm: ArmPlan, facts: Facts, done: int, words: Sequence[str], view: View
     ) -> None:
-        if arm is self._plan.arms[0]:
+        if arm.name == self._plan.arms[0].name:
             view.event(f"data: {describe_data(facts)}")
             view.event(f"device: {facts.device}, computing in {facts.dtype}")
         text = f"arm {arm.name}: {arm.n_trials} trials"
@@ -341,7 +365,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
     folder.path.mkdir(parents=True, exist_ok=True)
     owner = folder.lock.with_suffix(".pid")
     try:
-        with FileLock(folder.lock, timeout=0):
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:

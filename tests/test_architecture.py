@@ -32,9 +32,9 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "doctor", "dry_run", "answers"},
+    {"session", "single", "doctor", "dry_run", "answers", "steer"},
     {"nightly"},
-    {"cli", "__main__"},
+    {"cli", "cli_study", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEAMS = {
@@ -45,7 +45,7 @@ SEAMS = {
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
     "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
-    "typer": {"sweeper/cli.py"},
+    "typer": {"sweeper/cli.py", "sweeper/cli_study.py"},
     "multiprocessing": {"sweeper/workers/local.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
@@ -109,7 +109,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run", "nightly.run", "nightly.retention"),
+        *("doctor", "dry_run", "steer", "nightly.run", "nightly.retention"),
         *(
             "tracking.mlflow_tracker",
             "reporting.formats",

@@ -33,6 +33,7 @@ STYLES = {
     "pruned": "yellow",
     "running": "cyan",
     "waiting": "dim",
+    "paused": "dim",
     "cancelled": "dim",
     "duplicate": "dim",
 }
@@ -144,9 +145,9 @@ def board_table(board: Board) -> Table:
 
 
 def _headline(board: Board, trials: list[TrialView]) -> str:
-    done = sum(trial.state not in ("running", "waiting", "cancelled") for trial in trials)
+    done = sum(trial.state not in ("running", "waiting", "paused", "cancelled") for trial in trials)
     base = "" if board.base_value is None else f"   untuned base {board.base_value:.4f}"
-    left = f"   {board.left}" if board.left else ""
+    left = "".join(f"   {words}" for words in (board.left, board.note) if words)
     return f"{board.arm}: {done} of {board.wanted} trials{base}{left}"
 
 
