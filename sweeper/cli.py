@@ -38,9 +38,10 @@ def report(
     """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
     from sweeper.errors import ConfigError
     from sweeper.folders import write_atomic
+    from sweeper.reporting.console import make_console
     from sweeper.reporting.formats import FORMATS, WRITERS, default_path
     from sweeper.reporting.results import load_results
-    from sweeper.reporting.view import make_console, print_results
+    from sweeper.reporting.view import print_results
 
     if form not in FORMATS:
         raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
@@ -162,7 +163,7 @@ def doctor(
 ) -> None:
     """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
     from sweeper.doctor import examine, print_findings, sound, to_json
-    from sweeper.reporting.view import make_console
+    from sweeper.reporting.console import make_console
 
     findings = examine(overrides or [])
     if as_json:

@@ -37,24 +37,26 @@ TIMEOUT_S = 10.0
 @app.command(name="list")
 def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     """Show all studies: state, trials, best value, what is left of the budget."""
+    from sweeper.reporting.console import make_console
     from sweeper.reporting.standings import studies_sheet
-    from sweeper.reporting.view import make_console
-    from sweeper.steer import standings
+    from sweeper.steer import silent, standings
 
     found = standings(output_dir)
     if as_json:
         _print_json([each.model_dump(mode="json") for each in found])
     elif found:
-        make_console().print(studies_sheet(found).draw())
+        make_console().print(studies_sheet(found, f"Studies under {output_dir}/").draw())
     else:
         typer.echo(f"there are no studies under {output_dir}/")
+    if (names := silent(output_dir)) and not as_json:
+        typer.echo(f"of another version, see sweeper report: {', '.join(names)}")
 
 
 @app.command()
 def show(name: Name, output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     """Show one study: arms, running trials with their progress, best, queue, what remains."""
+    from sweeper.reporting.console import make_console
     from sweeper.reporting.standings import print_standing
-    from sweeper.reporting.view import make_console
     from sweeper.steer import standing, study_folder
 
     found = standing(study_folder(name, output_dir))

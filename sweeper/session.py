@@ -21,12 +21,13 @@ from sweeper.errors import StudyError, StudyLocked, WorkerError
 from sweeper.folders import StudyFolder, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Facts, Misfit
+from sweeper.reporting.console import make_console
 from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
 from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
-from sweeper.reporting.view import make_console, make_view, print_results
+from sweeper.reporting.view import make_view, print_results
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver

@@ -90,6 +90,12 @@ def standings(output_dir: Path) -> list[Standing]:
     return found
 
 
+def silent(output_dir: Path) -> list[str]:
+    """Names of studies that have results, but nothing that says where they stand."""
+    named = {found.study_name for found in standings(output_dir)}
+    return sorted({path.parent.name for path in output_dir.glob("*/results.json")} - named)
+
+
 def values_of(texts: Sequence[str]) -> dict[str, str]:
     """KEY=VALUE arguments.
 

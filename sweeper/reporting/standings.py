@@ -15,10 +15,10 @@ from sweeper.space import Scalar
 MAX_QUEUE = 10
 
 
-def studies_sheet(standings: Sequence[Standing]) -> Sheet:
+def studies_sheet(standings: Sequence[Standing], title: str) -> Sheet:
     """One row a study."""
     return Sheet(
-        "",
+        title,
         ("study", "state", "trials", "ended as", "best", "metric", "left"),
         tuple(_study_row(found) for found in standings),
         frozenset({"study", "state", "ended as", "metric", "left"}),
@@ -35,6 +35,9 @@ def print_standing(found: Standing, console: Console) -> None:
     if found.left and found.state not in ENDED:
         say(f"budget: {found.left}")
     console.print(_arms_sheet(found).draw())
+    for arm in found.arms:
+        if arm.best is not None:
+            say(f"best of {arm.name}: trial {arm.best.trial}, {_point(arm.best.point)}")
     if found.running:
         console.print(_running_sheet(found).draw())
     for arm in found.arms:
@@ -45,8 +48,8 @@ def print_standing(found: Standing, console: Console) -> None:
 
 
 def _driver(found: Standing) -> str:
-    since = f"since {found.since} (process {found.process} on {found.host})"
-    return f"last run {since}" if found.state in ENDED else since
+    begun = "last started" if found.state in ENDED else "since"
+    return f"{begun} {found.since} (process {found.process} on {found.host})"
 
 
 def _study_row(found: Standing) -> tuple[str, ...]:
@@ -73,12 +76,11 @@ def _arms_sheet(found: Standing) -> Sheet:
             f"{arm.done} of {arm.wanted}",
             _causes(arm.trials),
             _value(arm.best),
-            DASH if arm.best is None else f"{arm.best.trial}: {_point(arm.best.point)}",
         )
         for arm in found.arms
     )
-    columns = ("arm", "trials", "ended as", f"best {metric_words(found.objective.metric)}", "by")
-    return Sheet("", columns, rows, frozenset({"arm", "ended as", "by"}))
+    columns = ("arm", "trials", "ended as", f"best {metric_words(found.objective.metric)}")
+    return Sheet("Arms", columns, rows, frozenset({"arm", "ended as"}))
 
 
 def _running_sheet(found: Standing) -> Sheet:
@@ -93,7 +95,7 @@ def _running_sheet(found: Standing) -> Sheet:
         for trial in found.running
     )
     columns = ("trial", "state", "step", "value", "point")
-    return Sheet("", columns, rows, frozenset({"trial", "state", "point"}))
+    return Sheet("Open trials", columns, rows, frozenset({"trial", "state", "point"}))
 
 
 def _queue(arm: ArmStanding) -> list[str]:

@@ -6,7 +6,6 @@ The driver fills the board; a view only draws it.
 from __future__ import annotations
 
 import io
-import sys
 import time
 from typing import Self
 
@@ -26,7 +25,6 @@ from sweeper.settings import metric_words
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
 PICTURE_COLUMNS = 140
-PLAIN_COLUMNS = 140
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
@@ -90,11 +88,6 @@ def make_view(console: Console) -> View:
     if console.is_terminal and not console.no_color:
         return LiveView(console)
     return PlainView(console)
-
-
-def make_console() -> Console:
-    """Where everything is printed; wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
 
 
 def print_results(results: Results, console: Console) -> None:

@@ -1,26 +1,20 @@
 """Where a study stands: what its driver writes down every few seconds for whoever asks.
 
 One small file, so that a look at a study needs neither its database nor an answer of its driver.
+Imported by the verbs: knows no Optuna (sweeper.search.tally fills in what a storage says).
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections import Counter
-from collections.abc import Sequence
 from typing import Literal
 
-import optuna
 from filelock import FileLock, Timeout
-from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.folders import StudyFolder
 from sweeper.outcome import Value
 from sweeper.search.board import TrialView
-from sweeper.search.plan import ArmPlan
-from sweeper.search.states import STATES, counts
-from sweeper.search.study import draw_of, point_of
 from sweeper.settings import Objective
 from sweeper.space import Scalar
 
@@ -57,7 +51,7 @@ class ArmStanding(Value):
     """How many ended for which cause."""
     best: TrialStanding | None
     queue: tuple[dict[str, Scalar], ...]
-    """What is tried before the sampler chooses, in this order as far as is known."""
+    """What is tried before the sampler chooses, in this order."""
 
 
 class Standing(Value):
@@ -83,24 +77,6 @@ def process_of_driver() -> tuple[int, str]:
     return os.getpid(), socket.gethostname()
 
 
-def arm_standing(arm: ArmPlan, study: optuna.Study | None) -> ArmStanding:
-    """What an arm's storage says; an arm whose study was never opened has nothing yet."""
-    trials = [] if study is None else study.get_trials(deepcopy=False)
-    causes = Counter(
-        str(trial.user_attrs["cause"])
-        for trial in trials
-        if trial.state.is_finished() and "cause" in trial.user_attrs
-    )
-    return ArmStanding(
-        name=arm.name,
-        wanted=arm.n_trials,
-        done=sum(map(counts, trials)),
-        trials=dict(causes),
-        best=_best(arm, trials),
-        queue=tuple(draw_of(t) for t in trials if t.state is TrialState.WAITING),
-    )
-
-
 def trial_standing(view: TrialView) -> TrialStanding:
     """A trial of the board."""
     return TrialStanding(
@@ -122,22 +98,3 @@ def is_driven(folder: StudyFolder) -> bool:
             return False
     except Timeout:
         return True
-
-
-def _best(arm: ArmPlan, trials: Sequence[FrozenTrial]) -> TrialStanding | None:
-    complete = [trial for trial in trials if _may_be_best(trial)]
-    order = arm.settings.objective.order
-    best = min(complete, key=lambda trial: order(trial.values[0]), default=None)
-    if best is None:
-        return None
-    return TrialStanding(
-        trial=f"{arm.name}/{best.number:04d}",
-        state=best.user_attrs["cause"],
-        point=point_of(best),
-        value=best.values[0],
-    )
-
-
-def _may_be_best(trial: FrozenTrial) -> bool:
-    cause = trial.user_attrs.get("cause")
-    return trial.state is TrialState.COMPLETE and cause in STATES and not STATES[cause].infeasible

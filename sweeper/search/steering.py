@@ -39,11 +39,11 @@ from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.standing import (
     Standing,
     State,
-    arm_standing,
     process_of_driver,
     trial_standing,
 )
 from sweeper.search.study import counted, enqueue, first_draws
+from sweeper.search.tally import arm_standing
 from sweeper.search.wish import earlier_point, queue, read_draw
 from sweeper.space import Draw, Scalar, grid
 from sweeper.tracking.tracker import RunStatus
@@ -239,7 +239,7 @@ class Steering:
         steered.set_aside()
         if not (count := len(steered.training())):
             return "paused; nothing is being trained"
-        return f"paused; {count} running {_trials(count)} stop with a checkpoint"
+        return f"paused; {_trials(count)} being trained: each stops with a checkpoint"
 
     def _resume(self) -> str:
         before = self._state
@@ -256,9 +256,9 @@ class Steering:
             self.interrupt.request()
         self._enter("stopping")
         if command.now:
-            return f"it ends now; {count} running {_trials(count)} stop with a checkpoint"
+            return f"it ends now; {_trials(count)} being trained: each stops with a checkpoint"
         if count:
-            return f"it ends when {count} running {_trials(count)} have ended; none is started"
+            return f"it ends after the {_trials(count)} being trained; none is started"
         return "it ends now; nothing is being trained"
 
     def _refuse_while_stopping(self, verb: str) -> None:
@@ -390,4 +390,4 @@ def _said(command: AnyCommand) -> str:
 
 
 def _trials(count: int) -> str:
-    return "trial" if count == 1 else "trials"
+    return "1 trial" if count == 1 else f"{count} trials"
