@@ -155,7 +155,7 @@ def test_a_paused_trial_goes_on_where_it_was_and_what_was_asked_comes_next(tmp_p
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=2", SLOWLY)
     assert {name: (reply.exit_code, reply.text) for name, reply in answers.items()} == {
         "pause": (APPLIED, "paused; 1 trial being trained: each stops with a checkpoint"),
-        "enqueue": (APPLIED, "arm lora tries r=32, learning_rate=0.002 next"),
+        "enqueue": (APPLIED, "arm lora tries learning_rate=0.002, r=32 next"),
         "again": (REFUSED, "this very point waits in the queue already"),
         "outside": (REFUSED, "adapter.r=3: not in choice(2, 4, 8, 16, 32)"),
         "clone": (APPLIED, answers["clone"].text),
