@@ -30,6 +30,7 @@ from sweeper.search.study import (
     ask_again,
     counted,
     point_of,
+    steering_tags,
     suggest,
     twin,
 )
@@ -257,7 +258,7 @@ class ArmDriver:
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
         params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
-        tags = {"arm": self.arm.name, **self._origin()}
+        tags = {"arm": self.arm.name, **self._origin(), **steering_tags(trial)}
         record = TrialRecord(key, folder, params, tags)
         watch = make_watch(self.pruner, settings.training, trial, reported)
         return Live(trial, point, settings, record, view, watch)

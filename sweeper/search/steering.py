@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import optuna
+from pydantic import ValidationError
 
-from sweeper.errors import Refused
-from sweeper.folders import StudyFolder, read_json, write_json
+from sweeper.errors import Refused, StudyError
+from sweeper.folders import StudyFolder, write_json
 from sweeper.interrupt import Interrupt
+from sweeper.outcome import Value
 from sweeper.search.board import Board, View, short_names
 from sweeper.search.budget import StudyBudget
 from sweeper.search.inbox import (
@@ -42,7 +44,7 @@ from sweeper.search.standing import (
     process_of_driver,
     trial_standing,
 )
-from sweeper.search.study import counted, enqueue, first_draws
+from sweeper.search.study import CLONE_OF, counted, enqueue, first_draws
 from sweeper.search.tally import arm_standing
 from sweeper.search.wish import earlier_point, queue, read_draw
 from sweeper.space import Draw, Scalar, grid
@@ -53,6 +55,7 @@ FREE_SECONDS = 20.0
 """How long a paused trial may take to its checkpoint; then its worker is killed, and it goes on from
 the checkpoint before. Leaves ten of the promised 30 s for the rest."""
 STANDING_SECONDS = 2.0
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 ENDS: dict[RunStatus, State] = {"FINISHED": "finished", "KILLED": "stopped", "FAILED": "failed"}
 
 
@@ -75,6 +78,21 @@ class Steered(Protocol):
         Raises:
             Refused: it is not open.
         """
+
+
+class Obeyed(Value):
+    """One command, and what became of it."""
+
+    at: str
+    command: AnyCommand
+    answer: Answer
+
+
+class Record(Value):
+    """steering.json: every command by its id, and the totals that commands have raised, by arm."""
+
+    totals: dict[str, int] = {}
+    commands: dict[str, Obeyed] = {}
 
 
 class Later(Exception):
@@ -105,10 +123,9 @@ class Steering:
     _later: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._since = time.strftime(TIME_FORMAT)
         self._inbox = Inbox(self.folder)
-        path = self.folder.steering
-        self._record = read_json(path) if path.exists() else {"totals": {}, "commands": {}}
+        self._record = _read_record(self.folder)
         self._raise_totals()
 
     @property
@@ -175,8 +192,8 @@ class Steering:
         for found in self._inbox.letters():
             if isinstance(found, str):
                 view.event(found)
-            elif found.id in self._record["commands"]:  # killed before it could answer
-                self._inbox.answer(found, Answer(**self._record["commands"][found.id]["answer"]))
+            elif found.id in self._record.commands:  # killed before it could answer
+                self._inbox.answer(found, self._record.commands[found.id].answer)
             elif found.id not in self._later:
                 letters.append(found)
         return letters
@@ -193,12 +210,9 @@ class Steering:
         self._reply(letter, answer, view)
 
     def _reply(self, letter: Letter, answer: Answer, view: View) -> None:
-        self._record["commands"][letter.id] = {
-            "at": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "command": letter.command.model_dump(mode="json"),
-            "answer": answer.model_dump(mode="json"),
-        }
-        write_json(self.folder.steering, self._record)
+        now = time.strftime(TIME_FORMAT)
+        self._record.commands[letter.id] = Obeyed(at=now, command=letter.command, answer=answer)
+        write_json(self.folder.steering, self._record.model_dump(mode="json"))
         result = answer.text if answer.ok else f"refused: {answer.text}"
         view.event(f"{_said(letter.command)}: {result}")
         self._tell()  # before the answer: who reads it may look at once
@@ -213,10 +227,8 @@ class Steering:
                 draw = self._draw(command)
                 return self._queue(letter.id, self.arm(command.arm), draw, {})
             case Clone():
-                draw = self._draw(command)
-                return self._queue(
-                    letter.id, self.arm(command.arm), draw, {"clone_of": command.trial}
-                )
+                draw, clone_of = self._draw(command), {CLONE_OF: command.trial}
+                return self._queue(letter.id, self.arm(command.arm), draw, clone_of)
         assert steered is not None, "these are refused before a loop runs"
         match command:
             case Pause():
@@ -274,7 +286,7 @@ class Steering:
             if size <= arm.n_trials:
                 raise Refused(f"arm {arm.name} walks all {size} points of its grid already")
             total = min(total, size)
-        self._record["totals"][arm.name] = total  # stored by the reply, together with the id
+        self._record.totals[arm.name] = total  # stored by the reply, together with the id
         self._raise_totals()
         if arm.sampler.name == "grid" and arm.name in self.studies:
             enqueue(self.studies[arm.name], first_draws(self.arm(arm.name)))
@@ -336,7 +348,7 @@ class Steering:
         self._counted_until = now
 
     def _raise_totals(self) -> None:
-        totals: dict[str, int] = self._record["totals"]
+        totals = self._record.totals
         arms = tuple(
             replace(arm, n_trials=max(arm.n_trials, totals.get(arm.name, 0)))
             for arm in self.plan.arms
@@ -372,6 +384,19 @@ class Steering:
         )
         with suppress(OSError):  # a full disk ends no study for a look at it
             write_json(self.folder.standing, standing.model_dump(mode="json"))
+
+
+def _read_record(folder: StudyFolder) -> Record:
+    if not folder.steering.exists():
+        return Record()
+    try:
+        return Record.model_validate_json(folder.steering.read_bytes())
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise StudyError(
+            f"{folder.steering} cannot be read ({problem}); move it away to go on: what `study "
+            "extend` has added is then forgotten, and can be added again"
+        ) from None
 
 
 def _said(command: AnyCommand) -> str:

@@ -53,6 +53,8 @@ WITHOUT_EFFECT = (
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
 QUEUED_BY = "queued_by"
 """Attribute of a trial that a person queued while the study ran: the command's id."""
+CLONE_OF = "clone_of"
+"""Attribute of one that was queued as a changed copy: the earlier trial's number."""
 DROPPED = "dropped"
 """Attribute of a trial that a person stopped for good."""
 
@@ -122,6 +124,14 @@ def ask(study: optuna.Study) -> Trial:
         return study.ask()
     study._storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)
     return Trial(study, first._trial_id)
+
+
+def steering_tags(trial: BaseTrial) -> dict[str, str]:
+    """What a tracker is told of a trial that a person queued."""
+    if QUEUED_BY not in trial.user_attrs:
+        return {}
+    number = trial.user_attrs.get(CLONE_OF)
+    return {"steering": "enqueued" if number is None else f"clone of {number}"}
 
 
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:

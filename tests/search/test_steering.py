@@ -15,6 +15,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
 from sweeper.interrupt import Interrupt
 from sweeper.reporting.results import Results
@@ -440,6 +441,15 @@ def test_a_full_disk_ends_no_study_for_a_look_at_it(
     monkeypatch.setattr("sweeper.search.steering.write_json", full)
     steering.read(Wall())
     assert not steering.folder.standing.exists()
+
+
+def test_a_damaged_record_is_named_with_the_way_out(tmp_path: Path) -> None:
+    """steering.json is the driver's own; somebody who edited it is told what to do."""
+    folder = _folder(tmp_path)
+    folder.path.mkdir(parents=True)
+    folder.steering.write_text('{"totals": {"lora": "many"}}', encoding="utf-8")
+    with pytest.raises(StudyError, match="move it away to go on"):
+        _steering(tmp_path, Wall())
 
 
 KILLED = """
