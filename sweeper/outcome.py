@@ -6,6 +6,7 @@ Plain frozen values that travel as JSON; no torch, no Optuna, no MLflow.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -35,6 +36,11 @@ class Value(BaseModel):
     """Base of everything that travels or is stored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def device_seconds(metrics: Mapping[str, float]) -> float:
+    """Device time of a trial: its seconds times its devices (one, where that was not recorded yet)."""
+    return metrics.get("cost/device_seconds", metrics.get("cost/seconds", 0.0))
 
 
 class Outcome(Value):

@@ -77,6 +77,8 @@ class StudySession:
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking)
         self._board = Board(plan.objective)
+        self._engine: Engine | None = None
+        self._devices = 0
         self._slots: dict[int, int] = {}
         self._finals: dict[str, ArmFinal] | None = None
         self._misfits: dict[str, Misfit] = {}
@@ -94,10 +96,8 @@ class StudySession:
 
     def run(self) -> Results:
         """See run_study."""
-        workers = self._plan.settings.workers
         status: RunStatus = "FAILED"
         self._tracker.open_study(self._record())
-        engine = open_engine(workers, self._plan.study.n_jobs, self._folder.worker_log)
         try:
             with make_view(self._console) as view:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
@@ -105,16 +105,17 @@ class StudySession:
                 view.event(f"study {name} ({presets}): loading the base model and the data")
                 self._steering.catch_up(view)
                 while (arm := self._next_arm()) is not None:
-                    self._run_arm(arm, engine, view)
+                    self._run_arm(arm, self._workers_of([arm]), view)
                     self._ran[arm.name] = self._steering.total(arm.name)
                 self._steering.searched = True
-                self._run_finalists(engine, view)
+                self._run_finalists(self._workers_of(self._plan.arms), view)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
-            engine.close()
+            if self._engine is not None:
+                self._engine.close()
             results = self._conclude(status)
             self._steering.close(status)
         return results
@@ -123,6 +124,22 @@ class StudySession:
         """The first arm that was not run to its total; one that was extended comes again."""
         arms = (arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials)
         return next(arms, None)
+
+    def _workers_of(self, arms: Sequence[ArmPlan]) -> Engine:
+        """Workers that are wide enough for the trials of some arms.
+
+        Arms run one after the other, so a wide trial never waits for enough narrow ones to end.
+        """
+        devices = max(arm.settings.training.devices_per_trial for arm in arms)
+        if self._engine is None or devices != self._devices:
+            if self._engine is not None:
+                self._engine.close()
+                self._slots.clear()
+            count = max(1, self._plan.study.n_jobs // devices)
+            workers = self._plan.settings.workers
+            self._engine = open_engine(workers, count, self._folder.worker_log, devices)
+            self._devices = devices
+        return self._engine
 
     def _run_arm(self, arm: ArmPlan, engine: Engine, view: View) -> None:
         facts = self._probe(arm, engine)
@@ -192,7 +209,7 @@ class StudySession:
         driver = FinalistsDriver(
             wanted=wanted,
             folder=self._folder,
-            budget=self._budget.of_arm(1.0, self._spent()),
+            budget=self._budget.of_arm(1.0, self._spent(), self._devices),
             engine=engine,
             tracker=self._tracker,
             view=view,
@@ -244,10 +261,11 @@ class StudySession:
         }
         names = list(wanted)
         following = sum(wanted[name] for name in names[names.index(arm.name) :])
-        return self._budget.of_arm(wanted[arm.name] / max(1, following), self._spent())
+        share, devices = wanted[arm.name] / max(1, following), self._devices
+        return self._budget.of_arm(share, self._spent(), devices)
 
     def _spent(self) -> float:
-        """Worker time of all trials and finalists so far."""
+        """Device time of all trials and finalists so far."""
         found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
         return sum(
             spent_seconds(study) + finalists_seconds(self._folder, arm.name)

@@ -46,7 +46,7 @@ SEAMS = {
     },
     "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
     "typer": {"sweeper/cli.py", "sweeper/cli_study.py"},
-    "multiprocessing": {"sweeper/workers/local.py"},
+    "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
     "datasketch": {"sweeper/data/duplicates.py"},

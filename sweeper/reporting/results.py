@@ -16,7 +16,7 @@ import optuna
 
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
-from sweeper.outcome import Facts, Misfit, Outcome, Value
+from sweeper.outcome import Facts, Misfit, Outcome, Value, device_seconds
 from sweeper.reporting.intervals import Contrast
 from sweeper.search.audit import Audit, audit
 from sweeper.search.final import Final
@@ -145,8 +145,8 @@ class ArmResult:
 
     @property
     def seconds(self) -> float:
-        """Worker time of all trials."""
-        return sum(trial.metric("cost/seconds") or 0.0 for trial in self.trials)
+        """Device time of all trials."""
+        return sum(device_seconds(trial.outcome.metrics) for trial in self.trials)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from sweeper.folders import StudyFolder
-from sweeper.outcome import Cause, Examples, Outcome, Value
+from sweeper.outcome import Cause, Examples, Outcome, Value, device_seconds
 
 COMPLETE: tuple[Cause, ...] = ("finished", "early_stopped")
 
@@ -94,9 +94,9 @@ def choose(finalists: Sequence[Finalist], direction: str) -> int:
 
 
 def finalists_seconds(folder: StudyFolder, arm: str) -> float:
-    """Worker time of an arm's further seeds so far, from their folders."""
+    """Device time of an arm's further seeds so far, from their folders."""
     outcomes = (
         Outcome.model_validate_json(path.read_text(encoding="utf-8"))
         for path in folder.finalists(arm).glob("trial_*/outcome.json")
     )
-    return math.fsum(outcome.metrics.get("cost/seconds", 0.0) for outcome in outcomes)
+    return math.fsum(device_seconds(outcome.metrics) for outcome in outcomes)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import optuna
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from sweeper.errors import Refused, StudyError
 from sweeper.folders import StudyFolder, write_json
@@ -91,8 +91,8 @@ class Obeyed(Value):
 class Record(Value):
     """steering.json: every command by its id, and the totals that commands have raised, by arm."""
 
-    totals: dict[str, int] = {}
-    commands: dict[str, Obeyed] = {}
+    totals: dict[str, int] = Field(default_factory=dict)
+    commands: dict[str, Obeyed] = Field(default_factory=dict)
 
 
 class Later(Exception):

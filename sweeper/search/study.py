@@ -16,7 +16,7 @@ from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from sweeper.errors import StudyMismatch
 from sweeper.folders import StudyFolder
-from sweeper.outcome import Facts
+from sweeper.outcome import Facts, device_seconds
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
@@ -48,6 +48,7 @@ WITHOUT_EFFECT = (
     "training.save_total_limit",  # the best checkpoint is never among those deleted
     "training.loss_chunk_size",  # the same loss, computed in pieces
     "training.micro_batch",  # the effective batch stays
+    "training.devices_per_trial",  # and devices share it
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
@@ -199,10 +200,9 @@ def counted(study: optuna.Study) -> int:
 
 
 def spent_seconds(study: optuna.Study) -> float:
-    """Worker time of all trials of a study that ended."""
+    """Device time of all trials of a study that ended."""
     outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
-    seconds = (outcome["metrics"].get("cost/seconds", 0.0) for outcome in outcomes if outcome)
-    return float(sum(seconds))
+    return sum(device_seconds(outcome["metrics"]) for outcome in outcomes if outcome)
 
 
 def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:

@@ -59,7 +59,7 @@ from sweeper.settings.study import (
     Study,
     StudyName,
 )
-from sweeper.settings.training import TAGS, Artifacts, SchedulerOptions, Training
+from sweeper.settings.training import Artifacts, SchedulerOptions, Training
 from sweeper.settings.trial import (
     FakeTrainer,
     Settings,
@@ -69,7 +69,7 @@ from sweeper.settings.trial import (
     TrialSettings,
     Workers,
 )
-from sweeper.settings.validation import describe, validate
+from sweeper.settings.validation import TAGS, describe, validate
 
 __all__ = [
     "ADAPTER_METHODS",

@@ -10,7 +10,8 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ from sweeper.training.manifest import verify_manifest
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
 from sweeper.training.prepare import Prepared, prepare
+from sweeper.training.ranks import Join, Ranks, alone
 from sweeper.training.room import Room
 from sweeper.training.schedule import advice
 from sweeper.training.spool import finite
-from sweeper.training.trial import Looks, TrialInputs, train_trial
+from sweeper.training.trial import Looks, TrialInputs, follow_trial, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
@@ -55,7 +57,8 @@ SHORT_ROW = 8
 class TransformersRunner:
     """Runs trials with transformers.Trainer on a warm base."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, join: Join = alone) -> None:
+        """`join` gathers other processes for the trials that train on several devices."""
         torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
@@ -63,6 +66,7 @@ class TransformersRunner:
         self._warm: dict[str, Base] = {}
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._room = Room()
+        self._join = join
 
     def probe(self, settings: TrialSettings) -> Facts:
         """Load what an arm's trials share and judge the untuned base.
@@ -240,24 +244,42 @@ class TransformersRunner:
         asked = Asked(settings, prepared, base)
         with meter.stage("eval"):
             untuned = asked.answers(base.model)
+        with (
+            self._join(settings, folder.checkpoints) as ranks,
+            self._inputs(settings, base, prepared, ranks, meter) as inputs,
+        ):
+            outcome = train_trial(inputs, settings, folder, observer, meter)
+            with meter.stage("eval"):
+                asked.write(untuned, asked.answers(inputs.model), folder)
+        _warn(outcome, prepared, meter)
+        return outcome
+
+    def follow(self, settings: TrialSettings, checkpoints: Path, ranks: Ranks) -> None:
+        """Take part in a trial that another process leads."""
+        base = self._base(settings)
+        prepared = self._data(settings, base)
+        with self._inputs(settings, base, prepared, ranks, Meter()) as inputs:
+            follow_trial(inputs, settings, checkpoints)
+
+    @contextmanager
+    def _inputs(
+        self, settings: TrialSettings, base: Base, prepared: Prepared, ranks: Ranks, meter: Meter
+    ) -> Iterator[TrialInputs]:
+        """What a trial trains, with its adapter on the warm base for as long as the context lasts."""
         with meter.stage("load"):
             set_seed(settings.seed)  # before the adapter: its initialisation is random
             adapter = settings.adapter
             model = attach(base.model, adapter) if isinstance(adapter, LoraAdapter) else base.model
         try:
-            inputs = TrialInputs(
+            yield TrialInputs(
                 model=model,
                 tokenizer=base.tokenizer,
                 train=prepared.train,
                 judge=prepared.judge(settings, base),
                 ordered=prepared.splits.ordered,
                 compute_dtype=base.compute_dtype,
+                ranks=ranks,
             )
-            outcome = train_trial(inputs, settings, folder, observer, meter)
-            with meter.stage("eval"):
-                asked.write(untuned, asked.answers(model), folder)
-            _warn(outcome, prepared, meter)
-            return outcome
         finally:
             if isinstance(model, PeftModel):
                 detach(model)

@@ -212,7 +212,7 @@ def _local(tmp_path: Path, **plan: str) -> LocalEngine:
         finalists={},
         free_mib=None,
     )
-    return LocalEngine(make_workers("local", fake), 1, lambda worker: tmp_path / f"{worker}.log")
+    return LocalEngine(make_workers("local", fake), 1, 1, lambda worker: tmp_path / f"{worker}.log")
 
 
 def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
@@ -286,16 +286,3 @@ def test_workers_that_cannot_start_end_the_study(
             until(engine, Slots)
     finally:
         engine.close()
-
-
-def test_each_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers share out the visible GPUs; a single one, or none, is left as it is."""
-    from sweeper.workers.worker import pin_device
-
-    for worker, seen in ((0, "2"), (1, "5"), (2, "2")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-        pin_device(worker)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    pin_device(1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
