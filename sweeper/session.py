@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +19,18 @@ import optuna
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from sweeper.errors import StudyError, StudyLocked, WorkerError
-from sweeper.folders import StudyFolder, write_atomic, write_json
+from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
+from sweeper.folders import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
-from sweeper.outcome import Facts, Misfit
+from sweeper.outcome import Adopted, Facts, Misfit
 from sweeper.reporting.console import make_console
-from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
+from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
+from sweeper.reporting.results import Results, collect_arm, headline, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_view, print_results
+from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
@@ -40,7 +43,12 @@ from sweeper.search.study import counted, find_study, open_storage, open_study, 
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
-from sweeper.tracking.trackers import browse_command, make_tracker
+from sweeper.tracking.trackers import (
+    browse_command,
+    make_baselines,
+    make_registry,
+    make_tracker,
+)
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
@@ -75,12 +83,13 @@ class StudySession:
         self._console = console
         self._storage = open_storage(plan.study.storage, folder)
         self._provenance = provenance(plan.command)
-        self._tracker = make_tracker(plan.settings.tracking)
+        self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
         self._engine: Engine | None = None
         self._devices = 0
         self._slots: dict[int, int] = {}
         self._finals: dict[str, ArmFinal] | None = None
+        self._announced = False
         self._misfits: dict[str, Misfit] = {}
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
         found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
@@ -122,8 +131,9 @@ class StudySession:
 
     def _next_arm(self) -> ArmPlan | None:
         """The first arm that was not run to its total; one that was extended comes again."""
-        arms = (arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials)
-        return next(arms, None)
+        arms = [arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials]
+        # an adopted arm costs little, and what is wrong with it is to be known first
+        return min(arms, key=lambda arm: arm.run_id is None, default=None)
 
     def _workers_of(self, arms: Sequence[ArmPlan]) -> Engine:
         """Workers that are wide enough for the trials of some arms.
@@ -142,13 +152,16 @@ class StudySession:
         return self._engine
 
     def _run_arm(self, arm: ArmPlan, engine: Engine, view: View) -> None:
-        facts = self._probe(arm, engine)
+        adopted = self._adopted(arm)
+        facts = self._probe(arm, engine, adopted)
         if isinstance(facts, Misfit):
             self._leave_out(arm, facts, view)
             return
         base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
         self._steering.open_arm(arm.name, study)
+        if adopted is not None:
+            study.set_user_attr("adopted", adopted.model_dump(mode="json"))
         words = fill_study(study, self._plan, arm, facts, self._storage)
         done = counted(study)
         budget = self._arm_budget(arm)
@@ -172,8 +185,26 @@ class StudySession:
             interrupt=self._interrupt,
             steering=self._steering,
             told=self._write_results,
+            adopted=adopted,
         )
         driver.run()
+        shutil.rmtree(self._folder.adopted(arm.name), ignore_errors=True)  # its trial has it now
+
+    def _adopted(self, arm: ArmPlan) -> Adopted | None:
+        """What stands in for the arm's search; once it was judged, its own copy is all that is needed.
+
+        Raises:
+            TrackingError: there is no such run, or it holds no model.
+        """
+        if arm.run_id is None:
+            return None
+        study = find_study(self._plan, arm, self._storage)
+        if study is not None and counted(study):
+            known = Adopted.model_validate(study.user_attrs["adopted"])
+            own = self._folder.trial(arm.name, 0).model
+            return known.model_copy(update={"model": own.resolve()})
+        baselines = make_baselines(self._plan.settings.tracking)
+        return baselines.find(arm.run_id, self._folder.adopted(arm.name))
 
     def _leave_out(self, arm: ArmPlan, misfit: Misfit, view: View) -> None:
         """An arm that cannot fit ends nothing: the others go on.
@@ -197,6 +228,7 @@ class StudySession:
         return [
             f"    a paged 8-bit optimizer:  {shlex.quote(f'{where}.overrides=[{overrides}]')}",
             smaller,
+            "    an earlier full run:      baseline.run_id=MLFLOW_RUN_ID",
             f"    a study without it:       {shlex.quote(f'~{where}')}",
         ]
 
@@ -221,13 +253,14 @@ class StudySession:
         )
         self._finals = driver.run([(arm, study) for arm, study in found if study is not None])
 
-    def _probe(self, arm: ArmPlan, engine: Engine) -> Facts | Misfit:
+    def _probe(self, arm: ArmPlan, engine: Engine, adopted: Adopted | None) -> Facts | Misfit:
         """Ask the first free worker what this arm starts from, or why it cannot."""
         while not any(self._slots.values()):
             self._wait_for_slots(engine)
         worker = next(worker for worker, free in self._slots.items() if free)
         self._slots[worker] -= 1
-        engine.probe(worker, Probe(arm=arm.name, settings=arm.settings.trial))
+        model = None if adopted is None else adopted.model
+        engine.probe(worker, Probe(arm=arm.name, settings=arm.settings.trial, adopted=model))
         while True:
             self._interrupt.check()
             event = engine.next_event(POLL_SECONDS)
@@ -276,11 +309,14 @@ class StudySession:
     def _announce(
         self, arm: ArmPlan, facts: Facts, done: int, words: Sequence[str], view: View
     ) -> None:
-        if arm.name == self._plan.arms[0].name:
+        if not self._announced:
+            self._announced = True
             view.event(f"data: {describe_data(facts)}")
             view.event(f"device: {facts.device}, computing in {facts.dtype}")
         text = f"arm {arm.name}: {arm.n_trials} trials"
-        if done >= arm.n_trials:
+        if arm.run_id is not None:
+            text = f"arm {arm.name}: adopted from MLflow run {arm.run_id}, judged and not trained"
+        elif done >= arm.n_trials:
             text += ", all of them done before: nothing to train"
         elif done:
             text += f", {done} of them done before"
@@ -307,7 +343,8 @@ class StudySession:
         )
         if self._finals is None:
             return results
-        return settle(replace(results, untested=None), self._finals)
+        untested = None if self._plan.study.finalists.test else LEFT_ALONE
+        return settle(replace(results, untested=untested), self._finals)
 
     def _write_results(self) -> None:
         """After every trial, so that a report can be read while the study runs or after a crash."""
@@ -327,17 +364,43 @@ class StudySession:
             text = self._next_commands(results, status)
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             write_page(results, self._folder, self._storage)
-        best = results.arms[0].best if results.arms else None
+        if status == "FINISHED" and results.arms:
+            adapters = self._plan.study.retention.adapters
+            most = sys.maxsize if adapters is None else adapters
+            self._tracker.keep(kept(results, self._folder, most))
         self._tracker.close_study(
             status,
-            {} if best is None else {**best.outcome.metrics, **test_figures(results.arms[0])},
-            {} if best is None else best.point,
+            *headline(results),
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],
         )
-        for problem in self._tracker.close():
+        left = self._tracker.close(hurry=status == "KILLED")
+        for problem in left:
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
+        if left:
+            command = f"python -m sweeper sync {self._plan.study.study_name}{self._elsewhere()}"
+            self._console.print(f"Record     {command}", highlight=False, soft_wrap=True)
+        if status == "FINISHED" and results.arms:
+            self._make_room(results)
         return results
+
+    def _make_room(self, results: Results) -> None:
+        """Remove the losers' weights (sweeper.retention), and say what the study takes up."""
+        adapters = self._plan.study.retention.adapters
+        freed, words = 0.0, ""
+        if adapters is not None and losers(results, self._folder, adapters):
+            try:
+                registry = make_registry(self._plan.settings.tracking)
+                held = [] if registry is None else [each.folder for each in registry.champions()]
+                freed = delete(losers(results, self._folder, adapters, held))
+                words = (
+                    f"; {freed:,.1f} MiB of losers' weights freed (retention.adapters={adapters})"
+                )
+            except TrackingError as error:
+                words = f"; nothing freed, since nobody tells which trial is a champion ({error})"
+        used = size_mib(self._folder.path)
+        text = f"Disk       {used:,.1f} MiB in {self._folder.path}{words}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _next_commands(self, results: Results, status: RunStatus) -> str:
         name = self._plan.study.study_name

@@ -32,7 +32,7 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "doctor", "dry_run", "answers", "steer"},
+    {"session", "single", "sync", "retention", "doctor", "dry_run", "answers", "steer"},
     {"nightly"},
     {"cli", "cli_study", "__main__"},
 )
@@ -44,7 +44,13 @@ SEAMS = {
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
-    "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
+    "mlflow": {
+        "sweeper/tracking/server.py",
+        "sweeper/tracking/shipment.py",
+        "sweeper/tracking/baseline.py",
+        "sweeper/tracking/registry.py",
+        "sweeper/tracking/store.py",
+    },
     "typer": {"sweeper/cli.py", "sweeper/cli_study.py"},
     "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
@@ -109,7 +115,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run", "steer", "nightly.run", "nightly.retention"),
+        *("doctor", "dry_run", "sync", "steer", "nightly.run", "retention"),
         *(
             "tracking.mlflow_tracker",
             "reporting.formats",

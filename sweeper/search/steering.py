@@ -278,8 +278,7 @@ class Steering:
             raise Refused(f"it is stopping; `study resume` takes that back, then {verb} it")
 
     def _extend(self, identity: str, command: Extend) -> str:
-        self._refuse_when_searched()
-        arm = self.arm(command.arm)
+        arm = self._searching(command.arm)
         total = arm.n_trials + command.trials
         if arm.sampler.name == "grid":
             size = sum(1 for _ in grid(arm.space))
@@ -295,8 +294,7 @@ class Steering:
         return f"arm {arm.name} now wants {total} trials instead of {arm.n_trials}"
 
     def _draw(self, command: Enqueue | Clone) -> Draw:
-        self._refuse_when_searched()
-        arm = self.arm(command.arm)
+        arm = self._searching(command.arm)
         if isinstance(command, Enqueue):
             return read_draw(arm, command.values)
         if not command.values:
@@ -319,12 +317,17 @@ class Steering:
             raise Later(f"kept until arm {arm.name} begins")
         return self.studies[arm.name]
 
-    def _refuse_when_searched(self) -> None:
+    def _searching(self, name: str | None) -> ArmPlan:
+        """An arm whose search takes further points."""
+        arm = self.arm(name)
+        if arm.run_id is not None:
+            raise Refused(f"arm {arm.name} is an earlier run (baseline.run_id): it has no search")
         if self.searched:
             raise Refused(
                 "every search of this study has ended, and its finalists are under way; send it again "
                 "when the study has ended: it is then kept for the next start"
             )
+        return arm
 
     def _hold(self, steered: Steered) -> None:
         """A pause: once nothing is trained, end the workers, since they keep the base loaded."""

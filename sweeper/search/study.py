@@ -22,7 +22,7 @@ from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
 from sweeper.search.storage import PatientStorage
-from sweeper.settings import flatten
+from sweeper.settings import TrialSettings, flatten
 from sweeper.space import (
     Choice,
     Domain,
@@ -42,6 +42,7 @@ WITHOUT_EFFECT = (
     "artifacts",  # what is stored beside the kept weights
     "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
     "evaluation.generation.batch_size",
+    "evaluation.general_text",  # read when every search has ended
     "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
     "training.logging_steps",
     "training.save_steps",  # a new best is saved at once, whatever this says
@@ -188,6 +189,23 @@ def point_of(trial: FrozenTrial) -> Point:
     return point
 
 
+def shown_point(trial: FrozenTrial) -> Point:
+    """The point, and the rank that followed from adapter.trainable_parameters."""
+    rank = _decided_rank(trial)
+    return {**point_of(trial), **({} if rank is None else {"adapter.r": rank})}
+
+
+def settings_of(arm: ArmPlan, trial: FrozenTrial) -> TrialSettings:
+    """What a trial was trained with."""
+    settings: TrialSettings = arm.settings_at(point_of(trial)).trial
+    return settings.with_rank(_decided_rank(trial))
+
+
+def _decided_rank(trial: FrozenTrial) -> int | None:
+    sized: dict[str, int] = trial.user_attrs.get("sized", {})
+    return sized.get("rank")
+
+
 def adopt(study: optuna.Study) -> list[Trial]:
     """Trials that a dead driver left RUNNING, as live ones."""
     orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -216,6 +234,7 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",
+        **({} if arm.run_id is None else {"adopted run": arm.run_id}),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},

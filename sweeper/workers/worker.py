@@ -17,12 +17,14 @@ from typing import Protocol
 
 from sweeper.errors import DoesNotFit, SweeperError, WorkerError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
+from sweeper.outcome import Facts, Misfit, Outcome, Size, StopCause, Unseen, Value
 from sweeper.redaction import redact
 from sweeper.settings import Workers
 from sweeper.workers.devices import devices_of, see_only
 from sweeper.workers.protocol import (
     AnyCommand,
+    Check,
+    Checked,
     Close,
     Ended,
     Evaluated,
@@ -55,7 +57,7 @@ class Channel(Protocol):
 class Orders:
     """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
 
-    work: queue.Queue[Submit | Test | Probe | Close] = field(default_factory=queue.Queue)
+    work: queue.Queue[Submit | Test | Probe | Check | Close] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
 
     @classmethod
@@ -151,6 +153,9 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
         if isinstance(command, Probe):
             channel.send(_probed(command, runner))
             continue
+        if isinstance(command, Check):
+            channel.send(_checked(command, runner, worker))
+            continue
         if isinstance(command, Test):
             channel.send(_tested(command, runner))
             continue
@@ -203,7 +208,7 @@ def _probed(command: Probe, runner: Runner) -> Probed:
     message: str | None = None
     misfit: Misfit | None = None
     try:
-        facts = runner.probe(command.settings)
+        facts = runner.probe(command.settings, command.adopted)
     except SweeperError as error:
         message = str(error)
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
@@ -212,23 +217,38 @@ def _probed(command: Probe, runner: Runner) -> Probed:
     return Probed(arm=command.arm, facts=facts, message=message, misfit=misfit)
 
 
+def _checked(command: Check, runner: Runner, worker: int) -> Checked:
+    size: Size | None = None
+    refusal: Outcome | None = None
+    try:
+        size = runner.check(command.settings)
+    except SweeperError as error:
+        refusal = Outcome(cause="refused", message=str(error))
+    except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
+        refusal = Outcome(cause="error", message=_traceback())
+    return Checked(worker=worker, size=size, refusal=refusal)
+
+
 def _tested(command: Test, runner: Runner) -> Tested:
-    examples: Examples | None = None
+    losses: Unseen | None = None
     message: str | None = None
     try:
         folder = None if command.folder is None else TrialFolder(command.folder)
-        examples = runner.test(command.settings, folder)
+        losses = runner.test(command.settings, folder, command.kinds)
     except SweeperError as error:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return Tested(trial=command.trial, attempt=command.attempt, examples=examples, message=message)
+    return Tested(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
 
 
 def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:
     observer = RemoteObserver(channel, orders, command.trial, command.attempt)
     folder = TrialFolder(command.folder)
     try:
+        if command.adopted is not None:
+            model = command.adopted
+            return runner.adopt(command.settings, folder, command.provenance, model)
         return runner.run(command.settings, folder, command.provenance, observer)
     except WorkerError:
         raise  # not the trial's fault: the worker ends, and the trial continues on its successor

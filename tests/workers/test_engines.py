@@ -120,15 +120,23 @@ def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Pat
         _, slot = until(engine, Slots)
         assert isinstance(slot, Slots)
         engine.test(
-            slot.worker, Test(trial="x", attempt=1, settings=make_settings().trial, folder=folder)
+            slot.worker,
+            Test(
+                trial="x",
+                attempt=1,
+                settings=make_settings().trial,
+                folder=folder,
+                kinds=("test",),
+            ),
         )
         answers.append(until(engine, Tested)[1])
     base, nothing = answers
     assert isinstance(base, Tested)
     assert isinstance(nothing, Tested)
-    assert base.examples is not None
-    assert len(base.examples.nll) == len(base.examples.tokens) > 0
-    assert (nothing.examples, "nothing was trained here" in (nothing.message or "")) == (None, True)
+    assert base.losses is not None
+    assert base.losses.test is not None
+    assert len(base.losses.test.nll) == len(base.losses.test.tokens) > 0
+    assert (nothing.losses, "nothing was trained here" in (nothing.message or "")) == (None, True)
 
 
 def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:
