@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sweeper import cli_study
+
 if TYPE_CHECKING:
     from sweeper.tracking.registry import Registry, Version
 
 VERBS = (
-    *("report", "best", "generate", "trial", "doctor", "prefetch"),
+    *("report", "study", "best", "generate", "trial", "doctor", "prefetch"),
     *("sync", "nightly", "champion", "clean", "build-base"),
 )
 
@@ -36,9 +38,10 @@ def report(
     """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
     from sweeper.errors import ConfigError
     from sweeper.folders import write_atomic
+    from sweeper.reporting.console import make_console
     from sweeper.reporting.formats import FORMATS, WRITERS, default_path
     from sweeper.reporting.results import load_results
-    from sweeper.reporting.view import make_console, print_results
+    from sweeper.reporting.view import print_results
 
     if form not in FORMATS:
         raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
@@ -160,7 +163,7 @@ def doctor(
 ) -> None:
     """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
     from sweeper.doctor import examine, print_findings, sound, to_json
-    from sweeper.reporting.view import make_console
+    from sweeper.reporting.console import make_console
 
     findings = examine(overrides or [])
     if as_json:
@@ -236,6 +239,8 @@ def clean(
     done = "would be freed" if dry_run else "freed"
     typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
 
+
+app.add_typer(cli_study.app, name="study")
 
 champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
 app.add_typer(champions, name="champion")

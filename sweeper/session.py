@@ -23,12 +23,13 @@ from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
 from sweeper.folders import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Adopted, Facts, Misfit
+from sweeper.reporting.console import make_console
 from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
 from sweeper.reporting.results import Results, collect_arm, headline, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
-from sweeper.reporting.view import make_console, make_view, print_results
+from sweeper.reporting.view import make_view, print_results
 from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
@@ -37,6 +38,7 @@ from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
+from sweeper.search.steering import Steering
 from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
@@ -50,6 +52,8 @@ from sweeper.tracking.trackers import (
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
+LOCK_SECONDS = 1.0
+"""Somebody who only looks whether there is a driver holds its lock for a moment."""
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no room on the device: they move to the host's memory and back."""
 
@@ -74,7 +78,6 @@ class StudySession:
     def __init__(
         self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
     ) -> None:
-        self._plan = plan
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
@@ -89,6 +92,16 @@ class StudySession:
         self._announced = False
         self._misfits: dict[str, Misfit] = {}
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
+        found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
+        studies = {name: study for name, study in found.items() if study is not None}
+        self._steering = Steering(plan, folder, interrupt, self._budget, self._board, studies)
+        self._ran: dict[str, int] = {}
+        """To which total each arm was run."""
+
+    @property
+    def _plan(self) -> StudyPlan:
+        """With the totals that were raised while it ran."""
+        return self._steering.plan
 
     def run(self) -> Results:
         """See run_study."""
@@ -99,9 +112,11 @@ class StudySession:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
                 name = self._plan.study.study_name
                 view.event(f"study {name} ({presets}): loading the base model and the data")
-                # an adopted arm costs little, and what is wrong with it is to be known first
-                for arm in sorted(self._plan.arms, key=lambda arm: arm.run_id is None):
+                self._steering.catch_up(view)
+                while (arm := self._next_arm()) is not None:
                     self._run_arm(arm, self._workers_of([arm]), view)
+                    self._ran[arm.name] = self._steering.total(arm.name)
+                self._steering.searched = True
                 self._run_finalists(self._workers_of(self._plan.arms), view)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -111,7 +126,14 @@ class StudySession:
             if self._engine is not None:
                 self._engine.close()
             results = self._conclude(status)
+            self._steering.close(status)
         return results
+
+    def _next_arm(self) -> ArmPlan | None:
+        """The first arm that was not run to its total; one that was extended comes again."""
+        arms = [arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials]
+        # an adopted arm costs little, and what is wrong with it is to be known first
+        return min(arms, key=lambda arm: arm.run_id is None, default=None)
 
     def _workers_of(self, arms: Sequence[ArmPlan]) -> Engine:
         """Workers that are wide enough for the trials of some arms.
@@ -137,6 +159,7 @@ class StudySession:
             return
         base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
+        self._steering.open_arm(arm.name, study)
         if adopted is not None:
             study.set_user_attr("adopted", adopted.model_dump(mode="json"))
         words = fill_study(study, self._plan, arm, facts, self._storage)
@@ -160,6 +183,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
             told=self._write_results,
             adopted=adopted,
         )
@@ -225,6 +249,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
         )
         self._finals = driver.run([(arm, study) for arm, study in found if study is not None])
 
@@ -422,7 +447,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
     folder.path.mkdir(parents=True, exist_ok=True)
     owner = folder.lock.with_suffix(".pid")
     try:
-        with FileLock(folder.lock, timeout=0):
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:

@@ -10,8 +10,8 @@ from sweeper.errors import StudyError, TrialFailed
 from sweeper.folders import TrialFolder
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Facts, Outcome, Size
+from sweeper.reporting.console import make_console
 from sweeper.reporting.tables import describe_data
-from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
 from sweeper.search.sizes import recorded
 from sweeper.search.states import STATES

@@ -6,7 +6,6 @@ The driver fills the board; a view only draws it.
 from __future__ import annotations
 
 import io
-import sys
 import time
 from typing import Self
 
@@ -26,13 +25,13 @@ from sweeper.settings import metric_words
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
 PICTURE_COLUMNS = 140
-PLAIN_COLUMNS = 140
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
     "pruned": "yellow",
     "running": "cyan",
     "waiting": "dim",
+    "paused": "dim",
     "cancelled": "dim",
     "duplicate": "dim",
 }
@@ -91,11 +90,6 @@ def make_view(console: Console) -> View:
     return PlainView(console)
 
 
-def make_console() -> Console:
-    """Where everything is printed; wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
-
-
 def print_results(results: Results, console: Console) -> None:
     """Leaderboards, the gain of each rank, then the comparison, then the verdict in words."""
     for arm in results.arms:
@@ -144,9 +138,9 @@ def board_table(board: Board) -> Table:
 
 
 def _headline(board: Board, trials: list[TrialView]) -> str:
-    done = sum(trial.state not in ("running", "waiting", "cancelled") for trial in trials)
+    done = sum(trial.state not in ("running", "waiting", "paused", "cancelled") for trial in trials)
     base = "" if board.base_value is None else f"   untuned base {board.base_value:.4f}"
-    left = f"   {board.left}" if board.left else ""
+    left = "".join(f"   {words}" for words in (board.left, board.note) if words)
     return f"{board.arm}: {done} of {board.wanted} trials{base}{left}"
 
 

@@ -5,7 +5,8 @@ Rules, stated once:
   ended; a running trial always ends by itself (its time is spent; Ctrl-C stops at once).
 - Arms run one after the other, so each gets the share of what is left that its open trials have among
   all open trials: otherwise the baseline, which comes last, would never be trained.
-- wall_clock is counted from the start of this command; device_hours over all runs of the study.
+- wall_clock is counted from the start of this command, without the time it was paused; `until` is a
+  time of day, whatever happens; device_hours are counted over all runs of the study.
 
 Knows neither Optuna nor workers; the clock is given.
 """
@@ -39,7 +40,7 @@ def next_time(text: str, now: float, zone: ZoneInfo | None = None) -> float:
     return next(moment for moment in moments if moment > now)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ArmBudget:
     """What one arm may use."""
 
@@ -53,6 +54,12 @@ class ArmBudget:
     """Seconds that each trial took that ended in this run of the command."""
     devices: int = 1
     """How many each trial occupies."""
+    until: float | None = None
+    """The time of day that ends the study: pauses move the deadline, but not beyond it."""
+
+    def paused(self, seconds: float) -> None:
+        """Time that passed while nothing was to be done."""
+        self.deadline = _moved(self.deadline, seconds, self.until)
 
     def refusal(
         self, started: Sequence[float], typical: float, values: Sequence[float | None]
@@ -106,12 +113,11 @@ class StudyBudget:
         self._minimize = minimize
         self._clock = clock
         now = clock()
-        moments = []
-        if settings.wall_clock is not None:
-            moments.append(now + settings.wall_clock)
-        if settings.until is not None:
-            moments.append(next_time(settings.until, now, zone))
+        self._until = None if settings.until is None else next_time(settings.until, now, zone)
+        wall_clock = None if settings.wall_clock is None else now + settings.wall_clock
+        moments = [moment for moment in (wall_clock, self._until) if moment is not None]
         self._deadline = min(moments, default=None)
+        self._arm: ArmBudget | None = None
 
     def of_arm(self, share: float, device_seconds_spent: float, devices: int = 1) -> ArmBudget:
         """The part of what is left that an arm gets.
@@ -124,14 +130,29 @@ class StudyBudget:
         now, hours = self._clock(), self._settings.device_hours
         deadline = None if self._deadline is None else now + share * (self._deadline - now)
         left = None if hours is None else max(0.0, 3600 * hours - device_seconds_spent) * share
-        return ArmBudget(
+        self._arm = ArmBudget(
             deadline,
             left,
             self._settings.plateau,
             self._minimize,
             self._clock,
             devices=devices,
+            until=self._until,
         )
+        return self._arm
+
+    def paused(self, seconds: float) -> None:
+        """Time that passed while the study was paused: it is not counted as wall-clock time."""
+        self._deadline = _moved(self._deadline, seconds, self._until)
+        if self._arm is not None:
+            self._arm.paused(seconds)
+
+
+def _moved(deadline: float | None, seconds: float, until: float | None) -> float | None:
+    if deadline is None:
+        return None
+    moved = deadline + seconds
+    return moved if until is None else min(moved, until)
 
 
 def plateaued(rule: Plateau, values: Sequence[float | None], minimize: bool) -> bool:

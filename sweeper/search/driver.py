@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sweeper.errors import ConfigError, StudyError
+from sweeper.errors import ConfigError, Refused, StudyError
 from sweeper.folders import StudyFolder
 from sweeper.interrupt import Interrupt
 from sweeper.outcome import Adopted, Facts, Outcome, Size
@@ -23,7 +23,18 @@ from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
 from sweeper.search.sizes import Sizes, decided, recorded
 from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
-from sweeper.search.study import adopt, ask_again, counted, shown_point, suggest, twin
+from sweeper.search.steering import Steering
+from sweeper.search.study import (
+    DROPPED,
+    adopt,
+    ask,
+    ask_again,
+    counted,
+    shown_point,
+    steering_tags,
+    suggest,
+    twin,
+)
 from sweeper.settings import Objective, Pruner, Settings
 from sweeper.space import Point
 from sweeper.tracking.tracker import Tracker, TrialRecord
@@ -62,7 +73,12 @@ class Live:
     stopping: bool = False
     audited: bool = False
     started: float = 0.0
-    """By the budget's clock."""
+    """By the budget's clock, moved by the time it was set aside."""
+    spent: float = 0.0
+    """Seconds of work before it was set aside."""
+    worker: int = -1
+    dropped: bool = False
+    """Stopped for good by a person."""
 
 
 @dataclass
@@ -84,12 +100,15 @@ class ArmDriver:
     provenance: Mapping[str, str]
     slots: dict[int, int]
     interrupt: Interrupt
+    steering: Steering
     told: Callable[[], None]
     """Called after every trial that was told."""
     adopted: Adopted | None = None
     """What stands in for the arm's search: its one trial is judged, not trained."""
     _live: dict[str, Live] = field(default_factory=dict)
     _waiting: list[Live] = field(default_factory=list)
+    _aside: set[str] = field(default_factory=set)
+    """Running trials that were asked to stop, to be continued after a pause."""
     _checking: dict[int, Live] = field(default_factory=dict)
     """By the worker that was asked whether they are possible."""
     _sizes: Sizes = field(default_factory=Sizes)
@@ -108,6 +127,7 @@ class ArmDriver:
         try:
             for trial in adopt(self.study):
                 self._adopt(trial)
+            self.steering.read(self)
             while self._more():
                 self.interrupt.check()
                 self._dispatch()
@@ -115,13 +135,14 @@ class ArmDriver:
                 if event := self.engine.next_event(POLL_SECONDS):
                     self._handle(event)
                     self.view.update(self.board)
+                self.steering.read(self)
         except (KeyboardInterrupt, StudyError):
             self._cancel()
             raise
-        if (done := counted(self.study)) < self.arm.n_trials:
+        if (done := counted(self.study)) < self._wanted:
             reason = self._refusal or "what else was asked had been trained before or is impossible"
             self.view.event(
-                f"arm {self.arm.name} ends at {done} of {self.arm.n_trials} trials: {reason}"
+                f"arm {self.arm.name} ends at {done} of {self._wanted} trials: {reason}"
             )
 
     @property
@@ -134,8 +155,45 @@ class ArmDriver:
         """What the untuned base is worth."""
         return self.facts.base_value(self.objective.metric)
 
+    @property
+    def _wanted(self) -> int:
+        return self.steering.total(self.arm.name)
+
+    def training(self) -> dict[str, int]:
+        """See Steered."""
+        checks = {live.record.key: worker for worker, live in self._checking.items()}
+        return {**checks, **{key: live.worker for key, live in self._live.items()}}
+
+    def set_aside(self) -> None:
+        """See Steered."""
+        for key, live in self._live.items():
+            self._aside.add(key)
+            if not live.stopping:
+                self.engine.stop(key, "cancelled")
+
+    def drop(self, key: str) -> str:
+        """See Steered."""
+        waiting = {live.record.key: live for live in self._waiting}
+        live = self._live.get(key) or waiting.get(key)
+        if live is None:
+            known = ", ".join([*self._live, *waiting]) or "none"
+            raise Refused(f"{key} is not being trained; these are: {known}")
+        live.trial.set_user_attr(DROPPED, True)
+        live.dropped = live.stopping = True
+        if key in self._live:
+            self._aside.discard(key)
+            self.engine.stop(key, "cancelled")
+        else:
+            self._waiting.remove(live)
+            self._tell(live, Outcome(cause="cancelled"))
+        return f"{key} is ended for good"
+
     def _more(self) -> bool:
-        return bool(self._live or self._waiting or self._checking) or self._may_ask()
+        return (
+            self.steering.holds
+            or bool(self._live or self._waiting or self._checking)
+            or self._may_ask()
+        )
 
     def _may_ask(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
@@ -143,8 +201,8 @@ class ArmDriver:
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         fruitless = sum(trial.user_attrs.get("cause") in FRUITLESS for trial in trials)
         exhausted = self.arm.sampler.name == "grid" and not waiting
-        wanted = counted(self.study) + open_count < self.arm.n_trials
-        allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self.arm.n_trials
+        wanted = counted(self.study) + open_count < self._wanted
+        allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self._wanted
         if allowed:
             self._refusal = self.budget.refusal(
                 self._started(), typical_seconds(self.budget.ended), self._values(trials)
@@ -165,6 +223,8 @@ class ArmDriver:
         ]
 
     def _dispatch(self) -> None:
+        if self.steering.holds:
+            return
         for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
             live = self._next()
             if live is None:
@@ -202,7 +262,7 @@ class ArmDriver:
     def _ask(self) -> Live | None:
         """The next trial that needs training; twins and impossible points are answered at once."""
         while self._may_ask():
-            trial = self.study.ask()
+            trial = ask(self.study)
             point = suggest(trial, self.arm.space)
             if earlier := twin(self.study, point):
                 self._answer_twin(
@@ -239,7 +299,7 @@ class ArmDriver:
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
         params = recorded(settings.trial) if self.adopted is None else self.adopted.params
-        tags = {"arm": self.arm.name, **self._origin()}
+        tags = {"arm": self.arm.name, **self._origin(), **steering_tags(trial)}
         record = TrialRecord(key, folder, params, tags)
         watch = make_watch(self.pruner, settings.training, trial, reported)
         return Live(trial, point, settings, record, view, watch)
@@ -253,11 +313,12 @@ class ArmDriver:
     def _submit(self, live: Live, worker: int, size: Size | None) -> None:
         """Hand a trial out; what is adopted has no size, because it is not trained."""
         self.slots[worker] -= 1
+        live.worker = worker
         if size is not None:
             self._take_size(live, size)
         live.trial.set_user_attr("attempt", live.attempt)
         live.view.state = "running"
-        live.started = self.budget.clock()
+        live.started = self.budget.clock() - live.spent
         self._live[live.record.key] = live
         self.tracker.start(live.record)
         self.engine.submit(
@@ -329,12 +390,31 @@ class ArmDriver:
 
     def _ended(self, event: Ended) -> None:
         live = self._live.pop(event.trial, None)
-        if live is not None:
+        if live is None:
+            return
+        if self._was_set_aside(event.trial) and event.outcome.cause == "cancelled":
+            self._wait(live)
+        else:
             self._tell(live, event.outcome)
+
+    def _was_set_aside(self, key: str) -> bool:
+        aside = key in self._aside
+        self._aside.discard(key)
+        return aside
+
+    def _wait(self, live: Live) -> None:
+        """Until the pause is over: the attempt goes on, from its checkpoint."""
+        live.spent = self.budget.clock() - live.started
+        live.stopping = False
+        live.view.state = "paused"
+        self._waiting.append(live)
 
     def _tell(self, live: Live, outcome: Outcome) -> None:
         outcome = judged(outcome, self.costs)
-        if outcome.cause == "cancelled":
+        if outcome.cause == "cancelled" and live.dropped:
+            outcome = outcome.model_copy(update={"message": "stopped by hand"})
+            live.record.folder.forget_checkpoints()
+        elif outcome.cause == "cancelled":
             ask_again(self.study, live.trial, self.arm.space)
         tell(self.study, live.trial, outcome, self.base_value, self.costs)
         if live.started:
@@ -366,7 +446,11 @@ class ArmDriver:
         if live is None:
             return
         self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
-        if live.attempt >= MAX_ATTEMPTS:
+        if live.dropped:
+            self._tell(live, Outcome(cause="cancelled"))
+        elif self._was_set_aside(live.record.key):
+            self._wait(live)
+        elif live.attempt >= MAX_ATTEMPTS:
             self._tell(live, Outcome(cause=event.cause, message=event.message))
         else:
             live.attempt += 1
@@ -382,9 +466,13 @@ class ArmDriver:
         if live is None:
             return
         live.audited = bool(frozen.user_attrs.get("audited", False))
+        live.dropped = bool(frozen.user_attrs.get(DROPPED, False))
         stored = live.record.folder.outcome
         if stored.exists():  # it ended, but the driver died before it could tell
             self._tell(live, Outcome.model_validate_json(stored.read_text(encoding="utf-8")))
+            return
+        if live.dropped:
+            self._tell(live, Outcome(cause="cancelled"))
             return
         live.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         if live.attempt > MAX_ATTEMPTS:
