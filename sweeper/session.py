@@ -34,7 +34,7 @@ from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
-from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
+from sweeper.search.study import counted, find_study, open_storage, open_study, share_cache, spent_seconds
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
@@ -70,7 +70,7 @@ class StudySession:
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
-        self._storage = open_storage(plan.study.storage, folder)
+        self._storage = share_cache(open_storage(plan.study.storage, folder))
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking)
         self._board = Board(plan.objective)

@@ -135,7 +135,7 @@ class ArmDriver:
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         fruitless = sum(trial.user_attrs.get("cause") in FRUITLESS for trial in trials)
         exhausted = self.arm.sampler.name == "grid" and not waiting
-        wanted = counted(self.study) + open_count < self.arm.n_trials
+        wanted = sum(map(counts, trials)) + open_count < self.arm.n_trials
         allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self.arm.n_trials
         if allowed:
             self._refusal = self.budget.refusal(
