@@ -34,7 +34,14 @@ from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
-from sweeper.search.study import counted, find_study, open_storage, open_study, share_cache, spent_seconds
+from sweeper.search.study import (
+    counted,
+    find_study,
+    open_storage,
+    open_study,
+    share_cache,
+    spent_seconds,
+)
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord

@@ -26,6 +26,7 @@ from sweeper.data.packing import require_isolation
 from sweeper.errors import ArtifactError, ConfigError, DataError, Diverged, DoesNotFit, ModelError
 from sweeper.evaluation.judge import Judge, Judgement, plausibility_warning
 from sweeper.folders import TrialFolder, write_atomic, write_json
+from sweeper.manifest import verify_manifest
 from sweeper.modeling.adapter import attach, detach, touches_base
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.hardware import device, device_report, dtype_name
@@ -37,7 +38,6 @@ from sweeper.training.asked import Asked
 from sweeper.training.batch import halved, out_of_memory, resolve
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.log import training_log
-from sweeper.training.manifest import verify_manifest
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
 from sweeper.training.prepare import Prepared, prepare
