@@ -51,6 +51,8 @@ from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no room on the device: they move to the host's memory and back."""
+WRITING_SHARE = 0.05
+"""Of the driver's time that may go into results.json and report.md while a study runs."""
 
 
 def run_study(plan: StudyPlan) -> Results:
@@ -84,6 +86,7 @@ class StudySession:
         self._slots: dict[int, int] = {}
         self._finals: dict[str, ArmFinal] | None = None
         self._misfits: dict[str, Misfit] = {}
+        self._next_write = 0.0
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
 
     def run(self) -> Results:
@@ -274,8 +277,16 @@ class StudySession:
         return settle(replace(results, untested=None), self._finals)
 
     def _write_results(self) -> None:
-        """After every trial, so that a report can be read while the study runs or after a crash."""
+        """After a trial, so that a report can be read while the study runs or after a crash.
+
+        Not after every trial where trials end faster than hundreds of them are written.
+        """
+        began = time.monotonic()
+        if began < self._next_write:
+            return
         self._write(self._results())
+        took = time.monotonic() - began
+        self._next_write = began + took / WRITING_SHARE
 
     def _write(self, results: Results) -> None:
         verdict = judge(results).document()

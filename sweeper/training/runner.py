@@ -29,6 +29,7 @@ from sweeper.folders import TrialFolder, write_atomic, write_json
 from sweeper.manifest import verify_manifest
 from sweeper.modeling.adapter import attach, detach, touches_base
 from sweeper.modeling.base import Base, load_base
+from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.outcome import Examples, Facts, Misfit, Outcome
@@ -61,6 +62,8 @@ class TransformersRunner:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
+        self._checksums: dict[str, dict[str, int]] = {}
+        """Of the warm base, as it was loaded."""
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._room = Room()
 
@@ -105,7 +108,7 @@ class TransformersRunner:
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
             started, meter = time.time(), Meter()
-            outcome = self._outcome(settings, folder, observer, meter)
+            outcome = self._on_clean_base(self._outcome(settings, folder, observer, meter))
             metrics = {**outcome.metrics, **finite(meter.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
             text, document = training_log(settings, outcome, folder, started, meter)
@@ -176,6 +179,27 @@ class TransformersRunner:
         if need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
 
+    def _on_clean_base(self, outcome: Outcome) -> Outcome:
+        """The outcome, if the warm base is still what was loaded; an error otherwise.
+
+        A base that a trial has changed would spoil every later one in silence; the next trial loads
+        it anew.
+        """
+        changed_weights = [
+            name
+            for key, base in self._warm.items()
+            for name in changed(self._checksums[key], base.model)
+        ]
+        if not changed_weights:
+            return outcome
+        self._warm.clear()
+        shown = ", ".join(changed_weights[:3]) + (" …" if len(changed_weights) > 3 else "")
+        message = (
+            f"this trial changed {len(changed_weights)} weights of its frozen base ({shown}), so its "
+            "result does not stand; the next trial gets the base loaded anew"
+        )
+        return Outcome(cause="error", message=message, steps=outcome.steps)
+
     def _outcome(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
     ) -> Outcome:
@@ -187,9 +211,13 @@ class TransformersRunner:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
+                self._warm.clear()  # nobody knows what the error left of it
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return Outcome(cause="oom", message=message, steps=meter.steps)
+        except Exception:
+            self._warm.clear()
+            raise
 
     def _train(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -271,6 +299,7 @@ class TransformersRunner:
         if key not in self._warm:
             self._warm.clear()  # one base at a time: memory is what it is all about
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
+            self._checksums = {key: checksums(self._warm[key].model)}
         return self._warm[key]
 
     def _data(self, settings: TrialSettings, base: Base) -> Prepared:
