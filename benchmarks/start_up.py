@@ -44,7 +44,7 @@ COMMAND = (
 def note(words: str) -> None:
     """A moment, for the parent."""
     if path := os.environ.get(LOG):
-        with open(path, "a", encoding="utf-8") as file:
+        with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps([time.time(), words]) + "\n")
 
 

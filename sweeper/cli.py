@@ -244,6 +244,26 @@ def promote(
 
 
 @champions.command()
+def certify(
+    model: Model,
+    overrides: Where = None,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
+    _quiet()
+    from sweeper.nightly.certify import certify as look
+    from sweeper.nightly.certify import other_looks
+
+    registry = _registry(overrides or [])
+    certificate = look(model, registry)
+    typer.echo(certificate.words)
+    champion = registry.champion(model)
+    also = None if champion is None else other_looks(champion, output_dir)
+    if also is not None:
+        typer.echo(also)
+
+
+@champions.command()
 def rollback(model: Model, overrides: Where = None) -> None:
     """Give the champion's place back to the one before."""
     version = _registry(overrides or []).rollback(model)

@@ -193,9 +193,17 @@ class StudyFolder:
         """Where an arm's repeats over seeds and their figures on the test split are kept."""
         return self.path / arm / "finalists"
 
+    def adopted(self, arm: str) -> Path:
+        """Where the model of an earlier run is fetched to, if it lies on a server."""
+        return self.path / arm / "adopted"
+
     def test_examples(self, arm: str, name: str) -> Path:
         """What a model lost on each example of the test split; `name` says which model."""
         return self.finalists(arm) / "test" / f"{name}.json"
+
+    def general_examples(self, arm: str, digest: str, name: str) -> Path:
+        """What a model lost on each window of the general text of this digest."""
+        return self.finalists(arm) / "general" / digest[:12] / f"{name}.json"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,10 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
         raise StudyError(f"{folder.path} holds a trial already; give another folder")
     console = make_console()
     tracker = make_tracker(settings.tracking)
-    engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")
+    devices = settings.training.devices_per_trial
+    engine = open_engine(
+        settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log", devices
+    )
     stopped: KeyboardInterrupt | None = None
     single = SingleTrial(settings.trial, folder, command, engine, tracker, console)
     try:

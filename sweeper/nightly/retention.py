@@ -1,7 +1,8 @@
 """Which weights of a study are kept, and the removal of the others; its figures are never touched.
 
 Policy: the best `keep_adapters` adapters of all arms stay, and whatever a registry's champion points
-at. Every other adapter, every full fine-tune's weights, merged model, archive and checkpoint goes.
+at, with their further seeds. Every other adapter, every full fine-tune's weights, merged model, archive
+and checkpoint goes.
 Optuna's storage, metrics, logs, configs and reports stay for ever: they are small, and a trial whose
 weights are gone can be trained again from its config.yaml.
 """
@@ -59,9 +60,9 @@ def removals(
     return [
         found
         for arm in results.arms
-        for path in sorted((folder.path / arm.name).glob("trial_*"))
+        for path, trial in _trials(folder, arm.name)
         if not path.is_symlink()  # a fork's trial belongs to the study it was made in
-        for found in _removals_of(TrialFolder(path), path.resolve() in held)
+        for found in _removals_of(TrialFolder(path), trial.resolve() in held)
     ]
 
 
@@ -80,6 +81,14 @@ def remove(study_name: str, output_dir: Path, found: list[Removal]) -> None:
                     removal.path.unlink()
     except Timeout:
         raise StudyLocked(f"study {study_name!r} is running; clean it when it has ended") from None
+
+
+def _trials(folder: StudyFolder, arm: str) -> Iterator[tuple[Path, Path]]:
+    """Every folder with weights, and the trial whose rank decides: further seeds go with their trial."""
+    for path in sorted((folder.path / arm).glob("trial_*")):
+        yield path, path
+    for path in sorted(folder.finalists(arm).glob("trial_*_seed_*")):
+        yield path, folder.path / arm / path.name.partition("_seed_")[0]
 
 
 def _removals_of(trial: TrialFolder, kept: bool) -> Iterator[Removal]:

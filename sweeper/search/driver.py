@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -16,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sweeper.errors import ConfigError, StudyError
 from sweeper.folders import StudyFolder
 from sweeper.interrupt import Interrupt
-from sweeper.outcome import Facts, Outcome
+from sweeper.outcome import Adopted, Facts, Outcome
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.plan import ArmPlan
@@ -83,6 +84,8 @@ class ArmDriver:
     interrupt: Interrupt
     told: Callable[[], None]
     """Called after every trial that was told."""
+    adopted: Adopted | None = None
+    """What stands in for the arm's search: its one trial is judged, not trained."""
     _live: dict[str, Live] = field(default_factory=dict)
     _waiting: list[Live] = field(default_factory=list)
     _errors: Counter[str] = field(default_factory=Counter)
@@ -202,7 +205,11 @@ class ArmDriver:
         folder = self.folder.trial(self.arm.name, trial.number)
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
-        params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
+        params: Mapping[str, Any] = flatten(
+            settings.trial.model_dump(mode="json", exclude_none=True)
+        )
+        if self.adopted is not None:
+            params = self.adopted.params
         tags = {"arm": self.arm.name, **self._origin()}
         record = TrialRecord(key, folder, params, tags)
         watch = make_watch(self.pruner, settings.training, trial, reported)
@@ -229,13 +236,15 @@ class ArmDriver:
                 folder=live.record.folder.path.resolve(),
                 settings=live.settings.trial,
                 provenance={**self._origin(), "attempt": live.attempt},
+                adopted=None if self.adopted is None else self.adopted.model,
             ),
         )
 
     def _origin(self) -> dict[str, str]:
         """Code, machine, data and base: where this arm's results come from."""
         digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
-        return {**self.provenance, **digests}
+        adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
+        return {**self.provenance, **digests, **adopted}
 
     def _handle(self, event: AnyEvent) -> None:
         match event:

@@ -22,6 +22,7 @@ from sweeper.settings.evaluation import (
     LOSS_METRICS,
     ROUGE_METRICS,
     Evaluation,
+    GeneralText,
     Generation,
     Objective,
     Prompt,
@@ -59,7 +60,7 @@ from sweeper.settings.study import (
     Study,
     StudyName,
 )
-from sweeper.settings.training import TAGS, Artifacts, SchedulerOptions, Training
+from sweeper.settings.training import Artifacts, SchedulerOptions, Training
 from sweeper.settings.trial import (
     FakeTrainer,
     Settings,
@@ -69,7 +70,7 @@ from sweeper.settings.trial import (
     TrialSettings,
     Workers,
 )
-from sweeper.settings.validation import describe, validate
+from sweeper.settings.validation import TAGS, describe, validate
 
 __all__ = [
     "ADAPTER_METHODS",
@@ -94,6 +95,7 @@ __all__ = [
     "Finalists",
     "FormatName",
     "Fraction",
+    "GeneralText",
     "Generation",
     "LoraAdapter",
     "Model",

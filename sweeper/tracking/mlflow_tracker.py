@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
 from sweeper.redaction import redact
 from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
@@ -39,6 +40,8 @@ CLOSE_SECONDS = 10.0
 """How long the end of a study waits for a server that is away; what is left is said."""
 AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
 """MLflow's error codes for a server that may answer later."""
+ACTIVE_ONLY = 1
+"""mlflow.entities.ViewType.ACTIVE_ONLY, which takes two seconds to import."""
 BATCH = 1000
 """MLflow takes at most this many metrics a request."""
 
@@ -91,6 +94,13 @@ class MlflowTracker:
         """See Tracker."""
         self._later(
             f"end of {trial.key}", lambda client: self._end(client, trial, status, metrics, tags)
+        )
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """See Tracker."""
+        self._later(
+            f"figures of {trial.key}",
+            lambda client: self._amend(client, trial, metrics, measured_at),
         )
 
     def close_study(
@@ -162,7 +172,7 @@ class MlflowTracker:
         )
         self._study = {STUDY_TAG: study.name}
         query = f"tags.`{STUDY_TAG}` = '{study.name}'"
-        runs = list(_search(client, self._experiment, query))
+        runs = list(search(client, self._experiment, query))
         parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
         if parents:
             self._parent = parents[0].info.run_id
@@ -247,6 +257,17 @@ class MlflowTracker:
         client.set_terminated(run, status)
         self._final.add(trial.key)
 
+    def _amend(
+        self,
+        client: MlflowClient,
+        trial: TrialRecord,
+        metrics: Mapping[str, float],
+        measured_at: float,
+    ) -> None:
+        if trial.key not in self._runs:
+            raise TrackingError(f"MLflow has no run of {trial.key}")
+        _log_final(client, self._runs[trial.key], metrics, measured_at)
+
 
 def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
     """The UI opens on runs and their metrics rather than on traces, and charts this metric first."""
@@ -257,10 +278,13 @@ def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
     }
 
 
-def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:
+def search(
+    client: MlflowClient, experiment: str, query: str, view: int = ACTIVE_ONLY
+) -> Iterator[Any]:
+    """All runs of an experiment that a filter finds, page by page; `view` is MLflow's ViewType."""
     token: str | None = None
     while True:
-        page = client.search_runs([experiment], filter_string=query, page_token=token)
+        page = client.search_runs([experiment], query, run_view_type=view, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -282,11 +306,13 @@ def _log_params(client: MlflowClient, run: str, params: Mapping[str, Any]) -> No
     client.log_batch(run, params=[Param(name, str(value)) for name, value in params.items()])
 
 
-def _log_final(client: MlflowClient, run: str, metrics: Mapping[str, float]) -> None:
+def _log_final(
+    client: MlflowClient, run: str, metrics: Mapping[str, float], at: float | None = None
+) -> None:
     from mlflow.entities import Metric
 
-    now = int(time.time() * 1000)
-    client.log_batch(run, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+    when = int((time.time() if at is None else at) * 1000)
+    client.log_batch(run, metrics=[Metric(name, value, when, 0) for name, value in metrics.items()])
 
 
 def _log_artifacts(client: MlflowClient, run: str, folder: TrialFolder) -> None:

@@ -60,6 +60,9 @@ class Tracker(Protocol):
     ) -> None:
         """Ship the rest, the artifacts and the final state; does nothing to a run that has one."""
 
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """Add figures measured after a trial's end (Unix seconds); sent twice, they are there once."""
+
     def close_study(
         self,
         status: RunStatus,
@@ -93,6 +96,9 @@ class NullTracker:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> None:
+        """See Tracker."""
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
         """See Tracker."""
 
     def close_study(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sweeper.redaction import redact
 from sweeper.settings import Tracking
+from sweeper.tracking.baseline import Baselines
 from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
 from sweeper.tracking.registry import Registry
 from sweeper.tracking.tracker import NullTracker, Tracker
@@ -23,6 +24,11 @@ def make_tracker(settings: Tracking) -> Tracker:
 def make_registry(settings: Tracking) -> Registry | None:
     """The registry beside the runs; None where nothing is tracked."""
     return None if settings.kind == "none" else Registry(settings.uri, LOCAL_STORE)
+
+
+def make_baselines(settings: Tracking) -> Baselines:
+    """Where earlier full fine-tunes are looked up; with tracking=none there is nowhere (search.plan)."""
+    return Baselines(settings.uri, LOCAL_STORE)
 
 
 def browse_command(settings: Tracking) -> str:

@@ -16,6 +16,7 @@ from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
+from sweeper.training.ranks import Ranks
 
 Judging = Callable[[torch.nn.Module], Judgement]
 
@@ -33,6 +34,20 @@ class Rows(Dataset[Tokens]):
         return self._rows[index]
 
 
+def compute_loss_in_forward(model: torch.nn.Module, chunk_size: int | None) -> None:
+    """Have a model's forward, given labels, return the summed loss of a batch.
+
+    DistributedDataParallel learns from the outermost forward which gradients to expect, and
+    `target_nll` by itself goes around it. Without labels (generation) nothing changes.
+    """
+    plain = model.forward
+
+    def forward(*args: Any, **batch: Any) -> Any:
+        return target_nll(model, batch, chunk_size) if "labels" in batch else plain(*args, **batch)
+
+    model.forward = forward
+
+
 class JudgedTrainer(Trainer):  # type: ignore[misc]
     """The reference training loop, judged by `judge` and charged to `meter`."""
 
@@ -43,9 +58,13 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         meter: Meter,
         settings: TrialSettings,
         compute_dtype: torch.dtype,
+        ranks: Ranks,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self._ranks = ranks
+        if ranks.size > 1:
+            compute_loss_in_forward(self.model, settings.training.loss_chunk_size)
         self.judgements: dict[int, Judgement] = {}
         """By optimiser step; of earlier attempts there are none."""
         self._judging = judging
@@ -75,7 +94,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """Called for each optimiser step: its micro-batches and the number of their targets."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         assert targets is not None, "transformers counts the labels of a step"
-        self._meter.saw(batches, targets)
+        self._meter.saw(batches, targets, self._ranks.size)
         return batches, targets
 
     def compute_loss(
@@ -90,7 +109,11 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         assert num_items_in_batch is not None, "transformers counts the labels of a step"
         # accelerate autocasts the model's own forward, which target_nll goes around
         with autocast(self.args.device, self._compute_dtype):
-            return target_nll(model, inputs, self._chunk_size) / num_items_in_batch
+            if self._ranks.size == 1:
+                return target_nll(model, inputs, self._chunk_size) / num_items_in_batch
+            nll: torch.Tensor = model(**inputs)
+            # gradients are averaged over the ranks, and num_items_in_batch counts all of them
+            return nll * self._ranks.size / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the training loop; the best checkpoint follows the objective."""

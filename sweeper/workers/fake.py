@@ -11,11 +11,13 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sweeper.errors import ArtifactError, Diverged, DoesNotFit
 from sweeper.folders import TrialFolder, read_json, write_atomic, write_json
-from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome
+from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome, Unseen, UnseenKind
 from sweeper.settings import (
     LOSS_METRICS,
     ROUGE_METRICS,
@@ -32,6 +34,9 @@ BYTES_PER_TOKEN = 4
 EVALUATIONS = 5
 TEST_TOKENS = (8, 12, 10, 9, 11, 10, 10, 10, 10, 10)
 """Of each example of a test split that does not exist."""
+GENERAL_TOKENS = (127,) * 8
+"""Of each window of general text that nobody reads."""
+GENERAL_LOSS = 3.6
 ADAM_BYTES = 16
 """Of each trained fp32 parameter: itself, its gradient and two moments."""
 
@@ -96,14 +101,15 @@ class FakeRunner:
     def __init__(self, settings: FakeTrainer) -> None:
         self._settings = settings
 
-    def probe(self, settings: TrialSettings) -> Facts:
+    def probe(self, settings: TrialSettings, adopted: Path | None = None) -> Facts:
         """Facts of a base that does not exist.
 
         Raises:
             DoesNotFit: a full fine-tune is larger than `workers.fake.free_mib`.
         """
         need, have = ADAM_BYTES * fake_parameters(settings) / 2**20, self._settings.free_mib
-        if settings.adapter.method == "none" and have is not None and need > have:
+        trains_all = settings.adapter.method == "none" and adopted is None
+        if trains_all and have is not None and need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
         counts = {"train": 100, "validation": 10}
         counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
@@ -120,6 +126,7 @@ class FakeRunner:
             target_tokens=100,
             device="fake",
             dtype="float32",
+            general_digest="fake" if settings.evaluation.general_text.source else None,
         )
 
     def run(
@@ -142,16 +149,24 @@ class FakeRunner:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """Its loss, a little harder, on examples of which some are harder than others."""
+    def adopt(
+        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+    ) -> Outcome:
+        """Pretend to judge: worth what the fake trainer would have reached."""
+        write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
+        write_json(folder.provenance, provenance)
+        outcome = _ended(settings, 0.0, "finished", 1, 0, 1)
+        write_atomic(folder.outcome, outcome.model_dump_json())
+        return outcome
+
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        """Its losses on texts that do not exist."""
         if folder is not None and not folder.outcome.exists():
             raise ArtifactError(f"{folder.path}: fake: nothing was trained here")
-        loss = BASE_LOSS if folder is None else fake_loss(settings)
-        nll = [
-            count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
-            for place, count in enumerate(TEST_TOKENS)
-        ]
-        return Examples(nll=tuple(nll), tokens=TEST_TOKENS)
+        judges = {"test": _on_test_split, "general": _on_general_text}
+        return Unseen(**{kind: judges[kind](settings, folder) for kind in kinds})
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         started = time.monotonic()
@@ -192,6 +207,26 @@ class FakeRunner:
                 os._exit(9)
             case "hang":
                 time.sleep(3600)
+
+
+def _on_test_split(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+    """A little harder than validation, on examples of which some are harder than others."""
+    loss = BASE_LOSS if folder is None else fake_loss(settings)
+    nll = tuple(
+        count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
+        for place, count in enumerate(TEST_TOKENS)
+    )
+    return Examples(nll=nll, tokens=TEST_TOKENS)
+
+
+def _on_general_text(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+    """General text: full fine-tuning forgets ten times as much as LoRA."""
+    forgotten = 0.02 if isinstance(settings.adapter, LoraAdapter) else 0.2
+    loss = GENERAL_LOSS + (0.0 if folder is None else forgotten)
+    nll = tuple(
+        count * (loss + 0.1 * math.cos(place)) for place, count in enumerate(GENERAL_TOKENS)
+    )
+    return Examples(nll=nll, tokens=GENERAL_TOKENS)
 
 
 def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:

@@ -52,6 +52,24 @@ def _record(root: Path, trial: TrialRecord) -> list[str]:
     return tracker.close()
 
 
+def test_figures_of_later_are_added_once(tmp_path: Path, trial: TrialRecord) -> None:
+    """Measured after the run's end and sent by two sessions: one point; an unknown run is said."""
+    assert _record(tmp_path, trial) == []
+    unknown = TrialRecord("lora/0099", trial.folder, {})
+    for _ in range(2):
+        tracker = MlflowTracker(None, tmp_path)
+        tracker.open_study(STUDY)
+        tracker.amend(trial, {"general/forgetting": 0.02}, 1_700_000_000.5)
+        tracker.amend(unknown, {"general/forgetting": 0.02}, 1_700_000_000.5)
+        tracker.close_study("FINISHED", {}, {}, "", [])
+        assert tracker.close() == ["figures of lora/0099: MLflow has no run of lora/0099"]
+    child, _ = sorted(_runs(tmp_path), key=lambda run: run.info.run_name)
+    client = MlflowClient(local_uri(tmp_path))
+    (point,) = client.get_metric_history(child.info.run_id, "general/forgetting")
+    assert (point.value, point.timestamp) == (0.02, 1_700_000_000_500)
+    assert child.info.status == "FINISHED"
+
+
 def test_parent_child_metrics_and_artifacts(tmp_path: Path, trial: TrialRecord) -> None:
     """One parent, one child under it, every point once, the adapter stored, final states."""
     assert _record(tmp_path, trial) == []
