@@ -17,15 +17,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import platformdirs
-from filelock import FileLock
-from transformers import PreTrainedModel
+from filelock import FileLock, Timeout
 
 from sweeper.errors import ArtifactError
 from sweeper.folders import size_mib
 from sweeper.manifest import verify_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SMALLEST_BYTES = 64 * 2**20
 """Of the weight files. Below it nothing is gained: the embedded base loads as fast from its own files
@@ -99,7 +102,7 @@ def quantized_once(
 @contextmanager
 def _turn(folder: Path, key: Key) -> Iterator[bool]:
     """Hold a key for this process; yields whether the cache can be used."""
-    lock = FileLock(folder / f".{key.name}.lock", timeout=LOCK_SECONDS)
+    lock = FileLock(_lock(folder / key.name), timeout=LOCK_SECONDS)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -144,12 +147,37 @@ def _store(model: PreTrainedModel, entry: Path) -> None:
 
 def _evict(folder: Path, newest: Path) -> None:
     """Entries used longest ago, while the cache is too large; what a killed worker left half-written."""
-    for partial in folder.glob(".*"):
-        if partial.is_dir() and partial.name.startswith(f".{newest.name}."):
-            shutil.rmtree(partial, ignore_errors=True)  # only who holds the lock writes here
-    entries = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for partial in folder.glob(f".{newest.name}.*/"):
+        shutil.rmtree(partial, ignore_errors=True)  # only who holds the lock writes here
     total = 0.0
-    for entry in sorted(entries, key=lambda path: path.stat().st_mtime, reverse=True):
+    for entry in sorted(_entries(folder), key=lambda path: path.stat().st_mtime, reverse=True):
         total += size_mib(entry) * 2**20
         if total > KEPT_BYTES and entry != newest:
+            _remove(entry)
+
+
+def forget(folder: Path, *, dry_run: bool = False) -> dict[Path, float]:
+    """Empty the cache, but for an entry that a worker is reading or writing.
+
+    Returns:
+        What was (or would be) removed, with its size in MiB.
+    """
+    sizes = {entry: size_mib(entry) for entry in _entries(folder)}
+    return {entry: mib for entry, mib in sizes.items() if dry_run or _remove(entry)}
+
+
+def _remove(entry: Path) -> bool:
+    try:
+        with FileLock(_lock(entry), timeout=0):
             shutil.rmtree(entry, ignore_errors=True)
+    except Timeout:
+        return False
+    return True
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*/") if not path.name.startswith(".")]
+
+
+def _lock(entry: Path) -> Path:
+    return entry.with_name(f".{entry.name}.lock")

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from sweeper.cli import app
+from sweeper.errors import ConfigError
 from sweeper.modeling import base, quantized
 from sweeper.modeling.base import load_base
 from sweeper.modeling.quantized import Key, cache_folder
@@ -141,3 +144,15 @@ def test_a_small_base_is_not_cached(
     monkeypatch.setattr(quantized, "SMALLEST_BYTES", 64 * 2**20)
     _load(tiny_base, "nf4")
     assert not cache.exists()
+
+
+def test_clean_empties_the_cache(tiny_base: Path, cache: Path) -> None:
+    """`sweeper clean --bases` says what it frees; with --dry-run it frees nothing."""
+    _load(tiny_base, "nf4")
+    ask = CliRunner().invoke(app, ["clean", "--bases", "--dry-run"])
+    assert "would be freed" in ask.stdout
+    assert len(_entries(cache)) == 1
+    done = CliRunner().invoke(app, ["clean", "--bases"])
+    assert done.exit_code == 0, done.output
+    assert _entries(cache) == []
+    assert isinstance(CliRunner().invoke(app, ["clean"]).exception, ConfigError)
