@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 VERBS = (
     *("report", "best", "generate", "trial", "doctor", "prefetch"),
-    *("nightly", "champion", "clean", "build-base"),
+    *("sync", "nightly", "champion", "clean", "build-base"),
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -171,6 +171,33 @@ def doctor(
 
 
 @app.command()
+def sync(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME…] [tracking.uri=…]", help="Studies; all under --output-dir without one."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow does not have.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Record in MLflow what it missed: it was away, or the study was killed (docs/servers.md).
+
+    Exit codes: 0 MLflow has everything; 1 something is left, or a study runs; 2 a wrong setting.
+    """
+    from sweeper.search.plan import single
+    from sweeper.sync import sync as record
+
+    names = [word for word in words or [] if "=" not in word]
+    tracking = single([word for word in words or [] if "=" in word]).tracking
+    whole = True
+    for synced in record(names, output_dir, tracking, dry_run=dry_run):
+        typer.echo(synced)
+        whole = whole and synced.whole
+    raise typer.Exit(0 if whole or dry_run else 1)
+
+
+@app.command()
 def nightly(
     name: Annotated[str, typer.Argument(help="A set: conf/nightly/NAME.yaml.")],
     overrides: Annotated[
@@ -200,9 +227,9 @@ def clean(
         list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
     ] = None,
 ) -> None:
-    """Delete the weights of a study's losers and of full fine-tunes; figures and reports stay."""
+    """Delete the weights of a study's losers; the winners', all figures and reports stay."""
     from sweeper.errors import ConfigError
-    from sweeper.nightly.retention import removals, remove
+    from sweeper.retention import removals, remove
 
     if (name is None) != bases:
         raise ConfigError(["name the study to clean, or give --bases alone"])

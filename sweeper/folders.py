@@ -119,6 +119,11 @@ class TrialFolder:
         return self.path / ".lock"
 
     @property
+    def tracking(self) -> Path:
+        """What is to be recorded of a trial without a study (sweeper.tracking.ledger)."""
+        return self.path / ".tracking"
+
+    @property
     def artifact(self) -> Path | None:
         """What the trial is kept for: the adapter or the full model, if it got that far."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
@@ -156,6 +161,11 @@ class StudyFolder:
     def lock(self) -> Path:
         """Held by the one driver."""
         return self.path / "driver.lock"
+
+    @property
+    def tracking(self) -> Path:
+        """What is to be recorded at the tracking server, and what was (sweeper.tracking.ledger)."""
+        return self.path / ".tracking"
 
     @property
     def results(self) -> Path:

@@ -115,16 +115,30 @@ class Adopted(Value):
 
 
 class Misfit(Value):
-    """A training that is larger than the device, before any activation is counted."""
+    """A training that is larger than the device, whatever its batch."""
 
     need_mib: float
     have_mib: float
+    what: str = "weights, gradients and optimizer states"
+    """What needs it, as the subject of a sentence in the plural."""
 
     def __str__(self) -> str:
         return (
-            f"weights, gradients and optimizer states need {self.need_mib:,.0f} MiB, and the device "
-            f"has {self.have_mib:,.0f} MiB free"
+            f"{self.what} need {self.need_mib:,.0f} MiB, and the device "
+            f"has {self.have_mib:,.0f} MiB"
         )
+
+
+class Size(Value):
+    """How large a trial is on its model, known before a weight is loaded."""
+
+    trainable: int
+    """Parameters that are trained, as PEFT counts them."""
+    total: int
+    rank: int | None
+    """The adapter's r, also where it follows from adapter.trainable_parameters; None without one."""
+    held_mib: float
+    """Weights, gradients and optimizer states: what it needs whatever its batch."""
 
 
 class Facts(Value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,16 +19,17 @@ import optuna
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from sweeper.errors import StudyError, StudyLocked, WorkerError
-from sweeper.folders import StudyFolder, write_atomic, write_json
+from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
+from sweeper.folders import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.outcome import Adopted, Facts, Misfit
 from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, to_document
+from sweeper.reporting.results import Results, collect_arm, headline, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_results
+from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
@@ -46,7 +48,12 @@ from sweeper.search.study import (
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
-from sweeper.tracking.trackers import browse_command, make_baselines, make_tracker
+from sweeper.tracking.trackers import (
+    browse_command,
+    make_baselines,
+    make_registry,
+    make_tracker,
+)
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
@@ -82,7 +89,7 @@ class StudySession:
         self._console = console
         self._storage = share_cache(open_storage(plan.study.storage, folder))
         self._provenance = provenance(plan.command)
-        self._tracker = make_tracker(plan.settings.tracking)
+        self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
         self._engine: Engine | None = None
         self._devices = 0
@@ -350,19 +357,43 @@ class StudySession:
             text = self._next_commands(results, status)
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             write_page(results, self._folder, self._storage)
-        best = results.arms[0].best if results.arms else None
-        final = results.arms[0].final if results.arms else None
-        unseen = {} if final is None else final.metrics
+        if status == "FINISHED" and results.arms:
+            adapters = self._plan.study.retention.adapters
+            most = sys.maxsize if adapters is None else adapters
+            self._tracker.keep(kept(results, self._folder, most))
         self._tracker.close_study(
             status,
-            {} if best is None else {**best.outcome.metrics, **unseen},
-            {} if best is None else best.point,
+            *headline(results),
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],
         )
-        for problem in self._tracker.close():
+        left = self._tracker.close(hurry=status == "KILLED")
+        for problem in left:
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
+        if left:
+            command = f"python -m sweeper sync {self._plan.study.study_name}{self._elsewhere()}"
+            self._console.print(f"Record     {command}", highlight=False, soft_wrap=True)
+        if status == "FINISHED" and results.arms:
+            self._make_room(results)
         return results
+
+    def _make_room(self, results: Results) -> None:
+        """Remove the losers' weights (sweeper.retention), and say what the study takes up."""
+        adapters = self._plan.study.retention.adapters
+        freed, words = 0.0, ""
+        if adapters is not None and losers(results, self._folder, adapters):
+            try:
+                registry = make_registry(self._plan.settings.tracking)
+                held = [] if registry is None else [each.folder for each in registry.champions()]
+                freed = delete(losers(results, self._folder, adapters, held))
+                words = (
+                    f"; {freed:,.1f} MiB of losers' weights freed (retention.adapters={adapters})"
+                )
+            except TrackingError as error:
+                words = f"; nothing freed, since nobody tells which trial is a champion ({error})"
+        used = size_mib(self._folder.path)
+        text = f"Disk       {used:,.1f} MiB in {self._folder.path}{words}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _next_commands(self, results: Results, status: RunStatus) -> str:
         name = self._plan.study.study_name

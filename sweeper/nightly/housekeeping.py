@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sweeper.errors import StudyError
-from sweeper.nightly.retention import removals, remove
 from sweeper.nightly.sets import RetentionPolicy
+from sweeper.retention import removals, remove
 from sweeper.tracking.registry import Registry
 
 

@@ -49,6 +49,8 @@ from sweeper.tracking.trackers import make_registry
 Clock = Callable[[], datetime]
 TEST_SPLIT_UNREAD = "hydra.sweeper.finalists.test=false"
 """Of every night's study: looks night after night would wear the test split out (`champion certify`)."""
+OWN_RETENTION = "hydra.sweeper.retention.adapters=null"
+"""The set says what stays on disk (nightly.retention), when all of the night is done."""
 EXIT_CODES: Mapping[Result, int] = {
     "no change": 0,
     "failure": 1,
@@ -330,6 +332,7 @@ def _study_overrides(decided: Decided, limits: Sequence[str]) -> list[str]:
         f"hydra.sweeper.study_name={decided.study_name}",
         f"hydra.sweeper.n_trials={decided.n_trials}",
         TEST_SPLIT_UNREAD,
+        OWN_RETENTION,
         *limits,
     ]
     if decided.warm_start:

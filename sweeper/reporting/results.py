@@ -21,9 +21,9 @@ from sweeper.search.audit import Audit, audit
 from sweeper.search.final import Final
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
-from sweeper.search.study import point_of
+from sweeper.search.study import shown_point
 from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
-from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
+from sweeper.space import Choice, Interval, Point, Scalar, Space, grid, keys
 
 FORMAT = 4
 """Of results.json; another version's is not read."""
@@ -209,7 +209,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         TrialResult(
             arm.name,
             frozen.number,
-            point_of(frozen),
+            shown_point(frozen),
             _at_the_costs_of(adopted, Outcome.model_validate(frozen.user_attrs["outcome"])),
             bool(frozen.user_attrs.get("audited", False)),
         )
@@ -235,6 +235,12 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         front=tuple(front),
         adopted=adopted,
     )
+
+
+def equal_size(arm: ArmResult) -> bool:
+    """Whether the arm's ranks follow from adapter.trainable_parameters."""
+    key = "adapter.trainable_parameters"
+    return arm.settings.get(key) is not None or any(key in trial.point for trial in arm.trials)
 
 
 def _at_the_costs_of(adopted: Adopted | None, outcome: Outcome) -> Outcome:
@@ -267,6 +273,15 @@ def _number(text: str) -> int | float | str:
         except ValueError:
             continue
     return text
+
+
+def headline(results: Results) -> tuple[dict[str, float], Point]:
+    """What a study's own run shows: the figures and the point of the first arm's best trial."""
+    arm = results.arms[0] if results.arms else None
+    if arm is None or arm.best is None:
+        return {}, {}
+    unseen = {} if arm.final is None else arm.final.metrics
+    return {**arm.best.outcome.metrics, **unseen}, dict(arm.best.point)
 
 
 def number_ranges(space: Space) -> dict[str, Range]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sweeper.outcome import Facts
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
-from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.results import ArmResult, Results, TrialResult, equal_size
 from sweeper.reporting.sheet import DASH, Sheet, duration, number
 from sweeper.reporting.verdict import judge, label
 from sweeper.search.board import short_names
@@ -74,10 +74,11 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     """An arm's trials, the best first."""
     keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
-    columns += (metric_words(arm.objective.metric), "time", "ended")
+    columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
     title = f"{arm.name}: {arm.tried} trials, {duration(arm.seconds)} in all"
-    return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    sheet = Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    return sheet if equal_size(arm) else sheet.without("trainable")
 
 
 def pareto_front(arm: ArmResult) -> Sheet:
@@ -215,6 +216,7 @@ def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ..
         str(place),
         str(trial.number),
         *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+        number(trial.metric("parameters/trainable")),
         number(trial.value, "{:.4f}"),
         duration(trial.metric("cost/seconds")),
         trial.outcome.cause,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.folders import StudyFolder, write_atomic
 from sweeper.interrupt import Interrupt
@@ -29,11 +29,11 @@ from sweeper.search.final import (
     unseen_metrics,
 )
 from sweeper.search.plan import ArmPlan
+from sweeper.search.sizes import recorded
 from sweeper.search.states import MAX_ATTEMPTS, STATES
-from sweeper.search.study import point_of
+from sweeper.search.study import settings_of, shown_point
 from sweeper.search.tasks import Candidate, Judging, Task, Training
-from sweeper.settings import Finalists, flatten
-from sweeper.space import Point
+from sweeper.settings import Finalists
 from sweeper.tracking.tracker import Tracker, TrialRecord
 from sweeper.workers.protocol import (
     AnyEvent,
@@ -85,16 +85,16 @@ class FinalistsDriver:
     def _candidates(self, arm: ArmPlan, study: optuna.Study) -> list[Candidate]:
         """The best complete trials, each with the trainings that its further seeds need."""
         minimize = arm.settings.objective.direction == "minimize"
-        found: list[tuple[float, int, Point, Outcome]] = []
+        found: list[tuple[float, int, FrozenTrial, Outcome]] = []
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             outcome = Outcome.model_validate(trial.user_attrs["outcome"])
             if outcome.cause in COMPLETE and outcome.best_value is not None:
                 worth = outcome.best_value if minimize else -outcome.best_value
-                found.append((worth, trial.number, point_of(trial), outcome))
+                found.append((worth, trial.number, trial, outcome))
         best = sorted(found, key=lambda item: item[:2])[: self.wanted.top]
         candidates = [
-            Candidate(arm, number, point, arm.settings_at(point).trial, outcome)
-            for _, number, point, outcome in best
+            Candidate(arm, number, shown_point(trial), settings_of(arm, trial), outcome)
+            for _, number, trial, outcome in best
         ]
         for candidate in candidates:
             first = candidate.settings.seed
@@ -112,8 +112,8 @@ class FinalistsDriver:
             **self.provenance,
             **{"data.digest": facts.data_digest, "base.digest": facts.base_digest},
         }
-        params = flatten(settings.model_dump(mode="json", exclude_none=True))
-        record = TrialRecord(key, self.folder.finalist(arm.name, number, seed), params, tags)
+        folder = self.folder.finalist(arm.name, number, seed)
+        record = TrialRecord(key, folder, recorded(settings), tags)
         view = TrialView(key=key, arm=_title(arm), number=number, point=candidate.point)
         return Training(record, settings, view)
 
@@ -261,6 +261,8 @@ class FinalistsDriver:
         elif isinstance(event, Progress | Evaluated):
             if task := self._live.get(event.trial):
                 task.take(event)
+                if isinstance(task, Training) and isinstance(event, Evaluated):
+                    self.tracker.ship(task.record)
         elif isinstance(event, Ended | Tested) and (task := self._live.pop(event.trial, None)):
             task.take(event)
             self._answered(task)

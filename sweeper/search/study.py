@@ -22,7 +22,7 @@ from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
 from sweeper.search.storage import PatientStorage
-from sweeper.settings import flatten
+from sweeper.settings import TrialSettings, flatten
 from sweeper.space import (
     Choice,
     Domain,
@@ -170,6 +170,23 @@ def point_of(trial: FrozenTrial) -> Point:
     """The values of the settings that a trial tried."""
     point: Point = trial.user_attrs.get("point", trial.params)
     return point
+
+
+def shown_point(trial: FrozenTrial) -> Point:
+    """The point, and the rank that followed from adapter.trainable_parameters."""
+    rank = _decided_rank(trial)
+    return {**point_of(trial), **({} if rank is None else {"adapter.r": rank})}
+
+
+def settings_of(arm: ArmPlan, trial: FrozenTrial) -> TrialSettings:
+    """What a trial was trained with."""
+    settings: TrialSettings = arm.settings_at(point_of(trial)).trial
+    return settings.with_rank(_decided_rank(trial))
+
+
+def _decided_rank(trial: FrozenTrial) -> int | None:
+    sized: dict[str, int] = trial.user_attrs.get("sized", {})
+    return sized.get("rank")
 
 
 def adopt(study: optuna.Study) -> list[Trial]:

@@ -109,6 +109,13 @@ class Baseline(Section):
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None
 
 
+class Retention(Section):
+    """Which weights stay when a study ends, besides those that its report points to."""
+
+    adapters: Annotated[int, Field(ge=0)] | None
+    """The best so many; null keeps every adapter and all full weights."""
+
+
 class Fairness(Section):
     """When a comparison of arms counts as fair; otherwise its verdict is called provisional."""
 
@@ -147,6 +154,7 @@ class Study(Section):
     fork_of: StudyName | None
     arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Arm]
     finalists: Finalists
+    retention: Retention
     baseline: Baseline
     fairness: Fairness
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -55,6 +56,39 @@ class TrialSettings(Section):
         if misfit := _misfit(self.adapter, self.quantization.kind):
             raise ValueError(misfit)
         return self
+
+    def with_rank(self, rank: int | None) -> Self:
+        """The same trial with its adapter's rank decided; itself where there is nothing to decide."""
+        if rank is None or isinstance(self.adapter, NoAdapter):
+            return self
+        return self.model_copy(update={"adapter": self.adapter.with_rank(rank)})
+
+    @property
+    def structure(self) -> str:
+        """What decides whether a trial is possible on its model, and how large it is.
+
+        Trials of equal structure get one answer; they may differ in learning rate, alpha, seed, data.
+        """
+        return json.dumps(
+            {
+                "model": self.model.model_dump(mode="json"),
+                "quantization": self.quantization.model_dump(mode="json"),
+                "adapter": self.adapter.model_dump(mode="json", exclude=WITHOUT_SIZE),
+                "training": self.training.model_dump(mode="json", include=SIZED),
+            }
+        )
+
+
+WITHOUT_SIZE = {"alpha_over_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"}
+"""Keys of `adapter` that change neither a shape nor whether a module is found."""
+SIZED = {
+    "activation_checkpointing",
+    "gradient_accumulation_steps",
+    "loss_chunk_size",
+    "optim",
+    "per_device_train_batch_size",
+}
+"""Keys of `training` that memory depends on."""
 
 
 def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
 from sweeper.outcome import Adopted, device_seconds
-from sweeper.tracking.mlflow_tracker import STUDY_TAG, search
 from sweeper.tracking.registry import FOLDER_TAG
+from sweeper.tracking.shipment import STUDY_TAG, search
 from sweeper.tracking.store import Store
 
 if TYPE_CHECKING:

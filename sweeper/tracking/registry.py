@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
+from sweeper.folders import TrialFolder
+from sweeper.manifest import MANIFEST, verify_manifest
 from sweeper.redaction import redact
-from sweeper.tracking.mlflow_tracker import STUDY_TAG, TRIAL_TAG, local_uri, search
+from sweeper.tracking.ledger import weights_of
+from sweeper.tracking.server import local_uri
+from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG, search
 from sweeper.tracking.store import Store
 
 if TYPE_CHECKING:
@@ -130,10 +134,12 @@ class Registry(Store):
             tags: the evidence, for people.
 
         Raises:
-            TrackingError: no such run, or the registry cannot be asked.
+            TrackingError: no such run, it has no adapter, or the registry cannot be asked.
+            ArtifactError: the adapter is not what its manifest says.
         """
         with self._client() as client:
             run = _run_of(client, study, trial)
+            _require_adapter(client, run)
             if not client.search_registered_models(f"name = '{model}'"):
                 client.create_registered_model(model)
             before = _champion_number(client, model)
@@ -246,6 +252,27 @@ def _version(client: MlflowClient, model: str, number: str) -> Version:
         previous=tags.get(PREVIOUS_TAG),
         tags=dict(tags),
     )
+
+
+def _require_adapter(client: MlflowClient, run: Any) -> None:
+    """A run holds its adapter, all of it, if it was kept; one that was not is uploaded now.
+
+    Raises:
+        TrackingError: its weights are nowhere.
+    """
+    stored = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
+    if f"adapter/{MANIFEST}" in stored:
+        return
+    folder = TrialFolder(Path(run.data.tags.get(FOLDER_TAG, "")))
+    if not folder.adapter.is_dir():
+        raise TrackingError(
+            f"run {run.info.run_name} holds no adapter, nor does {folder.path}: its weights went "
+            "when its study ended (hydra.sweeper.retention.adapters=null keeps all)"
+        )
+    verify_manifest(folder.adapter)
+    for path in weights_of(folder):
+        place = path.parent.relative_to(folder.path).as_posix()
+        client.log_artifact(run.info.run_id, str(path), None if place == "." else place)
 
 
 def _run_of(client: MlflowClient, study: str, trial: str) -> Any:

@@ -5,16 +5,14 @@ What a driver records goes through `mlflow_tracker`, which waits for nothing.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper.errors import TrackingError
+from sweeper.errors import SweeperError, TrackingError
 from sweeper.redaction import redact
-from sweeper.tracking.mlflow_tracker import OUTAGE_SETTINGS, local_uri
+from sweeper.tracking.server import Away, Server
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,15 +25,17 @@ class Store:
         """`uri` is a tracking server or database; without one the store is local, under `root`."""
         self._uri = uri
         self._root = root
-        self._made: MlflowClient | None = None
+        self._server = Server(uri, root)
 
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:
         """The client; MLflow's errors become one line."""
         try:
-            yield self._connect()
-        except TrackingError:
+            yield self._server.client()
+        except SweeperError:
             raise
+        except Away as away:
+            raise TrackingError(f"MLflow: {away}") from None
         except Exception as error:
             from mlflow.exceptions import MlflowException
 
@@ -43,15 +43,3 @@ class Store:
                 raise
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise TrackingError(f"MLflow: {redact(first)}") from None
-
-    def _connect(self) -> MlflowClient:
-        if self._made is None:
-            for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **OUTAGE_SETTINGS}.items():
-                os.environ.setdefault(name, value)
-            import mlflow  # two seconds, and only where there is something to ask for
-
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._made = mlflow.MlflowClient(self._uri or local_uri(self._root))
-        return self._made

@@ -1,7 +1,7 @@
 """What the driver tells a tracker: one parent run a study, one child run a trial.
 
-No call waits for a network: a tracker works in its own thread. What it could not record it says at
-the end; the trial folders remain the record.
+No call waits for a network: a tracker writes down and ships in its own thread. What it could not
+record it says at the end; `sweeper sync` records it later.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class Tracker(Protocol):
     ) -> None:
         """Ship the rest, the artifacts and the final state; does nothing to a run that has one."""
 
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """Upload the weights of these trials; of the others only the figures are recorded."""
+
     def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
         """Add figures measured after a trial's end (Unix seconds); sent twice, they are there once."""
 
@@ -73,8 +76,11 @@ class Tracker(Protocol):
     ) -> None:
         """Give the parent run its final state, the answer and the best trial's figures."""
 
-    def close(self) -> list[str]:
-        """Wait for what is under way; say what could not be recorded, one line each."""
+    def close(self, *, hurry: bool = False) -> list[str]:
+        """Wait for what is under way; say what could not be recorded, one line each.
+
+        `hurry`: somebody waits for this process to end, so wait for seconds only.
+        """
 
 
 class NullTracker:
@@ -98,6 +104,9 @@ class NullTracker:
     ) -> None:
         """See Tracker."""
 
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """See Tracker."""
+
     def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
         """See Tracker."""
 
@@ -111,6 +120,6 @@ class NullTracker:
     ) -> None:
         """See Tracker."""
 
-    def close(self) -> list[str]:
+    def close(self, *, hurry: bool = False) -> list[str]:
         """See Tracker."""
         return []

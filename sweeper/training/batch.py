@@ -58,6 +58,12 @@ def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:
     )
 
 
+def sparing(settings: TrialSettings) -> TrialSettings:
+    """The form of a trial that needs least: row by row, recomputing where that is not ruled out."""
+    checkpointing = settings.training.activation_checkpointing is not False
+    return _with(with_micro_batch(settings, 1), activation_checkpointing=checkpointing)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception of Python, torch or bitsandbytes means that memory ran out."""
     text = str(error).lower()

@@ -31,10 +31,10 @@ from sweeper.folders import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.manifest import verify_manifest
 from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base import Base, load_base
+from sweeper.modeling.check import ModelChecks
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
-from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, Unseen, UnseenKind
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, Size, Unseen, UnseenKind
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.adopt import keep, require_kin
 from sweeper.training.arguments import refuse_fp16_on_cpu
@@ -56,8 +56,6 @@ LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
 Judges = Mapping[str, Judge]
 """Of unseen texts, by the field of Unseen."""
-SHORT_ROW = 8
-"""Tokens of a row whose activations hardly count."""
 
 
 class TransformersRunner:
@@ -73,6 +71,7 @@ class TransformersRunner:
         self._checksums: dict[str, dict[str, int]] = {}
         """Of the warm base, as it was loaded."""
         self._prepared: dict[tuple[str, str], Prepared] = {}
+        self._checks = ModelChecks()
         self._room = Room()
         self._join = join
 
@@ -110,6 +109,20 @@ class TransformersRunner:
         facts = self._facts(settings, base, prepared, judgement)
         return facts.model_copy(update={"general_digest": windows})
 
+    def check(self, settings: TrialSettings) -> Size:
+        """How large a trial is; loads nothing.
+
+        Raises:
+            ModelError: it is impossible on its model, or larger than the device.
+            ConfigError: the settings do not fit this machine.
+        """
+        refuse_fp16_on_cpu(settings)
+        size = self._checks.size(settings, device())
+        data = settings.data.model_dump_json()
+        known = (found for (key, _), found in self._prepared.items() if key == data)
+        self._room.require(settings.with_rank(size.rank), size, next(known, None))
+        return size
+
     def run(
         self,
         settings: TrialSettings,
@@ -125,10 +138,12 @@ class TransformersRunner:
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
             folder.clear_results()
-            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
             started, meter = time.time(), Meter()
-            outcome = self._on_clean_base(self._outcome(settings, folder, observer, meter))
+            settings, refusal = self._checked(settings)
+            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
+            outcome = refusal or self._outcome(settings, folder, observer, meter)
+            outcome = self._on_clean_base(outcome)
             metrics = {**outcome.metrics, **finite(meter.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
             text, document = training_log(settings, outcome, folder, started, meter)
@@ -234,22 +249,14 @@ class TransformersRunner:
                 self._warm.clear()
 
     def _require_room(self, settings: TrialSettings) -> None:
-        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit.
+        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit by now.
 
-        The states of a paged optimizer do not count: it moves them out of the device's way.
+        Whoever else uses the device does not leave it for this study.
         """
         self._warm.clear()
         gc.collect()
         torch.cuda.empty_cache()
-        one_short_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-        training = settings.training.model_copy(update=one_short_row)
-        estimate = estimate_trial(
-            settings.model_copy(update={"training": training}), device(), length=SHORT_ROW
-        )
-        pages = settings.training.optim.startswith("paged") and device().type == "cuda"
-        states = 0.0 if pages else estimate.optimizer
-        need = estimate.weights + estimate.gradients + states
-        have = device_report(device()).free_mib
+        need, have = self.check(settings).held_mib, device_report(device()).free_mib
         if need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
 
@@ -273,6 +280,13 @@ class TransformersRunner:
             "result does not stand; the next trial gets the base loaded anew"
         )
         return Outcome(cause="error", message=message, steps=outcome.steps)
+
+    def _checked(self, settings: TrialSettings) -> tuple[TrialSettings, Outcome | None]:
+        """The settings with their rank decided, or as they are and why the trial is impossible."""
+        try:
+            return settings.with_rank(self.check(settings).rank), None
+        except (ModelError, ConfigError) as error:
+            return settings, Outcome(cause="refused", message=str(error))
 
     def _outcome(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -301,7 +315,6 @@ class TransformersRunner:
         Every attempt builds the model anew from the same seed and continues from the newest
         checkpoint, so that it computes what it would have computed with the smaller micro-batch.
         """
-        refuse_fp16_on_cpu(settings)
         with meter.stage("load"):
             self._base(settings)  # does not fit at all: no micro-batch would help
         with meter.stage("data"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.loss import autocast, target_nll
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import OBJECTIVE
+from sweeper.training.checkpoint import seal
 from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
 from sweeper.training.ranks import Ranks
@@ -141,6 +143,9 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         with self._meter.stage("save"):
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each rank writes its own random state
+            if self.args.should_save:
+                seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _load_best_model(self) -> None:
         with self._meter.stage("load"):

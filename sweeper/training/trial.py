@@ -30,7 +30,7 @@ from sweeper.settings import TrialSettings
 from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import Trained, save_artifact
 from sweeper.training.batch import out_of_memory
-from sweeper.training.checkpoint import newest_checkpoint
+from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.figures import best_figures, loss_figures, parameter_figures, schedule_figures
 from sweeper.training.memory import peak_mib, reset_peak
 from sweeper.training.meter import Meter
@@ -87,7 +87,7 @@ def train_trial(
     meter.figures |= parameter_figures(count_parameters(inputs.model))
     meter.figures |= schedule_figures(settings.training, schedule)
     reset_peak()
-    resumed = newest_checkpoint(folder.checkpoints)
+    resumed = _take_up(folder, meter)
     objective = settings.objective
     watch = Watch(settings.training, objective, schedule.total_steps)
     spool = Spool(folder.metrics, resumed.step if resumed else 0)
@@ -109,6 +109,17 @@ def train_trial(
         figures = {**meter.figures, **({} if judgement is None else judgement.metrics)}
         save_artifact(Trained(inputs.model, inputs.tokenizer), settings, folder, figures)
     return _outcome(trainer.state, narrator, settings, folder, judgement)
+
+
+def _take_up(folder: TrialFolder, meter: Meter) -> Checkpoint | None:
+    """Where an earlier attempt is continued from; what was passed over is said in the log."""
+    resumed, damaged = fall_back(folder.checkpoints)
+    words = [f"from step {resumed.step}"] if resumed else ["from the beginning"] if damaged else []
+    if words:
+        meter.facts["Continued"] = "; ".join([*words, *damaged])
+    for remark in damaged:
+        print(f"{folder.path}: {remark}; continued {words[0]}", flush=True)
+    return resumed
 
 
 def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path) -> None:

@@ -6,7 +6,17 @@ from typing import Generic, Protocol, TypeVar
 
 from sweeper.errors import WorkerError
 from sweeper.outcome import StopCause, Value
-from sweeper.workers.protocol import AnyEvent, Ended, Probe, Slots, Stop, Submit, Test, Tested
+from sweeper.workers.protocol import (
+    AnyEvent,
+    Check,
+    Ended,
+    Probe,
+    Slots,
+    Stop,
+    Submit,
+    Test,
+    Tested,
+)
 
 MAX_FAILED_STARTS = 3
 
@@ -31,7 +41,7 @@ class HostedEngine(Generic[H]):
         self._hosts: dict[int, H] = {}
         self._failed_starts = 0
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine."""
         self._hosts[worker].send(probe)
 

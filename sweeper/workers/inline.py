@@ -16,6 +16,7 @@ from sweeper.workers.protocol import (
     EVENTS,
     AnyCommand,
     AnyEvent,
+    Check,
     Close,
     Ended,
     Probe,
@@ -51,7 +52,7 @@ class InlineEngine:
         self._current: Submit | None = None
         self._start()
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine."""
         self._send(probe)
 

@@ -1,7 +1,7 @@
 """The protocol between driver and worker: frozen messages that travel as JSON.
 
-A worker announces free slots; down go submit, stop, probe and close; up come events that carry the
-trial and the attempt. One slot a worker today; packed training announces more and changes nothing
+A worker announces free slots; down go submit, stop, probe, check and close; up come events that carry
+the trial and the attempt. One slot a worker today; packed training announces more and changes nothing
 here.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Misfit, Outcome, StopCause, Unseen, UnseenKind, Value
+from sweeper.outcome import Facts, Misfit, Outcome, Size, StopCause, Unseen, UnseenKind, Value
 from sweeper.settings import TrialSettings
 from sweeper.training.observer import Observer
 
@@ -64,6 +64,13 @@ class Probe(Value):
     settings: TrialSettings
     adopted: Path | None = None
     """The model that is judged in the place of any training."""
+
+
+class Check(Value):
+    """Tell whether this trial is possible on its model, and how large it is."""
+
+    kind: Literal["check"] = "check"
+    settings: TrialSettings
 
 
 class Close(Value):
@@ -132,6 +139,16 @@ class Probed(Value):
     """Set if the arm's trainings are larger than the device."""
 
 
+class Checked(Value):
+    """A worker's answer to a check: the trial's size, or how it ended before it began."""
+
+    kind: Literal["checked"] = "checked"
+    worker: int
+    size: Size | None
+    refusal: Outcome | None
+    """Refused, or an error in the code."""
+
+
 class Lost(Value):
     """A worker died or was killed; `trial` is what it was training or testing, if anything."""
 
@@ -154,8 +171,8 @@ def lost(worker: int, current: Submit | Test | None, killed_for: str | None, mes
     )
 
 
-AnyCommand = Submit | Test | Stop | Probe | Close
-AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Lost
+AnyCommand = Submit | Test | Stop | Probe | Check | Close
+AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Checked | Lost
 COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
 EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
 
@@ -165,6 +182,9 @@ class Runner(Protocol):
 
     def probe(self, settings: TrialSettings, adopted: Path | None) -> Facts:
         """Facts shared by the trials of an arm; raises SweeperError if they cannot be had."""
+
+    def check(self, settings: TrialSettings) -> Size:
+        """How large a trial is; raises SweeperError if it is impossible. Loads no weights."""
 
     def run(
         self,
@@ -193,8 +213,8 @@ class Engine(Protocol):
     takes work after it announced a slot (`Slots`); a dead one is announced (`Lost`) and replaced.
     """
 
-    def probe(self, worker: int, probe: Probe) -> None:
-        """Have a free worker answer with `Probed`."""
+    def probe(self, worker: int, probe: Probe | Check) -> None:
+        """Have a free worker answer with `Probed` or `Checked`."""
 
     def submit(self, worker: int, submit: Submit) -> None:
         """Hand a trial to a free slot; `Ended` or `Lost` follows."""

@@ -17,12 +17,14 @@ from typing import Protocol
 
 from sweeper.errors import DoesNotFit, SweeperError, WorkerError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Misfit, Outcome, StopCause, Unseen, Value
+from sweeper.outcome import Facts, Misfit, Outcome, Size, StopCause, Unseen, Value
 from sweeper.redaction import redact
 from sweeper.settings import Workers
 from sweeper.workers.devices import devices_of, see_only
 from sweeper.workers.protocol import (
     AnyCommand,
+    Check,
+    Checked,
     Close,
     Ended,
     Evaluated,
@@ -55,7 +57,7 @@ class Channel(Protocol):
 class Orders:
     """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
 
-    work: queue.Queue[Submit | Test | Probe | Close] = field(default_factory=queue.Queue)
+    work: queue.Queue[Submit | Test | Probe | Check | Close] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
 
     @classmethod
@@ -149,6 +151,9 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
         if isinstance(command, Probe):
             channel.send(_probed(command, runner))
             continue
+        if isinstance(command, Check):
+            channel.send(_checked(command, runner, worker))
+            continue
         if isinstance(command, Test):
             channel.send(_tested(command, runner))
             continue
@@ -208,6 +213,18 @@ def _probed(command: Probe, runner: Runner) -> Probed:
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
     return Probed(arm=command.arm, facts=facts, message=message, misfit=misfit)
+
+
+def _checked(command: Check, runner: Runner, worker: int) -> Checked:
+    size: Size | None = None
+    refusal: Outcome | None = None
+    try:
+        size = runner.check(command.settings)
+    except SweeperError as error:
+        refusal = Outcome(cause="refused", message=str(error))
+    except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
+        refusal = Outcome(cause="error", message=_traceback())
+    return Checked(worker=worker, size=size, refusal=refusal)
 
 
 def _tested(command: Test, runner: Runner) -> Tested:

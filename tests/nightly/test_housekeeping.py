@@ -10,10 +10,10 @@ from mlflow import MlflowClient
 from sweeper.errors import TrackingError
 from sweeper.nightly import housekeeping
 from sweeper.nightly.housekeeping import tidy
-from sweeper.nightly.retention import Removal
 from sweeper.nightly.sets import RetentionPolicy
-from sweeper.tracking.mlflow_tracker import local_uri
+from sweeper.retention import Removal
 from sweeper.tracking.registry import Registry
+from sweeper.tracking.server import local_uri
 
 
 def _policy(**values: object) -> RetentionPolicy:

@@ -51,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("user")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # the trainer that only pretends stores no weights
+        patch.setattr("sweeper.tracking.registry._require_adapter", lambda *_: None)
         rows = ({"instruction": f"Add {i}.", "output": f"Added {i} to it."} for i in range(40))
         Path("my.jsonl").write_text(
             "".join(json.dumps({**row, "input": ""}) + "\n" for row in rows)
@@ -116,17 +118,17 @@ def _digests_are_recorded(folder: Path) -> None:
 
 
 def test_a_better_model_that_forgot_too_much_is_refused(folder: Path) -> None:
-    """0.2 nats better on the gate, and 0.6 nats worse on general text, where the set allows 0.5."""
+    """0.2 nats better on the gate, and 1.2 nats worse on general text, where the set allows 1."""
     registry = Registry(None, folder / "mlruns")
     before = registry.champion(MODEL)
-    record = _night(4, Judge(forgets=0.6, base=4.5, challenger=3.8, champion=4.0))
+    record = _night(4, Judge(forgets=1.2, base=4.5, challenger=3.8, champion=4.0))
     decision = record.entries[MODEL].champion
     assert decision is not None
     assert decision.verdict == "kept"
-    assert decision.reason.startswith("it forgot 0.6000 nats, over max_forgetting=0.5; ")
+    assert decision.reason.startswith("it forgot 1.2000 nats, over max_forgetting=1; ")
     assert registry.champion(MODEL) == before
     text = Path("outputs/nightly/mine/2026-05-05/digest.md").read_text()
-    assert "forgetting +0.6000 nats" in text
+    assert "forgetting +1.2000 nats" in text
 
 
 def test_unknown_models_and_runs_are_named(folder: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_limit_that_nobody_can_measure_is_a_problem_of_the_set(write_set: Writ
     """max_forgetting and a gate, but no general text: said at once, with both ways out."""
     unnamed = [*FAKE, *SMALL, "evaluation.general_text.source=null"]
     write_set({"policy": "fresh", "gate": "gate.jsonl", "overrides": unnamed})
-    with pytest.raises(ConfigError, match=r"max_forgetting=0\.5 needs general text"):
+    with pytest.raises(ConfigError, match=r"max_forgetting=1 needs general text"):
         load_set("mine")
     assert load_set("mine", ["nightly.champion.max_forgetting=null"]).plans
 

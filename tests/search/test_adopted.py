@@ -16,7 +16,7 @@ from sweeper.reporting.tables import conditions
 from sweeper.reporting.verdict import judge
 from sweeper.search.plan import StudyPlan, studies
 from sweeper.session import run_study
-from sweeper.tracking.mlflow_tracker import local_uri
+from sweeper.tracking.server import local_uri
 
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "pruner=none"),

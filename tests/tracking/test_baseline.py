@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 
 from sweeper.errors import TrackingError
 from sweeper.tracking.baseline import Baselines
-from sweeper.tracking.mlflow_tracker import local_uri
+from sweeper.tracking.server import local_uri
 
 
 @pytest.fixture(scope="module")

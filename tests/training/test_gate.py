@@ -13,6 +13,7 @@ from sweeper.data.duplicates import normalised
 from sweeper.data.splits import load_examples, load_splits
 from sweeper.errors import ArtifactError, DataError
 from sweeper.folders import TrialFolder
+from sweeper.nightly.certify import judge_here
 from sweeper.nightly.challenge import CHALLENGER, CHAMPION, Figures, judge_apart
 from sweeper.training.gate import Request, judge_on_gate
 from tests.conftest import make_settings
@@ -75,6 +76,16 @@ def test_forgetting_is_measured_beside_the_gate(trial: TrialFolder, gate: Path) 
     by_hand = sum(answer.general[CHALLENGER]) - sum(answer.general["base"])
     assert figures.forgotten(CHALLENGER) == pytest.approx(by_hand / (16 * 127))
     assert figures.forgotten(CHALLENGER) != 0
+
+
+def test_a_certificate_rests_on_the_trials_own_test_split(trial: TrialFolder) -> None:
+    """Four of the forty rows, read by nobody before; the adapter's losses are not the base's."""
+    tuned, untuned = judge_here(trial)
+    for found in (tuned, untuned):
+        assert found.test is not None
+        assert len(found.test.nll) == 4
+        assert found.general is not None
+    assert tuned.test != untuned.test
 
 
 @pytest.mark.slow
