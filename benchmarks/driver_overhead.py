@@ -1,5 +1,7 @@
 """What the driver costs a trial, by phase: CPU and wall milliseconds after 100 and 1,000 finished ones.
 
+    python benchmarks/driver_overhead.py [--sizes 100 1000] [--samplers tpe gp random]
+
 The real driver, the real study on SQLite and MLflow's real local store; only the trainer is a fake, in
 a worker process of its own, so that none of its time is counted. A study of a few trials is filled up
 with copies of them (in Optuna's storage, in MLflow, and as trial folders), and resumed by the same
@@ -10,13 +12,13 @@ Results are written after every trial here, as they are where a trial takes long
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import io
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -38,10 +40,10 @@ from sweeper.search.plan import ArmPlan, StudyPlan, studies
 from sweeper.search.study import open_storage, optuna_name
 from sweeper.session import StudySession
 from sweeper.tracking.mlflow_tracker import MlflowTracker
+from sweeper.tracking.shipment import Shipper
 from sweeper.tracking.tracker import TrialRecord
+from sweeper.tracking.trackers import make_tracker
 
-SIZES = (100, 1000)
-SAMPLERS = ("tpe", "gp", "random")
 SEEDED = 12
 MEASURED = 20
 NAME = "overhead"
@@ -53,7 +55,8 @@ PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
     "tell": ((driver.ArmDriver, "_ended"),),
     "write results": ((StudySession, "_write_results"),),
     "loop": ((driver.ArmDriver, "_more"),),
-    "ship": ((MlflowTracker, "_try"),),
+    "record": ((MlflowTracker, "start"), (MlflowTracker, "end")),
+    "ship": ((Shipper, "ship"),),
 }
 """The functions of each phase; what a function of another phase does inside is that phase's."""
 
@@ -157,7 +160,7 @@ def fill(size: int) -> None:
     rates = optuna.samplers.RandomSampler(seed=0)
     copies = [_copy(study, rates, originals, number) for number in range(len(originals), size)]
     study.add_trials(copies)
-    tracker = MlflowTracker(None, Path("mlruns"))
+    tracker = make_tracker(plan.settings.tracking, folder.tracking)
     tracker.open_study(StudySession(plan, folder, None, None)._record())  # type: ignore[arg-type]
     for number, frozen in enumerate(copies, start=len(originals)):
         original = folder.trial("lora", number % len(originals))
@@ -231,14 +234,18 @@ def start() -> None:
 
 def main() -> None:
     """Fill once for each size, measure each sampler on a copy."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--samplers", nargs="+", default=["tpe", "gp", "random"])
+    asked = parser.parse_args()
     figures: dict[str, Any] = {}
-    for size in SIZES:
+    for size in asked.sizes:
         with tempfile.TemporaryDirectory() as root:
             filled = Path(root) / "filled"
             filled.mkdir()
             in_folder(filled, start)
             in_folder(filled, fill, size)
-            for sampler in sys.argv[1:] or SAMPLERS:
+            for sampler in asked.samplers:
                 copy = Path(root) / sampler
                 shutil.copytree(filled, copy)
                 measured = in_folder(copy, measure, sampler, size)

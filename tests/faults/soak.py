@@ -248,7 +248,21 @@ def broken_promises(servers: Servers, driver: Driver, outcomes: Outcomes) -> lis
     if driver.process.poll() != 0:
         problems.append(f"the last run did not end well: {driver.process.poll()}")
     problems += [f"{name}: outcome.json was written twice" for name in sorted(outcomes.changed)]
+    problems += _left_by_sync(driver)
     return problems + _study_problems(servers, driver) + _tracking_problems(servers, driver)
+
+
+def _left_by_sync(driver: Driver) -> list[str]:
+    """`sweeper sync` finds nothing that it cannot record."""
+    sync = subprocess.run(
+        [sys.executable, "-m", "sweeper", "sync", STUDY],
+        cwd=driver.folder,
+        env={**os.environ, **driver.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [] if sync.returncode == 0 else [f"sync: {sync.stdout} {sync.stderr}"]
 
 
 def _study_problems(servers: Servers, driver: Driver) -> list[str]:
