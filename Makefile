@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all lint format ui report nightly servers servers-stop audit bench wheel clean
+.PHONY: help setup sweep test test-all lint format ui report nightly servers servers-stop audit bench soak wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,10 +59,17 @@ audit:  ## Look for known holes in the pinned packages (needs a network; a venv 
 	.venv-audit/bin/pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
+soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (tests/faults/soak.py)
+	$(BIN)/python tests/faults/soak.py
+
 bench: $(READY)  ## Measure: start-up of the command line, cost of spinning threads (benchmarks/)
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/wait_policy.py
 	$(BIN)/python benchmarks/chunked_cross_entropy.py
+	$(BIN)/python benchmarks/driver_overhead.py
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/warm_base.py
 
 wheel: $(READY)  ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

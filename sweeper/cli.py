@@ -219,17 +219,25 @@ def nightly(
 
 @app.command()
 def clean(
-    name: Annotated[str, typer.Argument(help="The study_name.")],
+    name: Annotated[str | None, typer.Argument(help="The study_name.")] = None,
     keep_adapters: Annotated[int, typer.Option(min=0, help="Best adapters that stay.")] = 3,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    bases: Annotated[
+        bool, typer.Option("--bases", help="Empty the cache of quantized bases instead.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
     ] = None,
 ) -> None:
     """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    from sweeper.errors import ConfigError
     from sweeper.retention import removals, remove
 
+    if (name is None) != bases:
+        raise ConfigError(["name the study to clean, or give --bases alone"])
+    if name is None:
+        return _clean_bases(dry_run)
     held = [found.folder for found in _registry_champions(overrides or [])]
     found = removals(name, output_dir, keep_adapters, held)
     for removal in found:
@@ -238,6 +246,15 @@ def clean(
         remove(name, output_dir, found)
     done = "would be freed" if dry_run else "freed"
     typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
+
+
+def _clean_bases(dry_run: bool) -> None:
+    from sweeper.modeling.quantized import cache_folder, forget
+
+    found = forget(cache_folder(), dry_run=dry_run)
+    for path, mib in found.items():
+        typer.echo(f"{mib:10.1f} MiB  {path}")
+    typer.echo(f"{sum(found.values()):10.1f} MiB {'would be freed' if dry_run else 'freed'}")
 
 
 app.add_typer(cli_study.app, name="study")

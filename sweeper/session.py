@@ -39,7 +39,14 @@ from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
 from sweeper.search.steering import Steering
-from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
+from sweeper.search.study import (
+    counted,
+    find_study,
+    open_storage,
+    open_study,
+    share_cache,
+    spent_seconds,
+)
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
@@ -56,6 +63,8 @@ LOCK_SECONDS = 1.0
 """Somebody who only looks whether there is a driver holds its lock for a moment."""
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no room on the device: they move to the host's memory and back."""
+WRITING_SHARE = 0.05
+"""Of the driver's time that may go into results.json and report.md while a study runs."""
 
 
 def run_study(plan: StudyPlan) -> Results:
@@ -81,7 +90,7 @@ class StudySession:
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
-        self._storage = open_storage(plan.study.storage, folder)
+        self._storage = share_cache(open_storage(plan.study.storage, folder))
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
@@ -91,6 +100,7 @@ class StudySession:
         self._finals: dict[str, ArmFinal] | None = None
         self._announced = False
         self._misfits: dict[str, Misfit] = {}
+        self._next_write = 0.0
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
         found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
         studies = {name: study for name, study in found.items() if study is not None}
@@ -347,8 +357,16 @@ class StudySession:
         return settle(replace(results, untested=untested), self._finals)
 
     def _write_results(self) -> None:
-        """After every trial, so that a report can be read while the study runs or after a crash."""
+        """After a trial, so that a report can be read while the study runs or after a crash.
+
+        Not after every trial where trials end faster than hundreds of them are written.
+        """
+        began = time.monotonic()
+        if began < self._next_write:
+            return
         self._write(self._results())
+        took = time.monotonic() - began
+        self._next_write = began + took / WRITING_SHARE
 
     def _write(self, results: Results) -> None:
         verdict = judge(results).document()

@@ -24,6 +24,7 @@ LAYERS = (
         "interrupt",
         "stand_ins",
         "redaction",
+        "manifest",
     },
     {"grammar"},
     {"compose", "data"},

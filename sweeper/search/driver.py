@@ -201,7 +201,7 @@ class ArmDriver:
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         fruitless = sum(trial.user_attrs.get("cause") in FRUITLESS for trial in trials)
         exhausted = self.arm.sampler.name == "grid" and not waiting
-        wanted = counted(self.study) + open_count < self._wanted
+        wanted = sum(map(counts, trials)) + open_count < self._wanted
         allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self._wanted
         if allowed:
             self._refusal = self.budget.refusal(

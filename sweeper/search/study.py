@@ -11,7 +11,7 @@ import json
 from typing import Literal
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from sweeper.errors import StudyMismatch
@@ -69,12 +69,20 @@ def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
     return PatientStorage(url)
 
 
+def share_cache(storage: RDBStorage) -> BaseStorage:
+    """A storage whose finished trials are read once, however many studies are opened on it.
+
+    create_study and load_study put a cache of their own before an RDBStorage, empty every time.
+    """
+    return get_storage(storage)
+
+
 def optuna_name(study_name: str, arm: str) -> str:
     """The name of an arm's study in Optuna's storage."""
     return f"{study_name}/{arm}"
 
 
-def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage) -> optuna.Study:
+def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: BaseStorage) -> optuna.Study:
     """Create or resume the Optuna study of an arm.
 
     Raises:
@@ -142,7 +150,7 @@ def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
 
 
-def find_study(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage) -> optuna.Study | None:
+def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:
     """An arm's study as it stands, if it was ever opened."""
     name = optuna_name(plan.study.study_name, arm.name)
     if name not in optuna.get_all_study_names(storage):
@@ -214,7 +222,7 @@ def adopt(study: optuna.Study) -> list[Trial]:
 
 def counted(study: optuna.Study) -> int:
     """How many of n_trials are used up."""
-    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
+    return sum(map(counts, study.get_trials(deepcopy=False)))
 
 
 def spent_seconds(study: optuna.Study) -> float:

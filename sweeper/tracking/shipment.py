@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import verify_manifest
 from sweeper.tracking.ledger import (
     OPENED,
     STATE,
@@ -32,7 +33,6 @@ from sweeper.tracking.ledger import (
     weights_of,
 )
 from sweeper.tracking.server import Away, Server, as_ours, is_gone, lacks_endpoint
-from sweeper.training.manifest import verify_manifest
 from sweeper.training.spool import read_spool
 
 if TYPE_CHECKING:
