@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all lint format ui report nightly servers servers-stop audit bench soak wheel clean
+.PHONY: help setup sweep test test-all faults lint format ui report nightly servers servers-stop audit bench soak wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: $(READY)  ## Run the tests (minutes)
 
 test-all: $(READY)  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(READY)  ## Inject every fault of docs/reliability.md, and show which cases pass
+	$(BIN)/python -m tests.faults
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .

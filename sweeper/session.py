@@ -11,12 +11,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.storages import RDBStorage
 from rich.console import Console
 
 from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
@@ -78,19 +79,27 @@ def run_study(plan: StudyPlan) -> Results:
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
-        return StudySession(plan, folder, console, interrupt).run()
+        storage = open_storage(plan.study.storage, folder)
+        shared = plan.study.storage is not None  # else it lies in the folder that is locked
+        with storage.owned(plan.study.study_name) if shared else nullcontext():
+            return StudySession(plan, folder, storage, console, interrupt).run()
 
 
 class StudySession:
     """A study while it runs."""
 
     def __init__(
-        self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
+        self,
+        plan: StudyPlan,
+        folder: StudyFolder,
+        storage: RDBStorage,
+        console: Console,
+        interrupt: Interrupt,
     ) -> None:
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
-        self._storage = share_cache(open_storage(plan.study.storage, folder))
+        self._storage = share_cache(storage)
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
@@ -364,7 +373,10 @@ class StudySession:
         began = time.monotonic()
         if began < self._next_write:
             return
-        self._write(self._results())
+        try:
+            self._write(self._results())
+        except OSError as error:  # a full disk: the storage has it all, the next trial tries again
+            self._console.print(f"results are not written: {error}", style="yellow")
         took = time.monotonic() - began
         self._next_write = began + took / WRITING_SHARE
 

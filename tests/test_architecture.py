@@ -25,6 +25,7 @@ LAYERS = (
         "stand_ins",
         "redaction",
         "manifest",
+        "yaml_bounds",
     },
     {"grammar"},
     {"compose", "data"},

@@ -49,6 +49,7 @@ from sweeper.workers.protocol import (
     Progress,
     Slots,
     Submit,
+    Waiting,
 )
 
 FRUITLESS = ("refused", "duplicate")
@@ -353,6 +354,8 @@ class ArmDriver:
                 self._progressed(event)
             case Evaluated():
                 self._evaluated(event)
+            case Waiting():
+                self.view.event(f"{event.trial}: {event.message}")
             case Ended():
                 self._ended(event)
             case Checked():
@@ -450,8 +453,12 @@ class ArmDriver:
             self._tell(live, Outcome(cause="cancelled"))
         elif self._was_set_aside(live.record.key):
             self._wait(live)
-        elif live.attempt >= MAX_ATTEMPTS:
-            self._tell(live, Outcome(cause=event.cause, message=event.message))
+        elif (
+            event.cause == "oom" or live.attempt >= MAX_ATTEMPTS
+        ):  # it would run out of memory again
+            self._tell(
+                live, Outcome(cause=event.cause, message=event.message, steps=live.view.step)
+            )
         else:
             live.attempt += 1
             live.stopping = False

@@ -61,7 +61,7 @@ DROPPED = "dropped"
 """Attribute of a trial that a person stopped for good."""
 
 
-def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
+def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
     """Optuna's storage: the given URL, or SQLite in the study's folder."""
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
