@@ -166,7 +166,8 @@ class ArmDriver:
         return {**checks, **{key: live.worker for key, live in self._live.items()}}
 
     def set_aside(self) -> None:
-        """See Steered."""
+        """See Steered; a check is short: it ends, or begins anew."""
+        self._aside.update(live.record.key for live in self._checking.values())
         for key, live in self._live.items():
             self._aside.add(key)
             if not live.stopping:
@@ -257,6 +258,7 @@ class ArmDriver:
     def _checked(self, event: Checked) -> None:
         live = self._checking.pop(event.worker, None)
         if live is not None:
+            self._aside.discard(live.record.key)
             self._sizes.learn(live.settings, event)
             self._waiting.insert(0, live)
 
@@ -407,7 +409,7 @@ class ArmDriver:
 
     def _wait(self, live: Live) -> None:
         """Until the pause is over: the attempt goes on, from its checkpoint."""
-        live.spent = self.budget.clock() - live.started
+        live.spent = self.budget.clock() - live.started if live.started else 0.0
         live.stopping = False
         live.view.state = "paused"
         self._waiting.append(live)
