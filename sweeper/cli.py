@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from sweeper.tracking.registry import Registry, Version
 
 VERBS = (
-    *("report", "best", "generate", "trial", "doctor", "prefetch"),
+    *("report", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
     *("nightly", "champion", "clean", "build-base"),
 )
 
@@ -129,6 +129,45 @@ def trial(
         )
     settings = validate(Settings, {**compose([]).config, **read_yaml(source)})
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
+
+
+@app.command()
+def reproduce(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A trial's folder, MLflow run id, STUDY/ARM/NUMBER, or STUDY (winner)."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of workers and tracking alone: workers=inline")
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Where the new trial goes.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Train a recorded trial again and hold it against its record; say what differs (docs/reproduce.md).
+
+    Exit codes: 0 reproduced; 1 it cannot be tried; 2 a wrong argument; 10 another figure, or none;
+    11 other data or another base: not trained.
+    """
+    from sweeper import reproduce as again
+    from sweeper.folders import TrialFolder
+    from sweeper.reporting.view import make_console
+    from sweeper.settings import Tracking, validate
+    from sweeper.tracking.trackers import make_store
+
+    machine = again.machinery(overrides or [])
+    store = make_store(validate(Tracking, machine["tracking"], "tracking"))
+    record = again.find_record(run, output_dir, store)
+    folder = TrialFolder(into or again.new_folder(output_dir, record))
+    console = make_console(stderr=as_json)
+    found = again.reproduce(record, machine, folder, console, tolerance)
+    typer.echo(again.to_json(found) if as_json else again.describe(found))
+    raise typer.Exit(again.EXIT_CODES[found.verdict])
 
 
 @app.command()

@@ -96,7 +96,13 @@ class Facts(Value):
     target_tokens: int
     """Target tokens of the validation split: what the loss is a mean over."""
     device: str
+    """A GPU's name; a CPU's, and ", 2 threads"."""
     dtype: str
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the device computes the same bits again: GPU kernels add in any order, threads do not."""
+        return self.device.endswith(" threads")
 
     def base_value(self, metric: str) -> float:
         """The untuned base's value of a metric: what every trial is held against.

@@ -32,7 +32,7 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "doctor", "dry_run", "answers"},
+    {"session", "single", "doctor", "dry_run", "answers", "reproduce"},
     {"nightly"},
     {"cli", "__main__"},
 )
@@ -44,7 +44,11 @@ SEAMS = {
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
-    "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
+    "mlflow": {
+        "sweeper/tracking/mlflow_tracker.py",
+        "sweeper/tracking/registry.py",
+        "sweeper/tracking/store.py",
+    },
     "typer": {"sweeper/cli.py"},
     "multiprocessing": {"sweeper/workers/local.py"},
     "datasets": {"sweeper/data/sources.py"},

@@ -91,9 +91,10 @@ def make_view(console: Console) -> View:
     return PlainView(console)
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """Where everything is printed; wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
+    file = sys.stderr if stderr else sys.stdout
+    return Console(width=None if file.isatty() else PLAIN_COLUMNS, stderr=stderr)
 
 
 def print_results(results: Results, console: Console) -> None:

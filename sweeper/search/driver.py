@@ -25,6 +25,7 @@ from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
 from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
 from sweeper.settings import Objective, Pruner, Settings, flatten
 from sweeper.space import Point
+from sweeper.tracking.provenance import origin
 from sweeper.tracking.tracker import Tracker, TrialRecord
 from sweeper.workers.protocol import (
     AnyEvent,
@@ -234,8 +235,7 @@ class ArmDriver:
 
     def _origin(self) -> dict[str, str]:
         """Code, machine, data and base: where this arm's results come from."""
-        digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
-        return {**self.provenance, **digests}
+        return origin(self.provenance, self.facts)
 
     def _handle(self, event: AnyEvent) -> None:
         match event:

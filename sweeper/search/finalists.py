@@ -27,6 +27,7 @@ from sweeper.search.states import MAX_ATTEMPTS, STATES
 from sweeper.search.study import point_of
 from sweeper.settings import Finalists, TrialSettings, flatten
 from sweeper.space import Point
+from sweeper.tracking.provenance import origin
 from sweeper.tracking.tracker import Tracker, TrialRecord
 from sweeper.workers.protocol import (
     AnyEvent,
@@ -226,8 +227,7 @@ class FinalistsDriver:
         facts = _facts(study)
         tags = {
             **{"arm": arm.name, "finalist": f"{arm.name}/{number:04d}"},
-            **self.provenance,
-            **{"data.digest": facts.data_digest, "base.digest": facts.base_digest},
+            **origin(self.provenance, facts),
         }
         params = flatten(settings.model_dump(mode="json", exclude_none=True))
         record = TrialRecord(key, self.folder.finalist(arm.name, number, seed), params, tags)

@@ -5,22 +5,14 @@ A version points at the adapter that its trial's run holds. Knows nothing of why
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
-from sweeper.redaction import redact
-from sweeper.tracking.mlflow_tracker import (
-    OUTAGE_SETTINGS,
-    STUDY_TAG,
-    TRIAL_TAG,
-    local_uri,
-)
+from sweeper.tracking.mlflow_tracker import STUDY_TAG, TRIAL_TAG
+from sweeper.tracking.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,9 +46,7 @@ class Registry:
 
     def __init__(self, uri: str | None, root: Path) -> None:
         """`uri` is a tracking server or database; without one the store is local, under `root`."""
-        self._uri = uri
-        self._root = root
-        self._made: MlflowClient | None = None
+        self._store = Store(uri, root)
 
     def champion(self, model: str) -> Version | None:
         """The version with the alias, if the model is registered and has one.
@@ -64,7 +54,7 @@ class Registry:
         Raises:
             TrackingError: the registry cannot be asked.
         """
-        with self._client() as client:
+        with self._store.client() as client:
             number = _champion_number(client, model)
             return None if number is None else _version(client, model, number)
 
@@ -74,7 +64,7 @@ class Registry:
         Raises:
             TrackingError: the registry cannot be asked.
         """
-        with self._client() as client:
+        with self._store.client() as client:
             numbers = [(each.name, each.aliases.get(ALIAS)) for each in _models(client)]
             now = [_version(client, name, str(number)) for name, number in numbers if number]
             before = [each for each in now if each.previous is not None]
@@ -92,7 +82,7 @@ class Registry:
         Raises:
             TrackingError: no such run, or the registry cannot be asked.
         """
-        with self._client() as client:
+        with self._store.client() as client:
             run = _run_of(client, study, trial)
             if not client.search_registered_models(f"name = '{model}'"):
                 client.create_registered_model(model)
@@ -123,7 +113,7 @@ class Registry:
             raise TrackingError(
                 f"version {now.number} of {model!r} is its first champion; there is none before it"
             )
-        with self._client() as client:
+        with self._store.client() as client:
             client.set_model_version_tag(model, now.number, ROLLED_BACK_TAG, "true")
             client.set_registered_model_alias(model, ALIAS, now.previous)
             return _version(client, model, now.previous)
@@ -134,7 +124,7 @@ class Registry:
         Raises:
             TrackingError: the server cannot be asked, or refuses.
         """
-        with self._client() as client:
+        with self._store.client() as client:
             found = client.get_experiment_by_name(NIGHTS)
             experiment = found.experiment_id if found else self._create_experiment(client)
             query = f"tags.`sweeper.night` = '{name}'"
@@ -147,36 +137,9 @@ class Registry:
             client.set_terminated(run.info.run_id, "FINISHED")
 
     def _create_experiment(self, client: MlflowClient) -> str:
-        local = (self._root / "artifacts" / NIGHTS).resolve().as_uri()
-        location = local if self._uri is None else None
+        local = (self._store.root / "artifacts" / NIGHTS).resolve().as_uri()
+        location = local if self._store.uri is None else None
         return str(client.create_experiment(NIGHTS, artifact_location=location))
-
-    @contextmanager
-    def _client(self) -> Iterator[MlflowClient]:
-        """The client; MLflow's errors become one line."""
-        try:
-            yield self._connect()
-        except TrackingError:
-            raise
-        except Exception as error:
-            from mlflow.exceptions import MlflowException
-
-            if not isinstance(error, MlflowException | OSError):
-                raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrackingError(f"MLflow: {redact(first)}") from None
-
-    def _connect(self) -> MlflowClient:
-        if self._made is None:
-            for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **OUTAGE_SETTINGS}.items():
-                os.environ.setdefault(name, value)
-            import mlflow  # two seconds, and only where there is a champion to ask for
-
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._made = mlflow.MlflowClient(self._uri or local_uri(self._root))
-        return self._made
 
 
 def _models(client: MlflowClient) -> Iterator[Any]:

@@ -8,6 +8,7 @@ from sweeper.redaction import redact
 from sweeper.settings import Tracking
 from sweeper.tracking.mlflow_tracker import MlflowTracker, local_uri
 from sweeper.tracking.registry import Registry
+from sweeper.tracking.store import Store
 from sweeper.tracking.tracker import NullTracker, Tracker
 
 LOCAL_STORE = Path("mlruns")
@@ -23,6 +24,11 @@ def make_tracker(settings: Tracking) -> Tracker:
 def make_registry(settings: Tracking) -> Registry | None:
     """The registry beside the runs; None where nothing is tracked."""
     return None if settings.kind == "none" else Registry(settings.uri, LOCAL_STORE)
+
+
+def make_store(settings: Tracking) -> Store | None:
+    """Where runs are kept, to be read; None where nothing is tracked."""
+    return None if settings.kind == "none" else Store(settings.uri, LOCAL_STORE)
 
 
 def browse_command(settings: Tracking) -> str:
