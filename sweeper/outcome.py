@@ -101,7 +101,7 @@ class Facts(Value):
 
     @property
     def repeatable(self) -> bool:
-        """Whether the device computes the same bits again: GPU kernels add in any order, threads do not."""
+        """Whether the device computes the same bits again: a GPU's kernels add in any order."""
         return self.device.endswith(" threads")
 
     def base_value(self, metric: str) -> float:

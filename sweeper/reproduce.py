@@ -1,8 +1,8 @@
 """A stored trial trained again, and held against what it recorded.
 
-Needs nothing but the trial's config, provenance and outcome: no study, no database. What differs from the
-record (code, packages, machine, data, base) is said before anything is trained, and other data or another
-base end it there: their figure would be the answer to another question.
+Needs nothing but the trial's config, provenance and outcome: no study, no database. What differs from
+the record (code, packages, machine, data, base) is said before anything is trained, and other data or
+another base end it there: their figure would be the answer to another question.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ ARITHMETIC = (
 """What decides in which order numbers are added: where one differs, the bits do."""
 COMPARED = (*INPUTS, "git.commit", "git.dirty", "sweeper", "python", *ARITHMETIC)
 EXACT = 1e-6
-"""Share of the recorded value. A CPU with the same packages and threads computes the same bits; this only
-allows for a figure that went through JSON."""
+"""Share of the recorded value. A CPU with the same packages and threads computes the same bits; this
+only allows for a figure that went through JSON."""
 ROUNDING = 0.02
-"""Share of the trial's gain over the untuned base. Other kernels round differently, and training amplifies
-it: as much as another seed would (±0.006 of 0.54 nats on the embedded base, research of 2026-11)."""
+"""Share of the trial's gain over the untuned base. Other kernels round differently, and training
+amplifies it, at worst to what another seed does (±0.006 of 0.54 nats on the embedded base)."""
 MLFLOW_RUN = re.compile(r"[0-9a-f]{32}")
 NUMBER = re.compile(r"(?:trial_)?(\d+)(?:_seed_(\d+))?")
 

@@ -27,6 +27,7 @@ from sweeper.reporting.results import Results, collect_arm, test_figures, to_doc
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_results
+from sweeper.reporting.winner import top_adapters
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
@@ -37,7 +38,7 @@ from sweeper.search.start import fill_study
 from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
-from sweeper.tracking.tracker import RunStatus, StudyRecord
+from sweeper.tracking.tracker import RunStatus, StudyEnd, StudyRecord, dataset_record
 from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
@@ -284,17 +285,26 @@ class StudySession:
             text = self._next_commands(results, status)
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
             write_page(results, self._folder, self._storage)
-        best = results.arms[0].best if results.arms else None
-        self._tracker.close_study(
-            status,
-            {} if best is None else {**best.outcome.metrics, **test_figures(results.arms[0])},
-            {} if best is None else best.point,
-            markdown_report(results) if results.arms else "",
-            [path for path in self._folder.answers if path.exists()],
-        )
+        self._tracker.close_study(self._end(results, status))
         for problem in self._tracker.close():
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
         return results
+
+    def _end(self, results: Results, status: RunStatus) -> StudyEnd:
+        """What the parent run is told; adapters become models once they are final."""
+        if not results.arms:
+            return StudyEnd(status)
+        first, count = results.arms[0], self._plan.settings.tracking.logged_models
+        best = first.best
+        return StudyEnd(
+            status=status,
+            metrics={} if best is None else {**best.outcome.metrics, **test_figures(first)},
+            best={} if best is None else {"trial": f"{best.arm}/{best.number:04d}", **best.point},
+            note=markdown_report(results),
+            artifacts=[path for path in self._folder.answers if path.exists()],
+            dataset=dataset_record(first.facts, self._plan.settings.data),
+            models=top_adapters(results, self._folder, count) if status == "FINISHED" else (),
+        )
 
     def _next_commands(self, results: Results, status: RunStatus) -> str:
         name = self._plan.study.study_name

@@ -15,9 +15,9 @@ from sweeper.reporting.tables import describe_data
 from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
 from sweeper.search.states import STATES
-from sweeper.settings import Settings, TrialSettings, flatten, metric_words
+from sweeper.settings import Settings, TrialSettings, metric_words
 from sweeper.tracking.provenance import origin, provenance
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record, run_params
 from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Ended, Engine, Evaluated, Lost, Probe, Probed, Slots, Submit
@@ -104,9 +104,8 @@ class SingleTrial:
         self._tracker = tracker
         self._console = console
         self._facts: Facts | None = None
-        params = flatten(settings.model_dump(mode="json", exclude_none=True))
         name = f"single/{folder.path.name}"
-        self.record = TrialRecord(name, folder, params, provenance(command))
+        self.record = TrialRecord(name, folder, run_params(settings, {}), provenance(command))
 
     def train(self, interrupt: Interrupt) -> Outcome:
         """To its end; what cannot be probed is refused."""
@@ -134,7 +133,11 @@ class SingleTrial:
     def _know(self, facts: Facts | None) -> None:
         assert facts is not None
         self._facts = facts
-        self.record = replace(self.record, tags=origin(self.record.tags, facts))
+        self.record = replace(
+            self.record,
+            tags=origin(self.record.tags, facts),
+            dataset=dataset_record(facts, self._settings.data),
+        )
         self._console.print(f"data: {describe_data(facts)}", highlight=False, soft_wrap=True)
         metric = self._settings.objective.metric
         value = facts.base_value(metric)

@@ -45,6 +45,7 @@ SEAMS = {
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
     "mlflow": {
+        "sweeper/tracking/logged_models.py",
         "sweeper/tracking/mlflow_tracker.py",
         "sweeper/tracking/registry.py",
         "sweeper/tracking/store.py",

@@ -141,7 +141,7 @@ def test_an_mlflow_run_alone_is_enough(
 
 
 def test_trials_are_named_in_a_few_ways(trained: TrialFolder, tmp_path: Path) -> None:
-    """STUDY/ARM/NUMBER with and without zeros, a further seed's, a folder; anything else is explained."""
+    """STUDY/ARM/NUMBER with and without zeros, a further seed's; anything else is explained."""
     study = StudyFolder(tmp_path / "other")
     copied(trained, study.trial("lora", 7).path)
     copied(trained, study.finalist("lora", 7, 1).path)

@@ -6,6 +6,7 @@ Every text is escaped by the template; only pictures and the rendered data card 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from sweeper.folders import StudyFolder, write_atomic
+from sweeper.reporting.chart import ASSETS, picture_style, standalone
 from sweeper.reporting.evidence import Evidence, gather
 from sweeper.reporting.figures import Figure, figures
 from sweeper.reporting.ledger import cost_sheet, failure_sheet
@@ -35,7 +37,6 @@ from sweeper.reporting.tables import (
 from sweeper.reporting.verdict import Verdict, judge, label
 from sweeper.settings import metric_words
 
-ASSETS = Path(__file__).parent / "assets"
 MOST_ROWS = 1000
 """Of a leaderboard, so that a page stays below 2 MB; the rest is in results.json."""
 CARD_CHARS = 100_000
@@ -136,7 +137,7 @@ def page(studies: Sequence[Study]) -> str:
         title=", ".join(names),
         studies=studies,
         overview=_overview(studies) if len(studies) > 1 else None,
-        css=Markup((ASSETS / "page.css").read_text(encoding="utf-8")),
+        css=Markup(picture_style() + (ASSETS / "page.css").read_text(encoding="utf-8")),
         script=Markup((ASSETS / "page.js").read_text(encoding="utf-8")),
     )
 
@@ -144,7 +145,7 @@ def page(studies: Sequence[Study]) -> str:
 def write_page(
     results: Results, folder: StudyFolder, storage: optuna.storages.BaseStorage | None = None
 ) -> Path:
-    """Write report.html into a study's folder.
+    """Write report.html into a study's folder, and its pictures as files of their own into figures/.
 
     Args:
         results: the study.
@@ -153,7 +154,22 @@ def write_page(
     """
     study = Study(results, folder, gather(results, folder, storage))
     write_atomic(folder.page, page([study]))
+    write_figures(study.figures, folder.figures)
     return folder.page
+
+
+def write_figures(drawn: Sequence[Figure], folder: Path) -> None:
+    """Write each picture as an SVG file; one of an earlier report that is no more goes."""
+    names = {f"{_file_name(figure.title)}.svg": figure.svg for figure in drawn if figure.svg}
+    for stale in folder.glob("*.svg"):
+        if stale.name not in names:
+            stale.unlink()
+    for name, svg in names.items():
+        write_atomic(folder / name, standalone(svg))
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
 
 
 @cache

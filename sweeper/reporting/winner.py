@@ -18,6 +18,7 @@ from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.verdict import label
 from sweeper.search.board import short_names
 from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
+from sweeper.tracking.tracker import ModelRecord
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
@@ -101,6 +102,21 @@ def find_winner(
     return Winner(results.study_name, found, trial, folder.trial(name, trial.number))
 
 
+def top_adapters(results: Results, folder: StudyFolder, count: int) -> list[ModelRecord]:
+    """The best adapters of every arm that has some, the arm's winner first."""
+    return [
+        ModelRecord(
+            f"{arm.name}/{trial.number:04d}",
+            folder.trial(arm.name, trial.number).adapter,
+            trial.outcome.best_step or 0,
+            trial.point,
+        )
+        for arm in results.arms
+        for trial in _best_first(arm)[:count]
+        if folder.trial(arm.name, trial.number).adapter.is_dir()
+    ]
+
+
 def experiment_yaml(winner: Winner) -> str:
     """The trial's whole configuration as conf/experiment/best.yaml."""
     head = (
@@ -144,6 +160,12 @@ def base_name(settings: TrialSettings) -> str:
     from sweeper.modeling.source import find_source
 
     return find_source(settings.model).folder.as_posix()
+
+
+def _best_first(arm: ArmResult) -> list[TrialResult]:
+    """Its complete trials; the winner over the seeds may not be the one with the best value."""
+    complete = [trial for trial in arm.trials if trial.complete and trial.value is not None]
+    return sorted(complete, key=lambda trial: trial is not arm.best)
 
 
 def _loading(winner: Winner, path: str) -> str:

@@ -23,10 +23,10 @@ from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
 from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
 from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
-from sweeper.settings import Objective, Pruner, Settings, flatten
+from sweeper.settings import Objective, Pruner, Settings
 from sweeper.space import Point
 from sweeper.tracking.provenance import origin
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record, run_params
 from sweeper.workers.protocol import (
     AnyEvent,
     Ended,
@@ -203,9 +203,10 @@ class ArmDriver:
         folder = self.folder.trial(self.arm.name, trial.number)
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
-        params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
         tags = {"arm": self.arm.name, **self._origin()}
-        record = TrialRecord(key, folder, params, tags)
+        params = run_params(settings.trial, point)
+        dataset = dataset_record(self.facts, settings.data)
+        record = TrialRecord(key, folder, params, tags, dataset)
         watch = make_watch(self.pruner, settings.training, trial, reported)
         return Live(trial, point, settings, record, view, watch)
 

@@ -25,10 +25,10 @@ from sweeper.search.final import COMPLETE, ArmFinal, Final, Finalist, Repeat, ch
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import MAX_ATTEMPTS, STATES
 from sweeper.search.study import point_of
-from sweeper.settings import Finalists, TrialSettings, flatten
+from sweeper.settings import Finalists, TrialSettings
 from sweeper.space import Point
 from sweeper.tracking.provenance import origin
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record, run_params
 from sweeper.workers.protocol import (
     AnyEvent,
     Ended,
@@ -229,8 +229,10 @@ class FinalistsDriver:
             **{"arm": arm.name, "finalist": f"{arm.name}/{number:04d}"},
             **origin(self.provenance, facts),
         }
-        params = flatten(settings.model_dump(mode="json", exclude_none=True))
-        record = TrialRecord(key, self.folder.finalist(arm.name, number, seed), params, tags)
+        params = run_params(settings, candidate.point)
+        dataset = dataset_record(facts, settings.data)
+        folder = self.folder.finalist(arm.name, number, seed)
+        record = TrialRecord(key, folder, params, tags, dataset)
         view = TrialView(key=key, arm=_title(arm), number=number, point=candidate.point)
         return Training(record, settings, view)
 

@@ -108,6 +108,19 @@ class Tracking(Section):
 
     kind: Literal["mlflow", "none"]
     uri: str | None
+    logged_models: Annotated[int, Field(ge=0)]
+    """The best adapters of a study that become LoggedModels, as many of each arm."""
+    registered_model_name: Annotated[str, Field(pattern=r"^[^/:.%\"']+$", max_length=256)] | None
+    """The registered model of which a study's best adapter becomes a version."""
+
+    @model_validator(mode="after")
+    def _registered_is_logged(self) -> Tracking:
+        if self.registered_model_name is not None and self.logged_models == 0:
+            raise ValueError(
+                f"registered_model_name={self.registered_model_name!r} registers a logged model, and "
+                "logged_models=0 logs none; set it to 1 or more"
+            )
+        return self
 
 
 class Space(Section):

@@ -6,11 +6,13 @@ the time they were measured, so that a point sent twice is one row in MLflow's s
 
 from __future__ import annotations
 
+import getpass
 import itertools
 import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +22,21 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper.folders import TrialFolder
 from sweeper.redaction import redact
-from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
+from sweeper.settings import EMBEDDED
+from sweeper.tracking.logged_models import STUDY_TAG, TRIAL_TAG, log_models, register
+from sweeper.tracking.tracker import (
+    DatasetRecord,
+    ModelRecord,
+    RunStatus,
+    StudyEnd,
+    StudyRecord,
+    TrialRecord,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 EVERY_TRIAL_HAS = ("eval/loss", "minimize")
-STUDY_TAG, TRIAL_TAG = "sweeper.study", "sweeper.trial"
 PARENT_TAG = "mlflow.parentRunId"
 OUTAGE_SETTINGS = {
     # MLflow's own defaults keep one call waiting for 246 seconds
@@ -39,6 +49,10 @@ CLOSE_SECONDS = 10.0
 """How long the end of a study waits for a server that is away; what is left is said."""
 AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
 """MLflow's error codes for a server that may answer later."""
+NOTE_CHARS = 8000
+"""The longest tag that MLflow's SQL store takes, and a description is a tag."""
+DIGEST_CHARS = 36
+"""The longest digest of a dataset that it takes."""
 BATCH = 1000
 """MLflow takes at most this many metrics a request."""
 
@@ -51,9 +65,16 @@ def local_uri(root: Path) -> str:
 class MlflowTracker:
     """Every call returns at once; the work is done in order in one background thread."""
 
-    def __init__(self, uri: str | None, root: Path) -> None:
-        """`uri` is a tracking server or database; without one the store is local, under `root`."""
+    def __init__(self, uri: str | None, root: Path, registered_model: str | None = None) -> None:
+        """Connect in the background.
+
+        Args:
+            uri: a tracking server or database; without one the store is local.
+            root: where a local store is kept.
+            registered_model: of which a study's best adapter becomes a version; None: of none.
+        """
         self._uri = uri
+        self._registered_model = registered_model
         self._root = root
         self._problems: list[str] = []
         self._runs: dict[str, str] = {}
@@ -93,28 +114,11 @@ class MlflowTracker:
             f"end of {trial.key}", lambda client: self._end(client, trial, status, metrics, tags)
         )
 
-    def close_study(
-        self,
-        status: RunStatus,
-        metrics: Mapping[str, float],
-        params: Mapping[str, Any],
-        note: str,
-        artifacts: Sequence[Path],
-    ) -> None:
+    def close_study(self, end: StudyEnd) -> None:
         """See Tracker."""
-
-        def close(client: MlflowClient) -> None:
-            parent = self._parent_of(client)
-            _log_final(client, parent, metrics)
-            if note:
-                client.set_tag(parent, "mlflow.note.content", note[:8000])
-            for name, value in params.items():
-                client.set_tag(parent, f"best.{name}", str(value))
-            for path in artifacts:
-                client.log_artifact(parent, str(path))
-            client.set_terminated(parent, status)
-
-        self._later("the parent run", close)
+        self._later("the parent run", lambda client: self._close_study(client, end))
+        if end.models:
+            self._later("the best adapters", lambda client: self._log_models(client, end.models))
 
     def close(self) -> list[str]:
         """See Tracker."""
@@ -170,7 +174,7 @@ class MlflowTracker:
             for name, value in study.tags.items():
                 client.set_tag(self._parent, name, value)
         else:
-            tags = {**self._study, **study.tags}
+            tags = {**self._study, **study.tags, **_source_tags(study.tags)}
             run = client.create_run(self._experiment, run_name=study.name, tags=tags)
             self._parent = run.info.run_id
             _log_params(client, self._parent, study.params)
@@ -179,6 +183,29 @@ class MlflowTracker:
                 self._runs[key] = run.info.run_id
                 if run.info.status != "RUNNING":
                     self._final.add(key)
+
+    def _close_study(self, client: MlflowClient, end: StudyEnd) -> None:
+        parent = self._parent_of(client)
+        _log_final(client, parent, end.metrics)
+        if end.dataset is not None:
+            _log_dataset(client, parent, end.dataset)
+        if end.note:
+            client.set_tag(parent, "mlflow.note.content", _cut(end.note))
+        for name, value in end.best.items():
+            client.set_tag(parent, f"best.{name}", str(value))
+        for path in end.artifacts:
+            if path.is_dir():
+                client.log_artifacts(parent, str(path), path.name)
+            else:
+                client.log_artifact(parent, str(path))
+        client.set_terminated(parent, end.status)
+
+    def _log_models(self, client: MlflowClient, models: Sequence[ModelRecord]) -> None:
+        study = self._study[STUDY_TAG]
+        made = log_models(client, self._experiment, study, models, self._runs)
+        if self._registered_model is not None:
+            best = models[0].trial
+            register(client, self._registered_model, study, best, made[0], self._runs[best])
 
     def _parent_of(self, client: MlflowClient) -> str:
         """The parent run; opened now if the server was away when the study began."""
@@ -190,14 +217,18 @@ class MlflowTracker:
 
     def _experiment_id(self, client: MlflowClient, name: str, metric: str, direction: str) -> str:
         found = client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
         location = None
         if self._uri is None:  # MLflow would take the current folder of whoever comes first
             location = (self._root / "artifacts" / name).resolve().as_uri()
-        identity = str(client.create_experiment(name, artifact_location=location))
+        known = {} if found is None else found.tags
+        identity = (
+            str(client.create_experiment(name, artifact_location=location))
+            if found is None
+            else str(found.experiment_id)
+        )
         for tag, value in _experiment_tags(metric, direction).items():
-            client.set_experiment_tag(identity, tag, value)
+            if tag not in known:  # somebody may have made the experiment, or chosen otherwise since
+                client.set_experiment_tag(identity, tag, value)
         return identity
 
     def _start(self, client: MlflowClient, trial: TrialRecord) -> None:
@@ -205,7 +236,7 @@ class MlflowTracker:
             client.update_run(self._runs[trial.key], status="RUNNING")
             self._final.discard(trial.key)
             return
-        tags = {TRIAL_TAG: trial.key, **trial.tags}
+        tags = {TRIAL_TAG: trial.key, **trial.tags, **_source_tags(trial.tags)}
         if self._announced is None:
             self._experiment = self._experiment_id(client, "single trials", *EVERY_TRIAL_HAS)
         else:
@@ -213,6 +244,8 @@ class MlflowTracker:
         run = client.create_run(self._experiment, run_name=trial.key, tags=tags)
         self._runs[trial.key] = run.info.run_id
         _log_params(client, run.info.run_id, trial.params)
+        if trial.dataset is not None:
+            _log_dataset(client, run.info.run_id, trial.dataset)
 
     def _ship(self, client: MlflowClient, trial: TrialRecord) -> None:
         from mlflow.entities import Metric
@@ -255,6 +288,53 @@ def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
         "mlflow.experiment.primaryMetric.name": metric.replace("eval/", "best/eval_"),
         "mlflow.experiment.primaryMetric.greaterIsBetter": str(direction == "maximize").lower(),
     }
+
+
+def _source_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """MLflow's own columns for where a run comes from: its UI shows and searches them."""
+    found = {"mlflow.source.name": tags.get("command"), "mlflow.source.type": "LOCAL"}
+    commit = tags.get("git.commit", "")
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        found["mlflow.source.git.commit"] = commit
+    try:
+        found["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        pass
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _cut(note: str) -> str:
+    """A description that MLflow takes, ending at the end of a line."""
+    return note if len(note) <= NOTE_CHARS else note[:NOTE_CHARS].rpartition("\n")[0]
+
+
+def _log_dataset(client: MlflowClient, run: str, dataset: DatasetRecord) -> None:
+    """The data as the run's input, under MLflow's own kinds of sources."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind, source = _dataset_source(dataset.sources)
+    entity = Dataset(
+        name=dataset.name[:500],
+        digest=dataset.digest[:DIGEST_CHARS],
+        source_type=kind,
+        source=json.dumps(source),
+        profile=json.dumps(dataset.profile),
+    )
+    client.log_inputs(run, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+
+
+def _dataset_source(paths: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Type and content as mlflow.data writes them, so that its get_source reads them."""
+    if len(paths) > 1:
+        return "external", {"uris": list(paths)}  # a mixture: mlflow.data has no word for it
+    (path,) = paths
+    if path == EMBEDDED:
+        return "code", {"tags": {"mlflow.source.name": "sweeper.embedded"}}
+    if path.startswith(("http://", "https://")):
+        return "http", {"url": redact(path)}
+    if "://" in path or Path(path).exists():
+        return "local", {"uri": redact(path)}
+    return "hugging_face", {"path": path}
 
 
 def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
-from sweeper.tracking.mlflow_tracker import STUDY_TAG, TRIAL_TAG
+from sweeper.tracking.logged_models import STUDY_TAG, TRIAL_TAG
 from sweeper.tracking.store import Store
 
 if TYPE_CHECKING:

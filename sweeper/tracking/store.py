@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
 from sweeper.redaction import redact
-from sweeper.tracking.mlflow_tracker import OUTAGE_SETTINGS, PARENT_TAG, STUDY_TAG, local_uri
+from sweeper.tracking.logged_models import STUDY_TAG
+from sweeper.tracking.mlflow_tracker import OUTAGE_SETTINGS, PARENT_TAG, local_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,7 +18,7 @@ def make_tracker(settings: Tracking) -> Tracker:
     """The tracker that `tracking` names."""
     if settings.kind == "none":
         return NullTracker()
-    return MlflowTracker(settings.uri, LOCAL_STORE)
+    return MlflowTracker(settings.uri, LOCAL_STORE, settings.registered_model_name)
 
 
 def make_registry(settings: Tracking) -> Registry | None:

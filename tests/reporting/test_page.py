@@ -270,7 +270,7 @@ def _contrast(one: str, other: str) -> float:
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_contrast(scheme: int) -> None:
     """Every text and every series has a contrast of 4.5 or more, on the paper and on a panel."""
-    blocks = re.findall(r":root \{(.*?)\}", (ASSETS / "page.css").read_text(), re.DOTALL)
+    blocks = re.findall(r":root \{(.*?)\}", (ASSETS / "picture.css").read_text(), re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", blocks[scheme]))
     for name in ("ink", "quiet", "accent", *(f"c{series}" for series in range(6))):
         for ground in ("paper", "panel"):
