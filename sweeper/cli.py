@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,6 +155,7 @@ def reproduce(
     """
     from sweeper import reproduce as again
     from sweeper.folders import TrialFolder
+    from sweeper.noise import hush
     from sweeper.reporting.view import make_console
     from sweeper.settings import Tracking, validate
     from sweeper.tracking.trackers import make_store
@@ -163,6 +163,7 @@ def reproduce(
     machine = again.machinery(overrides or [])
     store = make_store(validate(Tracking, machine["tracking"], "tracking"))
     record = again.find_record(run, output_dir, store)
+    hush()
     folder = TrialFolder(into or again.new_folder(output_dir, record))
     console = make_console(stderr=as_json)
     found = again.reproduce(record, machine, folder, console, tolerance)
@@ -303,7 +304,9 @@ def build_base(
 
 def _quiet() -> None:
     """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that is not needed
+    from sweeper.noise import hush
+
+    hush()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -13,20 +13,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 from filelock import FileLock, Timeout
 from rich.console import Console
 
 from sweeper.errors import StudyError, StudyLocked, WorkerError
 from sweeper.folders import StudyFolder, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
+from sweeper.noise import hush
 from sweeper.outcome import Facts, Misfit
 from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
 from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.verdict import judge, with_override
-from sweeper.reporting.view import make_console, make_view, print_results
+from sweeper.reporting.view import make_console, make_view, print_answer, print_results
 from sweeper.reporting.winner import top_adapters
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
@@ -54,7 +54,8 @@ def run_study(plan: StudyPlan) -> Results:
         SweeperError: it cannot be run; the message says what to do.
         KeyboardInterrupt: the user stopped it; the same command resumes it.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if plan.settings.verbosity != "verbose":
+        hush()
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
@@ -87,7 +88,7 @@ class StudySession:
         self._tracker.open_study(self._record())
         engine = open_engine(workers, self._plan.study.n_jobs, self._folder.worker_log)
         try:
-            with make_view(self._console) as view:
+            with make_view(self._console, self._plan.settings.verbosity) as view:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
                 name = self._plan.study.study_name
                 view.event(f"study {name} ({presets}): loading the base model and the data")
@@ -281,14 +282,21 @@ class StudySession:
         results = self._results()
         if results.arms:
             self._write(results)
-            print_results(results, self._console)
-            text = self._next_commands(results, status)
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._show(results, status)
             write_page(results, self._folder, self._storage)
         self._tracker.close_study(self._end(results, status))
         for problem in self._tracker.close():
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
         return results
+
+    def _show(self, results: Results, status: RunStatus) -> None:
+        if self._plan.settings.verbosity == "quiet":
+            print_answer(results, self._console)
+            text = f"\nResults    {self._folder.page}"
+        else:
+            print_results(results, self._console)
+            text = self._next_commands(results, status)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _end(self, results: Results, status: RunStatus) -> StudyEnd:
         """What the parent run is told; adapters become models once they are final."""

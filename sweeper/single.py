@@ -10,6 +10,7 @@ from rich.console import Console
 from sweeper.errors import StudyError, TrialFailed
 from sweeper.folders import TrialFolder
 from sweeper.interrupt import Interrupt, deferred_interrupt
+from sweeper.noise import hush
 from sweeper.outcome import Facts, Outcome
 from sweeper.reporting.tables import describe_data
 from sweeper.reporting.view import make_console
@@ -31,9 +32,12 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
         TrialFailed: it ended without a result: refused, out of memory, diverged, a crash, an error.
         KeyboardInterrupt: the user stopped it.
     """
+    if settings.verbosity != "verbose":
+        hush()
     console = make_console()
-    outcome = train_single(settings, folder, command, console)
-    if folder.log_text.exists():  # a fake trial writes none
+    quiet = settings.verbosity == "quiet"
+    outcome = train_single(settings, folder, command, Console(quiet=True) if quiet else console)
+    if folder.log_text.exists() and not quiet:  # a fake trial writes none
         console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
     console.print(f"Folder     {folder.path}", highlight=False)
     console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)

@@ -24,6 +24,7 @@ LAYERS = (
         "interrupt",
         "stand_ins",
         "redaction",
+        "noise",
     },
     {"grammar"},
     {"compose", "data"},

@@ -254,8 +254,7 @@ class ArmDriver:
     def _progressed(self, event: Progress) -> None:
         live = self._live.get(event.trial)
         if live is not None:
-            live.view.step, live.view.total_steps = event.step, event.total_steps
-            live.view.tokens_per_second = event.tokens_per_second
+            live.view.progressed(event.step, event.total_steps, event.tokens_per_second)
 
     def _evaluated(self, event: Evaluated) -> None:
         live = self._live.get(event.trial)
