@@ -172,9 +172,8 @@ def board_table(board: Board) -> Group:
         table.add_column(name, justify="right")
     for trial in trials[-MAX_ROWS:]:
         table.add_row(*_cells(trial, keys, best=trial is board.best))
-    return Group(
-        Text(_headline(board, trials), style="bold"), table
-    )  # a title is as narrow as its table
+    # above the table, for a title would be as narrow as its table
+    return Group(Text(_headline(board, trials), style="bold"), table)
 
 
 def _headline(board: Board, trials: list[TrialView]) -> str:

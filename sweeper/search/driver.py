@@ -23,7 +23,7 @@ from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
 from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
 from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
-from sweeper.settings import Objective, Pruner, Settings
+from sweeper.settings import Objective, Pruner, Settings, metric_words
 from sweeper.space import Point
 from sweeper.tracking.provenance import origin
 from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record, run_params
@@ -265,9 +265,9 @@ class ArmDriver:
         told = as_told(self.objective, event.value)
         hopeless = live.watch.evaluated(event.step, event.total_steps, told)
         if hopeless and not live.stopping and not live.audited:
-            self._stop_or_audit(live)
+            self._stop_or_audit(live, event)
 
-    def _stop_or_audit(self, live: Live) -> None:
+    def _stop_or_audit(self, live: Live, event: Evaluated) -> None:
         key = live.record.key
         live.audited = audited(self.pruner, self.arm.sampler.seed, key)
         if live.audited:
@@ -276,6 +276,11 @@ class ArmDriver:
         else:
             live.stopping = True
             self.engine.stop(key, "pruned")
+            value = f"{metric_words(self.objective.judged_while_training)} {event.value:.4f}"
+            self.view.event(
+                f"{key} is pruned at step {event.step} of {event.total_steps}: {value}, and its best so "
+                f"far is behind the others' there (pruner={self.pruner.name})"
+            )
 
     def _ended(self, event: Ended) -> None:
         live = self._live.pop(event.trial, None)

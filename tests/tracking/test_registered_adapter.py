@@ -18,6 +18,8 @@ from sweeper.settings import TrialSettings, validate
 from sweeper.tracking.mlflow_tracker import local_uri
 from sweeper.training.prepare import prepare
 
+pytestmark = pytest.mark.slow  # a real study of three trials
+
 
 @pytest.fixture(scope="module")
 def swept(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
