@@ -25,6 +25,7 @@ from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
 from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
+from sweeper.reporting.tracked import verdict_metrics
 from sweeper.reporting.verdict import judge, with_override
 from sweeper.reporting.view import make_console, make_view, print_answer, print_results
 from sweeper.reporting.winner import top_adapters
@@ -306,7 +307,10 @@ class StudySession:
         best = first.best
         return StudyEnd(
             status=status,
-            metrics={} if best is None else {**best.outcome.metrics, **test_figures(first)},
+            metrics={
+                **({} if best is None else {**best.outcome.metrics, **test_figures(first)}),
+                **verdict_metrics(judge(results)),
+            },
             best={} if best is None else {"trial": f"{best.arm}/{best.number:04d}", **best.point},
             note=markdown_report(results),
             artifacts=[path for path in self._folder.answers if path.exists()],

@@ -25,7 +25,8 @@ from sweeper.reporting.figures import Figure, figures
 from sweeper.reporting.ledger import cost_sheet, failure_sheet
 from sweeper.reporting.next_steps import Step, next_steps
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
-from sweeper.reporting.results import ArmResult, Results
+from sweeper.reporting.reasons import reason_sheet
+from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.sheet import DASH, Sheet, duration
 from sweeper.reporting.tables import (
     comparison,
@@ -66,6 +67,13 @@ class Study:
     def sheets(self) -> list[Sheet]:
         """The arms side by side, and under which conditions."""
         return [comparison(self.results), conditions(self.results)]
+
+    @cached_property
+    def reasons(self) -> list[Sheet]:
+        """Why each arm's winner has its settings."""
+        shares = self.evidence.importances
+        sheets = (reason_sheet(arm, shares.get(arm.name, {})) for arm in self.results.arms)
+        return [sheet for sheet in sheets if sheet is not None]
 
     @cached_property
     def figures(self) -> list[Figure]:
@@ -209,7 +217,7 @@ def _board(arm: ArmResult, folder: StudyFolder) -> Board:
     sheet = leaderboard(arm, MOST_ROWS)
     trials = arm.trials[:MOST_ROWS]
     rows = [
-        (*row, _again(folder.trial(arm.name, trial.number).path))
+        (*row, _again(trial, folder.trial(arm.name, trial.number).path))
         for row, trial in zip(sheet.rows, trials, strict=True)
     ]
     left = sheet.left | {"train it again"}
@@ -220,8 +228,10 @@ def _board(arm: ArmResult, folder: StudyFolder) -> Board:
     )
 
 
-def _again(folder: Path) -> str:
-    return f"sweeper trial {shlex.quote(folder.as_posix())} --into again"
+def _again(trial: TrialResult, folder: Path) -> str:
+    """Held against its record, if it has a figure of its own."""
+    path = shlex.quote(folder.as_posix())
+    return f"sweeper reproduce {path}" if trial.complete else f"sweeper trial {path} --into again"
 
 
 def _answers(results: Results, evidence: Evidence) -> Sheet | None:
