@@ -98,7 +98,7 @@ def _defaults_in(path: Path) -> Iterator[tuple[str, Default]]:
     group, choice = path.parent.name, f"{path.parent.name}={path.stem}"
     current: tuple[str, str, list[str]] | None = None
     for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
-        if current is not None and (more := GOES_ON.match(line)):
+        if current is not None and current[2][0] and (more := GOES_ON.match(line)):
             current[2].append(more["comment"])
             continue
         if current is not None:

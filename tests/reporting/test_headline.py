@@ -21,7 +21,11 @@ from tests.reporting.pages import Page
 
 OVERRIDES = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "pruner=none"),
-    *("workers.fake.step_seconds=0.001", "hydra.sweeper.n_trials=5", "hydra.sweeper.finalists.seeds=2"),
+    *(
+        "workers.fake.step_seconds=0.001",
+        "hydra.sweeper.n_trials=5",
+        "hydra.sweeper.finalists.seeds=2",
+    ),
 )
 
 
