@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 VERBS = (
     *("report", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
-    *("nightly", "champion", "clean", "build-base"),
+    *("sync", "nightly", "champion", "clean", "build-base"),
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -211,6 +211,33 @@ def doctor(
 
 
 @app.command()
+def sync(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME…] [tracking.uri=…]", help="Studies; all under --output-dir without one."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow does not have.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Record in MLflow what it missed: it was away, or the study was killed (docs/servers.md).
+
+    Exit codes: 0 MLflow has everything; 1 something is left, or a study runs; 2 a wrong setting.
+    """
+    from sweeper.search.plan import single
+    from sweeper.sync import sync as record
+
+    names = [word for word in words or [] if "=" not in word]
+    tracking = single([word for word in words or [] if "=" in word]).tracking
+    whole = True
+    for synced in record(names, output_dir, tracking, dry_run=dry_run):
+        typer.echo(synced)
+        whole = whole and synced.whole
+    raise typer.Exit(0 if whole or dry_run else 1)
+
+
+@app.command()
 def nightly(
     name: Annotated[str, typer.Argument(help="A set: conf/nightly/NAME.yaml.")],
     overrides: Annotated[
@@ -237,8 +264,8 @@ def clean(
         list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
     ] = None,
 ) -> None:
-    """Delete the weights of a study's losers and of full fine-tunes; figures and reports stay."""
-    from sweeper.nightly.retention import removals, remove
+    """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    from sweeper.retention import removals, remove
 
     held = [found.folder for found in _registry_champions(overrides or [])]
     found = removals(name, output_dir, keep_adapters, held)
@@ -281,6 +308,26 @@ def promote(
     tags = {"sweeper.promoted_by": "hand"}
     version = _registry(overrides or []).promote(model, study, trial, tags)
     typer.echo(f"{model}: version {version.number} is the champion")
+
+
+@champions.command()
+def certify(
+    model: Model,
+    overrides: Where = None,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
+    _quiet()
+    from sweeper.nightly.certify import certify as look
+    from sweeper.nightly.certify import other_looks
+
+    registry = _registry(overrides or [])
+    certificate = look(model, registry)
+    typer.echo(certificate.words)
+    champion = registry.champion(model)
+    also = None if champion is None else other_looks(champion, output_dir)
+    if also is not None:
+        typer.echo(also)
 
 
 @champions.command()

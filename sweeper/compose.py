@@ -33,7 +33,7 @@ CONFIG_NAME = "config"
 AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
-SHORT_KEYS = ("sampler.", "pruner.", "finalists.", "budget.")
+SHORT_KEYS = ("sampler.", "pruner.", "finalists.", "budget.", "baseline.")
 """Keys that need no `hydra.sweeper.` in front on the command line."""
 FLAGS_WITH_VALUE = frozenset(
     {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"}

@@ -4,7 +4,7 @@ SweeperError
 ├── ConfigError        a setting, key, group or search space is wrong (exit 2)
 ├── DataError          a data file cannot be read as what it claims to be
 ├── ModelError         the base model cannot be loaded, or the adapter does not fit it
-│   └── DoesNotFit     a full fine-tune is larger than the device
+│   └── DoesNotFit     a training is larger than the device
 ├── StudyError         the study cannot be opened, resumed or found
 │   ├── StudyLocked    another driver runs it
 │   └── StudyMismatch  its name stands for a different question
@@ -57,7 +57,7 @@ class DoesNotFit(ModelError):
 
     def __init__(self, misfit: Misfit) -> None:
         self.misfit = misfit
-        super().__init__(f"full fine-tuning does not fit: {misfit}")
+        super().__init__(f"it does not fit: {misfit}")
 
 
 class StudyError(SweeperError):

@@ -119,6 +119,11 @@ class TrialFolder:
         return self.path / ".lock"
 
     @property
+    def tracking(self) -> Path:
+        """What is to be recorded of a trial without a study (sweeper.tracking.ledger)."""
+        return self.path / ".tracking"
+
+    @property
     def artifact(self) -> Path | None:
         """What the trial is kept for: the adapter or the full model, if it got that far."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
@@ -156,6 +161,11 @@ class StudyFolder:
     def lock(self) -> Path:
         """Held by the one driver."""
         return self.path / "driver.lock"
+
+    @property
+    def tracking(self) -> Path:
+        """What is to be recorded at the tracking server, and what was (sweeper.tracking.ledger)."""
+        return self.path / ".tracking"
 
     @property
     def results(self) -> Path:
@@ -198,9 +208,17 @@ class StudyFolder:
         """Where an arm's repeats over seeds and their figures on the test split are kept."""
         return self.path / arm / "finalists"
 
+    def adopted(self, arm: str) -> Path:
+        """Where the model of an earlier run is fetched to, if it lies on a server."""
+        return self.path / arm / "adopted"
+
     def test_examples(self, arm: str, name: str) -> Path:
         """What a model lost on each example of the test split; `name` says which model."""
         return self.finalists(arm) / "test" / f"{name}.json"
+
+    def general_examples(self, arm: str, digest: str, name: str) -> Path:
+        """What a model lost on each window of the general text of this digest."""
+        return self.finalists(arm) / "general" / digest[:12] / f"{name}.json"
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,29 @@ from sweeper.errors import StudyError, TrialFailed
 from sweeper.folders import TrialFolder
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.noise import hush
-from sweeper.outcome import Facts, Outcome
+from sweeper.outcome import Facts, Outcome, Size
 from sweeper.reporting.tables import describe_data
 from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
+from sweeper.search.sizes import recorded
 from sweeper.search.states import STATES
 from sweeper.settings import Settings, TrialSettings, metric_words
 from sweeper.tracking.provenance import origin, provenance
-from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record, run_params
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
-from sweeper.workers.protocol import Ended, Engine, Evaluated, Lost, Probe, Probed, Slots, Submit
+from sweeper.workers.protocol import (
+    Check,
+    Checked,
+    Ended,
+    Engine,
+    Evaluated,
+    Lost,
+    Probe,
+    Probed,
+    Slots,
+    Submit,
+)
 
 
 def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome:
@@ -67,8 +79,11 @@ def train_single(
     """
     if folder.outcome.exists():
         raise StudyError(f"{folder.path} holds a trial already; give another folder")
-    tracker = make_tracker(settings.tracking)
-    engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")
+    tracker = make_tracker(settings.tracking, folder.tracking)
+    devices = settings.training.devices_per_trial
+    engine = open_engine(
+        settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log", devices
+    )
     stopped: KeyboardInterrupt | None = None
     single = SingleTrial(settings.trial, folder, command, engine, tracker, console, accept)
     try:
@@ -80,7 +95,9 @@ def train_single(
         engine.close()
     status = STATES[outcome.cause].status or "FAILED"
     tracker.end(single.record, status, outcome.metrics, {"cause": outcome.cause})
-    for problem in tracker.close():
+    if status == "FINISHED":
+        tracker.keep([folder])
+    for problem in tracker.close(hurry=stopped is not None):
         console.print(f"not recorded in MLflow: {problem}", style="yellow")
     if stopped is not None:
         raise stopped
@@ -90,7 +107,7 @@ def train_single(
 
 
 class SingleTrial:
-    """A trial without a study: probe, submit, listen."""
+    """A trial without a study: probe, check, submit, listen."""
 
     def __init__(
         self,
@@ -108,20 +125,23 @@ class SingleTrial:
         self._tracker = tracker
         self._console = console
         self._facts: Facts | None = None
+        self._size: Size | None = None
         name = f"single/{folder.path.name}"
-        self.record = TrialRecord(name, folder, run_params(settings, {}), provenance(command))
+        self.record = TrialRecord(name, folder, recorded(settings), provenance(command))
 
     def train(self, interrupt: Interrupt) -> Outcome:
         """To its end; what cannot be probed is refused."""
         while True:
             interrupt.check()
             match self._engine.next_event(POLL_SECONDS):
-                case Slots(worker=worker) if self._facts is None:
-                    self._engine.probe(worker, Probe(arm="single", settings=self._settings))
                 case Slots(worker=worker):
-                    self._submit(worker)
+                    self._go_on(worker)
                 case Probed(facts=None, message=message):
                     return Outcome(cause="refused", message=message)
+                case Checked(size=None, refusal=Outcome() as refusal):
+                    return refusal
+                case Checked(size=size):
+                    self._size = size
                 case Probed(facts=facts):
                     self._know(facts)
                 case Evaluated() as event:
@@ -133,6 +153,15 @@ class SingleTrial:
                     return outcome
                 case Lost(cause=cause, message=message):
                     return Outcome(cause=cause, message=message)
+
+    def _go_on(self, worker: int) -> None:
+        """Use a free slot: for what is not known yet, then for the trial itself."""
+        if self._facts is None:
+            self._engine.probe(worker, Probe(arm="single", settings=self._settings))
+        elif self._size is None:
+            self._engine.probe(worker, Check(settings=self._settings))
+        else:
+            self._submit(worker, self._size)
 
     def _know(self, facts: Facts | None) -> None:
         assert facts is not None
@@ -148,7 +177,8 @@ class SingleTrial:
         self._console.print(f"untuned base: {metric_words(metric)} {value:.4f}", highlight=False)
         self._accept(facts)
 
-    def _submit(self, worker: int) -> None:
+    def _submit(self, worker: int, size: Size) -> None:
+        self.record = replace(self.record, params=recorded(self._settings, size))
         self._tracker.start(self.record)
         self._engine.submit(
             worker,
@@ -156,7 +186,7 @@ class SingleTrial:
                 trial=self.record.key,
                 attempt=1,
                 folder=self.record.folder.path.resolve(),
-                settings=self._settings,
+                settings=self._settings.with_rank(size.rank),
                 provenance=dict(self.record.tags),
             ),
         )

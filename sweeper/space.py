@@ -183,8 +183,8 @@ def walk(space: Space, value_of: Callable[[str, Domain], Scalar], way: str = "")
 def locate(space: Space, point: Mapping[str, Scalar], way: str = "") -> Draw | None:
     """The draw that leads to a (possibly partial) point; None where the point is outside.
 
-    Of several branches that a point fits, the first of those that decide most of its keys is taken;
-    a label may be part of the point.
+    Of several branches that a point fits, the one that decides most of its keys and brings fewest
+    others is taken; a label may be part of the point.
     """
     draw: Draw = {}
     for key, domain in space.items():
@@ -206,10 +206,12 @@ def _locate(
     if not named:
         return {}
 
-    def left_out(item: tuple[Scalar, Branch]) -> int:
-        return len(named - {key, *item[1].fixed} - keys(item[1].space, labels=True))
+    def distance(item: tuple[Scalar, Branch]) -> tuple[int, int]:
+        """Keys of the point that the branch leaves out, then keys that it brings beside them."""
+        own = {*item[1].fixed, *keys(item[1].space, labels=True)}
+        return len(named - {key, *own}), len(own - named)
 
-    for value, branch in sorted(domain.branches.items(), key=left_out):
+    for value, branch in sorted(domain.branches.items(), key=distance):
         wanted = {key: value, **branch.fixed}
         if all(point.get(part, fixed) == fixed for part, fixed in wanted.items()):
             inner = locate(branch.space, point, _way(name, value))

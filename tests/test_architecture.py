@@ -33,7 +33,7 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "doctor", "dry_run", "answers", "reproduce"},
+    {"session", "single", "sync", "retention", "doctor", "dry_run", "answers", "reproduce"},
     {"nightly"},
     {"cli", "__main__"},
 )
@@ -46,13 +46,15 @@ SEAMS = {
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
     "mlflow": {
-        "sweeper/tracking/logged_models.py",
-        "sweeper/tracking/mlflow_tracker.py",
+        "sweeper/tracking/server.py",
+        "sweeper/tracking/shipment.py",
+        "sweeper/tracking/records.py",
+        "sweeper/tracking/baseline.py",
         "sweeper/tracking/registry.py",
         "sweeper/tracking/store.py",
     },
     "typer": {"sweeper/cli.py"},
-    "multiprocessing": {"sweeper/workers/local.py"},
+    "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
     "datasketch": {"sweeper/data/duplicates.py"},
@@ -115,7 +117,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run", "nightly.run", "nightly.retention"),
+        *("doctor", "dry_run", "sync", "nightly.run", "retention"),
         *(
             "tracking.mlflow_tracker",
             "reporting.formats",

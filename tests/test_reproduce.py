@@ -17,8 +17,8 @@ from sweeper.folders import StudyFolder, TrialFolder, read_json, write_json
 from sweeper.outcome import Facts, Outcome
 from sweeper.reproduce import EXACT, ROUNDING, Record, allowance, differing, find_record
 from sweeper.single import run_single
-from sweeper.tracking.mlflow_tracker import local_uri
 from sweeper.tracking.provenance import origin, provenance
+from sweeper.tracking.server import local_uri
 from sweeper.tracking.store import Store
 from tests.conftest import make_settings
 from tests.reporting.studies import FACTS

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sweeper.reporting.intervals import Estimate
-from sweeper.reporting.verdict import Duel, Side, Verdict
+from sweeper.reporting.results import Results, headline
+from sweeper.reporting.verdict import Duel, Side, Verdict, judge
+from sweeper.space import Point
+
+
+def study_figures(results: Results) -> tuple[dict[str, float], Point]:
+    """What a study's own run shows: its best trial's figures and point, and the verdict's figures."""
+    figures, best = headline(results)
+    verdict = verdict_metrics(judge(results)) if results.arms else {}
+    return {**figures, **verdict}, best
 
 
 def verdict_metrics(verdict: Verdict) -> dict[str, float]:

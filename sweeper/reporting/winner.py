@@ -18,7 +18,7 @@ from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.verdict import label
 from sweeper.search.board import short_names
 from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
-from sweeper.tracking.tracker import ModelRecord
+from sweeper.training.manifest import verify_manifest
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
@@ -46,15 +46,21 @@ class Winner:
             raise StudyError(f"{path}: no such file; the trial's folder was removed or moved")
         return validate(TrialSettings, read_yaml(path))
 
-    @property
+    @cached_property
     def artifact(self) -> Path:
         """Its adapter, or its weights.
 
         Raises:
             StudyError: it has none.
+            ArtifactError: it is not what its manifest says.
         """
         if self.folder.artifact is None:
-            raise StudyError(f"{self.folder.path} holds neither adapter/ nor model/")
+            raise StudyError(
+                f"{self.folder.path} holds neither adapter/ nor model/: they were removed when the "
+                "study ended (hydra.sweeper.retention.adapters=null keeps all), or were never stored; "
+                f"train them again with: sweeper trial {self.folder.path} --into FOLDER"
+            )
+        verify_manifest(self.folder.artifact)
         return self.folder.artifact
 
     @property
@@ -102,21 +108,6 @@ def find_winner(
     return Winner(results.study_name, found, trial, folder.trial(name, trial.number))
 
 
-def top_adapters(results: Results, folder: StudyFolder, count: int) -> list[ModelRecord]:
-    """The best adapters of every arm that has some, the arm's winner first."""
-    return [
-        ModelRecord(
-            f"{arm.name}/{trial.number:04d}",
-            folder.trial(arm.name, trial.number).adapter,
-            trial.outcome.best_step or 0,
-            trial.point,
-        )
-        for arm in results.arms
-        for trial in _best_first(arm)[:count]
-        if folder.trial(arm.name, trial.number).adapter.is_dir()
-    ]
-
-
 def experiment_yaml(winner: Winner) -> str:
     """The trial's whole configuration as conf/experiment/best.yaml."""
     head = (
@@ -162,12 +153,6 @@ def base_name(settings: TrialSettings) -> str:
     return find_source(settings.model).folder.as_posix()
 
 
-def _best_first(arm: ArmResult) -> list[TrialResult]:
-    """Its complete trials; the winner over the seeds may not be the one with the best value."""
-    complete = [trial for trial in arm.trials if trial.complete and trial.value is not None]
-    return sorted(complete, key=lambda trial: trial is not arm.best)
-
-
 def _loading(winner: Winner, path: str) -> str:
     """Plain transformers and PEFT: nothing of this program is needed."""
     if not isinstance(winner.settings.adapter, LoraAdapter):
@@ -191,7 +176,7 @@ def _serving(winner: Winner, path: str) -> str:
     """vLLM's line, or why vLLM has to be given the merged model."""
     adapter = winner.settings.adapter
     assert isinstance(adapter, LoraAdapter)
-    largest = max(adapter.r, *adapter.rank_pattern.values(), 0)
+    largest = max(adapter.rank, *adapter.rank_pattern.values(), 0)
     rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
     reasons = {
         "DoRA": adapter.use_dora,

@@ -45,12 +45,14 @@ class ArmBudget:
 
     deadline: float | None
     device_seconds: float | None
-    """Worker time of the arm's trials of this run."""
+    """Device time of the arm's trials of this run."""
     plateau: Plateau | None
     minimize: bool = True
     clock: Clock = time.time
     ended: list[float] = field(default_factory=list)
-    """Worker time of each trial that ended in this run of the command."""
+    """Seconds that each trial took that ended in this run of the command."""
+    devices: int = 1
+    """How many each trial occupies."""
 
     def refusal(
         self, started: Sequence[float], typical: float, values: Sequence[float | None]
@@ -67,7 +69,7 @@ class ArmBudget:
             return "the time is used up"
         if self.device_seconds is not None:
             running = sum(max(typical, now - moment) for moment in started)
-            if sum(self.ended) + running + typical >= self.device_seconds:
+            if self.devices * (sum(self.ended) + running + typical) >= self.device_seconds:
                 return "the device-hours are used up"
         if self.plateau is not None and plateaued(self.plateau, values, self.minimize):
             return (
@@ -84,7 +86,8 @@ class ArmBudget:
             words.append(f"{duration(max(0.0, self.deadline - now))} left")
         if self.device_seconds is not None:
             running = sum(now - moment for moment in started)
-            left = max(0.0, self.device_seconds - sum(self.ended) - running)
+            used = self.devices * (sum(self.ended) + running)
+            left = max(0.0, self.device_seconds - used)
             words.append(f"{left / 3600:.2f} device-hours left")
         return ", ".join(words)
 
@@ -110,17 +113,25 @@ class StudyBudget:
             moments.append(next_time(settings.until, now, zone))
         self._deadline = min(moments, default=None)
 
-    def of_arm(self, share: float, device_seconds_spent: float) -> ArmBudget:
+    def of_arm(self, share: float, device_seconds_spent: float, devices: int = 1) -> ArmBudget:
         """The part of what is left that an arm gets.
 
         Args:
             share: the arm's open trials over all open trials, 0..1.
-            device_seconds_spent: worker time of all trials of the study so far.
+            device_seconds_spent: device time of all trials of the study so far.
+            devices: how many each of the arm's trials occupies.
         """
         now, hours = self._clock(), self._settings.device_hours
         deadline = None if self._deadline is None else now + share * (self._deadline - now)
         left = None if hours is None else max(0.0, 3600 * hours - device_seconds_spent) * share
-        return ArmBudget(deadline, left, self._settings.plateau, self._minimize, self._clock)
+        return ArmBudget(
+            deadline,
+            left,
+            self._settings.plateau,
+            self._minimize,
+            self._clock,
+            devices=devices,
+        )
 
 
 def plateaued(rule: Plateau, values: Sequence[float | None], minimize: bool) -> bool:

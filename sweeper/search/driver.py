@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -16,19 +16,22 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sweeper.errors import ConfigError, StudyError
 from sweeper.folders import StudyFolder
 from sweeper.interrupt import Interrupt
-from sweeper.outcome import Facts, Outcome
+from sweeper.outcome import Adopted, Facts, Outcome, Size
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
+from sweeper.search.sizes import Sizes, decided, recorded
 from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
-from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
+from sweeper.search.study import adopt, ask_again, counted, shown_point, suggest, twin
 from sweeper.settings import Objective, Pruner, Settings, metric_words
 from sweeper.space import Point
 from sweeper.tracking.provenance import origin
-from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record, run_params
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
+    Check,
+    Checked,
     Ended,
     Engine,
     Evaluated,
@@ -84,8 +87,13 @@ class ArmDriver:
     interrupt: Interrupt
     told: Callable[[], None]
     """Called after every trial that was told."""
+    adopted: Adopted | None = None
+    """What stands in for the arm's search: its one trial is judged, not trained."""
     _live: dict[str, Live] = field(default_factory=dict)
     _waiting: list[Live] = field(default_factory=list)
+    _checking: dict[int, Live] = field(default_factory=dict)
+    """By the worker that was asked whether they are possible."""
+    _sizes: Sizes = field(default_factory=Sizes)
     _errors: Counter[str] = field(default_factory=Counter)
     _refusal: str | None = None
     """Why the budget allows no further trial, once it does not."""
@@ -128,11 +136,11 @@ class ArmDriver:
         return self.facts.base_value(self.objective.metric)
 
     def _more(self) -> bool:
-        return bool(self._live or self._waiting) or self._may_ask()
+        return bool(self._live or self._waiting or self._checking) or self._may_ask()
 
     def _may_ask(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
-        open_count = len(self._live) + len(self._waiting)
+        open_count = len(self._live) + len(self._waiting) + len(self._checking)
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         fruitless = sum(trial.user_attrs.get("cause") in FRUITLESS for trial in trials)
         exhausted = self.arm.sampler.name == "grid" and not waiting
@@ -159,10 +167,38 @@ class ArmDriver:
 
     def _dispatch(self) -> None:
         for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
-            live = self._waiting.pop(0) if self._waiting else self._ask()
+            live = self._next()
             if live is None:
                 return
-            self._submit(live, worker)
+            size = self._sizes.size(live.settings)
+            if size is None and self.adopted is None:
+                self._check(live, worker)
+            else:
+                self._submit(live, worker, size)
+
+    def _next(self) -> Live | None:
+        """The next trial to hand out; those known to be impossible are told at once."""
+        while live := self._waiting.pop(0) if self._waiting else self._ask():
+            refusal = self._sizes.refusal(live.settings)
+            if refusal is None:
+                return live
+            if refusal.cause == "refused":
+                self._tell_refused(live.trial, live.view, refusal.message or "")
+            else:
+                self._tell(live, refusal)
+        return None
+
+    def _check(self, live: Live, worker: int) -> None:
+        """Ask whether a trial is possible; the others go on, and its worker's slot comes back."""
+        self.slots[worker] -= 1
+        self._checking[worker] = live
+        self.engine.probe(worker, Check(settings=live.settings.trial))
+
+    def _checked(self, event: Checked) -> None:
+        live = self._checking.pop(event.worker, None)
+        if live is not None:
+            self._sizes.learn(live.settings, event)
+            self._waiting.insert(0, live)
 
     def _ask(self) -> Live | None:
         """The next trial that needs training; twins and impossible points are answered at once."""
@@ -203,8 +239,10 @@ class ArmDriver:
         folder = self.folder.trial(self.arm.name, trial.number)
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
+        params = recorded(settings.trial, searched=point)
+        if self.adopted is not None:
+            params = self.adopted.params
         tags = {"arm": self.arm.name, **self._origin()}
-        params = run_params(settings.trial, point)
         dataset = dataset_record(self.facts, settings.data)
         record = TrialRecord(key, folder, params, tags, dataset)
         watch = make_watch(self.pruner, settings.training, trial, reported)
@@ -216,8 +254,11 @@ class ArmDriver:
         view.state = "refused"
         self.view.event(f"{view.key} refused: {message}")
 
-    def _submit(self, live: Live, worker: int) -> None:
+    def _submit(self, live: Live, worker: int, size: Size | None) -> None:
+        """Hand a trial out; what is adopted has no size, because it is not trained."""
         self.slots[worker] -= 1
+        if size is not None:
+            self._take_size(live, size)
         live.trial.set_user_attr("attempt", live.attempt)
         live.view.state = "running"
         live.started = self.budget.clock()
@@ -229,14 +270,22 @@ class ArmDriver:
                 trial=live.record.key,
                 attempt=live.attempt,
                 folder=live.record.folder.path.resolve(),
-                settings=live.settings.trial,
+                settings=live.settings.trial.with_rank(None if size is None else size.rank),
                 provenance={**self._origin(), "attempt": live.attempt},
+                adopted=None if self.adopted is None else self.adopted.model,
             ),
         )
 
+    def _take_size(self, live: Live, size: Size) -> None:
+        live.record = replace(live.record, params=recorded(live.settings.trial, size, live.point))
+        if sized := decided(live.settings, size):
+            live.trial.set_user_attr("sized", sized)
+            live.view.point = {**live.point, "adapter.r": sized["rank"]}
+
     def _origin(self) -> dict[str, str]:
         """Code, machine, data and base: where this arm's results come from."""
-        return origin(self.provenance, self.facts)
+        adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
+        return {**origin(self.provenance, self.facts), **adopted}
 
     def _handle(self, event: AnyEvent) -> None:
         match event:
@@ -248,6 +297,8 @@ class ArmDriver:
                 self._evaluated(event)
             case Ended():
                 self._ended(event)
+            case Checked():
+                self._checked(event)
             case Lost():
                 self._lost(event)
 
@@ -262,6 +313,7 @@ class ArmDriver:
             return
         live.view.step, live.view.total_steps = event.step, event.total_steps
         live.view.evaluated(event.value, self.objective)
+        self.tracker.ship(live.record)
         told = as_told(self.objective, event.value)
         hopeless = live.watch.evaluated(event.step, event.total_steps, told)
         if hopeless and not live.stopping and not live.audited:
@@ -317,7 +369,7 @@ class ArmDriver:
     def _lost(self, event: Lost) -> None:
         """A worker died or was killed: its trial gets a new attempt, from its checkpoint, or ends."""
         self.slots.pop(event.worker, None)
-        live = self._live.pop(event.trial or "", None)
+        live = self._live.pop(event.trial or "", None) or self._checking.pop(event.worker, None)
         if live is None:
             return
         self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
@@ -356,7 +408,7 @@ class ArmDriver:
             outcome = Outcome.model_validate(frozen.user_attrs["outcome"])
             key = f"{self.arm.name}/{frozen.number:04d}"
             view = TrialView(
-                key=key, arm=self.arm.name, number=frozen.number, point=point_of(frozen)
+                key=key, arm=self.arm.name, number=frozen.number, point=shown_point(frozen)
             )
             view.ended(outcome)
             self.board.add(view)
@@ -376,9 +428,10 @@ class ArmDriver:
             waited += POLL_SECONDS if event is None else 0.0
             if isinstance(event, Ended):
                 self._ended(event)
-        for live in [*self._live.values(), *self._waiting]:
+        for live in [*self._live.values(), *self._checking.values(), *self._waiting]:
             self._tell(live, Outcome(cause="cancelled"))
         self._live.clear()
+        self._checking.clear()
         self._waiting.clear()
         for trial in adopt(self.study):  # asked, but not handed out when the interrupt came
             ask_again(self.study, trial, self.arm.space)

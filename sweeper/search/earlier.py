@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
@@ -131,7 +132,7 @@ def _fitting(
         config = folder.trial(arm.name, trial.number).config
         if not config.exists():
             continue
-        settings = flatten(compose.read_yaml(config))
+        settings = flatten(compose.read_yaml(config)) | _as_asked(trial)
         known = {key: grammar.scalar(settings[key]) for key in searched if key in settings}
         draw = locate(arm.space, {**known, **point_of(trial)})
         point = _complete(arm, draw)
@@ -141,6 +142,14 @@ def _fitting(
         open_keys = [key for key in unsearched if decided.isdisjoint((key, key.split(".")[0]))]
         if all(json.dumps(settings.get(key)) == unsearched[key] for key in open_keys):
             yield trial, point, draw
+
+
+def _as_asked(trial: FrozenTrial) -> dict[str, Any]:
+    """Of a rank that was decided for a trial: what was asked for in its place."""
+    sized = trial.user_attrs.get("sized")
+    if sized is None:
+        return {}
+    return {"adapter.r": None, "adapter.trainable_parameters": sized["trainable_parameters"]}
 
 
 def _complete(arm: ArmPlan, draw: Draw | None) -> Point | None:

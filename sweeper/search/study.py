@@ -16,13 +16,13 @@ from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from sweeper.errors import StudyMismatch
 from sweeper.folders import StudyFolder
-from sweeper.outcome import Facts
+from sweeper.outcome import Facts, device_seconds
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
 from sweeper.search.storage import PatientStorage
-from sweeper.settings import flatten
+from sweeper.settings import TrialSettings, flatten
 from sweeper.space import (
     Choice,
     Domain,
@@ -42,12 +42,14 @@ WITHOUT_EFFECT = (
     "artifacts",  # what is stored beside the kept weights
     "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
     "evaluation.generation.batch_size",
+    "evaluation.general_text",  # read when every search has ended
     "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
     "training.logging_steps",
     "training.save_steps",  # a new best is saved at once, whatever this says
     "training.save_total_limit",  # the best checkpoint is never among those deleted
     "training.loss_chunk_size",  # the same loss, computed in pieces
     "training.micro_batch",  # the effective batch stays
+    "training.devices_per_trial",  # and devices share it
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
@@ -162,6 +164,23 @@ def point_of(trial: FrozenTrial) -> Point:
     return point
 
 
+def shown_point(trial: FrozenTrial) -> Point:
+    """The point, and the rank that followed from adapter.trainable_parameters."""
+    rank = _decided_rank(trial)
+    return {**point_of(trial), **({} if rank is None else {"adapter.r": rank})}
+
+
+def settings_of(arm: ArmPlan, trial: FrozenTrial) -> TrialSettings:
+    """What a trial was trained with."""
+    settings: TrialSettings = arm.settings_at(point_of(trial)).trial
+    return settings.with_rank(_decided_rank(trial))
+
+
+def _decided_rank(trial: FrozenTrial) -> int | None:
+    sized: dict[str, int] = trial.user_attrs.get("sized", {})
+    return sized.get("rank")
+
+
 def adopt(study: optuna.Study) -> list[Trial]:
     """Trials that a dead driver left RUNNING, as live ones; the one place that builds a Trial."""
     orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -174,10 +193,9 @@ def counted(study: optuna.Study) -> int:
 
 
 def spent_seconds(study: optuna.Study) -> float:
-    """Worker time of all trials of a study that ended."""
+    """Device time of all trials of a study that ended."""
     outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
-    seconds = (outcome["metrics"].get("cost/seconds", 0.0) for outcome in outcomes if outcome)
-    return float(sum(seconds))
+    return sum(device_seconds(outcome["metrics"]) for outcome in outcomes if outcome)
 
 
 def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
@@ -191,6 +209,7 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",
+        **({} if arm.run_id is None else {"adopted run": arm.run_id}),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},

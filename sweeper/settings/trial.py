@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,6 +57,39 @@ class TrialSettings(Section):
             raise ValueError(misfit)
         return self
 
+    def with_rank(self, rank: int | None) -> Self:
+        """The same trial with its adapter's rank decided; itself where there is nothing to decide."""
+        if rank is None or isinstance(self.adapter, NoAdapter):
+            return self
+        return self.model_copy(update={"adapter": self.adapter.with_rank(rank)})
+
+    @property
+    def structure(self) -> str:
+        """What decides whether a trial is possible on its model, and how large it is.
+
+        Trials of equal structure get one answer; they may differ in learning rate, alpha, seed, data.
+        """
+        return json.dumps(
+            {
+                "model": self.model.model_dump(mode="json"),
+                "quantization": self.quantization.model_dump(mode="json"),
+                "adapter": self.adapter.model_dump(mode="json", exclude=WITHOUT_SIZE),
+                "training": self.training.model_dump(mode="json", include=SIZED),
+            }
+        )
+
+
+WITHOUT_SIZE = {"alpha_over_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"}
+"""Keys of `adapter` that change neither a shape nor whether a module is found."""
+SIZED = {
+    "activation_checkpointing",
+    "gradient_accumulation_steps",
+    "loss_chunk_size",
+    "optim",
+    "per_device_train_batch_size",
+}
+"""Keys of `training` that memory depends on."""
+
 
 def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:
     """Why this adapter cannot be trained on a base that is held this way."""
@@ -108,19 +142,6 @@ class Tracking(Section):
 
     kind: Literal["mlflow", "none"]
     uri: str | None
-    logged_models: Annotated[int, Field(ge=0)]
-    """The best adapters of a study that become LoggedModels, as many of each arm."""
-    registered_model_name: Annotated[str, Field(pattern=r"^[^/:.%\"']+$", max_length=256)] | None
-    """The registered model of which a study's best adapter becomes a version."""
-
-    @model_validator(mode="after")
-    def _registered_is_logged(self) -> Tracking:
-        if self.registered_model_name is not None and self.logged_models == 0:
-            raise ValueError(
-                f"registered_model_name={self.registered_model_name!r} registers a logged model, and "
-                "logged_models=0 logs none; set it to 1 or more"
-            )
-        return self
 
 
 class Space(Section):

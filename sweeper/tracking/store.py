@@ -1,54 +1,33 @@
-"""One MLflow store, asked by verbs that wait for its answer (the tracker waits for none).
+"""MLflow's store as it is asked by people and by nights: calls wait, for at most a minute.
 
-Connects once and only when asked; MLflow's errors become one line. Also reads a trial back from its run.
+What a driver records goes through `mlflow_tracker`, which waits for nothing.
 """
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper.errors import TrackingError
+from sweeper.errors import SweeperError, TrackingError
 from sweeper.folders import TrialFolder
 from sweeper.redaction import redact
-from sweeper.tracking.logged_models import STUDY_TAG
-from sweeper.tracking.mlflow_tracker import OUTAGE_SETTINGS, PARENT_TAG, local_uri
+from sweeper.tracking.server import Away, Server
+from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
 class Store:
-    """A tracking server or a local store."""
+    """One tracking server or local store."""
 
     def __init__(self, uri: str | None, root: Path) -> None:
         """`uri` is a tracking server or database; without one the store is local, under `root`."""
-        self.uri = uri
-        self.root = root
-        self._made: MlflowClient | None = None
-
-    @contextmanager
-    def client(self) -> Iterator[MlflowClient]:
-        """The client.
-
-        Raises:
-            TrackingError: MLflow cannot be asked, or refuses.
-        """
-        try:
-            yield self._connect()
-        except TrackingError:
-            raise
-        except Exception as error:
-            from mlflow.exceptions import MlflowException
-
-            if not isinstance(error, MlflowException | OSError):
-                raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrackingError(f"MLflow: {redact(first)}") from None
+        self._uri = uri
+        self._root = root
+        self._server = Server(uri, root)
 
     def fetch_trial(self, run: str, into: Path) -> TrialFolder:
         """Download what a trial's run holds of it: config, provenance and outcome, no weights.
@@ -61,9 +40,9 @@ class Store:
             TrackingError: no such run, or it is no finished trial's.
         """
         folder = TrialFolder(into)
-        with self.client() as client:
+        with self._client() as client:
             tags = client.get_run(run).data.tags
-            if STUDY_TAG in tags and PARENT_TAG not in tags:
+            if STUDY_TAG in tags and TRIAL_TAG not in tags:
                 raise TrackingError(
                     f"run {run} is that of study {tags[STUDY_TAG]!r} as a whole; name one of its "
                     "trials' runs, or the study"
@@ -79,14 +58,19 @@ class Store:
                 client.download_artifacts(run, path.name, str(into))
         return folder
 
-    def _connect(self) -> MlflowClient:
-        if self._made is None:
-            for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **OUTAGE_SETTINGS}.items():
-                os.environ.setdefault(name, value)
-            import mlflow  # two seconds, and only where there is something to ask for
+    @contextmanager
+    def _client(self) -> Iterator[MlflowClient]:
+        """The client; MLflow's errors become one line."""
+        try:
+            yield self._server.client()
+        except SweeperError:
+            raise
+        except Away as away:
+            raise TrackingError(f"MLflow: {away}") from None
+        except Exception as error:
+            from mlflow.exceptions import MlflowException
 
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            self.root.mkdir(parents=True, exist_ok=True)
-            self._made = mlflow.MlflowClient(self.uri or local_uri(self.root))
-        return self._made
+            if not isinstance(error, MlflowException | OSError):
+                raise
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise TrackingError(f"MLflow: {redact(first)}") from None

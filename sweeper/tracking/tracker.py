@@ -1,7 +1,7 @@
 """What the driver tells a tracker: one parent run a study, one child run a trial.
 
-No call waits for a network: a tracker works in its own thread. What it could not record it says at
-the end; the trial folders remain the record.
+No call waits for a network: a tracker writes down and ships in its own thread. What it could not
+record it says at the end; `sweeper sync` records it later.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts
-from sweeper.settings import Data, Objective, TrialSettings, flatten, sources
-from sweeper.space import Scalar
+from sweeper.outcome import Facts, Value
+from sweeper.settings import Data, Objective, sources
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's final states; KILLED is what it shows for a pruned trial."""
@@ -28,35 +27,30 @@ RUN_PARAMS = (
     *("training.learning_rate", "training.lr_scheduler_type", "training.optim"),
     *("training.warmup_ratio", "training.warmup_steps", "training.weight_decay"),
     *("training.num_train_epochs", "training.max_steps", "training.per_device_train_batch_size"),
-    *("training.gradient_accumulation_steps", "seed"),
+    *("training.gradient_accumulation_steps", "objective.metric", "objective.direction", "seed"),
 )
 """What runs are compared by, in every run under the same name; the rest is in its config.yaml."""
 
 
-def run_params(settings: TrialSettings, point: Mapping[str, Scalar]) -> dict[str, Any]:
-    """A run's parameters: RUN_PARAMS, and whatever else was searched."""
-    known = flatten(settings.model_dump(mode="json", exclude_none=True))
-    kept = {name: known[name] for name in RUN_PARAMS if name in known}
-    return {**kept, **{name: known.get(name, value) for name, value in point.items()}}
-
-
-@dataclass(frozen=True)
-class DatasetRecord:
+class DatasetRecord(Value):
     """The data of a run, as MLflow's input: one digest over all splits."""
 
     name: str
     digest: str
     sources: tuple[str, ...]
     """Files, folders, URLs and hub ids, as they were written."""
-    profile: Mapping[str, Any]
+    profile: dict[str, Any]
     """Rows by split, and their format."""
 
 
 def dataset_record(facts: Facts, data: Data) -> DatasetRecord:
     """What an arm is trained on."""
-    paths = tuple(source.path for source in sources(data.train))
-    profile = {"format": facts.data_format, "rows": facts.rows, "dropped": facts.dropped}
-    return DatasetRecord(facts.data_source, facts.data_digest, paths, profile)
+    return DatasetRecord(
+        name=facts.data_source,
+        digest=facts.data_digest,
+        sources=tuple(source.path for source in sources(data.train)),
+        profile={"format": facts.data_format, "rows": facts.rows, "dropped": facts.dropped},
+    )
 
 
 @dataclass(frozen=True)
@@ -82,37 +76,6 @@ class TrialRecord:
     """Known once the data were read."""
 
 
-@dataclass(frozen=True)
-class ModelRecord:
-    """An adapter that is worth a place among the models."""
-
-    trial: str
-    """"lora/0007"."""
-    adapter: Path
-    """PEFT's files."""
-    step: int
-    """At which it was the best."""
-    params: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class StudyEnd:
-    """What the parent run is told when a study ends."""
-
-    status: RunStatus
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Of the best trial."""
-    best: Mapping[str, Any] = field(default_factory=dict)
-    """Its name and its parameters."""
-    note: str = ""
-    """The run's description, in Markdown."""
-    artifacts: Sequence[Path] = ()
-    """Files, and folders as a whole."""
-    dataset: DatasetRecord | None = None
-    models: Sequence[ModelRecord] = ()
-    """The best adapters, the best one first."""
-
-
 class Tracker(Protocol):
     """Records runs."""
 
@@ -134,11 +97,27 @@ class Tracker(Protocol):
     ) -> None:
         """Ship the rest, the artifacts and the final state; does nothing to a run that has one."""
 
-    def close_study(self, end: StudyEnd) -> None:
-        """Give the parent run its final state, the answer, and the best adapters as models."""
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """Upload the weights of these trials; of the others only the figures are recorded."""
 
-    def close(self) -> list[str]:
-        """Wait for what is under way; say what could not be recorded, one line each."""
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """Add figures measured after a trial's end (Unix seconds); sent twice, they are there once."""
+
+    def close_study(
+        self,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        params: Mapping[str, Any],
+        note: str,
+        artifacts: Sequence[Path],
+    ) -> None:
+        """Give the parent run its final state, the answer and the best trial's figures."""
+
+    def close(self, *, hurry: bool = False) -> list[str]:
+        """Wait for what is under way; say what could not be recorded, one line each.
+
+        `hurry`: somebody waits for this process to end, so wait for seconds only.
+        """
 
 
 class NullTracker:
@@ -162,9 +141,22 @@ class NullTracker:
     ) -> None:
         """See Tracker."""
 
-    def close_study(self, end: StudyEnd) -> None:
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
         """See Tracker."""
 
-    def close(self) -> list[str]:
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """See Tracker."""
+
+    def close_study(
+        self,
+        status: RunStatus,
+        metrics: Mapping[str, float],
+        params: Mapping[str, Any],
+        note: str,
+        artifacts: Sequence[Path],
+    ) -> None:
+        """See Tracker."""
+
+    def close(self, *, hurry: bool = False) -> list[str]:
         """See Tracker."""
         return []

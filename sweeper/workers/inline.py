@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sweeper.outcome import StopCause, Value
 from sweeper.settings import Workers
@@ -15,6 +16,7 @@ from sweeper.workers.protocol import (
     EVENTS,
     AnyCommand,
     AnyEvent,
+    Check,
     Close,
     Ended,
     Probe,
@@ -23,7 +25,7 @@ from sweeper.workers.protocol import (
     Test,
     lost,
 )
-from sweeper.workers.worker import Farewell, Orders, make_runner, serve
+from sweeper.workers.worker import Farewell, Orders, Place, make_runner, serve
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class InlineEngine:
         self._current: Submit | None = None
         self._start()
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine."""
         self._send(probe)
 
@@ -102,7 +104,9 @@ class InlineEngine:
 
 
 def _serve(workers: Workers, channel: QueueChannel) -> None:
-    runner = make_runner(workers, worker=0, threads=os.cpu_count() or 1)
+    runner = make_runner(
+        workers, worker=0, threads=os.cpu_count() or 1, place=Place(Path(os.devnull))
+    )
     orders = Orders.listen(channel)
     while serve(channel, orders, runner, worker=0) is not Farewell.CLOSED:
         pass  # out of memory: a process would be replaced, a thread can only start over

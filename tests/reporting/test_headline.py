@@ -16,7 +16,7 @@ from sweeper.folders import StudyFolder, read_json
 from sweeper.search.board import short_names
 from sweeper.search.plan import studies
 from sweeper.session import run_study
-from sweeper.tracking.mlflow_tracker import local_uri
+from sweeper.tracking.server import local_uri
 from tests.reporting.pages import Page
 
 OVERRIDES = (

@@ -15,6 +15,7 @@ from sweeper.reporting.results import Results
 from sweeper.reporting.winner import Winner, experiment_yaml, find_winner, usage
 from sweeper.search.plan import studies
 from sweeper.settings import TrialSettings, validate
+from sweeper.training.manifest import write_manifest
 from tests.conftest import make_settings
 from tests.reporting.studies import make_arm, make_results, make_trial
 
@@ -32,6 +33,7 @@ def _winner(folder: Path, *overrides: str) -> Winner:
     write_atomic(winner.folder.config, json.dumps(settings.model_dump(mode="json")))
     kept = winner.folder.adapter if settings.adapter.method == "lora" else winner.folder.model
     kept.mkdir(parents=True)
+    write_manifest(kept)
     return winner
 
 

@@ -15,7 +15,8 @@ from sweeper.modeling.base import load_base
 from sweeper.search.plan import studies
 from sweeper.session import run_study
 from sweeper.settings import TrialSettings, validate
-from sweeper.tracking.mlflow_tracker import local_uri
+from sweeper.tracking.registry import Registry
+from sweeper.tracking.server import local_uri
 from sweeper.training.prepare import prepare
 
 pytestmark = pytest.mark.slow  # a real study of three trials
@@ -32,13 +33,15 @@ def swept(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("+experiment=lr_rank_sweep", f"model.base_model={tiny_base}", "data.train=my.jsonl"),
         *("training=tiny", "space=tiny", "evaluation=tiny", "finalists=none", "workers=inline"),
         *("training.max_steps=4", "training.eval_steps=2", "hydra.sweeper.n_trials=3"),
-        *("~hydra.sweeper.arms.full", "pruner=none", "tracking.logged_models=2"),
-        "tracking.registered_model_name=tiny",
+        *("~hydra.sweeper.arms.full", "pruner=none", "hydra.sweeper.retention.adapters=2"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         (plan,) = studies(overrides)
-        run_study(plan)
+        best = run_study(plan).arms[0].best
+        assert best is not None
+        registry = Registry(None, Path("mlruns"))
+        registry.promote("tiny", "lr_rank_sweep", f"lora/{best.number:04d}", {})
     return folder
 
 
