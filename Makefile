@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all faults lint format ui report nightly servers servers-stop audit bench soak wheel clean
+.PHONY: help setup sweep test test-all faults lint format ui report nightly servers servers-stop pictures audit bench soak wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ servers: $(READY)  ## Start PostgreSQL and MLflow as processes; reads .env (docs
 
 servers-stop: $(READY)  ## Stop what `make servers` started
 	PYTHON=$(BIN)/python deploy/servers.sh stop
+
+pictures: $(READY)  ## Renew docs/images from the last main job (needs Chromium)
+	$(BIN)/python docs/pictures.py outputs/lr_rank_sweep
 
 audit:  ## Look for known holes in the pinned packages (needs a network; a venv of its own)
 	$(PYTHON) -m venv .venv-audit

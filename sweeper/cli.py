@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from sweeper.tracking.registry import Registry, Version
 
 VERBS = (
-    *("report", "study", "best", "generate", "trial", "doctor", "prefetch"),
+    *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
     *("sync", "nightly", "champion", "clean", "build-base"),
 )
 
@@ -132,6 +131,47 @@ def trial(
         )
     settings = validate(Settings, {**compose([]).config, **read_yaml(source)})
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
+
+
+@app.command()
+def reproduce(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A trial's folder, MLflow run id, STUDY/ARM/NUMBER, or STUDY (winner)."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of workers and tracking alone: workers=inline")
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Where the new trial goes.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Train a recorded trial again and hold it against its record; say what differs (docs/reproduce.md).
+
+    Exit codes: 0 reproduced; 1 it cannot be tried; 2 a wrong argument; 10 another figure, or none;
+    11 other data or another base: not trained.
+    """
+    from sweeper import reproduce as again
+    from sweeper.folders import TrialFolder
+    from sweeper.noise import hush
+    from sweeper.reporting.console import make_console
+    from sweeper.settings import Tracking, validate
+    from sweeper.tracking.trackers import make_store
+
+    machine = again.machinery(overrides or [])
+    store = make_store(validate(Tracking, machine["tracking"], "tracking"))
+    record = again.find_record(run, output_dir, store)
+    hush()
+    folder = TrialFolder(into or again.new_folder(output_dir, record))
+    console = make_console(stderr=as_json)
+    found = again.reproduce(record, machine, folder, console, tolerance)
+    typer.echo(again.to_json(found) if as_json else again.describe(found))
+    raise typer.Exit(again.EXIT_CODES[found.verdict])
 
 
 @app.command()
@@ -333,7 +373,9 @@ def build_base(
 
 def _quiet() -> None:
     """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that is not needed
+    from sweeper.noise import hush
+
+    hush()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

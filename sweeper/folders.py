@@ -207,9 +207,14 @@ class StudyFolder:
         return self.path / "report.html"
 
     @property
+    def figures(self) -> Path:
+        """The page's pictures, one SVG file each."""
+        return self.path / "figures"
+
+    @property
     def answers(self) -> tuple[Path, ...]:
         """The answer in all its forms."""
-        return self.results, self.report, self.page
+        return self.results, self.report, self.page, self.figures
 
     def worker_log(self, worker: int) -> Path:
         """What worker number `worker` printed."""

@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 from rich.console import Console
@@ -23,14 +22,16 @@ from rich.console import Console
 from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
 from sweeper.folders import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
+from sweeper.noise import hush
 from sweeper.outcome import Adopted, Facts, Misfit
 from sweeper.reporting.console import make_console
 from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, headline, to_document
+from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
+from sweeper.reporting.tracked import study_figures
 from sweeper.reporting.verdict import judge, with_override
-from sweeper.reporting.view import make_view, print_results
+from sweeper.reporting.view import make_view, print_answer, print_results
 from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
@@ -75,7 +76,8 @@ def run_study(plan: StudyPlan) -> Results:
         SweeperError: it cannot be run; the message says what to do.
         KeyboardInterrupt: the user stopped it; the same command resumes it.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if plan.settings.verbosity != "verbose":
+        hush()
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
@@ -127,7 +129,7 @@ class StudySession:
         status: RunStatus = "FAILED"
         self._tracker.open_study(self._record())
         try:
-            with make_view(self._console) as view:
+            with make_view(self._console, self._plan.settings.verbosity) as view:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
                 name = self._plan.study.study_name
                 view.event(f"study {name} ({presets}): loading the base model and the data")
@@ -390,9 +392,7 @@ class StudySession:
         results = self._results()
         if results.arms:
             self._write(results)
-            print_results(results, self._console)
-            text = self._next_commands(results, status)
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._show(results, status)
             write_page(results, self._folder, self._storage)
         if status == "FINISHED" and results.arms:
             adapters = self._plan.study.retention.adapters
@@ -400,7 +400,7 @@ class StudySession:
             self._tracker.keep(kept(results, self._folder, most))
         self._tracker.close_study(
             status,
-            *headline(results),
+            *study_figures(results),
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],
         )
@@ -413,6 +413,15 @@ class StudySession:
         if status == "FINISHED" and results.arms:
             self._make_room(results)
         return results
+
+    def _show(self, results: Results, status: RunStatus) -> None:
+        if self._plan.settings.verbosity == "quiet":
+            print_answer(results, self._console)
+            text = f"\nResults    {self._folder.page}"
+        else:
+            print_results(results, self._console)
+            text = self._next_commands(results, status)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _make_room(self, results: Results) -> None:
         """Remove the losers' weights (sweeper.retention), and say what the study takes up."""

@@ -35,9 +35,10 @@ from sweeper.search.study import (
     suggest,
     twin,
 )
-from sweeper.settings import Objective, Pruner, Settings
+from sweeper.settings import Objective, Pruner, Settings, metric_words
 from sweeper.space import Point
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.provenance import origin
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
     Check,
@@ -301,9 +302,12 @@ class ArmDriver:
         folder = self.folder.trial(self.arm.name, trial.number)
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
-        params = recorded(settings.trial) if self.adopted is None else self.adopted.params
+        params = recorded(settings.trial, searched=point)
+        if self.adopted is not None:
+            params = self.adopted.params
         tags = {"arm": self.arm.name, **self._origin(), **steering_tags(trial)}
-        record = TrialRecord(key, folder, params, tags)
+        dataset = dataset_record(self.facts, settings.data)
+        record = TrialRecord(key, folder, params, tags, dataset)
         watch = make_watch(self.pruner, settings.training, trial, reported)
         return Live(trial, point, settings, record, view, watch)
 
@@ -337,16 +341,15 @@ class ArmDriver:
         )
 
     def _take_size(self, live: Live, size: Size) -> None:
-        live.record = replace(live.record, params=recorded(live.settings.trial, size))
+        live.record = replace(live.record, params=recorded(live.settings.trial, size, live.point))
         if sized := decided(live.settings, size):
             live.trial.set_user_attr("sized", sized)
             live.view.point = {**live.point, "adapter.r": sized["rank"]}
 
     def _origin(self) -> dict[str, str]:
         """Code, machine, data and base: where this arm's results come from."""
-        digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
         adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
-        return {**self.provenance, **digests, **adopted}
+        return {**origin(self.provenance, self.facts), **adopted}
 
     def _handle(self, event: AnyEvent) -> None:
         match event:
@@ -368,8 +371,7 @@ class ArmDriver:
     def _progressed(self, event: Progress) -> None:
         live = self._live.get(event.trial)
         if live is not None:
-            live.view.step, live.view.total_steps = event.step, event.total_steps
-            live.view.tokens_per_second = event.tokens_per_second
+            live.view.progressed(event.step, event.total_steps, event.tokens_per_second)
 
     def _evaluated(self, event: Evaluated) -> None:
         live = self._live.get(event.trial)
@@ -381,9 +383,9 @@ class ArmDriver:
         told = as_told(self.objective, event.value)
         hopeless = live.watch.evaluated(event.step, event.total_steps, told)
         if hopeless and not live.stopping and not live.audited:
-            self._stop_or_audit(live)
+            self._stop_or_audit(live, event)
 
-    def _stop_or_audit(self, live: Live) -> None:
+    def _stop_or_audit(self, live: Live, event: Evaluated) -> None:
         key = live.record.key
         live.audited = audited(self.pruner, self.arm.sampler.seed, key)
         if live.audited:
@@ -392,6 +394,11 @@ class ArmDriver:
         else:
             live.stopping = True
             self.engine.stop(key, "pruned")
+            value = f"{metric_words(self.objective.judged_while_training)} {event.value:.4f}"
+            self.view.event(
+                f"{key} is pruned at step {event.step} of {event.total_steps}: {value}, and its best so "
+                f"far is behind the others' there (pruner={self.pruner.name})"
+            )
 
     def _ended(self, event: Ended) -> None:
         live = self._live.pop(event.trial, None)

@@ -36,7 +36,8 @@ from sweeper.search.steering import Steering
 from sweeper.search.study import settings_of, shown_point
 from sweeper.search.tasks import Candidate, Judging, Task, Training
 from sweeper.settings import Finalists
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.provenance import origin
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
     Ended,
@@ -130,11 +131,11 @@ class FinalistsDriver:
         facts = _facts(study)
         tags = {
             **{"arm": arm.name, "finalist": f"{arm.name}/{number:04d}"},
-            **self.provenance,
-            **{"data.digest": facts.data_digest, "base.digest": facts.base_digest},
+            **origin(self.provenance, facts),
         }
         folder = self.folder.finalist(arm.name, number, seed)
-        record = TrialRecord(key, folder, recorded(settings), tags)
+        params = recorded(settings, searched=candidate.point)
+        record = TrialRecord(key, folder, params, tags, dataset_record(facts, settings.data))
         view = TrialView(key=key, arm=_title(arm), number=number, point=candidate.point)
         return Training(record, settings, view)
 

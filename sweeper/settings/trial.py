@@ -169,6 +169,7 @@ class Settings(TrialSettings):
     space: Space
     stand_in: StandIn
     output_dir: str = Field(min_length=1)
+    verbosity: Literal["quiet", "normal", "verbose"]
     dry_run: bool
 
     @property

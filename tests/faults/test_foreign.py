@@ -9,11 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sweeper.training.manifest import write_manifest
 
 from sweeper.answers import find_adapter
 from sweeper.errors import ArtifactError, ModelError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import write_manifest
 from sweeper.modeling.base import load_base
 from sweeper.modeling.merge import merge
 from sweeper.training.checkpoint import newest_checkpoint
