@@ -16,7 +16,7 @@ The two searches without pruning run under `pruner.audit_fraction=1.0`: their tr
 default pruner would have stopped them, which changes nothing that a sampler is told and counts the
 wrong kills. The default search gets more trials until it has spent the others' steps.
 
-    python benchmarks/search_quality.py [FOLDER]
+    python benchmarks/search_quality.py [FOLDER [SEARCHES AT ONCE]]
 
 An hour on one core; started again it goes on where it was stopped.
 """
@@ -27,6 +27,8 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -35,7 +37,8 @@ from optuna.trial import FrozenTrial
 STUDY = "lr_rank_sweep"
 COMMON = (
     *(f"+experiment={STUDY}", "~hydra.sweeper.arms.full", "finalists=none", "tracking=none"),
-    "workers=local",
+    *("training.max_steps=32", "training.per_device_train_batch_size=8"),
+    "evaluation.max_samples=111",
 )
 SEARCHES = {
     "random": ("sampler=random", "pruner=median", "pruner.audit_fraction=1.0"),
@@ -106,5 +109,5 @@ def run_seed(root: Path, seed: int) -> dict[str, list[FrozenTrial]]:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/search_quality").resolve()
-    for seed in SEEDS:
-        run_seed(root, seed)
+    with ThreadPoolExecutor(int(sys.argv[2]) if len(sys.argv) > 2 else 1) as pool:
+        list(pool.map(partial(run_seed, root), SEEDS))

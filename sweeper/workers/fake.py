@@ -90,6 +90,11 @@ def fake_parameters(settings: TrialSettings) -> float:
     return 1000.0 * adapter.r if isinstance(adapter, LoraAdapter) else 1_000_000.0
 
 
+def fake_mib(settings: TrialSettings) -> float:
+    """Memory of what is trained."""
+    return ADAM_BYTES * fake_parameters(settings) / 2**20
+
+
 class FakeRunner:
     """Writes what a real runner writes, but for the weights."""
 
@@ -102,9 +107,11 @@ class FakeRunner:
         Raises:
             DoesNotFit: a full fine-tune is larger than `workers.fake.free_mib`.
         """
-        need, have = ADAM_BYTES * fake_parameters(settings) / 2**20, self._settings.free_mib
-        if settings.adapter.method == "none" and have is not None and need > have:
-            raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
+        have = self._settings.free_mib
+        if settings.adapter.method == "none" and have is not None:
+            need = fake_mib(settings)
+            if need > have:
+                raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
         counts = {"train": 100, "validation": 10}
         counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
         return Facts(
@@ -155,7 +162,9 @@ class FakeRunner:
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         started = time.monotonic()
-        total = self._settings.steps
+        total, free = self._settings.steps, self._settings.free_mib
+        if free is not None and fake_mib(settings) > free:
+            return Outcome(cause="oom", message=f"fake: more than {free:g} MiB")
         every = max(1, total // EVALUATIONS)
         objective = settings.objective
         first, best, best_step = _resume(folder)
