@@ -16,6 +16,7 @@ from sweeper.session import run_study
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),
     *("~hydra.sweeper.arms.full", "finalists=none", "pruner=none", "workers.fake.step_seconds=0"),
+    "workers.fake.steps=2",
 )
 REGION = (
     *("training.learning_rate=interval(4e-3, 6e-3)", "training.warmup_ratio=0.03"),
