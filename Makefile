@@ -59,10 +59,12 @@ audit:  ## Look for known holes in the pinned packages (needs a network; a venv 
 	.venv-audit/bin/pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-bench: $(READY)  ## Measure: start-up of the command line, cost of spinning threads (benchmarks/)
+bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, takes an hour
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/wait_policy.py
 	$(BIN)/python benchmarks/chunked_cross_entropy.py
+	$(BIN)/python benchmarks/oom_region.py
+	$(BIN)/python benchmarks/search_quality.py
 
 wheel: $(READY)  ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -1,6 +1,6 @@
 """A space of which a part does not fit into memory: does the search learn where?
 
-Rank is searched up to 2,048, and the process may grow by 256 MiB only (RLIMIT_AS, set once
+Rank is searched up to 768, and the process may grow by 64 MiB only (RLIMIT_AS, set once
 everything is loaded): ranks above roughly half of that run out of memory at their first
 optimiser step, by torch's own exception, and the trial's micro-batch is halved in vain before it is
 told as `oom`. Each sampler runs one study of 20 trials that count (one that had no room for a step
@@ -24,21 +24,25 @@ from sweeper.search.plan import studies
 from sweeper.search.states import counts, feasible
 from sweeper.session import run_study
 
-ROOM = 256 * 2**20
+ROOM = 64 * 2**20
 N_TRIALS = 20
 COMMON = (
     *("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full", "finalists=none", "tracking=none"),
     *("workers=inline", "pruner=none", "evaluation=tiny", "training=tiny", "space=tiny"),
-    *("training.max_steps=2", "training.eval_steps=2", "training.per_device_train_batch_size=2"),
+    *("training.max_steps=2", "training.eval_steps=2", "training.per_device_train_batch_size=1"),
     *("adapter.alpha_over_r=1", "adapter.target_modules=all-linear", "training.warmup_ratio=0"),
-    *("training.learning_rate=tag(log, interval(3e-4, 3e-2))", "adapter.r=int(interval(8, 2048))"),
+    *("training.learning_rate=tag(log, interval(3e-4, 3e-2))", "adapter.r=int(interval(8, 768))"),
     f"hydra.sweeper.n_trials={N_TRIALS}",
 )
 SAMPLERS = {
     "tpe": ("sampler=tpe",),
     "gp": ("sampler=gp",),
     "random": ("sampler=random",),
-    "grid": ("sampler=grid", "adapter.r=range(256, 2049, 256)", "training.learning_rate=1e-3,3e-3,1e-2"),
+    "grid": (
+        "sampler=grid",
+        "adapter.r=range(96, 769, 96)",
+        "training.learning_rate=1e-3,3e-3,1e-2",
+    ),
     "optuna, CMA-ES": ("sampler=optuna", "hydra.sweeper.sampler.class_name=CmaEsSampler"),
     "optuna, NSGA-II": ("sampler=optuna", "hydra.sweeper.sampler.class_name=NSGAIISampler"),
 }

@@ -150,9 +150,7 @@ class ArmDriver:
     def _values(self, trials: Sequence[FrozenTrial]) -> list[float | None]:
         """What each trial that counts was worth; None for those without a value of their own."""
         return [
-            trial.values[0]
-            if trial.state is TrialState.COMPLETE and feasible(trial)
-            else None
+            trial.values[0] if trial.state is TrialState.COMPLETE and feasible(trial) else None
             for trial in trials
             if counts(trial)
         ]

@@ -67,7 +67,11 @@ def test_a_space_without_room_anywhere_ends(
 ) -> None:
     """Twice as many trials as were wanted, none of which counts, are enough to see it."""
     arm, trials = _run(
-        tmp_path, *REGION, "sampler=random", "workers.fake.free_mib=0.01", "hydra.sweeper.n_trials=3"
+        tmp_path,
+        *REGION,
+        "sampler=random",
+        "workers.fake.free_mib=0.01",
+        "hydra.sweeper.n_trials=3",
     )
     assert arm.best is None
     assert [_is_oom(trial) for trial in trials] == [True] * 6
