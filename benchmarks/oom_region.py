@@ -1,18 +1,18 @@
 """A space of which a part does not fit into memory: does the search learn where?
 
-Rank is searched up to 768, and the process may grow by 64 MiB only (RLIMIT_AS, set once
-everything is loaded): ranks above roughly half of that run out of memory at their first
-optimiser step, by torch's own exception, and the trial's micro-batch is halved in vain before it is
-told as `oom`. Each sampler runs one study of 20 trials that count (one that had no room for a step
-does not) on the embedded base. random and grid do not learn: they are the yardstick.
+Rank is searched up to 768, and the process may grow by 64 MiB while a trial runs (RLIMIT_AS): larger
+ranks run out of memory, wherever torch, safetensors or Python happen to ask for it first, and are told
+as `oom` by the trainer itself. The loss falls with the rank, so that the best points lie at the border.
+Each sampler runs one study of 20 trials that count (one without room for a single step does not) on
+the embedded base. random and grid do not learn: they are the yardstick.
 """
 
 from __future__ import annotations
 
 import json
 import resource
-import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,14 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from record import record
 
+from sweeper.folders import TrialFolder
+from sweeper.outcome import Outcome
 from sweeper.search.plan import studies
 from sweeper.search.states import counts, feasible
 from sweeper.session import run_study
+from sweeper.settings import TrialSettings
+from sweeper.training.observer import Observer
+from sweeper.training.runner import TransformersRunner
 
 ROOM = 64 * 2**20
 N_TRIALS = 20
@@ -43,8 +48,10 @@ SAMPLERS = {
         "adapter.r=range(96, 769, 96)",
         "training.learning_rate=1e-3,3e-3,1e-2",
     ),
-    "optuna, CMA-ES": ("sampler=optuna", "hydra.sweeper.sampler.class_name=CmaEsSampler"),
-    "optuna, NSGA-II": ("sampler=optuna", "hydra.sweeper.sampler.class_name=NSGAIISampler"),
+    "optuna, NSGA-II": (
+        *("sampler=optuna", "hydra.sweeper.sampler.class_name=NSGAIISampler"),
+        "++hydra.sweeper.sampler.kwargs={population_size: 5}",
+    ),
 }
 
 
@@ -69,11 +76,24 @@ def run(folder: Path, *overrides: str) -> list[FrozenTrial]:
     return optuna.load_study(study_name="lr_rank_sweep/lora", storage=storage).trials
 
 
-def cap() -> None:
-    """From now on this process may grow by ROOM."""
+def run_capped(
+    self: TransformersRunner,
+    settings: TrialSettings,
+    folder: TrialFolder,
+    provenance: Mapping[str, Any],
+    observer: Observer,
+) -> Outcome:
+    """A trial, while which this process may grow by ROOM; the sampler has its turn outside."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, resource.RLIM_INFINITY))
+    limit = pages * resource.getpagesize() + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        return run_uncapped(self, settings, folder, provenance, observer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+
+
+run_uncapped = TransformersRunner.run
 
 
 def figures(trials: list[FrozenTrial]) -> dict[str, Any]:
@@ -100,20 +120,19 @@ def figures(trials: list[FrozenTrial]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """All samplers in one process: the base is loaded once, the cap set anew for each."""
+    """All samplers in one process: the libraries are loaded once."""
     found = {}
     with tempfile.TemporaryDirectory() as root:
         rows = Path(root) / "rows.jsonl"
         write_rows(rows)
         small = (f"data.train={rows}", "data.validation=null")
         run(Path(root) / "warm", *small, "adapter.r=8", "hydra.sweeper.n_trials=2")
+        TransformersRunner.run = run_capped  # type: ignore[method-assign]
         for name, arguments in SAMPLERS.items():
             with tempfile.TemporaryDirectory(dir=root) as folder:
-                cap()
                 found[name] = figures(run(Path(folder), *small, *arguments))
-                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
     record("oom_region", found)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -30,7 +30,6 @@ An hour on one core; started again it goes on where it was stopped.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -135,8 +134,11 @@ def run_seed(root: Path, seed: int) -> dict[str, list[FrozenTrial]]:
 
 def points(asked: Sequence[FrozenTrial]) -> tuple[str, ...]:
     """The words that have just these trials' points tried, every one to its end."""
-    priors = json.dumps([trial.user_attrs["point"] for trial in asked])
-    return "sampler=random", "pruner=none", f"hydra.sweeper.priors={priors}"
+    priors = ", ".join(
+        "{" + ", ".join(f"{key}: {value}" for key, value in trial.user_attrs["point"].items()) + "}"
+        for trial in asked
+    )
+    return "sampler=random", "pruner=none", f"hydra.sweeper.priors=[{priors}]"
 
 
 def curve(search: Sequence[FrozenTrial]) -> Curve:

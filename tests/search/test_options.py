@@ -105,7 +105,9 @@ def test_pruner_judges_the_real_trainer(
     arguments: list[str], program: Program, tmp_path: Path
 ) -> None:
     """A good rate, a hopeless one, a good one: the guarded pruners stop the second, none stops none."""
-    waits = [] if {"pruner=none", "pruner=optuna"} & {*arguments} else ["pruner.n_startup_trials=1"]
+    waits = ["pruner.n_startup_trials=1", "pruner.audit_fraction=0"]
+    if {"pruner=none", "pruner=optuna"} & {*arguments}:
+        waits = []
     result = program(*REAL, *GOOD_HOPELESS_GOOD, *arguments, *waits, "-m")
     assert result.returncode == 0, result.stdout + result.stderr
     trials = _document(tmp_path)["trials"]
