@@ -68,7 +68,7 @@ audit:  ## Look for known holes in the pinned packages (needs a network; a venv 
 soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (tests/faults/soak.py)
 	$(BIN)/python tests/faults/soak.py
 
-bench: $(READY)  ## Measure: start-up of the command line, cost of spinning threads (benchmarks/)
+bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, takes an hour
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/wait_policy.py
 	$(BIN)/python benchmarks/chunked_cross_entropy.py
@@ -76,6 +76,8 @@ bench: $(READY)  ## Measure: start-up of the command line, cost of spinning thre
 	$(BIN)/python benchmarks/engines.py
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/warm_base.py
+	$(BIN)/python benchmarks/oom_region.py
+	$(BIN)/python benchmarks/search_quality.py
 
 wheel: $(READY)  ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

@@ -9,6 +9,7 @@ from rich.console import Console
 PLAIN_COLUMNS = 140
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """Wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
+    file = sys.stderr if stderr else sys.stdout
+    return Console(width=None if file.isatty() else PLAIN_COLUMNS, stderr=stderr)

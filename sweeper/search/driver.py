@@ -22,7 +22,7 @@ from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
 from sweeper.search.sizes import Sizes, decided, recorded
-from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, judged, tell
+from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, feasible, judged, tell
 from sweeper.search.steering import Steering
 from sweeper.search.study import (
     DROPPED,
@@ -53,9 +53,10 @@ from sweeper.workers.protocol import (
     Waiting,
 )
 
-FRUITLESS = ("refused", "duplicate")
+FRUITLESS = ("refused", "duplicate", "oom", "diverged")
 MAX_FRUITLESS = 2
-"""Points answered without training, per trial wanted: a space of impossible points must end."""
+"""Trials of these causes that did not count, per trial wanted: a space of impossible points, or of
+trials without room for a single step, must end."""
 MAX_SAME_ERRORS = 3
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 10.0
@@ -202,7 +203,7 @@ class ArmDriver:
         trials = self.study.get_trials(deepcopy=False)
         open_count = len(self._live) + len(self._waiting) + len(self._checking)
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
-        fruitless = sum(trial.user_attrs.get("cause") in FRUITLESS for trial in trials)
+        fruitless = sum(map(_fruitless, trials))
         exhausted = self.arm.sampler.name == "grid" and not waiting
         wanted = sum(map(counts, trials)) + open_count < self._wanted
         allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self._wanted
@@ -218,9 +219,7 @@ class ArmDriver:
     def _values(self, trials: Sequence[FrozenTrial]) -> list[float | None]:
         """What each trial that counts was worth; None for those without a value of their own."""
         return [
-            trial.values[0]
-            if trial.state is TrialState.COMPLETE and not trial.constraints
-            else None
+            trial.values[0] if trial.state is TrialState.COMPLETE and feasible(trial) else None
             for trial in trials
             if counts(trial)
         ]
@@ -533,3 +532,7 @@ class ArmDriver:
         for trial in adopt(self.study):  # asked, but not handed out when the interrupt came
             ask_again(self.study, trial, self.arm.space)
             tell(self.study, trial, Outcome(cause="cancelled"), self.base_value, self.costs)
+
+
+def _fruitless(trial: FrozenTrial) -> bool:
+    return trial.user_attrs.get("cause") in FRUITLESS and not counts(trial)
