@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -92,14 +93,25 @@ def one_line(where: str, error: BaseException) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, by name."""
+    """sha256 over the safetensors files of a folder, by name; of files that stay as they are, once."""
+    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+@lru_cache(maxsize=8)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path, _, _ in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of the safetensors files of a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _locate(settings: Model, patterns: Sequence[str]) -> Source:

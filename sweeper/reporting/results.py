@@ -287,7 +287,8 @@ def headline(results: Results) -> tuple[dict[str, float], Point]:
     if arm is None or arm.best is None:
         return {}, {}
     unseen = {} if arm.final is None else arm.final.metrics
-    return {**arm.best.outcome.metrics, **unseen}, dict(arm.best.point)
+    name = f"{arm.name}/{arm.best.number:04d}"
+    return {**arm.best.outcome.metrics, **unseen}, {"trial": name, **arm.best.point}
 
 
 def number_ranges(space: Space) -> dict[str, Range]:

@@ -5,7 +5,8 @@ Rules, stated once:
   ended; a running trial always ends by itself (its time is spent; Ctrl-C stops at once).
 - Arms run one after the other, so each gets the share of what is left that its open trials have among
   all open trials: otherwise the baseline, which comes last, would never be trained.
-- wall_clock is counted from the start of this command; device_hours over all runs of the study.
+- wall_clock is counted from the start of this command, without the time it was paused; `until` is a
+  time of day, whatever happens; device_hours are counted over all runs of the study.
 
 Durations are measured by a clock that nobody sets; only `until` goes by the clock on the wall. Knows
 neither Optuna nor workers; both clocks are given.
@@ -45,7 +46,7 @@ def next_time(text: str, now: float, zone: ZoneInfo | None = None) -> float:
     return next(moment for moment in moments if moment > now)
 
 
-@dataclass(frozen=True)
+@dataclass
 class ArmBudget:
     """What one arm may use."""
 
@@ -63,6 +64,14 @@ class ArmBudget:
     """Seconds that each trial took that ended in this run of the command."""
     devices: int = 1
     """How many each trial occupies."""
+
+    def paused(self, seconds: float, latest: float | None) -> None:
+        """Time that passed while nothing was to be done; `until` moves to `latest` at most."""
+        if self.deadline is not None:
+            self.deadline += seconds
+        if self.until is not None:
+            assert latest is not None, "an arm's share of `until` comes from the study's"
+            self.until = min(self.until + seconds, latest)
 
     def refusal(
         self, started: Sequence[float], typical: float, values: Sequence[float | None]
@@ -124,6 +133,7 @@ class StudyBudget:
         limit, until = settings.wall_clock, settings.until
         self._deadline = None if limit is None else clock() + limit
         self._until = None if until is None else next_time(until, wall(), zone)
+        self._arm: ArmBudget | None = None
 
     def of_arm(self, share: float, device_seconds_spent: float, devices: int = 1) -> ArmBudget:
         """The part of what is left that an arm gets.
@@ -135,7 +145,7 @@ class StudyBudget:
         """
         hours = self._settings.device_hours
         left = None if hours is None else max(0.0, 3600 * hours - device_seconds_spent) * share
-        return ArmBudget(
+        self._arm = ArmBudget(
             deadline=_part(share, self._clock(), self._deadline),
             device_seconds=left,
             plateau=self._settings.plateau,
@@ -145,6 +155,14 @@ class StudyBudget:
             wall=self._wall,
             devices=devices,
         )
+        return self._arm
+
+    def paused(self, seconds: float) -> None:
+        """Time that passed while the study was paused: it is not counted as wall-clock time."""
+        if self._deadline is not None:
+            self._deadline += seconds
+        if self._arm is not None:
+            self._arm.paused(seconds, self._until)
 
 
 def _part(share: float, now: float, end: float | None) -> float | None:

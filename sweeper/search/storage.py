@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,19 @@ _LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+class KeptJournal(sqlite3.Connection):
+    """A connection whose rollback journal is overwritten, not deleted, at every commit.
+
+    As durable as SQLite's default, and several times faster: a commit changes no directory. Not the
+    write-ahead log: its index is shared memory, so a study on a network file system could be read on
+    the driver's machine only.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("PRAGMA journal_mode = PERSIST").close()
+
+
 class PatientStorage(RDBStorage):
     """RDBStorage whose public calls are repeated while the database cannot be reached.
 
@@ -49,7 +63,7 @@ class PatientStorage(RDBStorage):
             "pool_pre_ping": True
         }  # a restart leaves dead connections behind
         if url.startswith("sqlite"):
-            options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S}
+            options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S, "factory": KeptJournal}
         elif url.startswith("postgresql"):
             options["connect_args"] = {"options": "-c timezone=utc"}
         try:

@@ -83,6 +83,8 @@ class Orders:
                 if isinstance(command, Stop):
                     self.stops[command.trial] = command.cause
                 else:
+                    if isinstance(command, Submit):  # an older stop was for an earlier attempt
+                        self.stops.pop(command.trial, None)
                     self.work.put(command)
                     if isinstance(command, Close):
                         return

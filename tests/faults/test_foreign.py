@@ -13,10 +13,10 @@ import pytest
 from sweeper.answers import find_adapter
 from sweeper.errors import ArtifactError, ModelError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import write_manifest
 from sweeper.modeling.base import load_base
 from sweeper.modeling.merge import merge
 from sweeper.training.checkpoint import newest_checkpoint
-from sweeper.training.manifest import write_manifest
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 from tests.training.conftest import run_tiny as run_tiny
