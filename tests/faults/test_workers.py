@@ -83,7 +83,7 @@ def test_twenty_kills_of_workers_lose_nothing(launch: Launch) -> None:
     assert set(causes) <= {"finished", "cancelled"}
     assert causes["cancelled"] <= 2, "those that ran when it was stopped"
     finished = [trial for trial in trials if trial.user_attrs["cause"] == "finished"]
-    assert max(trial.user_attrs["attempt"] for trial in finished) == 2
+    assert max(trial.user_attrs["attempt"] for trial in finished) >= 2, "kills met trials"
     for trial in finished:
         assert [line["step"] for line in spool(sweep.trial(trial.number))] == EVALUATED
 
