@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sweeper import cli_study
+
 if TYPE_CHECKING:
     from sweeper.tracking.registry import Registry, Version
 
 VERBS = (
-    *("report", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
+    *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
     *("sync", "nightly", "champion", "clean", "build-base"),
 )
 
@@ -35,9 +37,10 @@ def report(
     """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
     from sweeper.errors import ConfigError
     from sweeper.folders import write_atomic
+    from sweeper.reporting.console import make_console
     from sweeper.reporting.formats import FORMATS, WRITERS, default_path
     from sweeper.reporting.results import load_results
-    from sweeper.reporting.view import make_console, print_results
+    from sweeper.reporting.view import print_results
 
     if form not in FORMATS:
         raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
@@ -156,7 +159,7 @@ def reproduce(
     from sweeper import reproduce as again
     from sweeper.folders import TrialFolder
     from sweeper.noise import hush
-    from sweeper.reporting.view import make_console
+    from sweeper.reporting.console import make_console
     from sweeper.settings import Tracking, validate
     from sweeper.tracking.trackers import make_store
 
@@ -200,7 +203,7 @@ def doctor(
 ) -> None:
     """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
     from sweeper.doctor import examine, print_findings, sound, to_json
-    from sweeper.reporting.view import make_console
+    from sweeper.reporting.console import make_console
 
     findings = examine(overrides or [])
     if as_json:
@@ -256,17 +259,25 @@ def nightly(
 
 @app.command()
 def clean(
-    name: Annotated[str, typer.Argument(help="The study_name.")],
+    name: Annotated[str | None, typer.Argument(help="The study_name.")] = None,
     keep_adapters: Annotated[int, typer.Option(min=0, help="Best adapters that stay.")] = 3,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    bases: Annotated[
+        bool, typer.Option("--bases", help="Empty the cache of quantized bases instead.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
     ] = None,
 ) -> None:
     """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    from sweeper.errors import ConfigError
     from sweeper.retention import removals, remove
 
+    if (name is None) != bases:
+        raise ConfigError(["name the study to clean, or give --bases alone"])
+    if name is None:
+        return _clean_bases(dry_run)
     held = [found.folder for found in _registry_champions(overrides or [])]
     found = removals(name, output_dir, keep_adapters, held)
     for removal in found:
@@ -276,6 +287,17 @@ def clean(
     done = "would be freed" if dry_run else "freed"
     typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
 
+
+def _clean_bases(dry_run: bool) -> None:
+    from sweeper.modeling.quantized import cache_folder, forget
+
+    found = forget(cache_folder(), dry_run=dry_run)
+    for path, mib in found.items():
+        typer.echo(f"{mib:10.1f} MiB  {path}")
+    typer.echo(f"{sum(found.values()):10.1f} MiB {'would be freed' if dry_run else 'freed'}")
+
+
+app.add_typer(cli_study.app, name="study")
 
 champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
 app.add_typer(champions, name="champion")

@@ -11,11 +11,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from optuna.storages import RDBStorage
 from rich.console import Console
 
 from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
@@ -23,13 +24,14 @@ from sweeper.folders import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.noise import hush
 from sweeper.outcome import Adopted, Facts, Misfit
+from sweeper.reporting.console import make_console
 from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
 from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
 from sweeper.reporting.tracked import study_figures
 from sweeper.reporting.verdict import judge, with_override
-from sweeper.reporting.view import make_console, make_view, print_answer, print_results
+from sweeper.reporting.view import make_view, print_answer, print_results
 from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
@@ -38,7 +40,15 @@ from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
-from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
+from sweeper.search.steering import Steering
+from sweeper.search.study import (
+    counted,
+    find_study,
+    open_storage,
+    open_study,
+    share_cache,
+    spent_seconds,
+)
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
@@ -51,8 +61,12 @@ from sweeper.tracking.trackers import (
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
+LOCK_SECONDS = 1.0
+"""Somebody who only looks whether there is a driver holds its lock for a moment."""
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no room on the device: they move to the host's memory and back."""
+WRITING_SHARE = 0.05
+"""Of the driver's time that may go into results.json and report.md while a study runs."""
 
 
 def run_study(plan: StudyPlan) -> Results:
@@ -67,20 +81,27 @@ def run_study(plan: StudyPlan) -> Results:
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
-        return StudySession(plan, folder, console, interrupt).run()
+        storage = open_storage(plan.study.storage, folder)
+        shared = plan.study.storage is not None  # else it lies in the folder that is locked
+        with storage.owned(plan.study.study_name) if shared else nullcontext():
+            return StudySession(plan, folder, storage, console, interrupt).run()
 
 
 class StudySession:
     """A study while it runs."""
 
     def __init__(
-        self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
+        self,
+        plan: StudyPlan,
+        folder: StudyFolder,
+        storage: RDBStorage,
+        console: Console,
+        interrupt: Interrupt,
     ) -> None:
-        self._plan = plan
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
-        self._storage = open_storage(plan.study.storage, folder)
+        self._storage = share_cache(storage)
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
@@ -90,7 +111,18 @@ class StudySession:
         self._finals: dict[str, ArmFinal] | None = None
         self._announced = False
         self._misfits: dict[str, Misfit] = {}
+        self._next_write = 0.0
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
+        found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
+        studies = {name: study for name, study in found.items() if study is not None}
+        self._steering = Steering(plan, folder, interrupt, self._budget, self._board, studies)
+        self._ran: dict[str, int] = {}
+        """To which total each arm was run."""
+
+    @property
+    def _plan(self) -> StudyPlan:
+        """With the totals that were raised while it ran."""
+        return self._steering.plan
 
     def run(self) -> Results:
         """See run_study."""
@@ -101,9 +133,11 @@ class StudySession:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
                 name = self._plan.study.study_name
                 view.event(f"study {name} ({presets}): loading the base model and the data")
-                # an adopted arm costs little, and what is wrong with it is to be known first
-                for arm in sorted(self._plan.arms, key=lambda arm: arm.run_id is None):
+                self._steering.catch_up(view)
+                while (arm := self._next_arm()) is not None:
                     self._run_arm(arm, self._workers_of([arm]), view)
+                    self._ran[arm.name] = self._steering.total(arm.name)
+                self._steering.searched = True
                 self._run_finalists(self._workers_of(self._plan.arms), view)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -113,7 +147,14 @@ class StudySession:
             if self._engine is not None:
                 self._engine.close()
             results = self._conclude(status)
+            self._steering.close(status)
         return results
+
+    def _next_arm(self) -> ArmPlan | None:
+        """The first arm that was not run to its total; one that was extended comes again."""
+        arms = [arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials]
+        # an adopted arm costs little, and what is wrong with it is to be known first
+        return min(arms, key=lambda arm: arm.run_id is None, default=None)
 
     def _workers_of(self, arms: Sequence[ArmPlan]) -> Engine:
         """Workers that are wide enough for the trials of some arms.
@@ -139,6 +180,7 @@ class StudySession:
             return
         base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
+        self._steering.open_arm(arm.name, study)
         if adopted is not None:
             study.set_user_attr("adopted", adopted.model_dump(mode="json"))
         words = fill_study(study, self._plan, arm, facts, self._storage)
@@ -162,6 +204,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
             told=self._write_results,
             adopted=adopted,
         )
@@ -227,6 +270,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
         )
         self._finals = driver.run([(arm, study) for arm, study in found if study is not None])
 
@@ -324,8 +368,19 @@ class StudySession:
         return settle(replace(results, untested=untested), self._finals)
 
     def _write_results(self) -> None:
-        """After every trial, so that a report can be read while the study runs or after a crash."""
-        self._write(self._results())
+        """After a trial, so that a report can be read while the study runs or after a crash.
+
+        Not after every trial where trials end faster than hundreds of them are written.
+        """
+        began = time.monotonic()
+        if began < self._next_write:
+            return
+        try:
+            self._write(self._results())
+        except OSError as error:  # a full disk: the storage has it all, the next trial tries again
+            self._console.print(f"results are not written: {error}", style="yellow")
+        took = time.monotonic() - began
+        self._next_write = began + took / WRITING_SHARE
 
     def _write(self, results: Results) -> None:
         verdict = judge(results).document()
@@ -431,7 +486,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
     folder.path.mkdir(parents=True, exist_ok=True)
     owner = folder.lock.with_suffix(".pid")
     try:
-        with FileLock(folder.lock, timeout=0):
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:

@@ -12,8 +12,8 @@ from sweeper.folders import TrialFolder
 from sweeper.interrupt import Interrupt, deferred_interrupt
 from sweeper.noise import hush
 from sweeper.outcome import Facts, Outcome, Size
+from sweeper.reporting.console import make_console
 from sweeper.reporting.tables import describe_data
-from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
 from sweeper.search.sizes import recorded
 from sweeper.search.states import STATES

@@ -16,7 +16,7 @@ from sweeper.compose import to_yaml
 from sweeper.embedded import BASE_DIR
 from sweeper.errors import ModelError
 from sweeper.folders import TrialFolder, write_atomic
-from sweeper.training.manifest import write_manifest
+from sweeper.manifest import write_manifest
 from tests.conftest import make_settings
 
 PROMPTS = ["def add(a, b)", "def load(path)"]

@@ -6,7 +6,6 @@ The driver fills the board; a view only draws it.
 from __future__ import annotations
 
 import io
-import sys
 import time
 from typing import Literal, Self
 
@@ -28,13 +27,13 @@ Verbosity = Literal["quiet", "normal", "verbose"]
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
 PICTURE_COLUMNS = 140
-PLAIN_COLUMNS = 140
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
     "pruned": "yellow",
     "running": "cyan",
     "waiting": "dim",
+    "paused": "dim",
     "cancelled": "dim",
     "duplicate": "dim",
 }
@@ -121,12 +120,6 @@ def make_view(console: Console, verbosity: Verbosity = "normal") -> View:
     return PlainView(console)
 
 
-def make_console(stderr: bool = False) -> Console:
-    """Where everything is printed; wide enough for a table when it is no terminal."""
-    file = sys.stderr if stderr else sys.stdout
-    return Console(width=None if file.isatty() else PLAIN_COLUMNS, stderr=stderr)
-
-
 def print_results(results: Results, console: Console) -> None:
     """Leaderboards, the gain of each rank, then the comparison, then the verdict in words."""
     for arm in results.arms:
@@ -185,7 +178,7 @@ def _headline(board: Board, trials: list[TrialView]) -> str:
     time_left = (
         "" if board.seconds_left is None else f"   about {duration(board.seconds_left)} left"
     )
-    left = f"   {board.left}" if board.left else ""
+    left = "".join(f"   {words}" for words in (board.left, board.note) if words)
     return f"{board.arm}: {done} of {board.wanted} trials{base}{best}{time_left}{left}"
 
 

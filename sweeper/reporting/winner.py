@@ -14,11 +14,11 @@ from sweeper import stand_ins
 from sweeper.compose import read_yaml, to_yaml
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, TrialFolder
+from sweeper.manifest import verify_manifest
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.verdict import label
 from sweeper.search.board import short_names
 from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
-from sweeper.training.manifest import verify_manifest
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""

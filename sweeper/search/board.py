@@ -99,6 +99,8 @@ class Board:
         self.wanted = 0
         self.base_value: float | None = None
         self.left = ""
+        self.note = ""
+        """What a person asked for while it runs: paused, stopping."""
         self.trials: dict[str, TrialView] = {}
 
     def open_arm(self, arm: str, wanted: int, base_value: float) -> None:

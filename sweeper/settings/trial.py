@@ -114,6 +114,9 @@ class FakeTrainer(Section):
     plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
     finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
     free_mib: Annotated[float, Field(gt=0)] | None
+    """What a trial may need, as far as that is known before it is trained."""
+    room_mib: Annotated[float, Field(gt=0)] | None
+    """What it may need before it runs out of memory."""
 
 
 class Workers(Section):

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from sweeper.folders import TrialFolder, write_atomic
+from sweeper.manifest import MANIFEST
 from sweeper.outcome import Value
 from sweeper.tracking.tracker import DatasetRecord, RunStatus
-from sweeper.training.manifest import MANIFEST
 from sweeper.training.spool import read_spool
 
 STUDY = "study"

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import MANIFEST, verify_manifest
 from sweeper.redaction import redact
 from sweeper.tracking.ledger import weights_of
 from sweeper.tracking.server import local_uri
 from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG, search
 from sweeper.tracking.store import Store
-from sweeper.training.manifest import MANIFEST, verify_manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

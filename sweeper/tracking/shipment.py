@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import verify_manifest
 from sweeper.tracking.ledger import (
     OPENED,
     STATE,
@@ -34,7 +35,6 @@ from sweeper.tracking.ledger import (
 from sweeper.tracking.records import log_dataset, show_model, source_tags
 from sweeper.tracking.server import Away, Server, as_ours, is_gone, lacks_endpoint
 from sweeper.tracking.tracker import DatasetRecord
-from sweeper.training.manifest import verify_manifest
 from sweeper.training.spool import read_spool
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from sweeper.errors import ModelError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import MANIFEST, verify_manifest, write_manifest
 from sweeper.modeling.base import Base
 from sweeper.modeling.source import MODEL, one_line, refuse_foreign
-from sweeper.training.manifest import MANIFEST, verify_manifest, write_manifest
 
 SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sweeper.errors import ArtifactError
 from sweeper.folders import read_json
-from sweeper.training.manifest import verify_manifest, write_manifest
+from sweeper.manifest import verify_manifest, write_manifest
 
 
 @dataclass(frozen=True)

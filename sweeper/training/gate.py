@@ -27,10 +27,10 @@ from sweeper.errors import ArtifactError, DataError, SweeperError
 from sweeper.evaluation.judge import make_judge
 from sweeper.evaluation.loss import Loss
 from sweeper.folders import TrialFolder, write_atomic
+from sweeper.manifest import verify_manifest
 from sweeper.modeling.base import load_base
 from sweeper.outcome import Value
 from sweeper.settings import Data, GeneralText, TrialSettings, validate
-from sweeper.training.manifest import verify_manifest
 from sweeper.training.prepare import positions
 
 BASE = "base"

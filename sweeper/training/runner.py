@@ -28,9 +28,11 @@ from sweeper.data.packing import require_isolation
 from sweeper.errors import ArtifactError, ConfigError, DataError, Diverged, DoesNotFit, ModelError
 from sweeper.evaluation.judge import Judge, Judgement, plausibility_warning
 from sweeper.folders import TrialFolder, size_mib, write_atomic, write_json
+from sweeper.manifest import verify_manifest
 from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.check import ModelChecks
+from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.outcome import Examples, Facts, Misfit, Outcome, Size, Unseen, UnseenKind
 from sweeper.settings import LoraAdapter, TrialSettings
@@ -41,7 +43,6 @@ from sweeper.training.batch import halved, out_of_memory, resolve
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.figures import best_figures, parameter_figures
 from sweeper.training.log import training_log
-from sweeper.training.manifest import verify_manifest
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
 from sweeper.training.prepare import Prepared, prepare
@@ -62,11 +63,14 @@ class TransformersRunner:
 
     def __init__(self, threads: int, join: Join = alone) -> None:
         """`join` gathers other processes for the trials that train on several devices."""
-        torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
+        # threads beyond the cores make every trial slower; torch's own number heeds OMP_NUM_THREADS
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
+        self._checksums: dict[str, dict[str, int]] = {}
+        """Of the warm base, as it was loaded."""
         self._prepared: dict[tuple[str, str], Prepared] = {}
         self._checks = ModelChecks()
         self._room = Room()
@@ -140,6 +144,7 @@ class TransformersRunner:
             settings, refusal = self._checked(settings)
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             outcome = refusal or self._outcome(settings, folder, observer, meter)
+            outcome = self._on_clean_base(outcome)
             metrics = {**outcome.metrics, **finite(meter.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
             text, document = training_log(settings, outcome, folder, started, meter)
@@ -256,6 +261,27 @@ class TransformersRunner:
         if need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
 
+    def _on_clean_base(self, outcome: Outcome) -> Outcome:
+        """The outcome, if the warm base is still what was loaded; an error otherwise.
+
+        A base that a trial has changed would spoil every later one in silence; the next trial loads
+        it anew.
+        """
+        changed_weights = [
+            name
+            for key, base in self._warm.items()
+            for name in changed(self._checksums[key], base.model)
+        ]
+        if not changed_weights:
+            return outcome
+        self._warm.clear()
+        shown = ", ".join(changed_weights[:3]) + (" …" if len(changed_weights) > 3 else "")
+        message = (
+            f"this trial changed {len(changed_weights)} weights of its frozen base ({shown}), so its "
+            "result does not stand; the next trial gets the base loaded anew"
+        )
+        return Outcome(cause="error", message=message, steps=outcome.steps)
+
     def _checked(self, settings: TrialSettings) -> tuple[TrialSettings, Outcome | None]:
         """The settings with their rank decided, or as they are and why the trial is impossible."""
         try:
@@ -274,9 +300,13 @@ class TransformersRunner:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
+                self._warm.clear()  # nobody knows what the error left of it
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return Outcome(cause="oom", message=message, steps=meter.steps)
+        except Exception:
+            self._warm.clear()
+            raise
 
     def _train(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -375,6 +405,7 @@ class TransformersRunner:
         if key not in self._warm:
             self._warm.clear()  # one base at a time: memory is what it is all about
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
+            self._checksums = {key: checksums(self._warm[key].model)}
         return self._warm[key]
 
     def _data(self, settings: TrialSettings, base: Base) -> Prepared:

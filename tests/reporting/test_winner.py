@@ -11,11 +11,11 @@ import pytest
 from sweeper.compose import compose
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, write_atomic
+from sweeper.manifest import write_manifest
 from sweeper.reporting.results import Results
 from sweeper.reporting.winner import Winner, experiment_yaml, find_winner, usage
 from sweeper.search.plan import studies
 from sweeper.settings import TrialSettings, validate
-from sweeper.training.manifest import write_manifest
 from tests.conftest import make_settings
 from tests.reporting.studies import make_arm, make_results, make_trial
 

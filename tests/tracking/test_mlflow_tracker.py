@@ -16,13 +16,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from sweeper.folders import TrialFolder
+from sweeper.manifest import write_manifest
 from sweeper.settings import Objective
 from sweeper.tracking import mlflow_tracker
 from sweeper.tracking.ledger import Ledger, left
 from sweeper.tracking.mlflow_tracker import MlflowTracker
 from sweeper.tracking.server import Server, local_uri
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
-from sweeper.training.manifest import write_manifest
 
 LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
 STUDY = StudyRecord("lr_rank_sweep", "mine", {"lora.n_trials": 2}, {"git.commit": "abc"}, LOSS)

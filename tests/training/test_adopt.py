@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from sweeper.embedded import BASE_DIR
 from sweeper.errors import ArtifactError, ModelError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import verify_manifest
 from sweeper.modeling.base import load_base
 from sweeper.settings import TrialSettings
 from sweeper.training.adopt import require_kin
-from sweeper.training.manifest import verify_manifest
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
