@@ -20,7 +20,7 @@ from sweeper.evaluation.generation import generate
 from sweeper.folders import TrialFolder
 from sweeper.manifest import verify_manifest
 from sweeper.modeling.base import Base, load_base
-from sweeper.modeling.source import one_line
+from sweeper.modeling.source import one_line, require_safetensors
 from sweeper.settings import Data, TrialSettings, validate
 
 UNTUNED = "untuned"
@@ -96,6 +96,7 @@ def find_adapter(path: Path) -> Adapter:
         raise ModelError(
             f"{folder.config}: no such file; it names the base and the template: keep it beside adapter/"
         )
+    require_safetensors(folder.adapter, path.as_posix())
     verify_manifest(folder.adapter)
     settings = validate(TrialSettings, read_yaml(folder.config))
     return Adapter(path.as_posix(), folder.adapter, settings)

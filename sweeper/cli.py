@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sweeper import cli_study
+
 if TYPE_CHECKING:
     from sweeper.tracking.registry import Registry, Version
 
 VERBS = (
-    *("report", "best", "generate", "trial", "doctor", "prefetch"),
+    *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
     *("sync", "nightly", "champion", "clean", "build-base"),
 )
 
@@ -36,9 +37,10 @@ def report(
     """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
     from sweeper.errors import ConfigError
     from sweeper.folders import write_atomic
+    from sweeper.reporting.console import make_console
     from sweeper.reporting.formats import FORMATS, WRITERS, default_path
     from sweeper.reporting.results import load_results
-    from sweeper.reporting.view import make_console, print_results
+    from sweeper.reporting.view import print_results
 
     if form not in FORMATS:
         raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
@@ -132,6 +134,47 @@ def trial(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A trial's folder, MLflow run id, STUDY/ARM/NUMBER, or STUDY (winner)."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of workers and tracking alone: workers=inline")
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Where the new trial goes.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Train a recorded trial again and hold it against its record; say what differs (docs/reproduce.md).
+
+    Exit codes: 0 reproduced; 1 it cannot be tried; 2 a wrong argument; 10 another figure, or none;
+    11 other data or another base: not trained.
+    """
+    from sweeper import reproduce as again
+    from sweeper.folders import TrialFolder
+    from sweeper.noise import hush
+    from sweeper.reporting.console import make_console
+    from sweeper.settings import Tracking, validate
+    from sweeper.tracking.trackers import make_store
+
+    machine = again.machinery(overrides or [])
+    store = make_store(validate(Tracking, machine["tracking"], "tracking"))
+    record = again.find_record(run, output_dir, store)
+    hush()
+    folder = TrialFolder(into or again.new_folder(output_dir, record))
+    console = make_console(stderr=as_json)
+    found = again.reproduce(record, machine, folder, console, tolerance)
+    typer.echo(again.to_json(found) if as_json else again.describe(found))
+    raise typer.Exit(again.EXIT_CODES[found.verdict])
+
+
+@app.command()
 def prefetch(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="As for training: +experiment=X data.train=org/name")
@@ -160,7 +203,7 @@ def doctor(
 ) -> None:
     """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
     from sweeper.doctor import examine, print_findings, sound, to_json
-    from sweeper.reporting.view import make_console
+    from sweeper.reporting.console import make_console
 
     findings = examine(overrides or [])
     if as_json:
@@ -254,6 +297,8 @@ def _clean_bases(dry_run: bool) -> None:
     typer.echo(f"{sum(found.values()):10.1f} MiB {'would be freed' if dry_run else 'freed'}")
 
 
+app.add_typer(cli_study.app, name="study")
+
 champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
 app.add_typer(champions, name="champion")
 Model = Annotated[str, typer.Argument(help="The registered model: an entry of a nightly set.")]
@@ -328,7 +373,9 @@ def build_base(
 
 def _quiet() -> None:
     """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that is not needed
+    from sweeper.noise import hush
+
+    hush()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -24,10 +24,10 @@ from sweeper import compose
 from sweeper.errors import ConfigError, WorkerError
 from sweeper.folders import StudyFolder
 from sweeper.outcome import Value
+from sweeper.reporting.console import make_console
 from sweeper.reporting.results import ArmResult, Results, load_results
 from sweeper.reporting.sheet import Sheet, duration, number
 from sweeper.reporting.verdict import with_override
-from sweeper.reporting.view import make_console
 from sweeper.search.board import short_names
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.samplers import make_sampler

@@ -8,6 +8,7 @@ SweeperError
 ├── StudyError         the study cannot be opened, resumed or found
 │   ├── StudyLocked    another driver runs it
 │   └── StudyMismatch  its name stands for a different question
+├── Refused            a command to a running study cannot be obeyed (exit 2)
 ├── ArtifactError      stored weights are not what their manifest says
 ├── TrackingError      MLflow does not answer, or has no such run or model
 ├── WorkerError        workers cannot be started
@@ -70,6 +71,12 @@ class StudyLocked(StudyError):
 
 class StudyMismatch(StudyError):
     """The study of this name answers a different question."""
+
+
+class Refused(SweeperError):
+    """A command to a running study cannot be obeyed as it was given."""
+
+    exit_code = 2
 
 
 class TrialFailed(SweeperError):

@@ -159,9 +159,15 @@ class Facts(Value):
     target_tokens: int
     """Target tokens of the validation split: what the loss is a mean over."""
     device: str
+    """A GPU's name; a CPU's, and ", 2 threads"."""
     dtype: str
     general_digest: str | None = None
     """Of the windows of general text; None if none is named."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the device computes the same bits again: a GPU's kernels add in any order."""
+        return self.device.endswith(" threads")
 
     def base_value(self, metric: str) -> float:
         """The untuned base's value of a metric: what every trial is held against.

@@ -11,24 +11,27 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 from filelock import FileLock, Timeout
+from optuna.storages import RDBStorage
 from rich.console import Console
 
 from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
 from sweeper.folders import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
+from sweeper.noise import hush
 from sweeper.outcome import Adopted, Facts, Misfit
+from sweeper.reporting.console import make_console
 from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, headline, to_document
+from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
+from sweeper.reporting.tracked import study_figures
 from sweeper.reporting.verdict import judge, with_override
-from sweeper.reporting.view import make_console, make_view, print_results
+from sweeper.reporting.view import make_view, print_answer, print_results
 from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
@@ -37,6 +40,7 @@ from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
+from sweeper.search.steering import Steering
 from sweeper.search.study import (
     counted,
     find_study,
@@ -57,6 +61,8 @@ from sweeper.tracking.trackers import (
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
+LOCK_SECONDS = 1.0
+"""Somebody who only looks whether there is a driver holds its lock for a moment."""
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no room on the device: they move to the host's memory and back."""
 WRITING_SHARE = 0.05
@@ -70,24 +76,32 @@ def run_study(plan: StudyPlan) -> Results:
         SweeperError: it cannot be run; the message says what to do.
         KeyboardInterrupt: the user stopped it; the same command resumes it.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if plan.settings.verbosity != "verbose":
+        hush()
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
-        return StudySession(plan, folder, console, interrupt).run()
+        storage = open_storage(plan.study.storage, folder)
+        shared = plan.study.storage is not None  # else it lies in the folder that is locked
+        with storage.owned(plan.study.study_name) if shared else nullcontext():
+            return StudySession(plan, folder, storage, console, interrupt).run()
 
 
 class StudySession:
     """A study while it runs."""
 
     def __init__(
-        self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
+        self,
+        plan: StudyPlan,
+        folder: StudyFolder,
+        storage: RDBStorage,
+        console: Console,
+        interrupt: Interrupt,
     ) -> None:
-        self._plan = plan
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
-        self._storage = share_cache(open_storage(plan.study.storage, folder))
+        self._storage = share_cache(storage)
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
@@ -99,19 +113,31 @@ class StudySession:
         self._misfits: dict[str, Misfit] = {}
         self._next_write = 0.0
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
+        found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
+        studies = {name: study for name, study in found.items() if study is not None}
+        self._steering = Steering(plan, folder, interrupt, self._budget, self._board, studies)
+        self._ran: dict[str, int] = {}
+        """To which total each arm was run."""
+
+    @property
+    def _plan(self) -> StudyPlan:
+        """With the totals that were raised while it ran."""
+        return self._steering.plan
 
     def run(self) -> Results:
         """See run_study."""
         status: RunStatus = "FAILED"
         self._tracker.open_study(self._record())
         try:
-            with make_view(self._console) as view:
+            with make_view(self._console, self._plan.settings.verbosity) as view:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
                 name = self._plan.study.study_name
                 view.event(f"study {name} ({presets}): loading the base model and the data")
-                # an adopted arm costs little, and what is wrong with it is to be known first
-                for arm in sorted(self._plan.arms, key=lambda arm: arm.run_id is None):
+                self._steering.catch_up(view)
+                while (arm := self._next_arm()) is not None:
                     self._run_arm(arm, self._workers_of([arm]), view)
+                    self._ran[arm.name] = self._steering.total(arm.name)
+                self._steering.searched = True
                 self._run_finalists(self._workers_of(self._plan.arms), view)
             status = "FINISHED"
         except KeyboardInterrupt:
@@ -121,7 +147,14 @@ class StudySession:
             if self._engine is not None:
                 self._engine.close()
             results = self._conclude(status)
+            self._steering.close(status)
         return results
+
+    def _next_arm(self) -> ArmPlan | None:
+        """The first arm that was not run to its total; one that was extended comes again."""
+        arms = [arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials]
+        # an adopted arm costs little, and what is wrong with it is to be known first
+        return min(arms, key=lambda arm: arm.run_id is None, default=None)
 
     def _workers_of(self, arms: Sequence[ArmPlan]) -> Engine:
         """Workers that are wide enough for the trials of some arms.
@@ -147,6 +180,7 @@ class StudySession:
             return
         base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
+        self._steering.open_arm(arm.name, study)
         if adopted is not None:
             study.set_user_attr("adopted", adopted.model_dump(mode="json"))
         words = fill_study(study, self._plan, arm, facts, self._storage)
@@ -170,6 +204,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
             told=self._write_results,
             adopted=adopted,
         )
@@ -235,6 +270,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
         )
         self._finals = driver.run([(arm, study) for arm, study in found if study is not None])
 
@@ -339,7 +375,10 @@ class StudySession:
         began = time.monotonic()
         if began < self._next_write:
             return
-        self._write(self._results())
+        try:
+            self._write(self._results())
+        except OSError as error:  # a full disk: the storage has it all, the next trial tries again
+            self._console.print(f"results are not written: {error}", style="yellow")
         took = time.monotonic() - began
         self._next_write = began + took / WRITING_SHARE
 
@@ -353,9 +392,7 @@ class StudySession:
         results = self._results()
         if results.arms:
             self._write(results)
-            print_results(results, self._console)
-            text = self._next_commands(results, status)
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._show(results, status)
             write_page(results, self._folder, self._storage)
         if status == "FINISHED" and results.arms:
             adapters = self._plan.study.retention.adapters
@@ -363,7 +400,7 @@ class StudySession:
             self._tracker.keep(kept(results, self._folder, most))
         self._tracker.close_study(
             status,
-            *headline(results),
+            *study_figures(results),
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],
         )
@@ -376,6 +413,15 @@ class StudySession:
         if status == "FINISHED" and results.arms:
             self._make_room(results)
         return results
+
+    def _show(self, results: Results, status: RunStatus) -> None:
+        if self._plan.settings.verbosity == "quiet":
+            print_answer(results, self._console)
+            text = f"\nResults    {self._folder.page}"
+        else:
+            print_results(results, self._console)
+            text = self._next_commands(results, status)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _make_room(self, results: Results) -> None:
         """Remove the losers' weights (sweeper.retention), and say what the study takes up."""
@@ -440,7 +486,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
     folder.path.mkdir(parents=True, exist_ok=True)
     owner = folder.lock.with_suffix(".pid")
     try:
-        with FileLock(folder.lock, timeout=0):
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:

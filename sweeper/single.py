@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from rich.console import Console
@@ -9,15 +10,16 @@ from rich.console import Console
 from sweeper.errors import StudyError, TrialFailed
 from sweeper.folders import TrialFolder
 from sweeper.interrupt import Interrupt, deferred_interrupt
+from sweeper.noise import hush
 from sweeper.outcome import Facts, Outcome, Size
+from sweeper.reporting.console import make_console
 from sweeper.reporting.tables import describe_data
-from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
 from sweeper.search.sizes import recorded
 from sweeper.search.states import STATES
 from sweeper.settings import Settings, TrialSettings, metric_words
-from sweeper.tracking.provenance import provenance
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.provenance import origin, provenance
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import (
@@ -35,12 +37,40 @@ from sweeper.workers.protocol import (
 
 
 def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome:
+    """Train one trial and show its log; see `train_single`.
+
+    Raises:
+        StudyError: the folder is used.
+        TrialFailed: it ended without a result: refused, out of memory, diverged, a crash, an error.
+        KeyboardInterrupt: the user stopped it.
+    """
+    if settings.verbosity != "verbose":
+        hush()
+    console = make_console()
+    quiet = settings.verbosity == "quiet"
+    outcome = train_single(settings, folder, command, Console(quiet=True) if quiet else console)
+    if folder.log_text.exists() and not quiet:  # a fake trial writes none
+        console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
+    console.print(f"Folder     {folder.path}", highlight=False)
+    console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)
+    return outcome
+
+
+def train_single(
+    settings: Settings,
+    folder: TrialFolder,
+    command: str,
+    console: Console,
+    accept: Callable[[Facts], None] = lambda facts: None,
+) -> Outcome:
     """Train one trial through the same worker and protocol as a study's.
 
     Args:
         settings: the trial, and the machinery around it.
         folder: where it is written; must not hold a trial already.
         command: what the user typed, for the record.
+        console: told of every evaluation.
+        accept: shown what the trial starts from before it is trained; raises to leave it at that.
 
     Raises:
         StudyError: the folder is used.
@@ -49,14 +79,13 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
     """
     if folder.outcome.exists():
         raise StudyError(f"{folder.path} holds a trial already; give another folder")
-    console = make_console()
     tracker = make_tracker(settings.tracking, folder.tracking)
     devices = settings.training.devices_per_trial
     engine = open_engine(
         settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log", devices
     )
     stopped: KeyboardInterrupt | None = None
-    single = SingleTrial(settings.trial, folder, command, engine, tracker, console)
+    single = SingleTrial(settings.trial, folder, command, engine, tracker, console, accept)
     try:
         with deferred_interrupt() as interrupt:
             outcome = single.train(interrupt)
@@ -74,10 +103,6 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
         raise stopped
     if status != "FINISHED":
         raise TrialFailed(f"the trial ended as {outcome.cause}: {outcome.message}")
-    if folder.log_text.exists():  # a fake trial writes none
-        console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
-    console.print(f"Folder     {folder.path}", highlight=False)
-    console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)
     return outcome
 
 
@@ -92,8 +117,10 @@ class SingleTrial:
         engine: Engine,
         tracker: Tracker,
         console: Console,
+        accept: Callable[[Facts], None],
     ) -> None:
         self._settings = settings
+        self._accept = accept
         self._engine = engine
         self._tracker = tracker
         self._console = console
@@ -139,12 +166,16 @@ class SingleTrial:
     def _know(self, facts: Facts | None) -> None:
         assert facts is not None
         self._facts = facts
-        digests = {"data.digest": facts.data_digest, "base.digest": facts.base_digest}
-        self.record = replace(self.record, tags={**self.record.tags, **digests})
+        self.record = replace(
+            self.record,
+            tags=origin(self.record.tags, facts),
+            dataset=dataset_record(facts, self._settings.data),
+        )
         self._console.print(f"data: {describe_data(facts)}", highlight=False, soft_wrap=True)
         metric = self._settings.objective.metric
         value = facts.base_value(metric)
         self._console.print(f"untuned base: {metric_words(metric)} {value:.4f}", highlight=False)
+        self._accept(facts)
 
     def _submit(self, worker: int, size: Size) -> None:
         self.record = replace(self.record, params=recorded(self._settings, size))

@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 from sweeper.errors import StudyError, StudyLocked, SweeperError
 from sweeper.folders import StudyFolder, TrialFolder
 from sweeper.outcome import Outcome
-from sweeper.reporting.results import headline, load_results
+from sweeper.reporting.results import load_results
+from sweeper.reporting.tracked import study_figures
 from sweeper.search.states import STATES
 from sweeper.search.study import open_storage
 from sweeper.settings import Tracking
@@ -146,7 +147,7 @@ def _settle(folder: StudyFolder, ledger: Ledger, endings: Mapping[str, Ending]) 
     metrics: dict[str, float] = {}
     best: Point = {}
     if folder.results.exists():
-        metrics, best = headline(load_results(folder.path.name, folder.path.parent))
+        metrics, best = study_figures(load_results(folder.path.name, folder.path.parent))
     note = folder.report.read_text(encoding="utf-8") if folder.report.exists() else ""
     end = study_ending("KILLED", metrics, best, note)
     names = tuple(ledger.relative(path) for path in folder.answers if path.exists())

@@ -25,7 +25,13 @@ from sweeper.errors import ModelError
 from sweeper.modeling import quantized
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
-from sweeper.modeling.source import find_source, one_line, weights_bytes, weights_digest
+from sweeper.modeling.source import (
+    NO_CODE,
+    find_source,
+    one_line,
+    weights_bytes,
+    weights_digest,
+)
 from sweeper.settings import Model, Quantization
 
 
@@ -63,7 +69,7 @@ def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> 
     digest = weights_digest(source.folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **NO_CODE)
         if quantization.kind == "none":
             model = _load(source.folder, settings, options)
         else:
@@ -76,7 +82,12 @@ def load_base(settings: Model, quantization: Quantization, *, trained: bool) -> 
 
 def _load(folder: Path, settings: Model, options: dict[str, Any]) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, device_map={"": device()}, output_loading_info=True, **options
+        folder,
+        device_map={"": device()},
+        output_loading_info=True,
+        use_safetensors=True,
+        **NO_CODE,
+        **options,
     )
     _require_all_weights(report, settings)
     loaded: PreTrainedModel = model

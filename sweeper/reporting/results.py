@@ -5,8 +5,9 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,11 +231,16 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         trials=rank(trials, arm.settings.objective),
         settings=_settings(arm, adopted),
         ranges=number_ranges(arm.space),
-        exhaustive=arm.sampler.name == "grid" and arm.n_trials >= sum(1 for _ in grid(arm.space)),
+        exhaustive=arm.sampler.name == "grid" and _has_all_of(arm.n_trials, grid(arm.space)),
         costs=tuple(costs),
         front=tuple(front),
         adopted=adopted,
     )
+
+
+def _has_all_of(count: int, points: Iterable[object]) -> bool:
+    """Without going through all of a grid that has far more."""
+    return sum(1 for _ in itertools.islice(points, count + 1)) <= count
 
 
 def equal_size(arm: ArmResult) -> bool:
@@ -281,7 +287,8 @@ def headline(results: Results) -> tuple[dict[str, float], Point]:
     if arm is None or arm.best is None:
         return {}, {}
     unseen = {} if arm.final is None else arm.final.metrics
-    return {**arm.best.outcome.metrics, **unseen}, dict(arm.best.point)
+    name = f"{arm.name}/{arm.best.number:04d}"
+    return {**arm.best.outcome.metrics, **unseen}, {"trial": name, **arm.best.point}
 
 
 def number_ranges(space: Space) -> dict[str, Range]:

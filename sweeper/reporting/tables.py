@@ -5,7 +5,7 @@ from __future__ import annotations
 from sweeper.outcome import Facts
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, Results, TrialResult, equal_size
-from sweeper.reporting.sheet import DASH, Sheet, duration, number
+from sweeper.reporting.sheet import DASH, Sheet, counted, duration, number
 from sweeper.reporting.verdict import judge, label
 from sweeper.search.board import short_names
 from sweeper.settings import metric_words
@@ -76,7 +76,7 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
     columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
-    title = f"{arm.name}: {arm.tried} trials, {duration(arm.seconds)} in all"
+    title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in all"
     sheet = Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
     return sheet if equal_size(arm) else sheet.without("trainable")
 

@@ -19,6 +19,7 @@ from sweeper.outcome import Misfit
 from sweeper.reporting.adoption import OUTER, RATE, place_in_range, strangeness
 from sweeper.reporting.intervals import Estimate
 from sweeper.reporting.results import ArmResult, Range, Results, TrialResult
+from sweeper.reporting.sheet import counted
 from sweeper.search.board import short_names
 from sweeper.settings import Objective, metric_words
 
@@ -306,14 +307,14 @@ def _budgets(results: Results) -> Iterator[Doubt]:
         if arm.finished < rule.min_finished:
             factor = rule.min_finished / max(arm.finished, 1)
             reason = (
-                f"{label(arm)} has {arm.finished} finished trials, fewer than "
+                f"{label(arm)} has {counted(arm.finished, 'finished trial')}, fewer than "
                 f"fairness.min_finished={rule.min_finished}"
             )
         elif spent < (1 - rule.tolerance) * most:
             factor = most / spent if spent else 2.0
-            unit = rule.equal.replace("_", "-")
+            unit = rule.equal.replace("_", "-").removesuffix("s")
             reason = (
-                f"{label(arm)} was searched with {spent:,.0f} {unit} against {most:,.0f} of "
+                f"{label(arm)} was searched with {counted(spent, unit)} against {most:,.0f} of "
                 f"{label(largest)}"
             )
         else:
@@ -355,7 +356,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from _adoption_words(verdict.sides)
     yield from _forgetting_words(verdict.sides)
     if not verdict.sides:
-        yield "No trial has finished yet, so there is nothing to compare."
+        yield "No trial has finished, so there is nothing to compare."
     elif not verdict.duels:
         yield "There is no other arm with a finished trial to compare it with."
     for name, endings in verdict.failed:
@@ -428,6 +429,8 @@ def _duel_words(duel: Duel) -> Iterator[str]:
 def _who_is_ahead(duel: Duel) -> str:
     size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
     if duel.difference.low is None:
+        if f"{duel.difference.value:.4f}".lstrip("-") == "0.0000":
+            return "The difference is below 0.0001, with no interval to tell whose it is."
         leader = _capital(duel.better.label)
         return f"{leader} is ahead by {size}, with no interval to tell it from a tie."
     ends = f"95 % interval {duel.difference.low:+.4f} to {duel.difference.high:+.4f}"

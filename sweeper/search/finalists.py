@@ -15,6 +15,7 @@ from pathlib import Path
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.errors import Refused
 from sweeper.folders import StudyFolder, write_atomic
 from sweeper.interrupt import Interrupt
 from sweeper.outcome import Examples, Facts, Outcome, Unseen, UnseenKind
@@ -31,10 +32,12 @@ from sweeper.search.final import (
 from sweeper.search.plan import ArmPlan
 from sweeper.search.sizes import recorded
 from sweeper.search.states import MAX_ATTEMPTS, STATES
+from sweeper.search.steering import Steering
 from sweeper.search.study import settings_of, shown_point
 from sweeper.search.tasks import Candidate, Judging, Task, Training
 from sweeper.settings import Finalists
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.provenance import origin
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
     Ended,
@@ -61,7 +64,12 @@ class FinalistsDriver:
     provenance: Mapping[str, str]
     slots: dict[int, int]
     interrupt: Interrupt
+    steering: Steering
     _live: dict[str, Task] = field(default_factory=dict)
+    _workers: dict[str, int] = field(default_factory=dict)
+    """Which worker a live task was handed to."""
+    _aside: set[str] = field(default_factory=set)
+    """Trainings that were asked to stop, to be continued after a pause."""
 
     def run(self, arms: Sequence[tuple[ArmPlan, optuna.Study]]) -> dict[str, ArmFinal]:
         """By arm; arms without a complete trial are left out.
@@ -81,6 +89,20 @@ class FinalistsDriver:
                 chosen = next(each for each in candidates if each.number == winner)
                 finals[arm.name] = self._test(chosen, final, facts)
         return finals
+
+    def training(self) -> dict[str, int]:
+        """See Steered; judgements are no trainings, but they keep workers busy as well."""
+        return {key: self._workers[key] for key in self._live}
+
+    def set_aside(self) -> None:
+        """See Steered; a judgement is short: it ends, or begins anew."""
+        for key in self._live:
+            self._aside.add(key)
+            self.engine.stop(key, "cancelled")
+
+    def drop(self, key: str) -> str:
+        """See Steered."""
+        raise Refused("every search of this study has ended; finalists are trained to their end")
 
     def _candidates(self, arm: ArmPlan, study: optuna.Study) -> list[Candidate]:
         """The best complete trials, each with the trainings that its further seeds need."""
@@ -109,11 +131,11 @@ class FinalistsDriver:
         facts = _facts(study)
         tags = {
             **{"arm": arm.name, "finalist": f"{arm.name}/{number:04d}"},
-            **self.provenance,
-            **{"data.digest": facts.data_digest, "base.digest": facts.base_digest},
+            **origin(self.provenance, facts),
         }
         folder = self.folder.finalist(arm.name, number, seed)
-        record = TrialRecord(key, folder, recorded(settings), tags)
+        params = recorded(settings, searched=candidate.point)
+        record = TrialRecord(key, folder, params, tags, dataset_record(facts, settings.data))
         view = TrialView(key=key, arm=_title(arm), number=number, point=candidate.point)
         return Training(record, settings, view)
 
@@ -229,8 +251,9 @@ class FinalistsDriver:
         waiting, refused = deque(tasks), None
         try:
             while waiting or self._live:
+                self.steering.read(self)
                 self.interrupt.check()
-                for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
+                for worker in [] if self.steering.holds else self._free_slots():
                     refused = refused or (refusal() if waiting else None)
                     if refused is None and waiting:
                         self._hand(waiting.popleft(), worker)
@@ -244,8 +267,12 @@ class FinalistsDriver:
             raise
         return refused
 
+    def _free_slots(self) -> list[int]:
+        return [worker for worker, free in self.slots.items() for _ in range(free)]
+
     def _hand(self, task: Task, worker: int) -> None:
         self.slots[worker] -= 1
+        self._workers[task.key] = worker
         self._live[task.key] = task
         if isinstance(task, Training):
             self.board.add(task.view)
@@ -264,9 +291,20 @@ class FinalistsDriver:
                 if isinstance(task, Training) and isinstance(event, Evaluated):
                     self.tracker.ship(task.record)
         elif isinstance(event, Ended | Tested) and (task := self._live.pop(event.trial, None)):
+            cancelled = isinstance(event, Ended) and event.outcome.cause == "cancelled"
+            if self._was_set_aside(task) and cancelled:
+                return [task]
             task.take(event)
             self._answered(task)
         return []
+
+    def _was_set_aside(self, task: Task) -> bool:
+        """Whether a pause asked it to stop; then its attempt goes on when the pause is over."""
+        aside = task.key in self._aside
+        self._aside.discard(task.key)
+        if aside and isinstance(task, Training):
+            task.view.state = "paused"
+        return aside
 
     def _lost(self, event: Lost) -> list[Task]:
         self.slots.pop(event.worker, None)  # its successor announces itself
@@ -274,6 +312,8 @@ class FinalistsDriver:
         if task is None:
             return []
         self.view.event(f"{task.key}: {event.message.splitlines()[0]}")
+        if self._was_set_aside(task):
+            return [task]
         if task.attempt < MAX_ATTEMPTS:
             task.attempt += 1
             return [task]

@@ -5,6 +5,7 @@ Everything that can be wrong without loading a model is found here, all at once.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -376,7 +377,7 @@ def _grid_count(space: Space, n_trials: int, sampler: Sampler, problems: list[st
     if sampler.name != "grid":
         return n_trials
     try:
-        return min(n_trials, sum(1 for _ in grid(space)))
+        return sum(1 for _ in itertools.islice(grid(space), n_trials))
     except ValueError as error:
         problems.append(str(error))
         return n_trials

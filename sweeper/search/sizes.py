@@ -6,10 +6,12 @@ or alpha alone cost no further question.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sweeper.outcome import Outcome, Size
 from sweeper.settings import LoraAdapter, TrialSettings, flatten
+from sweeper.tracking.tracker import RUN_PARAMS
 from sweeper.workers.protocol import Checked
 
 
@@ -43,9 +45,14 @@ def decided(settings: TrialSettings, size: Size) -> dict[str, int] | None:
     return {"trainable_parameters": adapter.trainable_parameters, "rank": size.rank}
 
 
-def recorded(settings: TrialSettings, size: Size | None = None) -> dict[str, Any]:
-    """A trial's settings as a tracker records them, with the exact size once it is known."""
-    if size is None:
-        return flatten(settings.model_dump(mode="json", exclude_none=True))
-    ranked = settings.with_rank(size.rank).model_dump(mode="json", exclude_none=True)
-    return {**flatten(ranked), "parameters.trainable": size.trainable}
+def recorded(
+    settings: TrialSettings, size: Size | None = None, searched: Iterable[str] = ()
+) -> dict[str, Any]:
+    """A trial's settings as a tracker records them: RUN_PARAMS and what else was searched.
+
+    With the exact size once it is known. All settings are in the run's config.yaml.
+    """
+    ranked = settings if size is None else settings.with_rank(size.rank)
+    known = flatten(ranked.model_dump(mode="json", exclude_none=True))
+    kept = {name: known[name] for name in (*RUN_PARAMS, *searched) if name in known}
+    return kept if size is None else {**kept, "parameters.trainable": size.trainable}

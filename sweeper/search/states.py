@@ -2,7 +2,8 @@
 
 An infeasible trial (out of memory, diverged, refused) is told as COMPLETE with the untuned base's
 value and a constraint above zero: every sampler learns from that, and no best trial is ever one of
-them. FAIL would teach nothing, and PRUNED with a constraint is ignored by the GP sampler.
+them. FAIL would teach nothing, and PRUNED with a constraint is ignored by the GP sampler. Feasible
+trials are told with the same constraint, below zero: the GP sampler wants it of every trial.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sweeper.outcome import Cause, Outcome
 from sweeper.tracking.tracker import RunStatus
 
+INFEASIBLE = "infeasible"
+"""The one constraint's name in Optuna's storage."""
 MAX_ATTEMPTS = 3
 """Executions of one trial before a crash is its outcome."""
 
@@ -79,8 +82,9 @@ def tell(
     trial.set_user_attr("cause", outcome.cause)
     trial.set_user_attr("counts", _counts(row, outcome))
     trial.set_user_attr("outcome", outcome.model_dump(mode="json"))
+    if row.state is TrialState.COMPLETE and not trial.constraints:  # else a killed driver set it
+        trial.set_constraint(INFEASIBLE, 1.0 if row.infeasible else -1.0)
     if row.infeasible:
-        trial.set_constraint(outcome.cause, 1.0)
         worst = [_worst(study, index) for index, _ in enumerate(costs, start=1)]
         study.tell(trial.number, [base_value, *worst])
     elif row.state is TrialState.COMPLETE:
@@ -88,6 +92,11 @@ def tell(
         study.tell(trial.number, [outcome.best_value, *(outcome.metrics[name] for name in costs)])
     else:
         study.tell(trial.number, state=row.state)
+
+
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether a finished trial has a value of its own, or was told with the untuned base's."""
+    return all(value <= 0 for value in trial.constraints.values())
 
 
 def _worst(study: Study, index: int) -> float:

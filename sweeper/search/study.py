@@ -53,9 +53,15 @@ WITHOUT_EFFECT = (
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
+QUEUED_BY = "queued_by"
+"""Attribute of a trial that a person queued while the study ran: the command's id."""
+CLONE_OF = "clone_of"
+"""Attribute of one that was queued as a changed copy: the earlier trial's number."""
+DROPPED = "dropped"
+"""Attribute of a trial that a person stopped for good."""
 
 
-def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
+def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
     """Optuna's storage: the given URL, or SQLite in the study's folder."""
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +116,7 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
     Returns:
         How many were new.
     """
-    taken = [_draw_of(trial) for trial in study.get_trials(deepcopy=False) if _is_taken(trial)]
+    taken = [draw_of(trial) for trial in study.get_trials(deepcopy=False) if is_taken(trial)]
     new = 0
     for draw in draws:
         if not any(draw.items() <= other.items() for other in taken):
@@ -118,6 +124,24 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
             taken.append(draw)
             new += 1
     return new
+
+
+def ask(study: optuna.Study) -> Trial:
+    """The next trial: what a person queued while the study ran, then the queue, then the sampler's."""
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    first = next((trial for trial in waiting if QUEUED_BY in trial.user_attrs), None)
+    if first is None:
+        return study.ask()
+    study._storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)
+    return Trial(study, first._trial_id)
+
+
+def steering_tags(trial: BaseTrial) -> dict[str, str]:
+    """What a tracker is told of a trial that a person queued."""
+    if QUEUED_BY not in trial.user_attrs:
+        return {}
+    number = trial.user_attrs.get(CLONE_OF)
+    return {"steering": "enqueued" if number is None else f"clone of {number}"}
 
 
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
@@ -135,12 +159,13 @@ def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.St
     return study if "facts" in study.user_attrs else None
 
 
-def _is_taken(trial: FrozenTrial) -> bool:
-    """Whether a trial's point needs no further asking: it has a result, or it will have one."""
-    return trial.state is not TrialState.FAIL or counts(trial)
+def is_taken(trial: FrozenTrial) -> bool:
+    """Whether a trial's point needs no further asking: it has a result, will have one, or must not."""
+    return trial.state is not TrialState.FAIL or counts(trial) or DROPPED in trial.user_attrs
 
 
-def _draw_of(trial: FrozenTrial) -> Draw:
+def draw_of(trial: FrozenTrial) -> Draw:
+    """What a trial was drawn as, or what is fixed of it while it waits."""
     fixed: Draw = trial.system_attrs.get("fixed_params", {})
     return {**fixed, **trial.params}
 
@@ -190,7 +215,7 @@ def _decided_rank(trial: FrozenTrial) -> int | None:
 
 
 def adopt(study: optuna.Study) -> list[Trial]:
-    """Trials that a dead driver left RUNNING, as live ones; the one place that builds a Trial."""
+    """Trials that a dead driver left RUNNING, as live ones."""
     orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return [Trial(study, orphan._trial_id) for orphan in orphans]
 

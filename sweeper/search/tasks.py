@@ -81,8 +81,7 @@ class Training:
         """See Task."""
         match event:
             case Progress():
-                self.view.step, self.view.total_steps = event.step, event.total_steps
-                self.view.tokens_per_second = event.tokens_per_second
+                self.view.progressed(event.step, event.total_steps, event.tokens_per_second)
             case Evaluated():
                 self.view.evaluated(event.value, self.settings.objective)
             case Ended():

@@ -114,6 +114,9 @@ class FakeTrainer(Section):
     plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
     finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
     free_mib: Annotated[float, Field(gt=0)] | None
+    """What a trial may need, as far as that is known before it is trained."""
+    room_mib: Annotated[float, Field(gt=0)] | None
+    """What it may need before it runs out of memory."""
 
 
 class Workers(Section):
@@ -169,6 +172,7 @@ class Settings(TrialSettings):
     space: Space
     stand_in: StandIn
     output_dir: str = Field(min_length=1)
+    verbosity: Literal["quiet", "normal", "verbose"]
     dry_run: bool
 
     @property

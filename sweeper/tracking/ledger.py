@@ -25,7 +25,7 @@ from pydantic import Field, ValidationError
 from sweeper.folders import TrialFolder, write_atomic
 from sweeper.manifest import MANIFEST
 from sweeper.outcome import Value
-from sweeper.tracking.tracker import RunStatus
+from sweeper.tracking.tracker import DatasetRecord, RunStatus
 from sweeper.training.spool import read_spool
 
 STUDY = "study"
@@ -72,8 +72,13 @@ def study_ending(
     """The end of a parent run: the best trial's figures and point, and the answer as its description."""
     tags = texts({f"best.{name}": value for name, value in best.items()})
     if note:
-        tags["mlflow.note.content"] = note[:NOTE_LENGTH]
+        tags["mlflow.note.content"] = _cut(note)
     return ending(status, metrics, tags)
+
+
+def _cut(note: str) -> str:
+    """A description that MLflow takes, ending at the end of a line."""
+    return note if len(note) <= NOTE_LENGTH else note[:NOTE_LENGTH].rpartition("\n")[0]
 
 
 def texts(values: Mapping[str, Any]) -> dict[str, str]:
@@ -103,6 +108,7 @@ class TrialEntry(Value):
     """Of the trial, relative to the study's."""
     params: dict[str, str]
     tags: dict[str, str]
+    dataset: DatasetRecord | None = None
     started_ms: int
     kept: bool = False
     """Its weights stay, and are uploaded."""
@@ -354,7 +360,7 @@ def files_of(ledger: Ledger, entry: StudyEntry | TrialEntry) -> list[Path]:
     """The small files that a run ends with and that are there."""
     if isinstance(entry, StudyEntry):
         listed = [ledger.folder.parent / name for name in entry.artifacts]
-        return [path for path in listed if path.exists()]
+        return [path for place in listed for path in _files_at(place)]
     folder = ledger.trial_folder(entry)
     small = (
         *(folder.config, folder.outcome, folder.provenance),
@@ -362,6 +368,13 @@ def files_of(ledger: Ledger, entry: StudyEntry | TrialEntry) -> list[Path]:
         *(folder.samples, folder.samples.with_suffix(".json")),
     )
     return [path for path in small if path.exists()]
+
+
+def _files_at(place: Path) -> list[Path]:
+    """A file, or all files of a folder; none where nothing is."""
+    if place.is_dir():
+        return sorted(path for path in place.iterdir() if path.is_file())
+    return [place] if place.exists() else []
 
 
 def weights_of(folder: TrialFolder) -> list[Path]:

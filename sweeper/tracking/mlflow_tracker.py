@@ -154,6 +154,7 @@ class MlflowTracker:
             folder=self._ledger.relative(trial.folder.path),
             params=texts(trial.params),
             tags=texts(trial.tags),
+            dataset=trial.dataset,
             started_ms=now_ms(),
         )
 

@@ -32,7 +32,9 @@ from sweeper.tracking.ledger import (
     unshipped,
     weights_of,
 )
+from sweeper.tracking.records import log_dataset, show_model, source_tags
 from sweeper.tracking.server import Away, Server, as_ours, is_gone, lacks_endpoint
+from sweeper.tracking.tracker import DatasetRecord
 from sweeper.training.spool import read_spool
 
 if TYPE_CHECKING:
@@ -159,7 +161,9 @@ class Shipper:
     def _open_experiment(self, client: MlflowClient, name: str, metric: str, direction: str) -> str:
         found = client.get_experiment_by_name(name)
         if found is not None:
-            return str(found.experiment_id)
+            identity = str(found.experiment_id)
+            _tag_experiment(client, identity, metric, direction, found.tags)
+            return identity
         location = None
         if self._server.uri is None:  # MLflow would take the current folder of whoever comes first
             location = (self._server.root / "artifacts" / name).resolve().as_uri()
@@ -170,8 +174,7 @@ class Shipper:
             if found is None:
                 raise
             return str(found.experiment_id)
-        for tag, value in _experiment_tags(metric, direction).items():
-            client.set_experiment_tag(identity, tag, value)
+        _tag_experiment(client, identity, metric, direction, {})
         return identity
 
 
@@ -199,7 +202,7 @@ class Shipment:
         elif ending is None and self._mark.status is not None:
             self._client.update_run(run, status="RUNNING")
             self._save(status=None)
-        self._part("params", OPENED, lambda: _log_params(self._client, run, entry.params))
+        self._describe(run)
         if isinstance(entry, TrialEntry):
             self._try("metrics", lambda: self._points(run, entry))
         if ending is not None:
@@ -214,6 +217,20 @@ class Shipment:
                 self._part(f"amendment {number}", more.time_ms, partial(self._figures, run, more))
         if self._refused:
             raise TrackingError("; ".join(self._refused))
+
+    def _describe(self, run: str) -> None:
+        """Parameters and data."""
+        params, data = self._entry.params, self._dataset()
+        self._part("params", OPENED, lambda: _log_params(self._client, run, params))
+        if data is not None:
+            self._part("inputs", OPENED, lambda: log_dataset(self._client, run, data))
+
+    def _dataset(self) -> DatasetRecord | None:
+        """Of a trial its own; of a study that of its trials, once there is one."""
+        if isinstance(self._entry, TrialEntry):
+            return self._entry.dataset
+        known = (trial.dataset for trial in self._shipper.ledger.trials.values())
+        return next((data for data in known if data is not None), None)
 
     def open(self) -> str:
         """The run's id; it is found by its tags, or made."""
@@ -245,7 +262,10 @@ class Shipment:
         experiment = self._shipper.experiment(self._client)
         with self._shipper.making():
             run = self._client.create_run(
-                experiment, entry.started_ms, {**entry.tags, **own}, run_name=name
+                experiment,
+                entry.started_ms,
+                {**source_tags(entry.tags), **entry.tags, **own},
+                run_name=name,
             )
         self._save(run=run.info.run_id)
         return str(run.info.run_id)
@@ -356,6 +376,8 @@ class Shipment:
             inside = path.parent.relative_to(folder.adapter).as_posix()
             client.log_model_artifact(model.model_id, str(path), None if inside == "." else inside)
             self._shipper.steps += 1
+        if entry.ending is not None:
+            show_model(client, run, model.model_id, entry.ending)
         client.finalize_logged_model(model.model_id, "READY")
         self._sure("model")
 
@@ -396,6 +418,15 @@ class Shipment:
     def _save(self, **changes: Any) -> None:
         self._mark = self._mark.model_copy(update=changes)
         self._shipper.keep(self._key, self._mark)
+
+
+def _tag_experiment(
+    client: MlflowClient, identity: str, metric: str, direction: str, known: Mapping[str, str]
+) -> None:
+    """Give an experiment the tags that it lacks: somebody may have made it, or chosen otherwise."""
+    for tag, value in _experiment_tags(metric, direction).items():
+        if tag not in known:
+            client.set_experiment_tag(identity, tag, value)
 
 
 def _experiment_tags(metric: str, direction: str) -> dict[str, str]:

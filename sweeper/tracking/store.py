@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeper.errors import SweeperError, TrackingError
+from sweeper.folders import TrialFolder
 from sweeper.redaction import redact
 from sweeper.tracking.server import Away, Server
+from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,6 +28,35 @@ class Store:
         self._uri = uri
         self._root = root
         self._server = Server(uri, root)
+
+    def fetch_trial(self, run: str, into: Path) -> TrialFolder:
+        """Download what a trial's run holds of it: config, provenance and outcome, no weights.
+
+        Args:
+            run: the run's id.
+            into: a folder.
+
+        Raises:
+            TrackingError: no such run, or it is no finished trial's.
+        """
+        folder = TrialFolder(into)
+        with self._client() as client:
+            tags = client.get_run(run).data.tags
+            if STUDY_TAG in tags and TRIAL_TAG not in tags:
+                raise TrackingError(
+                    f"run {run} is that of study {tags[STUDY_TAG]!r} as a whole; name one of its "
+                    "trials' runs, or the study"
+                )
+            there = {item.path for item in client.list_artifacts(run)}
+            wanted = (folder.config, folder.provenance, folder.outcome)
+            missing = [path.name for path in wanted if path.name not in there]
+            if missing:
+                raise TrackingError(
+                    f"run {run} is no trial that ended: it holds no {', no '.join(missing)}"
+                )
+            for path in wanted:
+                client.download_artifacts(run, path.name, str(into))
+        return folder
 
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:

@@ -12,10 +12,45 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sweeper.folders import TrialFolder
-from sweeper.settings import Objective
+from sweeper.outcome import Facts, Value
+from sweeper.settings import Data, Objective, sources
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's final states; KILLED is what it shows for a pruned trial."""
+
+
+RUN_PARAMS = (
+    *("model.base_model", "model.revision", "data.train", "data.max_length", "data.packing"),
+    *("quantization.load_in_4bit", "quantization.load_in_8bit", "quantization.bnb_4bit_quant_type"),
+    *("adapter.method", "adapter.r", "adapter.alpha_over_r", "adapter.lora_alpha"),
+    *("adapter.lora_dropout", "adapter.target_modules", "adapter.use_rslora", "adapter.use_dora"),
+    *("training.learning_rate", "training.lr_scheduler_type", "training.optim"),
+    *("training.warmup_ratio", "training.warmup_steps", "training.weight_decay"),
+    *("training.num_train_epochs", "training.max_steps", "training.per_device_train_batch_size"),
+    *("training.gradient_accumulation_steps", "objective.metric", "objective.direction", "seed"),
+)
+"""What runs are compared by, in every run under the same name; the rest is in its config.yaml."""
+
+
+class DatasetRecord(Value):
+    """The data of a run, as MLflow's input: one digest over all splits."""
+
+    name: str
+    digest: str
+    sources: tuple[str, ...]
+    """Files, folders, URLs and hub ids, as they were written."""
+    profile: dict[str, Any]
+    """Rows by split, and their format."""
+
+
+def dataset_record(facts: Facts, data: Data) -> DatasetRecord:
+    """What an arm is trained on."""
+    return DatasetRecord(
+        name=facts.data_source,
+        digest=facts.data_digest,
+        sources=tuple(source.path for source in sources(data.train)),
+        profile={"format": facts.data_format, "rows": facts.rows, "dropped": facts.dropped},
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +72,8 @@ class TrialRecord:
     folder: TrialFolder
     params: Mapping[str, Any]
     tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: DatasetRecord | None = None
+    """Known once the data were read."""
 
 
 class Tracker(Protocol):

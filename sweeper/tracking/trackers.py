@@ -12,6 +12,7 @@ from sweeper.tracking.ledger import Ledger
 from sweeper.tracking.mlflow_tracker import MlflowTracker
 from sweeper.tracking.registry import Registry
 from sweeper.tracking.server import Server, local_uri
+from sweeper.tracking.store import Store
 from sweeper.tracking.tracker import NullTracker, Tracker
 
 LOCAL_STORE = Path("mlruns")
@@ -46,6 +47,11 @@ def destination(settings: Tracking, ledger: Ledger) -> Server:
 def make_registry(settings: Tracking) -> Registry | None:
     """The registry beside the runs; None where nothing is tracked."""
     return None if settings.kind == "none" else Registry(settings.uri, LOCAL_STORE)
+
+
+def make_store(settings: Tracking) -> Store | None:
+    """Where runs are kept, to be read; None where nothing is tracked."""
+    return None if settings.kind == "none" else Store(settings.uri, LOCAL_STORE)
 
 
 def make_baselines(settings: Tracking) -> Baselines:

@@ -63,7 +63,8 @@ class TransformersRunner:
 
     def __init__(self, threads: int, join: Join = alone) -> None:
         """`join` gathers other processes for the trials that train on several devices."""
-        torch.set_num_threads(threads)  # threads beyond the cores make every trial slower
+        # threads beyond the cores make every trial slower; torch's own number heeds OMP_NUM_THREADS
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()

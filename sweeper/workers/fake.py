@@ -107,6 +107,11 @@ FAKE_MODULES = tuple(
 """The linear modules of a base that does not exist: Llama's."""
 
 
+def fake_mib(settings: TrialSettings) -> float:
+    """Memory of what is trained."""
+    return ADAM_BYTES * fake_parameters(settings) / 2**20
+
+
 class FakeRunner:
     """Writes what a real runner writes, but for the weights."""
 
@@ -152,7 +157,7 @@ class FakeRunner:
             ranked = _ranked(settings)
             adapter = ranked.adapter
         trainable = fake_parameters(ranked)
-        need, have = ADAM_BYTES * trainable / 2**20, self._settings.free_mib
+        need, have = fake_mib(ranked), self._settings.free_mib
         if have is not None and need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
         rank = adapter.rank if isinstance(adapter, LoraAdapter) else None
@@ -200,7 +205,9 @@ class FakeRunner:
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         started = time.monotonic()
-        total = self._settings.steps
+        total, room = self._settings.steps, self._settings.room_mib
+        if room is not None and fake_mib(settings) > room:
+            return Outcome(cause="oom", message=f"fake: more than {room:g} MiB")
         every = max(1, total // EVALUATIONS)
         objective = settings.objective
         first, best, best_step = _resume(folder)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Literal
 
 from sweeper.interrupt import NOTICES, STOPS
 from sweeper.outcome import Value
@@ -35,6 +36,7 @@ from sweeper.workers.protocol import (
 from sweeper.workers.worker import Orders, Place, make_runner, print_into, serve, tail_of
 
 CLOSE_SECONDS = 5.0
+VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class LocalEngine(HostedEngine[Host]):
         self._devices = devices
         self._threads = max(1, (os.cpu_count() or 1) // (n_jobs * devices))
         self._log = log
+        self._oom_kills = oom_kills()
         self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
 
     def kill(self, worker: int, reason: str) -> None:
@@ -136,8 +139,12 @@ class LocalEngine(HostedEngine[Host]):
         tail = tail_of(host.log)
         self._died(worker, host, tail)
         self._hosts[worker] = self._start(worker)
-        ended = f"ended with exit code {code}"
-        return lost(worker, host.current, host.killed_for, f"worker {worker} {ended}\n{tail}")
+        died_of: Literal["crash", "oom"] = "crash"
+        ended = f"worker {worker} ended with exit code {code}"
+        if code == -signal.SIGKILL and (kills := oom_kills()) > self._oom_kills:
+            died_of, self._oom_kills = "oom", kills
+            ended = f"worker {worker} was killed: this machine, or this container, is out of memory"
+        return lost(worker, host.current, host.killed_for, f"{ended}\n{tail}", died_of)
 
     def _start(self, worker: int) -> Host:
         context = multiprocessing.get_context("spawn")
@@ -158,6 +165,14 @@ class LocalEngine(HostedEngine[Host]):
         process.start()
         theirs.close()
         return Host(process, ours, log)
+
+
+def oom_kills() -> int:
+    """How often Linux has killed a process for want of memory, in any container; elsewhere 0."""
+    if not VMSTAT.exists():
+        return 0
+    figures = dict(line.split() for line in VMSTAT.read_text(encoding="ascii").splitlines())
+    return int(figures.get("oom_kill", 0))
 
 
 def _main(connection: Connection, worker: int, workers: str, threads: int, place: Place) -> None:

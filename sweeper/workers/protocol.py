@@ -109,6 +109,15 @@ class Evaluated(Value):
     value: float
 
 
+class Waiting(Value):
+    """A trial waits for something that a person has to see to; it goes on by itself afterwards."""
+
+    kind: Literal["waiting"] = "waiting"
+    trial: str
+    attempt: int
+    message: str
+
+
 class Ended(Value):
     """A trial ended, and its folder is complete."""
 
@@ -156,23 +165,29 @@ class Lost(Value):
     worker: int
     trial: str | None
     attempt: int
-    cause: Literal["crash", "timeout"]
+    cause: Literal["crash", "timeout", "oom"]
     message: str
 
 
-def lost(worker: int, current: Submit | Test | None, killed_for: str | None, message: str) -> Lost:
-    """What becomes of a dead worker's trial: a timeout if the driver killed it, else a crash."""
+def lost(
+    worker: int,
+    current: Submit | Test | None,
+    killed_for: str | None,
+    message: str,
+    died_of: Literal["crash", "oom"] = "crash",
+) -> Lost:
+    """What becomes of a dead worker's trial: a timeout if the driver killed it, else what it died of."""
     return Lost(
         worker=worker,
         trial=current.trial if current else None,
         attempt=current.attempt if current else 0,
-        cause="crash" if killed_for is None else "timeout",
+        cause=died_of if killed_for is None else "timeout",
         message=message if killed_for is None else killed_for,
     )
 
 
 AnyCommand = Submit | Test | Stop | Probe | Check | Close
-AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Checked | Lost
+AnyEvent = Slots | Progress | Evaluated | Waiting | Ended | Tested | Probed | Checked | Lost
 COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
 EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
 

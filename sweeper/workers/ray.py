@@ -20,8 +20,8 @@ import tempfile
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -324,6 +324,24 @@ class RayEngine(HostedEngine[Host]):
         return mark
 
 
+@contextmanager
+def _this_machine_only() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1, as it does by itself on macOS and Windows.
+
+    On Linux it listens on every interface, and replaces a loopback address that it is given.
+    """
+    constants = ray._private.ray_constants
+    name = constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, variable = constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        os.environ |= {} if variable is None else {name: variable}
+
+
 def connect(address: str | None, n_jobs: int) -> None:
     """Join a running cluster, or start Ray on this machine.
 
@@ -351,7 +369,8 @@ def connect(address: str | None, n_jobs: int) -> None:
         if address is not None and address != "auto":
             host, _, port = address.rpartition(":")  # Ray itself tries for many minutes
             socket.create_connection((host, int(port)), REACH_SECONDS).close()
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        with nullcontext() if address is not None else _this_machine_only():
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, RayError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "on this machine" if address is None else f"at workers.address={address}"

@@ -5,10 +5,13 @@ Touches neither the study nor MLflow. Ends itself when its driver is gone.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
+import shutil
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from enum import Enum
@@ -37,10 +40,15 @@ from sweeper.workers.protocol import (
     Submit,
     Test,
     Tested,
+    Waiting,
 )
 
 TRACEBACK_LINES = 30
 LOG_TAIL_LINES = 15
+FULL_BYTES = 2**20
+FULL_DISK_WAIT_S = 2.0
+FULL_DISK_PATIENCE_S = 15 * 60.0
+"""As long as the driver waits for its database, which often lies on the same disk."""
 
 
 class Channel(Protocol):
@@ -75,6 +83,8 @@ class Orders:
                 if isinstance(command, Stop):
                     self.stops[command.trial] = command.cause
                 else:
+                    if isinstance(command, Submit):  # an older stop was for an earlier attempt
+                        self.stops.pop(command.trial, None)
                     self.work.put(command)
                     if isinstance(command, Close):
                         return
@@ -241,17 +251,37 @@ def _tested(command: Test, runner: Runner) -> Tested:
 
 
 def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:
+    """Run a trial; on a full disk it waits, and then continues from its newest whole checkpoint."""
     observer = RemoteObserver(channel, orders, command.trial, command.attempt)
     folder = TrialFolder(command.folder)
-    try:
-        if command.adopted is not None:
-            model = command.adopted
-            return runner.adopt(command.settings, folder, command.provenance, model)
-        return runner.run(command.settings, folder, command.provenance, observer)
-    except WorkerError:
-        raise  # not the trial's fault: the worker ends, and the trial continues on its successor
-    except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
-        return Outcome(cause="error", message=_traceback())
+    waited_s = 0.0
+    while True:
+        try:
+            if command.adopted is not None:
+                model = command.adopted
+                return runner.adopt(command.settings, folder, command.provenance, model)
+            return runner.run(command.settings, folder, command.provenance, observer)
+        except WorkerError:
+            raise  # not the trial's fault: the worker ends, and the trial continues on its successor
+        except Exception as error:  # noqa: BLE001 - the worker's edge: one trial must not end the worker
+            if not disk_full(error, folder.path):
+                return Outcome(cause="error", message=_traceback())
+        if waited_s == 0.0:
+            message = f"the disk of {folder.path} is full; waiting for space"
+            channel.send(Waiting(trial=command.trial, attempt=command.attempt, message=message))
+        if waited_s > FULL_DISK_PATIENCE_S:
+            return Outcome(cause="error", message=f"the disk of {folder.path} stays full")
+        time.sleep(FULL_DISK_WAIT_S)
+        waited_s += FULL_DISK_WAIT_S
+        if (cause := observer.stop_cause()) is not None:
+            return Outcome(cause=cause, message="stopped while the disk was full")
+
+
+def disk_full(error: Exception, folder: Path) -> bool:
+    """Whether a trial failed for want of space; safetensors and torch have errors of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return shutil.disk_usage(folder if folder.exists() else folder.parent).free < FULL_BYTES
 
 
 def _traceback() -> str:

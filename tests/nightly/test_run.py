@@ -116,10 +116,11 @@ def test_what_a_night_deletes_stands_in_its_digest(write_set: Write) -> None:
     """The worst adapters of the set's studies go when all is done; a dry run only tells."""
     write_set({"policy": "fresh"}, retention={"keep_adapters": 0, "dry_run": True})
     run_night("mine", clock=_night(0))
-    decided = _record(0).entries["lr_rank_sweep"].decided
-    assert decided is not None
-    name = decided.study_name
-    adapter = Path(f"outputs/{name}/lora/trial_0000/adapter")
+    entry = _record(0).entries["lr_rank_sweep"]
+    assert entry.decided is not None
+    assert entry.best is not None
+    name, loser = entry.decided.study_name, (entry.best.number + 1) % 3
+    adapter = Path(f"outputs/{name}/lora/trial_{loser:04d}/adapter")
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"0" * 2**20)
     run_night("mine", clock=_night(1))

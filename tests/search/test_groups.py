@@ -25,7 +25,9 @@ TIMEOUT_S = 900
 
 def _sweep(program: Program, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The trials of a sweep from the command line, with the settings that each was trained with."""
-    result = program(*SMALL, *arguments, "-m", timeout_s=TIMEOUT_S)
+    given = {argument.partition("=")[0] for argument in arguments}
+    small = (argument for argument in SMALL if argument.partition("=")[0] not in given)
+    result = program(*small, *arguments, "-m", timeout_s=TIMEOUT_S)
     assert result.returncode == 0, result.stdout + result.stderr
     study = folder / "outputs" / "lr_rank_sweep"
     trials = json.loads((study / "results.json").read_text())["arms"]["lora"]["trials"]

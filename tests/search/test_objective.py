@@ -100,7 +100,7 @@ def test_infeasible_trials_are_worth_the_bases_rouge(tmp_path: Path) -> None:
     (arm,) = _run(tmp_path, *ROUGE, RATES, "pruner=none", "++workers.fake.plan={4:oom}").arms
     failed = _study(tmp_path).trials[4]
     assert (failed.state, failed.value) == (TrialState.COMPLETE, pytest.approx(0.1))
-    assert failed.constraints == {"oom": 1.0}
+    assert failed.constraints == {"infeasible": 1.0}
     assert arm.best is not None
     assert arm.best.point["training.learning_rate"] == 4e-3
 
@@ -277,7 +277,7 @@ def test_a_module_that_the_model_lacks_is_infeasible(
     assert outcomes["no_such_module"].cause == "refused"
     assert "no_such_module" in (outcomes["no_such_module"].message or "")
     refused = next(t for t in _study(tmp_path).trials if t.user_attrs["cause"] == "refused")
-    assert refused.constraints == {"refused": 1.0}
+    assert refused.constraints == {"infeasible": 1.0}
     assert refused.value == pytest.approx(arm.base_value)
     assert arm.best is not None
     assert arm.best.outcome == outcomes["attention"]

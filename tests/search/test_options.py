@@ -15,6 +15,15 @@ SMALL = (
     *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "~hydra.sweeper.arms.full"),
     "hydra.sweeper.n_trials=7",
 )
+REAL = (
+    *("+experiment=lr_rank_sweep", "tracking=none", "finalists=none", "~hydra.sweeper.arms.full"),
+    *("hydra.sweeper.n_trials=3", "training.max_steps=6", "evaluation.max_samples=8"),
+)
+"""The embedded base, trained: half a minute a sweep, most of it loading libraries."""
+GOOD_HOPELESS_GOOD = (
+    *("sampler=grid", "training.learning_rate=5e-3,1e-6,1e-2", "training.warmup_ratio=0.03"),
+    *("adapter.r=4", "adapter.alpha_over_r=2", "adapter.target_modules=all-linear"),
+)
 SAMPLERS = {
     "tpe": ["sampler=tpe"],
     "gp": ["sampler=gp"],
@@ -74,6 +83,42 @@ def test_pruner_runs_from_the_command_line(
     assert set(causes) <= {"finished", "pruned"}
     assert ("unguarded" in result.stdout) == ("pruner=optuna" in arguments)
     assert "pruned" not in causes or arguments != ["pruner=none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", SAMPLERS.values(), ids=SAMPLERS)
+def test_sampler_searches_with_the_real_trainer(
+    arguments: list[str], program: Program, tmp_path: Path
+) -> None:
+    """Three trials of the embedded base are trained to their end, at three different points."""
+    result = program(*REAL, *arguments, "pruner=none", "-m")
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = _document(tmp_path)["trials"]
+    assert isinstance(trials, list)
+    assert [(trial["cause"], trial["steps"]) for trial in trials] == [("finished", 6)] * 3
+    assert len({json.dumps(trial["params"]) for trial in trials}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", PRUNERS.values(), ids=PRUNERS)
+def test_pruner_judges_the_real_trainer(
+    arguments: list[str], program: Program, tmp_path: Path
+) -> None:
+    """A good rate, a hopeless one, a good one: the guarded pruners stop the second, none stops none."""
+    waits = ["pruner.n_startup_trials=1", "pruner.audit_fraction=0"]
+    if {"pruner=none", "pruner=optuna"} & {*arguments}:
+        waits = []
+    result = program(*REAL, *GOOD_HOPELESS_GOOD, *arguments, *waits, "-m")
+    assert result.returncode == 0, result.stdout + result.stderr
+    trials = _document(tmp_path)["trials"]
+    assert isinstance(trials, list)
+    causes = {trial["number"]: trial["cause"] for trial in trials}
+    assert causes.keys() == {0, 1, 2}
+    assert set(causes.values()) <= {"finished", "pruned"}
+    if waits:
+        assert (causes[0], causes[1]) == ("finished", "pruned")
+    if "pruner=none" in arguments:
+        assert set(causes.values()) == {"finished"}
 
 
 def test_every_option_of_the_groups_is_among_them() -> None:

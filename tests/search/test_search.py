@@ -143,7 +143,7 @@ def test_infeasible_trials_are_never_on_the_front(tmp_path: Path) -> None:
         "hydra.sweeper.n_trials=5",
     )
     assert not set(arm.front) & {0, 2}
-    assert _study(tmp_path, "front").trials[0].constraints == {"oom": 1.0}
+    assert _study(tmp_path, "front").trials[0].constraints == {"infeasible": 1.0}
 
 
 def test_a_cost_that_nobody_measures_ends_the_study_with_the_names_there_are(

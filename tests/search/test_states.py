@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from sweeper.outcome import Cause, Outcome
-from sweeper.search.states import STATES, counts, tell
+from sweeper.search.states import STATES, counts, feasible, tell
 
 BASE = 4.5
 
@@ -33,15 +33,18 @@ def test_finished_trials_are_worth_their_best_evaluation(cause: Cause) -> None:
     """COMPLETE with the best evaluation, not the last."""
     trial = _told(cause, value=3.9)
     assert (trial.state, trial.value) == (TrialState.COMPLETE, 3.9)
+    assert trial.constraints == {"infeasible": -1.0}
+    assert feasible(trial)
     assert counts(trial)
 
 
 @pytest.mark.parametrize("cause", ["oom", "diverged", "refused"])
 def test_infeasible_trials_teach_the_sampler_and_are_never_best(cause: Cause) -> None:
-    """COMPLETE with the untuned base's value, and a constraint above zero named after the cause."""
+    """COMPLETE with the untuned base's value, and the constraint above zero."""
     trial = _told(cause, value=None)
     assert (trial.state, trial.value) == (TrialState.COMPLETE, BASE)
-    assert trial.constraints == {cause: 1.0}
+    assert trial.constraints == {"infeasible": 1.0}
+    assert not feasible(trial)
 
 
 def test_an_infeasible_trial_is_not_the_best_even_when_alone_lower() -> None:

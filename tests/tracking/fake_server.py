@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qsl
 from uuid import uuid4
 
 USER, PASSWORD = "anna", "geheim-4711"
@@ -91,8 +92,7 @@ def old_server() -> Iterator[OldServer]:
             if path.startswith("/api/2.0/mlflow-artifacts/artifacts/"):
                 state.files[path.partition("artifacts/artifacts/")[2]] = content
                 return self._send(200, b"{}")
-            words = dict(part.split("=", 1) for part in query.split("&") if part)
-            body = json.loads(content) if content else words
+            body = json.loads(content) if content else dict(parse_qsl(query))
             answer = state.answer(self.command, path, body)
             if answer is not None and body.get("metrics") and state.lose_answers:
                 state.lose_answers -= 1

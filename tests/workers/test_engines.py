@@ -49,6 +49,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             plan={int(key[1:]): value for key, value in plan.items()},
             finalists={},
             free_mib=None,
+            room_mib=None,
         )
         workers = make_workers(request.param, fake, address)
         engines.append(open_engine(workers, 1, lambda worker: tmp_path / f"{worker}.log"))
@@ -219,6 +220,7 @@ def _local(tmp_path: Path, **plan: str) -> LocalEngine:
         plan={0: plan.get("n0", "finish")},
         finalists={},
         free_mib=None,
+        room_mib=None,
     )
     return LocalEngine(make_workers("local", fake), 1, 1, lambda worker: tmp_path / f"{worker}.log")
 

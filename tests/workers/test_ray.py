@@ -159,7 +159,9 @@ def test_results_come_back_from_nodes_that_do_not_see_the_folder(
     tmp_path: Path, ray_cluster: Any
 ) -> None:
     """The outcome, the spool and the provenance lie in the driver's folder when Ended arrives."""
-    fake = FakeTrainer(step_seconds=0.001, steps=10, plan={}, finalists={}, free_mib=None)
+    fake = FakeTrainer(
+        step_seconds=0.001, steps=10, plan={}, finalists={}, free_mib=None, room_mib=None
+    )
     engine = FarEngine(
         make_workers("ray", fake, ray_cluster.address), 1, lambda worker: tmp_path / "log"
     )
@@ -181,7 +183,9 @@ def test_a_lost_node_is_announced_and_its_worker_replaced_where_there_is_room(
 ) -> None:
     """Two nodes, one worker each; one node dies: Lost names the trial; a new node gets a new worker."""
     node = ray_cluster.add_node(num_cpus=1, **SMALL)
-    fake = FakeTrainer(step_seconds=0.05, steps=10_000, plan={}, finalists={}, free_mib=None)
+    fake = FakeTrainer(
+        step_seconds=0.05, steps=10_000, plan={}, finalists={}, free_mib=None, room_mib=None
+    )
     workers = make_workers("ray", fake, ray_cluster.address)
     engine = RayEngine(workers, 2, 1, lambda worker: tmp_path / f"{worker}.log")
     try:
