@@ -43,8 +43,8 @@ def make_ownership(url: str, study_name: str) -> Ownership:
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         return AdvisoryLock(url, study_name)
-    if parsed.get_backend_name() == "sqlite" and parsed.database:
-        return LockFile(parsed.database, study_name)
+    if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        return LockFile(str(parsed.database), study_name)
     return NullOwnership()
 
 

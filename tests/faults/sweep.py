@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import time
@@ -89,6 +90,15 @@ class Sweep:
             if not (path.parent / "outcome.json").exists():
                 found[path.parent] = int(json.loads(path.read_text())["attempt"])
         return found
+
+    def handed_out(self) -> list[int]:
+        """Which attempt the running trials are at, as the driver stored it before handing them out."""
+        with sqlite3.connect(self.study / "study.db", timeout=60) as database:
+            rows = database.execute(
+                "select value_json from trials natural join trial_user_attributes "
+                "where state = 'RUNNING' and key = 'attempt'"
+            ).fetchall()
+        return [int(value) for (value,) in rows]
 
     def workers(self) -> list[psutil.Process]:
         """Worker processes that run, oldest first."""
