@@ -37,22 +37,24 @@ from sweeper import session
 from sweeper.folders import StudyFolder
 from sweeper.search import driver
 from sweeper.search.plan import ArmPlan, StudyPlan, studies
+from sweeper.search.steering import Steering
 from sweeper.search.study import open_storage, optuna_name
 from sweeper.session import StudySession
 from sweeper.tracking.mlflow_tracker import MlflowTracker
 from sweeper.tracking.shipment import Shipper
-from sweeper.tracking.tracker import TrialRecord
+from sweeper.tracking.tracker import StudyRecord, TrialRecord
 from sweeper.tracking.trackers import make_tracker
 
 SEEDED = 12
 MEASURED = 20
 NAME = "overhead"
 PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "ask": ((driver.ArmDriver, "_ask"),),
+    "ask": ((driver.ArmDriver, "_dispatch"),),
     "compose and validate": ((ArmPlan, "settings_at"),),
     "hand out": ((driver.ArmDriver, "_submit"),),
     "report and prune": ((driver.ArmDriver, "_evaluated"),),
-    "tell": ((driver.ArmDriver, "_ended"),),
+    "listen and tell": ((driver.ArmDriver, "_handle"),),
+    "steer": ((Steering, "read"),),
     "write results": ((StudySession, "_write_results"),),
     "loop": ((driver.ArmDriver, "_more"),),
     "record": ((MlflowTracker, "start"), (MlflowTracker, "end")),
@@ -161,7 +163,7 @@ def fill(size: int) -> None:
     copies = [_copy(study, rates, originals, number) for number in range(len(originals), size)]
     study.add_trials(copies)
     tracker = make_tracker(plan.settings.tracking, folder.tracking)
-    tracker.open_study(StudySession(plan, folder, None, None)._record())  # type: ignore[arg-type]
+    tracker.open_study(StudyRecord(plan.experiment, NAME, {}, {}, plan.objective))
     for number, frozen in enumerate(copies, start=len(originals)):
         original = folder.trial("lora", number % len(originals))
         shutil.copytree(original.path, folder.trial("lora", number).path)

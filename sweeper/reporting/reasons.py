@@ -98,16 +98,16 @@ def _defaults_in(path: Path) -> Iterator[tuple[str, Default]]:
     group, choice = path.parent.name, f"{path.parent.name}={path.stem}"
     current: tuple[str, str, list[str]] | None = None
     for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
-        if current is not None and current[2][0] and (more := GOES_ON.match(line)):
+        # only below a value with a comment: what follows a mapping's key is about its own keys
+        if current is not None and all(current) and (more := GOES_ON.match(line)):
             current[2].append(more["comment"])
             continue
         if current is not None:
             key, value, comments = current
             yield f"{group}.{key}", Default(choice, value, _why(comments))
         found = DEFAULT.match(line)
-        current = (
-            None if found is None else (found["key"], found["value"], [found["comment"] or ""])
-        )
+        told = [found["comment"]] if found is not None and found["comment"] else []
+        current = None if found is None else (found["key"], found["value"], told)
 
 
 def _why(comments: list[str]) -> str | None:

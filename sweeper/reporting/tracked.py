@@ -36,6 +36,7 @@ def _of_side(side: Side) -> Iterator[tuple[str, float | None]]:
     yield f"verdict/{side.arm}/seconds_per_trial", side.seconds_per_trial
     yield f"test/{side.arm}/loss", side.test_loss
     yield f"test/{side.arm}/untuned_loss", side.untuned_test_loss
+    yield from _estimate(f"general/{side.arm}/forgetting", side.forgetting)
 
 
 def _of_duel(duel: Duel) -> Iterator[tuple[str, float | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,9 +74,7 @@ class InlineEngine:
         sent = list(self._up.queue)
         had_ended = any(isinstance(EVENTS.validate_json(text), Ended) for text in sent)
         current = None if had_ended else self._current
-        self._start()
-        for text in (*sent, lost(0, current, reason, reason).model_dump_json()):
-            self._up.put(text)
+        self._start((*sent, lost(0, current, reason, reason).model_dump_json()))
 
     def next_event(self, timeout_s: float) -> AnyEvent | None:
         """See Engine."""
@@ -92,10 +90,12 @@ class InlineEngine:
         """See Engine."""
         self._send(Close())
 
-    def _start(self) -> None:
-        """A new thread with queues of its own."""
+    def _start(self, sent: Sequence[str] = ()) -> None:
+        """A new thread with queues of its own; what the old one sent comes before its first word."""
         self._down: queue.Queue[str] = queue.Queue()
         self._up: queue.Queue[str] = queue.Queue()
+        for text in sent:
+            self._up.put(text)
         channel = QueueChannel(self._down, self._up.put)
         threading.Thread(target=_serve, args=(self._workers, channel), daemon=True).start()
 

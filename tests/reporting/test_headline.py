@@ -91,12 +91,16 @@ def _told(runs: dict[str, Run]) -> Iterator[str]:
     ends = parent[f"{at}/difference_low"], parent[f"{at}/difference_high"]
     if ends[0] <= 0 <= ends[1]:
         yield f"the difference of {difference:+.4f} nats may be zero"
+        yield "(95 % interval {:+.4f} to {:+.4f})".format(*ends)
     else:
         yield f"is ahead by {abs(difference):.4f} nats"
-    yield "(95 % interval {:+.4f} to {:+.4f})".format(*ends)
+        yield "(95 % interval {:.4f} to {:.4f})".format(*sorted(map(abs, ends)))
     trainable = [run.data.metrics["parameters/trainable"] for run in (lora, full)]
     yield f"trains {100 * trainable[0] / trainable[1]:.3g} % of the parameters"
     yield f"takes {_seconds(runs, 'lora') / _seconds(runs, 'full'):.2g}× the time a trial"
+    for arm, name in (("lora", "QLoRA"), ("full", "full fine-tuning")):
+        forgotten = [parent[f"general/{arm}/forgetting{end}"] for end in ("", "_low", "_high")]
+        yield f"{name} {forgotten[0]:+.4f} (95 % interval {forgotten[1]:+.4f} to {forgotten[2]:+.4f})"
     seeds = [
         1 + sum(f"{arm}/" in key and "_seed_" in key for key in runs) for arm in ("lora", "full")
     ]

@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 
 from sweeper.errors import StudyError
 from sweeper.search.storage import PATIENCE_S, PatientStorage, patient
+from sweeper.search.study import share_cache
 
 
 class Clock:
@@ -96,6 +97,26 @@ def test_every_call_of_optunas_storage_is_patient(tmp_path: Path) -> None:
     study = optuna.create_study(storage=storage)
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
     assert len(study.trials) == 3
+
+
+def test_sqlite_keeps_its_journal_and_syncs_every_commit(tmp_path: Path) -> None:
+    """Fast commits that a power cut does not undo, on every connection."""
+    storage = PatientStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    with storage.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "persist"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2, "FULL"
+
+
+def test_studies_on_one_cache_read_a_finished_trial_once(tmp_path: Path) -> None:
+    """What the driver has read is not read again for the results, and what is new is seen by both."""
+    storage = share_cache(PatientStorage(f"sqlite:///{tmp_path / 'study.db'}"))
+    study = optuna.create_study(study_name="s", storage=storage)
+    study.tell(study.ask(), 1.0)
+    (read,) = study.get_trials(deepcopy=False)
+    again = optuna.load_study(study_name="s", storage=storage)
+    assert again.get_trials(deepcopy=False)[0] is read
+    study.tell(study.ask(), 2.0)
+    assert [trial.value for trial in again.get_trials(deepcopy=False)] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
