@@ -156,7 +156,8 @@ class Sweep:
         """Every trial finished, each counted once, none left running, no step measured twice."""
         trials = self.trials()
         assert [trial.number for trial in trials] == list(range(n_trials))
-        assert Counter(trial.state for trial in trials) == {TrialState.COMPLETE: n_trials}
+        states = Counter(trial.state for trial in trials)
+        assert states == {TrialState.COMPLETE: n_trials}, self.output[:5000]
         assert {trial.user_attrs["cause"] for trial in trials} == {"finished"}
         for trial in trials:
             assert [line["step"] for line in spool(self.trial(trial.number))] == EVALUATED
