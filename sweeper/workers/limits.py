@@ -7,6 +7,7 @@ would only prove that the thread is well; steps and evaluations are what a livin
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from sweeper.workers.protocol import (
     Progress,
     Submit,
     Test,
+    Waiting,
 )
 
 
@@ -95,6 +97,10 @@ class LimitedEngine:
                 for watch in self._watches.values():
                     if watch.trial == event.trial:
                         watch.silence_s = 0.0
+            case Waiting():  # for a person; its worker has a patience of its own
+                for watch in self._watches.values():
+                    if watch.trial == event.trial:
+                        watch.silence_s = -math.inf
             case Ended():
                 kept = self._watches.items()
                 self._watches = {key: value for key, value in kept if value.trial != event.trial}

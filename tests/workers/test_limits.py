@@ -20,6 +20,7 @@ from sweeper.workers.protocol import (
     Progress,
     Slots,
     Submit,
+    Waiting,
     lost,
 )
 from tests.conftest import make_settings
@@ -123,6 +124,18 @@ def test_a_word_from_the_trial_starts_the_count_again(word: AnyEvent) -> None:
     _listen(engine, 10 + 9)
     assert inner.killed == {}
     _listen(engine, 1)
+    assert list(inner.killed) == [0]
+
+
+def test_a_trial_that_waits_for_a_person_is_not_silent() -> None:
+    """A full disk may stay full for longer than the limit; the count starts again with the next step."""
+    waiting = Waiting(trial="lora/0000", attempt=2, message="the disk is full")
+    inner = ScriptedEngine(script=[(0.5, waiting), *[(1.0, None)] * 100, (0.5, _progress())])
+    engine = _limited(inner)
+    engine.submit(0, _submit())
+    _listen(engine, 102)
+    assert inner.killed == {}
+    _listen(engine, 15)
     assert list(inner.killed) == [0]
 
 
