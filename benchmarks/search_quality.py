@@ -17,7 +17,9 @@ default pruner would have stopped them, which changes nothing that a sampler is 
 wrong kills. In service the pruner is stricter, since its median is that of survivors; so the points
 that the default search pruned are trained to their end afterwards, in a study of their own. The
 default search gets more trials until it has spent the others' steps; curves are cut at the number of
-steps that all three have.
+steps that all three have. Random search's best often lies in the common start, and is then reached by all
+three at once; so there is a second target, the same for all seeds: the loss that random search reaches in
+twelve trials with even odds, by all random points of all seeds together.
 
 A trial is half the default schedule, half its batch, and looks at a third of the validation split
 while it trains (the kept checkpoint is judged on all of it). That this ranks points as the default
@@ -42,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from numpy import quantile
 from optuna.trial import FrozenTrial, TrialState
 from record import record
 from scipy.stats import spearmanr
@@ -176,13 +179,23 @@ def compare(searches: Mapping[str, Sequence[FrozenTrial]]) -> dict[str, Any]:
     }
 
 
+def gain(seed: Mapping[str, Any], search: str) -> float:
+    """Nats that a search is ahead of random search."""
+    return float(seed["best"]["random"] - seed["best"][search])
+
+
+def even_odds(drawn: Sequence[float], number: int) -> float:
+    """The loss that the best of so many random draws beats as often as not: a quantile of them all."""
+    return float(quantile(drawn, 1 - 0.5 ** (1 / number)))
+
+
 def ratios(seeds: Sequence[Mapping[str, Any]], search: str) -> list[float]:
     """Random search's steps to its best over a search's to the same; 0 where it never got there."""
     needed = [seed["steps to random's best"] for seed in seeds]
     return [row["random"] / row[search] if row[search] else 0.0 for row in needed]
 
 
-def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(seeds: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
     """Medians over the seeds; a search that never reached random's best makes its ratio 0."""
     return {
         name: {
@@ -190,9 +203,15 @@ def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "trials, median": statistics.median(seed["trials"][name] for seed in seeds),
             "random's steps over its own, each": [round(r, 2) for r in ratios(seeds, name)],
             "random's steps over its own, median": round(statistics.median(ratios(seeds, name)), 2),
-            "seeds better than random": sum(
-                seed["best"][name] < seed["best"]["random"] for seed in seeds
-            ),
+            "seeds better than random, equal, worse": [
+                sum(gain(seed, name) > 0 for seed in seeds),
+                sum(gain(seed, name) == 0 for seed in seeds),
+                sum(gain(seed, name) < 0 for seed in seeds),
+            ],
+            "steps to the even-odds loss, each": [
+                steps_to([at for at in seed["curves"][name] if at[0] <= seed["steps"]], target)
+                for seed in seeds
+            ],
         }
         for name in SEARCHES
     }
@@ -243,10 +262,17 @@ def main(root: Path, at_once: int) -> None:
     with ThreadPoolExecutor(at_once) as pool:
         found = list(pool.map(partial(run_seed, root), SEEDS))
     seeds = [compare(searches) for searches in found]
+    drawn = [trial.values[0] for searches in found for trial in searches["random"]]
+    target = even_odds(drawn, N_TRIALS)
     record(
         "search_quality",
         {
-            "searches": summary(seeds),
+            "even-odds loss": {
+                "of random trials": N_TRIALS,
+                "by draws": len(drawn),
+                "loss": target,
+            },
+            "searches": summary(seeds, target),
             "wrong kills": {
                 "random, audited": kills([audited(searches["random"]) for searches in found]),
                 "unpruned, audited": kills([audited(searches["unpruned"]) for searches in found]),
