@@ -17,9 +17,9 @@ default pruner would have stopped them, which changes nothing that a sampler is 
 wrong kills. In service the pruner is stricter, since its median is that of survivors; so the points
 that the default search pruned are trained to their end afterwards, in a study of their own. The
 default search gets more trials until it has spent the others' steps; curves are cut at the number of
-steps that all three have. Random search's best often lies in the common start, and is then reached by all
-three at once; so there is a second target, the same for all seeds: the loss that random search reaches in
-twelve trials with even odds, by all random points of all seeds together.
+steps that all three have. Random search's best often lies in the common start, and is then reached
+by all three at once; so there is a second target, the same for all seeds: the loss that random search
+reaches in twelve trials with even odds, by all random points of all seeds together.
 
 A trial is half the default schedule, half its batch, and looks at a third of the validation split
 while it trains (the kept checkpoint is judged on all of it). That this ranks points as the default
@@ -98,10 +98,11 @@ def sweep(folder: Path, n_trials: int, *arguments: str) -> list[FrozenTrial]:
 
 def trials(folder: Path) -> list[FrozenTrial]:
     """The trials of a search that count, in the order they were asked."""
-    database = folder / "outputs" / STUDY / "study.db"
-    if not database.exists():
+    database, name = folder / "outputs" / STUDY / "study.db", f"{STUDY}/lora"
+    storage = f"sqlite:///{database}"
+    if not database.exists() or name not in optuna.get_all_study_names(storage):
         return []
-    study = optuna.load_study(study_name=f"{STUDY}/lora", storage=f"sqlite:///{database}")
+    study = optuna.load_study(study_name=name, storage=storage)
     return [trial for trial in study.get_trials() if counts(trial)]
 
 
