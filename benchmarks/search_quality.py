@@ -17,7 +17,8 @@ default pruner would have stopped them, which changes nothing that a sampler is 
 wrong kills. In service the pruner is stricter, since its median is that of survivors; so the points
 that the default search pruned are trained to their end afterwards, in a study of their own. The
 default search gets more trials until it has spent the others' steps; curves are cut at the number of
-steps that all three have.
+steps that all three have. Random search's best often lies in the common start, and is then reached
+by all three at once; so each search's best is also ranked among all random points of all seeds.
 
 A trial is half the default schedule, half its batch, and looks at a third of the validation split
 while it trains (the kept checkpoint is judged on all of it). That this ranks points as the default
@@ -30,6 +31,7 @@ An hour on one core; started again it goes on where it was stopped.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import statistics
@@ -95,10 +97,11 @@ def sweep(folder: Path, n_trials: int, *arguments: str) -> list[FrozenTrial]:
 
 def trials(folder: Path) -> list[FrozenTrial]:
     """The trials of a search that count, in the order they were asked."""
-    database = folder / "outputs" / STUDY / "study.db"
-    if not database.exists():
+    database, name = folder / "outputs" / STUDY / "study.db", f"{STUDY}/lora"
+    storage = f"sqlite:///{database}"
+    if not database.exists() or name not in optuna.get_all_study_names(storage):
         return []
-    study = optuna.load_study(study_name=f"{STUDY}/lora", storage=f"sqlite:///{database}")
+    study = optuna.load_study(study_name=name, storage=storage)
     return [trial for trial in study.get_trials() if counts(trial)]
 
 
@@ -176,13 +179,24 @@ def compare(searches: Mapping[str, Sequence[FrozenTrial]]) -> dict[str, Any]:
     }
 
 
+def gain(seed: Mapping[str, Any], search: str) -> float:
+    """Nats that a search is ahead of random search."""
+    return float(seed["best"]["random"] - seed["best"][search])
+
+
+def even_odds(drawn: Sequence[float], loss: float) -> float | None:
+    """How many random draws reach a loss with even odds, going by these; None if none of them does."""
+    share = sum(value <= loss for value in drawn) / len(drawn)
+    return round(math.log(0.5) / math.log(1 - share), 1) if share else None
+
+
 def ratios(seeds: Sequence[Mapping[str, Any]], search: str) -> list[float]:
     """Random search's steps to its best over a search's to the same; 0 where it never got there."""
     needed = [seed["steps to random's best"] for seed in seeds]
     return [row["random"] / row[search] if row[search] else 0.0 for row in needed]
 
 
-def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summary(seeds: Sequence[Mapping[str, Any]], drawn: Sequence[float]) -> dict[str, Any]:
     """Medians over the seeds; a search that never reached random's best makes its ratio 0."""
     return {
         name: {
@@ -190,8 +204,16 @@ def summary(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "trials, median": statistics.median(seed["trials"][name] for seed in seeds),
             "random's steps over its own, each": [round(r, 2) for r in ratios(seeds, name)],
             "random's steps over its own, median": round(statistics.median(ratios(seeds, name)), 2),
-            "seeds better than random": sum(
-                seed["best"][name] < seed["best"]["random"] for seed in seeds
+            "seeds better than random, equal, worse": [
+                sum(gain(seed, name) > 0 for seed in seeds),
+                sum(gain(seed, name) == 0 for seed in seeds),
+                sum(gain(seed, name) < 0 for seed in seeds),
+            ],
+            "random points as good as its best, each": [
+                sum(value <= seed["best"][name] for value in drawn) for seed in seeds
+            ],
+            "random trials for even odds of its median best": even_odds(
+                drawn, statistics.median(seed["best"][name] for seed in seeds)
             ),
         }
         for name in SEARCHES
@@ -243,10 +265,12 @@ def main(root: Path, at_once: int) -> None:
     with ThreadPoolExecutor(at_once) as pool:
         found = list(pool.map(partial(run_seed, root), SEEDS))
     seeds = [compare(searches) for searches in found]
+    drawn = [trial.values[0] for searches in found for trial in searches["random"]]
     record(
         "search_quality",
         {
-            "searches": summary(seeds),
+            "random points of all seeds": len(drawn),
+            "searches": summary(seeds, drawn),
             "wrong kills": {
                 "random, audited": kills([audited(searches["random"]) for searches in found]),
                 "unpruned, audited": kills([audited(searches["unpruned"]) for searches in found]),

@@ -106,7 +106,11 @@ class OpenWatch:
 
 
 class RungWatch:
-    """The pruner is asked at every rung, and heard where the guard allows a decision."""
+    """The pruner is asked at every rung, and heard where the guard allows a decision.
+
+    An evaluation may pass several rungs at once. Only the newest decides: who has caught up since an
+    older one is not stopped for it.
+    """
 
     def __init__(
         self, settings: Pruner, training: Training, trial: Trial, reported: Iterable[int]
@@ -129,7 +133,7 @@ class RungWatch:
             if (at := value_at(rung, self._last, here)) is not None
         ]
         self._last = here
-        return any(verdicts)
+        return bool(verdicts) and verdicts[-1]
 
     def _best(self, value: float) -> float:
         if self._last is None:

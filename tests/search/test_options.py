@@ -86,12 +86,13 @@ def test_pruner_runs_from_the_command_line(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("arguments", SAMPLERS.values(), ids=SAMPLERS)
 def test_sampler_searches_with_the_real_trainer(
     arguments: list[str], program: Program, tmp_path: Path
 ) -> None:
     """Three trials of the embedded base are trained to their end, at three different points."""
-    result = program(*REAL, *arguments, "pruner=none", "-m")
+    result = program(*REAL, *arguments, "pruner=none", "-m", timeout_s=900)
     assert result.returncode == 0, result.stdout + result.stderr
     trials = _document(tmp_path)["trials"]
     assert isinstance(trials, list)
@@ -100,6 +101,7 @@ def test_sampler_searches_with_the_real_trainer(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("arguments", PRUNERS.values(), ids=PRUNERS)
 def test_pruner_judges_the_real_trainer(
     arguments: list[str], program: Program, tmp_path: Path
@@ -108,7 +110,7 @@ def test_pruner_judges_the_real_trainer(
     waits = ["pruner.n_startup_trials=1", "pruner.audit_fraction=0"]
     if {"pruner=none", "pruner=optuna"} & {*arguments}:
         waits = []
-    result = program(*REAL, *GOOD_HOPELESS_GOOD, *arguments, *waits, "-m")
+    result = program(*REAL, *GOOD_HOPELESS_GOOD, *arguments, *waits, "-m", timeout_s=900)
     assert result.returncode == 0, result.stdout + result.stderr
     trials = _document(tmp_path)["trials"]
     assert isinstance(trials, list)

@@ -120,6 +120,15 @@ def test_a_hopeless_trial_is_stopped_at_the_first_rung_that_may_decide() -> None
     assert _run(study, MEDIAN, BAD, 100) == 50
 
 
+def test_who_has_caught_up_is_not_stopped_for_an_older_rung() -> None:
+    """The evaluation at half passes the rungs 350, far behind, and 500, ahead of the median."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    for _ in range(2):
+        _run(study, MEDIAN, GOOD, 100)
+    assert _run(study, MEDIAN, [4.0, 1.45, 1.1, 1.0], 100) is None
+    assert study.trials[-1].intermediate_values[350] > 1.8  # the median there
+
+
 def test_warm_up_moves_the_decision() -> None:
     """With warm-up until 60 % of the schedule the same trial is stopped at 75 %."""
     study = optuna.create_study(pruner=make_pruner(MEDIAN))
