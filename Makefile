@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all lint format ui report nightly servers servers-stop audit bench wheel clean
+.PHONY: help setup sweep test test-all faults lint format ui report nightly servers servers-stop pictures audit bench soak wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +28,9 @@ test: $(READY)  ## Run the tests (minutes)
 
 test-all: $(READY)  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: $(READY)  ## Inject every fault of docs/reliability.md, and show which cases pass
+	$(BIN)/python -m tests.faults
 
 lint: $(READY)  ## Check style and types
 	$(BIN)/ruff check .
@@ -54,15 +57,25 @@ servers: $(READY)  ## Start PostgreSQL and MLflow as processes; reads .env (docs
 servers-stop: $(READY)  ## Stop what `make servers` started
 	PYTHON=$(BIN)/python deploy/servers.sh stop
 
+pictures: $(READY)  ## Renew docs/images from the last main job (needs Chromium)
+	$(BIN)/python docs/pictures.py outputs/lr_rank_sweep
+
 audit:  ## Look for known holes in the pinned packages (needs a network; a venv of its own)
 	$(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet pip-audit
 	.venv-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
+soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (tests/faults/soak.py)
+	$(BIN)/python tests/faults/soak.py
+
 bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, takes an hour
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/wait_policy.py
 	$(BIN)/python benchmarks/chunked_cross_entropy.py
+	$(BIN)/python benchmarks/driver_overhead.py
+	$(BIN)/python benchmarks/engines.py
+	$(BIN)/python benchmarks/start_up.py
+	$(BIN)/python benchmarks/warm_base.py
 	$(BIN)/python benchmarks/oom_region.py
 	$(BIN)/python benchmarks/search_quality.py
 

@@ -5,6 +5,7 @@ Kept light: spawned workers import this module, and --help must answer at once.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import signal
 import sys
@@ -15,6 +16,9 @@ from sweeper.errors import ConfigError, SweeperError
 from sweeper.redaction import holds_password, redact
 
 MAX_OVERRIDE = 10_000
+MAX_OVERRIDES = 1_000
+MAX_NESTED = 50
+"""Brackets inside each other in one override; Hydra's parser calls itself for each."""
 
 
 def main() -> None:
@@ -51,11 +55,11 @@ def _hydra(argv: Sequence[str]) -> None:
     from sweeper.cli import VERBS
     from sweeper.search.plan import single, studies
 
+    refuse_overrides([text for text in argv if not text.startswith("-")])
     line = compose.parse_command_line(argv)
     if line.overrides and line.overrides[0].isidentifier():
         raise ConfigError([f"{line.overrides[0]}: no such verb; verbs: {', '.join(VERBS)}"])
     compose.refuse_unknown_flags(line.flags)
-    refuse_overrides(line.overrides)
     overrides = compose.with_user_conf(line.overrides, Path.cwd())
     if line.trains:
         plans = studies(overrides) if line.multirun else [single(overrides)]
@@ -74,7 +78,7 @@ def refuse_overrides(overrides: Sequence[str]) -> None:
 
     Raises:
         ConfigError: it holds a password (a command line is seen by every user of the machine, and is
-            stored with the results), or it is longer than anybody writes.
+            stored with the results), or it is longer or deeper than anybody writes.
     """
     keys = [text.partition("=")[0][:80] for text in overrides if holds_password(text)]
     problems = [
@@ -84,8 +88,18 @@ def refuse_overrides(overrides: Sequence[str]) -> None:
     ]
     long = [text for text in overrides if len(text) > MAX_OVERRIDE]
     problems += [f"{text[:40]}…: is longer than {MAX_OVERRIDE} characters" for text in long]
+    deep = [text for text in overrides if _nested(text) > MAX_NESTED]
+    problems += [f"{text[:40]}…: nested deeper than {MAX_NESTED} levels" for text in deep]
+    if len(overrides) > MAX_OVERRIDES:
+        problems.append(f"{len(overrides):,} overrides; at most {MAX_OVERRIDES:,}")
     if problems:
         raise ConfigError(problems)
+
+
+def _nested(text: str) -> int:
+    """How many brackets are open at once."""
+    steps = (1 if letter in "[{(" else -1 if letter in "]})" else 0 for letter in text)
+    return max(itertools.accumulate(steps, initial=0))
 
 
 def _hydra_application() -> None:

@@ -18,8 +18,9 @@ from sweeper.data.examples import Example, Message, Row
 from sweeper.errors import ModelError
 from sweeper.evaluation.generation import generate
 from sweeper.folders import TrialFolder
+from sweeper.manifest import verify_manifest
 from sweeper.modeling.base import Base, load_base
-from sweeper.modeling.source import one_line
+from sweeper.modeling.source import one_line, require_safetensors
 from sweeper.settings import Data, TrialSettings, validate
 
 UNTUNED = "untuned"
@@ -82,6 +83,7 @@ def find_adapter(path: Path) -> Adapter:
 
     Raises:
         ModelError: no adapter is there, or not the config.yaml of its trial.
+        ArtifactError: it is not what its manifest says.
     """
     folder = TrialFolder(path.parent if path.name == "adapter" else path)
     if not (folder.adapter / "adapter_config.json").exists():
@@ -94,6 +96,8 @@ def find_adapter(path: Path) -> Adapter:
         raise ModelError(
             f"{folder.config}: no such file; it names the base and the template: keep it beside adapter/"
         )
+    require_safetensors(folder.adapter, path.as_posix())
+    verify_manifest(folder.adapter)
     settings = validate(TrialSettings, read_yaml(folder.config))
     return Adapter(path.as_posix(), folder.adapter, settings)
 

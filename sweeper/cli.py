@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sweeper import cli_study
+
 if TYPE_CHECKING:
     from sweeper.tracking.registry import Registry, Version
 
 VERBS = (
-    *("report", "best", "generate", "trial", "doctor", "prefetch"),
-    *("nightly", "champion", "clean", "build-base"),
+    *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
+    *("sync", "nightly", "champion", "clean", "build-base"),
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -36,9 +37,10 @@ def report(
     """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
     from sweeper.errors import ConfigError
     from sweeper.folders import write_atomic
+    from sweeper.reporting.console import make_console
     from sweeper.reporting.formats import FORMATS, WRITERS, default_path
     from sweeper.reporting.results import load_results
-    from sweeper.reporting.view import make_console, print_results
+    from sweeper.reporting.view import print_results
 
     if form not in FORMATS:
         raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
@@ -132,6 +134,47 @@ def trial(
 
 
 @app.command()
+def reproduce(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A trial's folder, MLflow run id, STUDY/ARM/NUMBER, or STUDY (winner)."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of workers and tracking alone: workers=inline")
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Where the new trial goes.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Train a recorded trial again and hold it against its record; say what differs (docs/reproduce.md).
+
+    Exit codes: 0 reproduced; 1 it cannot be tried; 2 a wrong argument; 10 another figure, or none;
+    11 other data or another base: not trained.
+    """
+    from sweeper import reproduce as again
+    from sweeper.folders import TrialFolder
+    from sweeper.noise import hush
+    from sweeper.reporting.console import make_console
+    from sweeper.settings import Tracking, validate
+    from sweeper.tracking.trackers import make_store
+
+    machine = again.machinery(overrides or [])
+    store = make_store(validate(Tracking, machine["tracking"], "tracking"))
+    record = again.find_record(run, output_dir, store)
+    hush()
+    folder = TrialFolder(into or again.new_folder(output_dir, record))
+    console = make_console(stderr=as_json)
+    found = again.reproduce(record, machine, folder, console, tolerance)
+    typer.echo(again.to_json(found) if as_json else again.describe(found))
+    raise typer.Exit(again.EXIT_CODES[found.verdict])
+
+
+@app.command()
 def prefetch(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="As for training: +experiment=X data.train=org/name")
@@ -160,7 +203,7 @@ def doctor(
 ) -> None:
     """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
     from sweeper.doctor import examine, print_findings, sound, to_json
-    from sweeper.reporting.view import make_console
+    from sweeper.reporting.console import make_console
 
     findings = examine(overrides or [])
     if as_json:
@@ -168,6 +211,33 @@ def doctor(
     else:
         print_findings(findings, make_console())
     raise typer.Exit(0 if sound(findings) else 1)
+
+
+@app.command()
+def sync(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME…] [tracking.uri=…]", help="Studies; all under --output-dir without one."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow does not have.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Record in MLflow what it missed: it was away, or the study was killed (docs/servers.md).
+
+    Exit codes: 0 MLflow has everything; 1 something is left, or a study runs; 2 a wrong setting.
+    """
+    from sweeper.search.plan import single
+    from sweeper.sync import sync as record
+
+    names = [word for word in words or [] if "=" not in word]
+    tracking = single([word for word in words or [] if "=" in word]).tracking
+    whole = True
+    for synced in record(names, output_dir, tracking, dry_run=dry_run):
+        typer.echo(synced)
+        whole = whole and synced.whole
+    raise typer.Exit(0 if whole or dry_run else 1)
 
 
 @app.command()
@@ -189,17 +259,25 @@ def nightly(
 
 @app.command()
 def clean(
-    name: Annotated[str, typer.Argument(help="The study_name.")],
+    name: Annotated[str | None, typer.Argument(help="The study_name.")] = None,
     keep_adapters: Annotated[int, typer.Option(min=0, help="Best adapters that stay.")] = 3,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    bases: Annotated[
+        bool, typer.Option("--bases", help="Empty the cache of quantized bases instead.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
     ] = None,
 ) -> None:
-    """Delete the weights of a study's losers and of full fine-tunes; figures and reports stay."""
-    from sweeper.nightly.retention import removals, remove
+    """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    from sweeper.errors import ConfigError
+    from sweeper.retention import removals, remove
 
+    if (name is None) != bases:
+        raise ConfigError(["name the study to clean, or give --bases alone"])
+    if name is None:
+        return _clean_bases(dry_run)
     held = [found.folder for found in _registry_champions(overrides or [])]
     found = removals(name, output_dir, keep_adapters, held)
     for removal in found:
@@ -209,6 +287,17 @@ def clean(
     done = "would be freed" if dry_run else "freed"
     typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
 
+
+def _clean_bases(dry_run: bool) -> None:
+    from sweeper.modeling.quantized import cache_folder, forget
+
+    found = forget(cache_folder(), dry_run=dry_run)
+    for path, mib in found.items():
+        typer.echo(f"{mib:10.1f} MiB  {path}")
+    typer.echo(f"{sum(found.values()):10.1f} MiB {'would be freed' if dry_run else 'freed'}")
+
+
+app.add_typer(cli_study.app, name="study")
 
 champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
 app.add_typer(champions, name="champion")
@@ -244,6 +333,26 @@ def promote(
 
 
 @champions.command()
+def certify(
+    model: Model,
+    overrides: Where = None,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
+    _quiet()
+    from sweeper.nightly.certify import certify as look
+    from sweeper.nightly.certify import other_looks
+
+    registry = _registry(overrides or [])
+    certificate = look(model, registry)
+    typer.echo(certificate.words)
+    champion = registry.champion(model)
+    also = None if champion is None else other_looks(champion, output_dir)
+    if also is not None:
+        typer.echo(also)
+
+
+@champions.command()
 def rollback(model: Model, overrides: Where = None) -> None:
     """Give the champion's place back to the one before."""
     version = _registry(overrides or []).rollback(model)
@@ -264,7 +373,9 @@ def build_base(
 
 def _quiet() -> None:
     """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # names a kernel that is not needed
+    from sweeper.noise import hush
+
+    hush()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -18,9 +18,12 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,12 +31,13 @@ from sweeper.errors import ConfigError
 from sweeper.grammar import format_override, in_hydras_words, read_override
 from sweeper.settings import EMBEDDED, flatten
 from sweeper.space import Scalar, word
+from sweeper.yaml_bounds import require_bounded
 
 CONFIG_NAME = "config"
 AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
-SHORT_KEYS = ("sampler.", "pruner.", "finalists.", "budget.")
+SHORT_KEYS = ("sampler.", "pruner.", "finalists.", "budget.", "baseline.")
 """Keys that need no `hydra.sweeper.` in front on the command line."""
 FLAGS_WITH_VALUE = frozenset(
     {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"}
@@ -54,6 +58,23 @@ TARGETS = frozenset(
 )
 """What Hydra may instantiate: this program's sweeper, and the launcher it never uses."""
 LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
+
+
+class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
+    """Hydra's reader of configuration files, but none that would fill the memory.
+
+    Under the name of Hydra's own, which for that reason does not replace it.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Raises ConfigError for a file without bounds."""
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.is_file():
+            require_bounded(path)
+        return super().load_config(config_path)
+
+
+SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 
 @dataclass(frozen=True)
@@ -255,7 +276,12 @@ def to_yaml(config: Mapping[str, Any]) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A composed config back from its YAML file."""
+    """A composed config back from its YAML file.
+
+    Raises:
+        ConfigError: it holds none, or more than a configuration can.
+    """
+    require_bounded(path)
     container = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     if not isinstance(container, dict):
         raise ConfigError([f"{path}: holds no configuration"])

@@ -27,7 +27,7 @@ from sweeper import compose
 from sweeper.folders import StudyFolder
 from sweeper.search.plan import single
 from sweeper.settings import Settings, Study, Tracking, validate
-from sweeper.tracking.mlflow_tracker import local_uri
+from sweeper.tracking.server import local_uri
 from sweeper.tracking.trackers import LOCAL_STORE
 
 Level = Literal["ok", "warning", "failure"]

@@ -24,10 +24,10 @@ from sweeper import compose
 from sweeper.errors import ConfigError, WorkerError
 from sweeper.folders import StudyFolder
 from sweeper.outcome import Value
+from sweeper.reporting.console import make_console
 from sweeper.reporting.results import ArmResult, Results, load_results
 from sweeper.reporting.sheet import Sheet, duration, number
 from sweeper.reporting.verdict import with_override
-from sweeper.reporting.view import make_console
 from sweeper.search.board import short_names
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.samplers import make_sampler
@@ -109,7 +109,7 @@ def show_study(plan: StudyPlan, console: Console, estimator: Estimator = estimat
     for arm, found in zip(plan.arms, drafts, strict=True):
         _show_arm(console, plan, arm, earlier)
         found_sizes = list(itertools.islice(sizes, len(found.settings)))
-        _show_points(console, arm, found, found_sizes, further_seeds(plan))
+        _show_points(console, arm, found, found_sizes, further_seeds(plan, arm))
     _line(console, "", forecast(plan, earlier))
     _line(console, f"run it:     python -m sweeper {without_dry_run(plan.command)}")
 
@@ -153,14 +153,18 @@ def space_size(space: Space) -> str:
 
 def forecast(plan: StudyPlan, earlier: Results | None) -> str:
     """How long the rest of a study takes, from its own earlier trials; every arm must have some."""
-    seconds, repeats = 0.0, further_seeds(plan)
+    seconds = 0.0
     for arm in plan.arms:
+        if arm.run_id is not None:
+            continue  # a judgement takes no trial's time
         done = _of_arm(earlier, arm)
         typical = None if done is None else done.seconds_per_trial
         if typical is None:
             return f"time:       cannot be known before the first finished trial of arm {arm.name}"
         assert done is not None
-        more = max(arm.n_trials - done.tried, 0) + (repeats if done.final is None else 0)
+        more = max(arm.n_trials - done.tried, 0) + (
+            further_seeds(plan, arm) if done.final is None else 0
+        )
         seconds += more * typical
     jobs = plan.study.n_jobs
     beside = f" with {jobs} workers" if jobs > 1 else ""
@@ -170,8 +174,10 @@ def forecast(plan: StudyPlan, earlier: Results | None) -> str:
     )
 
 
-def further_seeds(plan: StudyPlan) -> int:
+def further_seeds(plan: StudyPlan, arm: ArmPlan) -> int:
     """How many trainings an arm's finalists need when the search has ended."""
+    if arm.run_id is not None:
+        return 0
     wanted = plan.study.finalists
     return wanted.top * (wanted.seeds - 1)
 
@@ -214,9 +220,11 @@ def _show_arm(console: Console, plan: StudyPlan, arm: ArmPlan, earlier: Results 
     done = _of_arm(earlier, arm)
     before = "" if done is None else f", {done.tried} of them done before"
     _line(console, "", f"arm {arm.name}: {arm.n_trials} trials by {arm.sampler.name}{before}")
+    if arm.run_id is not None:
+        _line(console, f"  adopted from MLflow run {arm.run_id}: judged, and not trained")
     for key, value in _differences(plan.settings, arm.settings).items():
         _line(console, f"  {key} = {value}")
-    if more := further_seeds(plan):
+    if more := further_seeds(plan, arm):
         wanted = plan.study.finalists
         _line(console, f"  then {more} more: the best {wanted.top} over {wanted.seeds} seeds")
     _line(console, f"  space: {space_size(arm.space)}")

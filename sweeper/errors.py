@@ -4,10 +4,11 @@ SweeperError
 ├── ConfigError        a setting, key, group or search space is wrong (exit 2)
 ├── DataError          a data file cannot be read as what it claims to be
 ├── ModelError         the base model cannot be loaded, or the adapter does not fit it
-│   └── DoesNotFit     a full fine-tune is larger than the device
+│   └── DoesNotFit     a training is larger than the device
 ├── StudyError         the study cannot be opened, resumed or found
 │   ├── StudyLocked    another driver runs it
 │   └── StudyMismatch  its name stands for a different question
+├── Refused            a command to a running study cannot be obeyed (exit 2)
 ├── ArtifactError      stored weights are not what their manifest says
 ├── TrackingError      MLflow does not answer, or has no such run or model
 ├── WorkerError        workers cannot be started
@@ -57,7 +58,7 @@ class DoesNotFit(ModelError):
 
     def __init__(self, misfit: Misfit) -> None:
         self.misfit = misfit
-        super().__init__(f"full fine-tuning does not fit: {misfit}")
+        super().__init__(f"it does not fit: {misfit}")
 
 
 class StudyError(SweeperError):
@@ -70,6 +71,12 @@ class StudyLocked(StudyError):
 
 class StudyMismatch(StudyError):
     """The study of this name answers a different question."""
+
+
+class Refused(SweeperError):
+    """A command to a running study cannot be obeyed as it was given."""
+
+    exit_code = 2
 
 
 class TrialFailed(SweeperError):

@@ -119,9 +119,18 @@ class TrialFolder:
         return self.path / ".lock"
 
     @property
+    def tracking(self) -> Path:
+        """What is to be recorded of a trial without a study (sweeper.tracking.ledger)."""
+        return self.path / ".tracking"
+
+    @property
     def artifact(self) -> Path | None:
         """What the trial is kept for: the adapter or the full model, if it got that far."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
+
+    def forget_checkpoints(self) -> None:
+        """Remove the resume state of a trial that is never continued."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def continue_from(self, earlier: TrialFolder) -> None:
         """Take over a cancelled trial's resume state, if it left any: its checkpoints and its spool."""
@@ -158,6 +167,31 @@ class StudyFolder:
         return self.path / "driver.lock"
 
     @property
+    def inbox(self) -> Path:
+        """Commands to the driver, one JSON file each; renamed into it, so that each is whole."""
+        return self.path / "inbox"
+
+    @property
+    def outbox(self) -> Path:
+        """The driver's answers, until whoever asked has read them."""
+        return self.path / "outbox"
+
+    @property
+    def steering(self) -> Path:
+        """Every command that was obeyed or refused, and the totals that commands have raised."""
+        return self.path / "steering.json"
+
+    @property
+    def standing(self) -> Path:
+        """Where the study stands, written anew every few seconds by its driver."""
+        return self.path / "standing.json"
+
+    @property
+    def tracking(self) -> Path:
+        """What is to be recorded at the tracking server, and what was (sweeper.tracking.ledger)."""
+        return self.path / ".tracking"
+
+    @property
     def results(self) -> Path:
         """The answer, for machines."""
         return self.path / "results.json"
@@ -173,9 +207,14 @@ class StudyFolder:
         return self.path / "report.html"
 
     @property
+    def figures(self) -> Path:
+        """The page's pictures, one SVG file each."""
+        return self.path / "figures"
+
+    @property
     def answers(self) -> tuple[Path, ...]:
         """The answer in all its forms."""
-        return self.results, self.report, self.page
+        return self.results, self.report, self.page, self.figures
 
     def worker_log(self, worker: int) -> Path:
         """What worker number `worker` printed."""
@@ -193,9 +232,17 @@ class StudyFolder:
         """Where an arm's repeats over seeds and their figures on the test split are kept."""
         return self.path / arm / "finalists"
 
+    def adopted(self, arm: str) -> Path:
+        """Where the model of an earlier run is fetched to, if it lies on a server."""
+        return self.path / arm / "adopted"
+
     def test_examples(self, arm: str, name: str) -> Path:
         """What a model lost on each example of the test split; `name` says which model."""
         return self.finalists(arm) / "test" / f"{name}.json"
+
+    def general_examples(self, arm: str, digest: str, name: str) -> Path:
+        """What a model lost on each window of the general text of this digest."""
+        return self.finalists(arm) / "general" / digest[:12] / f"{name}.json"
 
 
 @dataclass(frozen=True)

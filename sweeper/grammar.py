@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -22,7 +22,18 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
-from sweeper.space import Branch, Branches, Choice, Domain, Interval, Point, Scalar, Space, word
+from sweeper.space import (
+    MAX_VALUES,
+    Branch,
+    Branches,
+    Choice,
+    Domain,
+    Interval,
+    Point,
+    Scalar,
+    Space,
+    word,
+)
 
 
 def parse_space(
@@ -83,7 +94,7 @@ def parse_domain(key: str, words: object) -> Domain | Scalar:
         ValueError: not a word of that grammar, or an empty or impossible domain.
     """
     if isinstance(words, list):
-        return Choice(tuple(scalar(value) for value in words))
+        return _choice(words)
     if not isinstance(words, str):
         return scalar(words)
     try:
@@ -98,7 +109,7 @@ def parse_domain(key: str, words: object) -> Domain | Scalar:
         raise ValueError(f"{words!r}: tag {unknown[0]!r} has no meaning; valid: log")
     match value:
         case ChoiceSweep() if not tags:
-            return Choice(tuple(scalar(item) for item in value.list))
+            return _choice(value.list)
         case IntervalSweep():
             return _interval(value)
         case RangeSweep() if not tags:
@@ -107,6 +118,16 @@ def parse_domain(key: str, words: object) -> Domain | Scalar:
             raise ValueError(f"{words!r}: a log scale belongs to an interval only")
         case _:
             return scalar(value)
+
+
+def _choice(values: Sequence[object]) -> Choice:
+    if len(values) > MAX_VALUES:
+        raise ValueError(_too_many(len(values)))
+    return Choice(tuple(scalar(value) for value in values))
+
+
+def _too_many(count: int) -> str:
+    return f"a choice between {count:,} values; at most {MAX_VALUES:,}, or write an interval"
 
 
 def _interval(sweep: IntervalSweep) -> Interval:
@@ -127,6 +148,8 @@ def _range(sweep: RangeSweep) -> Interval | Choice:
     kind = int if integer else float
     if count == 0:
         raise ValueError(f"range({sweep.start}, {sweep.stop}, {sweep.step}) is empty")
+    if step < 0 and count > MAX_VALUES:
+        raise ValueError(_too_many(count))
     if count == 1 or step < 0:
         return Choice(tuple(kind(low + step * index) for index in range(count)))
     high = low + step * (count - 1)

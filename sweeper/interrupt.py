@@ -37,6 +37,10 @@ class Interrupt:
 
     number: signal.Signals | None = None
 
+    def request(self) -> None:
+        """Ask for a stop as Ctrl-C does."""
+        self.number = self.number or signal.SIGINT
+
     def check(self) -> None:
         """Called where stopping is safe.
 

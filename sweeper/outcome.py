@@ -6,6 +6,8 @@ Plain frozen values that travel as JSON; no torch, no Optuna, no MLflow.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -37,6 +39,11 @@ class Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def device_seconds(metrics: Mapping[str, float]) -> float:
+    """Device time of a trial: its seconds times its devices (one, where that was not recorded yet)."""
+    return metrics.get("cost/device_seconds", metrics.get("cost/seconds", 0.0))
+
+
 class Outcome(Value):
     """How a trial ended. Names in `metrics` carry their unit; all values are finite."""
 
@@ -65,17 +72,73 @@ class Examples(Value):
         return math.fsum(self.nll) / sum(self.tokens)
 
 
+UnseenKind = Literal["test", "general"]
+"""A field of Unseen."""
+
+
+class Unseen(Value):
+    """What one model loses on texts that no search sees."""
+
+    test: Examples | None = None
+    """On each example of the test split; None if the data have none."""
+    general: Examples | None = None
+    """On each window of general text; None if none is named (evaluation.general_text)."""
+
+
+class Adopted(Value):
+    """An earlier full fine-tune that stands in for an arm's own search, and what is known of it."""
+
+    run_id: str
+    """MLflow's."""
+    model: Path
+    """Its weights in transformers' layout, on this machine."""
+    params: dict[str, str]
+    """As its run recorded them."""
+    costs: dict[str, float]
+    """Of its training, as its run recorded them."""
+    data_digest: str | None
+    base_digest: str | None
+    """Of what it was trained on; None where its run does not say."""
+    trials: int
+    """Finished trials of the search it came from; 0 where no search is known."""
+    rates: tuple[float, ...]
+    """Learning rates that the search tried, in rising order."""
+    best_rate: float | None
+    """The one that the search's own objective found best."""
+    seconds: float
+    """Worker time of that search."""
+
+    @property
+    def short(self) -> str:
+        """Enough of the run's id to tell it by."""
+        return self.run_id[:8]
+
+
 class Misfit(Value):
-    """A training that is larger than the device, before any activation is counted."""
+    """A training that is larger than the device, whatever its batch."""
 
     need_mib: float
     have_mib: float
+    what: str = "weights, gradients and optimizer states"
+    """What needs it, as the subject of a sentence in the plural."""
 
     def __str__(self) -> str:
         return (
-            f"weights, gradients and optimizer states need {self.need_mib:,.0f} MiB, and the device "
-            f"has {self.have_mib:,.0f} MiB free"
+            f"{self.what} need {self.need_mib:,.0f} MiB, and the device "
+            f"has {self.have_mib:,.0f} MiB"
         )
+
+
+class Size(Value):
+    """How large a trial is on its model, known before a weight is loaded."""
+
+    trainable: int
+    """Parameters that are trained, as PEFT counts them."""
+    total: int
+    rank: int | None
+    """The adapter's r, also where it follows from adapter.trainable_parameters; None without one."""
+    held_mib: float
+    """Weights, gradients and optimizer states: what it needs whatever its batch."""
 
 
 class Facts(Value):
@@ -96,7 +159,15 @@ class Facts(Value):
     target_tokens: int
     """Target tokens of the validation split: what the loss is a mean over."""
     device: str
+    """A GPU's name; a CPU's, and ", 2 threads"."""
     dtype: str
+    general_digest: str | None = None
+    """Of the windows of general text; None if none is named."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the device computes the same bits again: a GPU's kernels add in any order."""
+        return self.device.endswith(" threads")
 
     def base_value(self, metric: str) -> float:
         """The untuned base's value of a metric: what every trial is held against.

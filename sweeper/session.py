@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-import optuna
 from filelock import FileLock, Timeout
+from optuna.storages import RDBStorage
 from rich.console import Console
 
-from sweeper.errors import StudyError, StudyLocked, WorkerError
-from sweeper.folders import StudyFolder, write_atomic, write_json
+from sweeper.errors import StudyError, StudyLocked, TrackingError, WorkerError
+from sweeper.folders import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.interrupt import Interrupt, deferred_interrupt
-from sweeper.outcome import Facts, Misfit
-from sweeper.reporting.finals import NOT_ENDED, SWITCHED_OFF, settle
+from sweeper.noise import hush
+from sweeper.outcome import Adopted, Facts, Misfit
+from sweeper.reporting.console import make_console
+from sweeper.reporting.finals import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.page import write_page
-from sweeper.reporting.results import Results, collect_arm, test_figures, to_document
+from sweeper.reporting.results import Results, collect_arm, to_document
 from sweeper.reporting.tables import describe_data, markdown_report
+from sweeper.reporting.tracked import study_figures
 from sweeper.reporting.verdict import judge, with_override
-from sweeper.reporting.view import make_console, make_view, print_results
+from sweeper.reporting.view import make_view, print_answer, print_results
+from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
@@ -34,16 +40,33 @@ from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
-from sweeper.search.study import counted, find_study, open_storage, open_study, spent_seconds
+from sweeper.search.steering import Steering
+from sweeper.search.study import (
+    counted,
+    find_study,
+    open_storage,
+    open_study,
+    share_cache,
+    spent_seconds,
+)
 from sweeper.settings import metric_words
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
-from sweeper.tracking.trackers import browse_command, make_tracker
+from sweeper.tracking.trackers import (
+    browse_command,
+    make_baselines,
+    make_registry,
+    make_tracker,
+)
 from sweeper.workers.engines import open_engine
 from sweeper.workers.protocol import Engine, Lost, Probe, Probed, Slots
 
+LOCK_SECONDS = 1.0
+"""Somebody who only looks whether there is a driver holds its lock for a moment."""
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no room on the device: they move to the host's memory and back."""
+WRITING_SHARE = 0.05
+"""Of the driver's time that may go into results.json and report.md while a study runs."""
 
 
 def run_study(plan: StudyPlan) -> Results:
@@ -53,62 +76,113 @@ def run_study(plan: StudyPlan) -> Results:
         SweeperError: it cannot be run; the message says what to do.
         KeyboardInterrupt: the user stopped it; the same command resumes it.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if plan.settings.verbosity != "verbose":
+        hush()
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
-        return StudySession(plan, folder, console, interrupt).run()
+        storage = open_storage(plan.study.storage, folder)
+        shared = plan.study.storage is not None  # else it lies in the folder that is locked
+        with storage.owned(plan.study.study_name) if shared else nullcontext():
+            return StudySession(plan, folder, storage, console, interrupt).run()
 
 
 class StudySession:
     """A study while it runs."""
 
     def __init__(
-        self, plan: StudyPlan, folder: StudyFolder, console: Console, interrupt: Interrupt
+        self,
+        plan: StudyPlan,
+        folder: StudyFolder,
+        storage: RDBStorage,
+        console: Console,
+        interrupt: Interrupt,
     ) -> None:
-        self._plan = plan
         self._interrupt = interrupt
         self._folder = folder
         self._console = console
-        self._storage = open_storage(plan.study.storage, folder)
+        self._storage = share_cache(storage)
         self._provenance = provenance(plan.command)
-        self._tracker = make_tracker(plan.settings.tracking)
+        self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._board = Board(plan.objective)
+        self._engine: Engine | None = None
+        self._devices = 0
         self._slots: dict[int, int] = {}
         self._finals: dict[str, ArmFinal] | None = None
+        self._announced = False
         self._misfits: dict[str, Misfit] = {}
+        self._next_write = 0.0
         self._budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
+        found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
+        studies = {name: study for name, study in found.items() if study is not None}
+        self._steering = Steering(plan, folder, interrupt, self._budget, self._board, studies)
+        self._ran: dict[str, int] = {}
+        """To which total each arm was run."""
+
+    @property
+    def _plan(self) -> StudyPlan:
+        """With the totals that were raised while it ran."""
+        return self._steering.plan
 
     def run(self) -> Results:
         """See run_study."""
-        workers = self._plan.settings.workers
         status: RunStatus = "FAILED"
         self._tracker.open_study(self._record())
-        engine = open_engine(workers, self._plan.study.n_jobs, self._folder.worker_log)
         try:
-            with make_view(self._console) as view:
+            with make_view(self._console, self._plan.settings.verbosity) as view:
                 presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
                 name = self._plan.study.study_name
                 view.event(f"study {name} ({presets}): loading the base model and the data")
-                for arm in self._plan.arms:
-                    self._run_arm(arm, engine, view)
-                self._run_finalists(engine, view)
+                self._steering.catch_up(view)
+                while (arm := self._next_arm()) is not None:
+                    self._run_arm(arm, self._workers_of([arm]), view)
+                    self._ran[arm.name] = self._steering.total(arm.name)
+                self._steering.searched = True
+                self._run_finalists(self._workers_of(self._plan.arms), view)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
             raise
         finally:
-            engine.close()
+            if self._engine is not None:
+                self._engine.close()
             results = self._conclude(status)
+            self._steering.close(status)
         return results
 
+    def _next_arm(self) -> ArmPlan | None:
+        """The first arm that was not run to its total; one that was extended comes again."""
+        arms = [arm for arm in self._plan.arms if self._ran.get(arm.name) != arm.n_trials]
+        # an adopted arm costs little, and what is wrong with it is to be known first
+        return min(arms, key=lambda arm: arm.run_id is None, default=None)
+
+    def _workers_of(self, arms: Sequence[ArmPlan]) -> Engine:
+        """Workers that are wide enough for the trials of some arms.
+
+        Arms run one after the other, so a wide trial never waits for enough narrow ones to end.
+        """
+        devices = max(arm.settings.training.devices_per_trial for arm in arms)
+        if self._engine is None or devices != self._devices:
+            if self._engine is not None:
+                self._engine.close()
+                self._slots.clear()
+            count = max(1, self._plan.study.n_jobs // devices)
+            workers = self._plan.settings.workers
+            self._engine = open_engine(workers, count, self._folder.worker_log, devices)
+            self._devices = devices
+        return self._engine
+
     def _run_arm(self, arm: ArmPlan, engine: Engine, view: View) -> None:
-        facts = self._probe(arm, engine)
+        adopted = self._adopted(arm)
+        facts = self._probe(arm, engine, adopted)
         if isinstance(facts, Misfit):
             self._leave_out(arm, facts, view)
             return
         base_value = facts.base_value(self._plan.objective.metric)
         study = open_study(self._plan, arm, facts, self._storage)
+        self._steering.open_arm(arm.name, study)
+        if adopted is not None:
+            study.set_user_attr("adopted", adopted.model_dump(mode="json"))
         words = fill_study(study, self._plan, arm, facts, self._storage)
         done = counted(study)
         budget = self._arm_budget(arm)
@@ -130,9 +204,28 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
             told=self._write_results,
+            adopted=adopted,
         )
         driver.run()
+        shutil.rmtree(self._folder.adopted(arm.name), ignore_errors=True)  # its trial has it now
+
+    def _adopted(self, arm: ArmPlan) -> Adopted | None:
+        """What stands in for the arm's search; once it was judged, its own copy is all that is needed.
+
+        Raises:
+            TrackingError: there is no such run, or it holds no model.
+        """
+        if arm.run_id is None:
+            return None
+        study = find_study(self._plan, arm, self._storage)
+        if study is not None and counted(study):
+            known = Adopted.model_validate(study.user_attrs["adopted"])
+            own = self._folder.trial(arm.name, 0).model
+            return known.model_copy(update={"model": own.resolve()})
+        baselines = make_baselines(self._plan.settings.tracking)
+        return baselines.find(arm.run_id, self._folder.adopted(arm.name))
 
     def _leave_out(self, arm: ArmPlan, misfit: Misfit, view: View) -> None:
         """An arm that cannot fit ends nothing: the others go on.
@@ -156,6 +249,7 @@ class StudySession:
         return [
             f"    a paged 8-bit optimizer:  {shlex.quote(f'{where}.overrides=[{overrides}]')}",
             smaller,
+            "    an earlier full run:      baseline.run_id=MLFLOW_RUN_ID",
             f"    a study without it:       {shlex.quote(f'~{where}')}",
         ]
 
@@ -168,7 +262,7 @@ class StudySession:
         driver = FinalistsDriver(
             wanted=wanted,
             folder=self._folder,
-            budget=self._budget.of_arm(1.0, self._spent()),
+            budget=self._budget.of_arm(1.0, self._spent(), self._devices),
             engine=engine,
             tracker=self._tracker,
             view=view,
@@ -176,16 +270,18 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
+            steering=self._steering,
         )
         self._finals = driver.run([(arm, study) for arm, study in found if study is not None])
 
-    def _probe(self, arm: ArmPlan, engine: Engine) -> Facts | Misfit:
+    def _probe(self, arm: ArmPlan, engine: Engine, adopted: Adopted | None) -> Facts | Misfit:
         """Ask the first free worker what this arm starts from, or why it cannot."""
         while not any(self._slots.values()):
             self._wait_for_slots(engine)
         worker = next(worker for worker, free in self._slots.items() if free)
         self._slots[worker] -= 1
-        engine.probe(worker, Probe(arm=arm.name, settings=arm.settings.trial))
+        model = None if adopted is None else adopted.model
+        engine.probe(worker, Probe(arm=arm.name, settings=arm.settings.trial, adopted=model))
         while True:
             self._interrupt.check()
             event = engine.next_event(POLL_SECONDS)
@@ -219,10 +315,11 @@ class StudySession:
         }
         names = list(wanted)
         following = sum(wanted[name] for name in names[names.index(arm.name) :])
-        return self._budget.of_arm(wanted[arm.name] / max(1, following), self._spent())
+        share, devices = wanted[arm.name] / max(1, following), self._devices
+        return self._budget.of_arm(share, self._spent(), devices)
 
     def _spent(self) -> float:
-        """Worker time of all trials and finalists so far."""
+        """Device time of all trials and finalists so far."""
         found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
         return sum(
             spent_seconds(study) + finalists_seconds(self._folder, arm.name)
@@ -233,11 +330,14 @@ class StudySession:
     def _announce(
         self, arm: ArmPlan, facts: Facts, done: int, words: Sequence[str], view: View
     ) -> None:
-        if arm is self._plan.arms[0]:
+        if not self._announced:
+            self._announced = True
             view.event(f"data: {describe_data(facts)}")
             view.event(f"device: {facts.device}, computing in {facts.dtype}")
         text = f"arm {arm.name}: {arm.n_trials} trials"
-        if done >= arm.n_trials:
+        if arm.run_id is not None:
+            text = f"arm {arm.name}: adopted from MLflow run {arm.run_id}, judged and not trained"
+        elif done >= arm.n_trials:
             text += ", all of them done before: nothing to train"
         elif done:
             text += f", {done} of them done before"
@@ -264,11 +364,23 @@ class StudySession:
         )
         if self._finals is None:
             return results
-        return settle(replace(results, untested=None), self._finals)
+        untested = None if self._plan.study.finalists.test else LEFT_ALONE
+        return settle(replace(results, untested=untested), self._finals)
 
     def _write_results(self) -> None:
-        """After every trial, so that a report can be read while the study runs or after a crash."""
-        self._write(self._results())
+        """After a trial, so that a report can be read while the study runs or after a crash.
+
+        Not after every trial where trials end faster than hundreds of them are written.
+        """
+        began = time.monotonic()
+        if began < self._next_write:
+            return
+        try:
+            self._write(self._results())
+        except OSError as error:  # a full disk: the storage has it all, the next trial tries again
+            self._console.print(f"results are not written: {error}", style="yellow")
+        took = time.monotonic() - began
+        self._next_write = began + took / WRITING_SHARE
 
     def _write(self, results: Results) -> None:
         verdict = judge(results).document()
@@ -280,21 +392,54 @@ class StudySession:
         results = self._results()
         if results.arms:
             self._write(results)
-            print_results(results, self._console)
-            text = self._next_commands(results, status)
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._show(results, status)
             write_page(results, self._folder, self._storage)
-        best = results.arms[0].best if results.arms else None
+        if status == "FINISHED" and results.arms:
+            adapters = self._plan.study.retention.adapters
+            most = sys.maxsize if adapters is None else adapters
+            self._tracker.keep(kept(results, self._folder, most))
         self._tracker.close_study(
             status,
-            {} if best is None else {**best.outcome.metrics, **test_figures(results.arms[0])},
-            {} if best is None else best.point,
+            *study_figures(results),
             markdown_report(results) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],
         )
-        for problem in self._tracker.close():
+        left = self._tracker.close(hurry=status == "KILLED")
+        for problem in left:
             self._console.print(f"not recorded in MLflow: {problem}", style="yellow")
+        if left:
+            command = f"python -m sweeper sync {self._plan.study.study_name}{self._elsewhere()}"
+            self._console.print(f"Record     {command}", highlight=False, soft_wrap=True)
+        if status == "FINISHED" and results.arms:
+            self._make_room(results)
         return results
+
+    def _show(self, results: Results, status: RunStatus) -> None:
+        if self._plan.settings.verbosity == "quiet":
+            print_answer(results, self._console)
+            text = f"\nResults    {self._folder.page}"
+        else:
+            print_results(results, self._console)
+            text = self._next_commands(results, status)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _make_room(self, results: Results) -> None:
+        """Remove the losers' weights (sweeper.retention), and say what the study takes up."""
+        adapters = self._plan.study.retention.adapters
+        freed, words = 0.0, ""
+        if adapters is not None and losers(results, self._folder, adapters):
+            try:
+                registry = make_registry(self._plan.settings.tracking)
+                held = [] if registry is None else [each.folder for each in registry.champions()]
+                freed = delete(losers(results, self._folder, adapters, held))
+                words = (
+                    f"; {freed:,.1f} MiB of losers' weights freed (retention.adapters={adapters})"
+                )
+            except TrackingError as error:
+                words = f"; nothing freed, since nobody tells which trial is a champion ({error})"
+        used = size_mib(self._folder.path)
+        text = f"Disk       {used:,.1f} MiB in {self._folder.path}{words}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _next_commands(self, results: Results, status: RunStatus) -> str:
         name = self._plan.study.study_name
@@ -341,7 +486,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
     folder.path.mkdir(parents=True, exist_ok=True)
     owner = folder.lock.with_suffix(".pid")
     try:
-        with FileLock(folder.lock, timeout=0):
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:

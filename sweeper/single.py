@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from rich.console import Console
@@ -9,26 +10,67 @@ from rich.console import Console
 from sweeper.errors import StudyError, TrialFailed
 from sweeper.folders import TrialFolder
 from sweeper.interrupt import Interrupt, deferred_interrupt
-from sweeper.outcome import Facts, Outcome
+from sweeper.noise import hush
+from sweeper.outcome import Facts, Outcome, Size
+from sweeper.reporting.console import make_console
 from sweeper.reporting.tables import describe_data
-from sweeper.reporting.view import make_console
 from sweeper.search.driver import POLL_SECONDS
+from sweeper.search.sizes import recorded
 from sweeper.search.states import STATES
-from sweeper.settings import Settings, TrialSettings, flatten, metric_words
-from sweeper.tracking.provenance import provenance
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.settings import Settings, TrialSettings, metric_words
+from sweeper.tracking.provenance import origin, provenance
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.tracking.trackers import browse_command, make_tracker
 from sweeper.workers.engines import open_engine
-from sweeper.workers.protocol import Ended, Engine, Evaluated, Lost, Probe, Probed, Slots, Submit
+from sweeper.workers.protocol import (
+    Check,
+    Checked,
+    Ended,
+    Engine,
+    Evaluated,
+    Lost,
+    Probe,
+    Probed,
+    Slots,
+    Submit,
+)
 
 
 def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome:
+    """Train one trial and show its log; see `train_single`.
+
+    Raises:
+        StudyError: the folder is used.
+        TrialFailed: it ended without a result: refused, out of memory, diverged, a crash, an error.
+        KeyboardInterrupt: the user stopped it.
+    """
+    if settings.verbosity != "verbose":
+        hush()
+    console = make_console()
+    quiet = settings.verbosity == "quiet"
+    outcome = train_single(settings, folder, command, Console(quiet=True) if quiet else console)
+    if folder.log_text.exists() and not quiet:  # a fake trial writes none
+        console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
+    console.print(f"Folder     {folder.path}", highlight=False)
+    console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)
+    return outcome
+
+
+def train_single(
+    settings: Settings,
+    folder: TrialFolder,
+    command: str,
+    console: Console,
+    accept: Callable[[Facts], None] = lambda facts: None,
+) -> Outcome:
     """Train one trial through the same worker and protocol as a study's.
 
     Args:
         settings: the trial, and the machinery around it.
         folder: where it is written; must not hold a trial already.
         command: what the user typed, for the record.
+        console: told of every evaluation.
+        accept: shown what the trial starts from before it is trained; raises to leave it at that.
 
     Raises:
         StudyError: the folder is used.
@@ -37,11 +79,13 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
     """
     if folder.outcome.exists():
         raise StudyError(f"{folder.path} holds a trial already; give another folder")
-    console = make_console()
-    tracker = make_tracker(settings.tracking)
-    engine = open_engine(settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log")
+    tracker = make_tracker(settings.tracking, folder.tracking)
+    devices = settings.training.devices_per_trial
+    engine = open_engine(
+        settings.workers, 1, lambda worker: folder.path / f"worker_{worker}.log", devices
+    )
     stopped: KeyboardInterrupt | None = None
-    single = SingleTrial(settings.trial, folder, command, engine, tracker, console)
+    single = SingleTrial(settings.trial, folder, command, engine, tracker, console, accept)
     try:
         with deferred_interrupt() as interrupt:
             outcome = single.train(interrupt)
@@ -51,21 +95,19 @@ def run_single(settings: Settings, folder: TrialFolder, command: str) -> Outcome
         engine.close()
     status = STATES[outcome.cause].status or "FAILED"
     tracker.end(single.record, status, outcome.metrics, {"cause": outcome.cause})
-    for problem in tracker.close():
+    if status == "FINISHED":
+        tracker.keep([folder])
+    for problem in tracker.close(hurry=stopped is not None):
         console.print(f"not recorded in MLflow: {problem}", style="yellow")
     if stopped is not None:
         raise stopped
     if status != "FINISHED":
         raise TrialFailed(f"the trial ended as {outcome.cause}: {outcome.message}")
-    if folder.log_text.exists():  # a fake trial writes none
-        console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
-    console.print(f"Folder     {folder.path}", highlight=False)
-    console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)
     return outcome
 
 
 class SingleTrial:
-    """A trial without a study: probe, submit, listen."""
+    """A trial without a study: probe, check, submit, listen."""
 
     def __init__(
         self,
@@ -75,27 +117,31 @@ class SingleTrial:
         engine: Engine,
         tracker: Tracker,
         console: Console,
+        accept: Callable[[Facts], None],
     ) -> None:
         self._settings = settings
+        self._accept = accept
         self._engine = engine
         self._tracker = tracker
         self._console = console
         self._facts: Facts | None = None
-        params = flatten(settings.model_dump(mode="json", exclude_none=True))
+        self._size: Size | None = None
         name = f"single/{folder.path.name}"
-        self.record = TrialRecord(name, folder, params, provenance(command))
+        self.record = TrialRecord(name, folder, recorded(settings), provenance(command))
 
     def train(self, interrupt: Interrupt) -> Outcome:
         """To its end; what cannot be probed is refused."""
         while True:
             interrupt.check()
             match self._engine.next_event(POLL_SECONDS):
-                case Slots(worker=worker) if self._facts is None:
-                    self._engine.probe(worker, Probe(arm="single", settings=self._settings))
                 case Slots(worker=worker):
-                    self._submit(worker)
+                    self._go_on(worker)
                 case Probed(facts=None, message=message):
                     return Outcome(cause="refused", message=message)
+                case Checked(size=None, refusal=Outcome() as refusal):
+                    return refusal
+                case Checked(size=size):
+                    self._size = size
                 case Probed(facts=facts):
                     self._know(facts)
                 case Evaluated() as event:
@@ -108,17 +154,31 @@ class SingleTrial:
                 case Lost(cause=cause, message=message):
                     return Outcome(cause=cause, message=message)
 
+    def _go_on(self, worker: int) -> None:
+        """Use a free slot: for what is not known yet, then for the trial itself."""
+        if self._facts is None:
+            self._engine.probe(worker, Probe(arm="single", settings=self._settings))
+        elif self._size is None:
+            self._engine.probe(worker, Check(settings=self._settings))
+        else:
+            self._submit(worker, self._size)
+
     def _know(self, facts: Facts | None) -> None:
         assert facts is not None
         self._facts = facts
-        digests = {"data.digest": facts.data_digest, "base.digest": facts.base_digest}
-        self.record = replace(self.record, tags={**self.record.tags, **digests})
+        self.record = replace(
+            self.record,
+            tags=origin(self.record.tags, facts),
+            dataset=dataset_record(facts, self._settings.data),
+        )
         self._console.print(f"data: {describe_data(facts)}", highlight=False, soft_wrap=True)
         metric = self._settings.objective.metric
         value = facts.base_value(metric)
         self._console.print(f"untuned base: {metric_words(metric)} {value:.4f}", highlight=False)
+        self._accept(facts)
 
-    def _submit(self, worker: int) -> None:
+    def _submit(self, worker: int, size: Size) -> None:
+        self.record = replace(self.record, params=recorded(self._settings, size))
         self._tracker.start(self.record)
         self._engine.submit(
             worker,
@@ -126,7 +186,7 @@ class SingleTrial:
                 trial=self.record.key,
                 attempt=1,
                 folder=self.record.folder.path.resolve(),
-                settings=self._settings,
+                settings=self._settings.with_rank(size.rank),
                 provenance=dict(self.record.tags),
             ),
         )

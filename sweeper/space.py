@@ -22,6 +22,8 @@ Point = dict[str, Scalar]
 """One value per searched key; a list is written as its override text, e.g. "[q_proj,v_proj]"."""
 Draw = dict[str, Scalar]
 """One value per parameter of the sampler."""
+MAX_VALUES = 10_000
+"""Of one choice, or of one key of a grid: every trial in the storage carries them all."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,13 @@ class Interval:
     def steps(self) -> tuple[Scalar, ...]:
         """Every value of a stepped interval, in order."""
         assert self.step is not None
-        count = round((self.high - self.low) / self.step) + 1
-        return tuple(self.snap(self.low + index * self.step) for index in range(count))
+        return tuple(self.snap(self.low + index * self.step) for index in range(self.count))
+
+    @property
+    def count(self) -> int:
+        """How many values a stepped interval has."""
+        assert self.step is not None
+        return round((self.high - self.low) / self.step) + 1
 
     def __str__(self) -> str:
         if self.step is not None:
@@ -183,8 +190,8 @@ def walk(space: Space, value_of: Callable[[str, Domain], Scalar], way: str = "")
 def locate(space: Space, point: Mapping[str, Scalar], way: str = "") -> Draw | None:
     """The draw that leads to a (possibly partial) point; None where the point is outside.
 
-    Of several branches that a point fits, the first of those that decide most of its keys is taken;
-    a label may be part of the point.
+    Of several branches that a point fits, the one that decides most of its keys and brings fewest
+    others is taken; a label may be part of the point.
     """
     draw: Draw = {}
     for key, domain in space.items():
@@ -206,10 +213,12 @@ def _locate(
     if not named:
         return {}
 
-    def left_out(item: tuple[Scalar, Branch]) -> int:
-        return len(named - {key, *item[1].fixed} - keys(item[1].space, labels=True))
+    def distance(item: tuple[Scalar, Branch]) -> tuple[int, int]:
+        """Keys of the point that the branch leaves out, then keys that it brings beside them."""
+        own = {*item[1].fixed, *keys(item[1].space, labels=True)}
+        return len(named - {key, *own}), len(own - named)
 
-    for value, branch in sorted(domain.branches.items(), key=left_out):
+    for value, branch in sorted(domain.branches.items(), key=distance):
         wanted = {key: value, **branch.fixed}
         if all(point.get(part, fixed) == fixed for part, fixed in wanted.items()):
             inner = locate(branch.space, point, _way(name, value))
@@ -286,7 +295,7 @@ def grid(space: Space, way: str = "") -> Iterator[Draw]:
     """Every combination, the last key varying fastest.
 
     Raises:
-        ValueError: an interval without steps has no grid.
+        ValueError: an interval without steps has no grid, one with very many no useful one.
     """
     columns = [list(_grid_column(way + key, domain)) for key, domain in space.items()]
     for row in itertools.product(*columns):
@@ -301,6 +310,11 @@ def _grid_column(name: str, domain: Domain | Branches) -> Iterator[Draw]:
     if isinstance(domain, Interval) and domain.step is None:
         raise ValueError(
             f"{name}={domain}: sampler=grid needs choice(...) or range(start, stop, step)"
+        )
+    if isinstance(domain, Interval) and domain.count > MAX_VALUES:
+        raise ValueError(
+            f"{name}={domain}: {domain.count:,} values are no grid (at most {MAX_VALUES:,}); "
+            "use larger steps or another sampler"
         )
     values = domain.steps() if isinstance(domain, Interval) else domain.values
     yield from ({name: value} for value in values)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # before torch is imported anywhere: two test processes share two cores
@@ -25,6 +26,9 @@ from sweeper.compose import compose
 from sweeper.embedded import BASE_DIR
 from sweeper.settings import Settings, validate
 
+# how long an example takes depends on what else the machine does
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -64,6 +68,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(**shape, **heads)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's database without a run, made once: its tables take seconds."""
+    from sweeper.tracking.server import Server
+
+    root = tmp_path_factory.mktemp("store")
+    Server(None, root).client()
+    return root / "mlflow.db"
 
 
 def run_program(

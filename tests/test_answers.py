@@ -16,6 +16,7 @@ from sweeper.compose import to_yaml
 from sweeper.embedded import BASE_DIR
 from sweeper.errors import ModelError
 from sweeper.folders import TrialFolder, write_atomic
+from sweeper.manifest import write_manifest
 from tests.conftest import make_settings
 
 PROMPTS = ["def add(a, b)", "def load(path)"]
@@ -34,6 +35,7 @@ def store(path: Path, seed: int, *overrides: str) -> TrialFolder:
             if "lora_B" in name:
                 weights.mul_(8)
     model.save_pretrained(folder.adapter)
+    write_manifest(folder.adapter)
     return folder
 
 

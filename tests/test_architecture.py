@@ -24,6 +24,9 @@ LAYERS = (
         "interrupt",
         "stand_ins",
         "redaction",
+        "manifest",
+        "yaml_bounds",
+        "noise",
     },
     {"grammar"},
     {"compose", "data"},
@@ -32,9 +35,19 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
-    {"session", "single", "doctor", "dry_run", "answers"},
+    {
+        "session",
+        "single",
+        "sync",
+        "retention",
+        "doctor",
+        "dry_run",
+        "answers",
+        "steer",
+        "reproduce",
+    },
     {"nightly"},
-    {"cli", "__main__"},
+    {"cli", "cli_study", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEAMS = {
@@ -44,9 +57,16 @@ SEAMS = {
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
-    "mlflow": {"sweeper/tracking/mlflow_tracker.py", "sweeper/tracking/registry.py"},
-    "typer": {"sweeper/cli.py"},
-    "multiprocessing": {"sweeper/workers/local.py"},
+    "mlflow": {
+        "sweeper/tracking/server.py",
+        "sweeper/tracking/shipment.py",
+        "sweeper/tracking/records.py",
+        "sweeper/tracking/baseline.py",
+        "sweeper/tracking/registry.py",
+        "sweeper/tracking/store.py",
+    },
+    "typer": {"sweeper/cli.py", "sweeper/cli_study.py"},
+    "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
     "datasketch": {"sweeper/data/duplicates.py"},
@@ -109,7 +129,7 @@ def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
         *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run", "nightly.run", "nightly.retention"),
+        *("doctor", "dry_run", "sync", "steer", "nightly.run", "retention"),
         *(
             "tracking.mlflow_tracker",
             "reporting.formats",

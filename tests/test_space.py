@@ -145,22 +145,62 @@ def test_choice_with_null_works_on_the_command_line(texts: list[str]) -> None:
     assert in_hydras_words("broken=choice(") == "broken=choice("
 
 
-@given(low=finite, high=finite)
-def test_interval_round_trip(low: float, high: float) -> None:
-    """An interval written out and read again is the same interval, bounds to the last digit."""
-    if low >= high:
-        return
-    domain = Interval(low, high)
-    assert parse_domain("key", str(domain)) == domain
+def _bounds(numbers: st.SearchStrategy[float]) -> st.SearchStrategy[tuple[float, float]]:
+    """Two different numbers, the smaller one first."""
+    pairs = st.tuples(numbers, numbers).filter(lambda pair: pair[0] != pair[1])
+    return pairs.map(lambda pair: (min(pair), max(pair)))
 
 
-@given(low=positive, high=positive)
-def test_log_interval_round_trip(low: float, high: float) -> None:
-    """The log tag survives the round trip."""
-    if low >= high:
-        return
-    domain = Interval(low, high, log=True)
+@given(bounds=_bounds(finite))
+def test_interval_round_trip(bounds: tuple[float, float]) -> None:
+    """What a person types, and the same written out: bounds to the last digit, nothing beyond them."""
+    low, high = bounds
+    domain = parse_domain("key", f"interval({low!r}, {high!r})")
+    assert domain == Interval(low, high)
     assert parse_domain("key", str(domain)) == domain
+    assert low in domain
+    assert high in domain
+    assert math.nextafter(low, -math.inf) not in domain
+    assert math.nextafter(high, math.inf) not in domain
+
+
+@given(bounds=_bounds(positive))
+def test_log_interval_round_trip(bounds: tuple[float, float]) -> None:
+    """The log tag survives, is never added, and is refused where a bound is not above zero."""
+    low, high = bounds
+    words = f"interval({low!r}, {high!r})"
+    domain = parse_domain("key", f"tag(log, {words})")
+    assert domain == Interval(low, high, log=True)
+    assert domain != parse_domain("key", words)
+    assert parse_domain("key", str(domain)) == domain
+    with pytest.raises(ValueError, match="log scale"):
+        parse_domain("key", f"tag(log, interval({-low!r}, {high!r}))")
+
+
+@given(bounds=_bounds(finite))
+def test_reversed_bounds_are_refused(bounds: tuple[float, float]) -> None:
+    """No interval is read backwards."""
+    with pytest.raises(ValueError, match="empty"):
+        parse_domain("key", f"interval({bounds[1]!r}, {bounds[0]!r})")
+
+
+@given(
+    numbers=st.lists(
+        st.one_of(st.integers(-(10**6), 10**6), finite), min_size=2, max_size=5, unique=True
+    )
+)
+def test_a_choice_is_the_same_in_every_spelling(numbers: list[float]) -> None:
+    """choice(...), a comma list and a YAML list hold the same values, of the same types, in order."""
+    typed = ", ".join(map(repr, numbers))
+    read = [
+        parse_domain("key", words)
+        for words in (f"choice({typed})", typed.replace(" ", ""), list(numbers))
+    ]
+    for domain in read:
+        assert isinstance(domain, Choice)
+        assert [(type(value), value) for value in domain.values] == [
+            (type(number), number) for number in numbers
+        ]
 
 
 @given(value=st.one_of(st.booleans(), st.integers(-(10**9), 10**9), finite, st.none()))
@@ -274,6 +314,64 @@ def test_a_point_is_found_again_in_its_space(data: st.DataObject) -> None:
     draw = locate(space, point)
     assert draw is not None
     assert walk(space, lambda name, _: draw[name]) == point
+
+
+leaves = st.one_of(
+    st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True).map(
+        lambda v: Choice(tuple(v))
+    ),
+    st.lists(st.sampled_from(["a", "b c", None, 0.5]), min_size=1, max_size=3, unique=True).map(
+        lambda values: Choice(tuple(values))
+    ),
+    st.tuples(st.integers(0, 5), st.integers(1, 5)).map(
+        lambda pair: Interval(pair[0], pair[0] + pair[1], integer=True, step=1)
+    ),
+)
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> Space:
+    """Spaces of a few keys, some of them with branches, which may search the same keys."""
+    space: Space = {key: draw(leaves) for key in draw(st.sets(st.sampled_from(["p.a", "p.b"])))}
+    for key, label in draw(st.sets(st.sampled_from([("q.switch", False), ("name", True)]))):
+        inner = st.dictionaries(st.sampled_from([f"{key}.x", f"{key}.y"]), leaves, max_size=2)
+        fixed = st.dictionaries(st.just(f"{key}.z"), st.integers(0, 2), max_size=1)
+        branches = {value: Branch(draw(fixed), draw(inner)) for value in ("one", "two")}
+        space[key] = Branches(branches, label=label)
+    return space
+
+
+@given(space=spaces())
+def test_every_point_of_a_grid_is_found_again_in_its_space(space: Space) -> None:
+    """Whatever the branches: a grid's draws differ, and what locate finds leads to the same point.
+
+    A name's branch without keys leaves no trace in the point, so there locate leaves it open.
+    """
+    draws = list(grid(space))
+    assert len({tuple(draw.items()) for draw in draws}) == len(draws)
+    assert len(draws) == math.prod(map(_grid_size, space.values()))
+    for draw in draws:
+        point = walk(space, lambda name, domain, draw=draw: draw[name])  # type: ignore[misc]
+        assert always_decided(space) <= set(point) <= keys(space)
+        found = locate(space, point)
+        assert found is not None
+        again = {**draw, **found}
+        assert walk(space, lambda name, domain, again=again: again[name]) == point  # type: ignore[misc]
+
+
+def _grid_size(domain: object) -> int:
+    """Counted independently of grid(): values of a leaf, or the sum over branches."""
+    match domain:
+        case Branches():
+            return sum(
+                math.prod(map(_grid_size, branch.space.values()))
+                for branch in domain.branches.values()
+            )
+        case Choice():
+            return len(domain.values)
+        case Interval():
+            return int(domain.high - domain.low) + 1
+    raise AssertionError(domain)
 
 
 @pytest.mark.parametrize(

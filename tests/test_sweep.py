@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from sweeper.tracking.mlflow_tracker import local_uri
+from sweeper.tracking.server import local_uri
 from tests.conftest import run_program
 
 SMALL = (

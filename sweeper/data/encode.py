@@ -7,7 +7,7 @@ Evaluation rows never are. Knows no files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,8 @@ AUTO_MULTIPLE = 8
 """Lengths of whole multiples use the matrix units of GPUs fully."""
 AUTO_CAP = 4096
 """What `auto` never passes: activations grow with the length, and one outlier would set it."""
+MOST_CHARS = 32
+"""Of a token, in the mean over a text: a longer text than that holds enough tokens."""
 SHORTEST_BLOCK = 2
 """A block of one token predicts nothing."""
 
@@ -159,6 +161,27 @@ def encode_prompts(
         except Unusable as reason:
             raise DataError(f"{example.row.where}: {reason}") from None
     return prompts
+
+
+def encode_text(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int
+) -> list[Tokens]:
+    """Plain texts, joined and cut into windows of `length` tokens (the last one may be shorter).
+
+    No more texts are read than hold so many `tokens`.
+
+    Raises:
+        DataError: several texts, and no end-of-text token to part them.
+    """
+    codec = Codec(tokenizer)
+    documents: list[list[int]] = []
+    left = tokens
+    for text in texts:
+        if left <= 0:
+            break
+        documents.append(codec.ids(text[: left * MOST_CHARS]))
+        left -= len(documents[-1])
+    return _blocks(documents, length, codec)
 
 
 Made = tuple[Tokens, Example]

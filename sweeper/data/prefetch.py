@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeper import stand_ins
-from sweeper.data.sources import hub_data, is_hub_id
+from sweeper.data.sources import all_sources, hub_data, is_hub_id
 from sweeper.errors import ModelError
-from sweeper.settings import EMBEDDED, SPLIT_KEYS, Model, Source, TrialSettings, sources
+from sweeper.settings import EMBEDDED, Model, Source, TrialSettings
 
 WEIGHTS = "*.safetensors"
 OLDER_WEIGHTS = "*.bin"
@@ -48,20 +48,19 @@ def prefetch(settings: Sequence[TrialSettings]) -> Iterator[Fetched]:
     models = {(item.model.base_model, item.model.revision): item.model for item in settings}
     yield from (_model(model) for model in models.values())
     wanted = {
-        (key, source.model_dump_json()): source
+        (key, source.model_dump_json()): (key, split, source)
         for item in settings
-        for key in SPLIT_KEYS
-        for source in sources(getattr(item.data, key))
+        for key, split, source in all_sources(item.data, item.evaluation.general_text)
     }
-    yield from (_data(source, key) for (key, _), source in wanted.items())
+    yield from (_data(*found) for found in wanted.values())
 
 
-def _data(source: Source, key: str) -> Fetched:
-    what = f"data.{key} {source.path}"
+def _data(key: str, default_split: str, source: Source) -> Fetched:
+    what = f"{key} {source.path}"
     if not is_hub_id(source.path):
         kind = "read by URL at every start" if "://" in source.path else "local"
         return Fetched(what, f"{kind}, nothing to fetch", None)
-    split = source.split or key
+    split = source.split or default_split
     files = [Path(item["filename"]) for item in hub_data(source, split).cache_files]
     folders = sorted({str(file.parent) for file in files})
     return Fetched(

@@ -25,8 +25,16 @@ STAGE = "read"
 MIB = 2**20
 MAX_LINE_BYTES = 16 * MIB
 """A longer line is a bad row; it is skipped in pieces and never held in memory."""
+MAX_SKIPPED_BYTES = 256 * MIB
+"""After that much without a line break a file is not read on."""
 MAX_FILE_BYTES = 512 * MIB
 """A .json, .txt or .md file is read whole, up to this size."""
+MAX_EXPANSION = 300
+"""Times its size that a gzip file may unpack to; text reaches 20, and only zeros a thousand."""
+FREE_BYTES = MIB
+"""Unpacked without a look at the expansion: small files may be very regular."""
+MAX_KEYS = 10_000
+"""Of all objects in one row."""
 MAX_DEPTH = 100
 """Lists and objects inside each other in one row."""
 SHOWN_CHARS = 80
@@ -65,10 +73,43 @@ def read_file(file: File, ledger: Ledger) -> list[Row]:
         raise DataError(f"{file.name}: {unknown_kind(file.name)}")
     try:
         with file.open() as stream:
-            source = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if zipped else stream
+            source = unzipped(stream, file.name) if zipped else stream
             return list(READERS[kind](source, file.name, ledger))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{file.name}: not a whole gzip file ({error}); fetch it again") from None
+
+
+class _Unzipped(io.RawIOBase):
+    """What a gzip file unpacks to, unless it is far more than any text would."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream = stream
+        self._name = name
+        self._zip = gzip.GzipFile(fileobj=stream)
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._zip.readinto(memoryview(buffer)[:MIB])
+        self._count += count
+        packed = max(1, self._stream.tell())
+        if self._count > FREE_BYTES and self._count > MAX_EXPANSION * packed:
+            raise DataError(
+                f"{self._name}: unpacks to more than {MAX_EXPANSION} times its size, as no data does; "
+                "if it is yours, give it unpacked"
+            )
+        return count
+
+
+def unzipped(stream: BinaryIO, name: str) -> BinaryIO:
+    """A gzip file's content.
+
+    Raises:
+        DataError: from reading it, if it is a bomb.
+    """
+    return cast(BinaryIO, io.BufferedReader(_Unzipped(stream, name), MIB))
 
 
 def kind_of(name: str) -> tuple[str | None, bool]:
@@ -96,7 +137,11 @@ def checked(values: object) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise BadRow(f"a {type(values).__name__}, not a JSON object")
     level: list[object] = [values]
+    count = 0
     for _ in range(MAX_DEPTH):
+        count += sum(len(node) for node in level if isinstance(node, dict))
+        if count > MAX_KEYS:
+            raise BadRow(f"more than {MAX_KEYS:,} keys in one row")
         inner = [item for node in level for item in _inside(node)]
         for item in inner:
             if isinstance(item, str) and (found := _UNUSABLE.search(item)):
@@ -254,8 +299,15 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
         if len(line) <= MAX_LINE_BYTES:
             yield number, line
             continue
+        skipped = len(line)
         while line and not line.endswith(b"\n"):
+            if skipped > MAX_SKIPPED_BYTES:
+                raise DataError(
+                    f"{name}:{number}: {MAX_SKIPPED_BYTES // MIB} MiB without a line break; "
+                    "is this one row a line?"
+                )
             line = stream.readline(MAX_LINE_BYTES)
+            skipped += len(line)
         yield number, None
 
 

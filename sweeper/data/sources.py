@@ -31,9 +31,12 @@ from sweeper.data.rows import (
     unknown_kind,
 )
 from sweeper.errors import DataError, SweeperError
-from sweeper.settings import EMBEDDED, SPLIT_KEYS, Data, Source, sources
+from sweeper.settings import EMBEDDED, SPLIT_KEYS, Data, GeneralText, Source, sources
 from sweeper.stand_ins.data import data_path, unknown_stand_in
 
+GENERAL_TEXT = "evaluation.general_text"
+GENERAL_SPLIT = "test"
+"""Of general text that names no split: its publishers kept it apart, too."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -87,14 +90,18 @@ def path_problem(path: str) -> str | None:
     return None
 
 
-def path_problems(data: Data) -> list[str]:
-    """What is wrong with the paths of a data configuration, by key, without opening them."""
-    found = [
-        (key, path_problem(source.path))
-        for key in SPLIT_KEYS
-        for source in sources(getattr(data, key))
-    ]
-    return [f"data.{key}={problem}" for key, problem in found if problem]
+def all_sources(data: Data, general: GeneralText) -> Iterator[tuple[str, str, Source]]:
+    """Each source of a configuration: its key, the split taken where it names none, and itself."""
+    for key in SPLIT_KEYS:
+        yield from ((f"data.{key}", key, source) for source in sources(getattr(data, key)))
+    for source in sources(general.source):
+        yield f"{GENERAL_TEXT}.source", GENERAL_SPLIT, source
+
+
+def path_problems(data: Data, general: GeneralText) -> list[str]:
+    """What is wrong with the paths of a configuration, by key, without opening them."""
+    found = [(key, path_problem(source.path)) for key, _, source in all_sources(data, general)]
+    return [f"{key}={problem}" for key, problem in found if problem]
 
 
 def describe_sources(data: Data) -> str:

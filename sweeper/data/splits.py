@@ -19,7 +19,7 @@ from sweeper.data.formats import FORMATS, detect_format, to_examples
 from sweeper.data.mixture import shape
 from sweeper.data.partition import Pools, partition
 from sweeper.data.sources import describe_sources, read_source
-from sweeper.embedded.pairs import docstring_pairs
+from sweeper.embedded.pairs import docstring_pairs, held_out_pairs
 from sweeper.errors import DataError
 from sweeper.settings import EMBEDDED, SPLIT_KEYS, Data, Source, sources
 
@@ -91,7 +91,7 @@ def load_splits(data: Data) -> Splits:
     else:
         source = describe_sources(data)
         pools = _files(data, reading, passed)
-    _remove_leaks(pools, _seen(data, near=False), reading.ledger)
+    _remove_leaks(pools, seen_texts(data, near=False), reading.ledger)
     passed["train"] = _size(pools["train"])
     weights = [item.weight for item in sources(data.train) if item.weight is not None]
     examples = {
@@ -107,9 +107,16 @@ def load_splits(data: Data) -> Splits:
 def load_examples(path: str, data: Data) -> list[Example]:
     """The usable examples of one more source, in the format of `data`: a split that no stage shapes.
 
+    `embedded` is pairs of modules that no split of the embedded pairs takes its rows from.
+
     Raises:
         DataError: it is missing or broken, or holds too many unusable rows.
     """
+    if path == EMBEDDED:
+        rows = [
+            Row(values, f"{path}:{number}") for number, values in enumerate(held_out_pairs(), 1)
+        ]
+        return to_examples(rows, "alpaca", {}, Ledger())
     return _examples(Source(path=path), "gate", data, _Reading(Ledger(), {}))
 
 
@@ -154,14 +161,14 @@ def _files(data: Data, reading: _Reading, passed: dict[str, int]) -> Pools:
     }
     passed["read"] = reading.read
     passed["usable"] = sum(_size(found) for found in pools.values())
-    seen = _seen(data)
+    seen = seen_texts(data)
     # the judges' own files stay whole: what they hold is what the user wants to be good at
     pools["train"] = [
         cleaning.clean(pool, data.cleaning, seen, reading.ledger) for pool in pools["train"]
     ]
     passed["clean"] = sum(_size(found) for found in pools.values())
     if len(pools) > 1:  # before a test split could be drawn from rows of a validation file
-        _remove_leaks(pools, _seen(data), reading.ledger)
+        _remove_leaks(pools, seen_texts(data), reading.ledger)
     passed["disjoint"] = sum(_size(found) for found in pools.values())
     return partition(pools, data)
 
@@ -251,7 +258,7 @@ def _without(pool: Sequence[Example], seen: Seen, reason: str, ledger: Ledger) -
     return kept
 
 
-def _seen(data: Data, *, near: bool = True) -> Seen:
+def seen_texts(data: Data, *, near: bool = True) -> Seen:
     """Compares as data.cleaning says; near duplicates are gone once the pools are disjoint."""
     near = near and data.cleaning.deduplicate == "near"
     return Seen(data.cleaning.near_threshold if near else None)

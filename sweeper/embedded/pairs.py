@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from sweeper.embedded.stdlib import TASK_MODULES, documented
+from sweeper.embedded.stdlib import HELD_OUT_MODULES, TASK_MODULES, documented
 
 INSTRUCTION = "Write a one-line docstring."
 
@@ -58,6 +58,12 @@ def docstring_pairs() -> Pairs:
     return clean({split: list(_raw_rows(split)) for split in SPLITS})
 
 
+def held_out_pairs() -> list[Row]:
+    """Clean rows of the modules that neither the splits nor the base's pre-training read."""
+    raw = {split: list(_rows_of(HELD_OUT_MODULES)) if split == "test" else [] for split in SPLITS}
+    return clean(raw).rows["test"]
+
+
 def clean(raw: dict[str, list[Row]]) -> Pairs:
     """Drop what is defective by itself, then what repeats an earlier row; order is kept."""
     dropped = dict.fromkeys(DROP_REASONS, 0)
@@ -100,7 +106,11 @@ def shingles(text: str) -> frozenset[str]:
 
 
 def _raw_rows(split: str) -> Iterator[Row]:
-    for source in documented(TASK_MODULES[split]):
+    return _rows_of(TASK_MODULES[split])
+
+
+def _rows_of(modules: frozenset[str]) -> Iterator[Row]:
+    for source in documented(modules):
         if source.signature:  # a module's docstring has no signature to write it from
             output = first_sentence(source.docstring)
             yield {"instruction": INSTRUCTION, "input": source.signature, "output": output}

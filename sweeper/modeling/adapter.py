@@ -12,11 +12,18 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from sweeper.errors import ModelError
+from sweeper.modeling.source import one_line
 from sweeper.modeling.targets import require_matches, resolve_targets
 from sweeper.settings import LoraAdapter, NoAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+OLORA_ON_CONV1D = (
+    "adapter.init_lora_weights=olora does not know this architecture's transposed weights (Conv1D); "
+    "choose default or gaussian, or an NF4 base"
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,13 @@ def attach(model: PreTrainedModel, settings: LoraAdapter) -> PeftModel:
         ModelError: target_modules, modules_to_save or a pattern matches nothing in this model, or this
             architecture cannot be initialised that way.
     """
-    return get_peft_model(model, lora_config(model, settings))
+    config = lora_config(model, settings)
+    try:
+        return get_peft_model(model, config)
+    except (
+        ValueError
+    ) as error:  # PEFT's word for a combination of options that leaves nothing to adapt
+        raise ModelError(one_line("adapter", error)) from error
 
 
 def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
@@ -59,15 +72,12 @@ def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
     names = linear_modules(model)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     if transposed and settings.init_lora_weights == "olora":
-        raise ModelError(
-            "adapter.init_lora_weights=olora does not know this architecture's transposed weights "
-            "(Conv1D); choose default or gaussian, or an NF4 base"
-        )
+        raise ModelError(OLORA_ON_CONV1D)
     require_matches("rank_pattern", list(settings.rank_pattern), names)
     require_matches("alpha_pattern", list(settings.alpha_pattern), names)
     return LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.r,
+        r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=resolve_targets(

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from sweeper.errors import SweeperError
+from sweeper.modeling.check import ModelChecks
 from sweeper.modeling.hardware import device
-from sweeper.modeling.memory_estimate import count_on_meta, estimate_trial
+from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.modeling.source import load_config
 from sweeper.settings import TrialSettings
 
@@ -31,12 +32,13 @@ def footprint(settings: TrialSettings) -> dict[str, Any]:
     Raises:
         ModelError: there is no such model, or the adapter does not fit it.
     """
-    count = count_on_meta(settings)
+    size = ModelChecks().size(settings, device())
+    ranked = settings.with_rank(size.rank)
     return {
-        "trainable": count.trainable,
-        "total": count.total,
-        "artifact_mib": count.trainable * BYTES_OF_FP32 / MIB,
-        "peak_mib": estimate_trial(settings, device(), length=_longest_row(settings)).total,
+        "trainable": size.trainable,
+        "total": size.total,
+        "artifact_mib": size.trainable * BYTES_OF_FP32 / MIB,
+        "peak_mib": estimate_trial(ranked, device(), length=_longest_row(settings)).total,
         "problem": None,
     }
 

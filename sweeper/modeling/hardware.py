@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import platform
+import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -39,14 +42,15 @@ def device() -> torch.device:
 
 
 def device_report(on: torch.device) -> DeviceReport:
-    """Name, capability and memory of a device; a CPU's memory is the machine's."""
+    """Name, capability and memory of a device; a CPU's memory is what this process may use of it."""
     if on.type == "cuda":
         free, total = torch.cuda.mem_get_info(on)
         name, capability = str(torch.cuda.get_device_name(on)), _cuda_capability(on)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         memory = psutil.virtual_memory()
-        free, total = memory.available, memory.total
+        limit = min((memory.total, *_limits()))
+        free, total = min(memory.available, limit), limit
         units = _cpu_bf16_units()
         name, capability, bf16 = platform.processor() or "cpu", "/".join(units), bool(units)
     return DeviceReport(name, capability, bf16, total / 2**20, free / 2**20)
@@ -87,6 +91,30 @@ def _for_cpu(units: tuple[str, ...]) -> Precision:
         "a loss on a CPU must not depend on which CPU it is; this one also computes bfloat16 "
         f"({'/'.join(units)}): model.dtype=bfloat16 is faster",
     )
+
+
+def _limits() -> Iterator[float]:
+    """Bytes that resource limits and control groups (version 2) leave to this process."""
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            yield soft
+    for group in _control_groups():
+        text = group.read_text(encoding="ascii").strip() if group.is_file() else "max"
+        if text != "max":
+            yield int(text)
+
+
+def _control_groups(
+    of: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[Path]:
+    """Where the limits of this process's control group and of those around it stand."""
+    lines = of.read_text(encoding="ascii").splitlines() if of.is_file() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
+    if own is None:
+        return []
+    place = root / own
+    return [place / "memory.max", *(around / "memory.max" for around in place.parents)]
 
 
 def _cpu_bf16_units() -> tuple[str, ...]:

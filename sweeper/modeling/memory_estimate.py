@@ -23,7 +23,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sweeper.errors import ModelError
-from sweeper.modeling.adapter import ParameterCount, attach, count_parameters
+from sweeper.modeling.adapter import attach
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.rehearsal import Peak, Workload, rehearse, trainable
 from sweeper.modeling.source import load_config, one_line
@@ -84,15 +84,41 @@ WORDS = {
 assert list(WORDS) == [field.name for field in fields(MemoryEstimate)]
 
 
-def count_on_meta(settings: TrialSettings) -> ParameterCount:
-    """The parameters of a trial, counted without a weight.
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a training holds whatever its batch."""
 
-    Raises:
-        ModelError: there is no such architecture, or the adapter does not fit it.
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def mib(self) -> float:
+        """All of them."""
+        return (self.weights + self.adapter + self.gradients + self.optimizer) / MIB
+
+
+def hold(
+    model: PreTrainedModel | PeftModel, quantization: Quantization, optim: str, on: torch.device
+) -> Held:
+    """What training this model, built on the meta device, would hold.
+
+    The model's frozen weights get the dtype in which they are held beside quantized ones. The states of
+    a paged optimizer do not count on a GPU: it moves them out of the device's way.
     """
-    config = load_config(settings.model)
-    attn = settings.model.attn_implementation
-    return count_parameters(model_on_meta(config, settings.adapter, torch.float32, attn))
+    packed = quantized_weights(model) if quantization.kind != "none" else {}
+    if packed:
+        _hold_the_rest_in_fp32(model, packed)
+    weights, adapter = _resident_bytes(model, packed, quantization)
+    learned = trainable(model)
+    pages = optim.startswith("paged") and on.type == "cuda"
+    return Held(
+        weights,
+        adapter,
+        gradients=sum(p.numel() * p.element_size() for p in learned),
+        optimizer=0 if pages else sum(state_bytes(p.numel(), optim) for p in learned),
+    )
 
 
 def estimate_trial(
@@ -149,34 +175,32 @@ def estimate(
     Raises:
         ModelError: the adapter does not fit the architecture.
     """
-    trained = isinstance(adapter, NoAdapter)
-    held = torch.float32 if trained else compute_dtype
-    model = model_on_meta(config, adapter, held, attn_implementation)
+    model = model_on_meta(config, adapter, held_dtype(adapter, compute_dtype), attn_implementation)
+    held = hold(model, quantization, workload.optim, on)
+    step = step_workspace([p.numel() for p in trainable(model)], workload.optim, on)
     packed = quantized_weights(model) if quantization.kind != "none" else {}
-    if packed:
-        _hold_the_rest_in_fp32(model, packed)
-    weights, adapted = _resident_bytes(model, packed, quantization)
-    trained_weights = [p.numel() for p in trainable(model)]
-    optimizer = sum(state_bytes(numel, workload.optim) for numel in trained_weights)
-    gradients = sum(p.numel() * p.element_size() for p in trainable(model))
-    step = step_workspace(trained_weights, workload.optim, on)
     unpacked = _largest(packed, compute_dtype)
     peak = rehearse(model, workload, compute_dtype)
     if workload.accumulates:
-        peak = replace(peak, gradients=gradients)
-    if peak.bytes + unpacked >= gradients + step:
+        peak = replace(peak, gradients=held.gradients)
+    if peak.bytes + unpacked >= held.gradients + step:
         workspace = unpacked
     else:  # the optimizer's step needs most
-        peak, workspace = Peak(gradients, 0, 0), step
+        peak, workspace = Peak(held.gradients, 0, 0), step
     return MemoryEstimate(
-        weights=weights / MIB,
-        adapter=0.0 if trained else adapted / MIB,
-        optimizer=optimizer / MIB,
+        weights=held.weights / MIB,
+        adapter=held.adapter / MIB,
+        optimizer=held.optimizer / MIB,
         gradients=peak.gradients / MIB,
         activations=peak.activations / MIB,
         logits=peak.logits / MIB,
         workspace=workspace / MIB,
     )
+
+
+def held_dtype(adapter: LoraAdapter | NoAdapter, compute_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the base's weights: full fine-tuning trains fp32 master weights."""
+    return torch.float32 if isinstance(adapter, NoAdapter) else compute_dtype
 
 
 def model_on_meta(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sweeper.errors import ModelError
-from sweeper.modeling.source import one_line, refuse_foreign
+from sweeper.modeling.source import NO_CODE, one_line, refuse_foreign, require_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,9 +42,13 @@ def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype)
     refuse_foreign(base_folder, str(base_folder))
     if not (adapter_folder / "adapter_config.json").exists():
         raise ModelError(f"{adapter_folder} holds no adapter: no adapter_config.json in it")
+    for folder in (base_folder, adapter_folder):
+        require_safetensors(folder, str(folder))
     try:
         model = _merged(base_folder, adapter_folder, getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(adapter_folder, base_folder))
+        tokenizer = AutoTokenizer.from_pretrained(
+            _with_tokenizer(adapter_folder, base_folder), **NO_CODE
+        )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(one_line(f"{adapter_folder} into {base_folder}", error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,9 @@ def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype)
 
 
 def _merged(base_folder: Path, adapter_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        base_folder, dtype=dtype, use_safetensors=True, **NO_CODE
+    )
     try:
         model = PeftModel.from_pretrained(base, str(adapter_folder))
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)

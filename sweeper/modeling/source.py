@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -32,6 +33,8 @@ MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.mode
 """What is fetched from a hub: safe formats only."""
 NOT_THE_MODEL = ("*/*.safetensors", "*/*.json", "consolidated*")
 """Second copies of the weights that some repositories carry."""
+NO_CODE = {"trust_remote_code": False}
+"""Said at every loading: left open, transformers asks at the terminal whether to run foreign code."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -52,12 +55,21 @@ def find_source(settings: Model) -> Source:
     """
     source = _locate(settings, MODEL)
     refuse_foreign(source.folder, f"model.base_model={settings.base_model!r}")
-    if not any(source.folder.glob("*.safetensors")):
+    require_safetensors(source.folder, f"model.base_model={settings.base_model!r}")
+    return source
+
+
+def require_safetensors(folder: Path, where: str) -> None:
+    """Weights in any other format are not read, though transformers and PEFT would fall back to them.
+
+    Raises:
+        ModelError: the folder has no others.
+    """
+    if not any(folder.glob("*.safetensors")):
         raise ModelError(
-            f"model.base_model={settings.base_model!r}: no *.safetensors weights in {source.folder} "
+            f"{where}: no *.safetensors weights in {folder} "
             "(other formats can run code; save the model again with save_pretrained)"
         )
-    return source
 
 
 def load_config(settings: Model) -> PretrainedConfig:
@@ -69,7 +81,7 @@ def load_config(settings: Model) -> PretrainedConfig:
     source = _locate(settings, CONFIG)
     refuse_foreign(source.folder, f"model.base_model={settings.base_model!r}")
     try:
-        return AutoConfig.from_pretrained(source.folder)
+        return AutoConfig.from_pretrained(source.folder, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
 
@@ -81,14 +93,25 @@ def one_line(where: str, error: BaseException) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, by name."""
+    """sha256 over the safetensors files of a folder, by name; of files that stay as they are, once."""
+    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+
+
+@lru_cache(maxsize=8)
+def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path, _, _ in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def weights_bytes(folder: Path) -> int:
+    """Size of the safetensors files of a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _locate(settings: Model, patterns: Sequence[str]) -> Source:

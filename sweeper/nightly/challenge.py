@@ -6,6 +6,7 @@ Knows the registry and who judges; the decision itself is `sweeper.nightly.champ
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
 from sweeper.errors import WorkerError
 from sweeper.folders import StudyFolder, size_mib, write_atomic
@@ -36,11 +38,20 @@ class Figures(Value):
     tokens: list[int]
     nll: dict[str, list[float]]
     left_out: int = 0
+    general_tokens: list[int] = Field(default_factory=list)
+    general: dict[str, list[float]] = Field(default_factory=dict)
     problem: str | None = None
 
     def of(self, name: str) -> Judged:
         """One model's figures, as of one seed."""
         return Judged(np.array([self.nll[name]]), np.array(self.tokens, dtype=np.float64))
+
+    def forgotten(self, name: str) -> float | None:
+        """Nats per token that one model is worse than the untuned base on general text."""
+        if not self.general_tokens:
+            return None
+        nll = math.fsum(self.general[name]) - math.fsum(self.general[BASE])
+        return nll / sum(self.general_tokens)
 
 
 GateJudge = Callable[[str, dict[str, Path]], Figures]
@@ -115,7 +126,7 @@ def _duel(
         found.of(CHALLENGER),
         None if champion is None else found.of(CHAMPION),
         found.of(BASE),
-        Evidence(size_mib=size_mib(folder.adapter), forgotten=None),
+        Evidence(size_mib=size_mib(folder.adapter), forgotten=found.forgotten(CHALLENGER)),
         rules,
     )
     if decision.verdict == "promoted":

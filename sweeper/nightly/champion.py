@@ -18,6 +18,18 @@ SEED_SPREADS = 2.0
 standard deviations over seeds in 84 % of cases (the difference of two has sqrt(2) of one's)."""
 
 
+class Evidence(Value):
+    """What is known of a challenger besides its losses."""
+
+    size_mib: float
+    forgotten: float | None
+    """Nats that it is worse than the untuned base on general text; None if nobody measured."""
+
+    def __str__(self) -> str:
+        forgotten = "not measured" if self.forgotten is None else f"{self.forgotten:+.4f} nats"
+        return f"forgetting {forgotten}, {self.size_mib:.1f} MiB"
+
+
 class Decision(Value):
     """Whether the champion moved, and on what evidence."""
 
@@ -31,14 +43,7 @@ class Decision(Value):
     margin: float | None = None
     contrast: Contrast | None = None
     """Challenger against champion (or the untuned base, where there is none) on the gate split."""
-
-
-class Evidence(Value):
-    """What is known of a challenger besides its losses."""
-
-    size_mib: float
-    forgotten: float | None
-    """Nats that it is worse than the untuned base on general text; None if nobody measured."""
+    evidence: Evidence | None = None
 
 
 def decide(
@@ -81,9 +86,10 @@ def decide(
         challenger=who,
         champion=holder,
         verdict="promoted" if ahead and not broken else "kept",
-        reason="; ".join([*broken, interval]),
+        reason="; ".join([*broken, interval, str(evidence)]),
         margin=margin,
         contrast=found,
+        evidence=evidence,
     )
 
 
@@ -101,7 +107,8 @@ def _broken_limits(evidence: Evidence, rules: ChampionRules) -> list[str]:
     if rules.max_forgetting is not None:
         limit = f"max_forgetting={rules.max_forgetting:g}"
         if evidence.forgotten is None:
-            broken.append(f"{limit} is asked for, and nobody measured general text")
+            named = "no general text is named (evaluation.general_text.source)"
+            broken.append(f"{limit} is asked for, and {named}")
         elif evidence.forgotten > rules.max_forgetting:
             broken.append(f"it forgot {evidence.forgotten:.4f} nats, over {limit}")
     return broken

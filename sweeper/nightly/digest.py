@@ -18,6 +18,7 @@ from sweeper.folders import StudyFolder, size_mib
 from sweeper.nightly.record import Best, EntryRecord, NightRecord, comparable, last_of, regressed
 from sweeper.nightly.sets import NightlySet
 from sweeper.reporting.sheet import DASH, Sheet, duration, number
+from sweeper.settings import metric_words
 from sweeper.space import Scalar
 
 UNFINISHED = "not finished"
@@ -47,6 +48,7 @@ def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightReco
         ("Failures", list(_failures(record))),
         ("Champions", list(_champions(record, history))),
         ("Cost", list(_cost(record, nightly))),
+        ("Deleted", [f"- {line}" for line in record.tidied]),
         ("Not done", [f"- {problem}" for problem in record.problems]),
         ("Look closer", list(_commands(record, nightly))),
     )
@@ -69,18 +71,28 @@ def _in_short(record: NightRecord) -> str:
 
 def _ran(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
     columns = (
-        *("experiment", "tonight", "trials", "best loss", "last night", "untuned", "time", "ended"),
+        *(
+            "experiment",
+            "tonight",
+            "trials",
+            "metric",
+            "best",
+            "last night",
+            "untuned",
+            "time",
+            "ended",
+        ),
     )
     rows = [
         _row(record.entries.get(entry.label), entry.label, history) for entry in nightly.experiments
     ]
-    words = frozenset({"experiment", "tonight", "ended"})
+    words = frozenset({"experiment", "tonight", "metric", "ended"})
     return Sheet("", columns, tuple(rows), words).markdown()
 
 
 def _row(entry: EntryRecord | None, name: str, history: Sequence[NightRecord]) -> tuple[str, ...]:
     if entry is None:
-        return (name, *[DASH] * 6, "not reached")
+        return (name, *[DASH] * 7, "not reached")
     last = last_of(name, history)
     before = last.best if last and last.best and comparable(entry, last) else None
     best = entry.best
@@ -88,16 +100,17 @@ def _row(entry: EntryRecord | None, name: str, history: Sequence[NightRecord]) -
         name,
         entry.decided.choice if entry.decided else DASH,
         str(sum(entry.causes.values())),
-        _loss(best),
-        _loss(before),
-        number(best.base_loss if best else None, "{:.4f}"),
+        metric_words(best.objective.metric) if best else DASH,
+        _value(best),
+        _value(before),
+        number(best.base_value if best else None, "{:.4f}"),
         duration(entry.seconds),
         entry.status.replace("_", " "),
     )
 
 
-def _loss(best: Best | None) -> str:
-    return number(best.loss if best else None, "{:.4f}")
+def _value(best: Best | None) -> str:
+    return number(best.value if best else None, "{:.4f}")
 
 
 def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
@@ -108,17 +121,21 @@ def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
         before = last.best if last and comparable(entry, last) else None
         if entry.best is None or entry.status == "skipped":
             continue
-        if before is None or entry.best.loss < before.loss:
+        if before is None or entry.best.gain(over=before) > 0:
             point = ", ".join(f"{key}={_short(value)}" for key, value in entry.best.point.items())
-            gain = "" if before is None else f", {before.loss - entry.best.loss:.4f} below the last"
+            gain = (
+                ""
+                if before is None
+                else f", {entry.best.gain(over=before):.4f} better than the last"
+            )
             yield (
-                f"- {entry.name}: best {entry.best.loss:.4f}{gain} "
+                f"- {entry.name}: best {entry.best.value:.4f}{gain} "
                 f"(trial {entry.best.number}: `{point}`)"
             )
         if last is not None and before is None:
             yield (
-                f"- {entry.name}: last night's loss does not compare, it was measured on other "
-                "data or another base model"
+                f"- {entry.name}: last night's value does not compare, it was measured on other "
+                "data, another base model or by another metric"
             )
 
 
@@ -133,9 +150,9 @@ def _regressions(
         last = last_of(entry.name, history)
         if regressed(entry, last, nightly.regression) and entry.best and last and last.best:
             yield (
-                f"- {entry.name}: best {entry.best.loss:.4f}, "
-                f"{entry.best.loss - last.best.loss:.4f} worse than the last one "
-                f"({last.best.loss:.4f}; tolerance {nightly.regression:g})"
+                f"- {entry.name}: best {entry.best.value:.4f}, "
+                f"{-entry.best.gain(over=last.best):.4f} worse than the last one "
+                f"({last.best.value:.4f}; tolerance {nightly.regression:g})"
             )
 
 

@@ -38,6 +38,7 @@ def identity(plan: StudyPlan) -> dict[str, str]:
         key = data.model_dump_json()
         digests[key] = digests.get(key) or load_splits(data).digest
         parts[f"{arm.name}: data digest"] = digests[key]
+        parts[f"{arm.name}: adopted run"] = arm.run_id or "none"
         parts[f"{arm.name}: base model"] = _base_version(arm.settings.model)
         parts |= {f"{arm.name}: space {key}": str(domain) for key, domain in arm.space.items()}
         parts |= {f"{arm.name}: {key}": text for key, text in settings_as_json(arm).items()}

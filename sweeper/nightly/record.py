@@ -16,6 +16,7 @@ from sweeper.folders import NightFolder, NightsFolder, write_atomic
 from sweeper.nightly.champion import Decision
 from sweeper.nightly.sets import Policy
 from sweeper.outcome import Value
+from sweeper.settings import Objective
 from sweeper.space import Scalar
 
 Choice = Literal["new", "continue", "skip"]
@@ -26,7 +27,7 @@ ENDED: frozenset[Status] = frozenset({"done", "cut_short", "failed", "skipped"})
 
 
 JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.max_samples")
-"""Parts of an identity without which two losses do not compare."""
+"""Parts of an identity without which two values do not compare."""
 
 
 class Best(Value):
@@ -34,9 +35,16 @@ class Best(Value):
 
     arm: str
     number: int
-    loss: float
-    base_loss: float
+    value: float
+    """Of the objective's metric, on the validation split."""
+    base_value: float
+    """Of the untuned base."""
+    objective: Objective
     point: dict[str, Scalar]
+
+    def gain(self, over: Best) -> float:
+        """How much better it is than another one; below zero, it is worse."""
+        return self.objective.gain(self.value, over=over.value)
 
 
 class Decided(Value):
@@ -85,6 +93,8 @@ class NightRecord(Value):
     result: Result | None = None
     problems: tuple[str, ...] = ()
     """What could not be written, sent or recorded."""
+    tidied: tuple[str, ...] = ()
+    """What was deleted after the night, a line each."""
     entries: dict[str, EntryRecord] = Field(default_factory=dict)
 
     def with_entry(self, entry: EntryRecord) -> NightRecord:
@@ -126,7 +136,7 @@ def last_of(name: str, history: Sequence[NightRecord]) -> EntryRecord | None:
 
 
 def comparable(entry: EntryRecord, last: EntryRecord) -> bool:
-    """Whether two nights' losses mean the same: the same data, the same base model."""
+    """Whether two nights' values mean the same: the same data, base model and metric."""
     if entry.decided is None or last.decided is None:
         return False
     then, now = last.decided.identity, entry.decided.identity
@@ -137,4 +147,4 @@ def regressed(entry: EntryRecord, last: EntryRecord | None, tolerance: float) ->
     """Whether tonight's best is worse than the last comparable one by more than a tolerance."""
     if last is None or entry.best is None or last.best is None or not comparable(entry, last):
         return False
-    return entry.best.loss > last.best.loss + tolerance
+    return entry.best.gain(over=last.best) < -tolerance

@@ -22,6 +22,7 @@ from sweeper.nightly.champion import Decision
 from sweeper.nightly.claims import Claim, Nights, NightTaken
 from sweeper.nightly.decide import decide, progress
 from sweeper.nightly.digest import UNFINISHED, digest, page
+from sweeper.nightly.housekeeping import tidy
 from sweeper.nightly.nights import Night
 from sweeper.nightly.notify import notify
 from sweeper.nightly.record import (
@@ -39,12 +40,17 @@ from sweeper.nightly.record import (
 )
 from sweeper.nightly.sets import Entry, Loaded, NightlySet, load_set, plan_of
 from sweeper.redaction import redact
-from sweeper.reporting.results import Results, load_results
+from sweeper.reporting.results import ArmResult, Results, load_results
 from sweeper.search.plan import StudyPlan
 from sweeper.session import run_study
+from sweeper.tracking.registry import Registry
 from sweeper.tracking.trackers import make_registry
 
 Clock = Callable[[], datetime]
+TEST_SPLIT_UNREAD = "hydra.sweeper.finalists.test=false"
+"""Of every night's study: looks night after night would wear the test split out (`champion certify`)."""
+OWN_RETENTION = "hydra.sweeper.retention.adapters=null"
+"""The set says what stays on disk (nightly.retention), when all of the night is done."""
 EXIT_CODES: Mapping[Result, int] = {
     "no change": 0,
     "failure": 1,
@@ -247,6 +253,7 @@ class NightRun:
     def _conclude(self) -> Result:
         result = _result(self._record, self._nightly.regression, self._history)
         if self._whole:
+            self._tidy()
             ended = {"ended": self._clock(), "result": result}
             self._record = self._record.model_copy(update=ended)
         self._store()
@@ -259,10 +266,28 @@ class NightRun:
         _say(f"{self._title()}\nDigest     {self._folder.digest}")
         return result
 
+    def _tidy(self) -> None:
+        """Delete what the policy says of this set's studies; whatever goes wrong is only told."""
+        nights = (self._record, *self._history)
+        entries = [entry for night in nights for entry in night.entries.values()]
+        studies = dict.fromkeys(entry.decided.study_name for entry in entries if entry.decided)
+        output_dir = Path(self._nightly.output_dir)
+        try:
+            lines = tidy(self._nightly.retention, list(studies), output_dir, self._registries())
+        except (SweeperError, OSError) as error:
+            self._problem(f"nothing more is deleted after this night: {error}")
+            return
+        self._record = self._record.model_copy(update={"tidied": tuple(lines)})
+
+    def _registries(self) -> list[Registry]:
+        """Each MLflow that experiments of the set are tracked in, once."""
+        trackings = [plan.settings.tracking for plan in self._loaded.plans.values()]
+        different = {each.model_dump_json(): each for each in trackings}
+        return list(filter(None, map(make_registry, different.values())))
+
     def _log(self, text: str) -> None:
         """The page as a run of MLflow, where the set's experiments are tracked."""
-        trackings = [plan.settings.tracking for plan in self._loaded.plans.values()]
-        registry = next(filter(None, map(make_registry, trackings)), None)
+        registry = next(iter(self._registries()), None)
         if registry is None:
             return
         name = f"{self._record.set_name} {self._record.date}"
@@ -306,6 +331,8 @@ def _study_overrides(decided: Decided, limits: Sequence[str]) -> list[str]:
     found = [
         f"hydra.sweeper.study_name={decided.study_name}",
         f"hydra.sweeper.n_trials={decided.n_trials}",
+        TEST_SPLIT_UNREAD,
+        OWN_RETENTION,
         *limits,
     ]
     if decided.warm_start:
@@ -336,20 +363,26 @@ def _with_results(record: EntryRecord, results: Results | None, decided: Decided
         for trial in arm.trials
         if trial.number not in decided.ended_before.get(arm.name, [])
     ]
-    arm = results.arms[0]
-    best = arm.best and Best(
-        arm=arm.name,
-        number=arm.best.number,
-        loss=arm.best.value or 0.0,
-        base_loss=arm.base_value,
-        point=dict(arm.best.point),
-    )
     return record.model_copy(
         update={
             "causes": dict(Counter(trial.outcome.cause for trial in tonight)),
             "seconds": sum(trial.metric("cost/seconds") or 0.0 for trial in tonight),
-            "best": best,
+            "best": _best(results.arms[0]),
         }
+    )
+
+
+def _best(arm: ArmResult) -> Best | None:
+    found = arm.best
+    if found is None or found.value is None:
+        return None
+    return Best(
+        arm=arm.name,
+        number=found.number,
+        value=found.value,
+        base_value=arm.base_value,
+        objective=arm.objective,
+        point=dict(found.point),
     )
 
 

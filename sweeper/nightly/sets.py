@@ -77,6 +77,16 @@ class ChampionRules(Section):
     """Nats that the loss on general text may rise above the untuned base."""
 
 
+class RetentionPolicy(Section):
+    """What stays on disk after a night."""
+
+    keep_adapters: Annotated[int, Field(ge=0)] | None
+    """Best adapters of each of the set's studies; champions stay anyway. null = nothing is deleted."""
+    mlflow_deleted_after: Duration | None
+    """How long runs that were deleted in MLflow can still be restored; null = for ever."""
+    dry_run: bool
+
+
 class NightlySet(Section):
     """One file of conf/nightly/."""
 
@@ -87,8 +97,9 @@ class NightlySet(Section):
     window: Duration
     overlap: Literal["skip", "queue", "replace"]
     regression: Annotated[float, Field(ge=0)]
-    """Nats by which tonight's best may lie above the last comparable one."""
+    """By how much of the objective's metric tonight's best may be worse than the last comparable one."""
     champion: ChampionRules
+    retention: RetentionPolicy
     notify: list[str | None]
     """Apprise URLs, each by reference."""
     output_dir: str = Field(min_length=1)
@@ -181,9 +192,24 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> Loaded:
             plans[entry.label] = plan_of(found, entry)
         except ConfigError as error:
             problems += [f"nightly/{name}, {entry.label}: {words}" for words in error.problems]
+            continue
+        problems += _unmeasurable_limit(found, entry, plans[entry.label])
     if problems:
         raise ConfigError(problems)
     return Loaded(name, found, plans)
+
+
+def _unmeasurable_limit(nightly: NightlySet, entry: Entry, plan: StudyPlan) -> list[str]:
+    """A limit that no night could check would keep every champion from moving."""
+    limit = nightly.champion.max_forgetting
+    named = plan.settings.evaluation.general_text.source is not None
+    if entry.gate is None or limit is None or named:
+        return []
+    return [
+        f"{entry.label}: champion.max_forgetting={limit:g} needs general text to measure it on; name "
+        "one in its overrides (evaluation.general_text.source=FILE), or set "
+        "nightly.champion.max_forgetting=null"
+    ]
 
 
 def plan_of(nightly: NightlySet, entry: Entry, overrides: Sequence[str] = ()) -> StudyPlan:

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from pathlib import Path
 
+ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, BOTTOM = 62, 14, 46
 LEGEND_ROW = 20
@@ -281,6 +283,17 @@ def _short(value: float) -> str:
             unit = 1e3 if letter == "k" else size
             return f"{value / unit:g}{letter}"
     return f"{value:g}"
+
+
+def picture_style() -> str:
+    """The colours of a picture, for light, dark and paper."""
+    return (ASSETS / "picture.css").read_text(encoding="utf-8")
+
+
+def standalone(svg: str) -> str:
+    """A picture with its own colours, as a file that any viewer of SVG shows."""
+    ground = "svg { background: var(--paper); }"
+    return svg.replace("><title>", f"><style>{picture_style()}{ground}</style><title>", 1) + "\n"
 
 
 def _svg(title: str, description: str, width: int, height: int, parts: Sequence[str]) -> str:

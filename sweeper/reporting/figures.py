@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sweeper.reporting.adoption import RATE
 from sweeper.reporting.chart import (
     SERIES,
     Axis,
@@ -20,7 +21,7 @@ from sweeper.reporting.chart import (
 from sweeper.reporting.evidence import EVALUATOR, FEWEST_TRIALS, Evidence
 from sweeper.reporting.ranks import Ladder, rank_ladders
 from sweeper.reporting.results import ArmResult, Results, TrialResult
-from sweeper.reporting.verdict import RATE, label
+from sweeper.reporting.verdict import label
 from sweeper.search.board import format_scalar, short_names
 from sweeper.settings import Objective, metric_words
 

@@ -1,4 +1,4 @@
-"""The arms' winners held against each other on the test split, example by example.
+"""The arms' winners on unseen texts: the test split against each other, general text against the base.
 
 Makes contrasts of what the finalists were judged to lose; knows no study and no worker.
 """
@@ -17,23 +17,32 @@ from sweeper.reporting.verdict import reference_arm
 from sweeper.search.final import ArmFinal
 
 SWITCHED_OFF = "finalists.top=0"
+LEFT_ALONE = "finalists.test=false leaves it unread"
 NOT_ENDED = "the study has not come to its end"
 NO_TEST_SPLIT = "the data have none (set data.test, or data.test_ratio above 0)"
 NO_FIGURES = "not every arm's winner could be judged on it"
+UNTUNED = "untuned"
 OTHER_EXAMPLES = "the arms do not share its examples and their tokens"
 
 
 def settle(results: Results, finals: Mapping[str, ArmFinal]) -> Results:
-    """Results with the finalists' figures, and every arm against its reference on the test split."""
+    """Results with the finalists' figures, and every arm against its reference on the test split.
+
+    Where `results.untested` says why nobody may read it, they are held against their bases alone.
+    """
     arms = tuple(
         replace(arm, final=finals[arm.name].final) if arm.name in finals else arm
         for arm in results.arms
     )
-    settled = replace(results, arms=arms)
+    forgotten = [_forgotten(name, final) for name, final in finals.items()]
+    forgetting = tuple(found for found in forgotten if found is not None)
+    settled = replace(results, arms=arms, forgetting=forgetting)
+    if results.untested is not None:
+        return settled
     compared = [arm for arm in arms if arm.best is not None]
     if any(not arm.facts.rows.get("test", 0) for arm in compared):
         return replace(settled, untested=NO_TEST_SPLIT)
-    if any(not finals[arm.name].seeds or not finals[arm.name].untuned for arm in compared):
+    if not all(_was_tested(finals[arm.name]) for arm in compared):
         return replace(settled, untested=NO_FIGURES)
     reference = reference_arm(settled)
     if reference is None:
@@ -48,12 +57,25 @@ def settle(results: Results, finals: Mapping[str, ArmFinal]) -> Results:
     )
 
 
+def _was_tested(final: ArmFinal) -> bool:
+    return bool(final.losses("test")) and final.untuned.test is not None
+
+
+def _forgotten(arm: str, final: ArmFinal) -> Contrast | None:
+    """The winner against its own base on general text: the difference is what it forgot."""
+    tuned, untuned = final.losses("general"), final.untuned.general
+    if not tuned or untuned is None:
+        return None
+    base = _rows([untuned])
+    return contrast((arm, UNTUNED), _rows(tuned), base, base, split="general text")
+
+
 def _contrast(arm: str, reference: str, finals: Mapping[str, ArmFinal]) -> Contrast | None:
     """Both against the base as the reference holds it, which is one zero line for both.
 
     None if they were judged on different examples, or by different tokenizers.
     """
-    base = finals[reference].untuned
+    base = finals[reference].untuned.test
     assert base is not None
     one, other = _judged(finals[arm]), _judged(finals[reference])
     if not np.array_equal(one.tokens, other.tokens):
@@ -62,7 +84,7 @@ def _contrast(arm: str, reference: str, finals: Mapping[str, ArmFinal]) -> Contr
 
 
 def _judged(final: ArmFinal) -> Judged:
-    return _rows(list(final.seeds.values()))
+    return _rows(final.losses("test"))
 
 
 def _rows(seeds: Sequence[Examples]) -> Judged:

@@ -65,7 +65,7 @@ def failure_sheet(results: Results) -> Sheet | None:
 def _cost_row(arm: ArmResult) -> tuple[str, ...]:
     ends = Counter(trial.outcome.cause for trial in arm.trials)
     failed = sum(ends[cause] for cause in FAILURES)
-    saved = saved_seconds(arm)
+    saved = saved_seconds(arm) if ends["pruned"] else None
     share = None if not saved else 100 * saved / (saved + arm.seconds)
     return (
         *(label(arm), str(len(arm.trials)), str(arm.finished), str(ends["pruned"]), str(failed)),

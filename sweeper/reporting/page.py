@@ -6,6 +6,7 @@ Every text is escaped by the template; only pictures and the rendered data card 
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from sweeper.folders import StudyFolder, write_atomic
+from sweeper.reporting.chart import ASSETS, picture_style, standalone
 from sweeper.reporting.evidence import Evidence, gather
 from sweeper.reporting.figures import Figure, figures
 from sweeper.reporting.ledger import cost_sheet, failure_sheet
 from sweeper.reporting.next_steps import Step, next_steps
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
-from sweeper.reporting.results import ArmResult, Results
+from sweeper.reporting.reasons import reason_sheet
+from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.sheet import DASH, Sheet, duration
 from sweeper.reporting.tables import (
     comparison,
@@ -35,7 +38,6 @@ from sweeper.reporting.tables import (
 from sweeper.reporting.verdict import Verdict, judge, label
 from sweeper.settings import metric_words
 
-ASSETS = Path(__file__).parent / "assets"
 MOST_ROWS = 1000
 """Of a leaderboard, so that a page stays below 2 MB; the rest is in results.json."""
 CARD_CHARS = 100_000
@@ -65,6 +67,13 @@ class Study:
     def sheets(self) -> list[Sheet]:
         """The arms side by side, and under which conditions."""
         return [comparison(self.results), conditions(self.results)]
+
+    @cached_property
+    def reasons(self) -> list[Sheet]:
+        """Why each arm's winner has its settings."""
+        shares = self.evidence.importances
+        sheets = (reason_sheet(arm, shares.get(arm.name, {})) for arm in self.results.arms)
+        return [sheet for sheet in sheets if sheet is not None]
 
     @cached_property
     def figures(self) -> list[Figure]:
@@ -136,7 +145,7 @@ def page(studies: Sequence[Study]) -> str:
         title=", ".join(names),
         studies=studies,
         overview=_overview(studies) if len(studies) > 1 else None,
-        css=Markup((ASSETS / "page.css").read_text(encoding="utf-8")),
+        css=Markup(picture_style() + (ASSETS / "page.css").read_text(encoding="utf-8")),
         script=Markup((ASSETS / "page.js").read_text(encoding="utf-8")),
     )
 
@@ -144,7 +153,7 @@ def page(studies: Sequence[Study]) -> str:
 def write_page(
     results: Results, folder: StudyFolder, storage: optuna.storages.BaseStorage | None = None
 ) -> Path:
-    """Write report.html into a study's folder.
+    """Write report.html into a study's folder, and its pictures as files of their own into figures/.
 
     Args:
         results: the study.
@@ -153,7 +162,22 @@ def write_page(
     """
     study = Study(results, folder, gather(results, folder, storage))
     write_atomic(folder.page, page([study]))
+    write_figures(study.figures, folder.figures)
     return folder.page
+
+
+def write_figures(drawn: Sequence[Figure], folder: Path) -> None:
+    """Write each picture as an SVG file; one of an earlier report that is no more goes."""
+    names = {f"{_file_name(figure.title)}.svg": figure.svg for figure in drawn if figure.svg}
+    for stale in folder.glob("*.svg"):
+        if stale.name not in names:
+            stale.unlink()
+    for name, svg in names.items():
+        write_atomic(folder / name, standalone(svg))
+
+
+def _file_name(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
 
 
 @cache
@@ -193,7 +217,7 @@ def _board(arm: ArmResult, folder: StudyFolder) -> Board:
     sheet = leaderboard(arm, MOST_ROWS)
     trials = arm.trials[:MOST_ROWS]
     rows = [
-        (*row, _again(folder.trial(arm.name, trial.number).path))
+        (*row, _again(trial, folder.trial(arm.name, trial.number).path))
         for row, trial in zip(sheet.rows, trials, strict=True)
     ]
     left = sheet.left | {"train it again"}
@@ -204,8 +228,10 @@ def _board(arm: ArmResult, folder: StudyFolder) -> Board:
     )
 
 
-def _again(folder: Path) -> str:
-    return f"sweeper trial {shlex.quote(folder.as_posix())} --into again"
+def _again(trial: TrialResult, folder: Path) -> str:
+    """Held against its record, if it has a figure of its own."""
+    path = shlex.quote(folder.as_posix())
+    return f"sweeper reproduce {path}" if trial.complete else f"sweeper trial {path} --into again"
 
 
 def _answers(results: Results, evidence: Evidence) -> Sheet | None:

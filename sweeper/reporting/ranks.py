@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.results import ArmResult, Results, TrialResult, equal_size
 from sweeper.reporting.sheet import Sheet, duration, number
 from sweeper.settings import Objective, metric_words
 
@@ -110,10 +110,15 @@ def rank_ladders(results: Results) -> list[Ladder]:
 def rank_ladder(arm: ArmResult, noise: float | None) -> Ladder | None:
     """An arm's ranks; None where fewer than two ranks have a finished trial.
 
+    Nor is there one where the rank follows from the number of trainable parameters: it then stands for
+    the target modules, and a larger one brings no parameters.
+
     Args:
         arm: its trials.
         noise: standard deviation over seeds of the objective.
     """
+    if equal_size(arm):
+        return None
     found: dict[int, list[TrialResult]] = {}
     for trial in arm.trials:
         rank = trial.point.get(RANK)

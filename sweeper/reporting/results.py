@@ -5,9 +5,9 @@ Reads Optuna's storage and the study's folder; needs no worker, no torch and no 
 
 from __future__ import annotations
 
-import math
+import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,17 @@ import optuna
 
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, read_json
-from sweeper.outcome import Facts, Misfit, Outcome, Value
-from sweeper.reporting.intervals import Contrast
+from sweeper.outcome import Adopted, Facts, Misfit, Outcome, Value, device_seconds
+from sweeper.reporting.intervals import Contrast, Estimate
 from sweeper.search.audit import Audit, audit
 from sweeper.search.final import Final
 from sweeper.search.plan import ArmPlan
 from sweeper.search.states import STATES
-from sweeper.search.study import point_of
+from sweeper.search.study import shown_point
 from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
-from sweeper.space import Choice, Interval, Scalar, Space, grid, keys
+from sweeper.space import Choice, Interval, Point, Scalar, Space, grid, keys
 
-FORMAT = 3
+FORMAT = 4
 """Of results.json; another version's is not read."""
 
 
@@ -87,6 +87,8 @@ class ArmResult:
     """Numbers of the trials on the Pareto front of objective and costs."""
     final: Final | None = None
     """How its best configurations did over several seeds, once that is known."""
+    adopted: Adopted | None = None
+    """The earlier run that stands in for its search; costs and settings are then that run's."""
 
     @property
     def base_value(self) -> float:
@@ -145,8 +147,10 @@ class ArmResult:
 
     @property
     def seconds(self) -> float:
-        """Worker time of all trials."""
-        return sum(trial.metric("cost/seconds") or 0.0 for trial in self.trials)
+        """Device time of all trials."""
+        if self.adopted is not None:
+            return self.adopted.seconds
+        return sum(device_seconds(trial.outcome.metrics) for trial in self.trials)
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,8 @@ class Results:
     fairness: Fairness
     contrasts: tuple[Contrast, ...] = ()
     """Arms against their reference on the test split, once finalists were judged on it."""
+    forgetting: tuple[Contrast, ...] = ()
+    """Arms against their untuned base on general text, once finalists were judged on it."""
     untested: str | None = None
     """Why the arms are not compared on the test split, for people."""
     misfits: Mapping[str, Misfit] = field(default_factory=dict)
@@ -180,6 +186,11 @@ class Results:
         """How an arm did on the test split, against its reference."""
         return next((found for found in self.decisive if found.arm == name), None)
 
+    def forgotten(self, name: str) -> Estimate | None:
+        """How much worse an arm's winner is than its base on general text, in nats per token."""
+        found = (each.difference for each in self.forgetting if each.arm == name)
+        return next(found, None)
+
     def seeds(self, name: str) -> int:
         """With how many seeds an arm's best configuration was judged: on the test split, or once."""
         counts = {
@@ -193,12 +204,14 @@ class Results:
 def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
     """What an arm has so far, from its storage."""
     facts = Facts.model_validate(study.user_attrs["facts"])
+    stored = study.user_attrs.get("adopted")
+    adopted = None if stored is None else Adopted.model_validate(stored)
     trials = [
         TrialResult(
             arm.name,
             frozen.number,
-            point_of(frozen),
-            Outcome.model_validate(frozen.user_attrs["outcome"]),
+            shown_point(frozen),
+            _at_the_costs_of(adopted, Outcome.model_validate(frozen.user_attrs["outcome"])),
             bool(frozen.user_attrs.get("audited", False)),
         )
         for frozen in study.get_trials(deepcopy=False)
@@ -216,18 +229,66 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         objective=arm.settings.objective,
         facts=facts,
         trials=rank(trials, arm.settings.objective),
-        settings=flatten(arm.settings.trial.model_dump(mode="json")),
+        settings=_settings(arm, adopted),
         ranges=number_ranges(arm.space),
-        exhaustive=arm.sampler.name == "grid" and arm.n_trials >= sum(1 for _ in grid(arm.space)),
+        exhaustive=arm.sampler.name == "grid" and _has_all_of(arm.n_trials, grid(arm.space)),
         costs=tuple(costs),
         front=tuple(front),
+        adopted=adopted,
     )
 
 
-def test_figures(arm: ArmResult) -> dict[str, float]:
-    """What an arm's winner is worth on the test split, as metrics; none before it was judged there."""
-    loss = None if arm.final is None else arm.final.test_loss
-    return {} if loss is None else {"test/loss": loss, "test/perplexity": math.exp(loss)}
+def _has_all_of(count: int, points: Iterable[object]) -> bool:
+    """Without going through all of a grid that has far more."""
+    return sum(1 for _ in itertools.islice(points, count + 1)) <= count
+
+
+def equal_size(arm: ArmResult) -> bool:
+    """Whether the arm's ranks follow from adapter.trainable_parameters."""
+    key = "adapter.trainable_parameters"
+    return arm.settings.get(key) is not None or any(key in trial.point for trial in arm.trials)
+
+
+def _at_the_costs_of(adopted: Adopted | None, outcome: Outcome) -> Outcome:
+    """What a training cost, where only a judgement was paid here."""
+    if adopted is None:
+        return outcome
+    own = {
+        name: value
+        for name, value in outcome.metrics.items()
+        if not name.startswith("cost/") or name == "cost/artifact_mib"
+    }
+    return outcome.model_copy(update={"metrics": {**own, **adopted.costs}})
+
+
+def _settings(arm: ArmPlan, adopted: Adopted | None) -> dict[str, Any]:
+    """The arm's, as dotted keys; how an adopted model was trained only its run knows."""
+    settings = flatten(arm.settings.trial.model_dump(mode="json"))
+    if adopted is None:
+        return settings
+    kept = {key: value for key, value in settings.items() if not key.startswith("training.")}
+    trained = {key: text for key, text in adopted.params.items() if key.startswith("training.")}
+    return {**kept, **{key: _number(text) for key, text in trained.items()}}
+
+
+def _number(text: str) -> int | float | str:
+    """A parameter as it was before MLflow made it a text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def headline(results: Results) -> tuple[dict[str, float], Point]:
+    """What a study's own run shows: the figures and the point of the first arm's best trial."""
+    arm = results.arms[0] if results.arms else None
+    if arm is None or arm.best is None:
+        return {}, {}
+    unseen = {} if arm.final is None else arm.final.metrics
+    name = f"{arm.name}/{arm.best.number:04d}"
+    return {**arm.best.outcome.metrics, **unseen}, {"trial": name, **arm.best.point}
 
 
 def number_ranges(space: Space) -> dict[str, Range]:
@@ -304,6 +365,7 @@ def to_document(results: Results) -> dict[str, Any]:
         "objective": results.objective.model_dump(mode="json"),
         "fairness": results.fairness.model_dump(mode="json"),
         "contrasts": [contrast.model_dump(mode="json") for contrast in results.contrasts],
+        "forgetting": [contrast.model_dump(mode="json") for contrast in results.forgetting],
         "untested": results.untested,
         "misfits": {name: found.model_dump(mode="json") for name, found in results.misfits.items()},
         "arms": {
@@ -318,6 +380,7 @@ def to_document(results: Results) -> dict[str, Any]:
                 "best": None if arm.best is None else arm.best.number,
                 "costs": list(arm.costs),
                 "front": list(arm.front),
+                "adopted": None if arm.adopted is None else arm.adopted.model_dump(mode="json"),
                 "final": None if arm.final is None else arm.final.model_dump(mode="json"),
                 "audit": None if arm.audit is None else asdict(arm.audit),
                 "trials": [
@@ -345,6 +408,7 @@ def from_document(document: Mapping[str, Any]) -> Results:
         arms=tuple(_arm(name, arm, objective) for name, arm in document["arms"].items()),
         fairness=Fairness.model_validate(document["fairness"]),
         contrasts=tuple(Contrast.model_validate(found) for found in document["contrasts"]),
+        forgetting=tuple(Contrast.model_validate(found) for found in document["forgetting"]),
         untested=document["untested"],
         misfits={name: Misfit.model_validate(found) for name, found in document["misfits"].items()},
     )
@@ -376,4 +440,7 @@ def _arm(name: str, document: Mapping[str, Any], objective: Objective) -> ArmRes
         costs=tuple(document["costs"]),
         front=tuple(document["front"]),
         final=None if document["final"] is None else Final.model_validate(document["final"]),
+        adopted=None
+        if document["adopted"] is None
+        else Adopted.model_validate(document["adopted"]),
     )

@@ -54,6 +54,11 @@ def number(value: float | None, form: str = "{:,.0f}") -> str:
     return DASH if value is None else form.format(value)
 
 
+def counted(count: float, noun: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{count:,.0f} {noun}" + "s" * (count != 1)
+
+
 def duration(seconds: float | None) -> str:
     """Seconds, minutes or hours as a cell."""
     if seconds is None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sweeper.outcome import Facts
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
-from sweeper.reporting.results import ArmResult, Results, TrialResult
-from sweeper.reporting.sheet import DASH, Sheet, duration, number
+from sweeper.reporting.results import ArmResult, Results, TrialResult, equal_size
+from sweeper.reporting.sheet import DASH, Sheet, counted, duration, number
 from sweeper.reporting.verdict import judge, label
 from sweeper.search.board import short_names
 from sweeper.settings import metric_words
@@ -15,6 +15,7 @@ def comparison(results: Results) -> Sheet:
     """One row per untuned base and one per arm's best trial: what it reaches and what it costs.
 
     `vs base` is the value minus the base's: a loss that fell is negative, a ROUGE that rose positive.
+    `forgetting` is that of the loss on general text, in nats: what was forgotten is positive.
     """
     tested = {
         name: loss
@@ -25,14 +26,16 @@ def comparison(results: Results) -> Sheet:
         if arm.final is not None and arm.final.test_loss is not None:
             tested[arm.name] = arm.final.test_loss
     trained = trained_by_full(results)
-    rows = [*_base_rows(results), *(_arm_row(arm, trained, tested) for arm in results.arms)]
+    forgot = {found.arm: found.difference.value for found in results.forgetting}
+    rows = [*_base_rows(results), *(_arm_row(arm, trained, tested, forgot) for arm in results.arms)]
     columns = (
         *("method", "trainable", "of base", "of total", "fewer"),
         *(metric_words(results.objective.metric), "vs base", "perplexity"),
-        *("test loss", "time/trial", "memory", "artifact"),
+        *("test loss", "forgetting", "time/trial", "memory", "artifact"),
     )
     sheet = Sheet("Arms side by side", columns, tuple(rows), frozenset({"method"}))
-    return sheet if tested else sheet.without("test loss")
+    sheet = sheet if tested else sheet.without("test loss")
+    return sheet if results.forgetting else sheet.without("forgetting")
 
 
 def conditions(results: Results) -> Sheet:
@@ -71,10 +74,11 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> Sheet:
     """An arm's trials, the best first."""
     keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
-    columns += (metric_words(arm.objective.metric), "time", "ended")
+    columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
-    title = f"{arm.name}: {arm.tried} trials, {duration(arm.seconds)} in all"
-    return Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in all"
+    sheet = Sheet(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    return sheet if equal_size(arm) else sheet.without("trainable")
 
 
 def pareto_front(arm: ArmResult) -> Sheet:
@@ -146,16 +150,18 @@ def _base_rows(results: Results) -> list[tuple[str, ...]]:
         (
             *(f"untuned, {base}", "0", DASH, DASH, DASH, f"{arm.base_value:.4f}", DASH),
             number(arm.facts.base_metrics.get("eval/perplexity"), "{:.2f}"),
-            *(number(tested.get(base), "{:.4f}"), DASH, DASH, DASH),
+            *(number(tested.get(base), "{:.4f}"), DASH, DASH, DASH, DASH),
         )
         for base, arm in bases.items()
     ]
 
 
-def _arm_row(arm: ArmResult, trained: float, tested: dict[str, float]) -> tuple[str, ...]:
+def _arm_row(
+    arm: ArmResult, trained: float, tested: dict[str, float], forgot: dict[str, float]
+) -> tuple[str, ...]:
     best = arm.best
     if best is None:
-        return (label(arm), *([DASH] * 11))
+        return (label(arm), *([DASH] * 12))
     assert best.value is not None
     trainable = best.metric("parameters/trainable")
     fewer = None if trainable is None or not trained else 100 * (1 - trainable / trained)
@@ -169,6 +175,7 @@ def _arm_row(arm: ArmResult, trained: float, tested: dict[str, float]) -> tuple[
         f"{best.value - arm.base_value:+.4f}",
         number(best.metric("best/eval_perplexity"), "{:.2f}"),
         number(tested.get(arm.name), "{:.4f}"),
+        number(forgot.get(arm.name), "{:+.4f}"),
         duration(arm.seconds_per_trial),
         number(best.metric("cost/peak_memory_mib"), "{:,.0f} MiB"),
         number(best.metric("cost/artifact_mib"), "{:.2f} MiB"),
@@ -179,19 +186,19 @@ def _condition_row(results: Results, arm: ArmResult) -> tuple[str, ...]:
     if arm.best is None:
         return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
     micro = arm.setting("training.per_device_train_batch_size")
-    batch = micro * arm.setting("training.gradient_accumulation_steps")
+    accumulated = arm.setting("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
-    ends = DASH if searched is None else f"{searched.values[0]:.2g}…{searched.values[-1]:.2g}"
+    rates = searched.values if searched is not None else arm.adopted.rates if arm.adopted else ()
     return (
         label(arm),
-        str(arm.tried),
+        str(arm.tried) if arm.adopted is None else f"{arm.adopted.trials} of that run's search",
         str(results.seeds(arm.name)),
         _weights(arm),
         arm.facts.dtype,
-        arm.setting("training.optim"),
-        str(batch),
-        f"{arm.setting('training.learning_rate'):.3g}",
-        ends,
+        arm.setting("training.optim") or DASH,
+        str(micro * accumulated) if micro and accumulated else DASH,
+        number(arm.setting("training.learning_rate"), "{:.3g}"),
+        f"{rates[0]:.2g}…{rates[-1]:.2g}" if rates else DASH,
         duration(arm.seconds),
     )
 
@@ -209,6 +216,7 @@ def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ..
         str(place),
         str(trial.number),
         *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+        number(trial.metric("parameters/trainable")),
         number(trial.value, "{:.4f}"),
         duration(trial.metric("cost/seconds")),
         trial.outcome.cause,

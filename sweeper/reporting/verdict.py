@@ -9,21 +9,20 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
 from sweeper.outcome import Misfit
+from sweeper.reporting.adoption import OUTER, RATE, place_in_range, strangeness
 from sweeper.reporting.intervals import Estimate
-from sweeper.reporting.results import ArmResult, Range, Results
+from sweeper.reporting.results import ArmResult, Range, Results, TrialResult
+from sweeper.reporting.sheet import counted
 from sweeper.search.board import short_names
 from sweeper.settings import Objective, metric_words
 
-RATE = "training.learning_rate"
-OUTER = 0.1
-"""Share of a range's logarithm at either end within which a best rate says: look further."""
 FULL = "full fine-tuning"
 HALF_DECADE = 10**0.5
 
@@ -41,6 +40,8 @@ class Side:
     test_loss: float | None
     """Mean over the seeds on the test split, if it was judged there."""
     untuned_test_loss: float | None
+    forgetting: Estimate | None
+    """How much worse than its untuned base it is on general text, in nats per token."""
     seeds: int
     trials: int
     trainable: float | None
@@ -49,6 +50,8 @@ class Side:
     seconds_per_trial: float | None
     peak_memory_mib: float | None
     artifact_mib: float | None
+    run_id: str | None = None
+    """The MLflow run it was adopted from; trials and times are then of that run and its search."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def judge(results: Results) -> Verdict:
     """The verdict on a study as far as it has come.
 
     PROVISIONAL is its first word while an arm's best learning rate lies in the outer tenth of its
-    range, or while an arm's budget lies below the rule (conf/hydra/sweeper/study.yaml, fairness).
+    range, while an arm's budget lies below the rule (conf/hydra/sweeper/study.yaml, fairness), or while
+    an adopted arm was trained on something else, or nobody knows how it was searched.
     """
     sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
     reference = reference_arm(results)
@@ -151,7 +155,7 @@ def judge(results: Results) -> Verdict:
         if reference is not None and reference.name in sides and name != reference.name
     ]
     failed = [(label(arm), _endings(arm)) for arm in results.arms if arm.best is None]
-    doubts = [*_edges(results), *_budgets(results)] if sides else []
+    doubts = [*_edges(results), *_budgets(results), *_adoptions(results)] if sides else []
     return Verdict(
         results.objective,
         tuple(sides.values()),
@@ -164,7 +168,9 @@ def judge(results: Results) -> Verdict:
 
 
 def label(arm: ArmResult) -> str:
-    """The method, and the arm's name where that says more."""
+    """The method, and the arm's name, or the run it was adopted from, where that says more."""
+    if arm.adopted is not None:
+        return f"{arm.method} (run {arm.adopted.short})"
     return arm.method if arm.name in ("lora", "full") else f"{arm.method} ({arm.name})"
 
 
@@ -188,19 +194,27 @@ def _side(results: Results, arm: ArmResult) -> Side:
     return Side(
         arm=arm.name,
         label=label(arm),
-        point=", ".join(f"{name}={value}" for name, value in short_names(best.point).items()),
+        point=_point(arm, best),
         value=best.value,
         base_value=arm.base_value,
         test_loss=None if arm.final is None else arm.final.test_loss,
         untuned_test_loss=None if arm.final is None else arm.final.untuned_test_loss,
+        forgetting=results.forgotten(arm.name),
         seeds=results.seeds(arm.name),
-        trials=arm.tried,
+        trials=arm.tried if arm.adopted is None else arm.adopted.trials,
         trainable=best.metric("parameters/trainable"),
         device_seconds=arm.seconds,
         seconds_per_trial=arm.seconds_per_trial,
         peak_memory_mib=best.metric("cost/peak_memory_mib"),
         artifact_mib=best.metric("cost/artifact_mib"),
+        run_id=None if arm.adopted is None else arm.adopted.run_id,
     )
+
+
+def _point(arm: ArmResult, best: TrialResult) -> str:
+    if arm.adopted is not None:
+        return f"adopted from MLflow run {arm.adopted.run_id}"
+    return ", ".join(f"{name}={value}" for name, value in short_names(best.point).items())
 
 
 def _duel(results: Results, side: Side, reference: Side) -> Duel:
@@ -244,7 +258,7 @@ def _edges(results: Results) -> Iterator[Doubt]:
             continue
         rate = float(arm.setting(RATE))
         low, high = found.values[0], found.values[-1]
-        place = math.log(rate / low) / math.log(high / low)
+        place = place_in_range(rate, low, high)
         if OUTER <= place <= 1 - OUTER:
             continue
         reason = (
@@ -282,27 +296,41 @@ def _budgets(results: Results) -> Iterator[Doubt]:
     A grid that was walked to its end lacks no budget, and an arm that only failed needs another space.
     """
     rule = results.fairness
-    largest = max(results.arms, key=lambda arm: _spent(arm, rule.equal))
-    for arm in results.arms:
+    searched = [arm for arm in results.arms if arm.adopted is None]
+    if not searched:
+        return
+    largest = max(searched, key=lambda arm: _spent(arm, rule.equal))
+    for arm in searched:
         if arm.tried >= arm.wanted and (arm.exhaustive or arm.best is None):
             continue  # nothing new to try, or nothing that more trials would mend
         spent, most = _spent(arm, rule.equal), _spent(largest, rule.equal)
         if arm.finished < rule.min_finished:
             factor = rule.min_finished / max(arm.finished, 1)
             reason = (
-                f"{label(arm)} has {arm.finished} finished trials, fewer than "
+                f"{label(arm)} has {counted(arm.finished, 'finished trial')}, fewer than "
                 f"fairness.min_finished={rule.min_finished}"
             )
         elif spent < (1 - rule.tolerance) * most:
             factor = most / spent if spent else 2.0
-            unit = rule.equal.replace("_", "-")
+            unit = rule.equal.replace("_", "-").removesuffix("s")
             reason = (
-                f"{label(arm)} was searched with {spent:,.0f} {unit} against {most:,.0f} of "
+                f"{label(arm)} was searched with {counted(spent, unit)} against {most:,.0f} of "
                 f"{label(largest)}"
             )
         else:
             continue
         yield Doubt(arm.name, reason, _extended(results, arm, factor))
+
+
+def _adoptions(results: Results) -> Iterator[Doubt]:
+    """What keeps an adopted model from being a fair baseline; training one's own settles it."""
+    name = f"{results.study_name}_own_baseline"
+    command = with_override(results.command, "hydra.sweeper.study_name", name)
+    command = with_override(command, "hydra.sweeper.baseline.run_id", "null")
+    for arm in results.arms:
+        if arm.best is not None:
+            for reason in strangeness(arm, results.fairness):
+                yield Doubt(arm.name, f"{label(arm)} {reason}", command)
 
 
 def _spent(arm: ArmResult, unit: str) -> float:
@@ -325,8 +353,10 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield from _duel_words(duel)
     if not verdict.duels:
         yield from (_alone(side, verdict.objective) for side in verdict.sides)
+    yield from _adoption_words(verdict.sides)
+    yield from _forgetting_words(verdict.sides)
     if not verdict.sides:
-        yield "No trial has finished yet, so there is nothing to compare."
+        yield "No trial has finished, so there is nothing to compare."
     elif not verdict.duels:
         yield "There is no other arm with a finished trial to compare it with."
     for name, endings in verdict.failed:
@@ -336,6 +366,23 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
     if verdict.sides and verdict.untested is not None:
         yield f"Not judged on the test split: {verdict.untested}."
+
+
+def _adoption_words(sides: Sequence[Side]) -> Iterator[str]:
+    for side in sides:
+        if side.run_id is not None:
+            yield (
+                f"{_capital(side.label)} was not trained here: it is MLflow run {side.run_id}, judged "
+                f"anew on this study's rows, of a search of {side.trials} finished trials."
+            )
+
+
+def _forgetting_words(sides: Sequence[Side]) -> Iterator[str]:
+    """What tuning did to the loss on text that is not about the task."""
+    found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
+    if found:
+        each = [f"{name} {_with_interval(forgot, '{:+.4f}', '')}" for name, forgot in found]
+        yield f"Forgetting (loss on general text against the untuned base): {', '.join(each)} nats."
 
 
 def _alone(side: Side, objective: Objective) -> str:
@@ -382,6 +429,8 @@ def _duel_words(duel: Duel) -> Iterator[str]:
 def _who_is_ahead(duel: Duel) -> str:
     size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
     if duel.difference.low is None:
+        if f"{duel.difference.value:.4f}".lstrip("-") == "0.0000":
+            return "The difference is below 0.0001, with no interval to tell whose it is."
         leader = _capital(duel.better.label)
         return f"{leader} is ahead by {size}, with no interval to tell it from a tie."
     ends = f"95 % interval {duel.difference.low:+.4f} to {duel.difference.high:+.4f}"

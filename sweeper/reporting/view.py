@@ -6,11 +6,10 @@ The driver fills the board; a view only draws it.
 from __future__ import annotations
 
 import io
-import sys
 import time
-from typing import Self
+from typing import Literal, Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -18,21 +17,23 @@ from rich.text import Text
 
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
 from sweeper.reporting.results import Results
+from sweeper.reporting.sheet import duration
 from sweeper.reporting.tables import comparison, conditions, finalists, leaderboard, pareto_front
 from sweeper.reporting.verdict import judge
-from sweeper.search.board import Board, TrialView, View, format_scalar
+from sweeper.search.board import OPEN, Board, TrialView, View, format_scalar
 from sweeper.settings import metric_words
 
+Verbosity = Literal["quiet", "normal", "verbose"]
 MAX_ROWS = 20
 LEADERBOARD_ROWS = 10
 PICTURE_COLUMNS = 140
-PLAIN_COLUMNS = 140
 STYLES = {
     "finished": "green",
     "early_stopped": "green",
     "pruned": "yellow",
     "running": "cyan",
     "waiting": "dim",
+    "paused": "dim",
     "cancelled": "dim",
     "duplicate": "dim",
 }
@@ -59,6 +60,30 @@ class PlainView:
         """See View."""
 
 
+class QuietView(PlainView):
+    """Nothing until the answer."""
+
+    def event(self, text: str) -> None:
+        """See View."""
+
+
+class VerboseView(PlainView):
+    """One line an event, and one an evaluation."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._shown: dict[str, float] = {}
+
+    def update(self, board: Board) -> None:
+        """See View."""
+        for trial in board.current():
+            if trial.value is None or trial.state != "running":
+                continue
+            if self._shown.get(trial.key) != trial.value:
+                self._shown[trial.key] = trial.value
+                self.event(_evaluation(trial, board))
+
+
 class LiveView(PlainView):
     """The same lines, and under them a table that is drawn again while it changes."""
 
@@ -80,20 +105,19 @@ class LiveView(PlainView):
         """See View."""
         self._board = board
 
-    def _draw(self) -> Table | Text:
+    def _draw(self) -> Group | Text:
         return Text("starting …") if self._board is None else board_table(self._board)
 
 
-def make_view(console: Console) -> View:
+def make_view(console: Console, verbosity: Verbosity = "normal") -> View:
     """The live table on a terminal with colours, plain lines everywhere else."""
-    if console.is_terminal and not console.no_color:
+    if verbosity == "quiet":
+        return QuietView(console)
+    if verbosity == "verbose":
+        return VerboseView(console)
+    if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         return LiveView(console)
     return PlainView(console)
-
-
-def make_console() -> Console:
-    """Where everything is printed; wide enough for a table when it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else PLAIN_COLUMNS)
 
 
 def print_results(results: Results, console: Console) -> None:
@@ -114,6 +138,11 @@ def print_results(results: Results, console: Console) -> None:
     console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_answer(results: Results, console: Console) -> None:
+    """The verdict alone, in words."""
+    console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
+
+
 def picture(results: Results) -> str:
     """The comparison and the verdict as SVG, for a README or a slide."""
     console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
@@ -122,35 +151,47 @@ def picture(results: Results) -> str:
     return console.export_svg(title=f"python -m sweeper {results.command}")
 
 
-def board_table(board: Board) -> Table:
-    """The running arm's trials, the newest last."""
+def board_table(board: Board) -> Group:
+    """A headline, and the running arm's trials, the newest last."""
     trials = board.current()
     keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
-    table = Table(
-        title=_headline(board, trials), title_justify="left", title_style="bold", box=None
-    )
+    table = Table(box=None)
     for name in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
         table.add_column(name, justify="right" if name == "trial" else "left")
     objective = board.objective
     judged, valued = objective.judged_while_training, objective.metric
     best_of = "best" if judged == valued else metric_words(valued)
-    for name in ("progress", "tokens/s", metric_words(judged), best_of, "state"):
+    for name in ("progress", "left", "tokens/s", metric_words(judged), best_of, "state"):
         table.add_column(name, justify="right")
-    values = (t.best for t in trials if t.best is not None and t.state in STYLES)
-    best = min(values, key=objective.order, default=None)
     for trial in trials[-MAX_ROWS:]:
-        table.add_row(*_cells(trial, keys, best))
-    return table
+        table.add_row(*_cells(trial, keys, best=trial is board.best))
+    # above the table, for a title would be as narrow as its table
+    return Group(Text(_headline(board, trials), style="bold"), table)
 
 
 def _headline(board: Board, trials: list[TrialView]) -> str:
-    done = sum(trial.state not in ("running", "waiting", "cancelled") for trial in trials)
+    done = sum(trial.state not in OPEN for trial in trials)
     base = "" if board.base_value is None else f"   untuned base {board.base_value:.4f}"
-    left = f"   {board.left}" if board.left else ""
-    return f"{board.arm}: {done} of {board.wanted} trials{base}{left}"
+    best = (
+        "" if board.best is None else f"   best {board.best.best:.4f} (trial {board.best.number})"
+    )
+    time_left = (
+        "" if board.seconds_left is None else f"   about {duration(board.seconds_left)} left"
+    )
+    left = "".join(f"   {words}" for words in (board.left, board.note) if words)
+    return f"{board.arm}: {done} of {board.wanted} trials{base}{best}{time_left}{left}"
 
 
-def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text | ProgressBar]:
+def _evaluation(trial: TrialView, board: Board) -> str:
+    judged = metric_words(board.objective.judged_while_training)
+    speed = f", {trial.tokens_per_second:,.0f} tokens/s" if trial.tokens_per_second else ""
+    left = trial.seconds_left()
+    time_left = "" if left is None else f", {duration(left)} left"
+    step = f"step {trial.step} of {trial.total_steps}"
+    return f"{trial.key} {step}: {judged} {trial.value:.4f}{speed}{time_left}"
+
+
+def _cells(trial: TrialView, keys: list[str], best: bool) -> list[Text | ProgressBar]:
     style = STYLES.get(trial.state, "red")
     running = trial.state == "running"
     bar: Text | ProgressBar = Text("")
@@ -159,15 +200,14 @@ def _cells(trial: TrialView, keys: list[str], best: float | None) -> list[Text |
     elif trial.seconds is not None:
         bar = Text(f"{trial.seconds:.0f} s")
     speed = f"{trial.tokens_per_second:,.0f}" if running and trial.tokens_per_second else ""
-    is_best = best is not None and trial.best == best
+    left = trial.seconds_left() if running else None
     return [
         Text(str(trial.number)),
         *(Text(format_scalar(trial.point.get(key, ""))) for key in keys),
         bar,
+        Text("" if left is None else duration(left)),
         Text(speed),
         Text("" if trial.value is None else f"{trial.value:.4f}"),
-        Text(
-            "" if trial.best is None else f"{trial.best:.4f}", style="bold green" if is_best else ""
-        ),
+        Text("" if trial.best is None else f"{trial.best:.4f}", style="bold green" if best else ""),
         Text(trial.state, style=style),
     ]

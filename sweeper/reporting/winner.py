@@ -14,6 +14,7 @@ from sweeper import stand_ins
 from sweeper.compose import read_yaml, to_yaml
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, TrialFolder
+from sweeper.manifest import verify_manifest
 from sweeper.reporting.results import ArmResult, Results, TrialResult
 from sweeper.reporting.verdict import label
 from sweeper.search.board import short_names
@@ -45,15 +46,21 @@ class Winner:
             raise StudyError(f"{path}: no such file; the trial's folder was removed or moved")
         return validate(TrialSettings, read_yaml(path))
 
-    @property
+    @cached_property
     def artifact(self) -> Path:
         """Its adapter, or its weights.
 
         Raises:
             StudyError: it has none.
+            ArtifactError: it is not what its manifest says.
         """
         if self.folder.artifact is None:
-            raise StudyError(f"{self.folder.path} holds neither adapter/ nor model/")
+            raise StudyError(
+                f"{self.folder.path} holds neither adapter/ nor model/: they were removed when the "
+                "study ended (hydra.sweeper.retention.adapters=null keeps all), or were never stored; "
+                f"train them again with: sweeper trial {self.folder.path} --into FOLDER"
+            )
+        verify_manifest(self.folder.artifact)
         return self.folder.artifact
 
     @property
@@ -169,7 +176,7 @@ def _serving(winner: Winner, path: str) -> str:
     """vLLM's line, or why vLLM has to be given the merged model."""
     adapter = winner.settings.adapter
     assert isinstance(adapter, LoraAdapter)
-    largest = max(adapter.r, *adapter.rank_pattern.values(), 0)
+    largest = max(adapter.rank, *adapter.rank_pattern.values(), 0)
     rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
     reasons = {
         "DoRA": adapter.use_dora,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 from sweeper.outcome import Outcome
 from sweeper.settings import Objective, metric_words
 from sweeper.space import Scalar
+
+OPEN = frozenset({"waiting", "running", "cancelled"})
+"""States of trials that are still to be trained."""
+COUNTED = frozenset({"finished", "early_stopped", "pruned"})
+COMPARABLE = COUNTED | {"running", "duplicate"}
 
 
 @dataclass
@@ -29,8 +35,28 @@ class TrialView:
     best: float | None = None
     """Of the objective; while the trial runs only where that is what pruning goes by."""
     tokens_per_second: float | None = None
-    started: float = field(default_factory=time.monotonic)
     seconds: float | None = None
+    """Worker time, once it ended."""
+    _since: tuple[float, int] | None = None
+    """Time and step of the attempt's first progress."""
+
+    def progressed(
+        self, step: int, total_steps: int, tokens_per_second: float, now: float | None = None
+    ) -> None:
+        """Take note of steps; `now` by time.monotonic."""
+        now = time.monotonic() if now is None else now
+        if self._since is None or step < self._since[1]:  # a new attempt begins further back
+            self._since = (now, step)
+        self.step, self.total_steps = step, total_steps
+        self.tokens_per_second = tokens_per_second
+
+    def seconds_left(self, now: float | None = None) -> float | None:
+        """Until its last step, at the pace so far; None before there is one."""
+        now = time.monotonic() if now is None else now
+        if self._since is None or self.step <= self._since[1]:
+            return None
+        pace = (now - self._since[0]) / (self.step - self._since[1])
+        return pace * (self.total_steps - self.step)
 
     def evaluated(self, value: float, objective: Objective) -> None:
         """Take note of an evaluation."""
@@ -73,6 +99,8 @@ class Board:
         self.wanted = 0
         self.base_value: float | None = None
         self.left = ""
+        self.note = ""
+        """What a person asked for while it runs: paused, stopping."""
         self.trials: dict[str, TrialView] = {}
 
     def open_arm(self, arm: str, wanted: int, base_value: float) -> None:
@@ -82,6 +110,23 @@ class Board:
     def add(self, trial: TrialView) -> None:
         """Show a trial."""
         self.trials[trial.key] = trial
+
+    @property
+    def best(self) -> TrialView | None:
+        """The best of the arm that runs, among the trials that may be compared."""
+        found = [t for t in self.current() if t.best is not None and t.state in COMPARABLE]
+        return min(found, key=lambda trial: self.objective.order(trial.best or 0.0), default=None)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the arm that runs, by the median trial and the busy workers; None before a trial ended."""
+        trials = self.current()
+        known = [trial.seconds for trial in trials if trial.seconds and trial.state in COUNTED]
+        left = self.wanted - sum(trial.state not in OPEN for trial in trials)
+        if not known or left <= 0:
+            return None
+        busy = sum(trial.state == "running" for trial in trials)
+        return statistics.median(known) * left / max(1, busy)
 
     def current(self) -> list[TrialView]:
         """The trials of the arm that runs."""

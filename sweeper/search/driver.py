@@ -8,26 +8,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sweeper.errors import ConfigError, StudyError
+from sweeper.errors import ConfigError, Refused, StudyError
 from sweeper.folders import StudyFolder
 from sweeper.interrupt import Interrupt
-from sweeper.outcome import Facts, Outcome
+from sweeper.outcome import Adopted, Facts, Outcome, Size
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
+from sweeper.search.sizes import Sizes, decided, recorded
 from sweeper.search.states import MAX_ATTEMPTS, STATES, counts, feasible, judged, tell
-from sweeper.search.study import adopt, ask_again, counted, point_of, suggest, twin
-from sweeper.settings import Objective, Pruner, Settings, flatten
+from sweeper.search.steering import Steering
+from sweeper.search.study import (
+    DROPPED,
+    adopt,
+    ask,
+    ask_again,
+    counted,
+    shown_point,
+    steering_tags,
+    suggest,
+    twin,
+)
+from sweeper.settings import Objective, Pruner, Settings, metric_words
 from sweeper.space import Point
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.tracking.provenance import origin
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
+    Check,
+    Checked,
     Ended,
     Engine,
     Evaluated,
@@ -35,6 +50,7 @@ from sweeper.workers.protocol import (
     Progress,
     Slots,
     Submit,
+    Waiting,
 )
 
 FRUITLESS = ("refused", "duplicate", "oom", "diverged")
@@ -60,7 +76,12 @@ class Live:
     stopping: bool = False
     audited: bool = False
     started: float = 0.0
-    """By the budget's clock."""
+    """By the budget's clock, moved by the time it was set aside."""
+    spent: float = 0.0
+    """Seconds of work before it was set aside."""
+    worker: int = -1
+    dropped: bool = False
+    """Stopped for good by a person."""
 
 
 @dataclass
@@ -82,10 +103,18 @@ class ArmDriver:
     provenance: Mapping[str, str]
     slots: dict[int, int]
     interrupt: Interrupt
+    steering: Steering
     told: Callable[[], None]
     """Called after every trial that was told."""
+    adopted: Adopted | None = None
+    """What stands in for the arm's search: its one trial is judged, not trained."""
     _live: dict[str, Live] = field(default_factory=dict)
     _waiting: list[Live] = field(default_factory=list)
+    _aside: set[str] = field(default_factory=set)
+    """Running trials that were asked to stop, to be continued after a pause."""
+    _checking: dict[int, Live] = field(default_factory=dict)
+    """By the worker that was asked whether they are possible."""
+    _sizes: Sizes = field(default_factory=Sizes)
     _errors: Counter[str] = field(default_factory=Counter)
     _refusal: str | None = None
     """Why the budget allows no further trial, once it does not."""
@@ -101,6 +130,7 @@ class ArmDriver:
         try:
             for trial in adopt(self.study):
                 self._adopt(trial)
+            self.steering.read(self)
             while self._more():
                 self.interrupt.check()
                 self._dispatch()
@@ -108,13 +138,14 @@ class ArmDriver:
                 if event := self.engine.next_event(POLL_SECONDS):
                     self._handle(event)
                     self.view.update(self.board)
+                self.steering.read(self)
         except (KeyboardInterrupt, StudyError):
             self._cancel()
             raise
-        if (done := counted(self.study)) < self.arm.n_trials:
+        if (done := counted(self.study)) < self._wanted:
             reason = self._refusal or "what else was asked had been trained before or is impossible"
             self.view.event(
-                f"arm {self.arm.name} ends at {done} of {self.arm.n_trials} trials: {reason}"
+                f"arm {self.arm.name} ends at {done} of {self._wanted} trials: {reason}"
             )
 
     @property
@@ -127,17 +158,55 @@ class ArmDriver:
         """What the untuned base is worth."""
         return self.facts.base_value(self.objective.metric)
 
+    @property
+    def _wanted(self) -> int:
+        return self.steering.total(self.arm.name)
+
+    def training(self) -> dict[str, int]:
+        """See Steered."""
+        checks = {live.record.key: worker for worker, live in self._checking.items()}
+        return {**checks, **{key: live.worker for key, live in self._live.items()}}
+
+    def set_aside(self) -> None:
+        """See Steered; a check is short: it ends, or begins anew."""
+        self._aside.update(live.record.key for live in self._checking.values())
+        for key, live in self._live.items():
+            self._aside.add(key)
+            if not live.stopping:
+                self.engine.stop(key, "cancelled")
+
+    def drop(self, key: str) -> str:
+        """See Steered."""
+        waiting = {live.record.key: live for live in self._waiting}
+        live = self._live.get(key) or waiting.get(key)
+        if live is None:
+            known = ", ".join([*self._live, *waiting]) or "none"
+            raise Refused(f"{key} is not being trained; these are: {known}")
+        live.trial.set_user_attr(DROPPED, True)
+        live.dropped = live.stopping = True
+        if key in self._live:
+            self._aside.discard(key)
+            self.engine.stop(key, "cancelled")
+        else:
+            self._waiting.remove(live)
+            self._tell(live, Outcome(cause="cancelled"))
+        return f"{key} is ended for good"
+
     def _more(self) -> bool:
-        return bool(self._live or self._waiting) or self._may_ask()
+        return (
+            self.steering.holds
+            or bool(self._live or self._waiting or self._checking)
+            or self._may_ask()
+        )
 
     def _may_ask(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
-        open_count = len(self._live) + len(self._waiting)
+        open_count = len(self._live) + len(self._waiting) + len(self._checking)
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         fruitless = sum(map(_fruitless, trials))
         exhausted = self.arm.sampler.name == "grid" and not waiting
-        wanted = counted(self.study) + open_count < self.arm.n_trials
-        allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self.arm.n_trials
+        wanted = sum(map(counts, trials)) + open_count < self._wanted
+        allowed = wanted and not exhausted and fruitless < MAX_FRUITLESS * self._wanted
         if allowed:
             self._refusal = self.budget.refusal(
                 self._started(), typical_seconds(self.budget.ended), self._values(trials)
@@ -156,16 +225,47 @@ class ArmDriver:
         ]
 
     def _dispatch(self) -> None:
+        if self.steering.holds:
+            return
         for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
-            live = self._waiting.pop(0) if self._waiting else self._ask()
+            live = self._next()
             if live is None:
                 return
-            self._submit(live, worker)
+            size = self._sizes.size(live.settings)
+            if size is None and self.adopted is None:
+                self._check(live, worker)
+            else:
+                self._submit(live, worker, size)
+
+    def _next(self) -> Live | None:
+        """The next trial to hand out; those known to be impossible are told at once."""
+        while live := self._waiting.pop(0) if self._waiting else self._ask():
+            refusal = self._sizes.refusal(live.settings)
+            if refusal is None:
+                return live
+            if refusal.cause == "refused":
+                self._tell_refused(live.trial, live.view, refusal.message or "")
+            else:
+                self._tell(live, refusal)
+        return None
+
+    def _check(self, live: Live, worker: int) -> None:
+        """Ask whether a trial is possible; the others go on, and its worker's slot comes back."""
+        self.slots[worker] -= 1
+        self._checking[worker] = live
+        self.engine.probe(worker, Check(settings=live.settings.trial))
+
+    def _checked(self, event: Checked) -> None:
+        live = self._checking.pop(event.worker, None)
+        if live is not None:
+            self._aside.discard(live.record.key)
+            self._sizes.learn(live.settings, event)
+            self._waiting.insert(0, live)
 
     def _ask(self) -> Live | None:
         """The next trial that needs training; twins and impossible points are answered at once."""
         while self._may_ask():
-            trial = self.study.ask()
+            trial = ask(self.study)
             point = suggest(trial, self.arm.space)
             if earlier := twin(self.study, point):
                 self._answer_twin(
@@ -201,9 +301,12 @@ class ArmDriver:
         folder = self.folder.trial(self.arm.name, trial.number)
         if (earlier := trial.user_attrs.get("continues")) is not None:
             folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
-        params = flatten(settings.trial.model_dump(mode="json", exclude_none=True))
-        tags = {"arm": self.arm.name, **self._origin()}
-        record = TrialRecord(key, folder, params, tags)
+        params = recorded(settings.trial, searched=point)
+        if self.adopted is not None:
+            params = self.adopted.params
+        tags = {"arm": self.arm.name, **self._origin(), **steering_tags(trial)}
+        dataset = dataset_record(self.facts, settings.data)
+        record = TrialRecord(key, folder, params, tags, dataset)
         watch = make_watch(self.pruner, settings.training, trial, reported)
         return Live(trial, point, settings, record, view, watch)
 
@@ -213,11 +316,15 @@ class ArmDriver:
         view.state = "refused"
         self.view.event(f"{view.key} refused: {message}")
 
-    def _submit(self, live: Live, worker: int) -> None:
+    def _submit(self, live: Live, worker: int, size: Size | None) -> None:
+        """Hand a trial out; what is adopted has no size, because it is not trained."""
         self.slots[worker] -= 1
+        live.worker = worker
+        if size is not None:
+            self._take_size(live, size)
         live.trial.set_user_attr("attempt", live.attempt)
         live.view.state = "running"
-        live.started = self.budget.clock()
+        live.started = self.budget.clock() - live.spent
         self._live[live.record.key] = live
         self.tracker.start(live.record)
         self.engine.submit(
@@ -226,15 +333,22 @@ class ArmDriver:
                 trial=live.record.key,
                 attempt=live.attempt,
                 folder=live.record.folder.path.resolve(),
-                settings=live.settings.trial,
+                settings=live.settings.trial.with_rank(None if size is None else size.rank),
                 provenance={**self._origin(), "attempt": live.attempt},
+                adopted=None if self.adopted is None else self.adopted.model,
             ),
         )
 
+    def _take_size(self, live: Live, size: Size) -> None:
+        live.record = replace(live.record, params=recorded(live.settings.trial, size, live.point))
+        if sized := decided(live.settings, size):
+            live.trial.set_user_attr("sized", sized)
+            live.view.point = {**live.point, "adapter.r": sized["rank"]}
+
     def _origin(self) -> dict[str, str]:
         """Code, machine, data and base: where this arm's results come from."""
-        digests = {"data.digest": self.facts.data_digest, "base.digest": self.facts.base_digest}
-        return {**self.provenance, **digests}
+        adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
+        return {**origin(self.provenance, self.facts), **adopted}
 
     def _handle(self, event: AnyEvent) -> None:
         match event:
@@ -244,16 +358,19 @@ class ArmDriver:
                 self._progressed(event)
             case Evaluated():
                 self._evaluated(event)
+            case Waiting():
+                self.view.event(f"{event.trial}: {event.message}")
             case Ended():
                 self._ended(event)
+            case Checked():
+                self._checked(event)
             case Lost():
                 self._lost(event)
 
     def _progressed(self, event: Progress) -> None:
         live = self._live.get(event.trial)
         if live is not None:
-            live.view.step, live.view.total_steps = event.step, event.total_steps
-            live.view.tokens_per_second = event.tokens_per_second
+            live.view.progressed(event.step, event.total_steps, event.tokens_per_second)
 
     def _evaluated(self, event: Evaluated) -> None:
         live = self._live.get(event.trial)
@@ -261,12 +378,13 @@ class ArmDriver:
             return
         live.view.step, live.view.total_steps = event.step, event.total_steps
         live.view.evaluated(event.value, self.objective)
+        self.tracker.ship(live.record)
         told = as_told(self.objective, event.value)
         hopeless = live.watch.evaluated(event.step, event.total_steps, told)
         if hopeless and not live.stopping and not live.audited:
-            self._stop_or_audit(live)
+            self._stop_or_audit(live, event)
 
-    def _stop_or_audit(self, live: Live) -> None:
+    def _stop_or_audit(self, live: Live, event: Evaluated) -> None:
         key = live.record.key
         live.audited = audited(self.pruner, self.arm.sampler.seed, key)
         if live.audited:
@@ -275,15 +393,39 @@ class ArmDriver:
         else:
             live.stopping = True
             self.engine.stop(key, "pruned")
+            value = f"{metric_words(self.objective.judged_while_training)} {event.value:.4f}"
+            self.view.event(
+                f"{key} is pruned at step {event.step} of {event.total_steps}: {value}, and its best so "
+                f"far is behind the others' there (pruner={self.pruner.name})"
+            )
 
     def _ended(self, event: Ended) -> None:
         live = self._live.pop(event.trial, None)
-        if live is not None:
+        if live is None:
+            return
+        if self._was_set_aside(event.trial) and event.outcome.cause == "cancelled":
+            self._wait(live)
+        else:
             self._tell(live, event.outcome)
+
+    def _was_set_aside(self, key: str) -> bool:
+        aside = key in self._aside
+        self._aside.discard(key)
+        return aside
+
+    def _wait(self, live: Live) -> None:
+        """Until the pause is over: the attempt goes on, from its checkpoint."""
+        live.spent = self.budget.clock() - live.started if live.started else 0.0
+        live.stopping = False
+        live.view.state = "paused"
+        self._waiting.append(live)
 
     def _tell(self, live: Live, outcome: Outcome) -> None:
         outcome = judged(outcome, self.costs)
-        if outcome.cause == "cancelled":
+        if outcome.cause == "cancelled" and live.dropped:
+            outcome = outcome.model_copy(update={"message": "stopped by hand"})
+            live.record.folder.forget_checkpoints()
+        elif outcome.cause == "cancelled":
             ask_again(self.study, live.trial, self.arm.space)
         tell(self.study, live.trial, outcome, self.base_value, self.costs)
         if live.started:
@@ -311,12 +453,20 @@ class ArmDriver:
     def _lost(self, event: Lost) -> None:
         """A worker died or was killed: its trial gets a new attempt, from its checkpoint, or ends."""
         self.slots.pop(event.worker, None)
-        live = self._live.pop(event.trial or "", None)
+        live = self._live.pop(event.trial or "", None) or self._checking.pop(event.worker, None)
         if live is None:
             return
         self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
-        if live.attempt >= MAX_ATTEMPTS:
-            self._tell(live, Outcome(cause=event.cause, message=event.message))
+        if live.dropped:
+            self._tell(live, Outcome(cause="cancelled"))
+        elif self._was_set_aside(live.record.key):
+            self._wait(live)
+        elif (
+            event.cause == "oom" or live.attempt >= MAX_ATTEMPTS
+        ):  # it would run out of memory again
+            self._tell(
+                live, Outcome(cause=event.cause, message=event.message, steps=live.view.step)
+            )
         else:
             live.attempt += 1
             live.stopping = False
@@ -331,9 +481,13 @@ class ArmDriver:
         if live is None:
             return
         live.audited = bool(frozen.user_attrs.get("audited", False))
+        live.dropped = bool(frozen.user_attrs.get(DROPPED, False))
         stored = live.record.folder.outcome
         if stored.exists():  # it ended, but the driver died before it could tell
             self._tell(live, Outcome.model_validate_json(stored.read_text(encoding="utf-8")))
+            return
+        if live.dropped:
+            self._tell(live, Outcome(cause="cancelled"))
             return
         live.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         if live.attempt > MAX_ATTEMPTS:
@@ -350,7 +504,7 @@ class ArmDriver:
             outcome = Outcome.model_validate(frozen.user_attrs["outcome"])
             key = f"{self.arm.name}/{frozen.number:04d}"
             view = TrialView(
-                key=key, arm=self.arm.name, number=frozen.number, point=point_of(frozen)
+                key=key, arm=self.arm.name, number=frozen.number, point=shown_point(frozen)
             )
             view.ended(outcome)
             self.board.add(view)
@@ -370,9 +524,10 @@ class ArmDriver:
             waited += POLL_SECONDS if event is None else 0.0
             if isinstance(event, Ended):
                 self._ended(event)
-        for live in [*self._live.values(), *self._waiting]:
+        for live in [*self._live.values(), *self._checking.values(), *self._waiting]:
             self._tell(live, Outcome(cause="cancelled"))
         self._live.clear()
+        self._checking.clear()
         self._waiting.clear()
         for trial in adopt(self.study):  # asked, but not handed out when the interrupt came
             ask_again(self.study, trial, self.arm.space)

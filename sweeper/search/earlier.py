@@ -9,9 +9,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from sweeper import compose, grammar
@@ -36,7 +37,7 @@ SAME = ("objective.metric", "objective.direction", "costs", "data digest", "base
 
 
 def winners(
-    plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage
+    plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: BaseStorage
 ) -> tuple[list[Draw], list[str]]:
     """The best point of each study in warm_start, as far as it lies in this arm's space.
 
@@ -54,7 +55,7 @@ def winners(
 
 
 def _winner(
-    plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage, name: str
+    plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: BaseStorage, name: str
 ) -> tuple[Draw | None, str]:
     study = _earlier(plan, arm, storage, name)
     if study is None:
@@ -87,7 +88,7 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
 
 
 def fork(
-    study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage
+    study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: BaseStorage
 ) -> list[str]:
     """Adopt the finished trials of the study `fork_of` that are valid answers to this question.
 
@@ -131,7 +132,7 @@ def _fitting(
         config = folder.trial(arm.name, trial.number).config
         if not config.exists():
             continue
-        settings = flatten(compose.read_yaml(config))
+        settings = flatten(compose.read_yaml(config)) | _as_asked(trial)
         known = {key: grammar.scalar(settings[key]) for key in searched if key in settings}
         draw = locate(arm.space, {**known, **point_of(trial)})
         point = _complete(arm, draw)
@@ -141,6 +142,14 @@ def _fitting(
         open_keys = [key for key in unsearched if decided.isdisjoint((key, key.split(".")[0]))]
         if all(json.dumps(settings.get(key)) == unsearched[key] for key in open_keys):
             yield trial, point, draw
+
+
+def _as_asked(trial: FrozenTrial) -> dict[str, Any]:
+    """Of a rank that was decided for a trial: what was asked for in its place."""
+    sized = trial.user_attrs.get("sized")
+    if sized is None:
+        return {}
+    return {"adapter.r": None, "adapter.trainable_parameters": sized["trainable_parameters"]}
 
 
 def _complete(arm: ArmPlan, draw: Draw | None) -> Point | None:
@@ -189,7 +198,7 @@ def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts) 
         )
 
 
-def _earlier(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage, name: str) -> optuna.Study | None:
+def _earlier(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage, name: str) -> optuna.Study | None:
     """An arm of an earlier study that was really opened."""
     if arm.name not in _arms(plan, storage, name):
         return None
@@ -199,7 +208,7 @@ def _earlier(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage, name: str) -> o
     return study if "facts" in study.user_attrs else None
 
 
-def _arms(plan: StudyPlan, storage: RDBStorage, name: str) -> set[str]:
+def _arms(plan: StudyPlan, storage: BaseStorage, name: str) -> set[str]:
     """The arms that an earlier study has."""
     if plan.study.storage is None and not _folder(plan, name).database.exists():
         return set()
@@ -208,7 +217,7 @@ def _arms(plan: StudyPlan, storage: RDBStorage, name: str) -> set[str]:
     return {each.removeprefix(prefix) for each in names if each.startswith(prefix)}
 
 
-def _storage(plan: StudyPlan, storage: RDBStorage, name: str) -> RDBStorage:
+def _storage(plan: StudyPlan, storage: BaseStorage, name: str) -> BaseStorage:
     """Where an earlier study is: in the shared storage, or in the database of its own folder."""
     return storage if plan.study.storage is not None else open_storage(None, _folder(plan, name))
 

@@ -1,4 +1,4 @@
-"""How an arm ended: its finalists over their seeds, the winner, and what it lost on the test split.
+"""How an arm ended: its finalists over their seeds, the winner, and its losses on unseen texts.
 
 Plain values; how they come about is in `finalists`, what is said about them in reporting.
 """
@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from sweeper.folders import StudyFolder
-from sweeper.outcome import Cause, Examples, Outcome, Value
+from sweeper.outcome import (
+    Cause,
+    Examples,
+    Outcome,
+    Unseen,
+    UnseenKind,
+    Value,
+    device_seconds,
+)
 
 COMPLETE: tuple[Cause, ...] = ("finished", "early_stopped")
 
@@ -66,20 +74,64 @@ class Final(Value):
     """Of the winner on the test split, by seed, in nats per target token."""
     untuned_test_loss: float | None = None
     """Of the base, as the winner's trials hold it."""
+    general_losses: dict[int, float] = Field(default_factory=dict)
+    """Of the winner on general text, by seed, in nats per token."""
+    untuned_general_loss: float | None = None
+    """Of the base, as the winner's trials hold it."""
 
     @property
     def test_loss(self) -> float | None:
         """Mean over the winner's seeds."""
         return statistics.fmean(self.test_losses.values()) if self.test_losses else None
 
+    @property
+    def general_loss(self) -> float | None:
+        """Mean over the winner's seeds."""
+        return statistics.fmean(self.general_losses.values()) if self.general_losses else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The winner's figures on unseen texts under the names they are recorded by."""
+        return unseen_metrics(self.test_loss, self.general_loss, self.untuned_general_loss)
+
 
 @dataclass(frozen=True)
 class ArmFinal:
-    """An arm's end, and what its winner lost on each example of the test split."""
+    """An arm's end, and the losses of its winner and of its base on unseen texts."""
 
     final: Final
-    seeds: Mapping[int, Examples] = field(default_factory=dict)
-    untuned: Examples | None = None
+    seeds: Mapping[int, Unseen] = field(default_factory=dict)
+    untuned: Unseen = field(default_factory=Unseen)
+
+    @classmethod
+    def judged(cls, final: Final, seeds: Mapping[int, Unseen], untuned: Unseen) -> ArmFinal:
+        """With the figures that those losses come to."""
+        figures = {
+            "test_losses": {s: found.test.loss for s, found in seeds.items() if found.test},
+            "untuned_test_loss": untuned.test and untuned.test.loss,
+            "general_losses": {
+                s: found.general.loss for s, found in seeds.items() if found.general
+            },
+            "untuned_general_loss": untuned.general and untuned.general.loss,
+        }
+        return cls(final.model_copy(update=figures), seeds, untuned)
+
+    def losses(self, kind: UnseenKind) -> list[Examples]:
+        """Of the winner's seeds that were judged on one kind of text."""
+        found = (getattr(unseen, kind) for unseen in self.seeds.values())
+        return [examples for examples in found if examples is not None]
+
+
+def unseen_metrics(
+    test: float | None, general: float | None, untuned_general: float | None
+) -> dict[str, float]:
+    """Losses on unseen texts under the names they are recorded by; what was not measured is absent."""
+    metrics = {} if test is None else {"test/loss": test, "test/perplexity": math.exp(test)}
+    if general is None or untuned_general is None:
+        return metrics
+    forgetting = general - untuned_general
+    general_metrics = {"loss": general, "untuned_loss": untuned_general, "forgetting": forgetting}
+    return {**metrics, **{f"general/{name}": value for name, value in general_metrics.items()}}
 
 
 def choose(finalists: Sequence[Finalist], direction: str) -> int:
@@ -94,9 +146,9 @@ def choose(finalists: Sequence[Finalist], direction: str) -> int:
 
 
 def finalists_seconds(folder: StudyFolder, arm: str) -> float:
-    """Worker time of an arm's further seeds so far, from their folders."""
+    """Device time of an arm's further seeds so far, from their folders."""
     outcomes = (
         Outcome.model_validate_json(path.read_text(encoding="utf-8"))
         for path in folder.finalists(arm).glob("trial_*/outcome.json")
     )
-    return math.fsum(outcome.metrics.get("cost/seconds", 0.0) for outcome in outcomes)
+    return math.fsum(device_seconds(outcome.metrics) for outcome in outcomes)

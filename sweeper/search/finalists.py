@@ -1,4 +1,4 @@
-"""Finalists: each arm's best configurations over further seeds, and the winners on the test split.
+"""Finalists: each arm's best configurations over further seeds, and the winners on unseen texts.
 
 Runs when every search has ended, so that no search sees a figure of the test split. Seeds are trained
 through the same engine as trials, but count to no n_trials and are told to no Optuna study. What is
@@ -10,24 +10,34 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from pathlib import Path
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from sweeper.folders import StudyFolder, TrialFolder, write_atomic
+from sweeper.errors import Refused
+from sweeper.folders import StudyFolder, write_atomic
 from sweeper.interrupt import Interrupt
-from sweeper.outcome import Examples, Facts, Outcome
+from sweeper.outcome import Examples, Facts, Outcome, Unseen, UnseenKind
 from sweeper.search.board import Board, TrialView, View
 from sweeper.search.budget import ArmBudget, typical_seconds
 from sweeper.search.driver import CANCEL_SECONDS, POLL_SECONDS
-from sweeper.search.final import COMPLETE, ArmFinal, Final, Finalist, Repeat, choose
+from sweeper.search.final import (
+    COMPLETE,
+    ArmFinal,
+    Final,
+    choose,
+    unseen_metrics,
+)
 from sweeper.search.plan import ArmPlan
+from sweeper.search.sizes import recorded
 from sweeper.search.states import MAX_ATTEMPTS, STATES
-from sweeper.search.study import point_of
-from sweeper.settings import Finalists, TrialSettings, flatten
-from sweeper.space import Point
-from sweeper.tracking.tracker import Tracker, TrialRecord
+from sweeper.search.steering import Steering
+from sweeper.search.study import settings_of, shown_point
+from sweeper.search.tasks import Candidate, Judging, Task, Training
+from sweeper.settings import Finalists
+from sweeper.tracking.provenance import origin
+from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
     Ended,
@@ -36,133 +46,8 @@ from sweeper.workers.protocol import (
     Lost,
     Progress,
     Slots,
-    Submit,
-    Test,
     Tested,
 )
-
-
-class Task(Protocol):
-    """Something a worker is handed and answers."""
-
-    attempt: int
-
-    @property
-    def key(self) -> str:
-        """Its name in the protocol."""
-
-    def hand(self, engine: Engine, worker: int) -> None:
-        """Send it."""
-
-    def take(self, event: AnyEvent) -> None:
-        """Its answer, or what it tells on the way."""
-
-    def give_up(self, message: str) -> None:
-        """Its workers died too often."""
-
-
-@dataclass
-class Training:
-    """A finalist's training with one further seed."""
-
-    record: TrialRecord
-    settings: TrialSettings
-    view: TrialView
-    attempt: int = 1
-    outcome: Outcome | None = None
-
-    @property
-    def key(self) -> str:
-        """lora/0007_seed_1."""
-        return self.record.key
-
-    def hand(self, engine: Engine, worker: int) -> None:
-        """See Task."""
-        self.view.state = "running"
-        engine.submit(
-            worker,
-            Submit(
-                trial=self.key,
-                attempt=self.attempt,
-                folder=self.record.folder.path.resolve(),
-                settings=self.settings,
-                provenance={**self.record.tags, "attempt": self.attempt},
-            ),
-        )
-
-    def take(self, event: AnyEvent) -> None:
-        """See Task."""
-        match event:
-            case Progress():
-                self.view.step, self.view.total_steps = event.step, event.total_steps
-                self.view.tokens_per_second = event.tokens_per_second
-            case Evaluated():
-                self.view.evaluated(event.value, self.settings.objective)
-            case Ended():
-                self.outcome = event.outcome
-
-    def give_up(self, message: str) -> None:
-        """See Task."""
-        self.outcome = Outcome(cause="crash", message=message)
-
-    def adopt(self) -> bool:
-        """Take over what an earlier run trained to an end that the same settings reach again."""
-        stored = self.record.folder.outcome
-        if not stored.exists():
-            return False
-        outcome = Outcome.model_validate_json(stored.read_text(encoding="utf-8"))
-        self.outcome = None if outcome.cause == "cancelled" else outcome
-        return self.outcome is not None
-
-
-@dataclass
-class Judging:
-    """One model's judgement on the test split."""
-
-    key: str
-    settings: TrialSettings
-    folder: TrialFolder | None
-    attempt: int = 1
-    examples: Examples | None = None
-    problem: str | None = None
-
-    def hand(self, engine: Engine, worker: int) -> None:
-        """See Task."""
-        folder = None if self.folder is None else self.folder.path.resolve()
-        test = Test(trial=self.key, attempt=self.attempt, settings=self.settings, folder=folder)
-        engine.test(worker, test)
-
-    def take(self, event: AnyEvent) -> None:
-        """See Task."""
-        if isinstance(event, Tested):
-            self.examples, self.problem = event.examples, event.message
-
-    def give_up(self, message: str) -> None:
-        """See Task."""
-        self.problem = message
-
-
-@dataclass
-class Candidate:
-    """A configuration while its seeds are trained."""
-
-    arm: ArmPlan
-    number: int
-    point: Point
-    settings: TrialSettings
-    own: Outcome
-    """Of the search's trial."""
-    trainings: list[Training] = field(default_factory=list)
-
-    def settings_of(self, seed: int) -> TrialSettings:
-        """The configuration with another seed."""
-        return self.settings.model_copy(update={"seed": seed})
-
-    def finalist(self) -> Finalist:
-        """As a value."""
-        repeats = [Repeat(seed=self.settings.seed, outcome=self.own)]
-        repeats += [Repeat(seed=t.settings.seed, outcome=t.outcome) for t in self.trainings]
-        return Finalist(number=self.number, repeats=tuple(repeats))
 
 
 @dataclass
@@ -179,7 +64,12 @@ class FinalistsDriver:
     provenance: Mapping[str, str]
     slots: dict[int, int]
     interrupt: Interrupt
+    steering: Steering
     _live: dict[str, Task] = field(default_factory=dict)
+    _workers: dict[str, int] = field(default_factory=dict)
+    """Which worker a live task was handed to."""
+    _aside: set[str] = field(default_factory=set)
+    """Trainings that were asked to stop, to be continued after a pause."""
 
     def run(self, arms: Sequence[tuple[ArmPlan, optuna.Study]]) -> dict[str, ArmFinal]:
         """By arm; arms without a complete trial are left out.
@@ -200,23 +90,38 @@ class FinalistsDriver:
                 finals[arm.name] = self._test(chosen, final, facts)
         return finals
 
+    def training(self) -> dict[str, int]:
+        """See Steered; judgements are no trainings, but they keep workers busy as well."""
+        return {key: self._workers[key] for key in self._live}
+
+    def set_aside(self) -> None:
+        """See Steered; a judgement is short: it ends, or begins anew."""
+        for key in self._live:
+            self._aside.add(key)
+            self.engine.stop(key, "cancelled")
+
+    def drop(self, key: str) -> str:
+        """See Steered."""
+        raise Refused("every search of this study has ended; finalists are trained to their end")
+
     def _candidates(self, arm: ArmPlan, study: optuna.Study) -> list[Candidate]:
         """The best complete trials, each with the trainings that its further seeds need."""
         minimize = arm.settings.objective.direction == "minimize"
-        found: list[tuple[float, int, Point, Outcome]] = []
+        found: list[tuple[float, int, FrozenTrial, Outcome]] = []
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             outcome = Outcome.model_validate(trial.user_attrs["outcome"])
             if outcome.cause in COMPLETE and outcome.best_value is not None:
                 worth = outcome.best_value if minimize else -outcome.best_value
-                found.append((worth, trial.number, point_of(trial), outcome))
+                found.append((worth, trial.number, trial, outcome))
         best = sorted(found, key=lambda item: item[:2])[: self.wanted.top]
         candidates = [
-            Candidate(arm, number, point, arm.settings_at(point).trial, outcome)
-            for _, number, point, outcome in best
+            Candidate(arm, number, shown_point(trial), settings_of(arm, trial), outcome)
+            for _, number, trial, outcome in best
         ]
         for candidate in candidates:
             first = candidate.settings.seed
-            seeds = range(first + 1, first + self.wanted.seeds)
+            further = 0 if arm.run_id else self.wanted.seeds - 1  # nobody trains what was adopted
+            seeds = range(first + 1, first + 1 + further)
             candidate.trainings = [self._training(candidate, study, seed) for seed in seeds]
         return candidates
 
@@ -226,11 +131,11 @@ class FinalistsDriver:
         facts = _facts(study)
         tags = {
             **{"arm": arm.name, "finalist": f"{arm.name}/{number:04d}"},
-            **self.provenance,
-            **{"data.digest": facts.data_digest, "base.digest": facts.base_digest},
+            **origin(self.provenance, facts),
         }
-        params = flatten(settings.model_dump(mode="json", exclude_none=True))
-        record = TrialRecord(key, self.folder.finalist(arm.name, number, seed), params, tags)
+        folder = self.folder.finalist(arm.name, number, seed)
+        params = recorded(settings, searched=candidate.point)
+        record = TrialRecord(key, folder, params, tags, dataset_record(facts, settings.data))
         view = TrialView(key=key, arm=_title(arm), number=number, point=candidate.point)
         return Training(record, settings, view)
 
@@ -259,53 +164,96 @@ class FinalistsDriver:
         return self.budget.refusal([now] * len(self._live), typical, [])
 
     def _test(self, chosen: Candidate, final: Final, facts: Facts) -> ArmFinal:
-        """Judge the winner's seeds and its base on the test split, if there is one."""
-        if not facts.rows.get("test", 0):
+        """Judge the winner's seeds and its base on the test split and general text, if there are."""
+        kinds = self._kinds(facts)
+        if not kinds:
             return ArmFinal(final)
         name, number = chosen.arm.name, chosen.number
         judgings = {chosen.settings.seed: (self.folder.trial(name, number), chosen.settings)}
         for training in chosen.trainings:
             if training.outcome is not None and training.outcome.cause in COMPLETE:
                 judgings[training.settings.seed] = (training.record.folder, training.settings)
-        untuned = Judging(f"{name}/{number:04d}_untuned", chosen.settings, None)
+        untuned = Judging(f"{name}/{number:04d}_untuned", chosen.settings, None, kinds)
         seeds = {
-            seed: Judging(f"{name}/{number:04d}_seed_{seed}", settings, folder)
+            seed: Judging(f"{name}/{number:04d}_seed_{seed}", settings, folder, kinds)
             for seed, (folder, settings) in judgings.items()
         }
-        self._judge(name, [untuned, *seeds.values()])
-        tested = {seed: judging.examples for seed, judging in seeds.items() if judging.examples}
-        figures = {
-            "test_losses": {seed: examples.loss for seed, examples in tested.items()},
-            "untuned_test_loss": untuned.examples and untuned.examples.loss,
-        }
-        return ArmFinal(final.model_copy(update=figures), tested, untuned.examples)
-
-    def _judge(self, arm: str, judgings: Sequence[Judging]) -> None:
         files = {
-            judging.key: self.folder.test_examples(arm, f"trial_{judging.key.split('/')[-1]}")
-            for judging in judgings
+            judging.key: self._files(name, facts, judging) for judging in (untuned, *seeds.values())
         }
+        self._judge(name, [untuned, *seeds.values()], files)
+        found = {seed: judging.losses for seed, judging in seeds.items() if judging.losses}
+        ended = ArmFinal.judged(final, found, untuned.losses or Unseen())
+        records = {training.settings.seed: training.record for training in chosen.trainings}
+        for seed in found:
+            record = records.get(seed) or chosen.record(self.folder)
+            self._record_unseen(record, ended, seed, files[seeds[seed].key])
+        return ended
+
+    def _kinds(self, facts: Facts) -> tuple[UnseenKind, ...]:
+        """The unseen texts that there are, and that may be read."""
+        tested = self.wanted.test and facts.rows.get("test", 0)
+        general = facts.general_digest is not None
+        return (*(("test",) if tested else ()), *(("general",) if general else ()))
+
+    def _files(self, arm: str, facts: Facts, judging: Judging) -> dict[UnseenKind, Path]:
+        """Where a model's losses on each kind of text are kept."""
+        name = f"trial_{judging.key.split('/')[-1]}"
+        digest = facts.general_digest or ""
+        files: dict[UnseenKind, Path] = {
+            "test": self.folder.test_examples(arm, name),
+            "general": self.folder.general_examples(arm, digest, name),
+        }
+        return {kind: files[kind] for kind in judging.kinds}
+
+    def _judge(
+        self,
+        arm: str,
+        judgings: Sequence[Judging],
+        files: Mapping[str, Mapping[UnseenKind, Path]],
+    ) -> None:
+        """What was judged before is read; the rest is judged, and kept for the next time."""
+        stored = {judging.key: _stored(files[judging.key]) for judging in judgings}
         for judging in judgings:
-            if (path := files[judging.key]).exists():
-                judging.examples = Examples.model_validate_json(path.read_text(encoding="utf-8"))
-        missing = [judging for judging in judgings if judging.examples is None]
+            if len(stored[judging.key]) == len(files[judging.key]):
+                judging.losses = Unseen(**stored[judging.key])
+        missing = [judging for judging in judgings if judging.losses is None]
         if missing:
-            self.view.event(f"arm {arm}: judging the winner on the test split")
+            kinds = {"test": "the test split", "general": "general text"}
+            words = " and ".join(kinds[kind] for kind in files[missing[0].key])
+            self.view.event(f"arm {arm}: judging the winner on {words}")
         self._share_out(missing, lambda: None)
         for judging in missing:
-            if judging.examples is None:
+            if judging.losses is None:
                 reason = (judging.problem or "no answer").splitlines()[-1]
                 self.view.event(f"{judging.key} is left out of the test: {reason}")
-            else:
-                write_atomic(files[judging.key], judging.examples.model_dump_json())
+                continue
+            judging.losses = judging.losses.model_copy(update=stored[judging.key])
+            for kind, path in files[judging.key].items():
+                if (examples := getattr(judging.losses, kind)) is not None:
+                    write_atomic(path, examples.model_dump_json())
+
+    def _record_unseen(
+        self, record: TrialRecord, ended: ArmFinal, seed: int, files: Mapping[UnseenKind, Path]
+    ) -> None:
+        """Add a seed's figures to its run, dated by the files, so that a repeat adds nothing."""
+        final = ended.final
+        metrics = unseen_metrics(
+            final.test_losses.get(seed),
+            final.general_losses.get(seed),
+            final.untuned_general_loss,
+        )
+        judged_at = max(path.stat().st_mtime for path in files.values())
+        self.tracker.amend(record, metrics, judged_at)
 
     def _share_out(self, tasks: Sequence[Task], refusal: Callable[[], str | None]) -> str | None:
         """Hand tasks to free slots until all are answered, or until no more may be started (why)."""
         waiting, refused = deque(tasks), None
         try:
             while waiting or self._live:
+                self.steering.read(self)
                 self.interrupt.check()
-                for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
+                for worker in [] if self.steering.holds else self._free_slots():
                     refused = refused or (refusal() if waiting else None)
                     if refused is None and waiting:
                         self._hand(waiting.popleft(), worker)
@@ -319,8 +267,12 @@ class FinalistsDriver:
             raise
         return refused
 
+    def _free_slots(self) -> list[int]:
+        return [worker for worker, free in self.slots.items() for _ in range(free)]
+
     def _hand(self, task: Task, worker: int) -> None:
         self.slots[worker] -= 1
+        self._workers[task.key] = worker
         self._live[task.key] = task
         if isinstance(task, Training):
             self.board.add(task.view)
@@ -336,10 +288,23 @@ class FinalistsDriver:
         elif isinstance(event, Progress | Evaluated):
             if task := self._live.get(event.trial):
                 task.take(event)
+                if isinstance(task, Training) and isinstance(event, Evaluated):
+                    self.tracker.ship(task.record)
         elif isinstance(event, Ended | Tested) and (task := self._live.pop(event.trial, None)):
+            cancelled = isinstance(event, Ended) and event.outcome.cause == "cancelled"
+            if self._was_set_aside(task) and cancelled:
+                return [task]
             task.take(event)
             self._answered(task)
         return []
+
+    def _was_set_aside(self, task: Task) -> bool:
+        """Whether a pause asked it to stop; then its attempt goes on when the pause is over."""
+        aside = task.key in self._aside
+        self._aside.discard(task.key)
+        if aside and isinstance(task, Training):
+            task.view.state = "paused"
+        return aside
 
     def _lost(self, event: Lost) -> list[Task]:
         self.slots.pop(event.worker, None)  # its successor announces itself
@@ -347,6 +312,8 @@ class FinalistsDriver:
         if task is None:
             return []
         self.view.event(f"{task.key}: {event.message.splitlines()[0]}")
+        if self._was_set_aside(task):
+            return [task]
         if task.attempt < MAX_ATTEMPTS:
             task.attempt += 1
             return [task]
@@ -394,6 +361,14 @@ class FinalistsDriver:
 
 def _title(arm: ArmPlan) -> str:
     return f"{arm.name} finalists"
+
+
+def _stored(files: Mapping[UnseenKind, Path]) -> dict[str, Examples]:
+    return {
+        kind: Examples.model_validate_json(path.read_text(encoding="utf-8"))
+        for kind, path in files.items()
+        if path.exists()
+    }
 
 
 def _facts(study: optuna.Study) -> Facts:

@@ -5,9 +5,10 @@ Everything that can be wrong without loading a model is found here, all at once.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -17,11 +18,15 @@ from sweeper.data.sources import path_problems
 from sweeper.errors import ConfigError
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
-from sweeper.settings import Objective, Sampler, Settings, Study, describe, validate
+from sweeper.settings import Arm, Objective, Sampler, Settings, Study, describe, validate
 from sweeper.space import Choice, Point, Scalar, Space, decided_twice, grid, keys, probes
 
 LORA = "lora"
 """The arm that `hydra.sweeper.params` describes."""
+FULL = "full"
+"""The arm that an earlier run stands in for (baseline.run_id)."""
+FULL_OVERRIDES = ("adapter=none", "quantization=none")
+"""Of that arm, where the experiment has none."""
 
 
 PER_TOKEN = ("eval/loss", "eval/perplexity")
@@ -49,6 +54,8 @@ class ArmPlan:
     sampler: Sampler
     settings: Settings
     """The arm's settings before any point of the space is applied."""
+    run_id: str | None = None
+    """The MLflow run whose model is judged in the place of any training."""
 
     def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
         """The arm's overrides with a point of its space."""
@@ -145,6 +152,7 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     problems += _library_problems(study)
+    problems += _untracked_baseline(study, composition.config)
     if problems:
         raise ConfigError(problems)
     arms = _arms(study, fixed, swept)
@@ -153,6 +161,16 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
         group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
     }
     return StudyPlan(experiment, study, arms, presets, _command(overrides))
+
+
+def _untracked_baseline(study: Study, config: Mapping[str, Any]) -> list[str]:
+    tracked = config.get("tracking", {}).get("kind") != "none"
+    if study.baseline.run_id is None or tracked:
+        return []
+    return [
+        f"baseline.run_id={study.baseline.run_id}: tracking=none leaves no MLflow to find that run in; "
+        "set tracking=mlflow"
+    ]
 
 
 def _library_problems(study: Study) -> list[str]:
@@ -182,7 +200,9 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
         settings = Settings.model_validate(config)
     except ValidationError as error:
         return describe(error, Settings)
-    return [] if settings.workers.trainer == "fake" else path_problems(settings.data)
+    if settings.workers.trainer == "fake":
+        return []
+    return path_problems(settings.data, settings.evaluation.general_text)
 
 
 def _part(key: str) -> str:
@@ -227,7 +247,7 @@ def _arms(study: Study, fixed: Sequence[str], swept: Mapping[str, str]) -> tuple
                 arm.n_trials,
                 _arm_sampler(study.sampler, arm.sampler),
             )
-            for name, arm in study.arms.items()
+            for name, arm in _rivals(study).items()
         ),
     ]
     for blueprint in blueprints:
@@ -238,7 +258,17 @@ def _arms(study: Study, fixed: Sequence[str], swept: Mapping[str, str]) -> tuple
     problems += _other_objectives(arms)
     if problems:
         raise ConfigError(problems)
-    return tuple(arms)
+    run_id = study.baseline.run_id
+    return tuple(replace(arm, run_id=run_id) if arm.name == FULL else arm for arm in arms)
+
+
+def _rivals(study: Study) -> dict[str, Arm]:
+    """The arms besides the first; one that an earlier run stands in for searches nothing."""
+    if study.baseline.run_id is None:
+        return study.arms
+    own = study.arms.get(FULL)
+    overrides = list(FULL_OVERRIDES) if own is None else own.overrides
+    return {**study.arms, FULL: Arm(overrides=overrides, n_trials=1, params={})}
 
 
 def _other_objectives(arms: Sequence[ArmPlan]) -> list[str]:
@@ -347,7 +377,7 @@ def _grid_count(space: Space, n_trials: int, sampler: Sampler, problems: list[st
     if sampler.name != "grid":
         return n_trials
     try:
-        return min(n_trials, sum(1 for _ in grid(space)))
+        return sum(1 for _ in itertools.islice(grid(space), n_trials))
     except ValueError as error:
         problems.append(str(error))
         return n_trials

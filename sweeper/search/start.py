@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage
 
 from sweeper.outcome import Facts
 from sweeper.search.earlier import fork, winners
@@ -13,7 +13,7 @@ from sweeper.settings import Pruner
 
 
 def fill_study(
-    study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage
+    study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: BaseStorage
 ) -> list[str]:
     """Adopt what a fork adopts, and enqueue what is to be tried first: winners, then priors.
 

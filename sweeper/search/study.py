@@ -11,18 +11,18 @@ import json
 from typing import Literal
 
 import optuna
-from optuna.storages import RDBStorage
+from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from sweeper.errors import StudyMismatch
 from sweeper.folders import StudyFolder
-from sweeper.outcome import Facts
+from sweeper.outcome import Facts, device_seconds
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
 from sweeper.search.storage import PatientStorage
-from sweeper.settings import flatten
+from sweeper.settings import TrialSettings, flatten
 from sweeper.space import (
     Choice,
     Domain,
@@ -42,18 +42,26 @@ WITHOUT_EFFECT = (
     "artifacts",  # what is stored beside the kept weights
     "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
     "evaluation.generation.batch_size",
+    "evaluation.general_text",  # read when every search has ended
     "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
     "training.logging_steps",
     "training.save_steps",  # a new best is saved at once, whatever this says
     "training.save_total_limit",  # the best checkpoint is never among those deleted
     "training.loss_chunk_size",  # the same loss, computed in pieces
     "training.micro_batch",  # the effective batch stays
+    "training.devices_per_trial",  # and devices share it
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
+QUEUED_BY = "queued_by"
+"""Attribute of a trial that a person queued while the study ran: the command's id."""
+CLONE_OF = "clone_of"
+"""Attribute of one that was queued as a changed copy: the earlier trial's number."""
+DROPPED = "dropped"
+"""Attribute of a trial that a person stopped for good."""
 
 
-def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
+def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
     """Optuna's storage: the given URL, or SQLite in the study's folder."""
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -61,12 +69,20 @@ def open_storage(url: str | None, folder: StudyFolder) -> RDBStorage:
     return PatientStorage(url)
 
 
+def share_cache(storage: RDBStorage) -> BaseStorage:
+    """A storage whose finished trials are read once, however many studies are opened on it.
+
+    create_study and load_study put a cache of their own before an RDBStorage, empty every time.
+    """
+    return get_storage(storage)
+
+
 def optuna_name(study_name: str, arm: str) -> str:
     """The name of an arm's study in Optuna's storage."""
     return f"{study_name}/{arm}"
 
 
-def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: RDBStorage) -> optuna.Study:
+def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: BaseStorage) -> optuna.Study:
     """Create or resume the Optuna study of an arm.
 
     Raises:
@@ -100,7 +116,7 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
     Returns:
         How many were new.
     """
-    taken = [_draw_of(trial) for trial in study.get_trials(deepcopy=False) if _is_taken(trial)]
+    taken = [draw_of(trial) for trial in study.get_trials(deepcopy=False) if is_taken(trial)]
     new = 0
     for draw in draws:
         if not any(draw.items() <= other.items() for other in taken):
@@ -110,13 +126,31 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
     return new
 
 
+def ask(study: optuna.Study) -> Trial:
+    """The next trial: what a person queued while the study ran, then the queue, then the sampler's."""
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+    first = next((trial for trial in waiting if QUEUED_BY in trial.user_attrs), None)
+    if first is None:
+        return study.ask()
+    study._storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)
+    return Trial(study, first._trial_id)
+
+
+def steering_tags(trial: BaseTrial) -> dict[str, str]:
+    """What a tracker is told of a trial that a person queued."""
+    if QUEUED_BY not in trial.user_attrs:
+        return {}
+    number = trial.user_attrs.get(CLONE_OF)
+    return {"steering": "enqueued" if number is None else f"clone of {number}"}
+
+
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     """Have a trial's point asked once more, to be continued from where it was cancelled."""
     suggest(trial, space)
     study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
 
 
-def find_study(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage) -> optuna.Study | None:
+def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:
     """An arm's study as it stands, if it was ever opened."""
     name = optuna_name(plan.study.study_name, arm.name)
     if name not in optuna.get_all_study_names(storage):
@@ -125,12 +159,13 @@ def find_study(plan: StudyPlan, arm: ArmPlan, storage: RDBStorage) -> optuna.Stu
     return study if "facts" in study.user_attrs else None
 
 
-def _is_taken(trial: FrozenTrial) -> bool:
-    """Whether a trial's point needs no further asking: it has a result, or it will have one."""
-    return trial.state is not TrialState.FAIL or counts(trial)
+def is_taken(trial: FrozenTrial) -> bool:
+    """Whether a trial's point needs no further asking: it has a result, will have one, or must not."""
+    return trial.state is not TrialState.FAIL or counts(trial) or DROPPED in trial.user_attrs
 
 
-def _draw_of(trial: FrozenTrial) -> Draw:
+def draw_of(trial: FrozenTrial) -> Draw:
+    """What a trial was drawn as, or what is fixed of it while it waits."""
     fixed: Draw = trial.system_attrs.get("fixed_params", {})
     return {**fixed, **trial.params}
 
@@ -162,22 +197,38 @@ def point_of(trial: FrozenTrial) -> Point:
     return point
 
 
+def shown_point(trial: FrozenTrial) -> Point:
+    """The point, and the rank that followed from adapter.trainable_parameters."""
+    rank = _decided_rank(trial)
+    return {**point_of(trial), **({} if rank is None else {"adapter.r": rank})}
+
+
+def settings_of(arm: ArmPlan, trial: FrozenTrial) -> TrialSettings:
+    """What a trial was trained with."""
+    settings: TrialSettings = arm.settings_at(point_of(trial)).trial
+    return settings.with_rank(_decided_rank(trial))
+
+
+def _decided_rank(trial: FrozenTrial) -> int | None:
+    sized: dict[str, int] = trial.user_attrs.get("sized", {})
+    return sized.get("rank")
+
+
 def adopt(study: optuna.Study) -> list[Trial]:
-    """Trials that a dead driver left RUNNING, as live ones; the one place that builds a Trial."""
+    """Trials that a dead driver left RUNNING, as live ones."""
     orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return [Trial(study, orphan._trial_id) for orphan in orphans]
 
 
 def counted(study: optuna.Study) -> int:
     """How many of n_trials are used up."""
-    return sum(counts(trial) for trial in study.get_trials(deepcopy=False))
+    return sum(map(counts, study.get_trials(deepcopy=False)))
 
 
 def spent_seconds(study: optuna.Study) -> float:
-    """Worker time of all trials of a study that ended."""
+    """Device time of all trials of a study that ended."""
     outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
-    seconds = (outcome["metrics"].get("cost/seconds", 0.0) for outcome in outcomes if outcome)
-    return float(sum(seconds))
+    return sum(device_seconds(outcome["metrics"]) for outcome in outcomes if outcome)
 
 
 def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
@@ -191,6 +242,7 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",
+        **({} if arm.run_id is None else {"adopted run": arm.run_id}),
         "data digest": facts.data_digest,
         "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},

@@ -22,6 +22,7 @@ from sweeper.settings.evaluation import (
     LOSS_METRICS,
     ROUGE_METRICS,
     Evaluation,
+    GeneralText,
     Generation,
     Objective,
     Prompt,
@@ -54,12 +55,13 @@ from sweeper.settings.study import (
     Finalists,
     Plateau,
     Pruner,
+    Retention,
     Sampler,
     SamplerName,
     Study,
     StudyName,
 )
-from sweeper.settings.training import TAGS, Artifacts, SchedulerOptions, Training
+from sweeper.settings.training import Artifacts, SchedulerOptions, Training
 from sweeper.settings.trial import (
     FakeTrainer,
     Settings,
@@ -69,7 +71,7 @@ from sweeper.settings.trial import (
     TrialSettings,
     Workers,
 )
-from sweeper.settings.validation import describe, validate
+from sweeper.settings.validation import TAGS, describe, validate
 
 __all__ = [
     "ADAPTER_METHODS",
@@ -94,6 +96,7 @@ __all__ = [
     "Finalists",
     "FormatName",
     "Fraction",
+    "GeneralText",
     "Generation",
     "LoraAdapter",
     "Model",
@@ -106,6 +109,7 @@ __all__ = [
     "Prompt",
     "Pruner",
     "Quantization",
+    "Retention",
     "Sampler",
     "SamplerName",
     "SchedulerOptions",

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from sweeper.settings.data import OneSource, sources
 from sweeper.settings.section import Positive, Section
 
 LOSS_METRICS = {
@@ -42,12 +43,33 @@ class Prompt(Section):
     prompt: str = Field(min_length=1)
 
 
+class GeneralText(Section):
+    """Text that is not about the task; the loss on it tells what a fine-tune forgot."""
+
+    source: OneSource | None
+    """`embedded`, a file, a folder, a URL or a hub data set of plain text; null = not measured."""
+    tokens: Positive
+    window: Annotated[int, Field(ge=8)]
+    """Tokens of each stretch that is judged by itself."""
+
+    @model_validator(mode="after")
+    def _plain_text_of_one_source(self) -> GeneralText:
+        for source in sources(self.source):
+            if source.weight is not None or source.format is not None:
+                raise ValueError(
+                    f"source={source.path}: general text is plain text of one source; leave its "
+                    "weight and format out"
+                )
+        return self
+
+
 class Evaluation(Section):
     """How every model, tuned or not, is judged."""
 
     per_device_eval_batch_size: Positive
     max_samples: Positive | None
     generation: Generation
+    general_text: GeneralText
     rouge_tokenizer: Literal["ascii", "unicode"]
     rouge_path: str | None
     prompts: list[Prompt]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sweeper.settings.section import Fraction, Positive, Section
 
@@ -64,11 +64,26 @@ REFUSED_INITS = {
 """init_lora_weights of PEFT that are not offered, and why."""
 
 
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKM])")
+
+
+def _count(value: Any) -> Any:
+    """20M, 300k and 61440 as whole numbers; whatever else is left to pydantic's rule."""
+    if match := _COUNT.fullmatch(value) if isinstance(value, str) else None:
+        return round(float(match[1]) * (1e6 if match[2] == "M" else 1e3))
+    return value
+
+
 class LoraAdapter(Section):
-    """PEFT's LoraConfig; alpha is given either as a number or as a ratio to r, never both."""
+    """PEFT's LoraConfig.
+
+    The rank is given as r, or as the number of trainable parameters that the adapter should come
+    nearest to; alpha as a number or as a ratio to r. Never both.
+    """
 
     method: Literal["lora"]
-    r: Positive
+    r: Positive | None
+    trainable_parameters: Annotated[int, Field(ge=1), BeforeValidator(_count)] | None
     alpha_over_r: Annotated[float, Field(gt=0)] | None
     lora_alpha: Annotated[float, Field(gt=0)] | None
     lora_dropout: Fraction
@@ -113,10 +128,29 @@ class LoraAdapter(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_rank(self) -> LoraAdapter:
+        if (self.r is None) == (self.trainable_parameters is None):
+            raise ValueError(
+                f"give r or trainable_parameters, not both or none (r={self.r}, "
+                f"trainable_parameters={self.trainable_parameters}); set the other one to null"
+            )
+        return self
+
+    @property
+    def rank(self) -> int:
+        """The r that PEFT gets; known once trainable_parameters was resolved for a model."""
+        assert self.r is not None, "modeling.check decides it first"
+        return self.r
+
+    def with_rank(self, r: int) -> LoraAdapter:
+        """The same adapter with its rank decided."""
+        return self.model_copy(update={"r": r, "trainable_parameters": None})
+
     @property
     def alpha(self) -> float:
         """The lora_alpha that PEFT gets."""
-        return self.lora_alpha if self.lora_alpha is not None else self.r * self.ratio
+        return self.lora_alpha if self.lora_alpha is not None else self.rank * self.ratio
 
     @property
     def ratio(self) -> float:
@@ -124,7 +158,7 @@ class LoraAdapter(Section):
         if self.alpha_over_r is not None:
             return self.alpha_over_r
         assert self.lora_alpha is not None
-        return self.lora_alpha / self.r
+        return self.lora_alpha / self.rank
 
     @property
     def alphas(self) -> dict[str, float]:

@@ -99,6 +99,21 @@ class Finalists(Section):
 
     top: Annotated[int, Field(ge=0)]
     seeds: Positive
+    test: bool
+    """Whether the winners are judged on the test split."""
+
+
+class Baseline(Section):
+    """An earlier full fine-tune that is judged in the place of an arm of its own."""
+
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None
+
+
+class Retention(Section):
+    """Which weights stay when a study ends, besides those that its report points to."""
+
+    adapters: Annotated[int, Field(ge=0)] | None
+    """The best so many; null keeps every adapter and all full weights."""
 
 
 class Fairness(Section):
@@ -139,12 +154,23 @@ class Study(Section):
     fork_of: StudyName | None
     arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], Arm]
     finalists: Finalists
+    retention: Retention
+    baseline: Baseline
     fairness: Fairness
 
     @model_validator(mode="after")
     def _lora_is_the_search_itself(self) -> Study:
         if "lora" in self.arms:
             raise ValueError("arms.lora is hydra.sweeper.params itself; give the arm another name")
+        return self
+
+    @model_validator(mode="after")
+    def _adopted_run_has_no_costs(self) -> Study:
+        if self.costs and self.baseline.run_id is not None:
+            raise ValueError(
+                f"costs={self.costs}: what an adopted run cost is not measured here, so it has no place "
+                "on a front; set costs=[] or baseline.run_id=null"
+            )
         return self
 
     @model_validator(mode="after")

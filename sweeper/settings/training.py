@@ -5,19 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from sweeper.settings.data import _ONE, _SEVERAL, _SOURCE, Source
-from sweeper.settings.model import ADAPTER_METHODS
 from sweeper.settings.section import AutoBool, Positive, Section, Steps
-
-TAGS: dict[str, type[Section] | None] = {
-    **ADAPTER_METHODS,
-    _ONE: None,
-    _SEVERAL: None,
-    _SOURCE: Source,
-}
-"""What stands in an error's location for a member of a union, and the section it leads to."""
 
 
 class SchedulerOptions(Section):
@@ -41,6 +31,7 @@ class Training(Section):
     max_steps: Positive | None
     per_device_train_batch_size: Positive
     gradient_accumulation_steps: Positive
+    devices_per_trial: Positive
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"]
     micro_batch: Literal["as_given", "largest"]
     optim: Literal[
@@ -77,8 +68,18 @@ class Training(Section):
 
     @property
     def effective_batch_size(self) -> int:
-        """Examples per optimiser step on one device."""
+        """Examples per optimiser step, however many devices share them."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @model_validator(mode="after")
+    def _devices_share_the_batch(self) -> Training:
+        devices, batch = self.devices_per_trial, self.effective_batch_size
+        if batch % devices:
+            raise ValueError(
+                f"devices_per_trial={devices}: {batch} examples a step (per_device_train_batch_size "
+                f"× gradient_accumulation_steps) cannot be shared evenly among {devices} devices"
+            )
+        return self
 
 
 class Artifacts(Section):

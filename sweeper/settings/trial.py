@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,6 +57,39 @@ class TrialSettings(Section):
             raise ValueError(misfit)
         return self
 
+    def with_rank(self, rank: int | None) -> Self:
+        """The same trial with its adapter's rank decided; itself where there is nothing to decide."""
+        if rank is None or isinstance(self.adapter, NoAdapter):
+            return self
+        return self.model_copy(update={"adapter": self.adapter.with_rank(rank)})
+
+    @property
+    def structure(self) -> str:
+        """What decides whether a trial is possible on its model, and how large it is.
+
+        Trials of equal structure get one answer; they may differ in learning rate, alpha, seed, data.
+        """
+        return json.dumps(
+            {
+                "model": self.model.model_dump(mode="json"),
+                "quantization": self.quantization.model_dump(mode="json"),
+                "adapter": self.adapter.model_dump(mode="json", exclude=WITHOUT_SIZE),
+                "training": self.training.model_dump(mode="json", include=SIZED),
+            }
+        )
+
+
+WITHOUT_SIZE = {"alpha_over_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"}
+"""Keys of `adapter` that change neither a shape nor whether a module is found."""
+SIZED = {
+    "activation_checkpointing",
+    "gradient_accumulation_steps",
+    "loss_chunk_size",
+    "optim",
+    "per_device_train_batch_size",
+}
+"""Keys of `training` that memory depends on."""
+
 
 def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:
     """Why this adapter cannot be trained on a base that is held this way."""
@@ -80,6 +114,9 @@ class FakeTrainer(Section):
     plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
     finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
     free_mib: Annotated[float, Field(gt=0)] | None
+    """What a trial may need, as far as that is known before it is trained."""
+    room_mib: Annotated[float, Field(gt=0)] | None
+    """What it may need before it runs out of memory."""
 
 
 class Workers(Section):
@@ -135,6 +172,7 @@ class Settings(TrialSettings):
     space: Space
     stand_in: StandIn
     output_dir: str = Field(min_length=1)
+    verbosity: Literal["quiet", "normal", "verbose"]
     dry_run: bool
 
     @property

@@ -8,8 +8,17 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from sweeper.errors import ConfigError
+from sweeper.settings.data import _ONE, _SEVERAL, _SOURCE, Source
+from sweeper.settings.model import ADAPTER_METHODS
 from sweeper.settings.section import Section
-from sweeper.settings.training import TAGS
+
+TAGS: dict[str, type[Section] | None] = {
+    **ADAPTER_METHODS,
+    _ONE: None,
+    _SEVERAL: None,
+    _SOURCE: Source,
+}
+"""What stands in an error's location for a member of a union, and the section it leads to."""
 
 S = TypeVar("S", bound=Section)
 

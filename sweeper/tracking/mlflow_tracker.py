@@ -1,85 +1,97 @@
-"""MLflow behind the Tracker protocol: one thread, one client, idempotent by tags and timestamps.
+"""MLflow behind the Tracker protocol: the driver writes down, a thread ships.
 
-Runs are found again by their tags, so that a resumed study continues its runs; metric points carry
-the time they were measured, so that a point sent twice is one row in MLflow's store.
+A call of the driver writes one small file and returns; it never waits for a network. The thread brings
+MLflow into agreement with those files, tries again for as long as MLflow is away, and may be left in the
+middle of anything: what it could not ship, the next start of the study or `sweeper sync` does.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import logging
-import math
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
+from sweeper.errors import TrackingError
 from sweeper.folders import TrialFolder
-from sweeper.redaction import redact
+from sweeper.tracking.ledger import (
+    STUDY,
+    Amendment,
+    Ledger,
+    Store,
+    StudyEntry,
+    TrialEntry,
+    ending,
+    left,
+    now_ms,
+    study_ending,
+    texts,
+)
+from sweeper.tracking.server import Away, Server
+from sweeper.tracking.shipment import Shipper
 from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-EVERY_TRIAL_HAS = ("eval/loss", "minimize")
-STUDY_TAG, TRIAL_TAG = "sweeper.study", "sweeper.trial"
-PARENT_TAG = "mlflow.parentRunId"
-OUTAGE_SETTINGS = {
-    # MLflow's own defaults keep one call waiting for 246 seconds
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
-RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0)
+RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits between tries while the server is away; the last one is repeated."""
 CLOSE_SECONDS = 10.0
-"""How long the end of a study waits for a server that is away; what is left is said."""
-AWAY = frozenset({"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"})
-"""MLflow's error codes for a server that may answer later."""
-BATCH = 1000
-"""MLflow takes at most this many metrics a request."""
-
-
-def local_uri(root: Path) -> str:
-    """The store under a folder: one SQLite file, artifacts beside it."""
-    return f"sqlite:///{root / 'mlflow.db'}"
+"""How long the end of a study waits for a server that takes nothing and does not answer."""
+STORE_SECONDS = 60.0
+"""The same for a database, which cannot be asked whether it is there."""
+LAST_TRIES = 3
+"""Failures one after the other at the end of a study before the rest is left for later."""
 
 
 class MlflowTracker:
-    """Every call returns at once; the work is done in order in one background thread."""
+    """Every call returns at once; one background thread ships, the first run first."""
 
-    def __init__(self, uri: str | None, root: Path) -> None:
-        """`uri` is a tracking server or database; without one the store is local, under `root`."""
-        self._uri = uri
-        self._root = root
-        self._problems: list[str] = []
-        self._runs: dict[str, str] = {}
-        self._final: set[str] = set()
-        self._experiment = ""
-        self._study: dict[str, str] = {}
-        self._announced: StudyRecord | None = None
-        self._away = False
-        self._closing = threading.Event()
-        self._give_up_at = math.inf
-        self._parent: str | None = None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._client: Future[MlflowClient] = self._pool.submit(self._connect)
+    def __init__(self, server: Server, folder: Path) -> None:
+        """Start shipping what an earlier process left in the ledger that is kept in `folder`."""
+        self._ledger = Ledger(folder)
+        self._server = server
+        name = None if server.uri is None else server.name
+        self._store = Store(uri=name, root=str(server.root.resolve()))
+        self._shipper = Shipper(self._server, self._ledger)
+        self._due = dict.fromkeys(self._ledger.keys)
+        self._changed = threading.Condition()
+        self._closing = False
+        self._reasons: dict[str, str] = {}
+        # a daemon: the program's end waits for no server
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
 
     def open_study(self, study: StudyRecord) -> None:
         """See Tracker."""
-        self._announced = study
-        self._later(f"study {study.name}", lambda client: self._open_study(client, study))
+        before, now = self._ledger.study, now_ms()
+        entry = StudyEntry(
+            uid=uuid4().hex if before is None else before.uid,
+            experiment=study.experiment,
+            name=study.name,
+            metric=study.objective.metric,
+            direction=study.objective.direction,
+            params=texts(study.params) if before is None else before.params,
+            tags=texts(study.tags),
+            started_ms=now if before is None else before.started_ms,
+            opened_ms=now,
+            before=None if before is None else before.ending or before.before,
+        )
+        self._keep(entry)
 
     def start(self, trial: TrialRecord) -> None:
         """See Tracker."""
-        self._later(f"start of {trial.key}", lambda client: self._start(client, trial))
+        known = self._ledger.trials.get(trial.key)
+        if known is None:
+            self._keep(self._entry(trial))
+        elif known.ending is not None:
+            self._keep(known.reopened())
 
     def ship(self, trial: TrialRecord) -> None:
         """See Tracker."""
-        self._later(f"metrics of {trial.key}", lambda client: self._ship(client, trial))
+        self._wake(trial.key)
 
     def end(
         self,
@@ -89,9 +101,25 @@ class MlflowTracker:
         tags: Mapping[str, str],
     ) -> None:
         """See Tracker."""
-        self._later(
-            f"end of {trial.key}", lambda client: self._end(client, trial, status, metrics, tags)
-        )
+        known = self._ledger.trials.get(trial.key) or self._entry(trial)
+        end = ending(status, metrics, tags).or_same(known.ending, known.before)
+        if end != known.ending:
+            self._keep(known.model_copy(update={"ending": end}))
+
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """See Tracker."""
+        chosen = {self._ledger.relative(folder.path) for folder in folders}
+        for trial in list(self._ledger.trials.values()):
+            if trial.kept != (trial.folder in chosen):
+                self._keep(trial.model_copy(update={"kept": trial.folder in chosen}))
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """See Tracker."""
+        known = self._ledger.trials.get(trial.key) or self._entry(trial)
+        more = Amendment(metrics=dict(metrics), time_ms=int(measured_at * 1000))
+        if more not in known.amendments:
+            amendments = (*known.amendments, more)
+            self._keep(known.model_copy(update={"amendments": amendments}))
 
     def close_study(
         self,
@@ -102,202 +130,121 @@ class MlflowTracker:
         artifacts: Sequence[Path],
     ) -> None:
         """See Tracker."""
+        study = self._ledger.study
+        assert study is not None, "no study was opened"
+        names = tuple(self._ledger.relative(path) for path in artifacts)
+        end = study_ending(status, metrics, params, note).or_same(study.before)
+        self._keep(study.model_copy(update={"ending": end, "artifacts": names}))
+        for trial in list(self._ledger.trials.values()):
+            if trial.ending is None:  # begun before a crash, and not wanted again since
+                self._keep(trial.model_copy(update={"ending": ending("KILLED")}))
 
-        def close(client: MlflowClient) -> None:
-            parent = self._parent_of(client)
-            _log_final(client, parent, metrics)
-            if note:
-                client.set_tag(parent, "mlflow.note.content", note[:8000])
-            for name, value in params.items():
-                client.set_tag(parent, f"best.{name}", str(value))
-            for path in artifacts:
-                client.log_artifact(parent, str(path))
-            client.set_terminated(parent, status)
-
-        self._later("the parent run", close)
-
-    def close(self) -> list[str]:
+    def close(self, *, hurry: bool = False) -> list[str]:
         """See Tracker."""
-        self._give_up_at = time.monotonic() + CLOSE_SECONDS
-        self._closing.set()
-        self._pool.shutdown(wait=True)
-        return list(dict.fromkeys(self._problems))
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._wait(hurry)
+        return [*dict.fromkeys([*self._server.remarks, *self._ledger.problems]), *self._unshipped()]
 
-    def _connect(self) -> MlflowClient:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for name, value in OUTAGE_SETTINGS.items():
-            os.environ.setdefault(name, value)
-        import mlflow  # two seconds, and not needed before the first trial is on its way
-
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if self._uri is None:
-            self._root.mkdir(parents=True, exist_ok=True)
-        return mlflow.MlflowClient(self._uri or local_uri(self._root))
-
-    def _later(self, what: str, work: Callable[[MlflowClient], None]) -> None:
-        self._pool.submit(self._try, what, work)
-
-    def _try(self, what: str, work: Callable[[MlflowClient], None]) -> None:
-        """Until it is done: a server that is away is waited for, in a thread nobody else waits for."""
-        waits = itertools.chain(RETRY_SECONDS, itertools.repeat(RETRY_SECONDS[-1]))
-        while not (self._away and time.monotonic() > self._give_up_at):
-            try:
-                work(self._client.result())
-                self._away = False
-                return
-            except Exception as error:  # noqa: BLE001 - the tracker's edge: an outage stops no training
-                self._away = getattr(error, "error_code", None) in AWAY
-                if not self._away:
-                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    self._problems.append(f"{what}: {redact(reason)}")
-                    return
-            if self._closing.wait(next(waits)):
-                time.sleep(RETRY_SECONDS[0])  # the event is set: it waits no more
-        self._problems.append(f"{what}: the server is away")
-
-    def _open_study(self, client: MlflowClient, study: StudyRecord) -> None:
-        self._experiment = self._experiment_id(
-            client, study.experiment, study.objective.metric, study.objective.direction
+    def _entry(self, trial: TrialRecord) -> TrialEntry:
+        return TrialEntry(
+            key=trial.key,
+            uid=uuid4().hex,
+            folder=self._ledger.relative(trial.folder.path),
+            params=texts(trial.params),
+            tags=texts(trial.tags),
+            dataset=trial.dataset,
+            started_ms=now_ms(),
         )
-        self._study = {STUDY_TAG: study.name}
-        query = f"tags.`{STUDY_TAG}` = '{study.name}'"
-        runs = list(_search(client, self._experiment, query))
-        parents = [run for run in runs if TRIAL_TAG not in run.data.tags]
-        if parents:
-            self._parent = parents[0].info.run_id
-            client.update_run(self._parent, status="RUNNING")
-            for name, value in study.tags.items():
-                client.set_tag(self._parent, name, value)
-        else:
-            tags = {**self._study, **study.tags}
-            run = client.create_run(self._experiment, run_name=study.name, tags=tags)
-            self._parent = run.info.run_id
-            _log_params(client, self._parent, study.params)
-        for run in runs:
-            if key := run.data.tags.get(TRIAL_TAG):
-                self._runs[key] = run.info.run_id
-                if run.info.status != "RUNNING":
-                    self._final.add(key)
 
-    def _parent_of(self, client: MlflowClient) -> str:
-        """The parent run; opened now if the server was away when the study began."""
-        if self._parent is None:
-            assert self._announced is not None, "no study was announced"
-            self._open_study(client, self._announced)
-        assert self._parent is not None
-        return self._parent
+    def _keep(self, entry: StudyEntry | TrialEntry) -> None:
+        self._ledger.keep_store(self._store)
+        self._ledger.keep(entry)
+        self._wake(STUDY if isinstance(entry, StudyEntry) else entry.key)
 
-    def _experiment_id(self, client: MlflowClient, name: str, metric: str, direction: str) -> str:
-        found = client.get_experiment_by_name(name)
-        if found is not None:
-            return str(found.experiment_id)
-        location = None
-        if self._uri is None:  # MLflow would take the current folder of whoever comes first
-            location = (self._root / "artifacts" / name).resolve().as_uri()
-        identity = str(client.create_experiment(name, artifact_location=location))
-        for tag, value in _experiment_tags(metric, direction).items():
-            client.set_experiment_tag(identity, tag, value)
-        return identity
+    def _wake(self, key: str) -> None:
+        with self._changed:
+            self._due[key] = None
+            self._changed.notify()
 
-    def _start(self, client: MlflowClient, trial: TrialRecord) -> None:
-        if trial.key in self._runs:
-            client.update_run(self._runs[trial.key], status="RUNNING")
-            self._final.discard(trial.key)
-            return
-        tags = {TRIAL_TAG: trial.key, **trial.tags}
-        if self._announced is None:
-            self._experiment = self._experiment_id(client, "single trials", *EVERY_TRIAL_HAS)
-        else:
-            tags |= {PARENT_TAG: self._parent_of(client), **self._study}
-        run = client.create_run(self._experiment, run_name=trial.key, tags=tags)
-        self._runs[trial.key] = run.info.run_id
-        _log_params(client, run.info.run_id, trial.params)
+    def _work(self) -> None:
+        """The thread: alone on the ledger, since two that ship would ship twice."""
+        lock = FileLock(self._ledger.lock)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._due or self._closing)
+                if not self._due:
+                    return
+            try:
+                self._ledger.folder.mkdir(parents=True, exist_ok=True)
+                with lock.acquire(timeout=RETRY_SECONDS[0]):
+                    self._ship_all()
+            except (Timeout, OSError) as error:
+                other = "another process ships this study now"
+                self._reasons[STUDY] = other if isinstance(error, Timeout) else str(error)
+                if self._closing:
+                    return
 
-    def _ship(self, client: MlflowClient, trial: TrialRecord) -> None:
-        from mlflow.entities import Metric
+    def _ship_all(self) -> None:
+        """What is due, until nothing is; a run that fails goes to the end of the queue."""
+        waits, failures = _waits(), 0
+        while (key := self._next()) is not None:
+            try:
+                self._shipper.ship(key)
+                self._reasons.pop(key, None)
+                waits, failures = _waits(), 0
+            except TrackingError as refusal:
+                self._reasons[key] = str(refusal)
+            except Away as away:
+                self._reasons[key] = str(away)
+                failures += 1
+                if self._closing and (failures >= LAST_TRIES or not self._server.answers()):
+                    return self._give_up()
+                self._again(key, next(waits))
 
-        points = [
-            Metric(name, value, int(line["time"] * 1000), int(line["step"]))
-            for line in _spool(trial.folder)
-            for name, value in line.items()
-            if name not in ("time", "step")
-        ]
-        for start in range(0, len(points), BATCH):
-            client.log_batch(self._runs[trial.key], metrics=points[start : start + BATCH])
+    def _next(self) -> str | None:
+        with self._changed:
+            key = next(iter(self._due), None)
+            if key is not None:
+                del self._due[key]
+            return key
 
-    def _end(
-        self,
-        client: MlflowClient,
-        trial: TrialRecord,
-        status: RunStatus,
-        metrics: Mapping[str, float],
-        tags: Mapping[str, str],
-    ) -> None:
-        if trial.key in self._final:
-            return
-        if trial.key not in self._runs:
-            self._start(client, trial)
-        run = self._runs[trial.key]
-        self._ship(client, trial)
-        _log_final(client, run, metrics)
-        for name, value in tags.items():
-            client.set_tag(run, name, value)
-        _log_artifacts(client, run, trial.folder)
-        client.set_terminated(run, status)
-        self._final.add(trial.key)
+    def _again(self, key: str, wait_s: float) -> None:
+        with self._changed:
+            self._due.setdefault(key)
+            if self._closing:
+                self._changed.wait(min(wait_s, RETRY_SECONDS[0]))
+            else:
+                self._changed.wait_for(lambda: self._closing, wait_s)
 
+    def _give_up(self) -> None:
+        with self._changed:
+            self._due.clear()
 
-def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
-    """The UI opens on runs and their metrics rather than on traces, and charts this metric first."""
-    return {
-        "mlflow.experimentKind": "custom_model_development",
-        "mlflow.experiment.primaryMetric.name": metric.replace("eval/", "best/eval_"),
-        "mlflow.experiment.primaryMetric.greaterIsBetter": str(direction == "maximize").lower(),
-    }
+    def _wait(self, hurry: bool) -> None:
+        """Until all is shipped; or until nothing was taken for a while by a server that is away."""
+        limit = CLOSE_SECONDS if hurry or self._server.is_http else STORE_SECONDS
+        steps, since = self._shipper.steps, time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(timeout=0.1)
+            if time.monotonic() - since < limit:
+                continue
+            stuck = self._shipper.steps == steps
+            away = stuck and not (self._server.is_http and self._server.answers())
+            if hurry or away:
+                return
+            steps, since = self._shipper.steps, time.monotonic()
+
+    def _unshipped(self) -> list[str]:
+        """What was not shipped, in one line, and why."""
+        total = left(self._ledger, self._server.name)
+        if not total:
+            return []
+        reasons = dict.fromkeys(self._reasons.values())
+        why = "; ".join(itertools.islice(reasons, 2)) or "there was no time"
+        return [f"{total} ({self._server.name}: {why})"]
 
 
-def _search(client: MlflowClient, experiment: str, query: str) -> Iterator[Any]:
-    token: str | None = None
-    while True:
-        page = client.search_runs([experiment], filter_string=query, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _spool(folder: TrialFolder) -> Iterator[dict[str, Any]]:
-    """The complete lines of metrics.jsonl; a line still being written comes with the next shipment."""
-    if not folder.metrics.exists():
-        return
-    for line in folder.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
-
-
-def _log_params(client: MlflowClient, run: str, params: Mapping[str, Any]) -> None:
-    from mlflow.entities import Param
-
-    client.log_batch(run, params=[Param(name, str(value)) for name, value in params.items()])
-
-
-def _log_final(client: MlflowClient, run: str, metrics: Mapping[str, float]) -> None:
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    client.log_batch(run, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
-
-
-def _log_artifacts(client: MlflowClient, run: str, folder: TrialFolder) -> None:
-    """The small files and the adapter; full weights stay in the trial folder, whose path is a tag."""
-    for path in (
-        *(folder.config, folder.outcome, folder.provenance),
-        *(folder.log_text, folder.log_json, folder.data_card),
-        *(folder.samples, folder.samples.with_suffix(".json"), folder.archive),
-    ):
-        if path.exists():
-            client.log_artifact(run, str(path))
-    if folder.adapter.is_dir():
-        client.log_artifacts(run, str(folder.adapter), "adapter")
-    client.set_tag(run, "folder", str(folder.path))
+def _waits() -> itertools.chain[float]:
+    return itertools.chain(RETRY_SECONDS, itertools.repeat(RETRY_SECONDS[-1]))

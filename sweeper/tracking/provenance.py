@@ -7,11 +7,13 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 import sweeper
+from sweeper.outcome import Facts
 from sweeper.redaction import redact
 
 PACKAGES = (
@@ -29,10 +31,34 @@ def provenance(command: str) -> dict[str, str]:
         "sweeper": sweeper.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "cpu": _cpu(),
         "executable": Path(sys.executable).name,
         **_git(Path.cwd()),
         **versions,
     }
+
+
+def origin(process: Mapping[str, str], facts: Facts) -> dict[str, str]:
+    """Where a trial's result comes from: `provenance` of the process, then data, base and device."""
+    commit = {} if facts.base_commit is None else {"base.commit": facts.base_commit}
+    return {
+        **process,
+        "data.digest": facts.data_digest,
+        "base.digest": facts.base_digest,
+        **commit,
+        "device": facts.device,
+        "dtype": facts.dtype,
+    }
+
+
+def _cpu() -> str:
+    """The processor's name: another one may add numbers in another order."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
 
 
 def _git(folder: Path) -> dict[str, str]:

@@ -5,22 +5,21 @@ A version points at the adapter that its trial's run holds. Knows nothing of why
 
 from __future__ import annotations
 
-import logging
-import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sweeper.errors import TrackingError
+from sweeper.folders import TrialFolder
+from sweeper.manifest import MANIFEST, verify_manifest
 from sweeper.redaction import redact
-from sweeper.tracking.mlflow_tracker import (
-    OUTAGE_SETTINGS,
-    STUDY_TAG,
-    TRIAL_TAG,
-    local_uri,
-)
+from sweeper.tracking.ledger import weights_of
+from sweeper.tracking.server import local_uri
+from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG, search
+from sweeper.tracking.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -49,14 +48,8 @@ class Version:
     tags: Mapping[str, str]
 
 
-class Registry:
-    """The registry of one tracking server or local store; calls wait, for at most a minute."""
-
-    def __init__(self, uri: str | None, root: Path) -> None:
-        """`uri` is a tracking server or database; without one the store is local, under `root`."""
-        self._uri = uri
-        self._root = root
-        self._made: MlflowClient | None = None
+class Registry(Store):
+    """The registry of one tracking server or local store."""
 
     def champion(self, model: str) -> Version | None:
         """The version with the alias, if the model is registered and has one.
@@ -80,6 +73,57 @@ class Registry:
             before = [each for each in now if each.previous is not None]
             return [*now, *(_version(client, v.model, str(v.previous)) for v in before)]
 
+    def versions(self, model: str) -> list[Version]:
+        """All versions of a model.
+
+        Raises:
+            TrackingError: the registry cannot be asked.
+        """
+        with self._client() as client:
+            found = client.search_model_versions(f"name = '{model}'")
+            return [_version(client, model, str(each.version)) for each in found]
+
+    def tag(self, version: Version, key: str, value: str) -> None:
+        """Write a fact about a version where people and programs find it.
+
+        Raises:
+            TrackingError: the registry cannot be asked.
+        """
+        with self._client() as client:
+            client.set_model_version_tag(version.model, version.number, key, value)
+
+    def collect_deleted(self, after_s: float, *, dry_run: bool) -> str | None:
+        """Remove runs that were deleted in MLflow so long ago for good, with their artifacts.
+
+        Only of a local SQLite store, by MLflow's own `mlflow gc`; for a server it is told what to run
+        there. A deleted run that a registered version points at keeps all of them.
+
+        Returns:
+            What was or is to be done; None if no run is deleted.
+
+        Raises:
+            TrackingError: the store cannot be asked, or `mlflow gc` fails.
+        """
+        uri = self._uri or local_uri(self._root)
+        older = f"{after_s:.0f}s"
+        with self._client() as client:
+            before = _deleted_runs(client)
+            if not before:
+                return None
+            held = [name for name, run in _registered_runs(client) if run in before]
+            if held:
+                return (
+                    f"MLflow: none of {len(before)} deleted runs is removed for good: versions of "
+                    f"{', '.join(sorted(set(held)))} point at some; restore those"
+                )
+            if dry_run or not uri.startswith("sqlite:"):
+                command = f"mlflow gc --older-than {older} --backend-store-uri {redact(uri)}"
+                where = "would be removed by" if dry_run else "are removed on its server by"
+                return f"MLflow: of {len(before)} deleted runs those older {where}: {command}"
+            _collect(uri, older)
+            gone = len(before) - len(_deleted_runs(client))
+            return f"MLflow: {gone} of {len(before)} deleted runs removed for good"
+
     def promote(self, model: str, study: str, trial: str, tags: Mapping[str, str]) -> Version:
         """Register a trial's adapter as a new version and make it the champion.
 
@@ -90,10 +134,12 @@ class Registry:
             tags: the evidence, for people.
 
         Raises:
-            TrackingError: no such run, or the registry cannot be asked.
+            TrackingError: no such run, it has no adapter, or the registry cannot be asked.
+            ArtifactError: the adapter is not what its manifest says.
         """
         with self._client() as client:
             run = _run_of(client, study, trial)
+            _require_adapter(client, run)
             if not client.search_registered_models(f"name = '{model}'"):
                 client.create_registered_model(model)
             before = _champion_number(client, model)
@@ -151,32 +197,32 @@ class Registry:
         location = local if self._uri is None else None
         return str(client.create_experiment(NIGHTS, artifact_location=location))
 
-    @contextmanager
-    def _client(self) -> Iterator[MlflowClient]:
-        """The client; MLflow's errors become one line."""
-        try:
-            yield self._connect()
-        except TrackingError:
-            raise
-        except Exception as error:
-            from mlflow.exceptions import MlflowException
 
-            if not isinstance(error, MlflowException | OSError):
-                raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrackingError(f"MLflow: {redact(first)}") from None
+def _deleted_runs(client: MlflowClient) -> set[str]:
+    from mlflow.entities import ViewType
 
-    def _connect(self) -> MlflowClient:
-        if self._made is None:
-            for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **OUTAGE_SETTINGS}.items():
-                os.environ.setdefault(name, value)
-            import mlflow  # two seconds, and only where there is a champion to ask for
+    experiments = [each.experiment_id for each in client.search_experiments(ViewType.ALL)]
+    found: set[str] = set()
+    for experiment in experiments:
+        runs = search(client, experiment, "", ViewType.DELETED_ONLY)
+        found |= {run.info.run_id for run in runs}
+    return found
 
-            for name in ("mlflow", "alembic"):
-                logging.getLogger(name).setLevel(logging.WARNING)
-            self._root.mkdir(parents=True, exist_ok=True)
-            self._made = mlflow.MlflowClient(self._uri or local_uri(self._root))
-        return self._made
+
+def _registered_runs(client: MlflowClient) -> Iterator[tuple[str, str]]:
+    """Each version's model, and the run it points at."""
+    for model in _models(client):
+        for version in client.search_model_versions(f"name = '{model.name}'"):
+            yield model.name, str(version.run_id)
+
+
+def _collect(uri: str, older: str) -> None:
+    command = [sys.executable, "-m", "mlflow", "gc", "--older-than", older]
+    stores = ["--backend-store-uri", uri, "--tracking-uri", uri]
+    done = subprocess.run([*command, *stores], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise TrackingError(f"mlflow gc failed: {redact(last)}")
 
 
 def _models(client: MlflowClient) -> Iterator[Any]:
@@ -206,6 +252,27 @@ def _version(client: MlflowClient, model: str, number: str) -> Version:
         previous=tags.get(PREVIOUS_TAG),
         tags=dict(tags),
     )
+
+
+def _require_adapter(client: MlflowClient, run: Any) -> None:
+    """A run holds its adapter, all of it, if it was kept; one that was not is uploaded now.
+
+    Raises:
+        TrackingError: its weights are nowhere.
+    """
+    stored = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
+    if f"adapter/{MANIFEST}" in stored:
+        return
+    folder = TrialFolder(Path(run.data.tags.get(FOLDER_TAG, "")))
+    if not folder.adapter.is_dir():
+        raise TrackingError(
+            f"run {run.info.run_name} holds no adapter, nor does {folder.path}: its weights went "
+            "when its study ended (hydra.sweeper.retention.adapters=null keeps all)"
+        )
+    verify_manifest(folder.adapter)
+    for path in weights_of(folder):
+        place = path.parent.relative_to(folder.path).as_posix()
+        client.log_artifact(run.info.run_id, str(path), None if place == "." else place)
 
 
 def _run_of(client: MlflowClient, study: str, trial: str) -> Any:

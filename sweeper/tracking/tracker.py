@@ -1,7 +1,7 @@
 """What the driver tells a tracker: one parent run a study, one child run a trial.
 
-No call waits for a network: a tracker works in its own thread. What it could not record it says at
-the end; the trial folders remain the record.
+No call waits for a network: a tracker writes down and ships in its own thread. What it could not
+record it says at the end; `sweeper sync` records it later.
 """
 
 from __future__ import annotations
@@ -12,10 +12,45 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sweeper.folders import TrialFolder
-from sweeper.settings import Objective
+from sweeper.outcome import Facts, Value
+from sweeper.settings import Data, Objective, sources
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's final states; KILLED is what it shows for a pruned trial."""
+
+
+RUN_PARAMS = (
+    *("model.base_model", "model.revision", "data.train", "data.max_length", "data.packing"),
+    *("quantization.load_in_4bit", "quantization.load_in_8bit", "quantization.bnb_4bit_quant_type"),
+    *("adapter.method", "adapter.r", "adapter.alpha_over_r", "adapter.lora_alpha"),
+    *("adapter.lora_dropout", "adapter.target_modules", "adapter.use_rslora", "adapter.use_dora"),
+    *("training.learning_rate", "training.lr_scheduler_type", "training.optim"),
+    *("training.warmup_ratio", "training.warmup_steps", "training.weight_decay"),
+    *("training.num_train_epochs", "training.max_steps", "training.per_device_train_batch_size"),
+    *("training.gradient_accumulation_steps", "objective.metric", "objective.direction", "seed"),
+)
+"""What runs are compared by, in every run under the same name; the rest is in its config.yaml."""
+
+
+class DatasetRecord(Value):
+    """The data of a run, as MLflow's input: one digest over all splits."""
+
+    name: str
+    digest: str
+    sources: tuple[str, ...]
+    """Files, folders, URLs and hub ids, as they were written."""
+    profile: dict[str, Any]
+    """Rows by split, and their format."""
+
+
+def dataset_record(facts: Facts, data: Data) -> DatasetRecord:
+    """What an arm is trained on."""
+    return DatasetRecord(
+        name=facts.data_source,
+        digest=facts.data_digest,
+        sources=tuple(source.path for source in sources(data.train)),
+        profile={"format": facts.data_format, "rows": facts.rows, "dropped": facts.dropped},
+    )
 
 
 @dataclass(frozen=True)
@@ -37,6 +72,8 @@ class TrialRecord:
     folder: TrialFolder
     params: Mapping[str, Any]
     tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: DatasetRecord | None = None
+    """Known once the data were read."""
 
 
 class Tracker(Protocol):
@@ -60,6 +97,12 @@ class Tracker(Protocol):
     ) -> None:
         """Ship the rest, the artifacts and the final state; does nothing to a run that has one."""
 
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """Upload the weights of these trials; of the others only the figures are recorded."""
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """Add figures measured after a trial's end (Unix seconds); sent twice, they are there once."""
+
     def close_study(
         self,
         status: RunStatus,
@@ -70,8 +113,11 @@ class Tracker(Protocol):
     ) -> None:
         """Give the parent run its final state, the answer and the best trial's figures."""
 
-    def close(self) -> list[str]:
-        """Wait for what is under way; say what could not be recorded, one line each."""
+    def close(self, *, hurry: bool = False) -> list[str]:
+        """Wait for what is under way; say what could not be recorded, one line each.
+
+        `hurry`: somebody waits for this process to end, so wait for seconds only.
+        """
 
 
 class NullTracker:
@@ -95,6 +141,12 @@ class NullTracker:
     ) -> None:
         """See Tracker."""
 
+    def keep(self, folders: Sequence[TrialFolder]) -> None:
+        """See Tracker."""
+
+    def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
+        """See Tracker."""
+
     def close_study(
         self,
         status: RunStatus,
@@ -105,6 +157,6 @@ class NullTracker:
     ) -> None:
         """See Tracker."""
 
-    def close(self) -> list[str]:
+    def close(self, *, hurry: bool = False) -> list[str]:
         """See Tracker."""
         return []

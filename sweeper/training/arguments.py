@@ -38,7 +38,8 @@ def training_arguments(
         lr_scheduler_kwargs=_scheduler_options(settings),
         warmup_steps=schedule.warmup_steps,
         per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_accumulation_steps=training.gradient_accumulation_steps
+        // training.devices_per_trial,
         optim=training.optim,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,

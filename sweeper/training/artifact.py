@@ -15,8 +15,8 @@ from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweeper.folders import TrialFolder, write_atomic
+from sweeper.manifest import write_manifest
 from sweeper.settings import TrialSettings
-from sweeper.training.manifest import write_manifest
 from sweeper.training.model_card import README, model_card
 
 EPOCH = (1980, 1, 1, 0, 0, 0)

@@ -14,9 +14,13 @@ Fits = Callable[[TrialSettings], bool | None]
 """Whether a trial with exactly these settings fits in the device's memory; None: not known."""
 
 
-def split_batch(effective: int, limit: int) -> tuple[int, int]:
-    """(micro-batch, accumulation): the largest micro-batch up to `limit` that divides the batch."""
-    micro = next(size for size in range(min(effective, limit), 0, -1) if effective % size == 0)
+def split_batch(effective: int, limit: int, devices: int = 1) -> tuple[int, int]:
+    """(micro-batch, accumulation): the largest micro-batch up to `limit` that divides the batch.
+
+    Of several devices each takes an equal share of the accumulated micro-batches.
+    """
+    share = effective // devices
+    micro = next(size for size in range(min(share, limit), 0, -1) if share % size == 0)
     return micro, effective // micro
 
 
@@ -26,6 +30,7 @@ def resolve(settings: TrialSettings, fits: Fits, *, on_gpu: bool) -> TrialSettin
     Checkpointing is decided first, for the micro-batch as given; where nothing is known it is on
     for a GPU, and the micro-batch stays as given.
     """
+    settings = with_micro_batch(settings, settings.training.per_device_train_batch_size)
     if settings.training.activation_checkpointing == "auto":
         fit = fits(_with(settings, activation_checkpointing=False))
         settings = _with(settings, activation_checkpointing=on_gpu if fit is None else not fit)
@@ -44,10 +49,19 @@ def halved(settings: TrialSettings) -> TrialSettings | None:
 
 def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:
     """The same effective batch in the largest micro-batches up to `limit`."""
-    micro, accumulation = split_batch(settings.training.effective_batch_size, limit)
+    training = settings.training
+    micro, accumulation = split_batch(
+        training.effective_batch_size, limit, training.devices_per_trial
+    )
     return _with(
         settings, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation
     )
+
+
+def sparing(settings: TrialSettings) -> TrialSettings:
+    """The form of a trial that needs least: row by row, recomputing where that is not ruled out."""
+    checkpointing = settings.training.activation_checkpointing is not False
+    return _with(with_micro_batch(settings, 1), activation_checkpointing=checkpointing)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -58,7 +72,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _with_largest(settings: TrialSettings, fits: Fits) -> TrialSettings:
-    limit = settings.training.effective_batch_size
+    limit = settings.training.effective_batch_size // settings.training.devices_per_trial
     while limit > settings.training.per_device_train_batch_size:
         larger = with_micro_batch(settings, limit)
         if fits(larger):

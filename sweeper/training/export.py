@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sweeper.folders import TrialFolder
+from sweeper.manifest import write_manifest
 from sweeper.modeling.base import load_base
 from sweeper.modeling.hardware import choose_dtype, device, dtype_name
 from sweeper.modeling.merge import MergeDtype, merge
 from sweeper.modeling.source import find_source
 from sweeper.settings import Quantization, TrialSettings
-from sweeper.training.manifest import write_manifest
 from sweeper.training.prepare import Prepared
 
 if TYPE_CHECKING:

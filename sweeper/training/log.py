@@ -166,6 +166,8 @@ def describe_method(settings: TrialSettings) -> str:
     base = "LoRA" if kind == "none" else f"QLoRA ({kind})"
     targets = adapter.target_modules
     shown = targets if isinstance(targets, str) else ", ".join(targets)
+    if adapter.r is None:  # refused before its rank was decided
+        return f"{base} of {adapter.trainable_parameters:,} parameters on {shown}"
     return (
         f"{base} r={adapter.r} alpha={adapter.alpha:g} dropout={adapter.lora_dropout:g} on {shown}"
     )

@@ -21,6 +21,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.steps = 0
+        self.devices = 1
         self.oom_retries = 0
         self.figures: dict[str, float] = {}
         self.facts: dict[str, str] = {}
@@ -53,9 +54,18 @@ class Meter:
         self._charge()
         return self._cpu_seconds[name]
 
-    def saw(self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor) -> None:
-        """Count the micro-batches of one optimiser step; nothing is copied from the device."""
-        self._tokens.add(batches, targets)
+    def saw(
+        self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor, devices: int
+    ) -> None:
+        """Count the micro-batches of one optimiser step; nothing is copied from the device.
+
+        Args:
+            batches: those of this device; each of the others has as many.
+            targets: target tokens of the step, on all devices.
+            devices: how many share the step.
+        """
+        self.devices = devices
+        self._tokens.add(batches, targets, devices)
 
     @property
     def tokens_per_second(self) -> float:
@@ -64,12 +74,13 @@ class Meter:
 
     def metrics(self) -> dict[str, float]:
         """All of it under the names of the outcome."""
-        train = max(self.seconds("train"), 1e-9)
+        train, seconds = max(self.seconds("train"), 1e-9), time.monotonic() - self._started
         return {
             **self.figures,
             **{f"cost/{name}_seconds": spent for name, spent in self._seconds.items()},
             **{f"cost/{name}_cpu_seconds": spent for name, spent in self._cpu_seconds.items()},
-            "cost/seconds": time.monotonic() - self._started,
+            "cost/seconds": seconds,
+            "cost/device_seconds": seconds * self.devices,
             "cost/cpu_seconds": time.process_time() - self._cpu_started,
             "cost/oom_retries": float(self.oom_retries),
             "cost/tokens_per_second": self.tokens_per_second,
@@ -95,8 +106,10 @@ class Tokens:
         """Tokens that carry loss."""
         self.samples = 0
 
-    def add(self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor) -> None:
-        """Add the micro-batches of one step and their number of target tokens."""
+    def add(
+        self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor, devices: int
+    ) -> None:
+        """Add the micro-batches of one step, times the devices, and their number of target tokens."""
         self.targets = self.targets + targets
         for batch in batches:
             # packed rows have no mask: what pads them is little
@@ -105,5 +118,5 @@ class Tokens:
                 if "attention_mask" in batch
                 else batch["input_ids"].numel()
             )
-            self.seen = self.seen + shown
-            self.samples += len(batch["input_ids"])
+            self.seen = self.seen + shown * devices
+            self.samples += len(batch["input_ids"]) * devices

@@ -6,7 +6,7 @@ What a trial is trained on, the judge that it and the untuned base are judged by
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,9 @@ from sweeper.data.cache import cache_folder, cached, fingerprint
 from sweeper.data.card import DataCard
 from sweeper.data.encode import Encoded, encode_evaluation, encode_prompts, encode_train
 from sweeper.data.examples import Example, Message, Row
+from sweeper.data.general import general_rows
 from sweeper.data.splits import Splits, load_splits
-from sweeper.data.tokens import Prompt
+from sweeper.data.tokens import Prompt, Tokens
 from sweeper.errors import DataError
 from sweeper.evaluation.judge import HeldOut, Judge, make_judge
 from sweeper.evaluation.samples import require_unseen
@@ -38,6 +39,10 @@ class Prepared:
     """None without a test split; only the finalists are judged on it."""
     tokenizer: PreTrainedTokenizerBase
     settings: Data
+    limit: int | None
+    """The model's positions, if it names a limit."""
+    _general: dict[str, list[Tokens]] = field(default_factory=dict, repr=False, compare=False)
+    """Windows of general text, by its settings."""
 
     @cached_property
     def card(self) -> DataCard:
@@ -70,9 +75,35 @@ class Prepared:
         """
         if self.test is None:
             raise DataError("the data have no test split: set data.test or data.test_ratio")
+        return self._loss_judge(self.test.rows, settings, base)
+
+    def general_rows(self, settings: TrialSettings) -> list[Tokens]:
+        """The windows of general text that a model is judged on.
+
+        Raises:
+            DataError: no source is named, it cannot be read, or it holds too little.
+        """
+        general = settings.evaluation.general_text
+        if general.source is None:
+            raise DataError("no general text is named: set evaluation.general_text.source")
+        key = general.model_dump_json()
+        if key not in self._general:
+            task = (example for found in self.splits.examples.values() for example in found)
+            self._general[key] = general_rows(general, task, self.tokenizer, self.limit)
+        return self._general[key]
+
+    def general_judge(self, settings: TrialSettings, base: Base) -> Judge:
+        """The judge of the losses on general text.
+
+        Raises:
+            DataError: no source is named, it cannot be read, or it holds too little.
+        """
+        return self._loss_judge(self.general_rows(settings), settings, base)
+
+    def _loss_judge(self, rows: list[Tokens], settings: TrialSettings, base: Base) -> Judge:
         return make_judge(
             self.tokenizer,
-            self.test.rows,
+            rows,
             None,
             settings.evaluation,
             settings.data.split_seed,
@@ -129,7 +160,7 @@ def prepare(settings: Data, base: Base) -> Prepared:
 
     # test too: a row that does not fit the model is to be found now, not when the search has ended
     test = held_out("test") if examples.get("test") else None
-    return Prepared(splits, train, held_out("validation"), test, tokenizer, settings)
+    return Prepared(splits, train, held_out("validation"), test, tokenizer, settings, limit)
 
 
 def positions(model: PreTrainedModel) -> int | None:

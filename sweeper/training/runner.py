@@ -10,7 +10,8 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +23,65 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from sweeper.compose import to_yaml
+from sweeper.data.general import digest
 from sweeper.data.packing import require_isolation
 from sweeper.errors import ArtifactError, ConfigError, DataError, Diverged, DoesNotFit, ModelError
 from sweeper.evaluation.judge import Judge, Judgement, plausibility_warning
-from sweeper.folders import TrialFolder, write_atomic, write_json
-from sweeper.modeling.adapter import attach, detach, touches_base
+from sweeper.folders import TrialFolder, size_mib, write_atomic, write_json
+from sweeper.manifest import verify_manifest
+from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base import Base, load_base
+from sweeper.modeling.check import ModelChecks
+from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
-from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.outcome import Examples, Facts, Misfit, Outcome
+from sweeper.outcome import Examples, Facts, Misfit, Outcome, Size, Unseen, UnseenKind
 from sweeper.settings import LoraAdapter, TrialSettings
+from sweeper.training.adopt import keep, require_kin
 from sweeper.training.arguments import refuse_fp16_on_cpu
 from sweeper.training.asked import Asked
 from sweeper.training.batch import halved, out_of_memory, resolve
 from sweeper.training.export import export_merged, merged_figures
+from sweeper.training.figures import best_figures, parameter_figures
 from sweeper.training.log import training_log
-from sweeper.training.manifest import verify_manifest
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
 from sweeper.training.prepare import Prepared, prepare
+from sweeper.training.ranks import Join, Ranks, alone
 from sweeper.training.room import Room
 from sweeper.training.schedule import advice
 from sweeper.training.spool import finite
-from sweeper.training.trial import Looks, TrialInputs, train_trial
+from sweeper.training.trial import Looks, TrialInputs, follow_trial, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
-SHORT_ROW = 8
-"""Tokens of a row whose activations hardly count."""
+Judges = Mapping[str, Judge]
+"""Of unseen texts, by the field of Unseen."""
 
 
 class TransformersRunner:
     """Runs trials with transformers.Trainer on a warm base."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, join: Join = alone) -> None:
+        """`join` gathers other processes for the trials that train on several devices."""
         # threads beyond the cores make every trial slower; torch's own number heeds OMP_NUM_THREADS
         torch.set_num_threads(min(threads, torch.get_num_threads()))
         tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self._warm: dict[str, Base] = {}
+        self._checksums: dict[str, dict[str, int]] = {}
+        """Of the warm base, as it was loaded."""
         self._prepared: dict[tuple[str, str], Prepared] = {}
+        self._checks = ModelChecks()
         self._room = Room()
+        self._join = join
 
-    def probe(self, settings: TrialSettings) -> Facts:
+    def probe(self, settings: TrialSettings, adopted: Path | None = None) -> Facts:
         """Load what an arm's trials share and judge the untuned base.
+
+        Args:
+            settings: of the arm.
+            adopted: a model that is judged in the place of any training.
 
         Raises:
             DataError: the data cannot be read.
@@ -75,18 +90,39 @@ class TransformersRunner:
             DoesNotFit: a full fine-tune is larger than the device, whatever its batch.
         """
         refuse_fp16_on_cpu(settings)
-        if not isinstance(settings.adapter, LoraAdapter):
+        if not isinstance(settings.adapter, LoraAdapter) and adopted is None:
             self._require_room(settings)
         base = self._base(settings)
+        if adopted is not None and adopted.is_dir():  # once judged, it may have been cleaned away
+            require_kin(adopted, base)
         prepared = self._data(settings, base)
         if settings.data.packing:
             require_isolation(base.model)
         prepared.prompts(settings)  # refuses those that were trained on
+        general = (
+            settings.evaluation.general_text.source
+        )  # what is wrong with it is to be found now
+        windows = None if general is None else digest(prepared.general_rows(settings))
         judgement = prepared.judge(settings, base)(base.model)
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
-        return self._facts(settings, base, prepared, judgement)
+        facts = self._facts(settings, base, prepared, judgement)
+        return facts.model_copy(update={"general_digest": windows})
+
+    def check(self, settings: TrialSettings) -> Size:
+        """How large a trial is; loads nothing.
+
+        Raises:
+            ModelError: it is impossible on its model, or larger than the device.
+            ConfigError: the settings do not fit this machine.
+        """
+        refuse_fp16_on_cpu(settings)
+        size = self._checks.size(settings, device())
+        data = settings.data.model_dump_json()
+        known = (found for (key, _), found in self._prepared.items() if key == data)
+        self._room.require(settings.with_rank(size.rank), size, next(known, None))
+        return size
 
     def run(
         self,
@@ -103,10 +139,12 @@ class TransformersRunner:
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
             folder.clear_results()
-            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
             started, meter = time.time(), Meter()
-            outcome = self._outcome(settings, folder, observer, meter)
+            settings, refusal = self._checked(settings)
+            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
+            outcome = refusal or self._outcome(settings, folder, observer, meter)
+            outcome = self._on_clean_base(outcome)
             metrics = {**outcome.metrics, **finite(meter.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
             text, document = training_log(settings, outcome, folder, started, meter)
@@ -118,64 +156,138 @@ class TransformersRunner:
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """Judge what a trial has stored, or the untuned base (None), on the test split.
+    def adopt(
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: Mapping[str, Any],
+        model: Path,
+    ) -> Outcome:
+        """Judge a model that another run trained on the validation split, and keep it as a trial's.
+
+        Its figures are this judge's; what its training cost is not known here.
+
+        Raises:
+            Exception: an error in the code (the worker reports it with its traceback).
+        """
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.lock, timeout=LOCK_SECONDS):
+            folder.clear_results()
+            write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
+            write_json(folder.provenance, provenance)
+            try:
+                outcome = self._adopted(settings, folder, model)
+            except (ModelError, DataError, ConfigError, ArtifactError) as error:
+                outcome = Outcome(cause="refused", message=str(error))
+            write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
+        return outcome
+
+    def _adopted(self, settings: TrialSettings, folder: TrialFolder, model: Path) -> Outcome:
+        meter = Meter()
+        with meter.stage("load"):
+            require_kin(model, self._base(settings))
+            keep(model, folder, self._base(settings).tokenizer)
+        with meter.stage("data"):
+            judge = self._data(settings, self._base(settings)).judge(settings, self._base(settings))
+        with meter.stage("load"):
+            tuned = self._stored(settings, folder.model)
+        with meter.stage("eval"):
+            judgement = Looks(judge, meter)(tuned)
+        metrics = {
+            **best_figures((), judgement.metrics, best_step=0),
+            **parameter_figures(count_parameters(tuned)),
+            **meter.metrics(),
+            "cost/artifact_mib": size_mib(folder.model),
+        }
+        value = judgement.value(settings.objective.metric)
+        return Outcome(cause="finished", best_value=value, best_step=0, metrics=finite(metrics))
+
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        """Judge what a trial has stored, or the untuned base (None), on texts that no search sees.
 
         The base is held as the trial held it, so that the same judge on the validation split finds
         the trial's own loss.
 
         Raises:
             ArtifactError: nothing is stored, or not what the manifest says.
-            DataError: the data have no test split.
+            DataError: there is no such text.
         """
-        judge = self._test_judge(settings)
+        judges = self._unseen_judges(settings, kinds)
         if folder is None:
-            return _examples(judge, self._base(settings).model)
+            return _unseen(judges, self._base(settings).model)
         artifact = folder.artifact
         if artifact is None:
             raise ArtifactError(f"{folder.path} holds neither an adapter nor a model")
         verify_manifest(artifact)
         if isinstance(settings.adapter, LoraAdapter):
-            return self._test_adapter(judge, settings, settings.adapter, artifact)
-        self._warm.clear()  # make room: the stored model comes whole
-        stored = settings.model.model_copy(update={"base_model": str(artifact), "revision": None})
-        return _examples(judge, load_base(stored, settings.quantization, trained=True).model)
+            return self._test_adapter(judges, settings, settings.adapter, artifact)
+        return _unseen(judges, self._stored(settings, artifact))
 
-    def _test_judge(self, settings: TrialSettings) -> Judge:
-        """Holds no model."""
+    def _stored(self, settings: TrialSettings, folder: Path) -> PreTrainedModel:
+        """The weights of a full fine-tune, held as they were trained."""
+        self._warm.clear()  # make room: the stored model comes whole
+        stored = settings.model.model_copy(update={"base_model": str(folder), "revision": None})
+        return load_base(stored, settings.quantization, trained=True).model
+
+    def _unseen_judges(self, settings: TrialSettings, kinds: Sequence[UnseenKind]) -> Judges:
+        """They hold no model."""
         base = self._base(settings)
-        return self._data(settings, base).test_judge(settings, base)
+        prepared = self._data(settings, base)
+        judges = {"test": prepared.test_judge, "general": prepared.general_judge}
+        return {kind: judges[kind](settings, base) for kind in kinds}
 
     def _test_adapter(
-        self, judge: Judge, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
-    ) -> Examples:
+        self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
+    ) -> Unseen:
         model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
         try:
-            return _examples(judge, model)
+            return _unseen(judges, model)
         finally:
             detach(model)
             if touches_base(adapter):
                 self._warm.clear()
 
     def _require_room(self, settings: TrialSettings) -> None:
-        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit.
+        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit by now.
 
-        The states of a paged optimizer do not count: it moves them out of the device's way.
+        Whoever else uses the device does not leave it for this study.
         """
         self._warm.clear()
         gc.collect()
         torch.cuda.empty_cache()
-        one_short_row = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-        training = settings.training.model_copy(update=one_short_row)
-        estimate = estimate_trial(
-            settings.model_copy(update={"training": training}), device(), length=SHORT_ROW
-        )
-        pages = settings.training.optim.startswith("paged") and device().type == "cuda"
-        states = 0.0 if pages else estimate.optimizer
-        need = estimate.weights + estimate.gradients + states
-        have = device_report(device()).free_mib
+        need, have = self.check(settings).held_mib, device_report(device()).free_mib
         if need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
+
+    def _on_clean_base(self, outcome: Outcome) -> Outcome:
+        """The outcome, if the warm base is still what was loaded; an error otherwise.
+
+        A base that a trial has changed would spoil every later one in silence; the next trial loads
+        it anew.
+        """
+        changed_weights = [
+            name
+            for key, base in self._warm.items()
+            for name in changed(self._checksums[key], base.model)
+        ]
+        if not changed_weights:
+            return outcome
+        self._warm.clear()
+        shown = ", ".join(changed_weights[:3]) + (" …" if len(changed_weights) > 3 else "")
+        message = (
+            f"this trial changed {len(changed_weights)} weights of its frozen base ({shown}), so its "
+            "result does not stand; the next trial gets the base loaded anew"
+        )
+        return Outcome(cause="error", message=message, steps=outcome.steps)
+
+    def _checked(self, settings: TrialSettings) -> tuple[TrialSettings, Outcome | None]:
+        """The settings with their rank decided, or as they are and why the trial is impossible."""
+        try:
+            return settings.with_rank(self.check(settings).rank), None
+        except (ModelError, ConfigError) as error:
+            return settings, Outcome(cause="refused", message=str(error))
 
     def _outcome(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -188,9 +300,13 @@ class TransformersRunner:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
+                self._warm.clear()  # nobody knows what the error left of it
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             return Outcome(cause="oom", message=message, steps=meter.steps)
+        except Exception:
+            self._warm.clear()
+            raise
 
     def _train(
         self, settings: TrialSettings, folder: TrialFolder, observer: Observer, meter: Meter
@@ -200,7 +316,6 @@ class TransformersRunner:
         Every attempt builds the model anew from the same seed and continues from the newest
         checkpoint, so that it computes what it would have computed with the smaller micro-batch.
         """
-        refuse_fp16_on_cpu(settings)
         with meter.stage("load"):
             self._base(settings)  # does not fit at all: no micro-batch would help
         with meter.stage("data"):
@@ -241,24 +356,42 @@ class TransformersRunner:
         asked = Asked(settings, prepared, base)
         with meter.stage("eval"):
             untuned = asked.answers(base.model)
+        with (
+            self._join(settings, folder.checkpoints) as ranks,
+            self._inputs(settings, base, prepared, ranks, meter) as inputs,
+        ):
+            outcome = train_trial(inputs, settings, folder, observer, meter)
+            with meter.stage("eval"):
+                asked.write(untuned, asked.answers(inputs.model), folder)
+        _warn(outcome, prepared, meter)
+        return outcome
+
+    def follow(self, settings: TrialSettings, checkpoints: Path, ranks: Ranks) -> None:
+        """Take part in a trial that another process leads."""
+        base = self._base(settings)
+        prepared = self._data(settings, base)
+        with self._inputs(settings, base, prepared, ranks, Meter()) as inputs:
+            follow_trial(inputs, settings, checkpoints)
+
+    @contextmanager
+    def _inputs(
+        self, settings: TrialSettings, base: Base, prepared: Prepared, ranks: Ranks, meter: Meter
+    ) -> Iterator[TrialInputs]:
+        """What a trial trains, with its adapter on the warm base for as long as the context lasts."""
         with meter.stage("load"):
             set_seed(settings.seed)  # before the adapter: its initialisation is random
             adapter = settings.adapter
             model = attach(base.model, adapter) if isinstance(adapter, LoraAdapter) else base.model
         try:
-            inputs = TrialInputs(
+            yield TrialInputs(
                 model=model,
                 tokenizer=base.tokenizer,
                 train=prepared.train,
                 judge=prepared.judge(settings, base),
                 ordered=prepared.splits.ordered,
                 compute_dtype=base.compute_dtype,
+                ranks=ranks,
             )
-            outcome = train_trial(inputs, settings, folder, observer, meter)
-            with meter.stage("eval"):
-                asked.write(untuned, asked.answers(model), folder)
-            _warn(outcome, prepared, meter)
-            return outcome
         finally:
             if isinstance(model, PeftModel):
                 detach(model)
@@ -272,6 +405,7 @@ class TransformersRunner:
         if key not in self._warm:
             self._warm.clear()  # one base at a time: memory is what it is all about
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
+            self._checksums = {key: checksums(self._warm[key].model)}
         return self._warm[key]
 
     def _data(self, settings: TrialSettings, base: Base) -> Prepared:
@@ -333,6 +467,10 @@ class TransformersRunner:
         }
         if estimate is not None:
             meter.figures["cost/estimated_memory_mib"] = estimate
+
+
+def _unseen(judges: Judges, model: PreTrainedModel | PeftModel) -> Unseen:
+    return Unseen(**{name: _examples(judge, model) for name, judge in judges.items()})
 
 
 def _examples(judge: Judge, model: PreTrainedModel | PeftModel) -> Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.loss import autocast, target_nll
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import OBJECTIVE
+from sweeper.training.checkpoint import seal
 from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
+from sweeper.training.ranks import Ranks
 
 Judging = Callable[[torch.nn.Module], Judgement]
 
@@ -33,6 +36,20 @@ class Rows(Dataset[Tokens]):
         return self._rows[index]
 
 
+def compute_loss_in_forward(model: torch.nn.Module, chunk_size: int | None) -> None:
+    """Have a model's forward, given labels, return the summed loss of a batch.
+
+    DistributedDataParallel learns from the outermost forward which gradients to expect, and
+    `target_nll` by itself goes around it. Without labels (generation) nothing changes.
+    """
+    plain = model.forward
+
+    def forward(*args: Any, **batch: Any) -> Any:
+        return target_nll(model, batch, chunk_size) if "labels" in batch else plain(*args, **batch)
+
+    model.forward = forward
+
+
 class JudgedTrainer(Trainer):  # type: ignore[misc]
     """The reference training loop, judged by `judge` and charged to `meter`."""
 
@@ -43,9 +60,13 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         meter: Meter,
         settings: TrialSettings,
         compute_dtype: torch.dtype,
+        ranks: Ranks,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self._ranks = ranks
+        if ranks.size > 1:
+            compute_loss_in_forward(self.model, settings.training.loss_chunk_size)
         self.judgements: dict[int, Judgement] = {}
         """By optimiser step; of earlier attempts there are none."""
         self._judging = judging
@@ -75,7 +96,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """Called for each optimiser step: its micro-batches and the number of their targets."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         assert targets is not None, "transformers counts the labels of a step"
-        self._meter.saw(batches, targets)
+        self._meter.saw(batches, targets, self._ranks.size)
         return batches, targets
 
     def compute_loss(
@@ -90,7 +111,11 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         assert num_items_in_batch is not None, "transformers counts the labels of a step"
         # accelerate autocasts the model's own forward, which target_nll goes around
         with autocast(self.args.device, self._compute_dtype):
-            return target_nll(model, inputs, self._chunk_size) / num_items_in_batch
+            if self._ranks.size == 1:
+                return target_nll(model, inputs, self._chunk_size) / num_items_in_batch
+            nll: torch.Tensor = model(**inputs)
+            # gradients are averaged over the ranks, and num_items_in_batch counts all of them
+            return nll * self._ranks.size / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the training loop; the best checkpoint follows the objective."""
@@ -118,6 +143,9 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         with self._meter.stage("save"):
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()  # each rank writes its own random state
+            if self.args.should_save:
+                seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _load_best_model(self) -> None:
         with self._meter.stage("load"):

@@ -7,10 +7,17 @@ models or data (sweeper.training.runner does).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+)
 
 from sweeper.data.encode import Encoded
 from sweeper.data.packing import PackingCollator, packing_collator
@@ -23,16 +30,17 @@ from sweeper.settings import TrialSettings
 from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import Trained, save_artifact
 from sweeper.training.batch import out_of_memory
-from sweeper.training.checkpoint import newest_checkpoint
+from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.figures import best_figures, loss_figures, parameter_figures, schedule_figures
 from sweeper.training.memory import peak_mib, reset_peak
 from sweeper.training.meter import Meter
 from sweeper.training.narrator import Narrator
 from sweeper.training.observer import Observer
+from sweeper.training.ranks import ALONE, Ranks, Unison
 from sweeper.training.rules import Watch
-from sweeper.training.schedule import plan_schedule
+from sweeper.training.schedule import Schedule, plan_schedule
 from sweeper.training.spool import Spool, finite, read_spool
-from sweeper.training.trainer import JudgedTrainer, Rows
+from sweeper.training.trainer import JudgedTrainer, Judging, Rows
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class TrialInputs:
     ordered: bool = False
     """The training rows stand in the order they are to be trained in."""
     compute_dtype: torch.dtype = torch.float32
+    ranks: Ranks = ALONE
 
 
 def train_trial(
@@ -78,7 +87,7 @@ def train_trial(
     meter.figures |= parameter_figures(count_parameters(inputs.model))
     meter.figures |= schedule_figures(settings.training, schedule)
     reset_peak()
-    resumed = newest_checkpoint(folder.checkpoints)
+    resumed = _take_up(folder, meter)
     objective = settings.objective
     watch = Watch(settings.training, objective, schedule.total_steps)
     spool = Spool(folder.metrics, resumed.step if resumed else 0)
@@ -86,21 +95,13 @@ def train_trial(
     reported = objective.judged_while_training
     narrator = Narrator(observer, spool, watch, meter, schedule.total_steps, reported)
     looks = Looks(inputs.judge.within_trial({objective.metric, reported}), meter)
-    trainer = JudgedTrainer(
-        judging=looks,
-        meter=meter,
-        settings=settings,
-        compute_dtype=inputs.compute_dtype,
-        model=inputs.model,
-        args=training_arguments(
-            settings, schedule, folder.checkpoints, inputs.compute_dtype, ordered=inputs.ordered
-        ),
-        train_dataset=Rows(inputs.train.rows),
-        eval_dataset=Rows(list(inputs.judge.rows)),
-        data_collator=_collator(inputs, settings),
-        callbacks=[narrator],
-    )
-    trainer.remove_callback(PrinterCallback)  # the spool has it all
+
+    def judge(model: torch.nn.Module) -> Judgement:
+        judgement = looks(model)
+        inputs.ranks.agree(dict(judgement.metrics))
+        return judgement
+
+    trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, meter, [narrator])
     with meter.stage("train"):
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
     judgement = _judge_kept(trainer, inputs.judge, looks, meter)
@@ -108,6 +109,35 @@ def train_trial(
         figures = {**meter.figures, **({} if judgement is None else judgement.metrics)}
         save_artifact(Trained(inputs.model, inputs.tokenizer), settings, folder, figures)
     return _outcome(trainer.state, narrator, settings, folder, judgement)
+
+
+def _take_up(folder: TrialFolder, meter: Meter) -> Checkpoint | None:
+    """Where an earlier attempt is continued from; what was passed over is said in the log."""
+    resumed, damaged = fall_back(folder.checkpoints)
+    words = [f"from step {resumed.step}"] if resumed else ["from the beginning"] if damaged else []
+    if words:
+        meter.facts["Continued"] = "; ".join([*words, *damaged])
+    for remark in damaged:
+        print(f"{folder.path}: {remark}; continued {words[0]}", flush=True)
+    return resumed
+
+
+def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path) -> None:
+    """Take part in a trial that another rank leads: the same loop on this rank's share of the batches.
+
+    Args:
+        inputs: as the leader's.
+        settings: the leader's, resolved.
+        checkpoints: the leader's folder; resumed from where the leader does.
+    """
+    schedule = plan_schedule(settings.training, len(inputs.train.rows))
+    resumed = newest_checkpoint(checkpoints)
+
+    def hear(_: torch.nn.Module) -> Judgement:
+        return Judgement(inputs.ranks.agree({}), examples=())
+
+    trainer = _trainer(inputs, settings, schedule, checkpoints, hear, Meter(), [])
+    trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
 
 
 class Looks:
@@ -128,6 +158,34 @@ class Looks:
                     raise
             self.judge = smaller
             self._meter.oom_retries += 1
+
+
+def _trainer(
+    inputs: TrialInputs,
+    settings: TrialSettings,
+    schedule: Schedule,
+    checkpoints: Path,
+    judging: Judging,
+    meter: Meter,
+    callbacks: list[TrainerCallback],
+) -> JudgedTrainer:
+    trainer = JudgedTrainer(
+        judging=judging,
+        meter=meter,
+        settings=settings,
+        compute_dtype=inputs.compute_dtype,
+        ranks=inputs.ranks,
+        model=inputs.model,
+        args=training_arguments(
+            settings, schedule, checkpoints, inputs.compute_dtype, ordered=inputs.ordered
+        ),
+        train_dataset=Rows(inputs.train.rows),
+        eval_dataset=Rows(list(inputs.judge.rows)),
+        data_collator=_collator(inputs, settings),
+        callbacks=[*callbacks, Unison(inputs.ranks)],
+    )
+    trainer.remove_callback(PrinterCallback)  # the spool has it all
+    return trainer
 
 
 def _collator(inputs: TrialInputs, settings: TrialSettings) -> Collator | PackingCollator:

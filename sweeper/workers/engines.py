@@ -13,25 +13,28 @@ from sweeper.workers.local import LocalEngine
 from sweeper.workers.protocol import Engine
 
 
-def open_engine(workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> Engine:
+def open_engine(
+    workers: Workers, n_jobs: int, log: Callable[[int], Path], devices: int = 1
+) -> Engine:
     """Start the workers; the caller closes the engine in a `finally`.
 
     Args:
         workers: who trains, where, and for how long.
         n_jobs: how many workers (the inline engine has one).
         log: the file that a worker prints into.
+        devices: how many each worker has (the inline engine's has one).
 
     Raises:
         WorkerError: the engine cannot be started here.
     """
-    return LimitedEngine(_hosts(workers, n_jobs, log), workers)
+    return LimitedEngine(_hosts(workers, n_jobs, devices, log), workers)
 
 
-def _hosts(workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> Engine:
+def _hosts(workers: Workers, n_jobs: int, devices: int, log: Callable[[int], Path]) -> Engine:
     if workers.engine == "inline":
         return InlineEngine(workers)
     if workers.engine == "local":
-        return LocalEngine(workers, n_jobs, log)
+        return LocalEngine(workers, n_jobs, devices, log)
     try:
         from sweeper.workers.ray import RayEngine
     except ModuleNotFoundError as error:
@@ -40,4 +43,4 @@ def _hosts(workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> Engine:
         raise WorkerError(
             "workers=ray needs Ray, which is optional: pip install 'sweeper[ray]' here and on every node"
         ) from None
-    return RayEngine(workers, n_jobs, log)
+    return RayEngine(workers, n_jobs, devices, log)

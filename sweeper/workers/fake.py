@@ -11,11 +11,14 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sweeper.errors import ArtifactError, Diverged, DoesNotFit
 from sweeper.folders import TrialFolder, read_json, write_atomic, write_json
-from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome
+from sweeper.modeling.targets import resolve_targets
+from sweeper.outcome import Cause, Examples, Facts, Misfit, Outcome, Size, Unseen, UnseenKind
 from sweeper.settings import (
     LOSS_METRICS,
     ROUGE_METRICS,
@@ -32,6 +35,9 @@ BYTES_PER_TOKEN = 4
 EVALUATIONS = 5
 TEST_TOKENS = (8, 12, 10, 9, 11, 10, 10, 10, 10, 10)
 """Of each example of a test split that does not exist."""
+GENERAL_TOKENS = (127,) * 8
+"""Of each window of general text that nobody reads."""
+GENERAL_LOSS = 3.6
 ADAM_BYTES = 16
 """Of each trained fp32 parameter: itself, its gradient and two moments."""
 
@@ -41,10 +47,10 @@ def fake_loss(settings: TrialSettings, fraction: float = 1.0) -> float:
 
     Its floor lies at 5e-3 for LoRA and at 5e-4 for full fine-tuning; seed 0 has no luck.
     """
-    adapter = settings.adapter
+    adapter = _ranked(settings).adapter
     floor, best = (3.95, 5e-4)
     if isinstance(adapter, LoraAdapter):
-        floor, best = 3.9 + 0.2 / adapter.r, 5e-3
+        floor, best = 3.9 + 0.2 / adapter.rank, 5e-3
     distance = math.log10(settings.training.learning_rate / best)
     luck = 0.01 * math.sin(1000 * settings.seed * settings.training.learning_rate)
     final = min(floor + 0.15 * distance**2 + luck, BASE_LOSS)
@@ -86,8 +92,19 @@ def fake_metrics(settings: TrialSettings, fraction: float = 1.0) -> dict[str, fl
 
 def fake_parameters(settings: TrialSettings) -> float:
     """Trainable parameters: r times a thousand, or all of the base."""
-    adapter = settings.adapter
-    return 1000.0 * adapter.r if isinstance(adapter, LoraAdapter) else 1_000_000.0
+    adapter = _ranked(settings).adapter
+    return 1000.0 * adapter.rank if isinstance(adapter, LoraAdapter) else 1_000_000.0
+
+
+FAKE_MODULES = tuple(
+    f"model.layers.{layer}.{name}"
+    for layer in range(4)
+    for name in (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    )
+)
+"""The linear modules of a base that does not exist: Llama's."""
 
 
 def fake_mib(settings: TrialSettings) -> float:
@@ -101,17 +118,14 @@ class FakeRunner:
     def __init__(self, settings: FakeTrainer) -> None:
         self._settings = settings
 
-    def probe(self, settings: TrialSettings) -> Facts:
+    def probe(self, settings: TrialSettings, adopted: Path | None = None) -> Facts:
         """Facts of a base that does not exist.
 
         Raises:
             DoesNotFit: a full fine-tune is larger than `workers.fake.free_mib`.
         """
-        have = self._settings.free_mib
-        if settings.adapter.method == "none" and have is not None:
-            need = fake_mib(settings)
-            if need > have:
-                raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
+        if settings.adapter.method == "none" and adopted is None:
+            self.check(settings)
         counts = {"train": 100, "validation": 10}
         counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
         return Facts(
@@ -127,7 +141,27 @@ class FakeRunner:
             target_tokens=100,
             device="fake",
             dtype="float32",
+            general_digest="fake" if settings.evaluation.general_text.source else None,
         )
+
+    def check(self, settings: TrialSettings) -> Size:
+        """The size of a trial on FAKE_MODULES; a whole number of thousands decides the rank.
+
+        Raises:
+            ModelError: target_modules or layers_to_transform name what is not among them.
+            DoesNotFit: it needs more than `workers.fake.free_mib`.
+        """
+        ranked = settings
+        if isinstance(adapter := settings.adapter, LoraAdapter):
+            resolve_targets(adapter.target_modules, FAKE_MODULES, adapter.layers_to_transform)
+            ranked = _ranked(settings)
+            adapter = ranked.adapter
+        trainable = fake_parameters(ranked)
+        need, have = fake_mib(ranked), self._settings.free_mib
+        if have is not None and need > have:
+            raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
+        rank = adapter.rank if isinstance(adapter, LoraAdapter) else None
+        return Size(trainable=round(trainable), total=1_000_000, rank=rank, held_mib=need)
 
     def run(
         self,
@@ -137,6 +171,7 @@ class FakeRunner:
         observer: Observer,
     ) -> Outcome:
         """Pretend to train; raises, hangs or dies if the plan says so for this trial."""
+        settings = _ranked(settings)
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
         write_json(folder.provenance, provenance)
@@ -149,22 +184,30 @@ class FakeRunner:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """Its loss, a little harder, on examples of which some are harder than others."""
+    def adopt(
+        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+    ) -> Outcome:
+        """Pretend to judge: worth what the fake trainer would have reached."""
+        write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
+        write_json(folder.provenance, provenance)
+        outcome = _ended(settings, 0.0, "finished", 1, 0, 1)
+        write_atomic(folder.outcome, outcome.model_dump_json())
+        return outcome
+
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        """Its losses on texts that do not exist."""
         if folder is not None and not folder.outcome.exists():
             raise ArtifactError(f"{folder.path}: fake: nothing was trained here")
-        loss = BASE_LOSS if folder is None else fake_loss(settings)
-        nll = [
-            count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
-            for place, count in enumerate(TEST_TOKENS)
-        ]
-        return Examples(nll=tuple(nll), tokens=TEST_TOKENS)
+        judges = {"test": _on_test_split, "general": _on_general_text}
+        return Unseen(**{kind: judges[kind](settings, folder) for kind in kinds})
 
     def _train(self, settings: TrialSettings, folder: TrialFolder, observer: Observer) -> Outcome:
         started = time.monotonic()
-        total, free = self._settings.steps, self._settings.free_mib
-        if free is not None and fake_mib(settings) > free:
-            return Outcome(cause="oom", message=f"fake: more than {free:g} MiB")
+        total, room = self._settings.steps, self._settings.room_mib
+        if room is not None and fake_mib(settings) > room:
+            return Outcome(cause="oom", message=f"fake: more than {room:g} MiB")
         every = max(1, total // EVALUATIONS)
         objective = settings.objective
         first, best, best_step = _resume(folder)
@@ -201,6 +244,34 @@ class FakeRunner:
                 os._exit(9)
             case "hang":
                 time.sleep(3600)
+
+
+def _on_test_split(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+    """A little harder than validation, on examples of which some are harder than others."""
+    loss = BASE_LOSS if folder is None else fake_loss(settings)
+    nll = tuple(
+        count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
+        for place, count in enumerate(TEST_TOKENS)
+    )
+    return Examples(nll=nll, tokens=TEST_TOKENS)
+
+
+def _on_general_text(settings: TrialSettings, folder: TrialFolder | None) -> Examples:
+    """General text: full fine-tuning forgets ten times as much as LoRA."""
+    forgotten = 0.02 if isinstance(settings.adapter, LoraAdapter) else 0.2
+    loss = GENERAL_LOSS + (0.0 if folder is None else forgotten)
+    nll = tuple(
+        count * (loss + 0.1 * math.cos(place)) for place, count in enumerate(GENERAL_TOKENS)
+    )
+    return Examples(nll=nll, tokens=GENERAL_TOKENS)
+
+
+def _ranked(settings: TrialSettings) -> TrialSettings:
+    """With its rank decided: a thousand parameters for each r."""
+    adapter = settings.adapter
+    if not isinstance(adapter, LoraAdapter) or adapter.trainable_parameters is None:
+        return settings
+    return settings.with_rank(max(1, round(adapter.trainable_parameters / 1000)))
 
 
 def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sweeper.outcome import StopCause, Value
 from sweeper.settings import Workers
@@ -15,6 +16,7 @@ from sweeper.workers.protocol import (
     EVENTS,
     AnyCommand,
     AnyEvent,
+    Check,
     Close,
     Ended,
     Probe,
@@ -23,7 +25,7 @@ from sweeper.workers.protocol import (
     Test,
     lost,
 )
-from sweeper.workers.worker import Farewell, Orders, make_runner, serve
+from sweeper.workers.worker import Farewell, Orders, Place, make_runner, serve
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class InlineEngine:
         self._current: Submit | None = None
         self._start()
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine."""
         self._send(probe)
 
@@ -72,9 +74,7 @@ class InlineEngine:
         sent = list(self._up.queue)
         had_ended = any(isinstance(EVENTS.validate_json(text), Ended) for text in sent)
         current = None if had_ended else self._current
-        self._start()
-        for text in (*sent, lost(0, current, reason, reason).model_dump_json()):
-            self._up.put(text)
+        self._start((*sent, lost(0, current, reason, reason).model_dump_json()))
 
     def next_event(self, timeout_s: float) -> AnyEvent | None:
         """See Engine."""
@@ -90,10 +90,12 @@ class InlineEngine:
         """See Engine."""
         self._send(Close())
 
-    def _start(self) -> None:
-        """A new thread with queues of its own."""
+    def _start(self, sent: Sequence[str] = ()) -> None:
+        """A new thread with queues of its own; what the old one sent comes before its first word."""
         self._down: queue.Queue[str] = queue.Queue()
         self._up: queue.Queue[str] = queue.Queue()
+        for text in sent:
+            self._up.put(text)
         channel = QueueChannel(self._down, self._up.put)
         threading.Thread(target=_serve, args=(self._workers, channel), daemon=True).start()
 
@@ -102,7 +104,9 @@ class InlineEngine:
 
 
 def _serve(workers: Workers, channel: QueueChannel) -> None:
-    runner = make_runner(workers, worker=0, threads=os.cpu_count() or 1)
+    runner = make_runner(
+        workers, worker=0, threads=os.cpu_count() or 1, place=Place(Path(os.devnull))
+    )
     orders = Orders.listen(channel)
     while serve(channel, orders, runner, worker=0) is not Farewell.CLOSED:
         pass  # out of memory: a process would be replaced, a thread can only start over

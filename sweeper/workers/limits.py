@@ -15,6 +15,7 @@ from sweeper.outcome import StopCause
 from sweeper.settings import Workers
 from sweeper.workers.protocol import (
     AnyEvent,
+    Check,
     Ended,
     Engine,
     Evaluated,
@@ -52,7 +53,7 @@ class LimitedEngine:
         self._clock = clock
         self._watches: dict[int, Watch] = {}
 
-    def probe(self, worker: int, probe: Probe) -> None:
+    def probe(self, worker: int, probe: Probe | Check) -> None:
         """See Engine; loading a base has no limit (it may be a download)."""
         self._engine.probe(worker, probe)
 

@@ -16,31 +16,27 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Literal
 
-from sweeper.errors import WorkerError
 from sweeper.interrupt import NOTICES, STOPS
-from sweeper.outcome import StopCause, Value
+from sweeper.outcome import Value
 from sweeper.settings import Workers
+from sweeper.workers.hosts import HostedEngine
 from sweeper.workers.protocol import (
     COMMANDS,
     EVENTS,
     AnyCommand,
     AnyEvent,
     Close,
-    Ended,
     Lost,
-    Probe,
-    Slots,
-    Stop,
     Submit,
     Test,
-    Tested,
     lost,
 )
-from sweeper.workers.worker import Orders, make_runner, print_into, serve, tail_of
+from sweeper.workers.worker import Orders, Place, make_runner, print_into, serve, tail_of
 
 CLOSE_SECONDS = 5.0
-MAX_FAILED_STARTS = 3
+VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True)
@@ -88,35 +84,19 @@ class Host:
         return self.process.exitcode
 
 
-class LocalEngine:
+class LocalEngine(HostedEngine[Host]):
     """`n_jobs` worker processes; a dead one is replaced at once."""
 
-    def __init__(self, workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> None:
+    def __init__(
+        self, workers: Workers, n_jobs: int, devices: int, log: Callable[[int], Path]
+    ) -> None:
+        super().__init__()
         self._workers = workers
-        self._threads = max(1, (os.cpu_count() or 1) // n_jobs)
+        self._devices = devices
+        self._threads = max(1, (os.cpu_count() or 1) // (n_jobs * devices))
         self._log = log
-        self._failed_starts = 0
+        self._oom_kills = oom_kills()
         self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
-
-    def probe(self, worker: int, probe: Probe) -> None:
-        """See Engine."""
-        self._hosts[worker].send(probe)
-
-    def submit(self, worker: int, submit: Submit) -> None:
-        """See Engine."""
-        self._hosts[worker].current = submit
-        self._hosts[worker].send(submit)
-
-    def test(self, worker: int, test: Test) -> None:
-        """See Engine."""
-        self._hosts[worker].current = test
-        self._hosts[worker].send(test)
-
-    def stop(self, trial: str, cause: StopCause) -> None:
-        """See Engine."""
-        for host in self._hosts.values():
-            if host.current is not None and host.current.trial == trial:
-                host.send(Stop(trial=trial, cause=cause))
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine."""
@@ -148,11 +128,7 @@ class LocalEngine:
             event = EVENTS.validate_json(host.connection.recv_bytes())
         except (EOFError, OSError):
             return self._replace(worker)
-        if isinstance(event, Slots):
-            host.started = True
-            self._failed_starts = 0
-        elif isinstance(event, Ended | Tested):
-            host.current = None
+        self._heard(host, event)
         return event
 
     def _replace(self, worker: int) -> Lost:
@@ -161,13 +137,14 @@ class LocalEngine:
         host.kill()
         code = host.bury()
         tail = tail_of(host.log)
-        if not host.started:
-            self._failed_starts += 1
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            raise WorkerError(f"worker {worker} dies before it can start:\n{tail}")
+        self._died(worker, host, tail)
         self._hosts[worker] = self._start(worker)
-        ended = f"ended with exit code {code}"
-        return lost(worker, host.current, host.killed_for, f"worker {worker} {ended}\n{tail}")
+        died_of: Literal["crash", "oom"] = "crash"
+        ended = f"worker {worker} ended with exit code {code}"
+        if code == -signal.SIGKILL and (kills := oom_kills()) > self._oom_kills:
+            died_of, self._oom_kills = "oom", kills
+            ended = f"worker {worker} was killed: this machine, or this container, is out of memory"
+        return lost(worker, host.current, host.killed_for, f"{ended}\n{tail}", died_of)
 
     def _start(self, worker: int) -> Host:
         context = multiprocessing.get_context("spawn")
@@ -176,7 +153,13 @@ class LocalEngine:
         log.parent.mkdir(parents=True, exist_ok=True)
         process = context.Process(
             target=_main,
-            args=(theirs, worker, self._workers.model_dump_json(), self._threads, str(log)),
+            args=(
+                theirs,
+                worker,
+                self._workers.model_dump_json(),
+                self._threads,
+                Place(log, self._devices),
+            ),
             name=f"sweeper-worker-{worker}",
         )
         process.start()
@@ -184,13 +167,21 @@ class LocalEngine:
         return Host(process, ours, log)
 
 
-def _main(connection: Connection, worker: int, workers: str, threads: int, log: str) -> None:
+def oom_kills() -> int:
+    """How often Linux has killed a process for want of memory, in any container; elsewhere 0."""
+    if not VMSTAT.exists():
+        return 0
+    figures = dict(line.split() for line in VMSTAT.read_text(encoding="ascii").splitlines())
+    return int(figures.get("oom_kill", 0))
+
+
+def _main(connection: Connection, worker: int, workers: str, threads: int, place: Place) -> None:
     """The worker process from birth to death."""
     os.setsid()
     for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
         signal.signal(number, signal.SIG_IGN)
-    print_into(Path(log))
+    print_into(place.log)
     settings = Workers.model_validate_json(workers)
     channel = PipeChannel(connection)
     orders = Orders.listen(channel)  # before the slow imports: the driver may die meanwhile
-    serve(channel, orders, make_runner(settings, worker, threads), worker)
+    serve(channel, orders, make_runner(settings, worker, threads, place), worker)

@@ -1,19 +1,20 @@
 """The protocol between driver and worker: frozen messages that travel as JSON.
 
-A worker announces free slots; down go submit, stop, probe and close; up come events that carry the
-trial and the attempt. One slot a worker today; packed training announces more and changes nothing
+A worker announces free slots; down go submit, stop, probe, check and close; up come events that carry
+the trial and the attempt. One slot a worker today; packed training announces more and changes nothing
 here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
+from sweeper.outcome import Facts, Misfit, Outcome, Size, StopCause, Unseen, UnseenKind, Value
 from sweeper.settings import TrialSettings
 from sweeper.training.observer import Observer
 
@@ -27,12 +28,14 @@ class Submit(Value):
     folder: Path
     settings: TrialSettings
     provenance: dict[str, Any]
+    adopted: Path | None = None
+    """A model that another run trained: it is judged and kept, and nothing is trained."""
 
 
 class Test(Value):
-    """Judge a stored artifact, or the untuned base, on the test split.
+    """Judge a stored artifact, or the untuned base, on the test split, on general text, or both.
 
-    Sent only when every search has ended: no search ever sees a figure of the test split.
+    Sent only when every search has ended: no search ever sees these figures.
     """
 
     kind: Literal["test"] = "test"
@@ -41,6 +44,8 @@ class Test(Value):
     settings: TrialSettings
     folder: Path | None
     """Of the trial whose artifact is judged; None for the untuned base."""
+    kinds: tuple[UnseenKind, ...]
+    """On what."""
 
 
 class Stop(Value):
@@ -56,6 +61,15 @@ class Probe(Value):
 
     kind: Literal["probe"] = "probe"
     arm: str
+    settings: TrialSettings
+    adopted: Path | None = None
+    """The model that is judged in the place of any training."""
+
+
+class Check(Value):
+    """Tell whether this trial is possible on its model, and how large it is."""
+
+    kind: Literal["check"] = "check"
     settings: TrialSettings
 
 
@@ -95,6 +109,15 @@ class Evaluated(Value):
     value: float
 
 
+class Waiting(Value):
+    """A trial waits for something that a person has to see to; it goes on by itself afterwards."""
+
+    kind: Literal["waiting"] = "waiting"
+    trial: str
+    attempt: int
+    message: str
+
+
 class Ended(Value):
     """A trial ended, and its folder is complete."""
 
@@ -105,12 +128,12 @@ class Ended(Value):
 
 
 class Tested(Value):
-    """The answer to a test: the loss of each example, or why there is none."""
+    """The answer to a test: the losses, or why there are none."""
 
     kind: Literal["tested"] = "tested"
     trial: str
     attempt: int
-    examples: Examples | None
+    losses: Unseen | None
     message: str | None
 
 
@@ -125,6 +148,16 @@ class Probed(Value):
     """Set if the arm's trainings are larger than the device."""
 
 
+class Checked(Value):
+    """A worker's answer to a check: the trial's size, or how it ended before it began."""
+
+    kind: Literal["checked"] = "checked"
+    worker: int
+    size: Size | None
+    refusal: Outcome | None
+    """Refused, or an error in the code."""
+
+
 class Lost(Value):
     """A worker died or was killed; `trial` is what it was training or testing, if anything."""
 
@@ -132,23 +165,29 @@ class Lost(Value):
     worker: int
     trial: str | None
     attempt: int
-    cause: Literal["crash", "timeout"]
+    cause: Literal["crash", "timeout", "oom"]
     message: str
 
 
-def lost(worker: int, current: Submit | Test | None, killed_for: str | None, message: str) -> Lost:
-    """What becomes of a dead worker's trial: a timeout if the driver killed it, else a crash."""
+def lost(
+    worker: int,
+    current: Submit | Test | None,
+    killed_for: str | None,
+    message: str,
+    died_of: Literal["crash", "oom"] = "crash",
+) -> Lost:
+    """What becomes of a dead worker's trial: a timeout if the driver killed it, else what it died of."""
     return Lost(
         worker=worker,
         trial=current.trial if current else None,
         attempt=current.attempt if current else 0,
-        cause="crash" if killed_for is None else "timeout",
+        cause=died_of if killed_for is None else "timeout",
         message=message if killed_for is None else killed_for,
     )
 
 
-AnyCommand = Submit | Test | Stop | Probe | Close
-AnyEvent = Slots | Progress | Evaluated | Ended | Tested | Probed | Lost
+AnyCommand = Submit | Test | Stop | Probe | Check | Close
+AnyEvent = Slots | Progress | Evaluated | Waiting | Ended | Tested | Probed | Checked | Lost
 COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
 EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
 
@@ -156,8 +195,11 @@ EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discrimina
 class Runner(Protocol):
     """What a worker runs: the real trainer, or the fake one of the tests."""
 
-    def probe(self, settings: TrialSettings) -> Facts:
-        """Facts shared by the trials of an arm; raises SweeperError if they cannot be trained."""
+    def probe(self, settings: TrialSettings, adopted: Path | None) -> Facts:
+        """Facts shared by the trials of an arm; raises SweeperError if they cannot be had."""
+
+    def check(self, settings: TrialSettings) -> Size:
+        """How large a trial is; raises SweeperError if it is impossible. Loads no weights."""
 
     def run(
         self,
@@ -168,8 +210,15 @@ class Runner(Protocol):
     ) -> Outcome:
         """Train one trial to its outcome and write its folder."""
 
-    def test(self, settings: TrialSettings, folder: TrialFolder | None) -> Examples:
-        """Judge a trial's artifact (None: the untuned base) on each example of the test split."""
+    def adopt(
+        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+    ) -> Outcome:
+        """Judge a model that another run trained and keep it as a trial of this study."""
+
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        """Judge a trial's artifact (None: the untuned base) on these kinds of unseen text."""
 
 
 class Engine(Protocol):
@@ -179,14 +228,14 @@ class Engine(Protocol):
     takes work after it announced a slot (`Slots`); a dead one is announced (`Lost`) and replaced.
     """
 
-    def probe(self, worker: int, probe: Probe) -> None:
-        """Have a free worker answer with `Probed`."""
+    def probe(self, worker: int, probe: Probe | Check) -> None:
+        """Have a free worker answer with `Probed` or `Checked`."""
 
     def submit(self, worker: int, submit: Submit) -> None:
         """Hand a trial to a free slot; `Ended` or `Lost` follows."""
 
     def test(self, worker: int, test: Test) -> None:
-        """Hand a judgement on the test split to a free slot; `Tested` or `Lost` follows."""
+        """Hand a judgement on unseen texts to a free slot; `Tested` or `Lost` follows."""
 
     def stop(self, trial: str, cause: StopCause) -> None:
         """Ask for a trial's end; its `Ended` follows. Unknown trials (just ended) are ignored."""

@@ -20,9 +20,9 @@ import tempfile
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from sweeper.errors import WorkerError
-from sweeper.outcome import StopCause, Value
+from sweeper.outcome import Value
 from sweeper.settings import Workers
+from sweeper.workers.hosts import HostedEngine
 from sweeper.workers.protocol import (
     COMMANDS,
     EVENTS,
@@ -45,20 +46,15 @@ from sweeper.workers.protocol import (
     Ended,
     Evaluated,
     Lost,
-    Probe,
-    Slots,
-    Stop,
     Submit,
     Test,
-    Tested,
     lost,
 )
-from sweeper.workers.worker import Orders, make_runner, print_into, serve, tail_of
+from sweeper.workers.worker import Orders, Place, make_runner, print_into, serve, tail_of
 
 POLL_SECONDS = 1.0
 DRAIN_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
-MAX_FAILED_STARTS = 3
 REACH_SECONDS = 10.0
 PLACEMENT_SECONDS = 600.0
 """How long no worker at all may find a place."""
@@ -150,12 +146,15 @@ class Mailbox:
 class Actor:
     """One worker, hosted by Ray: the loop in a thread, and two calls for the driver."""
 
-    def __init__(self, worker: int, workers: str, threads: int, log: str, mark: Mark) -> None:
+    def __init__(self, worker: int, workers: str, threads: int, place: Place, mark: Mark) -> None:
         home = None if mark.is_seen() else Path(tempfile.mkdtemp(prefix="sweeper-"))
-        print_into(Path(log) if home is None else home / Path(log).name)
+        if home is not None:
+            place = replace(place, log=home / place.log.name)
+        print_into(place.log)
         self._mailbox = Mailbox(home)
         settings = Workers.model_validate_json(workers)
-        threading.Thread(target=self._serve, args=(worker, settings, threads), daemon=True).start()
+        served = (worker, settings, threads, place)
+        threading.Thread(target=self._serve, args=served, daemon=True).start()
 
     def order(self, text: str) -> None:
         """Hand a command to the worker."""
@@ -165,10 +164,10 @@ class Actor:
         """See Mailbox.take."""
         return self._mailbox.take(wait_s)
 
-    def _serve(self, worker: int, settings: Workers, threads: int) -> None:
+    def _serve(self, worker: int, settings: Workers, threads: int, place: Place) -> None:
         try:
             orders = Orders.listen(self._mailbox)
-            serve(self._mailbox, orders, make_runner(settings, worker, threads), worker)
+            serve(self._mailbox, orders, make_runner(settings, worker, threads, place), worker)
         except BaseException:  # noqa: BLE001 - the thread is the worker: without it the actor is dead
             traceback.print_exc()
             os._exit(1)
@@ -194,44 +193,29 @@ class Host:
         self.actor.order.remote(message.model_dump_json())
 
 
-class RayEngine:
-    """`n_jobs` actors; a dead one is replaced as soon as the cluster has a place for it."""
+class RayEngine(HostedEngine[Host]):
+    """`n_jobs` actors; a dead one is replaced as soon as the cluster has a place for it.
 
-    def __init__(self, workers: Workers, n_jobs: int, log: Callable[[int], Path]) -> None:
+    What is tested must lie on a file system that the nodes share.
+    """
+
+    def __init__(
+        self, workers: Workers, n_jobs: int, devices: int, log: Callable[[int], Path]
+    ) -> None:
+        super().__init__()
         connect(workers.address, n_jobs)
         self._workers = workers
+        self._devices = devices
         self._log = log
-        self._failed_starts = 0
         self._unplaced_s = 0.0
         self._events: deque[AnyEvent] = deque()
-        self._hosts: dict[int, Host] = {}
         try:
-            self._share = share_of(ray.nodes(), n_jobs)
+            self._share = share_of(ray.nodes(), n_jobs, devices)
             self._mark = self._leave_mark()
             self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
         except BaseException:
             self.close()
             raise
-
-    def probe(self, worker: int, probe: Probe) -> None:
-        """See Engine."""
-        self._hosts[worker].send(probe)
-
-    def submit(self, worker: int, submit: Submit) -> None:
-        """See Engine."""
-        self._hosts[worker].current = submit
-        self._hosts[worker].send(submit)
-
-    def test(self, worker: int, test: Test) -> None:
-        """See Engine; the trial's folder must be on a file system that the node shares."""
-        self._hosts[worker].current = test
-        self._hosts[worker].send(test)
-
-    def stop(self, trial: str, cause: StopCause) -> None:
-        """See Engine."""
-        for host in self._hosts.values():
-            if host.current is not None and host.current.trial == trial:
-                host.send(Stop(trial=trial, cause=cause))
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine; what the actor still holds is fetched first."""
@@ -288,11 +272,7 @@ class RayEngine:
     def _arrived(self, host: Host, event: AnyEvent, files: Files) -> None:
         if files and isinstance(host.current, Submit):
             unpack(host.current.folder, files)
-        if isinstance(event, Slots):
-            host.started = True
-            self._failed_starts = 0
-        elif isinstance(event, Ended | Tested):
-            host.current = None
+        self._heard(host, event)
         self._events.append(event)
 
     def _replace(self, worker: int, reason: str) -> None:
@@ -301,10 +281,7 @@ class RayEngine:
             host.actor, no_restart=True
         )  # should it only be out of reach, it must not train on
         message = f"worker {worker} is lost: {reason}\n{tail_of(host.log)}"
-        if not host.started:
-            self._failed_starts += 1
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            raise WorkerError(f"worker {worker} dies before it can start:\n{message}")
+        self._died(worker, host, message)
         self._hosts[worker] = self._start(worker)
         event: Lost = lost(worker, host.current, host.killed_for, message)
         self._events.append(event)
@@ -329,7 +306,13 @@ class RayEngine:
             max_task_retries=0,
             max_concurrency=2,  # order while a poll waits
             scheduling_strategy="SPREAD",
-        ).remote(worker, self._workers.model_dump_json(), self._share.threads, str(log), self._mark)
+        ).remote(
+            worker,
+            self._workers.model_dump_json(),
+            self._share.threads,
+            Place(log, self._devices),
+            self._mark,
+        )
         return Host(actor, actor.poll.remote(POLL_SECONDS), log)
 
     def _leave_mark(self) -> Mark:
@@ -339,6 +322,24 @@ class RayEngine:
         mark = Mark(folder / f".seen_by_workers.{word}", word)
         mark.path.write_text(word, encoding="utf-8")
         return mark
+
+
+@contextmanager
+def _this_machine_only() -> Iterator[None]:
+    """A Ray that is started meanwhile listens on 127.0.0.1, as it does by itself on macOS and Windows.
+
+    On Linux it listens on every interface, and replaces a loopback address that it is given.
+    """
+    constants = ray._private.ray_constants
+    name = constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, variable = constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        os.environ |= {} if variable is None else {name: variable}
 
 
 def connect(address: str | None, n_jobs: int) -> None:
@@ -368,7 +369,8 @@ def connect(address: str | None, n_jobs: int) -> None:
         if address is not None and address != "auto":
             host, _, port = address.rpartition(":")  # Ray itself tries for many minutes
             socket.create_connection((host, int(port)), REACH_SECONDS).close()
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        with nullcontext() if address is not None else _this_machine_only():
+            ray.init(**options, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, RayError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         where = "on this machine" if address is None else f"at workers.address={address}"
@@ -378,8 +380,9 @@ def connect(address: str | None, n_jobs: int) -> None:
             signal.signal(signal.SIGTERM, before)  # Ray's own exits at once, with trials untold
 
 
-def share_of(nodes: Sequence[Mapping[str, Any]], n_jobs: int) -> Share:
-    """A device for each worker: a GPU where the cluster has any, else as many CPUs as fit n_jobs times.
+def share_of(nodes: Sequence[Mapping[str, Any]], n_jobs: int, devices: int) -> Share:
+    """What each worker gets: `devices` GPUs of one node where the cluster has any, else as many CPUs as
+    fit n_jobs times.
 
     Raises:
         WorkerError: the cluster has no room for n_jobs workers.
@@ -387,19 +390,21 @@ def share_of(nodes: Sequence[Mapping[str, Any]], n_jobs: int) -> Share:
     found = [node["Resources"] for node in nodes if node["Alive"]]
     gpus = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in found if node.get("GPU")]
     if gpus:
-        _require_room(sum(count for _, count in gpus), n_jobs, "GPUs")
-        return Share(1, 1, max(1, min(cpus // count for cpus, count in gpus)))
+        _require_room([count for _, count in gpus], n_jobs, devices, "GPUs")
+        return Share(1, devices, max(1, min(cpus // count for cpus, count in gpus)))
     cpus = [int(node.get("CPU", 0)) for node in found]
-    _require_room(sum(cpus), n_jobs, "CPUs")
+    _require_room(cpus, n_jobs, 1, "CPUs")
     most = max(c for c in range(1, max(cpus) + 1) if sum(n // c for n in cpus) >= n_jobs)
-    return Share(most, 0, most)
+    return Share(most, 0, max(1, most // devices))
 
 
-def _require_room(room: int, n_jobs: int, kind: str) -> None:
+def _require_room(counts: Sequence[int], n_jobs: int, devices: int, kind: str) -> None:
+    room = sum(count // devices for count in counts)
     if room < n_jobs:
         raise WorkerError(
-            f"hydra.sweeper.n_jobs={n_jobs}: the Ray cluster has {room} {kind}, one worker needs one; "
-            "lower n_jobs or add nodes first"
+            f"the Ray cluster has room for {room} of {n_jobs} workers of {devices} {kind} on one node "
+            f"each, {sum(counts)} {kind} in all; lower hydra.sweeper.n_jobs or "
+            "training.devices_per_trial, or add nodes first"
         )
 
 

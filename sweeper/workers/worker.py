@@ -5,25 +5,29 @@ Touches neither the study nor MLflow. Ends itself when its driver is gone.
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import shutil
-import subprocess
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from sweeper.errors import DoesNotFit, SweeperError
+from sweeper.errors import DoesNotFit, SweeperError, WorkerError
 from sweeper.folders import TrialFolder
-from sweeper.outcome import Examples, Facts, Misfit, Outcome, StopCause, Value
+from sweeper.outcome import Facts, Misfit, Outcome, Size, StopCause, Unseen, Value
 from sweeper.redaction import redact
 from sweeper.settings import Workers
+from sweeper.workers.devices import devices_of, see_only
 from sweeper.workers.protocol import (
     AnyCommand,
+    Check,
+    Checked,
     Close,
     Ended,
     Evaluated,
@@ -36,10 +40,15 @@ from sweeper.workers.protocol import (
     Submit,
     Test,
     Tested,
+    Waiting,
 )
 
 TRACEBACK_LINES = 30
 LOG_TAIL_LINES = 15
+FULL_BYTES = 2**20
+FULL_DISK_WAIT_S = 2.0
+FULL_DISK_PATIENCE_S = 15 * 60.0
+"""As long as the driver waits for its database, which often lies on the same disk."""
 
 
 class Channel(Protocol):
@@ -56,7 +65,7 @@ class Channel(Protocol):
 class Orders:
     """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
 
-    work: queue.Queue[Submit | Test | Probe | Close] = field(default_factory=queue.Queue)
+    work: queue.Queue[Submit | Test | Probe | Check | Close] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
 
     @classmethod
@@ -74,6 +83,8 @@ class Orders:
                 if isinstance(command, Stop):
                     self.stops[command.trial] = command.cause
                 else:
+                    if isinstance(command, Submit):  # an older stop was for an earlier attempt
+                        self.stops.pop(command.trial, None)
                     self.work.put(command)
                     if isinstance(command, Close):
                         return
@@ -122,6 +133,14 @@ class RemoteObserver:
         return self.orders.stops.get(self.trial)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What a worker has been given."""
+
+    log: Path
+    devices: int = 1
+
+
 class Farewell(Enum):
     """Why a worker ended by itself."""
 
@@ -142,6 +161,9 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
         if isinstance(command, Probe):
             channel.send(_probed(command, runner))
             continue
+        if isinstance(command, Check):
+            channel.send(_checked(command, runner, worker))
+            continue
         if isinstance(command, Test):
             channel.send(_tested(command, runner))
             continue
@@ -151,8 +173,15 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
             return Farewell.OUT_OF_MEMORY
 
 
-def make_runner(workers: Workers, worker: int, threads: int) -> Runner:
-    """The runner of `workers.trainer`; heavy imports happen here, in the worker."""
+def make_runner(workers: Workers, worker: int, threads: int, place: Place) -> Runner:
+    """The runner of `workers.trainer`; heavy imports happen here, in the worker.
+
+    Args:
+        workers: who trains.
+        worker: its number.
+        threads: CPU threads of each of its processes.
+        place: its devices, and where their followers print.
+    """
     # OpenMP threads that spin while they wait make a trial several times slower when anything else runs
     # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -160,10 +189,12 @@ def make_runner(workers: Workers, worker: int, threads: int) -> Runner:
         from sweeper.workers.fake import FakeRunner
 
         return FakeRunner(workers.fake)
-    pin_device(worker)
+    first, *others = devices_of(worker, place.devices)
+    see_only(first)
     from sweeper.training.runner import TransformersRunner
+    from sweeper.workers.followers import Followers
 
-    return TransformersRunner(threads=threads)
+    return TransformersRunner(threads, Followers(others, threads, place.log).join)
 
 
 def print_into(log: Path) -> None:
@@ -180,32 +211,12 @@ def tail_of(log: Path) -> str:
     return redact("\n".join(lines[-LOG_TAIL_LINES:]))
 
 
-def pin_device(worker: int) -> None:
-    """Let this process see one GPU only, before torch is imported.
-
-    transformers would otherwise spread one trial over every GPU it sees (torch.nn.DataParallel).
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible is not None else _installed_gpus()
-    if len(devices) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]
-
-
-def _installed_gpus() -> list[str]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=index", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
-    return answer.stdout.split()
-
-
 def _probed(command: Probe, runner: Runner) -> Probed:
     facts: Facts | None = None
     message: str | None = None
     misfit: Misfit | None = None
     try:
-        facts = runner.probe(command.settings)
+        facts = runner.probe(command.settings, command.adopted)
     except SweeperError as error:
         message = str(error)
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
@@ -214,26 +225,63 @@ def _probed(command: Probe, runner: Runner) -> Probed:
     return Probed(arm=command.arm, facts=facts, message=message, misfit=misfit)
 
 
+def _checked(command: Check, runner: Runner, worker: int) -> Checked:
+    size: Size | None = None
+    refusal: Outcome | None = None
+    try:
+        size = runner.check(command.settings)
+    except SweeperError as error:
+        refusal = Outcome(cause="refused", message=str(error))
+    except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
+        refusal = Outcome(cause="error", message=_traceback())
+    return Checked(worker=worker, size=size, refusal=refusal)
+
+
 def _tested(command: Test, runner: Runner) -> Tested:
-    examples: Examples | None = None
+    losses: Unseen | None = None
     message: str | None = None
     try:
         folder = None if command.folder is None else TrialFolder(command.folder)
-        examples = runner.test(command.settings, folder)
+        losses = runner.test(command.settings, folder, command.kinds)
     except SweeperError as error:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return Tested(trial=command.trial, attempt=command.attempt, examples=examples, message=message)
+    return Tested(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
 
 
 def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:
+    """Run a trial; on a full disk it waits, and then continues from its newest whole checkpoint."""
     observer = RemoteObserver(channel, orders, command.trial, command.attempt)
     folder = TrialFolder(command.folder)
-    try:
-        return runner.run(command.settings, folder, command.provenance, observer)
-    except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
-        return Outcome(cause="error", message=_traceback())
+    waited_s = 0.0
+    while True:
+        try:
+            if command.adopted is not None:
+                model = command.adopted
+                return runner.adopt(command.settings, folder, command.provenance, model)
+            return runner.run(command.settings, folder, command.provenance, observer)
+        except WorkerError:
+            raise  # not the trial's fault: the worker ends, and the trial continues on its successor
+        except Exception as error:  # noqa: BLE001 - the worker's edge: one trial must not end the worker
+            if not disk_full(error, folder.path):
+                return Outcome(cause="error", message=_traceback())
+        if waited_s == 0.0:
+            message = f"the disk of {folder.path} is full; waiting for space"
+            channel.send(Waiting(trial=command.trial, attempt=command.attempt, message=message))
+        if waited_s > FULL_DISK_PATIENCE_S:
+            return Outcome(cause="error", message=f"the disk of {folder.path} stays full")
+        time.sleep(FULL_DISK_WAIT_S)
+        waited_s += FULL_DISK_WAIT_S
+        if (cause := observer.stop_cause()) is not None:
+            return Outcome(cause=cause, message="stopped while the disk was full")
+
+
+def disk_full(error: Exception, folder: Path) -> bool:
+    """Whether a trial failed for want of space; safetensors and torch have errors of their own."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return shutil.disk_usage(folder if folder.exists() else folder.parent).free < FULL_BYTES
 
 
 def _traceback() -> str:

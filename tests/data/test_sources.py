@@ -15,6 +15,7 @@ from sweeper.data.sources import describe_sources, is_hub_id, path_problems, rea
 from sweeper.data.splits import load_splits
 from sweeper.errors import ConfigError, DataError
 from sweeper.settings import Source
+from tests.conftest import make_settings
 from tests.data.fake_hub import fake_hub
 from tests.data.samples import make_data, pairs, write_rows
 
@@ -182,7 +183,7 @@ def test_paths_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
         validation="gone",
         test="some-org/some-set",
     )
-    first, second, third = path_problems(data)
+    first, second, third = path_problems(data, make_settings().evaluation.general_text)
     assert first == (
         f"data.train={tmp_path}/train.json: no such file or folder; close: {tmp_path}/train.jsonl"
     )

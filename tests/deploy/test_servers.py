@@ -4,134 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.deploy.stack import NEEDS_POSTGRES, PASSWORD, ROOT, Stack, running_stack
+
 pytest.importorskip("psycopg", reason="the driver of PostgreSQL is optional")
 
-ROOT = Path(__file__).resolve().parents[2]
-PASSWORD = "canary5f1e7c0de"
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        shutil.which("initdb") is None
-        and not list(Path("/usr/lib/postgresql").glob("*/bin/initdb")),
-        reason="PostgreSQL is not installed",
-    ),
-]
-STORAGE = "hydra.sweeper.storage=${oc.env:SWEEPER_STORAGE}"
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Servers that deploy/servers.sh started, and how to reach them."""
-
-    folder: Path
-    postgres: int
-    mlflow: int
-
-    @property
-    def uri(self) -> str:
-        """The MLflow server."""
-        return f"http://127.0.0.1:{self.mlflow}"
-
-    @property
-    def storage(self) -> str:
-        """Optuna's database."""
-        return f"postgresql+psycopg://sweeper:{PASSWORD}@127.0.0.1:{self.postgres}/optuna"
-
-    def script(self, verb: str) -> None:
-        """Run deploy/servers.sh."""
-        result = subprocess.run(
-            [str(ROOT / "deploy" / "servers.sh"), verb],
-            cwd=self.folder,
-            env={**os.environ, "PYTHON": sys.executable},
-            stdout=(self.folder / "script.log").open("a"),
-            stderr=subprocess.STDOUT,
-            check=False,
-            timeout=300,
-        )
-        assert result.returncode == 0, (self.folder / "script.log").read_text()
-
-    def sweep(self, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-        """A study with two fake workers on these servers."""
-        environment = {
-            **os.environ,
-            "SWEEPER_STORAGE": self.storage,
-            "MLFLOW_TRACKING_URI": self.uri,
-        }
-        environment |= {"HF_TOKEN": f"hf_{PASSWORD}", "MLFLOW_TRACKING_PASSWORD": f"m{PASSWORD}"}
-        arguments = ["+experiment=lr_rank_sweep", "workers=fake", "pruner=none", STORAGE]
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "sweeper", *arguments, "hydra.sweeper.n_jobs=2"),
-                *("~hydra.sweeper.arms.full", *overrides, "-m"),
-            ],
-            *(-1, None, None, subprocess.PIPE, subprocess.STDOUT),
-            cwd=folder,
-            env=environment,
-            text=True,
-        )
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), NEEDS_POSTGRES]
 
 
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
-    """Started as the documentation says, in a folder that the user postgres may enter."""
-    folder = Path(tempfile.mkdtemp(prefix="sweeper-servers-"))
-    folder.chmod(0o755)
-    stack = Stack(folder, _free_port(), _free_port())
-    (folder / ".env").write_text(
-        f"POSTGRES_PASSWORD={PASSWORD}\nPOSTGRES_PORT={stack.postgres}\n"
-        f"MLFLOW_PORT={stack.mlflow}\nSERVERS_DIR={folder / 'servers'}\n"
-    )
-    try:
-        stack.script("start")
+    """For all tests here: starting it takes longer than they do."""
+    with running_stack() as stack:
         yield stack
-    finally:
-        stack.script("stop")
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _check_study(stack: Stack, name: str, n_trials: int) -> None:
-    """Optuna has n_trials, each finished once; MLflow a finished run for each, with all its points."""
-    import optuna
-    from mlflow import MlflowClient
-
-    trials = optuna.load_study(study_name=f"{name}/lora", storage=stack.storage).trials
-    assert [trial.number for trial in trials] == list(range(n_trials))
-    assert {trial.user_attrs["cause"] for trial in trials} == {"finished"}
-    client = MlflowClient(stack.uri)
-    experiment = client.get_experiment_by_name("lr_rank_sweep")
-    runs = client.search_runs([experiment.experiment_id], f"tags.`sweeper.study` = '{name}'")
-    children = {r.info.run_name: r for r in runs if "mlflow.parentRunId" in r.data.tags}
-    assert sorted(children) == [f"lora/{number:04d}" for number in range(n_trials)]
-    assert len(runs) == n_trials + 1
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    for run in children.values():
-        points = client.get_metric_history(run.info.run_id, "eval/loss")
-        assert [point.step for point in points] == [4, 8, 12, 16, 20]
-        names = {item.path for item in client.list_artifacts(run.info.run_id)}
-        assert {"config.yaml", "outcome.json"} <= names
 
 
 def test_both_servers_restart_in_the_middle_and_nothing_is_lost(
@@ -155,7 +50,7 @@ def test_both_servers_restart_in_the_middle_and_nothing_is_lost(
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "not recorded" not in output
-    _check_study(stack, "restarted", 24)
+    stack.check_recorded("restarted", stack.storage, 24)
     assert PASSWORD not in output
     _nowhere(tmp_path)
 
@@ -164,11 +59,7 @@ def test_a_tracking_server_that_stays_away_costs_records_not_results(
     stack: Stack, tmp_path: Path
 ) -> None:
     """MLflow frozen for good: the sweep ends with exit 0 and says what was not recorded."""
-    server = psutil.Process(int((stack.folder / "servers" / "mlflow.pid").read_text()))
-    family = [server, *server.children(recursive=True)]
-    for process in family:
-        process.send_signal(signal.SIGSTOP)
-    try:
+    with stack.frozen_mlflow():
         sweep = stack.sweep(
             tmp_path, "hydra.sweeper.n_trials=3", "hydra.sweeper.study_name=unrecorded"
         )
@@ -176,9 +67,6 @@ def test_a_tracking_server_that_stays_away_costs_records_not_results(
         assert sweep.returncode == 0, output
         assert "not recorded in MLflow" in output
         assert len(list(tmp_path.glob("outputs/unrecorded/lora/*/outcome.json"))) == 3
-    finally:
-        for process in family:
-            process.send_signal(signal.SIGCONT)
 
 
 def test_servers_listen_on_the_loopback_and_know_their_names(stack: Stack) -> None:

@@ -11,9 +11,9 @@ from transformers import LlamaConfig
 from sweeper.modeling import rehearsal
 from sweeper.modeling.adapter import attach, count_parameters
 from sweeper.modeling.base import load_base
+from sweeper.modeling.check import ModelChecks
 from sweeper.modeling.memory_estimate import (
     WORDS,
-    count_on_meta,
     estimate,
     estimate_trial,
     model_on_meta,
@@ -109,7 +109,8 @@ def test_counts_on_meta_are_those_of_the_loaded_model(overrides: list[str]) -> N
     model = load_base(settings.model, settings.quantization, trained=trained).model
     if isinstance(settings.adapter, LoraAdapter):
         model = attach(model, settings.adapter)
-    assert count_on_meta(settings.trial) == count_parameters(model)
+    size, count = ModelChecks().size(settings.trial, CPU), count_parameters(model)
+    assert (size.trainable, size.total) == (count.trainable, count.total)
 
 
 def _rehearsed(workload: Workload, attention: str = "sdpa", *overrides: str) -> Peak:

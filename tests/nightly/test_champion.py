@@ -78,7 +78,7 @@ def test_margin_is_twice_the_seed_spread_where_it_is_known() -> None:
     [
         ({"max_size_mib": 10.0}, {"size_mib": 12.0}, "12.0 MiB are over max_size_mib=10"),
         ({"max_forgetting": 0.1}, {"forgotten": 0.3}, "it forgot 0.3000 nats"),
-        ({"max_forgetting": 0.1}, {}, "nobody measured general text"),
+        ({"max_forgetting": 0.1}, {}, "no general text is named (evaluation.general_text.source)"),
     ],
 )
 def test_limits_refuse_a_better_model(

@@ -21,7 +21,7 @@ from sweeper.nightly.nights import Rhythm
 
 ZONES = (
     *("Europe/Berlin", "America/New_York", "Asia/Kathmandu", "Australia/Lord_Howe"),
-    *("Pacific/Apia", "Africa/Casablanca", "UTC"),
+    *("Pacific/Apia", "Africa/Casablanca", "America/Santiago", "UTC"),
 )
 NIGHTS = 400
 FIRST = date(2026, 1, 15)

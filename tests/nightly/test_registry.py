@@ -30,8 +30,9 @@ OVERRIDES = [
 class Judge:
     """Losses that a test decides, on 100 examples of 10 tokens; remembers what it was asked."""
 
-    def __init__(self, **losses: float) -> None:
+    def __init__(self, forgets: float = 0.1, **losses: float) -> None:
         self.losses = losses
+        self.forgets = forgets
         self.asked: list[dict[str, Path]] = []
 
     def __call__(self, gate: str, trials: dict[str, Path]) -> Figures:
@@ -39,7 +40,9 @@ class Judge:
         hard = np.random.default_rng(0).normal(0, 1, 100)
         names = ["base", *trials]
         nll = {name: list(10 * self.losses[name] + hard) for name in names}
-        return Figures(tokens=[10] * 100, nll=nll)
+        forgotten = {"base": 0.0, "challenger": self.forgets, "champion": 0.1}
+        general = {name: [10 * (3.6 + forgotten[name])] * 8 for name in names}
+        return Figures(tokens=[10] * 100, nll=nll, general_tokens=[10] * 8, general=general)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("user")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        # the trainer that only pretends stores no weights
+        patch.setattr("sweeper.tracking.registry._require_adapter", lambda *_: None)
         rows = ({"instruction": f"Add {i}.", "output": f"Added {i} to it."} for i in range(40))
         Path("my.jsonl").write_text(
             "".join(json.dumps({**row, "input": ""}) + "\n" for row in rows)
@@ -84,6 +89,9 @@ def test_promotion_refusal_promotion_and_rollback(folder: Path) -> None:
     assert (second.result, decision and decision.verdict) == ("no change", "kept")
     assert refusing.asked[0]["champion"] == crowned.folder
     assert registry.champion(MODEL) == crowned
+    assert decision is not None
+    assert decision.evidence is not None
+    assert decision.evidence.forgotten == pytest.approx(0.1)
     third = _night(2, Judge(base=4.5, challenger=3.8, champion=4.0))
     assert third.result == "new champion"
     now = registry.champion(MODEL)
@@ -107,6 +115,20 @@ def _digests_are_recorded(folder: Path) -> None:
     assert len(runs) == 3
     names = {file.path for file in client.list_artifacts(runs[0].info.run_id)}
     assert {"digest.md", "digest.html"} <= names
+
+
+def test_a_better_model_that_forgot_too_much_is_refused(folder: Path) -> None:
+    """0.2 nats better on the gate, and 1.2 nats worse on general text, where the set allows 1."""
+    registry = Registry(None, folder / "mlruns")
+    before = registry.champion(MODEL)
+    record = _night(4, Judge(forgets=1.2, base=4.5, challenger=3.8, champion=4.0))
+    decision = record.entries[MODEL].champion
+    assert decision is not None
+    assert decision.verdict == "kept"
+    assert decision.reason.startswith("it forgot 1.2000 nats, over max_forgetting=1; ")
+    assert registry.champion(MODEL) == before
+    text = Path("outputs/nightly/mine/2026-05-05/digest.md").read_text()
+    assert "forgetting +1.2000 nats" in text
 
 
 def test_unknown_models_and_runs_are_named(folder: Path) -> None:

@@ -22,6 +22,7 @@ from sweeper.nightly.claims import Nights
 from sweeper.nightly.record import NightRecord, read_record
 from sweeper.nightly.run import EXIT_CODES, run_night
 from sweeper.nightly.sets import load_set
+from sweeper.reporting.finals import LEFT_ALONE
 
 FIRST = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
 FAKE = ["workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0", "tracking=none"]
@@ -96,8 +97,39 @@ def test_three_nights_start_continue_and_start_anew_after_a_data_change(write_se
     assert third.decided.warm_start == (first.decided.study_name,)
     assert second.best
     results = json.loads(Path(f"outputs/{third.decided.study_name}/results.json").read_text())
+    assert results["untested"] == LEFT_ALONE
+    assert results["arms"]["lora"]["final"]["test_losses"] == {}
     trials = {trial["number"]: trial["params"] for trial in results["arms"]["lora"]["trials"]}
     assert trials[0] == second.best.point
+
+
+def test_a_limit_that_nobody_can_measure_is_a_problem_of_the_set(write_set: Write) -> None:
+    """max_forgetting and a gate, but no general text: said at once, with both ways out."""
+    unnamed = [*FAKE, *SMALL, "evaluation.general_text.source=null"]
+    write_set({"policy": "fresh", "gate": "gate.jsonl", "overrides": unnamed})
+    with pytest.raises(ConfigError, match=r"max_forgetting=1 needs general text"):
+        load_set("mine")
+    assert load_set("mine", ["nightly.champion.max_forgetting=null"]).plans
+
+
+def test_what_a_night_deletes_stands_in_its_digest(write_set: Write) -> None:
+    """The worst adapters of the set's studies go when all is done; a dry run only tells."""
+    write_set({"policy": "fresh"}, retention={"keep_adapters": 0, "dry_run": True})
+    run_night("mine", clock=_night(0))
+    entry = _record(0).entries["lr_rank_sweep"]
+    assert entry.decided is not None
+    assert entry.best is not None
+    name, loser = entry.decided.study_name, (entry.best.number + 1) % 3
+    adapter = Path(f"outputs/{name}/lora/trial_{loser:04d}/adapter")
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"0" * 2**20)
+    run_night("mine", clock=_night(1))
+    assert f"{name}: 1.0 MiB would be freed" in _folder(1).digest.read_text()
+    assert adapter.exists()
+    write_set({"policy": "fresh"}, retention={"keep_adapters": 0, "dry_run": False})
+    run_night("mine", clock=_night(2))
+    assert f"{name}: 1.0 MiB freed (1 × adapter of a loser)" in _folder(2).digest.read_text()
+    assert not adapter.exists()
 
 
 def test_unchanged_night_is_skipped_and_says_so(write_set: Write) -> None:
@@ -214,7 +246,7 @@ def test_digest_and_page_say_the_same(write_set: Write) -> None:
     best = _record().entries["lr_rank_sweep"].best
     assert best is not None
     for text in (_folder().digest.read_text(), _folder().page.read_text()):
-        assert f"{best.loss:.4f}" in text
+        assert f"{best.value:.4f}" in text
         assert "Device-hours" in text
         assert "python -m sweeper report mine_lr_rank_sweep_2026-05-01" in text
     assert "<table>" in _folder().page.read_text()

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from sweeper import retention
 from sweeper.cli import app
-from sweeper.nightly import retention, run
-from sweeper.nightly.retention import Removal
+from sweeper.nightly import run
+from sweeper.retention import Removal
 
 RUNNER = CliRunner()
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sweeper.outcome import Examples, Outcome
+from sweeper.outcome import Examples, Outcome, Unseen
 from sweeper.reporting.finals import NO_FIGURES, NO_TEST_SPLIT, OTHER_EXAMPLES, settle
 from sweeper.reporting.results import Results, from_document, to_document
 from sweeper.reporting.tables import comparison, finalists
@@ -26,14 +26,19 @@ def _final(*losses: float, base: float = 4.6, tokens: tuple[int, ...] = TOKENS) 
     """Trial 0 won with seeds of these test losses."""
     outcome = Outcome(cause="finished", best_value=4.0)
     repeats = tuple(Repeat(seed=seed, outcome=outcome) for seed in range(len(losses)))
-    final = Final(
-        finalists=(Finalist(number=0, repeats=repeats),),
-        winner=0,
-        test_losses=dict(enumerate(losses)),
-        untuned_test_loss=base,
-    )
-    seeds = {seed: _examples(loss, tokens) for seed, loss in enumerate(losses)}
-    return ArmFinal(final, seeds, _examples(base, tokens))
+    final = Final(finalists=(Finalist(number=0, repeats=repeats),), winner=0)
+    seeds = {seed: Unseen(test=_examples(loss, tokens)) for seed, loss in enumerate(losses)}
+    return ArmFinal.judged(final, seeds, Unseen(test=_examples(base, tokens)))
+
+
+def _with_general(found: ArmFinal, untuned: float, *losses: float) -> ArmFinal:
+    """The same, judged on general text as well."""
+    seeds = {
+        seed: found.seeds[seed].model_copy(update={"general": _examples(loss)})
+        for seed, loss in enumerate(losses)
+    }
+    base = found.untuned.model_copy(update={"general": _examples(untuned)})
+    return ArmFinal.judged(found.final, seeds, base)
 
 
 def _settled(**finals: ArmFinal) -> Results:
@@ -95,6 +100,39 @@ def test_an_arm_alone_has_its_test_loss_in_words() -> None:
     assert (results.contrasts, results.untested) == ((), None)
     words = judge(results).words
     assert "test loss of 4.1500 against the untuned base's 4.6000 (mean of 2 seeds)" in words
+
+
+def test_forgetting_is_the_loss_on_general_text_above_each_arms_own_base() -> None:
+    """Means of 3.62 and 3.8 over bases of 3.6 and 3.5: 0.02 and 0.3 nats, in words and table."""
+    lora = _with_general(_final(4.1, 4.2), 3.6, 3.61, 3.63)
+    results = _settled(lora=lora, full=_with_general(_final(4.0), 3.5, 3.8))
+    assert [(found.arm, found.difference.value) for found in results.forgetting] == [
+        ("lora", pytest.approx(0.02)),
+        ("full", pytest.approx(0.3)),
+    ]
+    assert lora.final.metrics == pytest.approx(
+        {
+            **{"test/loss": 4.15, "test/perplexity": 63.434, "general/loss": 3.62},
+            **{"general/untuned_loss": 3.6, "general/forgetting": 0.02},
+        },
+        rel=1e-4,
+    )
+    sheet = comparison(results)
+    at = sheet.columns.index("forgetting")
+    assert [row[at] for row in sheet.rows] == ["–", "–", "+0.0200", "+0.3000"]
+    words = judge(results).words
+    assert "Forgetting (loss on general text against the untuned base): QLoRA +0.0200" in words
+    assert "full fine-tuning +0.3000 (95 % interval +0.3000 to +0.3000) nats" in words
+    again = from_document(to_document(results))
+    assert again.forgetting == results.forgetting
+
+
+def test_unmeasured_forgetting_is_not_spoken_of() -> None:
+    """Without general text: no figure, no column, no sentence."""
+    results = _settled(lora=_final(4.1), full=_final(4.0))
+    assert results.forgetting == ()
+    assert "forgetting" not in comparison(results).columns
+    assert "Forgetting" not in judge(results).words
 
 
 def test_results_survive_the_file() -> None:

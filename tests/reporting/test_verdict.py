@@ -114,7 +114,7 @@ def test_an_interval_without_seeds_says_what_it_covers() -> None:
         (4.0, None, "lowers the eval loss by 0.500 nats. There is no other arm"),
         (4.6, None, "is no better than the untuned base"),
         (4.0, 4.6, "full fine-tuning, which does not improve on the base"),
-        (None, None, "No trial has finished yet"),
+        (None, None, "No trial has finished, so"),
         (None, 4.0, "QLoRA has no finished trial (1 oom)"),
     ],
 )

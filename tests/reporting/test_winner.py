@@ -11,6 +11,7 @@ import pytest
 from sweeper.compose import compose
 from sweeper.errors import StudyError
 from sweeper.folders import StudyFolder, write_atomic
+from sweeper.manifest import write_manifest
 from sweeper.reporting.results import Results
 from sweeper.reporting.winner import Winner, experiment_yaml, find_winner, usage
 from sweeper.search.plan import studies
@@ -32,6 +33,7 @@ def _winner(folder: Path, *overrides: str) -> Winner:
     write_atomic(winner.folder.config, json.dumps(settings.model_dump(mode="json")))
     kept = winner.folder.adapter if settings.adapter.method == "lora" else winner.folder.model
     kept.mkdir(parents=True)
+    write_manifest(kept)
     return winner
 
 

@@ -68,12 +68,26 @@ def test_until_is_the_next_such_moment(now: float, hour: int, minute: int, zone:
 def test_the_earlier_of_two_deadlines_holds() -> None:
     """wall_clock=6h started at 22:00 ends at 04:00, before until=07:30."""
     clock = FakeClock(_berlin("2026-06-01 22:00"))
-    budget = StudyBudget(_budget(wall_clock="6h", until="07:30"), True, clock, BERLIN)
+    budget = StudyBudget(_budget(wall_clock="6h", until="07:30"), True, clock, clock, BERLIN)
     arm = budget.of_arm(1.0, 0.0)
     assert arm.left([]) == "6 h 00 min left"
     assert arm.refusal([], 0.0, []) is None
     clock.now += 6 * 3600
     assert arm.refusal([], 0.0, []) == "the time is used up"
+
+
+def test_a_clock_that_is_set_moves_no_duration() -> None:
+    """An hour forth: wall_clock=6h has six hours left as before, until=23:00 has one less."""
+    steady, wall = FakeClock(), FakeClock(_berlin("2026-06-01 12:00"))
+    for limits, before, after in (
+        ({"wall_clock": "6h"}, "6 h 00 min left", "6 h 00 min left"),
+        ({"until": "23:00"}, "11 h 00 min left", "10 h 00 min left"),
+    ):
+        wall.now = _berlin("2026-06-01 12:00")
+        arm = StudyBudget(_budget(**limits), True, steady, wall, BERLIN).of_arm(1.0, 0.0)
+        assert arm.left([]) == before
+        wall.now += 3600
+        assert arm.left([]) == after
 
 
 def test_no_trial_is_started_that_would_not_end_in_time() -> None:

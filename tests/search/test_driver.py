@@ -15,11 +15,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from sweeper import session
 from sweeper.errors import StudyError, StudyLocked, StudyMismatch
 from sweeper.reporting.results import Results
 from sweeper.search.plan import studies
 from sweeper.search.states import counts
-from sweeper.session import run_study
+from sweeper.session import StudySession, run_study
 
 FAKE = ("+experiment=lr_rank_sweep", "workers=fake", "tracking=none")
 ONLY_LORA = "~hydra.sweeper.arms.full"
@@ -50,6 +51,23 @@ def test_a_study_runs_every_arm_to_its_total(tmp_path: Path) -> None:
     losses = [trial.value for trial in lora.trials if trial.complete]
     assert losses == sorted(losses)
     assert lora.best is lora.trials[0]
+
+
+def test_results_are_whole_at_the_end_however_seldom_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With next to no time for writing, they are written after the first trial and at the end."""
+    monkeypatch.setattr(session, "WRITING_SHARE", 1e-9)
+    written: list[int] = []
+    write = StudySession._write
+
+    def counted_write(self: StudySession, results: Results) -> None:
+        written.append(len(results.arms[0].trials))
+        write(self, results)
+
+    monkeypatch.setattr(StudySession, "_write", counted_write)
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=4", "finalists=none")
+    assert written == [1, 4]
 
 
 def test_oom_and_divergence_are_infeasible_and_counted(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from sweeper.errors import StudyError
 from sweeper.outcome import Examples, Outcome
-from sweeper.reporting.finals import NO_TEST_SPLIT, SWITCHED_OFF
+from sweeper.reporting.finals import LEFT_ALONE, NO_TEST_SPLIT, SWITCHED_OFF
 from sweeper.reporting.results import Results, load_results
 from sweeper.reporting.verdict import judge
 from sweeper.search.final import Finalist, Repeat, choose
@@ -111,6 +111,19 @@ def test_the_verdict_rests_on_the_test_split(ended: tuple[Path, Results]) -> Non
     assert "## Finalists over seeds" in report
 
 
+def test_forgetting_is_measured_for_both_arms(ended: tuple[Path, Results]) -> None:
+    """Each winner's seeds and each base on general text: the fake LoRA forgets 0.02 nats, full 0.2."""
+    tmp_path, results = ended
+    assert [(found.arm, found.seeds) for found in results.forgetting] == [
+        ("lora", (3, 1)),
+        ("full", (3, 1)),
+    ]
+    forgotten = [found.difference.value for found in results.forgetting]
+    assert forgotten == pytest.approx([0.02, 0.2])
+    assert len(list(_finalists(tmp_path).glob("general/fake/trial_*.json"))) == 4
+    assert "Forgetting (loss on general text" in judge(results).words
+
+
 def test_the_same_command_reads_everything_back(ended: tuple[Path, Results]) -> None:
     """Run twice: no training, no judgement again, the same contrasts; `report` reads them too."""
     tmp_path, first = ended
@@ -121,6 +134,7 @@ def test_the_same_command_reads_everything_back(ended: tuple[Path, Results]) -> 
     assert {path: path.stat().st_mtime_ns for path in files} == before
     stored = load_results("lr_rank_sweep", tmp_path)
     assert first.contrasts == second.contrasts == stored.contrasts
+    assert first.forgetting == second.forgetting == stored.forgetting
     assert [arm.final for arm in first.arms] == [arm.final for arm in stored.arms]
 
 
@@ -167,9 +181,19 @@ def test_without_a_test_split_the_verdict_stays_on_validation(tmp_path: Path) ->
     results = _run(tmp_path, "data.test_ratio=0")
     assert len(_trained(tmp_path)) == 1
     assert not (_finalists(tmp_path) / "test").exists()
+    assert [found.arm for found in results.forgetting] == ["lora", "full"]
     verdict = judge(results)
     assert verdict.duels[0].split == "validation"
     assert f"Not judged on the test split: {NO_TEST_SPLIT}." in verdict.words
+
+
+def test_the_test_split_can_be_left_unread(tmp_path: Path) -> None:
+    """finalists.test=false: seeds are trained, forgetting is measured, and the words say why no more."""
+    results = _run(tmp_path, ONLY_LORA, "hydra.sweeper.finalists.test=false")
+    assert len(_trained(tmp_path)) == 1
+    assert not (_finalists(tmp_path) / "test").exists()
+    assert [found.arm for found in results.forgetting] == ["lora"]
+    assert f"Not judged on the test split: {LEFT_ALONE}." in judge(results).words
 
 
 def test_a_used_up_budget_leaves_seeds_out(
@@ -238,7 +262,7 @@ def test_full_fine_tuning_that_cannot_fit_is_not_run_and_ends_nothing(
     assert arm.final is not None
     output = capsys.readouterr().out
     assert "arm full is not run: weights, gradients and optimizer states need 15 MiB" in output
-    assert "the device has 10 MiB free" in output
+    assert "the device has 10 MiB" in output
     paged = "overrides=[adapter=none,quantization=none,training.optim=paged_adamw_8bit]"
     for way in (paged, "model.base_model=PATH_OR_HUB_ID", "~hydra.sweeper.arms.full"):
         assert way in output

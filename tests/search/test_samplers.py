@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import FloatDistribution, IntDistribution
 
 from sweeper.errors import ConfigError
+from sweeper.grammar import parse_domain
 from sweeper.search.plan import studies
 from sweeper.search.samplers import make_sampler
 from sweeper.search.study import adopt, drawn, suggest
@@ -47,6 +51,36 @@ def test_every_sampler_draws_inside_a_space_with_branches(settings: Sampler) -> 
         assert point["v"] in ("one", "two")
         assert (point["y"] == 2.0) == (point["v"] == "two")
         study.tell(trial, float(number))
+
+
+@given(
+    low=st.integers(1, 1000),
+    width=st.integers(1, 1000),
+    scale=st.sampled_from([None, 1, 1000]),
+    form=st.sampled_from(["{}", "log", "step"]),
+)
+def test_optuna_draws_from_the_very_domain_that_was_typed(
+    low: int, width: int, scale: int | None, form: str
+) -> None:
+    """Bounds, log, whole numbers and steps reach Optuna as they were typed, and draws obey them."""
+    a, b = (number if scale is None else number / scale for number in (low, low + width))
+    plain = f"int(interval({a}, {b}))" if scale is None else f"interval({a}, {b})"
+    unit = 1 if scale is None else 1 / scale
+    words = {"{}": plain, "log": f"tag(log, {plain})", "step": f"range({a}, {b + unit}, {unit})"}
+    domain = parse_domain("x", words[form])
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=low))
+    trial = study.ask()
+    value = suggest(trial, {"x": domain})["x"]
+    asked = trial.distributions["x"]
+    kind = IntDistribution if scale is None else FloatDistribution
+    assert isinstance(asked, kind)
+    assert (asked.low, asked.log) == (a, form == "log")
+    assert asked.high == pytest.approx(b)
+    assert asked.step == (unit if form == "step" else (1 if scale is None else None))
+    assert isinstance(value, int if scale is None else float)
+    assert a <= value <= b * (1 + 1e-12)
+    if form == "step":
+        assert (value - a) / unit == pytest.approx(round((value - a) / unit), abs=1e-6)
 
 
 def test_a_resumed_study_does_not_repeat_its_draws() -> None:

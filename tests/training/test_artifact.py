@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from sweeper.embedded import BASE_DIR
 from sweeper.errors import ArtifactError
 from sweeper.folders import TrialFolder
+from sweeper.manifest import MANIFEST, verify_manifest, write_manifest
 from sweeper.training.artifact import save_bpe, write_zip
-from sweeper.training.manifest import MANIFEST, verify_manifest, write_manifest
 from tests.training.conftest import RunTiny
 
 TEXTS = ["def add(a, b):", "Return the sum — naïve, with 3 tabs:\t\t\t.", "  ###\n\nResponse"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sweeper.data.tokens import Collator
 from sweeper.evaluation.loss import evaluate_loss
-from sweeper.training.manifest import verify_manifest
+from sweeper.manifest import verify_manifest
 from sweeper.training.runner import TransformersRunner
 from tests.training.conftest import RunTiny
 

@@ -50,7 +50,11 @@ def test_rates_count_neither_padding_nor_prompt_twice(monkeypatch: pytest.Monkey
     other = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     ids = torch.zeros(2, 4, dtype=torch.long)
     with meter.stage("train"):
-        meter.saw([{"input_ids": ids, "attention_mask": m} for m in (mask, other)], torch.tensor(5))
+        meter.saw(
+            [{"input_ids": ids, "attention_mask": m} for m in (mask, other)],
+            torch.tensor(5),
+            devices=1,
+        )
         now += 2.0
     metrics = meter.metrics()
     assert metrics["cost/tokens_per_second"] == 6.5

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from sweeper.data.duplicates import normalised
+from sweeper.data.splits import load_examples, load_splits
 from sweeper.errors import ArtifactError, DataError
 from sweeper.folders import TrialFolder
-from sweeper.nightly.challenge import CHALLENGER, CHAMPION, judge_apart
+from sweeper.nightly.certify import judge_here
+from sweeper.nightly.challenge import CHALLENGER, CHAMPION, Figures, judge_apart
 from sweeper.training.gate import Request, judge_on_gate
+from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 
 
@@ -61,6 +65,51 @@ def test_rows_of_other_splits_are_left_out(
     gate.write_text(gate.read_text() + "".join(trained) + chosen)
     answer = judge_on_gate(Request(gate=str(gate), trials={CHALLENGER: trial.path}))
     assert (len(answer.tokens), answer.left_out) == (30, 15)
+
+
+def test_forgetting_is_measured_beside_the_gate(trial: TrialFolder, gate: Path) -> None:
+    """General text that the trial's settings name: the base's and the adapter's, window by window."""
+    answer = judge_on_gate(Request(gate=str(gate), trials={CHALLENGER: trial.path}))
+    assert answer.general_tokens == [127] * 16
+    assert set(answer.general) == {"base", CHALLENGER}
+    figures = Figures.model_validate(answer.model_dump())
+    by_hand = sum(answer.general[CHALLENGER]) - sum(answer.general["base"])
+    assert figures.forgotten(CHALLENGER) == pytest.approx(by_hand / (16 * 127))
+    assert figures.forgotten(CHALLENGER) != 0
+
+
+def test_a_certificate_rests_on_the_trials_own_test_split(trial: TrialFolder) -> None:
+    """Four of the forty rows, read by nobody before; the adapter's losses are not the base's."""
+    tuned, untuned = judge_here(trial)
+    for found in (tuned, untuned):
+        assert found.test is not None
+        assert len(found.test.nll) == 4
+        assert found.general is not None
+    assert tuned.test != untuned.test
+
+
+@pytest.mark.slow
+def test_the_embedded_gate_is_in_no_split_of_the_embedded_pairs() -> None:
+    """Pairs of modules that no split reads: enough of them, and none that equals a row of a split."""
+    data = make_settings().data
+    gate = load_examples("embedded", data)
+    assert len(gate) >= 60
+    seen = {
+        normalised(each.text) for found in load_splits(data).examples.values() for each in found
+    }
+    unseen = [each for each in gate if normalised(each.text) not in seen]
+    assert len(unseen) >= 60
+
+
+def test_rows_of_other_splits_but_for_case_are_left_out(
+    trial: TrialFolder, gate: Path, rows_file: Path
+) -> None:
+    """A training row in capitals with more white space is still a training row."""
+    row = json.loads(rows_file.read_text().splitlines()[0])
+    loud = {key: f" {value.upper()} " for key, value in row.items()}
+    gate.write_text(gate.read_text() + json.dumps(loud) + "\n")
+    answer = judge_on_gate(Request(gate=str(gate), trials={CHALLENGER: trial.path}))
+    assert (len(answer.tokens), answer.left_out) == (30, 1)
 
 
 def test_gate_of_trained_rows_is_refused(trial: TrialFolder, rows_file: Path) -> None:

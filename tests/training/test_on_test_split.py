@@ -15,6 +15,7 @@ from sweeper.errors import ArtifactError, DataError, DoesNotFit
 from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
 from sweeper.modeling.hardware import DeviceReport
+from sweeper.outcome import Examples
 from sweeper.settings import TrialSettings
 from sweeper.training.prepare import prepare
 from sweeper.training.runner import TransformersRunner
@@ -50,6 +51,14 @@ def _by_hand(model: torch.nn.Module, settings: TrialSettings) -> tuple[list[floa
     return nll, tokens
 
 
+def _on_test(
+    runner: TransformersRunner, settings: TrialSettings, folder: TrialFolder | None
+) -> Examples:
+    found = runner.test(settings, folder, ["test"]).test
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_a_stored_adapter_is_judged_as_plain_peft_finds_it(
     tiny_base: Path, rows_file: Path, tmp_path: Path, quantization: str
@@ -59,9 +68,9 @@ def test_a_stored_adapter_is_judged_as_plain_peft_finds_it(
     settings = _settings(tiny_base, rows_file, *overrides)
     runner, folder = TransformersRunner(threads=1), TrialFolder(tmp_path / "lora")
     runner.run(settings, folder, {}, Recorder())
-    before = runner.test(settings, None)
-    found = runner.test(settings, folder)
-    assert runner.test(settings, None) == before
+    before = _on_test(runner, settings, None)
+    found = _on_test(runner, settings, folder)
+    assert _on_test(runner, settings, None) == before
     base = load_base(settings.model, settings.quantization, trained=False).model
     nll, tokens = _by_hand(base, settings)
     assert before.nll == pytest.approx(nll, abs=1e-3)
@@ -81,7 +90,7 @@ def test_stored_weights_are_judged_as_plain_transformers_finds_them(
         "full", SHORT, "adapter=none", "training.learning_rate=1e-2", runner=runner
     )
     settings = _settings(tiny_base, rows_file, *overrides)
-    found = runner.test(settings, folder)
+    found = _on_test(runner, settings, folder)
     nll, tokens = _by_hand(AutoModelForCausalLM.from_pretrained(folder.model), settings)
     assert found.nll == pytest.approx(nll, abs=1e-3)
     assert found.tokens == tuple(tokens)
@@ -96,17 +105,55 @@ def test_weights_that_were_changed_are_not_judged(
     settings = _settings(tiny_base, rows_file, "quantization=none")
     (folder.adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"adapter_config\.json: changed"):
-        runner.test(settings, folder)
+        runner.test(settings, folder, ["test"])
     folder.clear_results()
     with pytest.raises(ArtifactError, match="holds neither an adapter nor a model"):
-        runner.test(settings, folder)
+        runner.test(settings, folder, ["test"])
 
 
-def test_without_a_test_split_nothing_is_judged(tiny_base: Path, rows_file: Path) -> None:
-    """test_ratio=0: an error that names the settings."""
-    settings = _settings(tiny_base, rows_file, "data.test_ratio=0")
+def test_without_unseen_texts_nothing_is_judged(tiny_base: Path, rows_file: Path) -> None:
+    """Neither test split nor general text: errors that name the settings."""
+    nothing = ("data.test_ratio=0", "evaluation.general_text.source=null")
+    settings = _settings(tiny_base, rows_file, *nothing)
+    runner = TransformersRunner(threads=1)
     with pytest.raises(DataError, match=r"data\.test_ratio"):
-        TransformersRunner(threads=1).test(settings, None)
+        runner.test(settings, None, ["test"])
+    with pytest.raises(DataError, match=r"evaluation\.general_text\.source"):
+        runner.test(settings, None, ["general"])
+
+
+def test_general_text_is_judged_without_a_test_split(
+    run_tiny: RunTiny, tiny_base: Path, rows_file: Path
+) -> None:
+    """The mean loss that transformers itself finds on the same windows, before and after tuning."""
+    runner = TransformersRunner(threads=1)
+    *_, folder = run_tiny("lora", SHORT, "training.learning_rate=0.05", runner=runner)
+    settings = _settings(tiny_base, rows_file, "quantization=none", "data.test_ratio=0")
+    before, after = (runner.test(settings, each, ["general"]) for each in (None, folder))
+    assert (before.test, after.test) == (None, None)
+    assert before.general is not None
+    assert after.general is not None
+    model = load_base(settings.model, settings.quantization, trained=False)
+    prepared = prepare(settings.data, model)
+    ids = torch.tensor([row["input_ids"] for row in prepared.general_rows(settings)])
+    assert ids.shape == (16, 128)
+    tuned = PeftModel.from_pretrained(model.model, folder.adapter).eval()
+    with torch.no_grad(), tuned.disable_adapter():
+        assert before.general.loss == pytest.approx(tuned(ids, labels=ids).loss.item(), abs=1e-4)
+    with torch.no_grad():
+        assert after.general.loss == pytest.approx(tuned(ids, labels=ids).loss.item(), abs=1e-4)
+    assert abs(after.general.loss - before.general.loss) > 1e-3
+
+
+def test_general_text_that_cannot_be_had_is_found_at_the_start(
+    tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """The probe reads it: nobody trains for hours first; its digest is among the facts."""
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    source = f"evaluation.general_text.source={short}"
+    with pytest.raises(DataError, match="0 windows of 128 tokens"):
+        TransformersRunner(threads=1).probe(_settings(tiny_base, rows_file, source))
 
 
 @pytest.mark.parametrize(("free_mib", "fits"), [(1.0, False), (4.0, True)])

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sweeper.errors import DoesNotFit
 from sweeper.modeling.base import load_base
 from sweeper.modeling.hardware import DeviceReport
+from sweeper.outcome import Size
+from sweeper.training.batch import sparing
 from sweeper.training.prepare import prepare
 from sweeper.training.room import Room
 from tests.conftest import make_settings
@@ -32,6 +35,59 @@ def test_estimate_is_held_against_the_free_memory_of_a_gpu(
         report = DeviceReport("GPU", "sm_80", True, 2 * free, free)
         monkeypatch.setattr("sweeper.training.room.device_report", lambda _, found=report: found)
         assert room.fits(prepared)(settings) is fits
+
+
+@pytest.mark.parametrize(
+    ("on", "total", "held", "known", "message"),
+    [
+        ("cpu", 100.0, 99.0, True, None),
+        ("cpu", 100.0, 101.0, True, "states need 101 MiB, and the device has 100 MiB"),
+        ("cuda", 612.0, 99.0, False, None),  # the CUDA context takes 512
+        ("cuda", 612.0, 101.0, False, "states need 101 MiB, and the device has 100 MiB"),
+        ("cuda", 612.0, 1.0, True, None),
+        ("cuda", 512.5, 0.1, True, "activations of one row need 1 MiB"),
+        ("cuda", 512.5, 0.1, False, None),  # its data are not known yet
+    ],
+)
+def test_a_trial_larger_than_the_device_is_refused(
+    tiny_base: Path,
+    rows_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on: str,
+    total: float,
+    held: float,
+    known: bool,
+    message: str | None,
+) -> None:
+    """In its most sparing form, against all of the device's memory, whatever is free of it."""
+    overrides = (f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none")
+    settings = make_settings(*overrides, "training.per_device_train_batch_size=8").trial
+    prepared = prepare(
+        settings.data, load_base(settings.model, settings.quantization, trained=False)
+    )
+    report = DeviceReport("device", "", bf16=True, total_mib=total, free_mib=0.0)
+    monkeypatch.setattr("sweeper.training.room.device", lambda: torch.device(on))
+    monkeypatch.setattr("sweeper.training.room.device_report", lambda _: report)
+    monkeypatch.setattr("sweeper.modeling.memory_estimate.choose_dtype", _fp32)
+    size = Size(trainable=1, total=1, rank=8, held_mib=held)
+    if message is None:
+        Room().require(settings, size, prepared if known else None)
+        return
+    with pytest.raises(DoesNotFit, match=message):
+        Room().require(settings, size, prepared if known else None)
+
+
+def test_the_sparing_form_keeps_the_effective_batch() -> None:
+    """One row at a time; activations are recomputed unless the settings rule it out."""
+    for asked, recomputed in (("auto", True), ("true", True), ("false", False)):
+        settings = make_settings(
+            *("training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=2"),
+            f"training.activation_checkpointing={asked}",
+        )
+        least = sparing(settings.trial).training
+        assert least.per_device_train_batch_size == 1
+        assert least.effective_batch_size == 16
+        assert least.activation_checkpointing is recomputed
 
 
 def _fp32(*_: object) -> object:

@@ -18,9 +18,10 @@ from sweeper.embedded import BASE_DIR
 from sweeper.evaluation.loss import evaluate_loss
 from sweeper.folders import TrialFolder
 from sweeper.modeling.base import load_base
+from sweeper.modeling.hardware import DeviceReport
 from sweeper.outcome import Outcome
 from sweeper.settings import Settings, TrialSettings
-from sweeper.training.checkpoint import newest_checkpoint
+from sweeper.training.checkpoint import newest_checkpoint, seal
 from sweeper.training.prepare import prepare
 from sweeper.training.runner import TransformersRunner
 from sweeper.training.schedule import plan_schedule
@@ -207,6 +208,21 @@ def test_out_of_memory_before_the_first_step_is_an_outcome(
     assert (outcome.cause, outcome.steps) == ("oom", 0)
 
 
+def test_a_trial_larger_than_the_device_is_refused_before_a_weight_is_loaded(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, adapter, gradients and states against a machine of a hundredth of a MiB."""
+    report = DeviceReport("small", "", bf16=False, total_mib=0.01, free_mib=0.01)
+    monkeypatch.setattr("sweeper.training.room.device_report", lambda _: report)
+    monkeypatch.setattr("sweeper.training.runner.load_base", lambda *_, **__: pytest.fail("loaded"))
+    outcome, _, folder = run_tiny("t", "adapter.r=null", "adapter.trainable_parameters=8k")
+    assert (outcome.cause, outcome.steps) == ("refused", 0)
+    assert "it does not fit: weights, gradients and optimizer states need" in (
+        outcome.message or ""
+    )
+    assert folder.outcome.exists()
+
+
 def test_an_impossible_adapter_is_refused(run_tiny: RunTiny) -> None:
     """A target that the model has not is refused with the names that exist; the base stays clean."""
     runner = TransformersRunner(threads=1)
@@ -247,10 +263,12 @@ def test_a_killed_attempt_is_continued_from_its_checkpoint(
 
 
 def test_an_incomplete_checkpoint_is_not_continued(tmp_path: Path) -> None:
-    """Without trainer_state.json, which is written last, a checkpoint does not count."""
-    (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-8").mkdir()
+    """Without its manifest, which is written last, a checkpoint does not count."""
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
+        state.write_text('{"best_global_step": null}')
+    seal(tmp_path / "checkpoint-4")
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 4

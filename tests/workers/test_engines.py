@@ -49,6 +49,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
             plan={int(key[1:]): value for key, value in plan.items()},
             finalists={},
             free_mib=None,
+            room_mib=None,
         )
         workers = make_workers(request.param, fake, address)
         engines.append(open_engine(workers, 1, lambda worker: tmp_path / f"{worker}.log"))
@@ -120,15 +121,23 @@ def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Pat
         _, slot = until(engine, Slots)
         assert isinstance(slot, Slots)
         engine.test(
-            slot.worker, Test(trial="x", attempt=1, settings=make_settings().trial, folder=folder)
+            slot.worker,
+            Test(
+                trial="x",
+                attempt=1,
+                settings=make_settings().trial,
+                folder=folder,
+                kinds=("test",),
+            ),
         )
         answers.append(until(engine, Tested)[1])
     base, nothing = answers
     assert isinstance(base, Tested)
     assert isinstance(nothing, Tested)
-    assert base.examples is not None
-    assert len(base.examples.nll) == len(base.examples.tokens) > 0
-    assert (nothing.examples, "nothing was trained here" in (nothing.message or "")) == (None, True)
+    assert base.losses is not None
+    assert base.losses.test is not None
+    assert len(base.losses.test.nll) == len(base.losses.test.tokens) > 0
+    assert (nothing.losses, "nothing was trained here" in (nothing.message or "")) == (None, True)
 
 
 def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:
@@ -211,8 +220,9 @@ def _local(tmp_path: Path, **plan: str) -> LocalEngine:
         plan={0: plan.get("n0", "finish")},
         finalists={},
         free_mib=None,
+        room_mib=None,
     )
-    return LocalEngine(make_workers("local", fake), 1, lambda worker: tmp_path / f"{worker}.log")
+    return LocalEngine(make_workers("local", fake), 1, 1, lambda worker: tmp_path / f"{worker}.log")
 
 
 def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
@@ -286,16 +296,3 @@ def test_workers_that_cannot_start_end_the_study(
             until(engine, Slots)
     finally:
         engine.close()
-
-
-def test_each_worker_sees_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers share out the visible GPUs; a single one, or none, is left as it is."""
-    from sweeper.workers.worker import pin_device
-
-    for worker, seen in ((0, "2"), (1, "5"), (2, "2")):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-        pin_device(worker)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    pin_device(1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

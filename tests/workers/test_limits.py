@@ -67,7 +67,9 @@ def _limited(
         address=None,
         trial_timeout_s=trial_timeout_s,
         stall_timeout_s=stall_timeout_s,
-        fake=FakeTrainer(step_seconds=0, steps=1, plan={}, finalists={}, free_mib=None),
+        fake=FakeTrainer(
+            step_seconds=0, steps=1, plan={}, finalists={}, free_mib=None, room_mib=None
+        ),
     )
     return LimitedEngine(engine, workers, clock=lambda: engine.now)
 

@@ -29,31 +29,48 @@ def _node(cpus: int, gpus: int = 0, alive: bool = True) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "n_jobs", "share"),
+    ("nodes", "n_jobs", "devices", "share"),
     [
-        ([_node(8)], 1, Share(8, 0, 8)),
-        ([_node(8)], 3, Share(2, 0, 2)),
-        ([_node(8), _node(8)], 2, Share(8, 0, 8)),
-        ([_node(8), _node(8)], 3, Share(4, 0, 4)),  # 5 each would fit twice only
-        ([_node(8), _node(64, alive=False)], 1, Share(8, 0, 8)),
-        ([_node(2), _node(32, gpus=4)], 4, Share(1, 1, 8)),
+        ([_node(8)], 1, 1, Share(8, 0, 8)),
+        ([_node(8)], 3, 1, Share(2, 0, 2)),
+        ([_node(8)], 2, 2, Share(4, 0, 2)),
+        ([_node(8), _node(8)], 2, 1, Share(8, 0, 8)),
+        ([_node(8), _node(8)], 3, 1, Share(4, 0, 4)),  # 5 each would fit twice only
+        ([_node(8), _node(64, alive=False)], 1, 1, Share(8, 0, 8)),
+        ([_node(2), _node(32, gpus=4)], 4, 1, Share(1, 1, 8)),
+        ([_node(32, gpus=4)], 2, 2, Share(1, 2, 8)),
     ],
 )
 def test_workers_share_out_what_there_is(
-    nodes: list[dict[str, Any]], n_jobs: int, share: Share
+    nodes: list[dict[str, Any]], n_jobs: int, devices: int, share: Share
 ) -> None:
-    """A GPU each where there are any; else the most CPUs that fit n_jobs times into whole nodes."""
-    assert share_of(nodes, n_jobs) == share
+    """GPUs of one node each where there are any; else the most CPUs that fit n_jobs times into whole
+    nodes."""
+    assert share_of(nodes, n_jobs, devices) == share
 
 
 @pytest.mark.parametrize(
-    ("nodes", "words"),
-    [([_node(2), _node(1)], "3 CPUs"), ([_node(64, gpus=2)], "2 GPUs")],
+    ("nodes", "devices", "words"),
+    [
+        (
+            [_node(2), _node(1)],
+            1,
+            "room for 3 of 4 workers of 1 CPUs on one node each, 3 CPUs in all",
+        ),
+        (
+            [_node(64, gpus=2)],
+            1,
+            "room for 2 of 4 workers of 1 GPUs on one node each, 2 GPUs in all",
+        ),
+        ([_node(64, gpus=3)] * 3, 2, "room for 3 of 4 workers of 2 GPUs on one node each, 9 GPUs"),
+    ],
 )
-def test_a_cluster_without_room_is_an_error(nodes: list[dict[str, Any]], words: str) -> None:
+def test_a_cluster_without_room_is_an_error(
+    nodes: list[dict[str, Any]], devices: int, words: str
+) -> None:
     """More workers than devices: said at once, instead of waiting for a place for ever."""
-    with pytest.raises(WorkerError, match=rf"n_jobs=4: the Ray cluster has {words}"):
-        share_of(nodes, 4)
+    with pytest.raises(WorkerError, match=words):
+        share_of(nodes, 4, devices)
 
 
 def test_a_folder_travels_whole_but_for_its_checkpoints(tmp_path: Path) -> None:
@@ -142,7 +159,9 @@ def test_results_come_back_from_nodes_that_do_not_see_the_folder(
     tmp_path: Path, ray_cluster: Any
 ) -> None:
     """The outcome, the spool and the provenance lie in the driver's folder when Ended arrives."""
-    fake = FakeTrainer(step_seconds=0.001, steps=10, plan={}, finalists={}, free_mib=None)
+    fake = FakeTrainer(
+        step_seconds=0.001, steps=10, plan={}, finalists={}, free_mib=None, room_mib=None
+    )
     engine = FarEngine(
         make_workers("ray", fake, ray_cluster.address), 1, lambda worker: tmp_path / "log"
     )
@@ -164,9 +183,11 @@ def test_a_lost_node_is_announced_and_its_worker_replaced_where_there_is_room(
 ) -> None:
     """Two nodes, one worker each; one node dies: Lost names the trial; a new node gets a new worker."""
     node = ray_cluster.add_node(num_cpus=1, **SMALL)
-    fake = FakeTrainer(step_seconds=0.05, steps=10_000, plan={}, finalists={}, free_mib=None)
+    fake = FakeTrainer(
+        step_seconds=0.05, steps=10_000, plan={}, finalists={}, free_mib=None, room_mib=None
+    )
     workers = make_workers("ray", fake, ray_cluster.address)
-    engine = RayEngine(workers, 2, lambda worker: tmp_path / f"{worker}.log")
+    engine = RayEngine(workers, 2, 1, lambda worker: tmp_path / f"{worker}.log")
     try:
         submits = {number: submit_trial(engine, tmp_path, number) for number in (0, 1)}
         ray_cluster.remove_node(node, allow_graceful=False)

@@ -6,7 +6,6 @@ Knows no torch; whoever receives an adapter can verify it without loading it.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,10 @@ def verify_manifest(folder: Path) -> None:
     """
     path = folder / MANIFEST
     try:
-        listed = read_json(path)["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        listed = dict(read_json(path)["files"])
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing; it was not written to its end") from None
+    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise ArtifactError(f"{path}: no manifest that can be read ({error})") from None
     found = _entries(folder)
     problems = [

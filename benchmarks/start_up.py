@@ -1,0 +1,178 @@
+"""From pressing Enter to the first training step of the main job: how long, and where the time goes.
+
+    python benchmarks/start_up.py
+
+Three runs of the command with one trial: cold (no tokens cached, and Python's files dropped from the
+page cache as far as no other process holds them), then two warm ones, of which the second is shown
+too. The program runs unchanged under a launcher that notes when certain functions begin and end, in
+the driver and in its worker; driver and worker work side by side, so the stages of the two overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+LOG = "START_UP_LOG"
+STAGES = {
+    # module, function, in words; entered in whichever process calls it
+    ("sweeper.search.plan", "studies"): "driver: compose and validate",
+    ("sweeper.session", "open_storage"): "driver: open the study's database",
+    ("sweeper.session", "provenance"): "driver: provenance",
+    ("sweeper.session", "open_engine"): "driver: start the worker",
+    ("sweeper.session", "open_study"): "driver: open the study",
+    ("sweeper.session", "fill_study"): "driver: first points",
+    ("sweeper.workers.local", "make_runner"): "worker: import torch and transformers",
+    ("sweeper.training.runner", "load_base"): "worker: load and quantize the base",
+    ("sweeper.training.runner", "prepare"): "worker: read, split and tokenize the data",
+}
+COMMAND = (
+    *("+experiment=lr_rank_sweep", "hydra.sweeper.n_trials=1", "training.max_steps=2"),
+    *("training.eval_steps=2", "~hydra.sweeper.arms.full", "finalists=none", "-m"),
+)
+
+
+def note(words: str) -> None:
+    """A moment, for the parent."""
+    if path := os.environ.get(LOG):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([time.time(), words]) + "\n")
+
+
+def noted(words: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose first call's begin and end are noted."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        note(f"begin {words}")
+        try:
+            return function(*arguments, **options)
+        finally:
+            note(f"end {words}")
+
+    return call
+
+
+class Finder:
+    """Wraps the functions of STAGES as their modules are imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Let everybody else find it, then wrap what it holds."""
+        wanted = {function: words for (module, function), words in STAGES.items() if module == name}
+        if not wanted:
+            return None
+        sys.meta_path.remove(self)
+        try:
+            from importlib.util import find_spec
+
+            spec = find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def wrapped(module: Any) -> None:
+            execute(module)
+            for function, words in wanted.items():
+                setattr(module, function, noted(words, getattr(module, function)))
+            if name == "sweeper.training.runner":
+                _note_first_step(module)
+
+        spec.loader.exec_module = wrapped  # type: ignore[method-assign]
+        return spec
+
+
+def _note_first_step(module: Any) -> None:
+    runner = module.TransformersRunner
+    runner.probe = noted("worker: probe (load, data, untuned base's loss)", runner.probe)
+    trainer = import_module("sweeper.training.trainer").JudgedTrainer
+    step = trainer.training_step
+
+    def first(self: Any, *arguments: Any, **options: Any) -> Any:
+        note("first step")
+        return step(self, *arguments, **options)
+
+    trainer.training_step = first
+
+
+def drop_pages() -> None:
+    """Python's files leave the page cache, unless another process has them mapped."""
+    for root in {Path(sys.prefix), Path(sys.base_prefix) / "lib", Path(__file__).parents[1]}:
+        for path in root.rglob("*"):
+            with suppress(OSError):
+                if path.is_file() and not path.is_symlink():
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.close(descriptor)
+
+
+def measure(folder: Path, cache: Path) -> dict[str, Any]:
+    """One run in a folder of its own."""
+    log = folder / "log.jsonl"
+    environment = {**os.environ, LOG: str(log), "XDG_CACHE_HOME": str(cache)}
+    began = time.time()
+    subprocess.run(
+        [sys.executable, __file__, *COMMAND],
+        cwd=folder,
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    whole = time.time() - began
+    moments = [json.loads(line) for line in log.read_text().splitlines()]
+    begins: dict[str, float] = {}
+    stages: dict[str, dict[str, float]] = {}
+    first_step = next(moment for moment, words in moments if words == "first step")
+    for moment, words in moments:
+        kind, _, stage = words.partition(" ")
+        if kind == "begin":
+            begins.setdefault(stage, moment)
+        elif kind == "end" and stage not in stages:
+            at = round(begins[stage] - began, 2)
+            stages[stage] = {"from second": at, "seconds": round(moment - begins[stage], 2)}
+    in_order = dict(sorted(stages.items(), key=lambda item: item[1]["from second"]))
+    starts = {words: moment for moment, words in reversed(moments) if words.endswith("starts")}
+    return {
+        "seconds to the first training step": round(first_step - began, 2),
+        "seconds of the whole command": round(whole, 2),
+        "driver's first line at": round(starts["driver starts"] - began, 2),
+        "worker's first line at": round(starts["worker starts"] - began, 2),
+        "stages": in_order,
+    }
+
+
+def main() -> None:
+    """Cold, then warm."""
+    from record import record
+
+    figures = {}
+    with tempfile.TemporaryDirectory() as root:
+        cache = Path(root) / "cache"
+        drop_pages()
+        for name in ("cold", "warm", "warm again"):
+            folder = Path(root) / name
+            folder.mkdir()
+            figures[name] = measure(folder, cache)
+    record("start_up", figures)
+
+
+if os.environ.get(LOG):  # in the driver, and again in the worker, which imports this module
+    note("driver starts" if __name__ == "__main__" else "worker starts")
+    sys.meta_path.insert(0, Finder())  # type: ignore[arg-type]
+
+if __name__ == "__main__":
+    if os.environ.get(LOG):
+        from sweeper.__main__ import main as run
+
+        run()
+    else:
+        main()

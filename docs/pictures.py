@@ -1,0 +1,165 @@
+"""Renew docs/images from a folder in which a study was run: the report, and MLflow's UI on its runs.
+
+    python docs/pictures.py outputs/lr_rank_sweep          (or: make pictures)
+
+Needs Chromium. Starts MLflow's UI on a free port of this machine and ends it again. Every picture is
+reduced to a palette until it is at most 150 kB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import quote
+from urllib.request import urlopen
+
+from mlflow import MlflowClient
+from PIL import Image
+
+IMAGES = Path(__file__).parent / "images"
+MOST_BYTES = 150_000
+COLOURS = (256, 128, 64, 32, 16)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+DESKTOP, PHONE = (1280, 900), (500, 950)  # Chromium's window is never narrower than 500 pixels
+DARK, LIGHT = "0", "1"
+PAGE_MS, UI_MS = 3_000, 30_000
+"""Of a page's own time: the report needs none, MLflow's UI fetches."""
+START_SECONDS = 120
+
+
+def main() -> None:
+    """Take all pictures of one study."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("study", type=Path, help="outputs/STUDY of a study that has ended")
+    parser.add_argument("--mlruns", type=Path, default=Path("mlruns"), help="MLflow's local store")
+    parser.add_argument("--images", type=Path, default=IMAGES, help="where the pictures go")
+    arguments = parser.parse_args()
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    report = arguments.study / "report.html"
+    if browser is None or not report.exists():
+        sys.exit(f"{report} and Chromium are needed (apt-get install chromium)")
+    store = f"sqlite:///{(arguments.mlruns / 'mlflow.db').resolve()}"
+    url = report.resolve().as_uri()
+    shots = {
+        "report": (url, DESKTOP, LIGHT, PAGE_MS),
+        "report_dark": (url, DESKTOP, DARK, PAGE_MS),
+        "report_phone": (url, PHONE, LIGHT, PAGE_MS),
+    }
+    with mlflow_ui(store) as root:
+        pages = mlflow_pages(MlflowClient(store), arguments.study.name, root)
+        shots |= {name: (page, DESKTOP, LIGHT, UI_MS) for name, page in pages.items()}
+        for name, (page, size, scheme, budget) in shots.items():
+            target = arguments.images / f"{name}.png"
+            save(shoot(browser, page, size, scheme, budget), target)
+            print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
+
+
+def mlflow_pages(client: MlflowClient, study: str, root: str) -> dict[str, str]:
+    """The UI's pages that show a study: its runs, a comparison, the parent run, a logged model."""
+    experiments = [found.experiment_id for found in client.search_experiments()]
+    runs = client.search_runs(experiments, f"tags.`sweeper.study` = '{study}'")
+    parent = next(run for run in runs if "sweeper.trial" not in run.data.tags)
+    at = parent.info.experiment_id
+    trials = [run for run in runs if "best/eval_loss" in run.data.metrics and run is not parent]
+    trials.sort(key=lambda run: run.data.metrics["best/eval_loss"])
+    compared = json.dumps([run.info.run_id for run in trials[:6]])
+    models = client.search_logged_models([at], filter_string=f"tags.`sweeper.study` = '{study}'")
+    experiment = f"{root}/#/experiments/{at}"
+    pages = {
+        "mlflow_runs": f"{experiment}/runs",
+        "mlflow_compare": f"{root}/#/compare-runs?runs={quote(compared)}"
+        f"&experiments={quote(json.dumps([at]))}",
+        "mlflow_parent": f"{experiment}/runs/{parent.info.run_id}",
+    }
+    if models:
+        pages["mlflow_model"] = f"{experiment}/models/{models[0].model_id}"
+    return pages
+
+
+@contextmanager
+def mlflow_ui(store: str) -> Iterator[str]:
+    """MLflow's UI on a free port; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **quiet},
+        start_new_session=True,
+    )
+    root = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{root}/health")
+        yield root
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def wait_for(url: str) -> None:
+    """Until somebody answers."""
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            urlopen(url, timeout=5).close()
+            return
+        except (URLError, OSError):
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.5)
+
+
+def shoot(browser: str, url: str, size: tuple[int, int], scheme: str, budget_ms: int) -> bytes:
+    """What a window of a size shows, as PNG."""
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "picture.png"
+        subprocess.run(
+            [
+                *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+                *("--disable-dev-shm-usage", "--no-first-run", f"--user-data-dir={folder}/profile"),
+                *(f"--window-size={size[0]},{size[1]}", f"--virtual-time-budget={budget_ms}"),
+                *(f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}"),
+                url,
+            ],
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+        return picture.read_bytes()
+
+
+def save(png: bytes, target: Path) -> None:
+    """Store a picture with as many colours as its size allows."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    for count in COLOURS:
+        packed = io.BytesIO()
+        picture.quantize(count, dither=Image.Dither.NONE).save(packed, "PNG", optimize=True)
+        if packed.tell() <= MOST_BYTES:
+            break
+    else:
+        sys.exit(
+            f"{target}: {packed.tell()} bytes with {COLOURS[-1]} colours; take a smaller window"
+        )
+    target.write_bytes(packed.getvalue())
+
+
+if __name__ == "__main__":
+    main()

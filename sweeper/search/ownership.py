@@ -1,0 +1,139 @@
+"""One driver a study, also where drivers in different folders or on different machines share a database.
+
+The lock in the study's folder (`session`) keeps drivers of one folder apart. This one lies where the
+study lies: an advisory lock in PostgreSQL, a lock file beside an SQLite file. Two drivers would adopt
+each other's running trials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.pool import NullPool
+
+from sweeper.errors import StudyLocked
+
+KEEPALIVE = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
+"""The server notices within a minute that a driver's machine is gone, and frees its lock."""
+
+
+class Ownership(Protocol):
+    """The right to write a study."""
+
+    def hold(self) -> None:
+        """Make sure that it is held; called before whatever only one driver may do.
+
+        Raises:
+            StudyLocked: another driver has it.
+            OperationalError: the database is away.
+        """
+
+    def release(self) -> None:
+        """Give it back; does nothing to one that is not held."""
+
+
+def make_ownership(url: str, study_name: str) -> Ownership:
+    """The lock that fits a storage's URL; databases that have none are not locked."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "postgresql":
+        return AdvisoryLock(url, study_name)
+    if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
+        return LockFile(str(parsed.database), study_name)
+    return NullOwnership()
+
+
+class NullOwnership:
+    """Nothing to lock."""
+
+    def hold(self) -> None:
+        """See Ownership."""
+
+    def release(self) -> None:
+        """See Ownership."""
+
+
+class LockFile:
+    """Beside an SQLite file, which only processes of one machine can share."""
+
+    def __init__(self, database: str, study_name: str) -> None:
+        self._study_name = study_name
+        self._lock = FileLock(f"{database}.{study_name}.lock", timeout=0)
+
+    def hold(self) -> None:
+        """See Ownership."""
+        if self._lock.is_locked:
+            return
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise _taken(self._study_name, "a process of this machine") from None
+
+    def release(self) -> None:
+        """See Ownership."""
+        self._lock.release()
+
+
+class AdvisoryLock:
+    """A session lock of PostgreSQL, on a connection of its own: gone when the driver is gone.
+
+    A restart of the server, or a dropped connection, frees it; `hold` then takes it again, or finds
+    that another driver was faster.
+    """
+
+    def __init__(self, url: str, study_name: str) -> None:
+        self._study_name = study_name
+        digest = hashlib.sha256(f"sweeper study {study_name}".encode()).digest()
+        self._key = int.from_bytes(digest[:8], signed=True)
+        settings = " ".join(f"-c {name}={value}" for name, value in KEEPALIVE.items())
+        name = f"sweeper {socket.gethostname()} process {os.getpid()}"
+        options = {"options": settings, "application_name": name[:63]}
+        self._engine = create_engine(url, poolclass=NullPool, connect_args=options)
+        self._connection: Connection | None = None
+
+    def hold(self) -> None:
+        """See Ownership."""
+        if self._connection is not None and self._alive(self._connection):
+            return
+        self.release()
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        taken = text("select pg_try_advisory_lock(:key)")
+        if not connection.execute(taken, {"key": self._key}).scalar_one():
+            holder = self._holder(connection)
+            connection.close()
+            raise _taken(self._study_name, holder)
+        self._connection = connection
+
+    def release(self) -> None:
+        """See Ownership."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _alive(self, connection: Connection) -> bool:
+        try:
+            connection.execute(text("select 1"))
+        except OperationalError:
+            return False
+        return True
+
+    def _holder(self, connection: Connection) -> str:
+        """Who has it, by the name that a driver gives its connection."""
+        query = text(
+            "select application_name from pg_locks join pg_stat_activity using (pid) "
+            "where locktype = 'advisory' and granted and objsubid = 1 "
+            "and (classid::bigint << 32 | objid::bigint) = :key"
+        )
+        return str(connection.execute(query, {"key": self._key}).scalar() or "unknown")
+
+
+def _taken(study_name: str, holder: str) -> StudyLocked:
+    return StudyLocked(
+        f"study {study_name!r} of this database is already run by another driver ({holder}); wait for "
+        "it, or start another study with hydra.sweeper.study_name=NAME"
+    )

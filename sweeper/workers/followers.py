@@ -1,0 +1,215 @@
+"""The other processes of a trial that trains on several devices.
+
+A worker leads; its followers wait beside it, each on a device of its own with its own copy of the
+base, and take part in one trial after the other. They live in the worker's session and end with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+from sweeper.errors import ConfigError, WorkerError
+from sweeper.interrupt import NOTICES, STOPS
+from sweeper.outcome import Value
+from sweeper.settings import TrialSettings
+from sweeper.training.batch import out_of_memory
+from sweeper.training.ranks import ALONE, Ranks, find_meeting, joined, open_meeting
+from sweeper.training.runner import TransformersRunner
+from sweeper.workers.devices import see_only
+from sweeper.workers.worker import print_into, tail_of
+
+END_SECONDS = 60.0
+"""How long a follower may take to end its part once the leader has ended its own."""
+REPORT_SECONDS = 5.0
+"""How long a follower may take to say why an exchange with it failed."""
+OUT_OF_MEMORY = "out of memory"
+
+
+class Follow(Value):
+    """Take part in this trial."""
+
+    settings: TrialSettings
+    checkpoints: Path
+    rank: int
+    size: int
+    port: int
+
+
+class Followed(Value):
+    """The trial ended for this follower; `problem` is the last line of the error it ended with."""
+
+    problem: str | None = None
+
+
+@dataclass
+class Follower:
+    """The leader's view of one follower."""
+
+    process: SpawnProcess
+    connection: Connection
+    log: Path
+
+    def report(self, wait_s: float) -> Followed | None:
+        """What became of its part; None if it said nothing in time, or died."""
+        with suppress(EOFError, OSError):
+            if self.connection.poll(wait_s):
+                return Followed.model_validate_json(self.connection.recv_bytes())
+        return None
+
+    def kill(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class Followers:
+    """The followers of one worker: started with the first trial that needs them."""
+
+    def __init__(self, devices: Sequence[str | None], threads: int, log: Path) -> None:
+        """
+        Args:
+            devices: of each follower: its GPU as CUDA_VISIBLE_DEVICES names it, or None for CPUs.
+            threads: CPU threads of each.
+            log: the worker's; the followers' stand beside it.
+        """
+        self._devices = devices
+        self._threads = threads
+        self._log = log
+        self._followers: dict[int, Follower] = {}
+
+    @contextmanager
+    def join(self, settings: TrialSettings, checkpoints: Path) -> Iterator[Ranks]:
+        """See Join.
+
+        Raises:
+            ConfigError: the trial wants more devices than this worker has.
+            MemoryError: a follower ran out of memory.
+            WorkerError: a follower failed or died; this worker is of no further use.
+        """
+        size = settings.training.devices_per_trial
+        if size == 1:
+            yield ALONE
+            return
+        if size > len(self._devices) + 1:
+            raise ConfigError([_too_many(size, len(self._devices) + 1)])
+        meeting = open_meeting(size)
+        for rank in range(1, size):
+            follow = Follow(
+                settings=settings, checkpoints=checkpoints, rank=rank, size=size, port=meeting.port
+            )
+            self._follower(rank).connection.send_bytes(follow.model_dump_json().encode())
+        try:
+            with joined(0, size, meeting) as ranks:
+                yield ranks
+            self._hear_all(size)
+        except BaseException as error:
+            self._end(error)
+            raise
+
+    def close(self) -> None:
+        """End them all."""
+        for follower in self._followers.values():
+            follower.kill()
+        self._followers.clear()
+
+    def _follower(self, rank: int) -> Follower:
+        if rank not in self._followers:
+            ours, theirs = multiprocessing.get_context("spawn").Pipe()
+            log = self._log.with_stem(f"{self._log.stem}_rank_{rank}")
+            process = multiprocessing.get_context("spawn").Process(
+                target=_main,
+                args=(theirs, self._devices[rank - 1], self._threads, str(log)),
+                name=f"{self._log.stem}-rank-{rank}",
+            )
+            process.start()
+            theirs.close()
+            self._followers[rank] = Follower(process, ours, log)
+        return self._followers[rank]
+
+    def _hear_all(self, size: int) -> None:
+        for rank in range(1, size):
+            report = self._followers[rank].report(END_SECONDS)
+            if report is None or report.problem:
+                raise WorkerError(f"rank {rank} did not end its part of the trial")
+
+    def _end(self, error: BaseException) -> None:
+        """After a failure nobody knows where the others stand: the next trial gets new followers.
+
+        Raises:
+            MemoryError: a follower's memory ran out, which is why the leader's exchange failed.
+            WorkerError: a follower failed otherwise, or died.
+        """
+        followers, self._followers = self._followers, {}
+        exchange_failed = isinstance(error, RuntimeError) and not out_of_memory(error)
+        words = [
+            _fate(rank, follower, REPORT_SECONDS if exchange_failed else 0.0)
+            for rank, follower in followers.items()
+        ]
+        for follower in followers.values():
+            follower.kill()
+        if not exchange_failed:
+            return
+        if any(OUT_OF_MEMORY in fate for fate in words):
+            raise MemoryError("; ".join(words)) from error
+        raise WorkerError("\n".join([str(error), *words])) from error
+
+
+def _fate(rank: int, follower: Follower, wait_s: float) -> str:
+    """What became of a follower, read before it is killed."""
+    report = follower.report(wait_s)
+    if report is not None and report.problem:
+        return f"rank {rank}: {report.problem}"
+    state = "waits" if follower.process.is_alive() else f"died\n{tail_of(follower.log)}"
+    return f"rank {rank} {state}"
+
+
+def _too_many(size: int, have: int) -> str:
+    return (
+        f"training.devices_per_trial={size}: this worker has {have} "
+        f"{'device' if have == 1 else 'devices'}; workers=inline trains on one"
+    )
+
+
+def _main(connection: Connection, device: str | None, threads: int, log: str) -> None:
+    """A follower from birth to death."""
+    for number in (*STOPS, *NOTICES):  # the driver decides
+        signal.signal(number, signal.SIG_IGN)
+    print_into(Path(log))
+    see_only(device)
+    work: queue.Queue[Follow] = queue.Queue()
+    threading.Thread(target=_listen, args=(connection, work), daemon=True).start()
+    runner = TransformersRunner(threads=threads)
+    while True:
+        follow = work.get()
+        try:
+            meeting = find_meeting(follow.size, follow.port)
+            with joined(follow.rank, follow.size, meeting) as ranks:
+                runner.follow(follow.settings, follow.checkpoints, ranks)
+        except BaseException as error:  # noqa: BLE001 - said to the leader, who decides
+            traceback.print_exc()
+            words = f"{OUT_OF_MEMORY}: " if out_of_memory(error) else ""
+            report = Followed(problem=f"{words}{type(error).__name__}: {error}")
+            connection.send_bytes(report.model_dump_json().encode())
+            os._exit(1)  # the leader's exchange fails at once
+        connection.send_bytes(Followed().model_dump_json().encode())
+
+
+def _listen(connection: Connection, work: queue.Queue[Follow]) -> None:
+    """Read for ever; without a leader there is no reason to go on computing."""
+    try:
+        while True:
+            work.put(Follow.model_validate_json(connection.recv_bytes()))
+    except (EOFError, OSError):
+        os._exit(1)

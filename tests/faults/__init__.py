@@ -1,0 +1,1 @@
+"""Faults, really injected: processes killed and frozen, servers stopped, disks filled, clocks moved."""

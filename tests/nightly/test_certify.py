@@ -1,0 +1,92 @@
+"""The last word on a champion: judged on the test split, recorded, and every look counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sweeper.errors import TrackingError
+from sweeper.folders import TrialFolder, write_json
+from sweeper.nightly.certify import CERTIFIED_TAG, certify
+from sweeper.outcome import Examples, Unseen
+from sweeper.tracking.registry import Version
+
+TOKENS = (10,) * 40
+
+
+def _unseen(loss: float, general: float | None) -> Unseen:
+    """Examples of different difficulty, the same for every model."""
+    nll = tuple(count * (loss + 0.1 * (place % 5)) for place, count in enumerate(TOKENS))
+    plain = None if general is None else Examples(nll=(10 * general,), tokens=(10,))
+    return Unseen(test=Examples(nll=nll, tokens=TOKENS), general=plain)
+
+
+class Models:
+    """A registry of one model in memory."""
+
+    def __init__(self, *versions: Version) -> None:
+        self.all = list(versions)
+
+    def champion(self, model: str) -> Version | None:
+        """The newest."""
+        return self.all[-1] if self.all else None
+
+    def versions(self, model: str) -> list[Version]:
+        """All of them."""
+        return self.all
+
+    def tag(self, version: Version, key: str, value: str) -> None:
+        """Write it into the version."""
+        place = self.all.index(version)
+        tags = {**version.tags, key: value}
+        self.all[place] = Version(**{**vars(version), "tags": tags})
+
+
+def _version(folder: Path, number: str, digest: str) -> Version:
+    trial = TrialFolder(folder / number)
+    trial.path.mkdir()
+    trial.config.write_text("{}")
+    write_json(trial.provenance, {"data.digest": digest})
+    return Version("mine", number, "s", "lora/0000", trial.path, None, {})
+
+
+def test_every_look_is_recorded_and_counted(tmp_path: Path) -> None:
+    """Two looks at one version, one at its successor: 1, 2, 3; on other data counting begins anew."""
+    models = Models(_version(tmp_path, "1", "a"))
+
+    def judge(trial: TrialFolder) -> tuple[Unseen, Unseen]:
+        assert trial.config.exists()
+        return _unseen(4.0, 3.62), _unseen(4.5, 3.6)
+
+    first, second = (certify("mine", models, judge) for _ in range(2))  # type: ignore[arg-type]
+    models.all.append(_version(tmp_path, "2", "a"))
+    third = certify("mine", models, judge)  # type: ignore[arg-type]
+    models.all.append(_version(tmp_path, "3", "b"))
+    fourth = certify("mine", models, judge)  # type: ignore[arg-type]
+    assert [each.look for each in (first, second, third, fourth)] == [1, 2, 3, 1]
+    assert (first.test_loss, first.untuned_test_loss) == (pytest.approx(4.2), pytest.approx(4.7))
+    assert first.difference.value == pytest.approx(-0.5)
+    assert first.forgetting == pytest.approx(0.02)
+    assert "better); forgetting +0.0200 nats. This was the first look" in first.words
+    assert "look number 3" in third.words
+    stored = json.loads(models.all[0].tags[f"{CERTIFIED_TAG}2"])
+    assert (stored["version"], stored["data_digest"]) == ("1", "a")
+
+
+def test_worse_than_the_base_is_said(tmp_path: Path) -> None:
+    """A champion by the gate may still lose on the test split."""
+    models = Models(_version(tmp_path, "1", "a"))
+    found = certify("mine", models, lambda _: (_unseen(4.6, None), _unseen(4.5, None)))  # type: ignore[arg-type]
+    assert "NOT better beyond doubt" in found.words
+    assert "forgetting" not in found.words
+
+
+def test_what_cannot_be_certified_is_refused(tmp_path: Path) -> None:
+    """No champion; a champion whose folder is on another machine."""
+    with pytest.raises(TrackingError, match="has no champion to certify"):
+        certify("mine", Models())  # type: ignore[arg-type]
+    away = Version("mine", "1", "s", "lora/0000", tmp_path / "gone", None, {})
+    with pytest.raises(TrackingError, match="not on this machine; certify it where it is"):
+        certify("mine", Models(away))  # type: ignore[arg-type]

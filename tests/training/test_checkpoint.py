@@ -1,0 +1,133 @@
+"""A damaged checkpoint is found before it is loaded; the one before it is continued, and it is said."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sweeper.folders import TrialFolder, read_json
+from sweeper.training.checkpoint import fall_back, newest_checkpoint
+from tests.training.conftest import RunTiny
+from tests.training.recorder import Recorder
+
+STEPS = ("training.max_steps=8", "training.logging_steps=2")
+
+
+def _truncate(checkpoint: Path) -> None:
+    weights = checkpoint / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+
+
+def _empty(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+
+
+def _flip_a_bit(checkpoint: Path) -> None:
+    weights = checkpoint / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+
+
+def _half_written(checkpoint: Path) -> None:
+    for name in ("manifest.json", "trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        (checkpoint / name).unlink()
+
+
+def _torn_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_bytes(b'{"files": {"adapter_config.js\xff')
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (_truncate, "adapter_model.safetensors: changed"),
+    "empty": (_empty, "optimizer.pt: changed"),
+    "bit flipped": (_flip_a_bit, "adapter_model.safetensors: changed"),
+    "half written": (_half_written, "was not written to its end"),
+    "torn manifest": (_torn_manifest, "no manifest that can be read"),
+}
+
+
+class Killed(BaseException):
+    """Ends an attempt as SIGKILL does: nothing is tidied up."""
+
+
+class Killer(Recorder):
+    """Kills at step 7."""
+
+    def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
+        """Called for each step."""
+        if step >= 7:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the killed attempt is kept for all tests."""
+    return tmp_path_factory.mktemp("kept") / "killed"
+
+
+@pytest.fixture
+def killed(
+    run_tiny: RunTiny, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> TrialFolder:
+    """A trial that was killed in step 7 of 8, with checkpoints of steps 4 and 6."""
+    folder = TrialFolder(tmp_path / "killed")
+    if not kept.exists():
+        monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
+        with pytest.raises(Killed):
+            run_tiny("killed", *STEPS, observer=Killer())
+        shutil.copytree(folder.path, kept)
+    else:
+        shutil.copytree(kept, folder.path)
+    names = sorted(path.name for path in folder.checkpoints.iterdir())
+    assert names == ["checkpoint-4", "checkpoint-6"]
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damage_falls_back_to_the_checkpoint_before(damage: str, killed: TrialFolder) -> None:
+    """Truncated, empty, one bit flipped, half-written, or its manifest torn: step 4 it is, and why."""
+    hurt, words = DAMAGES[damage]
+    assert newest_checkpoint(killed.checkpoints).step == 6  # type: ignore[union-attr]
+    hurt(killed.checkpoints / "checkpoint-6")
+    assert newest_checkpoint(killed.checkpoints).step == 4  # type: ignore[union-attr]
+    found, remarks = fall_back(killed.checkpoints)
+    assert found is not None
+    assert found.step == 4
+    (remark,) = remarks
+    assert remark.startswith("checkpoint-6 is damaged (")
+    assert words in remark
+    assert [path.name for path in killed.checkpoints.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_damaged_best_checkpoint_rules_out_those_that_refer_to_it(killed: TrialFolder) -> None:
+    """The trial's end is taken from the best one: without it a newer checkpoint leads nowhere."""
+    state = killed.checkpoints / "checkpoint-6" / "trainer_state.json"
+    assert read_json(state)["best_global_step"] == 6
+    text = state.read_text().replace('"best_global_step": 6', '"best_global_step": 4')
+    state.write_text(text)
+    from sweeper.training.checkpoint import seal
+
+    seal(state.parent)
+    _flip_a_bit(killed.checkpoints / "checkpoint-4")
+    found, remarks = fall_back(killed.checkpoints)
+    assert found is None
+    assert len(remarks) == 2
+
+
+def test_a_trial_goes_on_from_the_whole_one_and_says_so(
+    killed: TrialFolder, run_tiny: RunTiny
+) -> None:
+    """With the newest bit-flipped: the losses of a run never interrupted, and a line in the log."""
+    _, whole, _ = run_tiny("whole", *STEPS)
+    _flip_a_bit(killed.checkpoints / "checkpoint-6")
+    outcome, resumed, folder = run_tiny("killed", *STEPS)
+    assert outcome.cause == "finished"
+    assert [step for step, _ in resumed] == [6, 8]
+    assert resumed == [pytest.approx(item, abs=1e-6) for item in whole[2:]]
+    text = folder.log_text.read_text(encoding="utf-8")
+    assert "Continued      from step 4; checkpoint-6 is damaged (adapter_model" in text
+    assert not folder.checkpoints.exists()

@@ -1,0 +1,110 @@
+"""The warm base is the same for every trial: proven after each, and over many."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sweeper.modeling.base import load_base
+from sweeper.modeling.checksum import changed, checksums
+from sweeper.training import runner as runner_module
+from sweeper.training.runner import TransformersRunner
+from tests.conftest import make_settings
+from tests.training.conftest import RunTiny
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_every_single_bit_counts(quantization: str, tiny_base: Path) -> None:
+    """A flipped bit in any weight is found, however the weight is held; what is untouched is not."""
+    settings = make_settings(f"model.base_model={tiny_base}", f"quantization={quantization}")
+    model = load_base(settings.model, settings.quantization, trained=False).model
+    before = checksums(model)
+    assert changed(before, model) == []
+    for name, weight in model.named_parameters():
+        raw = weight.data.view(torch.uint8).reshape(-1)
+        raw[len(raw) // 2] ^= 4
+        assert changed(before, model) == [name]
+        raw[len(raw) // 2] ^= 4
+
+
+def test_a_uniform_change_is_found() -> None:
+    """Weights that are all equal, as a fresh norm's, and are all changed alike."""
+    model = torch.nn.LayerNorm(32)
+    before = checksums(model)
+    with torch.no_grad():
+        model.weight.mul_(0.99)
+    assert changed(before, model) == ["weight"]
+
+
+def test_a_trial_that_changes_its_base_fails_and_the_next_one_starts_clean(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its result does not stand and says why; the next trial gets what it would have got anyway."""
+    runner = TransformersRunner(threads=1)
+    first, _, _ = run_tiny("first", runner=runner)
+    train = runner_module.train_trial
+
+    def spoiling(inputs, *arguments):  # type: ignore[no-untyped-def]
+        outcome = train(inputs, *arguments)
+        with torch.no_grad():
+            inputs.model.get_base_model().model.norm.weight.add_(0.1)
+        return outcome
+
+    monkeypatch.setattr(runner_module, "train_trial", spoiling)
+    spoilt, _, folder = run_tiny("spoilt", runner=runner)
+    assert spoilt.cause == "error"
+    assert spoilt.best_value is None
+    assert "model.norm.weight" in str(spoilt.message)
+    assert "does not stand" in folder.outcome.read_text(encoding="utf-8")
+    monkeypatch.undo()
+    again, _, _ = run_tiny("again", runner=runner)
+    assert again.best_value == first.best_value
+
+
+FEW, MANY, ALLOWED_MIB = 20, 200, 24
+SCRIPT = f"""
+import sys
+from pathlib import Path
+import psutil
+from sweeper.folders import TrialFolder
+from sweeper.training.runner import TransformersRunner
+from tests.conftest import make_settings
+from tests.training.recorder import Recorder
+
+base, rows, out = sys.argv[1:]
+runner = TransformersRunner(threads=1)
+for number in range({MANY}):
+    rank = (2, 4, 8)[number % 3]
+    settings = make_settings(
+        f"model.base_model={{base}}", f"data.train={{rows}}", "quantization=nf4", f"adapter.r={{rank}}",
+        "training.max_steps=2", "training.eval_steps=2", f"training.learning_rate={{1e-3 * rank}}",
+    ).trial
+    outcome = runner.run(settings, TrialFolder(Path(out) / str(number)), {{}}, Recorder())
+    assert outcome.cause == "finished", outcome
+    if number + 1 in ({FEW}, {MANY}):
+        print(psutil.Process().memory_info().rss / 2**20, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_does_not_grow_over_two_hundred_trials(
+    tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """The real runner on one warm NF4 base: resident memory after 200 trials is that after 20."""
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tiny_base), str(rows_file), str(tmp_path)],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    early, late = map(float, run.stdout.split())
+    assert late - early < ALLOWED_MIB, (
+        f"{early:.0f} MiB after {FEW}, {late:.0f} after {MANY} trials"
+    )

@@ -1,0 +1,153 @@
+"""One trial on several devices: the same trial as on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sweeper.errors import ConfigError, WorkerError
+from sweeper.folders import TrialFolder
+from sweeper.outcome import Outcome
+from sweeper.training.runner import TransformersRunner
+from sweeper.training.spool import read_spool
+from sweeper.workers.devices import devices_of
+from sweeper.workers.followers import Followers
+from tests.conftest import make_settings
+from tests.training.recorder import Recorder
+
+Train = Callable[..., tuple[Outcome, Recorder, TrialFolder]]
+
+
+@pytest.fixture(scope="module")
+def followers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followers]:
+    """One follower on this machine's CPU."""
+    log = tmp_path_factory.mktemp("workers") / "worker_0.log"
+    company = Followers([None], threads=1, log=log)
+    yield company
+    company.close()
+
+
+@pytest.fixture
+def train(tiny_base: Path, rows_file: Path, tmp_path: Path, followers: Followers) -> Train:
+    """Train on as many processes as the overrides say: (outcome, what was observed, folder)."""
+    runner = TransformersRunner(1, followers.join)
+
+    def run(name: str, *overrides: str, observer: Recorder | None = None):  # type: ignore[no-untyped-def]
+        settings = make_settings(
+            *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
+            *("training.max_steps=6", "training.eval_steps=2", "training.logging_steps=1"),
+            *("training.per_device_train_batch_size=4", *overrides),
+        ).trial
+        recorder, folder = observer or Recorder(), TrialFolder(tmp_path / name)
+        return runner.run(settings, folder, {}, recorder), recorder, folder
+
+    return run
+
+
+def spooled(folder: TrialFolder, name: str) -> list[float]:
+    return [row[name] for row in read_spool(folder.metrics) if name in row]
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        pytest.param(("adapter.r=4", "quantization=nf4"), id="qlora"),
+        pytest.param(("adapter=none",), id="full", marks=pytest.mark.slow),
+        pytest.param(
+            ("adapter.r=4", "training.gradient_accumulation_steps=2"),
+            id="accumulated",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_two_devices_train_the_trial_of_one(train: Train, arm: tuple[str, ...]) -> None:
+    """Losses of training and evaluation, and the stored weights, are those of a single device."""
+    alone, one, first = train("one", *arm)
+    together, two, second = train("two", *arm, "training.devices_per_trial=2")
+    assert together.cause == alone.cause == "finished"
+    assert [step for step, _ in two.losses] == [2, 4, 6]
+    losses = [value for _, value in one.losses]
+    assert [value for _, value in two.losses] == pytest.approx(losses, abs=1e-5)
+    assert spooled(second, "train/loss") == pytest.approx(spooled(first, "train/loss"), abs=1e-5)
+    name = "adapter_model.safetensors" if first.adapter.exists() else "model.safetensors"
+    assert first.artifact is not None
+    assert second.artifact is not None
+    assert together.metrics["cost/device_seconds"] == 2 * together.metrics["cost/seconds"]
+    weights = load_file(second.artifact / name)
+    for key, value in load_file(first.artifact / name).items():
+        torch.testing.assert_close(weights[key], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_every_device(train: Train, followers: Followers) -> None:
+    """A pruned trial ends on all of its devices at the same step, and the next one trains."""
+    outcome, _, _ = train("first", "training.devices_per_trial=2", observer=Recorder(stop_after=1))
+    assert (outcome.cause, outcome.steps) == ("pruned", 2)
+    outcome, _, _ = train("second", "training.devices_per_trial=2")
+    assert outcome.cause == "finished"
+
+
+class KillsFollowers(Recorder):
+    """After the second evaluation there is nobody left to follow."""
+
+    def evaluated(self, step: int, total_steps: int, value: float) -> None:
+        super().evaluated(step, total_steps, value)
+        if len(self.losses) < 2:
+            return
+        for child in psutil.Process().children(recursive=True):
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+
+
+@pytest.mark.slow
+def test_a_dead_follower_is_the_workers_fault(train: Train) -> None:
+    """The trial does not fail: its worker does, and another one continues it from its checkpoint."""
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        train("again", "training.devices_per_trial=2", observer=KillsFollowers())
+    outcome, recorder, folder = train("again", "training.devices_per_trial=2")
+    assert outcome.cause == "finished"
+    assert [step for step, _ in recorder.losses] == [4, 6]
+    assert len(spooled(folder, "eval/loss")) == 3
+
+
+def test_a_worker_without_followers_says_so(train: Train) -> None:
+    """More devices than the worker has are refused, with the number it has."""
+    outcome, _, _ = train("wide", "training.devices_per_trial=4")
+    assert outcome.cause == "refused"
+    assert outcome.message is not None
+    assert "devices_per_trial=4: this worker has 2 devices" in outcome.message
+
+
+def test_devices_share_a_batch_evenly() -> None:
+    """A batch that cannot be shared evenly is refused before anything is trained."""
+    with pytest.raises(ConfigError, match=r"16 examples a step .* among 3 devices"):
+        make_settings("training.devices_per_trial=3")
+
+
+@pytest.mark.parametrize(
+    ("visible", "worker", "count", "devices"),
+    [
+        ("2,5", 0, 1, ["2"]),
+        ("2,5", 1, 1, ["5"]),
+        ("2,5", 2, 1, ["2"]),
+        ("0,1,2,3", 1, 2, ["2", "3"]),
+        ("4,5", 3, 2, ["4", "5"]),  # a cluster gave this worker just these two
+        ("", 1, 1, [None]),
+        ("", 0, 2, [None, None]),
+    ],
+)
+def test_workers_share_out_the_visible_gpus(
+    visible: str,
+    worker: int,
+    count: int,
+    devices: list[str | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each worker has GPUs of its own, as many as its trials train on; without any, the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices_of(worker, count) == devices

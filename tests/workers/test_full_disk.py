@@ -1,0 +1,112 @@
+"""A worker whose disk is full: it waits and says so, and the trial continues by itself."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeper.errors import StudyError
+from sweeper.folders import TrialFolder
+from sweeper.outcome import Facts, Outcome, Unseen, UnseenKind, Value
+from sweeper.settings import TrialSettings
+from sweeper.training.observer import Observer
+from sweeper.workers import worker
+from sweeper.workers.protocol import Close, Ended, Submit, Waiting
+from sweeper.workers.worker import Orders, serve
+from tests.conftest import make_settings
+
+
+@dataclass
+class FullDisk:
+    """A runner that finds no space so many times."""
+
+    times: int
+
+    def probe(self, settings: TrialSettings) -> Facts:
+        raise NotImplementedError
+
+    def test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
+    ) -> Unseen:
+        raise NotImplementedError
+
+    def adopt(
+        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+    ) -> Outcome:
+        raise NotImplementedError
+
+    def run(
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: dict[str, Any],
+        observer: Observer,
+    ) -> Outcome:
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return Outcome(cause="finished")
+
+
+@dataclass
+class Sent:
+    """A channel that keeps what was sent."""
+
+    events: list[Value] = field(default_factory=list)
+
+    def send(self, message: Value) -> None:
+        self.events.append(message)
+
+    def receive(self) -> Any:
+        raise StudyError("nothing is received here")
+
+
+def _serve(runner: FullDisk, tmp_path: Path, stop: bool = False) -> list[Value]:
+    orders, channel = Orders(), Sent()
+    submit = Submit(
+        trial="lora/0000",
+        attempt=1,
+        folder=tmp_path,
+        settings=make_settings().trial,
+        provenance={},
+    )
+    orders.work.put(submit)
+    orders.work.put(Close())
+    if stop:
+        orders.stops["lora/0000"] = "cancelled"
+    serve(channel, orders, runner, 0)
+    return [event for event in channel.events if isinstance(event, Waiting | Ended)]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "FULL_DISK_WAIT_S", 0.001)
+
+
+def test_the_trial_continues_when_there_is_space(tmp_path: Path) -> None:
+    """Three times none: said once, with the folder; then the trial ends as it would have."""
+    waiting, ended = _serve(FullDisk(3), tmp_path)
+    assert isinstance(waiting, Waiting)
+    assert str(tmp_path) in waiting.message
+    assert isinstance(ended, Ended)
+    assert ended.outcome.cause == "finished"
+
+
+def test_a_stop_ends_the_waiting(tmp_path: Path) -> None:
+    """Ctrl-C while the disk is full: the trial is cancelled, to be continued."""
+    _, ended = _serve(FullDisk(10**6), tmp_path, stop=True)
+    assert isinstance(ended, Ended)
+    assert ended.outcome.cause == "cancelled"
+
+
+def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that stays full is an error in one line, and names the folder."""
+    monkeypatch.setattr(worker, "FULL_DISK_PATIENCE_S", 0.005)
+    _, ended = _serve(FullDisk(10**6), tmp_path)
+    assert isinstance(ended, Ended)
+    assert (ended.outcome.cause, "stays full" in str(ended.outcome.message)) == ("error", True)
