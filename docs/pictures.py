@@ -32,7 +32,8 @@ IMAGES = Path(__file__).parent / "images"
 MOST_BYTES = 150_000
 COLOURS = (256, 128, 64, 32, 16)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-DESKTOP, PHONE = (1280, 900), (500, 950)  # Chromium's window is never narrower than 500 pixels
+DESKTOP, WIDE = (1280, 900), (1680, 1000)
+PHONE = (500, 950)  # Chromium's window is never narrower than 500 pixels
 DARK, LIGHT = "0", "1"
 PAGE_MS, UI_MS = 3_000, 30_000
 """Of a page's own time: the report needs none, MLflow's UI fetches."""
@@ -59,7 +60,7 @@ def main() -> None:
     }
     with mlflow_ui(store) as root:
         pages = mlflow_pages(MlflowClient(store), arguments.study.name, root)
-        shots |= {name: (page, DESKTOP, LIGHT, UI_MS) for name, page in pages.items()}
+        shots |= {name: (page, WIDE, LIGHT, UI_MS) for name, page in pages.items()}
         for name, (page, size, scheme, budget) in shots.items():
             target = arguments.images / f"{name}.png"
             save(shoot(browser, page, size, scheme, budget), target)
@@ -77,8 +78,11 @@ def mlflow_pages(client: MlflowClient, study: str, root: str) -> dict[str, str]:
     compared = json.dumps([run.info.run_id for run in trials[:6]])
     models = client.search_logged_models([at], filter_string=f"tags.`sweeper.study` = '{study}'")
     experiment = f"{root}/#/experiments/{at}"
+    lora = quote("tags.arm = 'lora'")  # without a filter the trials are folded up under the study
+    table = f"{experiment}/runs?searchFilter={lora}"
     pages = {
-        "mlflow_runs": f"{experiment}/runs",
+        "mlflow_runs": table,
+        "mlflow_charts": f"{table}&compareRunsMode=CHART",
         "mlflow_compare": f"{root}/#/compare-runs?runs={quote(compared)}"
         f"&experiments={quote(json.dumps([at]))}",
         "mlflow_parent": f"{experiment}/runs/{parent.info.run_id}",

@@ -6,7 +6,7 @@ import sys
 
 from rich.console import Console
 
-PLAIN_COLUMNS = 140
+PLAIN_COLUMNS = 160
 
 
 def make_console(stderr: bool = False) -> Console:

@@ -428,16 +428,18 @@ def _duel_words(duel: Duel) -> Iterator[str]:
 
 def _who_is_ahead(duel: Duel) -> str:
     size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
-    if duel.difference.low is None:
+    low, high = duel.difference.low, duel.difference.high
+    if low is None or high is None:
         if f"{duel.difference.value:.4f}".lstrip("-") == "0.0000":
             return "The difference is below 0.0001, with no interval to tell whose it is."
         leader = _capital(duel.better.label)
         return f"{leader} is ahead by {size}, with no interval to tell it from a tie."
-    ends = f"95 % interval {duel.difference.low:+.4f} to {duel.difference.high:+.4f}"
     if duel.ahead is None:
         difference = _amount(duel.difference.value, "{:+.4f}", duel.objective)
+        ends = f"95 % interval {low:+.4f} to {high:+.4f}"
         return f"It is a tie: the difference of {difference} may be zero ({ends})."
-    return f"{_capital(duel.ahead)} is ahead by {size} ({ends})."
+    near, far = sorted((abs(low), abs(high)))  # it does not reach zero
+    return f"{_capital(duel.ahead)} is ahead by {size} (95 % interval {near:.4f} to {far:.4f})."
 
 
 def _amount(value: float, form: str, objective: Objective) -> str:

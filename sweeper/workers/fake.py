@@ -27,6 +27,7 @@ from sweeper.settings import (
     TrialSettings,
 )
 from sweeper.training.observer import Observer
+from sweeper.training.spool import Spool
 
 BASE_LOSS = 4.5
 BASE_SCORE = 0.1
@@ -211,6 +212,7 @@ class FakeRunner:
         every = max(1, total // EVALUATIONS)
         objective = settings.objective
         first, best, best_step = _resume(folder)
+        spool = Spool(folder.metrics, first)
         for step in range(first + 1, total + 1):
             time.sleep(self._settings.step_seconds)
             self._misbehave(_planned(self._settings, folder), step)
@@ -219,9 +221,7 @@ class FakeRunner:
                 metrics = fake_metrics(settings, step / total)
                 worth = objective.order(metrics[objective.metric])
                 best, best_step = min((best, best_step), (worth, step))
-                line = {"step": step, "time": time.time(), **metrics}
-                with folder.metrics.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                spool.write(step, metrics)
                 observer.evaluated(step, total, metrics[objective.judged_while_training])
                 _save(folder, step, best, best_step)
             if cause := observer.stop_cause():
@@ -290,15 +290,10 @@ def _save(folder: TrialFolder, step: int, best: float, best_step: int) -> None:
 
 
 def _resume(folder: TrialFolder) -> tuple[int, float, int]:
-    """Step, best value and its step of an earlier attempt; the spool is cut back to that step."""
+    """Step, best value and its step of an earlier attempt."""
     path = folder.checkpoints / "fake.json"
     nothing: dict[str, Any] = {"step": 0, "best": None, "best_step": 0}
     state = read_json(path) if path.exists() else nothing
-    lines = (
-        folder.metrics.read_text(encoding="utf-8").splitlines() if folder.metrics.exists() else []
-    )
-    kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-    write_atomic(folder.metrics, "".join(line + "\n" for line in kept))
     best = math.inf if state["best"] is None else float(state["best"])
     return int(state["step"]), best, int(state["best_step"])
 

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 from sweeper.folders import write_json
-from tests.faults.scorecard import ROOT, Case, read_scorecard
+from tests.faults.scorecard import ROOT, Case, read_scorecard, write_results
 
 RESULTS = ROOT / "benchmarks" / "faults.json"
 SOAK = "R24"
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     _print(cases, runs, passed)
     if not chosen.cases:
         write_json(RESULTS, {**_provenance(), "runs": runs, "passed": passed})
+        write_results({case.name: _in_a_row(case, runs) for case in cases})
     return 0 if len(passed) == len(cases) else 1
 
 
@@ -73,6 +75,12 @@ def _verdict(tests: Sequence[Sequence[str]]) -> str:
     """A case passes if each of its tests ran and passed."""
     outcomes = {outcome for test in tests for outcome in (test or ["fail"])}
     return next(word for word in ("fail", "skip", "pass") if word in outcomes or not outcomes)
+
+
+def _in_a_row(case: Case, runs: Sequence[dict[str, str | float]]) -> str:
+    """`pass ×3`, or how often what was found."""
+    found = Counter(str(run[case.name]) for run in runs)
+    return ", ".join(f"{word} ×{count}" for word, count in found.items())
 
 
 def _print(

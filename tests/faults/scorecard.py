@@ -1,10 +1,13 @@
-"""The scorecard of docs/reliability.md: which tests prove each case."""
+"""The scorecard of docs/reliability.md: which tests prove each case, and what the last run found."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from sweeper.folders import write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "reliability.md"
@@ -29,3 +32,16 @@ def read_scorecard() -> list[Case]:
         for row in rows
         if row is not None
     ]
+
+
+def write_results(results: Mapping[str, str]) -> None:
+    """Put what was found into the last column of each case's row."""
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    write_atomic(PAGE, "".join(_with_result(line, results) + "\n" for line in lines))
+
+
+def _with_result(line: str, results: Mapping[str, str]) -> str:
+    row = _ROW.match(line)
+    if row is None or row["case"] not in results:
+        return line
+    return f"{line.removesuffix('|').rpartition('|')[0]}| {results[row['case']]} |"

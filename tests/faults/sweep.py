@@ -91,14 +91,14 @@ class Sweep:
                 found[path.parent] = int(json.loads(path.read_text())["attempt"])
         return found
 
-    def handed_out(self) -> list[int]:
-        """Which attempt the running trials are at, as the driver stored it before handing them out."""
+    def handed_out(self) -> dict[int, int]:
+        """The attempts of running trials by number, as the driver stored them before handing out."""
         with sqlite3.connect(self.study / "study.db", timeout=60) as database:
             rows = database.execute(
-                "select value_json from trials natural join trial_user_attributes "
+                "select number, value_json from trials natural join trial_user_attributes "
                 "where state = 'RUNNING' and key = 'attempt'"
             ).fetchall()
-        return [int(value) for (value,) in rows]
+        return {number: int(attempt) for number, attempt in rows}
 
     def workers(self) -> list[psutil.Process]:
         """Worker processes that run, oldest first."""

@@ -35,7 +35,7 @@ def test_a_killed_worker_costs_one_attempt_and_no_step(launch: Launch) -> None:
 
 def _spared(sweep: Sweep) -> bool:
     """Whether a trial under way could lose a worker twice more: the driver may hand it out meanwhile."""
-    attempts = sweep.handed_out()
+    attempts = sweep.handed_out().values()
     return bool(attempts) and max(attempts) <= 1
 
 
@@ -43,15 +43,23 @@ def _kill_one(sweep: Sweep, draw: random.Random) -> int:
     """Kill a worker at a random moment, now and then its successor in its imports as well."""
     sweep.until(lambda: _spared(sweep), "trials in their first attempt")
     time.sleep(draw.uniform(0.0, 0.5))
-    before = sweep.workers()
-    if not (before and _spared(sweep)):
+    before, workers = sweep.handed_out(), sweep.workers()
+    if not (workers and _spared(sweep)):
         return 0
-    draw.choice(before).kill()
-    if draw.random() < 0.7:
-        return 1
-    found = sweep.until(lambda: set(sweep.workers()) - set(before), "a successor started")
-    found.pop().kill()
-    return 2
+    draw.choice(workers).kill()
+    kills = 1
+    if draw.random() < 0.3:
+        found = sweep.until(lambda: set(sweep.workers()) - set(workers), "a successor started")
+        found.pop().kill()
+        kills = 2
+
+    def came_up() -> bool:
+        """A worker has taken a trial since: three that die before they can are the study's end."""
+        now = sweep.handed_out()
+        return max(now.values(), default=0) > 1 or not before.keys() & now.keys()
+
+    sweep.until(came_up, "a worker took a trial")
+    return kills
 
 
 @pytest.mark.slow
@@ -75,7 +83,7 @@ def test_twenty_kills_of_workers_lose_nothing(launch: Launch) -> None:
     assert set(causes) <= {"finished", "cancelled"}
     assert causes["cancelled"] <= 2, "those that ran when it was stopped"
     finished = [trial for trial in trials if trial.user_attrs["cause"] == "finished"]
-    assert max(trial.user_attrs["attempt"] for trial in finished) == 2
+    assert max(trial.user_attrs["attempt"] for trial in finished) >= 2, "kills met trials"
     for trial in finished:
         assert [line["step"] for line in spool(sweep.trial(trial.number))] == EVALUATED
 

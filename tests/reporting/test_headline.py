@@ -91,9 +91,10 @@ def _told(runs: dict[str, Run]) -> Iterator[str]:
     ends = parent[f"{at}/difference_low"], parent[f"{at}/difference_high"]
     if ends[0] <= 0 <= ends[1]:
         yield f"the difference of {difference:+.4f} nats may be zero"
+        yield "(95 % interval {:+.4f} to {:+.4f})".format(*ends)
     else:
         yield f"is ahead by {abs(difference):.4f} nats"
-    yield "(95 % interval {:+.4f} to {:+.4f})".format(*ends)
+        yield "(95 % interval {:.4f} to {:.4f})".format(*sorted(map(abs, ends)))
     trainable = [run.data.metrics["parameters/trainable"] for run in (lora, full)]
     yield f"trains {100 * trainable[0] / trainable[1]:.3g} % of the parameters"
     yield f"takes {_seconds(runs, 'lora') / _seconds(runs, 'full'):.2g}× the time a trial"

@@ -83,8 +83,8 @@ def test_one_seed_and_no_test_split_has_no_interval_and_says_so() -> None:
     ("low", "high", "words"),
     [
         (-0.01, 0.02, "It is a tie: the difference of +0.0050 nats may be zero"),
-        (0.03, 0.07, "Full fine-tuning is ahead by 0.0500 nats (95 % interval +0.0300 to +0.0700)"),
-        (-0.07, -0.03, "QLoRA is ahead by 0.0500 nats (95 % interval -0.0700 to -0.0300)"),
+        (0.03, 0.07, "Full fine-tuning is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700)"),
+        (-0.07, -0.03, "QLoRA is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700)"),
     ],
 )
 def test_a_tie_is_called_a_tie(low: float, high: float, words: str) -> None:
