@@ -68,7 +68,7 @@ audit:  ## Look for known holes in the pinned packages (needs a network; a venv 
 soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (tests/faults/soak.py)
 	$(BIN)/python tests/faults/soak.py
 
-bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, takes an hour
+bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, takes 40 CPU minutes
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/wait_policy.py
 	$(BIN)/python benchmarks/chunked_cross_entropy.py

@@ -26,7 +26,7 @@ does is measured too: ten of the random points are trained under both.
 
     python benchmarks/search_quality.py [FOLDER [SEARCHES AT ONCE]]
 
-An hour on one core; started again it goes on where it was stopped.
+About forty CPU minutes; started again it goes on where it was stopped.
 """
 
 from __future__ import annotations

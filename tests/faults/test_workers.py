@@ -151,7 +151,7 @@ def test_a_worker_killed_for_its_memory_is_out_of_memory(launch: Launch, no_memo
     assert [trial.user_attrs["cause"] for trial in trials] == ["finished", "oom", "finished"]
     assert [trial.user_attrs["attempt"] for trial in trials] == [1, 1, 1]
     assert [trial.user_attrs["counts"] for trial in trials] == [True] * 3
-    assert trials[1].constraints == {"oom": 1.0}
+    assert trials[1].constraints == {"infeasible": 1.0}
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def test_an_impossible_point_is_never_handed_out(tmp_path: Path) -> None:
     for (targets, layers), trial in causes.items():
         refused = targets == "no_such_module" or layers == "2-7"
         assert trial.user_attrs["cause"] == ("refused" if refused else "finished")
-        assert trial.constraints == ({"refused": 1.0} if refused else {})
+        assert trial.constraints == {"infeasible": 1.0 if refused else -1.0}
         assert counts(trial) is not refused
         assert ("attempt" in trial.user_attrs) is not refused
         assert (tmp_path / "s" / "lora" / f"trial_{trial.number:04d}").exists() is not refused
