@@ -119,7 +119,7 @@ def test_running_study_is_not_cleaned(study: StudyFolder) -> None:
     """While a driver holds the lock, nothing is deleted."""
     found = _removals(study, 0)
     with FileLock(study.lock), pytest.raises(StudyLocked):
-        remove(study, found)
+        remove(study.path.name, study.path.parent, found)
     assert all(each.path.exists() for each in found)
 
 

@@ -144,6 +144,8 @@ def test_local_things_are_named(tmp_path: Path) -> None:
         "model embedded: local, nothing to fetch",
         f"data.train {path}: local, nothing to fetch",
         "data.train s3://bucket/rows.jsonl: read by URL at every start, nothing to fetch",
+        "evaluation.general_text.source embedded: local, nothing to fetch",
     ]
-    [_, data] = prefetch([make_settings().trial])
+    [_, data, general] = prefetch([make_settings().trial])
     assert str(data) == "data.train embedded: local, nothing to fetch"
+    assert "general_text" in str(general)

@@ -34,6 +34,8 @@ class OldServer:
         match path.removeprefix("/api/2.0/mlflow/"):
             case "experiments/get-by-name":
                 return {"experiment": {"experiment_id": "1", "name": "x", "artifact_location": "x"}}
+            case "experiments/set-experiment-tag" | "runs/log-inputs":
+                return {}
             case "runs/create":
                 run = uuid4().hex
                 info = {"run_id": run, "experiment_id": "1", "status": "RUNNING"}

@@ -13,7 +13,6 @@ import torch
 
 from sweeper.evaluation.loss import Loss, evaluate_examples, total
 from sweeper.modeling.adapter import ParameterCount
-from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.training.figures import best_figures, loss_figures, parameter_figures
 from sweeper.training.meter import Meter
 from sweeper.training.runner import TransformersRunner
@@ -118,9 +117,8 @@ def test_log_holds_what_the_reports_logs_hold(run_tiny: RunTiny) -> None:
     assert document["facts"]["Checkpointing"] == "activations kept"
 
 
-def test_stages_add_up_to_the_trial(run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages_add_up_to_the_trial(run_tiny: RunTiny) -> None:
     """Nothing of a trial's seconds is lost between its stages but the writing of its log."""
-    monkeypatch.setattr("sweeper.training.runner.estimate_trial", estimate_trial)  # it takes time
     outcome, _, _ = run_tiny("t")
     metrics = outcome.metrics
     total = sum(metrics[f"cost/{name}_seconds"] for name in STAGES)

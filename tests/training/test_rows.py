@@ -27,10 +27,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, torch.Tensor]]:
     saw = Meter.saw
 
     def remember(
-        meter: Meter, shown: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor
+        meter: Meter,
+        shown: Sequence[Mapping[str, torch.Tensor]],
+        targets: torch.Tensor,
+        devices: int,
     ) -> None:
         batches.extend(shown)
-        saw(meter, shown, targets)
+        saw(meter, shown, targets, devices)
 
     monkeypatch.setattr(Meter, "saw", remember)
     return batches
