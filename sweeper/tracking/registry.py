@@ -104,7 +104,7 @@ class Registry(Store):
         Raises:
             TrackingError: the store cannot be asked, or `mlflow gc` fails.
         """
-        uri = self._uri or local_uri(self._root)
+        uri = self._uri or local_uri(self._root.resolve())
         older = f"{after_s:.0f}s"
         with self._client() as client:
             before = _deleted_runs(client)

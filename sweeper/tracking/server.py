@@ -136,7 +136,7 @@ class Server:
             return make(self.uri)
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / ".mlflow.lock"):  # two that create its tables at once both fail
-            return make(local_uri(self.root))
+            return make(local_uri(self.root.resolve()))
 
     def _ask_version(self) -> None:
         """GET /version, with MLflow's own credentials; a proxy may hide it."""
