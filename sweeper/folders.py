@@ -25,7 +25,7 @@ def write_atomic(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves no half-written file behind
         partial.unlink(missing_ok=True)
         raise
 

@@ -139,7 +139,7 @@ class Shipper:
         """Around the making of a run: if its answer is lost, the next try looks for it."""
         try:
             yield
-        except BaseException:
+        except BaseException:  # however it ended, the store may have made the run
             self._found = None
             raise
 
