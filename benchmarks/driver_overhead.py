@@ -37,6 +37,7 @@ from sweeper import session
 from sweeper.folders import StudyFolder
 from sweeper.search import driver
 from sweeper.search.plan import ArmPlan, StudyPlan, studies
+from sweeper.search.states import STATES
 from sweeper.search.steering import Steering
 from sweeper.search.study import open_storage, optuna_name
 from sweeper.session import StudySession
@@ -170,7 +171,10 @@ def fill(size: int) -> None:
         key = f"lora/{number:04d}"
         trial = TrialRecord(key, folder.trial("lora", number), {"seed": 0}, {"arm": "lora"})
         tracker.start(trial)
-        tracker.end(trial, "FINISHED", frozen.user_attrs["outcome"]["metrics"], {})
+        outcome = frozen.user_attrs["outcome"]
+        status = STATES[outcome["cause"]].status
+        assert status is not None, outcome
+        tracker.end(trial, status, outcome["metrics"], {"cause": outcome["cause"]})
     assert tracker.close() == []
 
 
@@ -243,15 +247,16 @@ def main() -> None:
     figures: dict[str, Any] = {}
     for size in asked.sizes:
         with tempfile.TemporaryDirectory() as root:
-            filled = Path(root) / "filled"
-            filled.mkdir()
-            in_folder(filled, start)
-            in_folder(filled, fill, size)
+            place, filled = Path(root) / "study", Path(root) / "filled"
+            place.mkdir()
+            in_folder(place, start)
+            in_folder(place, fill, size)
+            place.rename(filled)
             for sampler in asked.samplers:
-                copy = Path(root) / sampler
-                shutil.copytree(filled, copy)
-                measured = in_folder(copy, measure, sampler, size)
+                shutil.copytree(filled, place)  # where it was: a store that moved is asked anew
+                measured = in_folder(place, measure, sampler, size)
                 figures.setdefault(sampler, {})[f"{size:,} finished"] = measured
+                shutil.rmtree(place)
     record("driver_overhead", {"trials measured": MEASURED, **figures})
 
 

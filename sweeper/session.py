@@ -383,9 +383,10 @@ class StudySession:
         self._next_write = began + took / WRITING_SHARE
 
     def _write(self, results: Results) -> None:
-        verdict = judge(results).document()
-        write_json(self._folder.results, {**to_document(results), "verdict": verdict})
-        write_atomic(self._folder.report, markdown_report(results))
+        verdict = judge(results)
+        document = {**to_document(results), "verdict": verdict.document()}
+        write_json(self._folder.results, document)
+        write_atomic(self._folder.report, markdown_report(results, verdict))
 
     def _conclude(self, status: RunStatus) -> Results:
         """Write, record and print what there is, whether or not the study came to its end."""
@@ -401,7 +402,7 @@ class StudySession:
         self._tracker.close_study(
             status,
             *study_figures(results),
-            markdown_report(results) if results.arms else "",
+            markdown_report(results, judge(results)) if results.arms else "",
             [path for path in self._folder.answers if path.exists()],
         )
         left = self._tracker.close(hurry=status == "KILLED")

@@ -28,7 +28,7 @@ def as_html(results: Sequence[Results], output_dir: Path) -> str:
 
 def as_markdown(results: Sequence[Results], _: Path) -> str:
     """report.md, one after the other."""
-    return "\n".join(markdown_report(found) for found in results)
+    return "\n".join(markdown_report(found, judge(found)) for found in results)
 
 
 def as_json(results: Sequence[Results], _: Path) -> str:

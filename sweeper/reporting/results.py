@@ -9,6 +9,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ class ArmResult:
         """Trials that ran to their own end."""
         return sum(trial.complete for trial in self.trials)
 
-    @property
+    @cached_property
     def tokens(self) -> float:
         """Tokens trained on in all trials."""
         return sum(
@@ -145,7 +146,7 @@ class ArmResult:
         known = [seconds for seconds in times if seconds is not None]
         return statistics.median(known) if known else None
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """Device time of all trials."""
         if self.adopted is not None:

@@ -6,7 +6,7 @@ from sweeper.outcome import Facts
 from sweeper.reporting.ranks import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, Results, TrialResult, equal_size
 from sweeper.reporting.sheet import DASH, Sheet, counted, duration, number
-from sweeper.reporting.verdict import judge, label
+from sweeper.reporting.verdict import Verdict, label
 from sweeper.search.board import short_names
 from sweeper.settings import metric_words
 
@@ -100,11 +100,11 @@ def pareto_front(arm: ArmResult) -> Sheet:
     return Sheet(title, columns, tuple(rows), frozenset({"target_modules"}))
 
 
-def markdown_report(results: Results) -> str:
+def markdown_report(results: Results, verdict: Verdict) -> str:
     """report.md: the verdict, the comparison, the gain of each rank, every arm's leaderboard."""
     parts = [
         f"# {results.study_name}",
-        judge(results).text,
+        verdict.text,
         f"`python -m sweeper {results.command}`",
     ]
     sheets = (comparison(results), conditions(results), finalists(results))

@@ -431,9 +431,8 @@ class ArmDriver:
         if live.started:
             self.budget.ended.append(self.budget.clock() - live.started)
         live.view.ended(outcome)
-        status = (
-            STATES[outcome.cause].status or "KILLED"
-        )  # refused by the worker: its run was started all the same
+        # refused by the worker: its run was started all the same
+        status = STATES[outcome.cause].status or "KILLED"
         self.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
         self.view.event(live.view.summary(outcome, self.objective.metric))
         self.told()

@@ -64,6 +64,8 @@ class Shipper:
         self._ledger = ledger
         self._experiment: str | None = None
         self._found: dict[str, list[Any]] | None = None
+        self._since = 0
+        """When the oldest of the runs was begun that were looked for (ms)."""
         self.steps = 0
         """Grows with everything that the store has taken."""
 
@@ -123,12 +125,13 @@ class Shipper:
     def earlier(self, client: MlflowClient, entry: StudyEntry | TrialEntry) -> list[Any]:
         """Runs of this entry that the store has although no mark says so, the first one first.
 
-        They are there when the answer to their making was lost.
+        They are there when the answer to their making was lost. A run is made with the start of its
+        entry, so those begun before are not asked for: a study may have thousands.
         """
         key = STUDY if isinstance(entry, StudyEntry) else entry.key
-        if self._found is None:
-            self._found = {}
-            query = f"tags.`{UID_TAG}` = '{self.uid(entry)}'"
+        if self._found is None or entry.started_ms < self._since:
+            self._found, self._since = {}, entry.started_ms
+            query = f"tags.`{UID_TAG}` = '{self.uid(entry)}' AND start_time >= {self._since}"
             for run in search(client, self.experiment(client), query):
                 found = run.data.tags.get(TRIAL_TAG, STUDY)
                 self._found.setdefault(found, []).append(run)

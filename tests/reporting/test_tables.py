@@ -12,6 +12,7 @@ from sweeper.folders import StudyFolder, write_json
 from sweeper.reporting.intervals import Contrast, Estimate
 from sweeper.reporting.results import from_document, load_results, number_ranges, to_document
 from sweeper.reporting.tables import comparison, conditions, leaderboard, markdown_report
+from sweeper.reporting.verdict import judge
 from sweeper.space import Choice, Interval
 from tests.reporting.studies import (
     FACTS,
@@ -159,14 +160,15 @@ def test_results_survive_their_document() -> None:
     results = make_results(*arms, contrasts=(CONTRAST,))
     again = from_document(json.loads(json.dumps(to_document(results))))
     assert again == results
-    assert markdown_report(again) == markdown_report(results)
+    assert markdown_report(again, judge(again)) == markdown_report(results, judge(results))
 
 
 def test_markdown_has_aligned_tables() -> None:
     """Every table row of the report has as many cells as its header."""
-    lines = leaderboard(two_arms(4.05, 4.0).arms[0]).markdown().splitlines()
+    found = two_arms(4.05, 4.0)
+    lines = leaderboard(found.arms[0]).markdown().splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert "dropped 3 (3 over_max_length)" in markdown_report(two_arms(4.05, 4.0))
+    assert "dropped 3 (3 over_max_length)" in markdown_report(found, judge(found))
 
 
 def test_report_names_the_studies_that_exist(tmp_path: Path) -> None:
