@@ -193,6 +193,7 @@ def _copy(
         params=params,
         distributions=original.distributions,
         user_attrs={**original.user_attrs, "point": params},
+        constraints=original.constraints,
         intermediate_values=original.intermediate_values,
     )
 

@@ -18,7 +18,6 @@ from sweeper.evaluation.custom import CustomMetric, custom_metrics
 from sweeper.evaluation.generation import Answer, generate
 from sweeper.evaluation.lengths import length_metrics
 from sweeper.evaluation.loss import Loss, evaluate_examples, target_bytes, total
-from sweeper.evaluation.rouge import rouge
 from sweeper.settings import LOSS_METRICS, Evaluation
 
 if TYPE_CHECKING:
@@ -122,6 +121,10 @@ class Judge:
         return judgement if self.held_out is None else self._with_answers(model, judgement)
 
     def _with_answers(self, model: PreTrainedModel | PeftModel, judgement: Judgement) -> Judgement:
+        from sweeper.evaluation.rouge import (
+            rouge,  # with nltk and sklearn: seconds of a worker's start
+        )
+
         held_out, settings = self.held_out, self.settings
         assert held_out is not None
         generation = settings.generation
