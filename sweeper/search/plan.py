@@ -147,6 +147,7 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     composition, problems = compose.compose_leniently(fixed)
     problems += _setting_problems(composition.config)
     problems += _unknown_keys(swept, composition.config, composition.choices)
+    problems += _given_twice(fixed, swept)
     try:
         study = validate(Study, composition.sweeper, "hydra.sweeper")
     except ConfigError as error:
@@ -207,6 +208,16 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
 
 def _part(key: str) -> str:
     return key.split(".")[0]
+
+
+def _given_twice(fixed: Sequence[str], swept: Mapping[str, str]) -> list[str]:
+    """Which of the two would count is nothing that anybody could guess."""
+    return [
+        f"{text} and {key}={swept[key]}: {key} is given twice, once as a value and once as a search; "
+        "keep one of them"
+        for text in fixed
+        if (key := compose.key_of(text)) in swept
+    ]
 
 
 def _unknown_keys(

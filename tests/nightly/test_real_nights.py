@@ -224,7 +224,7 @@ def test_other_data_are_a_new_study_and_the_champion_is_judged_again(week: House
 
 
 def test_a_promotion_and_a_refusal_have_their_evidence(week: House) -> None:
-    """Night 1's best beats the untuned base by its whole interval; one of the next cannot be told apart."""
+    """Night 1's best beats the untuned base by its whole interval; a later one is no better for sure."""
     first, *later = (week.entry(number).champion for number in range(3))
     assert first
     assert (first.verdict, first.champion) == ("promoted", None)

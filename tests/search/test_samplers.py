@@ -174,3 +174,9 @@ def test_branches_are_checked_like_everything_else(params: str, message: str) ->
     """A wrong key, value or rule inside a branch is found before anything is trained."""
     with pytest.raises(ConfigError, match=message):
         studies(["workers=fake", f"++hydra.sweeper.params={params}"])
+
+
+def test_a_key_that_is_fixed_and_searched_is_refused() -> None:
+    """adapter.r=4 beside adapter.r=2,8: neither is kept without a word."""
+    with pytest.raises(ConfigError, match=r"adapter\.r=4 and adapter\.r=2,8: .* given twice"):
+        studies(["+experiment=lr_rank_sweep", "adapter.r=4", "adapter.r=2,8"])
