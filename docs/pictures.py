@@ -2,8 +2,9 @@
 
     python docs/pictures.py outputs/lr_rank_sweep          (or: make pictures)
 
-Needs Chromium. Starts MLflow's UI on a free port of this machine and ends it again. Every picture is
-reduced to a palette until it is at most 150 kB.
+Needs Chromium. Starts MLflow's UI on a free port of this machine and ends it again, and clicks there as
+a reader would: the assistant's pane closed, the trials unfolded. Every picture is reduced to a palette
+until it is at most 150 kB.
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
 from mlflow import MlflowClient
 from PIL import Image
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 MOST_BYTES = 150_000
 COLOURS = (256, 128, 64, 32, 16)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-DESKTOP, WIDE = (1280, 900), (1680, 1000)
-PHONE = (500, 950)  # Chromium's window is never narrower than 500 pixels
-DARK, LIGHT = "0", "1"
-PAGE_MS, UI_MS = 3_000, 30_000
-"""Of a page's own time: the report needs none, MLflow's UI fetches."""
+DESKTOP, WIDE, PHONE = (1280, 900), (1680, 1000), (390, 844)
+CLOSE_ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
+SETTLE_MS = 4_000
+"""MLflow's table and charts are still drawn when its last request was answered."""
 START_SECONDS = 120
+Scheme = Literal["light", "dark"]
 
 
 def main() -> None:
@@ -47,24 +49,53 @@ def main() -> None:
     parser.add_argument("--mlruns", type=Path, default=Path("mlruns"), help="MLflow's local store")
     parser.add_argument("--images", type=Path, default=IMAGES, help="where the pictures go")
     arguments = parser.parse_args()
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
     report = arguments.study / "report.html"
-    if browser is None or not report.exists():
+    if program is None or not report.exists():
         sys.exit(f"{report} and Chromium are needed (apt-get install chromium)")
-    store = f"sqlite:///{(arguments.mlruns / 'mlflow.db').resolve()}"
     url = report.resolve().as_uri()
-    shots = {
-        "report": (url, DESKTOP, LIGHT, PAGE_MS),
-        "report_dark": (url, DESKTOP, DARK, PAGE_MS),
-        "report_phone": (url, PHONE, LIGHT, PAGE_MS),
-    }
-    with mlflow_ui(store) as root:
+    store = f"sqlite:///{(arguments.mlruns / 'mlflow.db').resolve()}"
+    with sync_playwright() as playwright, mlflow_ui(store) as root:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        shots = {
+            "report": shoot(browser, url, DESKTOP),
+            "report_dark": shoot(browser, url, DESKTOP, "dark"),
+            "report_phone": shoot(browser, url, PHONE),
+        }
         pages = mlflow_pages(MlflowClient(store), arguments.study.name, root)
-        shots |= {name: (page, WIDE, LIGHT, UI_MS) for name, page in pages.items()}
-        for name, (page, size, scheme, budget) in shots.items():
-            target = arguments.images / f"{name}.png"
-            save(shoot(browser, page, size, scheme, budget), target)
-            print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
+        shots |= {name: shoot_mlflow(browser, page) for name, page in pages.items()}
+        browser.close()
+    for name, png in shots.items():
+        target = arguments.images / f"{name}.png"
+        save(png, target)
+        print(f"{target}  {target.stat().st_size / 1000:.0f} kB")
+
+
+def shoot(browser: Browser, url: str, size: tuple[int, int], scheme: Scheme = "light") -> bytes:
+    """What a window of a size shows, as PNG."""
+    with opened(browser, size, scheme) as page:
+        page.goto(url, wait_until="load")
+        return page.screenshot()
+
+
+def shoot_mlflow(browser: Browser, url: str) -> bytes:
+    """A page of MLflow's UI without the assistant that it opens beside it."""
+    with opened(browser, WIDE) as page:
+        page.goto(url, wait_until="networkidle")
+        with suppress(TimeoutError):  # it is not on every page
+            page.locator(CLOSE_ASSISTANT).first.click(timeout=SETTLE_MS)
+        page.wait_for_timeout(SETTLE_MS)
+        return page.screenshot()
+
+
+@contextmanager
+def opened(browser: Browser, size: tuple[int, int], scheme: Scheme = "light") -> Iterator[Page]:
+    """A new window, as of a person who was never there."""
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    try:
+        yield page
+    finally:
+        page.close()
 
 
 def mlflow_pages(client: MlflowClient, study: str, root: str) -> dict[str, str]:
@@ -128,25 +159,6 @@ def wait_for(url: str) -> None:
             if time.monotonic() > until:
                 raise
         time.sleep(0.5)
-
-
-def shoot(browser: str, url: str, size: tuple[int, int], scheme: str, budget_ms: int) -> bytes:
-    """What a window of a size shows, as PNG."""
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "picture.png"
-        subprocess.run(
-            [
-                *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-                *("--disable-dev-shm-usage", "--no-first-run", f"--user-data-dir={folder}/profile"),
-                *(f"--window-size={size[0]},{size[1]}", f"--virtual-time-budget={budget_ms}"),
-                *(f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}"),
-                url,
-            ],
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
-        return picture.read_bytes()
 
 
 def save(png: bytes, target: Path) -> None:
