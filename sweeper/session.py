@@ -35,6 +35,7 @@ from sweeper.reporting.view import make_view, print_answer, print_results
 from sweeper.retention import delete, kept, losers
 from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
+from sweeper.search.context import Context
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
 from sweeper.search.final import ArmFinal, finalists_seconds
 from sweeper.search.finalists import FinalistsDriver
@@ -193,10 +194,20 @@ class StudySession:
             arm=arm,
             study=study,
             facts=facts,
-            folder=self._folder,
             pruner=self._plan.study.pruner,
             budget=budget,
             costs=self._plan.study.costs,
+            context=self._context(engine, view),
+            steering=self._steering,
+            told=self._write_results,
+            adopted=adopted,
+        )
+        driver.run()
+        shutil.rmtree(self._folder.adopted(arm.name), ignore_errors=True)  # its trial has it now
+
+    def _context(self, engine: Engine, view: View) -> Context:
+        return Context(
+            folder=self._folder,
             engine=engine,
             tracker=self._tracker,
             view=view,
@@ -204,12 +215,7 @@ class StudySession:
             provenance=self._provenance,
             slots=self._slots,
             interrupt=self._interrupt,
-            steering=self._steering,
-            told=self._write_results,
-            adopted=adopted,
         )
-        driver.run()
-        shutil.rmtree(self._folder.adopted(arm.name), ignore_errors=True)  # its trial has it now
 
     def _adopted(self, arm: ArmPlan) -> Adopted | None:
         """What stands in for the arm's search; once it was judged, its own copy is all that is needed.
@@ -261,15 +267,8 @@ class StudySession:
         found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
         driver = FinalistsDriver(
             wanted=wanted,
-            folder=self._folder,
             budget=self._budget.of_arm(1.0, self._spent(), self._devices),
-            engine=engine,
-            tracker=self._tracker,
-            view=view,
-            board=self._board,
-            provenance=self._provenance,
-            slots=self._slots,
-            interrupt=self._interrupt,
+            context=self._context(engine, view),
             steering=self._steering,
         )
         self._finals = driver.run([(arm, study) for arm, study in found if study is not None])

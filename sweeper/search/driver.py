@@ -7,18 +7,17 @@ tracker; workers know neither.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sweeper.errors import ConfigError, Refused, StudyError
-from sweeper.folders import StudyFolder
-from sweeper.interrupt import Interrupt
 from sweeper.outcome import Adopted, Facts, Outcome, Size
-from sweeper.search.board import Board, TrialView, View
+from sweeper.search.board import TrialView
 from sweeper.search.budget import ArmBudget, typical_seconds
+from sweeper.search.context import Context
 from sweeper.search.plan import ArmPlan
 from sweeper.search.pruning import Watch, as_told, audited, make_watch
 from sweeper.search.sizes import Sizes, decided, recorded
@@ -38,13 +37,12 @@ from sweeper.search.study import (
 from sweeper.settings import Objective, Pruner, Settings, metric_words
 from sweeper.space import Point
 from sweeper.tracking.provenance import origin
-from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
+from sweeper.tracking.tracker import TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
     Check,
     Checked,
     Ended,
-    Engine,
     Evaluated,
     Lost,
     Progress,
@@ -86,23 +84,16 @@ class Live:
 
 @dataclass
 class ArmDriver:
-    """Runs one arm to its n_trials. `slots` (worker -> free slots) is shared by the arms."""
+    """Runs one arm to its n_trials."""
 
     arm: ArmPlan
     study: optuna.Study
     facts: Facts
-    folder: StudyFolder
     pruner: Pruner
     budget: ArmBudget
     costs: Sequence[str]
     """Metrics of an outcome that are minimised beside the objective."""
-    engine: Engine
-    tracker: Tracker
-    view: View
-    board: Board
-    provenance: Mapping[str, str]
-    slots: dict[int, int]
-    interrupt: Interrupt
+    context: Context
     steering: Steering
     told: Callable[[], None]
     """Called after every trial that was told."""
@@ -132,19 +123,19 @@ class ArmDriver:
                 self._adopt(trial)
             self.steering.read(self)
             while self._more():
-                self.interrupt.check()
+                self.context.interrupt.check()
                 self._dispatch()
-                self.board.left = self.budget.left(self._started())
-                if event := self.engine.next_event(POLL_SECONDS):
+                self.context.board.left = self.budget.left(self._started())
+                if event := self.context.engine.next_event(POLL_SECONDS):
                     self._handle(event)
-                    self.view.update(self.board)
+                    self.context.view.update(self.context.board)
                 self.steering.read(self)
         except (KeyboardInterrupt, StudyError):
             self._cancel()
             raise
         if (done := counted(self.study)) < self._wanted:
             reason = self._refusal or "what else was asked had been trained before or is impossible"
-            self.view.event(
+            self.context.view.event(
                 f"arm {self.arm.name} ends at {done} of {self._wanted} trials: {reason}"
             )
 
@@ -173,7 +164,7 @@ class ArmDriver:
         for key, live in self._live.items():
             self._aside.add(key)
             if not live.stopping:
-                self.engine.stop(key, "cancelled")
+                self.context.engine.stop(key, "cancelled")
 
     def drop(self, key: str) -> str:
         """See Steered."""
@@ -186,7 +177,7 @@ class ArmDriver:
         live.dropped = live.stopping = True
         if key in self._live:
             self._aside.discard(key)
-            self.engine.stop(key, "cancelled")
+            self.context.engine.stop(key, "cancelled")
         else:
             self._waiting.remove(live)
             self._tell(live, Outcome(cause="cancelled"))
@@ -227,7 +218,7 @@ class ArmDriver:
     def _dispatch(self) -> None:
         if self.steering.holds:
             return
-        for worker in [worker for worker, free in self.slots.items() for _ in range(free)]:
+        for worker in [worker for worker, free in self.context.slots.items() for _ in range(free)]:
             live = self._next()
             if live is None:
                 return
@@ -251,9 +242,9 @@ class ArmDriver:
 
     def _check(self, live: Live, worker: int) -> None:
         """Ask whether a trial is possible; the others go on, and its worker's slot comes back."""
-        self.slots[worker] -= 1
+        self.context.slots[worker] -= 1
         self._checking[worker] = live
-        self.engine.probe(worker, Check(settings=live.settings.trial))
+        self.context.engine.probe(worker, Check(settings=live.settings.trial))
 
     def _checked(self, event: Checked) -> None:
         live = self._checking.pop(event.worker, None)
@@ -284,12 +275,12 @@ class ArmDriver:
         else:
             duplicate = outcome.model_copy(update={"cause": "duplicate", "message": message})
         tell(self.study, trial, duplicate, self.base_value, self.costs)
-        self.view.event(f"{self.arm.name} {trial.number}: {message}; not trained again")
+        self.context.view.event(f"{self.arm.name} {trial.number}: {message}; not trained again")
 
     def _prepare(self, trial: Trial, point: Point, reported: Iterable[int] = ()) -> Live | None:
         key = f"{self.arm.name}/{trial.number:04d}"
         view = TrialView(key=key, arm=self.arm.name, number=trial.number, point=point)
-        self.board.add(view)
+        self.context.board.add(view)
         overrides = self.arm.overrides_at(point)
         trial.set_user_attr("point", point)
         trial.set_user_attr("overrides", overrides)
@@ -298,9 +289,9 @@ class ArmDriver:
         except ConfigError as error:
             self._tell_refused(trial, view, str(error))
             return None
-        folder = self.folder.trial(self.arm.name, trial.number)
+        folder = self.context.folder.trial(self.arm.name, trial.number)
         if (earlier := trial.user_attrs.get("continues")) is not None:
-            folder.continue_from(self.folder.trial(self.arm.name, int(earlier)))
+            folder.continue_from(self.context.folder.trial(self.arm.name, int(earlier)))
         params = recorded(settings.trial, searched=point)
         if self.adopted is not None:
             params = self.adopted.params
@@ -314,11 +305,11 @@ class ArmDriver:
         refused = Outcome(cause="refused", message=message)
         tell(self.study, trial, refused, self.base_value, self.costs)
         view.state = "refused"
-        self.view.event(f"{view.key} refused: {message}")
+        self.context.view.event(f"{view.key} refused: {message}")
 
     def _submit(self, live: Live, worker: int, size: Size | None) -> None:
         """Hand a trial out; what is adopted has no size, because it is not trained."""
-        self.slots[worker] -= 1
+        self.context.slots[worker] -= 1
         live.worker = worker
         if size is not None:
             self._take_size(live, size)
@@ -326,8 +317,8 @@ class ArmDriver:
         live.view.state = "running"
         live.started = self.budget.clock() - live.spent
         self._live[live.record.key] = live
-        self.tracker.start(live.record)
-        self.engine.submit(
+        self.context.tracker.start(live.record)
+        self.context.engine.submit(
             worker,
             Submit(
                 trial=live.record.key,
@@ -348,18 +339,18 @@ class ArmDriver:
     def _origin(self) -> dict[str, str]:
         """Code, machine, data and base: where this arm's results come from."""
         adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
-        return {**origin(self.provenance, self.facts), **adopted}
+        return {**origin(self.context.provenance, self.facts), **adopted}
 
     def _handle(self, event: AnyEvent) -> None:
         match event:
             case Slots():
-                self.slots[event.worker] = event.free
+                self.context.slots[event.worker] = event.free
             case Progress():
                 self._progressed(event)
             case Evaluated():
                 self._evaluated(event)
             case Waiting():
-                self.view.event(f"{event.trial}: {event.message}")
+                self.context.view.event(f"{event.trial}: {event.message}")
             case Ended():
                 self._ended(event)
             case Checked():
@@ -378,7 +369,7 @@ class ArmDriver:
             return
         live.view.step, live.view.total_steps = event.step, event.total_steps
         live.view.evaluated(event.value, self.objective)
-        self.tracker.ship(live.record)
+        self.context.tracker.ship(live.record)
         told = as_told(self.objective, event.value)
         hopeless = live.watch.evaluated(event.step, event.total_steps, told)
         if hopeless and not live.stopping and not live.audited:
@@ -389,12 +380,12 @@ class ArmDriver:
         live.audited = audited(self.pruner, self.arm.sampler.seed, key)
         if live.audited:
             live.trial.set_user_attr("audited", True)
-            self.view.event(f"{key} would be pruned; goes on as an audit of the pruner")
+            self.context.view.event(f"{key} would be pruned; goes on as an audit of the pruner")
         else:
             live.stopping = True
-            self.engine.stop(key, "pruned")
+            self.context.engine.stop(key, "pruned")
             value = f"{metric_words(self.objective.judged_while_training)} {event.value:.4f}"
-            self.view.event(
+            self.context.view.event(
                 f"{key} is pruned at step {event.step} of {event.total_steps}: {value}, and its best so "
                 f"far is behind the others' there (pruner={self.pruner.name})"
             )
@@ -433,8 +424,8 @@ class ArmDriver:
         live.view.ended(outcome)
         # refused by the worker: its run was started all the same
         status = STATES[outcome.cause].status or "KILLED"
-        self.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
-        self.view.event(live.view.summary(outcome, self.objective.metric))
+        self.context.tracker.end(live.record, status, outcome.metrics, {"cause": outcome.cause})
+        self.context.view.event(live.view.summary(outcome, self.objective.metric))
         self.told()
         if outcome.cause == "error":
             self._count_error(outcome.message or "")
@@ -451,11 +442,11 @@ class ArmDriver:
 
     def _lost(self, event: Lost) -> None:
         """A worker died or was killed: its trial gets a new attempt, from its checkpoint, or ends."""
-        self.slots.pop(event.worker, None)
+        self.context.slots.pop(event.worker, None)
         live = self._live.pop(event.trial or "", None) or self._checking.pop(event.worker, None)
         if live is None:
             return
-        self.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
+        self.context.view.event(f"{live.record.key}: {event.message.splitlines()[0]}")
         if live.dropped:
             self._tell(live, Outcome(cause="cancelled"))
         elif self._was_set_aside(live.record.key):
@@ -506,20 +497,20 @@ class ArmDriver:
                 key=key, arm=self.arm.name, number=frozen.number, point=shown_point(frozen)
             )
             view.ended(outcome)
-            self.board.add(view)
+            self.context.board.add(view)
             status = STATES[outcome.cause].status
             if status is not None:
-                folder = self.folder.trial(self.arm.name, frozen.number)
+                folder = self.context.folder.trial(self.arm.name, frozen.number)
                 record = TrialRecord(key, folder, {}, {"arm": self.arm.name})
-                self.tracker.end(record, status, outcome.metrics, {"cause": outcome.cause})
+                self.context.tracker.end(record, status, outcome.metrics, {"cause": outcome.cause})
 
     def _cancel(self) -> None:
         """Stop what runs, wait a moment for it, and tell all of it as cancelled."""
         for key in self._live:
-            self.engine.stop(key, "cancelled")
+            self.context.engine.stop(key, "cancelled")
         waited = 0.0
         while self._live and waited < CANCEL_SECONDS:
-            event = self.engine.next_event(POLL_SECONDS)
+            event = self.context.engine.next_event(POLL_SECONDS)
             waited += POLL_SECONDS if event is None else 0.0
             if isinstance(event, Ended):
                 self._ended(event)

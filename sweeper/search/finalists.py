@@ -16,11 +16,11 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.errors import Refused
-from sweeper.folders import StudyFolder, write_atomic
-from sweeper.interrupt import Interrupt
+from sweeper.folders import write_atomic
 from sweeper.outcome import Examples, Facts, Outcome, Unseen, UnseenKind
-from sweeper.search.board import Board, TrialView, View
+from sweeper.search.board import TrialView
 from sweeper.search.budget import ArmBudget, typical_seconds
+from sweeper.search.context import Context
 from sweeper.search.driver import CANCEL_SECONDS, POLL_SECONDS
 from sweeper.search.final import (
     COMPLETE,
@@ -37,11 +37,10 @@ from sweeper.search.study import settings_of, shown_point
 from sweeper.search.tasks import Candidate, Judging, Task, Training
 from sweeper.settings import Finalists
 from sweeper.tracking.provenance import origin
-from sweeper.tracking.tracker import Tracker, TrialRecord, dataset_record
+from sweeper.tracking.tracker import TrialRecord, dataset_record
 from sweeper.workers.protocol import (
     AnyEvent,
     Ended,
-    Engine,
     Evaluated,
     Lost,
     Progress,
@@ -52,18 +51,11 @@ from sweeper.workers.protocol import (
 
 @dataclass
 class FinalistsDriver:
-    """Trains and judges the finalists of all arms. `slots` (worker -> free slots) is the session's."""
+    """Trains and judges the finalists of all arms."""
 
     wanted: Finalists
-    folder: StudyFolder
     budget: ArmBudget
-    engine: Engine
-    tracker: Tracker
-    view: View
-    board: Board
-    provenance: Mapping[str, str]
-    slots: dict[int, int]
-    interrupt: Interrupt
+    context: Context
     steering: Steering
     _live: dict[str, Task] = field(default_factory=dict)
     _workers: dict[str, int] = field(default_factory=dict)
@@ -98,7 +90,7 @@ class FinalistsDriver:
         """See Steered; a judgement is short: it ends, or begins anew."""
         for key in self._live:
             self._aside.add(key)
-            self.engine.stop(key, "cancelled")
+            self.context.engine.stop(key, "cancelled")
 
     def drop(self, key: str) -> str:
         """See Steered."""
@@ -131,9 +123,9 @@ class FinalistsDriver:
         facts = _facts(study)
         tags = {
             **{"arm": arm.name, "finalist": f"{arm.name}/{number:04d}"},
-            **origin(self.provenance, facts),
+            **origin(self.context.provenance, facts),
         }
-        folder = self.folder.finalist(arm.name, number, seed)
+        folder = self.context.folder.finalist(arm.name, number, seed)
         params = recorded(settings, searched=candidate.point)
         record = TrialRecord(key, folder, params, tags, dataset_record(facts, settings.data))
         view = TrialView(key=key, arm=_title(arm), number=number, point=candidate.point)
@@ -144,12 +136,12 @@ class FinalistsDriver:
         missing = [training for training in trainings if not training.adopt()]
         if missing:
             numbers = ", ".join(str(each.number) for each in candidates)
-            self.view.event(
+            self.context.view.event(
                 f"arm {arm.name}: finalists are the configurations of trial {numbers}; "
                 f"{len(missing)} to be trained with further seeds"
             )
             base_value = facts.base_value(arm.settings.objective.metric)
-            self.board.open_arm(_title(arm), len(trainings), base_value)
+            self.context.board.open_arm(_title(arm), len(trainings), base_value)
         for training in trainings:
             if training.outcome is not None:
                 self._record(training)
@@ -157,7 +149,9 @@ class FinalistsDriver:
         refusal = self._share_out(missing, lambda: self._refusal(typical_seconds(costs)))
         if refusal is not None:
             left = sum(training.outcome is None for training in trainings)
-            self.view.event(f"arm {arm.name}: {left} of its finalists' seeds left out: {refusal}")
+            self.context.view.event(
+                f"arm {arm.name}: {left} of its finalists' seeds left out: {refusal}"
+            )
 
     def _refusal(self, typical: float) -> str | None:
         now = self.budget.clock()
@@ -169,7 +163,9 @@ class FinalistsDriver:
         if not kinds:
             return ArmFinal(final)
         name, number = chosen.arm.name, chosen.number
-        judgings = {chosen.settings.seed: (self.folder.trial(name, number), chosen.settings)}
+        judgings = {
+            chosen.settings.seed: (self.context.folder.trial(name, number), chosen.settings)
+        }
         for training in chosen.trainings:
             if training.outcome is not None and training.outcome.cause in COMPLETE:
                 judgings[training.settings.seed] = (training.record.folder, training.settings)
@@ -186,7 +182,7 @@ class FinalistsDriver:
         ended = ArmFinal.judged(final, found, untuned.losses or Unseen())
         records = {training.settings.seed: training.record for training in chosen.trainings}
         for seed in found:
-            record = records.get(seed) or chosen.record(self.folder)
+            record = records.get(seed) or chosen.record(self.context.folder)
             self._record_unseen(record, ended, seed, files[seeds[seed].key])
         return ended
 
@@ -201,8 +197,8 @@ class FinalistsDriver:
         name = f"trial_{judging.key.split('/')[-1]}"
         digest = facts.general_digest or ""
         files: dict[UnseenKind, Path] = {
-            "test": self.folder.test_examples(arm, name),
-            "general": self.folder.general_examples(arm, digest, name),
+            "test": self.context.folder.test_examples(arm, name),
+            "general": self.context.folder.general_examples(arm, digest, name),
         }
         return {kind: files[kind] for kind in judging.kinds}
 
@@ -221,12 +217,12 @@ class FinalistsDriver:
         if missing:
             kinds = {"test": "the test split", "general": "general text"}
             words = " and ".join(kinds[kind] for kind in files[missing[0].key])
-            self.view.event(f"arm {arm}: judging the winner on {words}")
+            self.context.view.event(f"arm {arm}: judging the winner on {words}")
         self._share_out(missing, lambda: None)
         for judging in missing:
             if judging.losses is None:
                 reason = (judging.problem or "no answer").splitlines()[-1]
-                self.view.event(f"{judging.key} is left out of the test: {reason}")
+                self.context.view.event(f"{judging.key} is left out of the test: {reason}")
                 continue
             judging.losses = judging.losses.model_copy(update=stored[judging.key])
             for kind, path in files[judging.key].items():
@@ -244,7 +240,7 @@ class FinalistsDriver:
             final.untuned_general_loss,
         )
         judged_at = max(path.stat().st_mtime for path in files.values())
-        self.tracker.amend(record, metrics, judged_at)
+        self.context.tracker.amend(record, metrics, judged_at)
 
     def _share_out(self, tasks: Sequence[Task], refusal: Callable[[], str | None]) -> str | None:
         """Hand tasks to free slots until all are answered, or until no more may be started (why)."""
@@ -252,44 +248,44 @@ class FinalistsDriver:
         try:
             while waiting or self._live:
                 self.steering.read(self)
-                self.interrupt.check()
+                self.context.interrupt.check()
                 for worker in [] if self.steering.holds else self._free_slots():
                     refused = refused or (refusal() if waiting else None)
                     if refused is None and waiting:
                         self._hand(waiting.popleft(), worker)
                 if refused is not None:
                     waiting.clear()
-                if event := self.engine.next_event(POLL_SECONDS):
+                if event := self.context.engine.next_event(POLL_SECONDS):
                     waiting.extend(self._handle(event))
-                    self.view.update(self.board)
+                    self.context.view.update(self.context.board)
         except KeyboardInterrupt:
             self._cancel()
             raise
         return refused
 
     def _free_slots(self) -> list[int]:
-        return [worker for worker, free in self.slots.items() for _ in range(free)]
+        return [worker for worker, free in self.context.slots.items() for _ in range(free)]
 
     def _hand(self, task: Task, worker: int) -> None:
-        self.slots[worker] -= 1
+        self.context.slots[worker] -= 1
         self._workers[task.key] = worker
         self._live[task.key] = task
         if isinstance(task, Training):
-            self.board.add(task.view)
-            self.tracker.start(task.record)
-        task.hand(self.engine, worker)
+            self.context.board.add(task.view)
+            self.context.tracker.start(task.record)
+        task.hand(self.context.engine, worker)
 
     def _handle(self, event: AnyEvent) -> list[Task]:
         """Take an event; a task whose worker died comes back, to be handed out again."""
         if isinstance(event, Slots):
-            self.slots[event.worker] = event.free
+            self.context.slots[event.worker] = event.free
         elif isinstance(event, Lost):
             return self._lost(event)
         elif isinstance(event, Progress | Evaluated):
             if task := self._live.get(event.trial):
                 task.take(event)
                 if isinstance(task, Training) and isinstance(event, Evaluated):
-                    self.tracker.ship(task.record)
+                    self.context.tracker.ship(task.record)
         elif isinstance(event, Ended | Tested) and (task := self._live.pop(event.trial, None)):
             cancelled = isinstance(event, Ended) and event.outcome.cause == "cancelled"
             if self._was_set_aside(task) and cancelled:
@@ -307,11 +303,11 @@ class FinalistsDriver:
         return aside
 
     def _lost(self, event: Lost) -> list[Task]:
-        self.slots.pop(event.worker, None)  # its successor announces itself
+        self.context.slots.pop(event.worker, None)  # its successor announces itself
         task = self._live.pop(event.trial or "", None)
         if task is None:
             return []
-        self.view.event(f"{task.key}: {event.message.splitlines()[0]}")
+        self.context.view.event(f"{task.key}: {event.message.splitlines()[0]}")
         if self._was_set_aside(task):
             return [task]
         if task.attempt < MAX_ATTEMPTS:
@@ -330,25 +326,27 @@ class FinalistsDriver:
         left_out = (
             "" if task.outcome.cause in COMPLETE else "; left out of its configuration's mean"
         )
-        self.view.event(task.view.summary(task.outcome, task.settings.objective.metric) + left_out)
+        self.context.view.event(
+            task.view.summary(task.outcome, task.settings.objective.metric) + left_out
+        )
 
     def _record(self, training: Training) -> None:
         outcome = training.outcome
         assert outcome is not None
         training.view.ended(outcome)
-        self.board.add(training.view)
+        self.context.board.add(training.view)
         status = STATES[outcome.cause].status or "KILLED"
-        self.tracker.end(training.record, status, outcome.metrics, {"cause": outcome.cause})
+        self.context.tracker.end(training.record, status, outcome.metrics, {"cause": outcome.cause})
 
     def _cancel(self) -> None:
         """Stop what is trained and wait a moment for it; judgements end with their workers."""
         trainings = [task for task in self._live.values() if isinstance(task, Training)]
         self._live = {task.key: task for task in trainings}
         for key in self._live:
-            self.engine.stop(key, "cancelled")
+            self.context.engine.stop(key, "cancelled")
         waited = 0.0
         while self._live and waited < CANCEL_SECONDS:
-            event = self.engine.next_event(POLL_SECONDS)
+            event = self.context.engine.next_event(POLL_SECONDS)
             waited += POLL_SECONDS if event is None else 0.0
             if isinstance(event, Ended):
                 self._handle(event)

@@ -23,6 +23,7 @@ from sweeper.interrupt import Interrupt
 from sweeper.outcome import Value
 from sweeper.search.board import Board, View, short_names
 from sweeper.search.budget import StudyBudget
+from sweeper.search.context import Context
 from sweeper.search.inbox import (
     TO_A_DRIVER,
     Answer,
@@ -49,7 +50,6 @@ from sweeper.search.tally import arm_standing
 from sweeper.search.wish import earlier_point, queue, read_draw
 from sweeper.space import Draw, Scalar, grid
 from sweeper.tracking.tracker import RunStatus
-from sweeper.workers.protocol import Engine
 
 FREE_SECONDS = 20.0
 """How long a paused trial may take to its checkpoint; then its worker is killed, and it goes on from
@@ -62,9 +62,7 @@ ENDS: dict[RunStatus, State] = {"FINISHED": "finished", "KILLED": "stopped", "FA
 class Steered(Protocol):
     """What a loop lets a person do with it."""
 
-    engine: Engine
-    view: View
-    slots: dict[int, int]
+    context: Context
 
     def training(self) -> Mapping[str, int]:
         """What workers are busy with, by its key: the worker's number."""
@@ -169,8 +167,8 @@ class Steering:
         """Obey what has arrived; hold a pause or a stop; write down where the study stands."""
         if self._state == "starting":
             self._enter("running")
-        for letter in self._letters(steered.view):
-            self._obey(letter, steered, steered.view)
+        for letter in self._letters(steered.context.view):
+            self._obey(letter, steered, steered.context.view)
         if self._state == "paused":
             self._hold(steered)
         if self._state == "stopping" and not steered.training():
@@ -334,15 +332,17 @@ class Steering:
         self._count_pause()
         busy = steered.training()
         if not busy and not self._freed:
-            for worker in list(steered.slots):
-                steered.engine.kill(worker, "paused")
+            for worker in list(steered.context.slots):
+                steered.context.engine.kill(worker, "paused")
             self._freed = True
             took = self.clock() - self._paused_at
-            steered.view.event(f"paused after {took:.0f} s: no worker holds memory of a device")
+            steered.context.view.event(
+                f"paused after {took:.0f} s: no worker holds memory of a device"
+            )
         elif busy and self.clock() > self._patient_until:
             for key, worker in busy.items():
-                steered.view.event(f"{key}: no checkpoint within {FREE_SECONDS:.0f} s")
-                steered.engine.kill(worker, "paused, and took too long to its checkpoint")
+                steered.context.view.event(f"{key}: no checkpoint within {FREE_SECONDS:.0f} s")
+                steered.context.engine.kill(worker, "paused, and took too long to its checkpoint")
             self._patient_until += FREE_SECONDS  # their loss is told soon
 
     def _count_pause(self) -> None:

@@ -350,7 +350,7 @@ class Wall:
         self.slots = {0: 0, 1: 1}
         self.killed: list[int] = []
         self.words: list[str] = []
-        self.engine = self.view = self
+        self.context = self.engine = self.view = self
 
     def __call__(self) -> float:
         return self.now
