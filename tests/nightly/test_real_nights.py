@@ -220,7 +220,7 @@ def test_other_data_are_a_new_study_and_the_champion_is_judged_again(week: House
     assert third.decided.warm_start == (week.study(0).name,)
     assert third.champion
     assert third.champion.champion == f"version {1}"
-    assert third.champion.verdict in ("promoted", "refused")
+    assert third.champion.verdict in ("promoted", "kept")
 
 
 def test_a_promotion_and_a_refusal_have_their_evidence(week: House) -> None:
@@ -228,9 +228,9 @@ def test_a_promotion_and_a_refusal_have_their_evidence(week: House) -> None:
     first, *later = (week.entry(number).champion for number in range(3))
     assert first
     assert (first.verdict, first.champion) == ("promoted", None)
-    refused = [decision for decision in later if decision and decision.verdict == "refused"]
-    assert refused
-    for decision in (first, *refused):
+    kept = [decision for decision in later if decision and decision.verdict == "kept"]
+    assert kept
+    for decision in (first, *kept):
         assert re.search(r"-?\d\.\d+", decision.reason), decision.reason
     tags = MlflowClient(week.server).get_model_version(MODEL, "1").tags
     assert tags["sweeper.reason"] == first.reason
@@ -326,8 +326,8 @@ def _fails(command: Sequence[str]) -> bool:
 
 
 def test_a_night_on_a_full_disk_leaves_its_digest_on_stderr(house: House, disk: Path) -> None:
-    """Full from mid-night to its end: what was done, and that the disk was full, is printed."""
-    house.write_set(*FAKE, budget={"wall_clock": "45s"})
+    """Full from mid-night on: after its patience of 15 minutes it tells what was done, and why it ended."""
+    house.write_set(*FAKE)
     fired = house.fire(0)
     until(lambda: list(house.study(0).glob("lora/*/outcome.json")), fired, "the first trial")
     with (disk / "ballast").open("wb", buffering=0) as ballast:
@@ -335,6 +335,6 @@ def test_a_night_on_a_full_disk_leaves_its_digest_on_stderr(house: House, disk: 
             with suppress(OSError):
                 while True:
                     ballast.write(b"x" * size)
-    output, errors = fired.communicate(timeout=900)
+    output, errors = fired.communicate(timeout=1700)
     assert f"# Nightly mine, {day(0)}" in errors, output + errors
     assert "No space left on device" in errors
