@@ -326,7 +326,7 @@ def _fails(command: Sequence[str]) -> bool:
 
 
 def test_a_night_on_a_full_disk_leaves_its_digest_on_stderr(house: House, disk: Path) -> None:
-    """Full from mid-night on: its patience of 15 minutes over, it prints what was done and why it ended."""
+    """Full from mid-night on: after 15 minutes of patience its page is printed, with the reason."""
     house.write_set(*FAKE)
     fired = house.fire(0)
     until(lambda: list(house.study(0).glob("lora/*/outcome.json")), fired, "the first trial")
