@@ -113,7 +113,8 @@ class Stack:
             "MLFLOW_TRACKING_URI": self.uri,
         }
         environment |= {"HF_TOKEN": f"hf_{PASSWORD}", "MLFLOW_TRACKING_PASSWORD": f"m{PASSWORD}"}
-        arguments = ["+experiment=lr_rank_sweep", "workers=fake", "pruner=none", STORAGE]
+        arguments = ["+experiment=lr_rank_sweep", "workers=fake", "pruner=none", "finalists=none"]
+        arguments.append(STORAGE)
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", "sweeper", *arguments, "hydra.sweeper.n_jobs=2"),
