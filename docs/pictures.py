@@ -2,8 +2,8 @@
 
     python docs/pictures.py outputs/lr_rank_sweep          (or: make pictures)
 
-Needs Chromium. Starts MLflow's UI on a free port of this machine and ends it again, and clicks there as
-a reader would: the assistant's pane closed, the trials unfolded. Every picture is reduced to a palette
+Needs Chromium. Starts MLflow's UI on a free port of this machine and ends it again; there the
+assistant's pane is closed and the columns are those of a sweep. Every picture is reduced to a palette
 until it is at most 150 kB.
 """
 
@@ -18,8 +18,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 from urllib.error import URLError
@@ -27,17 +27,24 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, Run
 from PIL import Image
-from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 IMAGES = Path(__file__).parent / "images"
 MOST_BYTES = 150_000
 COLOURS = (256, 128, 64, 32, 16)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 DESKTOP, WIDE, PHONE = (1280, 900), (1680, 1000), (390, 844)
-CLOSE_ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"
-SETTLE_MS = 4_000
-"""MLflow's table and charts are still drawn when its last request was answered."""
+COLUMNS = [
+    *("metrics.`best/eval_loss`", "params.`training.learning_rate`", "params.`adapter.r`"),
+    *("params.`adapter.target_modules`", "metrics.`parameters/trainable`"),
+    *("metrics.`cost/seconds`", "tags.`cause`", "attributes.`Models`"),
+]
+CHARTS = "^(eval|train)/"
+"""A regular expression of the metrics whose charts are shown."""
+SETTLE_MS = 12_000
+"""MLflow fetches and draws for seconds, and polls for ever: no moment is its last."""
 START_SECONDS = 120
 Scheme = Literal["light", "dark"]
 
@@ -62,8 +69,14 @@ def main() -> None:
             "report_dark": shoot(browser, url, DESKTOP, "dark"),
             "report_phone": shoot(browser, url, PHONE),
         }
-        pages = mlflow_pages(MlflowClient(store), arguments.study.name, root)
-        shots |= {name: shoot_mlflow(browser, page) for name, page in pages.items()}
+        client = MlflowClient(store)
+        experiments = [found.experiment_id for found in client.search_experiments()]
+        query = f"tags.`sweeper.study` = '{arguments.study.name}'"
+        runs = client.search_runs(experiments, query)
+        models = client.search_logged_models(experiments)
+        pages = mlflow_pages(runs, models, root)
+        at = runs[0].info.experiment_id
+        shots |= {name: shoot_mlflow(browser, page, at) for name, page in pages.items()}
         browser.close()
     for name, png in shots.items():
         target = arguments.images / f"{name}.png"
@@ -78,13 +91,24 @@ def shoot(browser: Browser, url: str, size: tuple[int, int], scheme: Scheme = "l
         return page.screenshot()
 
 
-def shoot_mlflow(browser: Browser, url: str) -> bytes:
-    """A page of MLflow's UI without the assistant that it opens beside it."""
+def shoot_mlflow(browser: Browser, url: str, experiment: str) -> bytes:
+    """A page of MLflow's UI as one would set it up: for training, the assistant closed, our columns."""
+    shown = json.dumps({"selectedColumns": COLUMNS, "runsExpanded": {}})
+    remembered = {
+        "mlflow.workflowType_v1": '"machine_learning"',
+        "mlflow.assistant.panelOpen_v1": "false",
+        "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+        f'MLflowLocalStorage-1.1-ExperimentPage-["{experiment}"]-ReactComponentState': shown,
+    }
     with opened(browser, WIDE) as page:
-        page.goto(url, wait_until="networkidle")
-        with suppress(TimeoutError):  # it is not on every page
-            page.locator(CLOSE_ASSISTANT).first.click(timeout=SETTLE_MS)
+        items = json.dumps(list(remembered.items()))
+        page.add_init_script(f"{items}.forEach(([key, value]) => localStorage.setItem(key, value))")
+        page.goto(url, wait_until="load")
         page.wait_for_timeout(SETTLE_MS)
+        charts = page.get_by_placeholder("Search metric charts")
+        if charts.count():
+            charts.fill(CHARTS)
+            page.wait_for_timeout(SETTLE_MS)
         return page.screenshot()
 
 
@@ -98,29 +122,30 @@ def opened(browser: Browser, size: tuple[int, int], scheme: Scheme = "light") ->
         page.close()
 
 
-def mlflow_pages(client: MlflowClient, study: str, root: str) -> dict[str, str]:
-    """The UI's pages that show a study: its runs, a comparison, the parent run, a logged model."""
-    experiments = [found.experiment_id for found in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`sweeper.study` = '{study}'")
+def mlflow_pages(runs: Sequence[Run], models: Sequence[LoggedModel], root: str) -> dict[str, str]:
+    """The UI's pages that show a study: its runs, their charts, the parent run, its best model."""
     parent = next(run for run in runs if "sweeper.trial" not in run.data.tags)
-    at = parent.info.experiment_id
-    trials = [run for run in runs if "best/eval_loss" in run.data.metrics and run is not parent]
-    trials.sort(key=lambda run: run.data.metrics["best/eval_loss"])
-    compared = json.dumps([run.info.run_id for run in trials[:6]])
-    models = client.search_logged_models([at], filter_string=f"tags.`sweeper.study` = '{study}'")
-    experiment = f"{root}/#/experiments/{at}"
-    lora = quote("tags.arm = 'lora'")  # without a filter the trials are folded up under the study
-    table = f"{experiment}/runs?searchFilter={lora}"
-    pages = {
+    experiment = f"{root}/#/experiments/{parent.info.experiment_id}"
+    order = f"orderByKey={quote('metrics.`best/eval_loss`')}&orderByAsc=true"
+    table = f"{experiment}/runs?{order}"
+    model = next(
+        each for each in models if each.source_run_id == best_with_model(runs, models).info.run_id
+    )
+    return {
         "mlflow_runs": table,
         "mlflow_charts": f"{table}&compareRunsMode=CHART",
-        "mlflow_compare": f"{root}/#/compare-runs?runs={quote(compared)}"
-        f"&experiments={quote(json.dumps([at]))}",
         "mlflow_parent": f"{experiment}/runs/{parent.info.run_id}",
+        "mlflow_model": f"{experiment}/models/{model.model_id}",
     }
-    if models:
-        pages["mlflow_model"] = f"{experiment}/models/{models[0].model_id}"
-    return pages
+
+
+def best_with_model(runs: Sequence[Run], models: Sequence[LoggedModel]) -> Run:
+    """The run with the lowest loss among those whose adapter is kept."""
+    kept = {model.source_run_id for model in models}
+    return min(
+        (run for run in runs if run.info.run_id in kept),
+        key=lambda run: run.data.metrics["best/eval_loss"],
+    )
 
 
 @contextmanager

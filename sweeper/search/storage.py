@@ -15,7 +15,12 @@ from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
-from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    InterfaceError,
+    OperationalError,
+    PendingRollbackError,
+    SQLAlchemyError,
+)
 
 from sweeper.errors import StudyError
 from sweeper.search.ownership import NullOwnership, Ownership, make_ownership
@@ -150,9 +155,13 @@ for _name in (*sorted(BaseStorage.__abstractmethods__), *CACHED):
 
 
 def _is_away(error: Exception) -> bool:
-    """Whether the database could not be reached, or refused for the moment (locked, disk full)."""
+    """Whether the database could not be reached, or refused for the moment (locked, disk full).
+
+    Where a connection breaks between two statements of a call, what comes out is the second's complaint
+    that the transaction has to be rolled back; the next call has a new one.
+    """
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return isinstance(cause, OperationalError | InterfaceError)
+    return isinstance(cause, OperationalError | InterfaceError | PendingRollbackError)
 
 
 def _reason(error: Exception) -> str:

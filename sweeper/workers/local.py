@@ -33,7 +33,15 @@ from sweeper.workers.protocol import (
     Test,
     lost,
 )
-from sweeper.workers.worker import Orders, Place, make_runner, print_into, serve, tail_of
+from sweeper.workers.worker import (
+    Orders,
+    Place,
+    begin_log,
+    make_runner,
+    print_into,
+    serve,
+    tail_of,
+)
 
 CLOSE_SECONDS = 5.0
 VMSTAT = Path("/proc/vmstat")
@@ -150,7 +158,7 @@ class LocalEngine(HostedEngine[Host]):
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         log = self._log(worker)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        begin_log(log, worker)
         process = context.Process(
             target=_main,
             args=(

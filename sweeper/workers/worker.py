@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
@@ -45,6 +46,7 @@ from sweeper.workers.protocol import (
 
 TRACEBACK_LINES = 30
 LOG_TAIL_LINES = 15
+BEGINS = "--- worker "
 FULL_BYTES = 2**20
 FULL_DISK_WAIT_S = 2.0
 FULL_DISK_PATIENCE_S = 15 * 60.0
@@ -205,9 +207,18 @@ def print_into(log: Path) -> None:
         os.dup2(file.fileno(), sys.stderr.fileno())
 
 
+def begin_log(log: Path, worker: int) -> None:
+    """Where a new process begins in a worker's log, so that nobody takes earlier lines for its own."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"{BEGINS}{worker}, {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+
+
 def tail_of(log: Path) -> str:
-    """The last lines that a worker printed."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    """The last lines that a worker's latest process printed."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    _, mark, own = text.rpartition(BEGINS)
+    lines = own.splitlines()[1:] if mark else text.splitlines()
     return redact("\n".join(lines[-LOG_TAIL_LINES:]))
 
 

@@ -42,6 +42,9 @@ EXTENSION = 50
 END_SECONDS = 900.0
 """How long the study may take to come to its end once nobody disturbs it."""
 TERMINAL = {"FINISHED", "FAILED", "KILLED"}
+EXCUSED = ("hydra.sweeper.storage cannot be opened", "dies before it can start")
+"""With these words a driver may end: PostgreSQL was away when it started, or its workers were killed
+three times in a row before they could do anything. The same command goes on; how often is counted."""
 
 
 @dataclass
@@ -118,6 +121,8 @@ class Driver:
     runs: int = 0
     unasked: list[str] = field(default_factory=list)
     """How runs ended that nobody had killed, other than well."""
+    excused: Counter[str] = field(default_factory=Counter)
+    """Ends that nobody can avoid, by their words."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -186,7 +191,13 @@ class Driver:
         code = self.process.poll()
         if code in (None, 0):
             return code == 0
-        tail = (self.folder / f"run_{self.runs:03d}.log").read_text().splitlines()[-5:]
+        text = (self.folder / f"run_{self.runs:03d}.log").read_text()
+        words = next((words for words in EXCUSED if words in text), None)
+        if code == 1 and words is not None:
+            self.excused[words] += 1
+            self.start()
+            return False
+        tail = text.splitlines()[-5:]
         self.unasked.append(f"run {self.runs} ended with {code}: " + " | ".join(tail))
         self.start()
         return False
@@ -366,6 +377,7 @@ def main() -> None:
         "trials": driver.trials,
         "kills": dict(kills),
         "runs of the driver": driver.runs,
+        "excused ends": dict(driver.excused),
         "seed": asked.seed,
         "broken promises": problems,
     }

@@ -12,7 +12,7 @@ import optuna
 import pytest
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, _CachedStorage
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from sweeper.errors import StudyError
 from sweeper.search.storage import PATIENCE_S, PatientStorage, patient
@@ -52,6 +52,15 @@ def _call(clock: Clock, *answers: Any, name: str = "get_trial") -> Callable[[], 
 
     call.__name__ = name
     return patient(call, clock, clock.sleep)
+
+
+def test_a_connection_that_breaks_within_a_call_is_an_outage() -> None:
+    """SQLAlchemy then wants the transaction rolled back; the next call has one of its own."""
+    broken = StorageInternalError("commit")
+    broken.__cause__ = PendingRollbackError(
+        "Can't reconnect until invalid transaction is rolled back"
+    )
+    assert _call(Clock(), broken, "answer")() == "answer"
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -29,6 +29,7 @@ from sweeper.workers.protocol import (
     Test,
     Tested,
 )
+from sweeper.workers.worker import begin_log, tail_of
 from tests.conftest import make_settings
 from tests.workers.conftest import make_workers
 
@@ -296,3 +297,15 @@ def test_workers_that_cannot_start_end_the_study(
             until(engine, Slots)
     finally:
         engine.close()
+
+
+def test_a_worker_is_not_blamed_for_its_predecessors_words(tmp_path: Path) -> None:
+    """The log goes on through all of a worker's processes; quoted is what the latest printed."""
+    log = tmp_path / "worker_0.log"
+    begin_log(log, 0)
+    with log.open("a") as file:
+        file.write("BrokenPipeError\n")
+    assert tail_of(log) == "BrokenPipeError"
+    begin_log(log, 0)
+    assert tail_of(log) == ""
+    assert "BrokenPipeError" in log.read_text()
