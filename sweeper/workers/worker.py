@@ -155,6 +155,7 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """
+    patience = Patience()
     while True:
         channel.send(Slots(worker=worker, free=1))
         command = orders.work.get()
@@ -169,7 +170,7 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
         if isinstance(command, Test):
             channel.send(_tested(command, runner))
             continue
-        outcome = _outcome(command, runner, channel, orders)
+        outcome = _outcome(command, runner, channel, orders, patience)
         channel.send(Ended(trial=command.trial, attempt=command.attempt, outcome=outcome))
         if outcome.cause == "oom":
             return Farewell.OUT_OF_MEMORY
@@ -261,31 +262,56 @@ def _tested(command: Test, runner: Runner) -> Tested:
     return Tested(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
 
 
-def _outcome(command: Submit, runner: Runner, channel: Channel, orders: Orders) -> Outcome:
+@dataclass
+class Patience:
+    """How long a worker has waited for a disk that stays full, over all the trials it was given."""
+
+    waited_s: float = 0.0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the next trial would wait in vain as well."""
+        return self.waited_s > FULL_DISK_PATIENCE_S
+
+    def wait(self) -> None:
+        """For a moment."""
+        time.sleep(FULL_DISK_WAIT_S)
+        self.waited_s += FULL_DISK_WAIT_S
+
+
+def _outcome(
+    command: Submit, runner: Runner, channel: Channel, orders: Orders, patience: Patience
+) -> Outcome:
     """Run a trial; on a full disk it waits, and then continues from its newest whole checkpoint."""
     observer = RemoteObserver(channel, orders, command.trial, command.attempt)
     folder = TrialFolder(command.folder)
-    waited_s = 0.0
+    told = False
     while True:
         try:
-            if command.adopted is not None:
-                model = command.adopted
-                return runner.adopt(command.settings, folder, command.provenance, model)
-            return runner.run(command.settings, folder, command.provenance, observer)
+            outcome = _run(command, runner, folder, observer)
         except WorkerError:
             raise  # not the trial's fault: the worker ends, and the trial continues on its successor
         except Exception as error:  # noqa: BLE001 - the worker's edge: one trial must not end the worker
             if not disk_full(error, folder.path):
                 return Outcome(cause="error", message=_traceback())
-        if waited_s == 0.0:
+        else:
+            patience.waited_s = 0.0
+            return outcome
+        if not told:
             message = f"the disk of {folder.path} is full; waiting for space"
             channel.send(Waiting(trial=command.trial, attempt=command.attempt, message=message))
-        if waited_s > FULL_DISK_PATIENCE_S:
-            return Outcome(cause="error", message=f"the disk of {folder.path} stays full")
-        time.sleep(FULL_DISK_WAIT_S)
-        waited_s += FULL_DISK_WAIT_S
+            told = True
+        if patience.exhausted:
+            return Outcome(cause="error", message=f"the disk stays full: {folder.path}")
+        patience.wait()
         if (cause := observer.stop_cause()) is not None:
             return Outcome(cause=cause, message="stopped while the disk was full")
+
+
+def _run(command: Submit, runner: Runner, folder: TrialFolder, observer: RemoteObserver) -> Outcome:
+    if command.adopted is not None:
+        return runner.adopt(command.settings, folder, command.provenance, command.adopted)
+    return runner.run(command.settings, folder, command.provenance, observer)
 
 
 def disk_full(error: Exception, folder: Path) -> bool:

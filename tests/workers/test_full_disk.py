@@ -66,7 +66,7 @@ class Sent:
         raise StudyError("nothing is received here")
 
 
-def _serve(runner: FullDisk, tmp_path: Path, stop: bool = False) -> list[Value]:
+def _serve(runner: FullDisk, tmp_path: Path, stop: bool = False, trials: int = 1) -> list[Value]:
     orders, channel = Orders(), Sent()
     submit = Submit(
         trial="lora/0000",
@@ -75,7 +75,8 @@ def _serve(runner: FullDisk, tmp_path: Path, stop: bool = False) -> list[Value]:
         settings=make_settings().trial,
         provenance={},
     )
-    orders.work.put(submit)
+    for _ in range(trials):
+        orders.work.put(submit)
     orders.work.put(Close())
     if stop:
         orders.stops["lora/0000"] = "cancelled"
@@ -110,3 +111,14 @@ def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, ended = _serve(FullDisk(10**6), tmp_path)
     assert isinstance(ended, Ended)
     assert (ended.outcome.cause, "stays full" in str(ended.outcome.message)) == ("error", True)
+
+
+def test_patience_is_for_the_disk_and_not_for_each_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is over the next trial is an error at once, so that a night ends before the morning."""
+    monkeypatch.setattr(worker, "FULL_DISK_PATIENCE_S", 0.005)
+    disk = FullDisk(10**6)
+    events = _serve(disk, tmp_path, trials=3)
+    assert [event.outcome.cause for event in events if isinstance(event, Ended)] == ["error"] * 3
+    assert 10**6 - disk.times == 6 + 1 + 1 + 1, "six waits for the first, none for the others"
