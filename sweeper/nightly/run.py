@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -100,11 +101,20 @@ def run_night(
         wait = _patience(nightly, nights, name, night, now)
         with nights.claim(name, night.date, clock(), wait) as claim:
             result = NightRun(loaded, claim, night, clock, judge).run()
-            nights.end(claim, result, clock())
+            _end(nights, claim, result, clock())
             return result
     except NightTaken as reason:
         _say(str(reason))
         return None
+
+
+def _end(nights: Nights, claim: Claim, result: Result, now: datetime) -> None:
+    """Record that the night is over; on a full disk the next firing within its window looks again."""
+    try:
+        nights.end(claim, result, now)
+    except sqlite3.OperationalError as error:
+        words = f"the end of this night is not recorded ({error}); the next firing goes on with it"
+        print(f"nightly {claim.set_name}: {words}", file=sys.stderr)
 
 
 def _patience(nightly: NightlySet, nights: Nights, name: str, night: Night, now: datetime) -> float:

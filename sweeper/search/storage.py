@@ -64,6 +64,8 @@ class PatientStorage(RDBStorage):
     """
 
     def __init__(self, url: str) -> None:
+        self.gave_up = False
+        """Whether a call's patience ended: a study that ends for it has no more for its last words."""
         options: dict[str, Any] = {
             "pool_pre_ping": True
         }  # a restart leaves dead connections behind
@@ -114,6 +116,7 @@ def patient(
 
     @functools.wraps(call)
     def repeated(*arguments: Any, **options: Any) -> Result:
+        storage = arguments[0] if arguments and isinstance(arguments[0], PatientStorage) else None
         began, wait_s, tries = clock(), FIRST_WAIT_S, 0
         while True:
             tries += 1
@@ -123,10 +126,16 @@ def patient(
                 if tries == 1 or call.__name__ != "set_trial_state_values":
                     raise
                 return True  # type: ignore[return-value]  # what set_trial_state_values answers
-            except (StorageInternalError, OperationalError, InterfaceError) as error:
+            except (
+                *(StorageInternalError, OperationalError, InterfaceError),
+                PendingRollbackError,
+            ) as error:
                 if not _is_away(error):
                     raise
-                if clock() - began > PATIENCE_S:
+                gave_up = storage is not None and storage.gave_up
+                if gave_up or clock() - began > PATIENCE_S:
+                    if storage is not None:
+                        storage.gave_up = True
                     raise StudyError(
                         f"the study's database has been away for {PATIENCE_S / 60:.0f} minutes "
                         f"({_reason(error)}); nothing told so far is lost: bring it back and run "

@@ -37,6 +37,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 FIRST = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
 MODEL = "lr_rank_sweep"
 STEPS = 24
+PROGRAM = ("-m", "sweeper")
 SMALL = (
     *("~hydra.sweeper.arms.full", f"training.max_steps={STEPS}", "training.eval_steps=8"),
     *("finalists=none", "pruner=none", "training.early_stopping_patience=null"),
@@ -68,15 +69,17 @@ class House:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "mine.yaml").write_text(yaml.safe_dump(text), encoding="utf-8")
 
-    def fire(self, number: int, minutes: int = 0) -> subprocess.Popen[str]:
+    def fire(
+        self, number: int, minutes: int = 0, program: Sequence[str] = PROGRAM
+    ) -> subprocess.Popen[str]:
         """A scheduler's firing in a night."""
         self.clock.set_to((FIRST + timedelta(days=number, minutes=minutes)).timestamp())
-        return self.start("nightly", "mine")
+        return self.start("nightly", "mine", program=program)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, program: Sequence[str] = PROGRAM) -> subprocess.Popen[str]:
         """One command, with the clock as it stands."""
         return subprocess.Popen(
-            [sys.executable, "-m", "sweeper", *arguments],
+            [sys.executable, *program, *arguments],
             cwd=self.folder,
             env={**os.environ, **self.clock.environment},
             stdin=subprocess.DEVNULL,
@@ -325,16 +328,28 @@ def _fails(command: Sequence[str]) -> bool:
     return subprocess.run(command, check=False).returncode != 0
 
 
+IMPATIENT = """
+import sys
+from sweeper.search import storage
+from sweeper.workers import worker
+storage.PATIENCE_S = worker.FULL_DISK_PATIENCE_S = 10.0
+from sweeper.__main__ import main
+main()
+"""
+"""The program with ten seconds of patience instead of 15 minutes; inline workers share the process."""
+
+
 def test_a_night_on_a_full_disk_leaves_its_digest_on_stderr(house: House, disk: Path) -> None:
-    """Full from mid-night on: after 15 minutes of patience its page is printed, with the reason."""
-    house.write_set(*FAKE)
-    fired = house.fire(0)
+    """Full from mid-night on: once patience is over its page is printed, with the reason."""
+    house.write_set(*FAKE, "workers.engine=inline")
+    fired = house.fire(0, program=("-c", IMPATIENT))
     until(lambda: list(house.study(0).glob("lora/*/outcome.json")), fired, "the first trial")
     with (disk / "ballast").open("wb", buffering=0) as ballast:
         for size in (2**16, 1):
             with suppress(OSError):
                 while True:
                     ballast.write(b"x" * size)
-    output, errors = fired.communicate(timeout=1700)
+    output, errors = end(fired, 1)
     assert f"# Nightly mine, {day(0)}" in errors, output + errors
     assert "No space left on device" in errors
+    assert "Traceback" not in output + errors, output + errors

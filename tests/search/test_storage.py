@@ -96,6 +96,25 @@ def test_a_state_that_was_stored_before_the_connection_broke_counts_as_stored() 
         _call(clock, finished, name="set_trial_state_values")()
 
 
+def test_a_storage_that_gave_up_does_not_wait_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The study ends then; each of its last calls would wait a quarter of an hour more."""
+    storage = PatientStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    clock = Clock()
+    tries: list[float] = []
+
+    def away(storage: PatientStorage) -> None:
+        tries.append(clock())
+        raise _away(wrapped=True)
+
+    call = patient(away, clock, clock.sleep)
+    for _ in range(2):
+        with pytest.raises(StudyError, match="has been away for 15 minutes"):
+            call(storage)
+    assert tries[-1] == tries[-2], "the second call was tried once"
+
+
 def test_every_call_of_optunas_storage_is_patient(tmp_path: Path) -> None:
     """No method of the interface is left out, nor any that Optuna's cache calls; a study works on it."""
     storage = PatientStorage(f"sqlite:///{tmp_path / 'study.db'}")
