@@ -128,9 +128,8 @@ def mlflow_pages(runs: Sequence[Run], models: Sequence[LoggedModel], root: str) 
     experiment = f"{root}/#/experiments/{parent.info.experiment_id}"
     order = f"orderByKey={quote('metrics.`best/eval_loss`')}&orderByAsc=true"
     table = f"{experiment}/runs?{order}"
-    model = next(
-        each for each in models if each.source_run_id == best_with_model(runs, models).info.run_id
-    )
+    best = best_with_model(runs, models).info.run_id
+    model = next(each for each in models if each.source_run_id == best)
     return {
         "mlflow_runs": table,
         "mlflow_charts": f"{table}&compareRunsMode=CHART",

@@ -30,6 +30,10 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 PATIENCE_S = 15 * 60.0
 """A restart takes seconds, a fail-over minutes; after that a person has to look."""
 
+OUTAGES = (OperationalError, InterfaceError, PendingRollbackError)
+"""The last where a connection breaks between two statements of a call: the second's complaint that the
+transaction has to be rolled back. The next call has a new one."""
+
 CACHED = (
     *("_create_new_trial", "_set_trial_param", "_get_best_trial_id", "_get_trials"),
     "get_trial_id_from_study_id_trial_number",
@@ -66,9 +70,8 @@ class PatientStorage(RDBStorage):
     def __init__(self, url: str) -> None:
         self.gave_up = False
         """Whether a call's patience ended: a study that ends for it has no more for its last words."""
-        options: dict[str, Any] = {
-            "pool_pre_ping": True
-        }  # a restart leaves dead connections behind
+        # a restart leaves dead connections behind
+        options: dict[str, Any] = {"pool_pre_ping": True}
         if url.startswith("sqlite"):
             options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S, "factory": KeptJournal}
         elif url.startswith("postgresql"):
@@ -126,10 +129,7 @@ def patient(
                 if tries == 1 or call.__name__ != "set_trial_state_values":
                     raise
                 return True  # type: ignore[return-value]  # what set_trial_state_values answers
-            except (
-                *(StorageInternalError, OperationalError, InterfaceError),
-                PendingRollbackError,
-            ) as error:
+            except (StorageInternalError, *OUTAGES) as error:
                 if not _is_away(error):
                     raise
                 gave_up = storage is not None and storage.gave_up
@@ -164,13 +164,9 @@ for _name in (*sorted(BaseStorage.__abstractmethods__), *CACHED):
 
 
 def _is_away(error: Exception) -> bool:
-    """Whether the database could not be reached, or refused for the moment (locked, disk full).
-
-    Where a connection breaks between two statements of a call, what comes out is the second's complaint
-    that the transaction has to be rolled back; the next call has a new one.
-    """
+    """Whether the database could not be reached, or refused for the moment (locked, disk full)."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return isinstance(cause, OperationalError | InterfaceError | PendingRollbackError)
+    return isinstance(cause, OUTAGES)
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,7 @@ Touches neither the study nor MLflow. Ends itself when its driver is gone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import queue
@@ -211,7 +212,8 @@ def print_into(log: Path) -> None:
 def begin_log(log: Path, worker: int) -> None:
     """Where a new process begins in a worker's log, so that nobody takes earlier lines for its own."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    # a full disk keeps nobody from starting a worker, which then waits for space
+    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
         file.write(f"{BEGINS}{worker}, {datetime.now():%Y-%m-%d %H:%M:%S}\n")
 
 

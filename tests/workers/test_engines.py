@@ -309,3 +309,8 @@ def test_a_worker_is_not_blamed_for_its_predecessors_words(tmp_path: Path) -> No
     begin_log(log, 0)
     assert tail_of(log) == ""
     assert "BrokenPipeError" in log.read_text()
+
+
+def test_a_full_disk_keeps_no_worker_from_starting() -> None:
+    """The line in its log is lost; the driver goes on."""
+    begin_log(Path("/dev/full"), 0)
