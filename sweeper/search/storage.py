@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import (
+    IntegrityError,
     InterfaceError,
     OperationalError,
     PendingRollbackError,
@@ -27,6 +28,8 @@ from sweeper.search.ownership import NullOwnership, Ownership, make_ownership
 
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+STARTS = 10
+"""How often an empty database is opened while others make its tables."""
 PATIENCE_S = 15 * 60.0
 """A restart takes seconds, a fail-over minutes; after that a person has to look."""
 
@@ -76,15 +79,21 @@ class PatientStorage(RDBStorage):
             options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S, "factory": KeptJournal}
         elif url.startswith("postgresql"):
             options["connect_args"] = {"options": "-c timezone=utc"}
-        try:
-            super().__init__(url, engine_kwargs=options)
-        except ImportError as error:
-            raise StudyError(
-                f"hydra.sweeper.storage needs a driver that is not installed ({error}); "
-                "for postgresql+psycopg:// add it with pip install 'sweeper[postgres]'"
-            ) from None
-        except (SQLAlchemyError, StorageInternalError) as error:
-            raise StudyError(f"hydra.sweeper.storage cannot be opened: {_reason(error)}") from None
+        for tries_left in reversed(range(STARTS)):
+            try:
+                super().__init__(url, engine_kwargs=options)
+                break
+            except ImportError as error:
+                raise StudyError(
+                    f"hydra.sweeper.storage needs a driver that is not installed ({error}); "
+                    "for postgresql+psycopg:// add it with pip install 'sweeper[postgres]'"
+                ) from None
+            except (SQLAlchemyError, StorageInternalError) as error:
+                if not (tries_left and _was_created_meanwhile(error)):
+                    raise StudyError(
+                        f"hydra.sweeper.storage cannot be opened: {_reason(error)}"
+                    ) from None
+            time.sleep(FIRST_WAIT_S)
         self._ownership: Ownership = NullOwnership()
 
     @contextmanager
@@ -165,11 +174,20 @@ for _name in (*sorted(BaseStorage.__abstractmethods__), *CACHED):
 
 def _is_away(error: Exception) -> bool:
     """Whether the database could not be reached, or refused for the moment (locked, disk full)."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-    return isinstance(cause, OUTAGES)
+    return isinstance(_cause(error), OUTAGES)
+
+
+def _was_created_meanwhile(error: Exception) -> bool:
+    """Whether another study was faster to make the tables: Optuna looks for them, then makes them."""
+    return isinstance(_cause(error), IntegrityError) or "already exists" in str(_cause(error))
+
+
+def _cause(error: Exception) -> BaseException | None:
+    """SQLAlchemy's error; Optuna wraps some."""
+    return error.__cause__ if isinstance(error, StorageInternalError) else error
 
 
 def _reason(error: Exception) -> str:
     """The driver's first line; SQLAlchemy keeps passwords out of it."""
-    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    cause = _cause(error)
     return str(cause).splitlines()[0] if str(cause) else type(cause).__name__

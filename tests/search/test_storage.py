@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import optuna
@@ -145,6 +147,20 @@ def test_studies_on_one_cache_read_a_finished_trial_once(tmp_path: Path) -> None
     assert again.get_trials(deepcopy=False)[0] is read
     study.tell(study.ask(), 2.0)
     assert [trial.value for trial in again.get_trials(deepcopy=False)] == [1.0, 2.0]
+
+
+def test_an_empty_database_is_opened_by_many_at_once(tmp_path: Path) -> None:
+    """Optuna looks for its tables and then makes them; who was slower opens what the others made."""
+    together = Barrier(8)
+
+    def start(url: str) -> list[Any]:
+        together.wait()
+        return PatientStorage(url).get_all_studies()
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(3):
+            url = f"sqlite:///{tmp_path / f'{number}.db'}"
+            assert list(pool.map(start, [url] * 8)) == [[]] * 8
 
 
 @pytest.mark.parametrize(
