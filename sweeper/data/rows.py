@@ -33,6 +33,9 @@ MAX_EXPANSION = 300
 """Times its size that a gzip file may unpack to; text reaches 20, and only zeros a thousand."""
 FREE_BYTES = MIB
 """Unpacked without a look at the expansion: small files may be very regular."""
+PACKED_BYTES, UNZIPPED_BYTES = 8 * 1024, 4 * MIB
+"""Of a gzip file, read and unpacked at a time: expanded MAX_EXPANSION times, the one is less than the
+other, so that a bomb is seen before its first line is read."""
 MAX_KEYS = 10_000
 """Of all objects in one row."""
 MAX_DEPTH = 100
@@ -79,20 +82,35 @@ def read_file(file: File, ledger: Ledger) -> list[Row]:
         raise DataError(f"{file.name}: not a whole gzip file ({error}); fetch it again") from None
 
 
+class _Sips(io.RawIOBase):
+    """A stream that is read a little at a time, however much is asked for."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._stream.read(min(len(buffer), PACKED_BYTES))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
 class _Unzipped(io.RawIOBase):
     """What a gzip file unpacks to, unless it is far more than any text would."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream
         self._name = name
-        self._zip = gzip.GzipFile(fileobj=stream)
+        self._zip = gzip.GzipFile(fileobj=cast(BinaryIO, _Sips(stream)), mode="rb")
         self._count = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._zip.readinto(memoryview(buffer)[:MIB])
+        count = self._zip.readinto(buffer)
         self._count += count
         packed = max(1, self._stream.tell())
         if self._count > FREE_BYTES and self._count > MAX_EXPANSION * packed:
@@ -109,7 +127,7 @@ def unzipped(stream: BinaryIO, name: str) -> BinaryIO:
     Raises:
         DataError: from reading it, if it is a bomb.
     """
-    return cast(BinaryIO, io.BufferedReader(_Unzipped(stream, name), MIB))
+    return cast(BinaryIO, io.BufferedReader(_Unzipped(stream, name), UNZIPPED_BYTES))
 
 
 def kind_of(name: str) -> tuple[str | None, bool]:
