@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 Head = Callable[[Tensor], Tensor]
 """States [n, hidden] into logits [n, vocabulary]."""
@@ -87,7 +88,7 @@ def states_at(
         States [positions.sum(), hidden], rows first, and the head.
     """
     base = _unwrapped(model)
-    finish = FINISHES.get(type(base).__name__) if _of_transformers(base) else None
+    finish = FINISHES.get(_architecture(base) or "")
     if finish is None:
         return _logits_at(model, inputs, positions), _identity
     states = base.base_model(**inputs, use_cache=False).last_hidden_state[positions]
@@ -97,13 +98,12 @@ def states_at(
 
 def chunkable(model: nn.Module) -> bool:
     """Whether the logits of a model of this class need never exist whole."""
-    base = _unwrapped(model)
-    return _of_transformers(base) and type(base).__name__ in FINISHES
+    return _architecture(_unwrapped(model)) in FINISHES
 
 
 def _logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     base = _unwrapped(model)
-    if _of_transformers(base):  # since 5.23 a mask selects positions of each row
+    if _architecture(base):  # since 5.23 a mask selects positions of each row
         logits: Tensor = model(**inputs, logits_to_keep=positions, use_cache=False).logits
         return logits
     whole: Tensor = model(**inputs, use_cache=False).logits
@@ -115,9 +115,14 @@ def _unwrapped(model: nn.Module) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _of_transformers(base: nn.Module) -> bool:
-    """Code from a model's own repository may end otherwise under the same class name."""
-    return type(base).__module__.startswith("transformers.models.")
+def _architecture(base: nn.Module) -> str | None:
+    """The name of transformers' class; None for code from a model's own repository.
+
+    That may end otherwise under the same name. FSDP derives a class from itself and the model's.
+    """
+    derived = type(base).__mro__
+    own = derived[2] if isinstance(base, FSDPModule) else derived[0]
+    return own.__name__ if own.__module__.startswith("transformers.models.") else None
 
 
 def _identity(logits: Tensor) -> Tensor:

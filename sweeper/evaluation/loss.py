@@ -10,10 +10,11 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
@@ -99,8 +100,18 @@ def token_nll(
         batch: `labels` [batch, length] and what the model takes (`input_ids`, `attention_mask`, …), on
             the model's device. The label of a position is predicted from the position before it.
         chunk_size: at most so many tokens' logits exist at a time, in the backward as well, which
-            computes them a second time; None computes all at once.
+            computes them a second time; None computes all at once. A sharded model has its own
+            (`compute_loss_in_forward`).
     """
+    if isinstance(model, FSDPModule):  # its weights are whole inside its outermost forward only
+        nll: Tensor = model(**batch)
+        return nll
+    return _token_nll(model, batch, chunk_size)
+
+
+def _token_nll(
+    model: torch.nn.Module, batch: Mapping[str, Tensor], chunk_size: int | None
+) -> Tensor:
     labels = batch["labels"][:, 1:]
     is_target = labels != IGNORED
     inputs = {name: values for name, values in batch.items() if name != "labels"}
@@ -110,6 +121,20 @@ def token_nll(
         return _nll(head, states, targets)
     parts = zip(torch.split(states, chunk_size), torch.split(targets, chunk_size), strict=True)
     return torch.cat([_recomputed_nll(head, *part) for part in parts])
+
+
+def compute_loss_in_forward(model: torch.nn.Module, chunk_size: int | None) -> None:
+    """Have a model's forward, given labels, return the loss of each target token (`token_nll`).
+
+    DistributedDataParallel learns from the outermost forward which gradients to expect, FSDP gathers
+    weights there, and `token_nll` by itself goes around it. Without labels (generation) nothing changes.
+    """
+    plain = model.forward
+
+    def forward(*args: Any, **batch: Any) -> Any:
+        return _token_nll(model, batch, chunk_size) if "labels" in batch else plain(*args, **batch)
+
+    model.forward = forward
 
 
 def _nll(head: Head, states: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from sweeper.errors import ModelError
 from sweeper.modeling.adapter import OLORA_ON_CONV1D, count_parameters
 from sweeper.modeling.hardware import choose_dtype
-from sweeper.modeling.memory_estimate import held_dtype, hold, model_on_meta, quantized_weights
+from sweeper.modeling.memory_estimate import MIB, held_dtype, hold, model_on_meta, quantized_weights
 from sweeper.modeling.source import load_config
 from sweeper.outcome import Size
 from sweeper.settings import LoraAdapter, TrialSettings
@@ -70,9 +70,12 @@ def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.de
     if isinstance(model, PeftModel):
         _require_trainable(model, settings)
     count = count_parameters(model)
-    held = hold(model, settings.quantization, settings.training.optim, on)
+    training = settings.training
+    held = hold(model, settings.quantization, training.optim, on, training.shards)
+    # of a sharded trial, too, the untuned base and the best checkpoint are judged whole, on one device
+    need = max(held.mib, held.weights * training.shards / MIB)
     rank = adapter.rank if isinstance(adapter, LoraAdapter) else None
-    return Size(trainable=count.trainable, total=count.total, rank=rank, held_mib=held.mib)
+    return Size(trainable=count.trainable, total=count.total, rank=rank, held_mib=need)
 
 
 def nearest_rank(adapter: LoraAdapter, config: PretrainedConfig, attn_implementation: str) -> int:

@@ -24,6 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sweeper.errors import ModelError
 from sweeper.modeling.adapter import attach
+from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.rehearsal import Peak, Workload, rehearse, trainable
 from sweeper.modeling.source import load_config, one_line
@@ -59,7 +60,8 @@ class MemoryEstimate:
     logits: float
     """The output head's result and the loss over it."""
     workspace: float
-    """One quantized weight unpacked for its product, or the optimizer step's temporaries."""
+    """One quantized weight unpacked for its product, one block gathered from the devices with its
+    gradient (training.fsdp), or the optimizer step's temporaries."""
 
     @property
     def total(self) -> float:
@@ -79,7 +81,7 @@ WORDS = {
     "gradients": "gradients",
     "activations": "activations kept for the backward pass",
     "logits": "logits and loss",
-    "workspace": "temporaries (unpacked weights, optimizer step)",
+    "workspace": "temporaries (unpacked or gathered weights, optimizer step)",
 }
 assert list(WORDS) == [field.name for field in fields(MemoryEstimate)]
 
@@ -100,9 +102,13 @@ class Held:
 
 
 def hold(
-    model: PreTrainedModel | PeftModel, quantization: Quantization, optim: str, on: torch.device
+    model: PreTrainedModel | PeftModel,
+    quantization: Quantization,
+    optim: str,
+    on: torch.device,
+    shards: int = 1,
 ) -> Held:
-    """What training this model, built on the meta device, would hold.
+    """What each of `shards` devices would hold while they train this model, built on the meta device.
 
     The model's frozen weights get the dtype in which they are held beside quantized ones. The states of
     a paged optimizer do not count on a GPU: it moves them out of the device's way.
@@ -113,12 +119,9 @@ def hold(
     weights, adapter = _resident_bytes(model, packed, quantization)
     learned = trainable(model)
     pages = optim.startswith("paged") and on.type == "cuda"
-    return Held(
-        weights,
-        adapter,
-        gradients=sum(p.numel() * p.element_size() for p in learned),
-        optimizer=0 if pages else sum(state_bytes(p.numel(), optim) for p in learned),
-    )
+    states = 0 if pages else sum(state_bytes(p.numel(), optim) for p in learned)
+    gradients = sum(p.numel() * p.element_size() for p in learned)
+    return Held(*(math.ceil(part / shards) for part in (weights, adapter, gradients, states)))
 
 
 def estimate_trial(
@@ -148,6 +151,7 @@ def estimate_trial(
         optim=training.optim,
         targets=targets,
         loss_chunk_size=training.loss_chunk_size,
+        shards=training.shards,
     )
     return estimate(
         load_config(settings.model),
@@ -176,11 +180,16 @@ def estimate(
         ModelError: the adapter does not fit the architecture.
     """
     model = model_on_meta(config, adapter, held_dtype(adapter, compute_dtype), attn_implementation)
-    held = hold(model, quantization, workload.optim, on)
-    step = step_workspace([p.numel() for p in trainable(model)], workload.optim, on)
+    shards = workload.shards
+    held = hold(model, quantization, workload.optim, on, shards)
+    sizes = [math.ceil(p.numel() / shards) for p in trainable(model)]
+    step = step_workspace(sizes, workload.optim, on)
     packed = quantized_weights(model) if quantization.kind != "none" else {}
     unpacked = _largest(packed, compute_dtype)
     peak = rehearse(model, workload, compute_dtype)
+    if shards > 1:  # one block at a time is whole, with its gradient
+        unpacked = 2 * largest_gathered(model)
+        peak = replace(peak, gradients=math.ceil(peak.gradients / shards))
     if workload.accumulates:
         peak = replace(peak, gradients=held.gradients)
     if peak.bytes + unpacked >= held.gradients + step:

@@ -42,6 +42,8 @@ class Workload:
     """Positions per row whose logits are computed; None is all of them."""
     loss_chunk_size: int | None = None
     """Positions (over all rows) whose logits exist at once; None is all of them."""
+    shards: int = 1
+    """Devices that weights, gradients and optimizer states are spread over (training.fsdp)."""
 
     @property
     def logit_positions(self) -> int:

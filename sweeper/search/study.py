@@ -50,6 +50,7 @@ WITHOUT_EFFECT = (
     "training.loss_chunk_size",  # the same loss, computed in pieces
     "training.micro_batch",  # the effective batch stays
     "training.devices_per_trial",  # and devices share it
+    "training.fsdp",  # or the weights as well
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)

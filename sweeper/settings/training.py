@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from sweeper.settings.section import AutoBool, Positive, Section, Steps
 
+SHARDABLE = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers whose states FSDP can spread over devices; bitsandbytes' work on whole tensors."""
+
 
 class SchedulerOptions(Section):
     """transformers' lr_scheduler_kwargs, as far as a trial may set them."""
@@ -32,6 +35,7 @@ class Training(Section):
     per_device_train_batch_size: Positive
     gradient_accumulation_steps: Positive
     devices_per_trial: Positive
+    fsdp: bool
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"]
     micro_batch: Literal["as_given", "largest"]
     optim: Literal[
@@ -70,6 +74,24 @@ class Training(Section):
     def effective_batch_size(self) -> int:
         """Examples per optimiser step, however many devices share them."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices weights, gradients and optimizer states are spread."""
+        return self.devices_per_trial if self.fsdp else 1
+
+    @model_validator(mode="after")
+    def _fsdp_has_devices(self) -> Training:
+        if self.fsdp and self.devices_per_trial == 1:
+            raise ValueError(
+                "fsdp=true spreads a model over devices: set devices_per_trial to 2 or more"
+            )
+        if self.fsdp and self.optim not in SHARDABLE:
+            raise ValueError(
+                f"fsdp=true: optim={self.optim} cannot be spread over devices; choose "
+                f"{' or '.join(SHARDABLE)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _devices_share_the_batch(self) -> Training:

@@ -57,6 +57,15 @@ class TrialSettings(Section):
             raise ValueError(misfit)
         return self
 
+    @model_validator(mode="after")
+    def _fsdp_trains_every_weight(self) -> TrialSettings:
+        if self.training.fsdp and isinstance(self.adapter, LoraAdapter):
+            raise ValueError(
+                "training.fsdp=true is for full fine-tuning (adapter=none); an adapter trains on "
+                "several devices with training.devices_per_trial alone"
+            )
+        return self
+
     def with_rank(self, rank: int | None) -> Self:
         """The same trial with its adapter's rank decided; itself where there is nothing to decide."""
         if rank is None or isinstance(self.adapter, NoAdapter):
@@ -83,6 +92,8 @@ WITHOUT_SIZE = {"alpha_over_r", "lora_alpha", "lora_dropout", "use_rslora", "lor
 """Keys of `adapter` that change neither a shape nor whether a module is found."""
 SIZED = {
     "activation_checkpointing",
+    "devices_per_trial",
+    "fsdp",
     "gradient_accumulation_steps",
     "loss_chunk_size",
     "optim",

@@ -49,6 +49,7 @@ from sweeper.training.prepare import Prepared, prepare
 from sweeper.training.ranks import Join, Ranks, alone
 from sweeper.training.room import Room
 from sweeper.training.schedule import advice
+from sweeper.training.sharded import load_sharded
 from sweeper.training.spool import finite
 from sweeper.training.trial import Looks, TrialInputs, follow_trial, train_trial
 
@@ -360,9 +361,10 @@ class TransformersRunner:
             self._join(settings, folder.checkpoints) as ranks,
             self._inputs(settings, base, prepared, ranks, meter) as inputs,
         ):
-            outcome = train_trial(inputs, settings, folder, observer, meter)
-            with meter.stage("eval"):
-                asked.write(untuned, asked.answers(inputs.model), folder)
+            outcome, trained = train_trial(inputs, settings, folder, observer, meter)
+            if trained is not None:
+                with meter.stage("eval"):
+                    asked.write(untuned, asked.answers(trained), folder)
         _warn(outcome, prepared, meter)
         return outcome
 
@@ -380,8 +382,7 @@ class TransformersRunner:
         """What a trial trains, with its adapter on the warm base for as long as the context lasts."""
         with meter.stage("load"):
             set_seed(settings.seed)  # before the adapter: its initialisation is random
-            adapter = settings.adapter
-            model = attach(base.model, adapter) if isinstance(adapter, LoraAdapter) else base.model
+            model = self._trainable(settings, base)
         try:
             yield TrialInputs(
                 model=model,
@@ -397,6 +398,15 @@ class TransformersRunner:
                 detach(model)
             if touches_base(settings.adapter):
                 self._warm.clear()
+
+    def _trainable(self, settings: TrialSettings, base: Base) -> PreTrainedModel | PeftModel:
+        """The base with its adapter, all of the base, or its shares on the ranks."""
+        if isinstance(settings.adapter, LoraAdapter):
+            return attach(base.model, settings.adapter)
+        if not settings.training.fsdp:
+            return base.model
+        self._warm.clear()
+        return load_sharded(base.model, settings.training.shards)
 
     def _base(self, settings: TrialSettings) -> Base:
         """The warm base; a trial that trains the base's own weights leaves none behind."""

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerControl
 
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import Judgement
-from sweeper.evaluation.loss import autocast, target_nll
+from sweeper.evaluation.loss import autocast, compute_loss_in_forward, target_nll
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import seal
@@ -34,20 +34,6 @@ class Rows(Dataset[Tokens]):
 
     def __getitem__(self, index: int) -> Tokens:
         return self._rows[index]
-
-
-def compute_loss_in_forward(model: torch.nn.Module, chunk_size: int | None) -> None:
-    """Have a model's forward, given labels, return the summed loss of a batch.
-
-    DistributedDataParallel learns from the outermost forward which gradients to expect, and
-    `target_nll` by itself goes around it. Without labels (generation) nothing changes.
-    """
-    plain = model.forward
-
-    def forward(*args: Any, **batch: Any) -> Any:
-        return target_nll(model, batch, chunk_size) if "labels" in batch else plain(*args, **batch)
-
-    model.forward = forward
 
 
 class JudgedTrainer(Trainer):  # type: ignore[misc]
@@ -79,6 +65,12 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             adapter.loraplus_lr_ratio if isinstance(adapter, LoraAdapter) else None
         )
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by all tokens of a step
+
+    @property
+    def trained(self) -> torch.nn.Module | None:
+        """After training: the model with the best weights."""
+        model: torch.nn.Module = self.model
+        return model
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' choice by name, or LoRA+ over it."""
@@ -113,7 +105,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         with autocast(self.args.device, self._compute_dtype):
             if self._ranks.size == 1:
                 return target_nll(model, inputs, self._chunk_size) / num_items_in_batch
-            nll: torch.Tensor = model(**inputs)
+            nll: torch.Tensor = model(**inputs).sum()
             # gradients are averaged over the ranks, and num_items_in_batch counts all of them
             return nll * self._ranks.size / num_items_in_batch
 

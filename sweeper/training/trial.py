@@ -39,6 +39,7 @@ from sweeper.training.observer import Observer
 from sweeper.training.ranks import ALONE, Ranks, Unison
 from sweeper.training.rules import Watch
 from sweeper.training.schedule import Schedule, plan_schedule
+from sweeper.training.sharded import ShardedTrainer
 from sweeper.training.spool import Spool, finite, read_spool
 from sweeper.training.trainer import JudgedTrainer, Judging, Rows
 
@@ -48,7 +49,7 @@ class TrialInputs:
     """What a trial is trained on and judged by."""
 
     model: PreTrainedModel | PeftModel
-    """Ready to train."""
+    """Ready to train; with training.fsdp its weights are spread over the ranks."""
     tokenizer: PreTrainedTokenizerBase
     train: Encoded
     judge: Judge
@@ -65,7 +66,7 @@ def train_trial(
     folder: TrialFolder,
     observer: Observer,
     meter: Meter,
-) -> Outcome:
+) -> tuple[Outcome, PreTrainedModel | PeftModel | None]:
     """Train to the end of the schedule, to early stopping, or until the observer says stop.
 
     The best checkpoint by the objective is what stays in the model and in the folder; its value on the
@@ -78,6 +79,10 @@ def train_trial(
         folder: where everything is written.
         observer: told of every step and evaluation, asked whether to stop.
         meter: charged with what the trial uses.
+
+    Returns:
+        The outcome and the model with the best weights; None where they were spread over devices and
+        never judged.
 
     Raises:
         Diverged: a loss or the gradient norm is not finite, or the loss is far off.
@@ -97,7 +102,8 @@ def train_trial(
     looks = Looks(inputs.judge.within_trial({objective.metric, reported}), meter)
 
     def judge(model: torch.nn.Module) -> Judgement:
-        judgement = looks(model)
+        # ranks that judge in step cannot try again alone
+        judgement = looks.judge(model) if settings.training.fsdp else looks(model)
         inputs.ranks.agree(dict(judgement.metrics))
         return judgement
 
@@ -105,10 +111,12 @@ def train_trial(
     with meter.stage("train"):
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
     judgement = _judge_kept(trainer, inputs.judge, looks, meter)
-    with meter.stage("save"):
-        figures = {**meter.figures, **({} if judgement is None else judgement.metrics)}
-        save_artifact(Trained(inputs.model, inputs.tokenizer), settings, folder, figures)
-    return _outcome(trainer.state, narrator, settings, folder, judgement)
+    trained = trainer.trained
+    if trained is not None:
+        with meter.stage("save"):
+            figures = {**meter.figures, **({} if judgement is None else judgement.metrics)}
+            save_artifact(Trained(trained, inputs.tokenizer), settings, folder, figures)
+    return _outcome(trainer.state, narrator, settings, folder, judgement), trained
 
 
 def _take_up(folder: TrialFolder, meter: Meter) -> Checkpoint | None:
@@ -133,7 +141,12 @@ def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
     resumed = newest_checkpoint(checkpoints)
 
-    def hear(_: torch.nn.Module) -> Judgement:
+    objective = settings.objective
+    judged = {objective.metric, objective.judged_while_training}
+
+    def hear(model: torch.nn.Module) -> Judgement:
+        if settings.training.fsdp:  # the leader cannot judge a model without its shares
+            inputs.judge.within_trial(judged)(model)
         return Judgement(inputs.ranks.agree({}), examples=())
 
     trainer = _trainer(inputs, settings, schedule, checkpoints, hear, Meter(), [])
@@ -169,7 +182,8 @@ def _trainer(
     meter: Meter,
     callbacks: list[TrainerCallback],
 ) -> JudgedTrainer:
-    trainer = JudgedTrainer(
+    kind = ShardedTrainer if settings.training.fsdp else JudgedTrainer
+    trainer = kind(
         judging=judging,
         meter=meter,
         settings=settings,

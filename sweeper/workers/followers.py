@@ -33,6 +33,7 @@ END_SECONDS = 60.0
 """How long a follower may take to end its part once the leader has ended its own."""
 REPORT_SECONDS = 5.0
 """How long a follower may take to say why an exchange with it failed."""
+REAP_SECONDS = 1.0
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -171,6 +172,7 @@ def _fate(rank: int, follower: Follower, wait_s: float) -> str:
     report = follower.report(wait_s)
     if report is not None and report.problem:
         return f"rank {rank}: {report.problem}"
+    follower.process.join(min(wait_s, REAP_SECONDS))  # its sockets close before it counts as dead
     state = "waits" if follower.process.is_alive() else f"died\n{tail_of(follower.log)}"
     return f"rank {rank} {state}"
 

@@ -53,7 +53,8 @@ def test_a_sweep_runs_through_a_change_of_summer_time(
     clock = WallClock.build(tmp_path)
     starts = datetime.fromisoformat(moment).replace(tzinfo=BERLIN).timestamp()
     clock.set_to(starts)
-    sweep = launch(*LIMITED, environment={**clock.environment, "TZ": "Europe/Berlin"})
+    slowly = "workers.fake.step_seconds=0.2"  # still at it ten seconds after its start
+    sweep = launch(*LIMITED, slowly, environment={**clock.environment, "TZ": "Europe/Berlin"})
     sweep.until_steps(2)
     sweep.end()
     _check(sweep)

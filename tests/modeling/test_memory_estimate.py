@@ -113,6 +113,23 @@ def test_counts_on_meta_are_those_of_the_loaded_model(overrides: list[str]) -> N
     assert (size.trainable, size.total) == (count.trainable, count.total)
 
 
+@pytest.mark.parametrize(("devices", "bytes_each"), [(1, 16), (2, 8), (4, 4), (8, 4)])
+def test_shares_are_a_part_of_all_until_the_whole_weights_count(
+    devices: int, bytes_each: int
+) -> None:
+    """AdamW in fp32 holds 16 bytes a parameter; judged is the whole model, which needs 4 of them."""
+    settings = make_settings(
+        *("adapter=none", "quantization=none", "training.optim=adamw_torch"),
+        *(f"training.devices_per_trial={devices}", f"training.fsdp={devices > 1}"),
+    )
+    size = ModelChecks().size(settings.trial, CPU)
+    assert size.held_mib == pytest.approx(bytes_each * size.total / 2**20, rel=1e-5)
+    parts = estimate_trial(settings.trial, CPU, length=64)
+    assert parts.weights + parts.optimizer == pytest.approx(
+        12 * size.total / devices / 2**20, rel=1e-5
+    )
+
+
 def _rehearsed(workload: Workload, attention: str = "sdpa", *overrides: str) -> Peak:
     adapter = make_settings("quantization=none", *overrides).adapter
     return rehearse(model_on_meta(DEEP, adapter, torch.float32, attention), workload, torch.float32)

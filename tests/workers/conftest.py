@@ -1,14 +1,21 @@
-"""Settings of engines with the fake trainer, and a Ray cluster on this machine."""
+"""Settings of engines with the fake trainer, a Ray cluster on this machine, trials on two processes."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sweeper.folders import TrialFolder
 from sweeper.settings import FakeTrainer, Workers
+from sweeper.training.runner import TransformersRunner
+from sweeper.workers.followers import Followers
+from tests.conftest import make_settings
+from tests.training.recorder import Recorder
+from tests.workers.together import Train
 
 # before ray is imported anywhere; the programs that tests start inherit it
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -35,3 +42,29 @@ def ray_cluster() -> Iterator[Any]:
 
 
 SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
+
+
+@pytest.fixture(scope="module")
+def followers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followers]:
+    """One follower on this machine's CPU."""
+    log = tmp_path_factory.mktemp("workers") / "worker_0.log"
+    company = Followers([None], threads=1, log=log)
+    yield company
+    company.close()
+
+
+@pytest.fixture
+def train(tiny_base: Path, rows_file: Path, tmp_path: Path, followers: Followers) -> Train:
+    """Train on as many processes as the overrides say: (outcome, what was observed, folder)."""
+    runner = TransformersRunner(1, followers.join)
+
+    def run(name: str, *overrides: str, observer: Recorder | None = None):  # type: ignore[no-untyped-def]
+        settings = make_settings(
+            *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
+            *("training.max_steps=6", "training.eval_steps=2", "training.logging_steps=1"),
+            *("training.per_device_train_batch_size=4", *overrides),
+        ).trial
+        recorder, folder = observer or Recorder(), TrialFolder(tmp_path / name)
+        return runner.run(settings, folder, {}, recorder), recorder, folder
+
+    return run

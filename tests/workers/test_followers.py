@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sweeper.errors import ConfigError, WorkerError
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Outcome
-from sweeper.training.runner import TransformersRunner
-from sweeper.training.spool import read_spool
 from sweeper.workers.devices import devices_of
 from sweeper.workers.followers import Followers
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
-
-Train = Callable[..., tuple[Outcome, Recorder, TrialFolder]]
-
-
-@pytest.fixture(scope="module")
-def followers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followers]:
-    """One follower on this machine's CPU."""
-    log = tmp_path_factory.mktemp("workers") / "worker_0.log"
-    company = Followers([None], threads=1, log=log)
-    yield company
-    company.close()
-
-
-@pytest.fixture
-def train(tiny_base: Path, rows_file: Path, tmp_path: Path, followers: Followers) -> Train:
-    """Train on as many processes as the overrides say: (outcome, what was observed, folder)."""
-    runner = TransformersRunner(1, followers.join)
-
-    def run(name: str, *overrides: str, observer: Recorder | None = None):  # type: ignore[no-untyped-def]
-        settings = make_settings(
-            *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
-            *("training.max_steps=6", "training.eval_steps=2", "training.logging_steps=1"),
-            *("training.per_device_train_batch_size=4", *overrides),
-        ).trial
-        recorder, folder = observer or Recorder(), TrialFolder(tmp_path / name)
-        return runner.run(settings, folder, {}, recorder), recorder, folder
-
-    return run
-
-
-def spooled(folder: TrialFolder, name: str) -> list[float]:
-    return [row[name] for row in read_spool(folder.metrics) if name in row]
+from tests.workers.together import KillsFollowers, Train, spooled
 
 
 @pytest.mark.parametrize(
@@ -90,18 +51,6 @@ def test_a_stop_reaches_every_device(train: Train, followers: Followers) -> None
     assert (outcome.cause, outcome.steps) == ("pruned", 2)
     outcome, _, _ = train("second", "training.devices_per_trial=2")
     assert outcome.cause == "finished"
-
-
-class KillsFollowers(Recorder):
-    """After the second evaluation there is nobody left to follow."""
-
-    def evaluated(self, step: int, total_steps: int, value: float) -> None:
-        super().evaluated(step, total_steps, value)
-        if len(self.losses) < 2:
-            return
-        for child in psutil.Process().children(recursive=True):
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
 
 
 @pytest.mark.slow

@@ -1,0 +1,161 @@
+"""Full fine-tuning with the weights spread over devices (FSDP2): the same trial as on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CodeGenConfig,
+    GPT2Config,
+    PretrainedConfig,
+    Qwen3Config,
+)
+
+from sweeper.embedded import BASE_DIR
+from sweeper.errors import ConfigError, WorkerError
+from sweeper.folders import TrialFolder
+from sweeper.training import runner as runner_module
+from sweeper.training.sharded import load_sharded
+from tests.conftest import make_settings
+from tests.training.recorder import Recorder
+from tests.workers.together import KillsFollowers, Train, spooled
+
+FULL = ("adapter=none", "training.optim=adamw_torch")
+SHARDED = (*FULL, "training.devices_per_trial=2", "training.fsdp=true")
+NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+GPT = {"vocab_size": 2048, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
+CONFIGS: dict[str, PretrainedConfig] = {
+    # head and embedding are one weight; blocks that transformers has no sharding plan for
+    "gpt2": GPT2Config(**GPT, **NO_DROPOUT),
+    "qwen3": Qwen3Config(
+        **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+        **{"vocab_size": 2048, "max_position_embeddings": 512, "tie_word_embeddings": True},
+    ),
+    # a head that is only reached by the model's own forward
+    "codegen": CodeGenConfig(**GPT, **NO_DROPOUT, rotary_dim=4),
+}
+
+
+def stored(folder: TrialFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.model / "model.safetensors")
+
+
+def assert_same_trial(train: Train, *overrides: str) -> None:
+    alone, one, first = train("one", *FULL, *overrides)
+    together, two, second = train("two", *SHARDED, *overrides)
+    assert together.cause == alone.cause == "finished", together.message
+    assert together.best_value == pytest.approx(alone.best_value, abs=1e-5)
+    losses = [value for _, value in one.losses]
+    assert [value for _, value in two.losses] == pytest.approx(losses, abs=1e-5)
+    for name in ("train/loss", "train/grad_norm"):
+        assert spooled(second, name) == pytest.approx(spooled(first, name), abs=1e-4)
+    weights, expected = stored(second), stored(first)
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_sharded_weights_train_the_trial_of_one_device(train: Train) -> None:
+    """Losses of training and evaluation, gradient norms and stored weights are those of one device."""
+    assert_same_trial(train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_architectures_are_sharded(train: Train, tmp_path: Path, name: str) -> None:
+    """Tied weights, blocks without a plan of transformers', heads inside a forward: the same trial."""
+    base = tmp_path / name
+    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(base)
+    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(base)
+    assert_same_trial(train, f"model.base_model={base}", "model.attn_implementation=eager")
+
+
+@pytest.mark.slow
+def test_what_saves_memory_works_on_shares(train: Train) -> None:
+    """Recomputed activations, a loss in chunks and accumulated micro-batches change nothing."""
+    assert_same_trial(
+        train,
+        *("training.activation_checkpointing=true", "training.loss_chunk_size=16"),
+        *("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=4"),
+    )
+
+
+@pytest.mark.slow
+def test_generated_answers_are_judged_on_shares(train: Train) -> None:
+    """A trial may be steered by what the sharded model writes."""
+    assert_same_trial(
+        train,
+        "objective.metric=eval/rougeL",
+        "objective.direction=maximize",
+        "evaluation.generation.max_new_tokens=8",
+        "evaluation.generation.num_examples=4",
+    )
+
+
+@pytest.mark.slow
+def test_each_device_holds_its_share(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every weight, and so of its gradient and its optimizer states, the leader has one half."""
+    held: list[float] = []
+
+    def watching(whole: torch.nn.Module, devices: int) -> torch.nn.Module:
+        model = load_sharded(whole, devices)
+        assert all(parameter.is_meta for parameter in whole.parameters())
+        held.extend(p.to_local().numel() / p.numel() for p in model.parameters())
+        return model
+
+    monkeypatch.setattr(runner_module, "load_sharded", watching)
+    outcome, _, _ = train("shares", *SHARDED)
+    assert outcome.cause == "finished"
+    assert len(held) > 10
+    assert set(held) == {0.5}
+
+
+@pytest.mark.slow
+def test_a_killed_sharded_trial_goes_on_from_its_checkpoint(train: Train) -> None:
+    """Weights, optimizer states and schedule are restored: the trial is that of one never killed."""
+    _, whole, expected = train("whole", *SHARDED)
+    with pytest.raises(WorkerError, match="rank 1 died"):
+        train("killed", *SHARDED, observer=KillsFollowers())
+    outcome, recorder, folder = train("killed", *SHARDED)
+    assert outcome.cause == "finished"
+    assert [step for step, _ in recorder.losses] == [4, 6]
+    losses = [value for _, value in whole.losses[1:]]
+    assert [value for _, value in recorder.losses] == pytest.approx(losses, abs=1e-6)
+    for name, weight in stored(expected).items():
+        torch.testing.assert_close(stored(folder)[name], weight, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_pruned_sharded_trial_ends_everywhere(train: Train) -> None:
+    """It stops at the same step everywhere, keeps its best weights whole, and the next one trains."""
+    outcome, _, folder = train("first", *SHARDED, observer=Recorder(stop_after=1))
+    assert (outcome.cause, outcome.steps) == ("pruned", 2)
+    assert stored(folder)
+    outcome, _, _ = train("second", *SHARDED)
+    assert outcome.cause == "finished"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("adapter=none", "quantization=none", "training.fsdp=true"), "set devices_per_trial to 2"),
+        (
+            (*SHARDED, "quantization=none", "training.optim=adamw_8bit"),
+            r"adamw_8bit cannot be spread",
+        ),
+        (
+            ("training.devices_per_trial=2", "training.fsdp=true"),
+            "is for full fine-tuning",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(overrides: tuple[str, ...], words: str) -> None:
+    """One device, an adapter, bitsandbytes' optimizers: refused before anything is trained."""
+    with pytest.raises(ConfigError, match=words):
+        make_settings(*overrides)
