@@ -163,7 +163,7 @@ def test_results_come_back_from_nodes_that_do_not_see_the_folder(
         step_seconds=0.001, steps=10, plan={}, finalists={}, free_mib=None, room_mib=None
     )
     engine = FarEngine(
-        make_workers("ray", fake, ray_cluster.address), 1, lambda worker: tmp_path / "log"
+        make_workers("ray", fake, ray_cluster.address), 1, 1, lambda worker: tmp_path / "log"
     )
     try:
         submit = submit_trial(engine, tmp_path)
