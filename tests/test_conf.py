@@ -32,10 +32,14 @@ OWN_FILES = {
 
 @pytest.fixture
 def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory with the files that commands and experiments name."""
+    """A working directory with the files, and a database, that commands and experiments name."""
+    monkeypatch.setenv("SWEEPER_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
     for name in ("my.jsonl", "train.jsonl", "val.jsonl"):
         (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
-    (tmp_path / "book.txt").write_text("A book.\n")
+    (tmp_path / "val.csv").write_text("prompt,completion\na,b\n")
+    (tmp_path / "folder").mkdir()
+    for name in ("book.txt", "wiki.txt"):
+        (tmp_path / name).write_text("A book.\n")
     monkeypatch.chdir(tmp_path)
 
 
@@ -109,16 +113,17 @@ def _commands(text: str) -> list[str]:
 COMMANDS = sorted(
     {
         command
-        for path in (*FILES, CONF.parent / "README.md")
+        for path in (*FILES, *CONF.parent.glob("*.md"), *CONF.parent.glob("docs/*.md"))
         for command in _commands(path.read_text(encoding="utf-8"))
+        if "…" not in command
     }
 )
 
 
 @pytest.mark.usefixtures("own_files")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command_in_readme_or_yaml_is_valid(command: str) -> None:
-    """What the README and the headers of conf/ tell people to type passes every check."""
+def test_command_in_a_text_or_yaml_is_valid(command: str) -> None:
+    """What README, docs and the headers of conf/ tell people to type passes every check."""
     line = parse_command_line(shlex.split(command))
     if line.overrides and line.overrides[0] in VERBS:
         return
