@@ -26,6 +26,7 @@ from tests.training.recorder import Recorder
 from tests.workers.together import KillsFollowers, Train, spooled
 
 FULL = ("adapter=none", "training.optim=adamw_torch")
+EAGER = "model.attn_implementation=eager"
 SHARDED = (*FULL, "training.devices_per_trial=2", "training.fsdp=true")
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 GPT = {"vocab_size": 2048, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -53,6 +54,8 @@ def assert_same_trial(train: Train, *overrides: str) -> None:
     assert together.best_value == pytest.approx(alone.best_value, abs=1e-5)
     losses = [value for _, value in one.losses]
     assert [value for _, value in two.losses] == pytest.approx(losses, abs=1e-5)
+    for name in ("parameters/trainable", "parameters/total", "data/train_rows"):
+        assert together.metrics[name] == alone.metrics[name]
     for name in ("train/loss", "train/grad_norm"):
         assert spooled(second, name) == pytest.approx(spooled(first, name), abs=1e-4)
     weights, expected = stored(second), stored(first)
@@ -66,14 +69,18 @@ def test_sharded_weights_train_the_trial_of_one_device(train: Train) -> None:
     assert_same_trial(train)
 
 
+def make_base(name: str, folder: Path) -> str:
+    """Overrides for a randomly initialised model of an architecture."""
+    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(folder)
+    return f"model.base_model={folder}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_architectures_are_sharded(train: Train, tmp_path: Path, name: str) -> None:
     """Tied weights, blocks without a plan of transformers', heads inside a forward: the same trial."""
-    base = tmp_path / name
-    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(base)
-    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(base)
-    assert_same_trial(train, f"model.base_model={base}", "model.attn_implementation=eager")
+    assert_same_trial(train, make_base(name, tmp_path / name), EAGER)
 
 
 @pytest.mark.slow
@@ -117,18 +124,22 @@ def test_each_device_holds_its_share(train: Train, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_a_killed_sharded_trial_goes_on_from_its_checkpoint(train: Train) -> None:
-    """Weights, optimizer states and schedule are restored: the trial is that of one never killed."""
-    _, whole, expected = train("whole", *SHARDED)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_killed_sharded_trial_goes_on_from_its_checkpoint(
+    train: Train, tmp_path: Path, tiny_base: Path, name: str
+) -> None:
+    """Weights (tied ones, too), optimizer states and schedule are those of a trial never killed."""
+    base = make_base(name, tmp_path / name) if name in CONFIGS else f"model.base_model={tiny_base}"
+    _, whole, expected = train("whole", *SHARDED, base, EAGER)
     with pytest.raises(WorkerError, match="rank 1 died"):
-        train("killed", *SHARDED, observer=KillsFollowers())
-    outcome, recorder, folder = train("killed", *SHARDED)
+        train("killed", *SHARDED, base, EAGER, observer=KillsFollowers())
+    outcome, recorder, folder = train("killed", *SHARDED, base, EAGER)
     assert outcome.cause == "finished"
     assert [step for step, _ in recorder.losses] == [4, 6]
     losses = [value for _, value in whole.losses[1:]]
     assert [value for _, value in recorder.losses] == pytest.approx(losses, abs=1e-6)
-    for name, weight in stored(expected).items():
-        torch.testing.assert_close(stored(folder)[name], weight, atol=1e-6, rtol=1e-5)
+    for key, weight in stored(expected).items():
+        torch.testing.assert_close(stored(folder)[key], weight, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.slow
