@@ -184,12 +184,8 @@ class Judge:
 
     def halved(self) -> Judge | None:
         """The same judge in batches half the size, which change no figure; None below one example."""
-        size, generation = self.settings.per_device_eval_batch_size, self.settings.generation
-        if size == 1 and generation.batch_size == 1:
-            return None
-        smaller = generation.model_copy(update={"batch_size": max(1, generation.batch_size // 2)})
-        changes = {"per_device_eval_batch_size": max(1, size // 2), "generation": smaller}
-        return replace(self, settings=self.settings.model_copy(update=changes))
+        smaller = self.settings.halved()
+        return None if smaller is None else replace(self, settings=smaller)
 
 
 def make_judge(

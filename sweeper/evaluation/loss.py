@@ -6,6 +6,7 @@ with the batch size alone (transformers issue 39241), more than most things a st
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,6 +132,7 @@ def compute_loss_in_forward(model: torch.nn.Module, chunk_size: int | None) -> N
     """
     plain = model.forward
 
+    @functools.wraps(plain)  # generate() reads the signature
     def forward(*args: Any, **batch: Any) -> Any:
         return _token_nll(model, batch, chunk_size) if "labels" in batch else plain(*args, **batch)
 

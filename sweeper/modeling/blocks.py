@@ -15,9 +15,9 @@ def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def largest_gathered(model: PreTrainedModel) -> int:
-    """Bytes of the largest block, or of all that is in no block (embeddings, head, last norm)."""
+    """Bytes of the largest block and of all that is in none (embeddings, head, last norm)."""
     sizes = [_bytes(block) for block in blocks(model).values()]
-    return max(*sizes, _bytes(model) - sum(sizes))
+    return max(sizes, default=0) + _bytes(model) - sum(sizes)
 
 
 def _bytes(module: nn.Module) -> int:

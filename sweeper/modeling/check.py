@@ -72,8 +72,9 @@ def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.de
     count = count_parameters(model)
     training = settings.training
     held = hold(model, settings.quantization, training.optim, on, training.shards)
-    # of a sharded trial, too, the untuned base and the best checkpoint are judged whole, on one device
-    need = max(held.mib, held.weights * training.shards / MIB)
+    # the best checkpoint of a sharded trial is judged whole, on a device that has its share as well
+    whole = held.weights * (training.shards + 1) if training.fsdp else 0
+    need = max(held.mib, whole / MIB)
     rank = adapter.rank if isinstance(adapter, LoraAdapter) else None
     return Size(trainable=count.trainable, total=count.total, rank=rank, held_mib=need)
 

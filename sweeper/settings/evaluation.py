@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -78,6 +78,15 @@ class Evaluation(Section):
         Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")],
     ]
     metric_modules: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]]
+
+    def halved(self) -> Self | None:
+        """The same in batches half the size, which change no figure; None below one example."""
+        size, generation = self.per_device_eval_batch_size, self.generation
+        if size == 1 and generation.batch_size == 1:
+            return None
+        smaller = generation.model_copy(update={"batch_size": max(1, generation.batch_size // 2)})
+        changes = {"per_device_eval_batch_size": max(1, size // 2), "generation": smaller}
+        return self.model_copy(update=changes)
 
     @model_validator(mode="after")
     def _metrics_are_allowed(self) -> Evaluation:

@@ -40,11 +40,17 @@ def resolve(settings: TrialSettings, fits: Fits, *, on_gpu: bool) -> TrialSettin
 
 
 def halved(settings: TrialSettings) -> TrialSettings | None:
-    """The same effective batch in micro-batches of at most half the size; None below one example."""
+    """The same effective batch in micro-batches of at most half the size; None below one example.
+
+    The ranks of a sharded trial judge in step and cannot try a smaller batch alone: it is halved, too.
+    """
     training = settings.training
-    if training.per_device_train_batch_size == 1:
+    judged = settings.evaluation.halved() if training.fsdp else None
+    if training.per_device_train_batch_size == 1 and judged is None:
         return None
-    return with_micro_batch(settings, training.per_device_train_batch_size // 2)
+    if judged is not None:
+        settings = settings.model_copy(update={"evaluation": judged})
+    return with_micro_batch(settings, max(1, training.per_device_train_batch_size // 2))
 
 
 def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:

@@ -228,7 +228,7 @@ class TransformersRunner:
 
     def _stored(self, settings: TrialSettings, folder: Path) -> PreTrainedModel:
         """The weights of a full fine-tune, held as they were trained."""
-        self._warm.clear()  # make room: the stored model comes whole
+        self._make_room()  # the stored model comes whole
         stored = settings.model.model_copy(update={"base_model": str(folder), "revision": None})
         return load_base(stored, settings.quantization, trained=True).model
 
@@ -255,9 +255,7 @@ class TransformersRunner:
 
         Whoever else uses the device does not leave it for this study.
         """
-        self._warm.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._make_room()
         need, have = self.check(settings).held_mib, device_report(device()).free_mib
         if need > have:
             raise DoesNotFit(Misfit(need_mib=need, have_mib=have))
@@ -336,10 +334,9 @@ class TransformersRunner:
             # only here is the failed step's memory free: its traceback held it
             settings = smaller
             meter.oom_retries += 1
-            gc.collect()
-            torch.cuda.empty_cache()
+            _collect()
         if settings.artifacts.merged and folder.adapter.exists():
-            self._warm.clear()  # make room: the merged model is loaded whole
+            self._make_room()  # the merged model is loaded whole
             with meter.stage("save"):
                 merged = export_merged(settings, folder)
             with meter.stage("eval"):
@@ -406,17 +403,22 @@ class TransformersRunner:
         if not settings.training.fsdp:
             return base.model
         self._warm.clear()
-        return load_sharded(base.model, settings.training.shards)
+        return load_sharded(base.model, settings.training.shards, base.compute_dtype)
 
     def _base(self, settings: TrialSettings) -> Base:
         """The warm base; a trial that trains the base's own weights leaves none behind."""
         trained = not isinstance(settings.adapter, LoraAdapter)
         key = f"{trained} {settings.model.model_dump_json()} {settings.quantization.model_dump_json()}"
         if key not in self._warm:
-            self._warm.clear()  # one base at a time: memory is what it is all about
+            self._make_room()  # one base at a time: memory is what it is all about
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
             self._checksums = {key: checksums(self._warm[key].model)}
         return self._warm[key]
+
+    def _make_room(self) -> None:
+        """Let go of the base, and of what earlier trials left in cycles of references."""
+        self._warm.clear()
+        _collect()
 
     def _data(self, settings: TrialSettings, base: Base) -> Prepared:
         key = (settings.data.model_dump_json(), base.digest)
@@ -477,6 +479,11 @@ class TransformersRunner:
         }
         if estimate is not None:
             meter.figures["cost/estimated_memory_mib"] = estimate
+
+
+def _collect() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _unseen(judges: Judges, model: PreTrainedModel | PeftModel) -> Unseen:

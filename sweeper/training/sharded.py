@@ -10,11 +10,11 @@ Source: Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277); torch.distributed.fsd
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -27,7 +27,7 @@ from transformers.distributed import DistributedConfig
 
 from sweeper.modeling.blocks import blocks
 from sweeper.modeling.source import NO_CODE
-from sweeper.training.trainer import JudgedTrainer
+from sweeper.training.trainer import JudgedTrainer, stored_weights
 
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
@@ -36,7 +36,9 @@ GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
-def load_sharded(whole: PreTrainedModel, devices: int) -> PreTrainedModel:
+def load_sharded(
+    whole: PreTrainedModel, devices: int, compute_dtype: torch.dtype
+) -> PreTrainedModel:
     """The same model in fp32, its weights spread over the ranks of the process group.
 
     Called by every rank. The whole model gives up its storage first.
@@ -44,14 +46,19 @@ def load_sharded(whole: PreTrainedModel, devices: int) -> PreTrainedModel:
     Args:
         whole: loaded from a folder, and not changed since.
         devices: how many ranks there are.
+        compute_dtype: bfloat16 weights travel and compute as such; autocast's copies would stay.
     """
-    plan = _plan(whole)
+    spread = DistributedConfig(
+        fsdp_size=devices,
+        fsdp_plan=_plan(whole),
+        fsdp_mixed_precision=compute_dtype == torch.bfloat16,
+    )
     whole.to("meta")
     sharded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         whole.config.name_or_path,
         dtype=torch.float32,
         attn_implementation=whole.config._attn_implementation,
-        distributed_config=DistributedConfig(fsdp_size=devices, fsdp_plan=plan),
+        distributed_config=spread,
         use_safetensors=True,
         **NO_CODE,
     )
@@ -87,18 +94,14 @@ class ShardedTrainer(JudgedTrainer):
         self.args.save_only_model = False  # they are restored below
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states = get_optimizer_state_dict(self.model, self.optimizer, options=GATHERED)
+        states = get_optimizer_state_dict(self.model, self._own_optimizer, options=GATHERED)
         if self.args.should_save:
             torch.save(states, Path(output_dir) / OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        weights: dict[str, Any] = {}
-        if self.args.should_save:
-            for part in sorted(Path(resume_from_checkpoint).glob("model*.safetensors")):
-                weights |= load_file(part)
-            for tied, source in self.model.all_tied_weights_keys.items():
-                weights.setdefault(tied, weights[source])  # stored once
+        leads = self.args.should_save
+        weights: dict[str, Any] = stored_weights(Path(resume_from_checkpoint)) if leads else {}
         set_model_state_dict(self.model, weights, options=SPREAD)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -107,16 +110,28 @@ class ShardedTrainer(JudgedTrainer):
         states: dict[str, Any] = {}
         if self.args.should_save:
             states = torch.load(Path(checkpoint) / OPTIMIZER, weights_only=True)
-        set_optimizer_state_dict(self.model, self.optimizer, states, options=SPREAD)
+        set_optimizer_state_dict(self.model, self._own_optimizer, states, options=SPREAD)
         schedule = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
         self.lr_scheduler.load_state_dict(schedule)
 
     def _load_best_model(self) -> None:
         """The leader alone needs it, whole, to judge and store it while the others go home."""
         self.optimizer.state.clear()  # make room
+        self.judgements.clear()  # shares in bfloat16 round otherwise than autocast: judged anew
         if self.args.should_save:
             with self._meter.stage("load"):
                 self.model = load_whole(Path(self.state.best_model_checkpoint), self.model)
+
+    @property
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """Without accelerate's wrapper, whose steps go through the loss scaler."""
+        wrapper: Any = self.optimizer
+        own: torch.optim.Optimizer = wrapper.optimizer
+        return own
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
+        """Spread the gradient of every micro-batch: put off, it would stay whole on every device."""
+        return nullcontext()
 
     @property
     def trained(self) -> PreTrainedModel | None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerControl
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerControl
 
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.loss import autocast, compute_loss_in_forward, target_nll
+from sweeper.modeling.source import NO_CODE
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import seal
@@ -34,6 +35,19 @@ class Rows(Dataset[Tokens]):
 
     def __getitem__(self, index: int) -> Tokens:
         return self._rows[index]
+
+
+def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights of a full fine-tune's checkpoint on the CPU, by the names that the model has.
+
+    Read as transformers stored them: it splits experts and drops tied weights, which its Trainer's own
+    way of loading a checkpoint passes over in silence.
+    """
+    stored = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, device_map="cpu", use_safetensors=True, **NO_CODE
+    )
+    weights: dict[str, torch.Tensor] = stored.state_dict()
+    return weights
 
 
 class JudgedTrainer(Trainer):  # type: ignore[misc]
@@ -139,6 +153,23 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             if self.args.should_save:
                 seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
+    def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
+        """Where the training goes on; its best checkpoint has moved where the trial's folder has."""
+        place: tuple[int, int] = super()._init_training_state(*arguments, **options)
+        if self.state.best_global_step and self.state.best_model_checkpoint is None:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+        return place
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            self.model.load_state_dict(stored_weights(Path(resume_from_checkpoint)))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
         with self._meter.stage("load"):
-            super()._load_best_model()
+            if isinstance(self.model, PreTrainedModel):
+                self.model.load_state_dict(stored_weights(Path(self.state.best_model_checkpoint)))
+            else:
+                super()._load_best_model()

@@ -6,7 +6,7 @@ models or data (sweeper.training.runner does).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -143,10 +143,12 @@ def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path
 
     objective = settings.objective
     judged = {objective.metric, objective.judged_while_training}
+    # the leader cannot judge a model without its shares; the user's functions are called there alone
+    judge = replace(inputs.judge.within_trial(judged), custom={})
 
     def hear(model: torch.nn.Module) -> Judgement:
-        if settings.training.fsdp:  # the leader cannot judge a model without its shares
-            inputs.judge.within_trial(judged)(model)
+        if settings.training.fsdp:
+            judge(model)
         return Judgement(inputs.ranks.agree({}), examples=())
 
     trainer = _trainer(inputs, settings, schedule, checkpoints, hear, Meter(), [])
@@ -215,7 +217,7 @@ def _judge_kept(
 ) -> Judgement | None:
     """The kept checkpoint, now in the model, on the whole split; None if none was ever judged."""
     step = trainer.state.best_global_step
-    if trainer.state.best_metric is None:
+    if trainer.state.best_metric is None or trainer.trained is None:
         return None
     if looks.judge.sees_all_of(whole) and step in trainer.judgements:
         return trainer.judgements[step]

@@ -113,11 +113,11 @@ def test_counts_on_meta_are_those_of_the_loaded_model(overrides: list[str]) -> N
     assert (size.trainable, size.total) == (count.trainable, count.total)
 
 
-@pytest.mark.parametrize(("devices", "bytes_each"), [(1, 16), (2, 8), (4, 4), (8, 4)])
+@pytest.mark.parametrize(("devices", "bytes_each"), [(1, 16), (2, 8), (4, 5), (8, 4.5)])
 def test_shares_are_a_part_of_all_until_the_whole_weights_count(
-    devices: int, bytes_each: int
+    devices: int, bytes_each: float
 ) -> None:
-    """AdamW in fp32 holds 16 bytes a parameter; judged is the whole model, which needs 4 of them."""
+    """AdamW in fp32 holds 16 bytes a parameter; the whole model, judged beside a share, 4 and 4/n."""
     settings = make_settings(
         *("adapter=none", "quantization=none", "training.optim=adamw_torch"),
         *(f"training.devices_per_trial={devices}", f"training.fsdp={devices > 1}"),

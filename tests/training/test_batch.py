@@ -36,6 +36,22 @@ def test_halving_keeps_the_effective_batch_and_ends_below_one() -> None:
     assert seen == [(6, 2), (3, 4), (1, 12)]
 
 
+def test_out_of_memory_halves_what_sharded_trials_are_judged_in_as_well() -> None:
+    """Their ranks judge in step; a retry ends only when neither batch can be halved."""
+    settings: TrialSettings | None = make_settings(
+        *("adapter=none", "quantization=none", "training.optim=adamw_torch"),
+        *("training.devices_per_trial=2", "training.fsdp=true"),
+        *("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"),
+        *("evaluation.per_device_eval_batch_size=4", "evaluation.generation.batch_size=1"),
+    ).trial
+    seen = []
+    while settings is not None:
+        training, judged = settings.training, settings.evaluation
+        seen.append((training.per_device_train_batch_size, judged.per_device_eval_batch_size))
+        settings = halved(settings)
+    assert seen == [(2, 4), (1, 2), (1, 1)]
+
+
 def _real(*overrides: str) -> TrialSettings:
     return make_settings("training=real", *overrides).trial
 

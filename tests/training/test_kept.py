@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from sweeper.data.tokens import Collator
+from sweeper.embedded import BASE_DIR
 from sweeper.evaluation.judge import Judge, Judgement
 from sweeper.evaluation.loss import evaluate_loss
 from sweeper.folders import TrialFolder
@@ -18,6 +27,7 @@ from sweeper.modeling.base import Base, load_base
 from sweeper.settings import TrialSettings
 from sweeper.training.prepare import Prepared, prepare
 from tests.training.conftest import RunTiny
+from tests.training.recorder import Recorder
 
 LEARNS = ("adapter.lora_dropout=0.0", "training.learning_rate=0.02")
 ROUGE = (
@@ -61,6 +71,73 @@ def test_highest_rouge_is_kept_where_the_objective_maximizes(
     collator = Collator(base.tokenizer.pad_token_id)
     stored = evaluate_loss(model, data.validation.rows, collator, 4).mean
     assert stored == pytest.approx(losses[1], abs=1e-5)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 2048}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "tied": Qwen3Config(**SMALL, **HEADS, tie_word_embeddings=True),
+    "experts": Qwen3MoeConfig(**SMALL, **HEADS, **EXPERTS),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_best_weights_of_a_full_fine_tune_are_stored(
+    run_tiny: RunTiny, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where transformers stores weights under other names than the model's, or once for two."""
+    base = tmp_path / name
+    AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(base)
+    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(base)
+    losses: list[float] = []
+    judged = Judge.__call__
+
+    def scripted(judge: Judge, model: Any) -> Judgement:
+        judgement = judged(judge, model)
+        losses.append(judgement.value("eval/loss"))
+        scores = {"eval/rougeL": [0.1, 0.5, 0.2][len(losses) - 1]}
+        return replace(judgement, metrics={**judgement.metrics, **scores})
+
+    monkeypatch.setattr(Judge, "__call__", scripted)
+    full = ("adapter=none", "training.learning_rate=0.02", f"model.base_model={base}")
+    outcome, _, folder = run_tiny("t", *ROUGE, *full)
+    assert outcome.best_step == 4, outcome.message
+    assert abs(losses[1] - losses[2]) > 1e-3
+    document = json.loads(folder.log_json.read_text(encoding="utf-8"))
+    settings = TrialSettings.model_validate(document["settings"])
+    loaded = load_base(settings.model, settings.quantization, trained=True)
+    model = AutoModelForCausalLM.from_pretrained(folder.model, dtype=torch.float32)
+    rows = prepare(settings.data, loaded).validation.rows
+    collator = Collator(loaded.tokenizer.pad_token_id)
+    assert evaluate_loss(model, rows, collator, 4).mean == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_best_checkpoint_is_found_where_the_folder_has_moved(
+    run_tiny: RunTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Continued elsewhere and stopped before it saved anew: its best weights count, not its last."""
+
+    class Killed(BaseException):
+        pass
+
+    class Killer(Recorder):
+        def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
+            if step >= 5:
+                raise Killed
+
+    monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
+    killer = Killer()
+    with pytest.raises(Killed):
+        run_tiny("here", *LEARNS, observer=killer)
+    (tmp_path / "here").rename(tmp_path / "there")
+    outcome, _, folder = run_tiny("there", *LEARNS, observer=Recorder(stop_after=0))
+    assert (outcome.cause, outcome.steps, outcome.best_step) == ("pruned", 5, 4)
+    assert outcome.best_value == pytest.approx(killer.losses[1][1], abs=1e-5)
+    model, base, data, _ = _reloaded(folder)
+    collator = Collator(base.tokenizer.pad_token_id)
+    stored = evaluate_loss(model, data.validation.rows, collator, 4).mean
+    assert stored == pytest.approx(killer.losses[1][1], abs=1e-5)
 
 
 def test_value_is_of_the_whole_split_where_the_looks_are_capped(run_tiny: RunTiny) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     CodeGenConfig,
     GPT2Config,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen3Config,
 )
 
@@ -20,7 +22,7 @@ from sweeper.embedded import BASE_DIR
 from sweeper.errors import ConfigError, WorkerError
 from sweeper.folders import TrialFolder
 from sweeper.training import runner as runner_module
-from sweeper.training.sharded import load_sharded
+from sweeper.training.sharded import ShardedTrainer, load_sharded
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 from tests.workers.together import KillsFollowers, Train, spooled
@@ -94,15 +96,49 @@ def test_what_saves_memory_works_on_shares(train: Train) -> None:
 
 
 @pytest.mark.slow
-def test_generated_answers_are_judged_on_shares(train: Train) -> None:
-    """A trial may be steered by what the sharded model writes."""
+def test_generated_answers_are_judged_on_shares(train: Train, tmp_path: Path) -> None:
+    """A trial may be steered by what the sharded model writes, learned positions included."""
     assert_same_trial(
         train,
-        "objective.metric=eval/rougeL",
-        "objective.direction=maximize",
-        "evaluation.generation.max_new_tokens=8",
-        "evaluation.generation.num_examples=4",
+        *(make_base("gpt2", tmp_path / "gpt2"), EAGER),
+        *("objective.metric=eval/rougeL", "objective.direction=maximize"),
+        *("evaluation.generation.max_new_tokens=8", "evaluation.generation.num_examples=4"),
     )
+
+
+@pytest.mark.slow
+def test_bfloat16_shares_learn_as_one_device_does(train: Train) -> None:
+    """Weights travel and compute in bfloat16; the losses are those of autocast within its rounding."""
+    alone, one, _ = train("one", *FULL, "model.dtype=bfloat16")
+    together, two, second = train("two", *SHARDED, "model.dtype=bfloat16")
+    assert together.best_value == pytest.approx(alone.best_value, rel=5e-3)
+    losses = [value for _, value in one.losses]
+    assert [value for _, value in two.losses] == pytest.approx(losses, rel=5e-3)
+    assert {weight.dtype for weight in stored(second).values()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_spread_at_once(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two micro-batches no device keeps a whole gradient."""
+    seen: list[float] = []
+    step = ShardedTrainer.training_step
+
+    def watching(trainer: ShardedTrainer, model: torch.nn.Module, *rest: Any) -> Any:
+        seen.extend(
+            weight.grad.to_local().numel() / weight.numel()
+            for weight in model.parameters()
+            if weight.grad is not None
+        )
+        return step(trainer, model, *rest)
+
+    monkeypatch.setattr(ShardedTrainer, "training_step", watching)
+    two = ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=4")
+    outcome, _, _ = train("accumulated", *SHARDED, *two)
+    assert outcome.cause == "finished"
+    assert len(seen) > 10
+    assert set(seen) == {0.5}
 
 
 @pytest.mark.slow
@@ -110,8 +146,8 @@ def test_each_device_holds_its_share(train: Train, monkeypatch: pytest.MonkeyPat
     """Of every weight, and so of its gradient and its optimizer states, the leader has one half."""
     held: list[float] = []
 
-    def watching(whole: torch.nn.Module, devices: int) -> torch.nn.Module:
-        model = load_sharded(whole, devices)
+    def watching(whole: PreTrainedModel, *rest: Any) -> PreTrainedModel:
+        model = load_sharded(whole, *rest)
         assert all(parameter.is_meta for parameter in whole.parameters())
         held.extend(p.to_local().numel() / p.numel() for p in model.parameters())
         return model
