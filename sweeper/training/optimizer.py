@@ -1,8 +1,9 @@
-"""The one optimiser transformers does not build by itself: LoRA+."""
+"""The one optimiser transformers does not build by itself, LoRA+, and what 8-bit ones leave behind."""
 
 from __future__ import annotations
 
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainingArguments
@@ -26,3 +27,13 @@ def loraplus_optimizer(
         **options,
     )
     return optimizer
+
+
+def forget_overrides() -> None:
+    """Let bitsandbytes forget which weights had 32-bit states.
+
+    transformers has it keep those of embeddings so wide. bitsandbytes remembers them by their place
+    among an optimizer's weights, for the life of the process: other weights in that place would get
+    32-bit states in a later trial, and the embeddings would never be freed.
+    """
+    GlobalOptimManager.get_instance().initialize()

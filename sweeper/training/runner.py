@@ -45,6 +45,7 @@ from sweeper.training.figures import best_figures, parameter_figures
 from sweeper.training.log import training_log
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
+from sweeper.training.optimizer import forget_overrides
 from sweeper.training.prepare import Prepared, prepare
 from sweeper.training.ranks import Join, Ranks, alone
 from sweeper.training.room import Room
@@ -391,6 +392,7 @@ class TransformersRunner:
                 ranks=ranks,
             )
         finally:
+            forget_overrides()
             if isinstance(model, PeftModel):
                 detach(model)
             if touches_base(settings.adapter):

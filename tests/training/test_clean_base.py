@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.optim import GlobalOptimManager
 
-from sweeper.modeling.base import load_base
+from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.training import runner as runner_module
 from sweeper.training.runner import TransformersRunner
@@ -29,6 +33,26 @@ def test_every_single_bit_counts(quantization: str, tiny_base: Path) -> None:
         raw[len(raw) // 2] ^= 4
         assert changed(before, model) == [name]
         raw[len(raw) // 2] ^= 4
+
+
+def test_an_8_bit_optimizer_leaves_nothing_behind(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next trial's states are as wide as in a new process, and the trained model is freed."""
+    loaded: list[weakref.ref[torch.nn.Module]] = []
+
+    def watching(*arguments: Any, **options: Any) -> Base:
+        base = load_base(*arguments, **options)
+        loaded.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(runner_module, "load_base", watching)
+    runner = TransformersRunner(threads=1)
+    run_tiny("t", "adapter=none", "training.optim=adamw_8bit", runner=runner)
+    gc.collect()
+    assert loaded
+    assert [model() for model in loaded] == [None] * len(loaded)
+    assert GlobalOptimManager.get_instance().index2config == {}
 
 
 def test_a_uniform_change_is_found() -> None:
