@@ -127,6 +127,11 @@ class TrialFolder:
         return self.path / ".tracking"
 
     @property
+    def spent(self) -> Path:
+        """What the trial's attempts had cost when the newest checkpoint was written."""
+        return self.checkpoints / "spent.json"
+
+    @property
     def artifact(self) -> Path | None:
         """What the trial is kept for: the adapter or the full model, if it got that far."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
@@ -143,6 +148,7 @@ class TrialFolder:
         if earlier.metrics.exists():
             shutil.copy2(earlier.metrics, self.metrics)
         earlier.checkpoints.replace(self.checkpoints)
+        self.spent.unlink(missing_ok=True)  # the cancelled trial's outcome has told it
 
     def clear_results(self) -> None:
         """Remove what an earlier attempt wrote, keeping its checkpoints."""

@@ -108,9 +108,13 @@ def touches_base(settings: LoraAdapter | NoAdapter) -> bool:
 def detach(model: PeftModel) -> PreTrainedModel:
     """Take the adapter off: the very base that `attach` was given, unmerged.
 
-    For an adapter that `touches_base` it is that object, but not those weights.
+    For an adapter that `touches_base` it is that object, but not those weights. Recomputed activations
+    are switched off: transformers' Trainer only ever switches them on.
     """
     base: PreTrainedModel = model.get_base_model()
+    if base.is_activation_checkpointing:
+        base.activation_checkpointing_disable()
+        base.disable_input_require_grads()
     originals = {
         name: module.original_module
         for name, module in base.named_modules()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,7 +61,7 @@ def training_arguments(
         eval_steps=schedule.eval_every,
         save_strategy="steps",
         save_steps=schedule.save_every,
-        save_total_limit=training.save_total_limit,  # transformers keeps the best one besides
+        save_total_limit=None,  # JudgedTrainer removes old ones once the new one is sealed
         load_best_model_at_end=True,
         metric_for_best_model=OBJECTIVE,
         greater_is_better=settings.objective.direction == "maximize",
@@ -90,6 +93,23 @@ def use_liger_kernel(settings: TrialSettings) -> bool:
             ]
         )
     return available if asked == "auto" else asked
+
+
+@contextmanager
+def module_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what happens inside to the module of transformers that a model's class comes from.
+
+    Liger replaces layers there when it is applied to one model. Every later one of the process would be
+    built of them, also those that are only measured, on a device where Liger's kernels do not run.
+    """
+    names = vars(sys.modules[type(model).__module__])
+    before = dict(names)
+    try:
+        yield
+    finally:
+        for name in names.keys() - before.keys():
+            del names[name]
+        names.update(before)
 
 
 def refuse_fp16_on_cpu(settings: TrialSettings) -> None:

@@ -34,6 +34,13 @@ def seal(checkpoint: Path) -> None:
     write_manifest(checkpoint)
 
 
+def thin_out(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the newest checkpoints, and the best one besides."""
+    for found in _newest_first(folder)[keep:]:
+        if found.step != best_step:
+            shutil.rmtree(found.path)
+
+
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, and the best one that it refers to as well."""
     return next((found for found in _newest_first(folder) if damage(found) is None), None)

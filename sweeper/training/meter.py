@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
+
+from sweeper.folders import read_json
 
 Stage = Literal["load", "data", "train", "eval", "save"]
 
@@ -27,11 +30,40 @@ class Meter:
         self.facts: dict[str, str] = {}
         self.advice: list[str] = []
         self._tokens = Tokens()
+        self._elapsed = self._cpu = 0.0
+        """Of earlier attempts."""
         self._seconds = dict.fromkeys(get_args(Stage), 0.0)
         self._cpu_seconds = dict.fromkeys(get_args(Stage), 0.0)
         self._stages: list[Stage] = []
         self._started = self._charged = time.monotonic()
         self._cpu_started = self._cpu_charged = time.process_time()
+
+    @classmethod
+    def continued(cls, earlier: Path) -> Meter:
+        """A new attempt's meter, which goes on from what those before it had spent (`spent`), if any."""
+        meter = cls()
+        if earlier.exists():
+            found = read_json(earlier)
+            meter._seconds |= found["seconds"]
+            meter._cpu_seconds |= found["cpu_seconds"]
+            meter._elapsed, meter._cpu = found["elapsed"], found["cpu"]
+            meter.oom_retries = found["oom_retries"]
+            tokens = meter._tokens
+            tokens.seen, tokens.targets, tokens.samples = found["tokens"]
+        return meter
+
+    def spent(self) -> dict[str, Any]:
+        """Everything up to now that a further attempt has to count as well, as JSON."""
+        self._charge()
+        tokens = self._tokens
+        return {
+            "seconds": self._seconds,
+            "cpu_seconds": self._cpu_seconds,
+            "elapsed": self._elapsed + time.monotonic() - self._started,
+            "cpu": self._cpu + time.process_time() - self._cpu_started,
+            "oom_retries": self.oom_retries,
+            "tokens": [int(tokens.seen), int(tokens.targets), tokens.samples],
+        }
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -74,14 +106,15 @@ class Meter:
 
     def metrics(self) -> dict[str, float]:
         """All of it under the names of the outcome."""
-        train, seconds = max(self.seconds("train"), 1e-9), time.monotonic() - self._started
+        train = max(self.seconds("train"), 1e-9)
+        seconds = self._elapsed + time.monotonic() - self._started
         return {
             **self.figures,
             **{f"cost/{name}_seconds": spent for name, spent in self._seconds.items()},
             **{f"cost/{name}_cpu_seconds": spent for name, spent in self._cpu_seconds.items()},
             "cost/seconds": seconds,
             "cost/device_seconds": seconds * self.devices,
-            "cost/cpu_seconds": time.process_time() - self._cpu_started,
+            "cost/cpu_seconds": self._cpu + time.process_time() - self._cpu_started,
             "cost/oom_retries": float(self.oom_retries),
             "cost/tokens_per_second": self.tokens_per_second,
             "cost/target_tokens_per_second": float(self._tokens.targets) / train,

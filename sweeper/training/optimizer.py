@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from bitsandbytes.functional import GlobalPageManager
 from bitsandbytes.optim import GlobalOptimManager
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
@@ -29,11 +30,18 @@ def loraplus_optimizer(
     return optimizer
 
 
-def forget_overrides() -> None:
-    """Let bitsandbytes forget which weights had 32-bit states.
+def forget_states() -> int:
+    """Let bitsandbytes forget the weights and states of a trial's optimizer.
 
-    transformers has it keep those of embeddings so wide. bitsandbytes remembers them by their place
-    among an optimizer's weights, for the life of the process: other weights in that place would get
-    32-bit states in a later trial, and the embeddings would never be freed.
+    It remembers them for the life of the process. Which weights have 32-bit states (transformers has it
+    keep embeddings so wide) goes by their place in the optimizer: others in that place would get them
+    in a later trial. States of paged optimizers would be fetched to the GPU at each of its steps.
+
+    Returns:
+        Bytes of pages that stay allocated: bitsandbytes has no call that frees them.
     """
     GlobalOptimManager.get_instance().initialize()
+    pages = GlobalPageManager.get_instance()
+    lost: int = sum(page.nbytes for page in pages.paged_tensors)
+    pages.initialize()
+    return lost

@@ -7,6 +7,8 @@ the trial. dry_run=true prints the whole estimate on any machine.
 
 from __future__ import annotations
 
+import torch
+
 from sweeper.data.tokens import IGNORED
 from sweeper.errors import DoesNotFit
 from sweeper.modeling.hardware import device, device_report
@@ -31,7 +33,7 @@ class Room:
 
     def fits(self, prepared: Prepared) -> Fits:
         """Whether a trial on these data fits; not known on a CPU."""
-        free = device_report(device()).free_mib
+        free = _available_mib()
 
         def fit(settings: TrialSettings) -> bool | None:
             needed = self.estimate_mib(settings, prepared)
@@ -75,3 +77,8 @@ class Room:
             estimate = estimate_trial(settings, device(), length=length, targets=targets)
             self._estimates[key] = estimate.total
         return self._estimates[key]
+
+
+def _available_mib() -> float:
+    """What a trial may have: what nobody has, and what this process holds (its base, torch's cache)."""
+    return device_report(device()).free_mib + torch.cuda.memory_reserved() / 2**20

@@ -37,7 +37,7 @@ from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.outcome import Examples, Facts, Misfit, Outcome, Size, Unseen, UnseenKind
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.adopt import keep, require_kin
-from sweeper.training.arguments import refuse_fp16_on_cpu
+from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
 from sweeper.training.asked import Asked
 from sweeper.training.batch import halved, out_of_memory, resolve
 from sweeper.training.export import export_merged, merged_figures
@@ -45,7 +45,7 @@ from sweeper.training.figures import best_figures, parameter_figures
 from sweeper.training.log import training_log
 from sweeper.training.meter import Meter
 from sweeper.training.observer import Observer
-from sweeper.training.optimizer import forget_overrides
+from sweeper.training.optimizer import forget_states
 from sweeper.training.prepare import Prepared, prepare
 from sweeper.training.ranks import Join, Ranks, alone
 from sweeper.training.room import Room
@@ -56,6 +56,8 @@ from sweeper.training.trial import Looks, TrialInputs, follow_trial, train_trial
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
+MOST_LOST_BYTES = 2 * 2**30
+"""Of pages that only the end of the process frees; a worker of a large model is back within a minute."""
 Judges = Mapping[str, Judge]
 """Of unseen texts, by the field of Unseen."""
 
@@ -77,6 +79,12 @@ class TransformersRunner:
         self._checks = ModelChecks()
         self._room = Room()
         self._join = join
+        self._lost_bytes = 0
+
+    @property
+    def worn_out(self) -> bool:
+        """See Runner."""
+        return self._lost_bytes > MOST_LOST_BYTES
 
     def probe(self, settings: TrialSettings, adopted: Path | None = None) -> Facts:
         """Load what an arm's trials share and judge the untuned base.
@@ -142,7 +150,7 @@ class TransformersRunner:
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
             folder.clear_results()
             write_json(folder.provenance, provenance)
-            started, meter = time.time(), Meter()
+            started, meter = time.time(), Meter.continued(folder.spent)
             settings, refusal = self._checked(settings)
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             outcome = refusal or self._outcome(settings, folder, observer, meter)
@@ -382,17 +390,18 @@ class TransformersRunner:
             set_seed(settings.seed)  # before the adapter: its initialisation is random
             model = self._trainable(settings, base)
         try:
-            yield TrialInputs(
-                model=model,
-                tokenizer=base.tokenizer,
-                train=prepared.train,
-                judge=prepared.judge(settings, base),
-                ordered=prepared.splits.ordered,
-                compute_dtype=base.compute_dtype,
-                ranks=ranks,
-            )
+            with module_restored(base.model):
+                yield TrialInputs(
+                    model=model,
+                    tokenizer=base.tokenizer,
+                    train=prepared.train,
+                    judge=prepared.judge(settings, base),
+                    ordered=prepared.splits.ordered,
+                    compute_dtype=base.compute_dtype,
+                    ranks=ranks,
+                )
         finally:
-            forget_overrides()
+            self._lost_bytes += forget_states()
             if isinstance(model, PeftModel):
                 detach(model)
             if touches_base(settings.adapter):
@@ -410,7 +419,10 @@ class TransformersRunner:
     def _base(self, settings: TrialSettings) -> Base:
         """The warm base; a trial that trains the base's own weights leaves none behind."""
         trained = not isinstance(settings.adapter, LoraAdapter)
-        key = f"{trained} {settings.model.model_dump_json()} {settings.quantization.model_dump_json()}"
+        held = (settings.model.model_dump_json(), settings.quantization.model_dump_json())
+        key = " ".join(
+            [*held, str(trained), str(use_liger_kernel(settings))]
+        )  # Liger stays on a base
         if key not in self._warm:
             self._make_room()  # one base at a time: memory is what it is all about
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainer
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.loss import autocast, compute_loss_in_forward, target_nll
+from sweeper.folders import TrialFolder, write_json
 from sweeper.modeling.source import NO_CODE
 from sweeper.settings import LoraAdapter, TrialSettings
 from sweeper.training.arguments import OBJECTIVE
-from sweeper.training.checkpoint import seal
+from sweeper.training.checkpoint import seal, thin_out
 from sweeper.training.meter import Meter
 from sweeper.training.optimizer import loraplus_optimizer
 from sweeper.training.ranks import Ranks
@@ -72,6 +73,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         self._judging = judging
         self._meter = meter
         self._objective = settings.objective.metric
+        self._save_total_limit = settings.training.save_total_limit
         self._chunk_size = settings.training.loss_chunk_size
         self._compute_dtype = compute_dtype
         adapter = settings.adapter
@@ -151,15 +153,26 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each rank writes its own random state
             if self.args.should_save:
-                seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+                folder = Path(self.args.output_dir)
+                seal(folder / f"checkpoint-{self.state.global_step}")
+                thin_out(folder, self._save_total_limit, self.state.best_global_step)
+                write_json(TrialFolder(folder.parent).spent, self._meter.spent())
 
-    def _init_training_state(self, *arguments: Any, **options: Any) -> tuple[int, int]:
-        """Where the training goes on; its best checkpoint has moved where the trial's folder has."""
-        place: tuple[int, int] = super()._init_training_state(*arguments, **options)
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_train_epochs: int, *rest: Any
+    ) -> tuple[int, int]:
+        """Where the training goes on: (epochs, micro-batches of the next one) that are behind it.
+
+        The best checkpoint has moved where the trial's folder has; a training that was at its end takes
+        no further step.
+        """
+        place: tuple[int, int] = super()._init_training_state(
+            max_steps, steps_per_epoch, num_train_epochs, *rest
+        )
         if self.state.best_global_step and self.state.best_model_checkpoint is None:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
-        return place
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else place
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if isinstance(self.model, PreTrainedModel):

@@ -116,6 +116,8 @@ def fake_mib(settings: TrialSettings) -> float:
 class FakeRunner:
     """Writes what a real runner writes, but for the weights."""
 
+    worn_out = False
+
     def __init__(self, settings: FakeTrainer) -> None:
         self._settings = settings
 

@@ -195,6 +195,10 @@ EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discrimina
 class Runner(Protocol):
     """What a worker runs: the real trainer, or the fake one of the tests."""
 
+    @property
+    def worn_out(self) -> bool:
+        """Whether so much memory is lost in this process that another should take its place."""
+
     def probe(self, settings: TrialSettings, adopted: Path | None) -> Facts:
         """Facts shared by the trials of an arm; raises SweeperError if they cannot be had."""
 

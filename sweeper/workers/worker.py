@@ -148,11 +148,11 @@ class Farewell(Enum):
     """Why a worker ended by itself."""
 
     CLOSED = "closed"
-    OUT_OF_MEMORY = "out of memory"
+    MEMORY = "its successor starts with clean memory"
 
 
 def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Farewell:
-    """Run commands one after the other until told to close, or until memory ran out.
+    """Run commands one after the other until told to close, or until memory ran out or is lost.
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """
@@ -173,8 +173,8 @@ def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Fare
             continue
         outcome = _outcome(command, runner, channel, orders, patience)
         channel.send(Ended(trial=command.trial, attempt=command.attempt, outcome=outcome))
-        if outcome.cause == "oom":
-            return Farewell.OUT_OF_MEMORY
+        if outcome.cause == "oom" or runner.worn_out:
+            return Farewell.MEMORY
 
 
 def make_runner(workers: Workers, worker: int, threads: int, place: Place) -> Runner:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.folders import TrialFolder, read_json
-from sweeper.training.checkpoint import fall_back, newest_checkpoint
+from sweeper.folders import TrialFolder, read_json, write_json
+from sweeper.training.checkpoint import fall_back, newest_checkpoint, thin_out
+from sweeper.training.spool import read_spool
 from tests.training.conftest import RunTiny
 from tests.training.recorder import Recorder
 
@@ -83,7 +84,7 @@ def killed(
     else:
         shutil.copytree(kept, folder.path)
     names = sorted(path.name for path in folder.checkpoints.iterdir())
-    assert names == ["checkpoint-4", "checkpoint-6"]
+    assert names == ["checkpoint-4", "checkpoint-6", "spent.json"]
     return folder
 
 
@@ -100,7 +101,7 @@ def test_every_damage_falls_back_to_the_checkpoint_before(damage: str, killed: T
     (remark,) = remarks
     assert remark.startswith("checkpoint-6 is damaged (")
     assert words in remark
-    assert [path.name for path in killed.checkpoints.iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in killed.checkpoints.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_a_damaged_best_checkpoint_rules_out_those_that_refer_to_it(killed: TrialFolder) -> None:
@@ -131,3 +132,60 @@ def test_a_trial_goes_on_from_the_whole_one_and_says_so(
     text = folder.log_text.read_text(encoding="utf-8")
     assert "Continued      from step 4; checkpoint-6 is damaged (adapter_model" in text
     assert not folder.checkpoints.exists()
+
+
+def test_what_earlier_attempts_cost_is_counted(killed: TrialFolder, run_tiny: RunTiny) -> None:
+    """Seconds, by stage and in all, CPU time and tokens, up to the newest checkpoint."""
+    spent = read_json(killed.spent)
+    spent["elapsed"] += 1000.0
+    spent["seconds"]["train"] += 900.0
+    write_json(killed.spent, spent)
+    outcome, _, folder = run_tiny("killed", *STEPS)
+    assert 1000 < outcome.metrics["cost/seconds"] < 1200
+    assert 900 < outcome.metrics["cost/train_seconds"] < 1000
+    whole, _, _ = run_tiny("whole", *STEPS)
+    for name in ("samples", "target_tokens"):
+        figure = f"cost/{name}_per_second"
+        total = outcome.metrics[figure] * outcome.metrics["cost/train_seconds"]
+        expected = whole.metrics[figure] * whole.metrics["cost/train_seconds"]
+        assert total == pytest.approx(expected, rel=1e-6), name
+    assert not folder.spent.exists()
+
+
+def test_a_cancelled_trials_costs_are_not_its_successors(killed: TrialFolder) -> None:
+    """Its own outcome has told them; the trial that goes on from its checkpoints counts its own."""
+    successor = TrialFolder(killed.path.with_name("successor"))
+    successor.continue_from(killed)
+    assert newest_checkpoint(successor.checkpoints) is not None
+    assert not successor.spent.exists()
+
+
+def test_the_newest_checkpoints_stay_and_the_best_besides(tmp_path: Path) -> None:
+    """save_total_limit=2: a damaged newest one falls back to the one before, not to a best long ago."""
+    for step in (2, 4, 6, 8, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    thin_out(tmp_path, 2, best_step=4)
+    assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (4, 8, 10)}
+    thin_out(tmp_path, 2, best_step=None)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-10"}
+
+
+def test_a_trial_killed_after_its_last_step_takes_no_further_one(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while its result was stored, in the middle of an epoch: the same outcome, no step more."""
+    with monkeypatch.context() as patch:
+        patch.setattr("sweeper.training.trial.save_artifact", _die)
+        with pytest.raises(Killed):
+            run_tiny("killed", *STEPS)
+    outcome, judged, folder = run_tiny("killed", *STEPS)
+    whole, _, expected = run_tiny("whole", *STEPS)
+    assert judged == []
+    assert (outcome.cause, outcome.steps) == ("finished", whole.steps)
+    assert outcome.best_value == pytest.approx(whole.best_value, abs=1e-6)
+    steps = [row["step"] for row in read_spool(folder.metrics)]
+    assert steps == [row["step"] for row in read_spool(expected.metrics)]
+
+
+def _die(*_: object) -> None:
+    raise Killed

@@ -15,7 +15,9 @@ from bitsandbytes.optim import GlobalOptimManager
 
 from sweeper.modeling.base import Base, load_base
 from sweeper.modeling.checksum import changed, checksums
+from sweeper.settings import Model, Quantization
 from sweeper.training import runner as runner_module
+from sweeper.training.arguments import module_restored
 from sweeper.training.runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
@@ -33,6 +35,34 @@ def test_every_single_bit_counts(quantization: str, tiny_base: Path) -> None:
         raw[len(raw) // 2] ^= 4
         assert changed(before, model) == [name]
         raw[len(raw) // 2] ^= 4
+
+
+def _plain(base: Path) -> tuple[Model, Quantization]:
+    settings = make_settings(f"model.base_model={base}", "quantization=none")
+    return settings.model, settings.quantization
+
+
+def test_recomputed_activations_end_with_their_trial(run_tiny: RunTiny) -> None:
+    """transformers only switches them on; the next trial on the warm base keeps its activations."""
+    runner = TransformersRunner(threads=1)
+    hooks = []
+    for name, recompute in (("first", "true"), ("second", "false")):
+        run_tiny(name, f"training.activation_checkpointing={recompute}", runner=runner)
+        (base,) = runner._warm.values()
+        assert not base.model.is_activation_checkpointing
+        hooks.append(len(base.model.get_input_embeddings()._forward_hooks))
+    assert hooks == [0, 0]
+
+
+def test_changes_to_transformers_own_module_end_with_the_trial(tiny_base: Path) -> None:
+    """As Liger makes them; models that are built afterwards are of the layers that they should be of."""
+    model = load_base(*_plain(tiny_base), trained=False).model
+    module = sys.modules[type(model).__module__]
+    before = dict(vars(module))
+    with module_restored(model):
+        module.LlamaRMSNorm = torch.nn.Identity  # type: ignore[attr-defined]
+        module.more = 1  # type: ignore[attr-defined]
+    assert vars(module) == before
 
 
 def test_an_8_bit_optimizer_leaves_nothing_behind(

@@ -35,6 +35,8 @@ def test_estimate_is_held_against_the_free_memory_of_a_gpu(
         report = DeviceReport("GPU", "sm_80", True, 2 * free, free)
         monkeypatch.setattr("sweeper.training.room.device_report", lambda _, found=report: found)
         assert room.fits(prepared)(settings) is fits
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 2**40)
+    assert room.fits(prepared)(settings), "what this process holds is the trial's as well"
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class FullDisk:
     """A runner that finds no space so many times."""
 
     times: int
+    worn_out: bool = False
 
     def probe(self, settings: TrialSettings) -> Facts:
         raise NotImplementedError
@@ -122,3 +123,9 @@ def test_patience_is_for_the_disk_and_not_for_each_trial(
     events = _serve(disk, tmp_path, trials=3)
     assert [event.outcome.cause for event in events if isinstance(event, Ended)] == ["error"] * 3
     assert 10**6 - disk.times == 6 + 1 + 1 + 1, "six waits for the first, none for the others"
+
+
+def test_a_worn_out_worker_ends_after_its_trial(tmp_path: Path) -> None:
+    """Memory that only the end of the process frees: the second trial is its successor's."""
+    assert len(_serve(FullDisk(0), tmp_path, trials=2)) == 2
+    assert len(_serve(FullDisk(0, worn_out=True), tmp_path, trials=2)) == 1
