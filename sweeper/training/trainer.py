@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerControl
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import Judgement
@@ -36,6 +37,28 @@ class Rows(Dataset[Tokens]):
 
     def __getitem__(self, index: int) -> Tokens:
         return self._rows[index]
+
+
+class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """transformers' sampler with an order of its own for each epoch.
+
+    Its order comes from the random state of the moment, which a resumed epoch has only after its rows
+    were drawn.
+    """
+
+    def __init__(self, plain: LengthGroupedSampler, seed: int) -> None:
+        super().__init__(plain.batch_size, lengths=plain.lengths)
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of each epoch."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        indices: Iterator[int] = super().__iter__()
+        return indices
 
 
 def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -87,6 +110,12 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """After training: the model with the best weights."""
         model: torch.nn.Module = self.model
         return model
+
+    def _get_train_sampler(self, *arguments: Any) -> Sampler[int] | None:
+        sampler: Sampler[int] | None = super()._get_train_sampler(*arguments)
+        if isinstance(sampler, LengthGroupedSampler):
+            return GroupedByLength(sampler, self.args.seed)
+        return sampler
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """transformers' choice by name, or LoRA+ over it."""

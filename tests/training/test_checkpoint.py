@@ -134,6 +134,24 @@ def test_a_trial_goes_on_from_the_whole_one_and_says_so(
     assert not folder.checkpoints.exists()
 
 
+def test_rows_grouped_by_length_come_in_the_same_order_after_a_kill(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in a later epoch: the losses of a run never interrupted."""
+    monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
+    grouped = (*STEPS, "training.train_sampling_strategy=group_by_length")
+    grouped = (*grouped, "training.per_device_train_batch_size=8")  # four steps an epoch
+    with pytest.raises(Killed):
+        run_tiny("killed", *grouped, observer=Killer())
+    _, resumed, folder = run_tiny("killed", *grouped)
+    _, whole, expected = run_tiny("whole", *grouped)
+    assert resumed == [pytest.approx(item, abs=1e-6) for item in whole[3:]]
+    trained = [row for row in read_spool(folder.metrics) if "train/loss" in row]
+    rows = [row for row in read_spool(expected.metrics) if "train/loss" in row]
+    losses = [row["train/loss"] for row in rows]
+    assert [row["train/loss"] for row in trained] == pytest.approx(losses, abs=1e-6)
+
+
 def test_what_earlier_attempts_cost_is_counted(killed: TrialFolder, run_tiny: RunTiny) -> None:
     """Seconds, by stage and in all, CPU time and tokens, up to the newest checkpoint."""
     spent = read_json(killed.spent)
