@@ -15,6 +15,8 @@ def loraplus_optimizer(
 ) -> torch.optim.Optimizer:
     """The configured optimiser with LoRA's B matrices learning `ratio` times as fast as its A's.
 
+    By PEFT's choice so do all vectors (DoRA's magnitudes, trained biases).
+
     Hayou et al. 2024, arXiv:2402.12354; the learning rate of the settings is that of A.
     """
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
