@@ -57,6 +57,11 @@ class Outcome(Value):
     message: str | None = None
     """For people: why it failed, or the traceback of a code error."""
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """Its metrics, to sum costs from: none of a duplicate, whose figures are its twin's."""
+        return {} if self.cause == "duplicate" else self.metrics
+
 
 class Examples(Value):
     """The loss of one model on each example of a split, in the split's order."""

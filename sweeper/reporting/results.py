@@ -110,8 +110,8 @@ class ArmResult:
     def tokens(self) -> float:
         """Tokens trained on in all trials."""
         return sum(
-            (trial.metric("cost/tokens_per_second") or 0.0)
-            * (trial.metric("cost/train_seconds") or 0.0)
+            trial.outcome.spent.get("cost/tokens_per_second", 0.0)
+            * trial.outcome.spent.get("cost/train_seconds", 0.0)
             for trial in self.trials
         )
 
@@ -151,7 +151,7 @@ class ArmResult:
         """Device time of all trials."""
         if self.adopted is not None:
             return self.adopted.seconds
-        return sum(device_seconds(trial.outcome.metrics) for trial in self.trials)
+        return sum(device_seconds(trial.outcome.spent) for trial in self.trials)
 
 
 @dataclass(frozen=True)
