@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -56,6 +56,11 @@ class Outcome(Value):
     metrics: dict[str, float] = {}
     message: str | None = None
     """For people: why it failed, or the traceback of a code error."""
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Its metrics, to sum costs from: none of a duplicate, whose figures are its twin's."""
+        return {} if self.cause == "duplicate" else self.metrics
 
 
 class Examples(Value):
@@ -112,6 +117,23 @@ class Adopted(Value):
     def short(self) -> str:
         """Enough of the run's id to tell it by."""
         return self.run_id[:8]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its run says of its settings, as they were before MLflow made them texts."""
+        return {key: _untexted(text) for key, text in self.params.items()}
+
+
+def _untexted(text: str) -> int | float | bool | str:
+    """What str() made this text of."""
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 class Misfit(Value):

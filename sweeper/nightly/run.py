@@ -376,7 +376,7 @@ def _with_results(record: EntryRecord, results: Results | None, decided: Decided
     return record.model_copy(
         update={
             "causes": dict(Counter(trial.outcome.cause for trial in tonight)),
-            "seconds": sum(trial.metric("cost/seconds") or 0.0 for trial in tonight),
+            "seconds": sum(trial.outcome.spent.get("cost/seconds", 0.0) for trial in tonight),
             "best": _best(results.arms[0]),
         }
     )

@@ -136,8 +136,9 @@ def rank_figure(ladder: Ladder) -> Figure:
 
 
 def target_figure(results: Results) -> Figure:
-    """Loss by which modules got an adapter."""
+    """The objective by which modules got an adapter."""
     title = "Target modules"
+    objective = results.objective
     measured = [
         (place, trial, str(trial.point[TARGETS]), trial.value)
         for place, arm in enumerate(results.arms)
@@ -147,23 +148,29 @@ def target_figure(results: Results) -> Figure:
     groups = list(dict.fromkeys(group for _, _, group, _ in measured))
     if len(groups) < 2:
         return Figure(title, None, "No two choices of target modules have a finished trial.")
-    lowest = {name: min(loss for _, _, group, loss in measured if group == name) for name in groups}
-    groups.sort(key=lambda name: lowest[name])
+    best = {
+        name: min((value for _, _, group, value in measured if group == name), key=objective.order)
+        for name in groups
+    }
+    groups.sort(key=lambda name: objective.order(best[name]))
     dots = [
-        Dot(groups.index(group), loss, _words(trial), place)
-        for place, trial, group, loss in measured
+        Dot(groups.index(group), value, _words(trial), place)
+        for place, trial, group, value in measured
     ]
     axes = (
         word_axis("target modules, the best first", groups),
-        number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
+        number_axis(f"best {_metric(objective)}", [dot.y for dot in dots]),
     )
-    found = ", ".join(f"{name} {lowest[name]:.4f}" for name in groups)
-    words = f"Lowest loss by choice, over all other settings: {found}. One mark a finished trial."
+    found = ", ".join(f"{name} {best[name]:.4f}" for name in groups)
+    words = (
+        f"Best {_metric(objective)} by choice, over all other settings: {found}. One mark a finished "
+        "trial."
+    )
     return Figure(title, plot(title, words, axes, dots), words)
 
 
 def pareto_figure(results: Results) -> Figure:
-    """Loss against trainable parameters, and the trials that no other beats in both."""
+    """The objective against trainable parameters, and the trials that no other beats in both."""
     title = "Loss against trainable parameters"
     measured = [
         (place, trial, size, trial.value)
@@ -174,7 +181,7 @@ def pareto_figure(results: Results) -> Figure:
     if len({size for _, _, size, _ in measured}) < 2:
         return Figure(title, None, "No two finished trials differ in their trainable parameters.")
     dots = [Dot(size, loss, _words(trial), place) for place, trial, size, loss in measured]
-    front = pareto([(dot.x, dot.y) for dot in dots])
+    front = pareto([(dot.x, dot.y) for dot in dots], results.objective)
     axes = (
         number_axis("trainable parameters (log)", [dot.x for dot in dots], log=True),
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
@@ -184,11 +191,13 @@ def pareto_figure(results: Results) -> Figure:
     return Figure(title, plot(title, words, axes, dots, lines, _names(results)), words)
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points with nothing both left of and below them, from left to right."""
+def pareto(
+    points: Sequence[tuple[float, float]], objective: Objective
+) -> list[tuple[float, float]]:
+    """The points of size and value that none is both smaller and better than, from left to right."""
     front: list[tuple[float, float]] = []
-    for point in sorted(set(points)):
-        if not front or point[1] < front[-1][1]:
+    for point in sorted(set(points), key=lambda each: (each[0], objective.order(each[1]))):
+        if not front or objective.gain(point[1], over=front[-1][1]) > 0:
             front.append(point)
     return front
 

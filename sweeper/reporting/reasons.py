@@ -83,8 +83,8 @@ def _searched(
 def _fixed(arm: ArmResult, best: TrialResult) -> Iterator[tuple[str, str, str]]:
     """Settings that a reason is known of, or that are no default."""
     for key in RUN_PARAMS:
-        value = arm.settings.get(key)
-        if key in best.point or key not in arm.settings or value is None:
+        value = arm.trained_with.get(key)
+        if key in best.point or value is None:
             continue
         known = [found for found in defaults().get(key, ()) if _same(found.value, value)]
         if not known:

@@ -77,7 +77,7 @@ class ArmResult:
     facts: Facts
     trials: tuple[TrialResult, ...]
     settings: Mapping[str, Any]
-    """Its trials' settings as dotted keys, before any point of its space."""
+    """This study's for its trials, as dotted keys, before any point of its space."""
     ranges: Mapping[str, Range]
     """Of the searched keys that are numbers."""
     exhaustive: bool
@@ -89,7 +89,7 @@ class ArmResult:
     final: Final | None = None
     """How its best configurations did over several seeds, once that is known."""
     adopted: Adopted | None = None
-    """The earlier run that stands in for its search; costs and settings are then that run's."""
+    """The earlier run that stands in for its search; costs and training are then that run's."""
 
     @property
     def base_value(self) -> float:
@@ -99,7 +99,16 @@ class ArmResult:
     def setting(self, key: str) -> Any:
         """A setting of its best trial; of all its trials if it is not searched."""
         assert self.best is not None
-        return self.best.point.get(key, self.settings.get(key))
+        return self.best.point.get(key, self.trained_with.get(key))
+
+    @cached_property
+    def trained_with(self) -> Mapping[str, Any]:
+        """Its settings; how an adopted model was trained only its run knows."""
+        if self.adopted is None:
+            return self.settings
+        run = self.adopted.settings
+        kept = {key: value for key, value in self.settings.items() if not _is_training(key)}
+        return {**kept, **{key: value for key, value in run.items() if _is_training(key)}}
 
     @property
     def finished(self) -> int:
@@ -110,8 +119,8 @@ class ArmResult:
     def tokens(self) -> float:
         """Tokens trained on in all trials."""
         return sum(
-            (trial.metric("cost/tokens_per_second") or 0.0)
-            * (trial.metric("cost/train_seconds") or 0.0)
+            trial.outcome.spent.get("cost/tokens_per_second", 0.0)
+            * trial.outcome.spent.get("cost/train_seconds", 0.0)
             for trial in self.trials
         )
 
@@ -151,7 +160,7 @@ class ArmResult:
         """Device time of all trials."""
         if self.adopted is not None:
             return self.adopted.seconds
-        return sum(device_seconds(trial.outcome.metrics) for trial in self.trials)
+        return sum(device_seconds(trial.outcome.spent) for trial in self.trials)
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         objective=arm.settings.objective,
         facts=facts,
         trials=rank(trials, arm.settings.objective),
-        settings=_settings(arm, adopted),
+        settings=flatten(arm.settings.trial.model_dump(mode="json")),
         ranges=number_ranges(arm.space),
         exhaustive=arm.sampler.name == "grid" and _has_all_of(arm.n_trials, grid(arm.space)),
         costs=tuple(costs),
@@ -262,24 +271,8 @@ def _at_the_costs_of(adopted: Adopted | None, outcome: Outcome) -> Outcome:
     return outcome.model_copy(update={"metrics": {**own, **adopted.costs}})
 
 
-def _settings(arm: ArmPlan, adopted: Adopted | None) -> dict[str, Any]:
-    """The arm's, as dotted keys; how an adopted model was trained only its run knows."""
-    settings = flatten(arm.settings.trial.model_dump(mode="json"))
-    if adopted is None:
-        return settings
-    kept = {key: value for key, value in settings.items() if not key.startswith("training.")}
-    trained = {key: text for key, text in adopted.params.items() if key.startswith("training.")}
-    return {**kept, **{key: _number(text) for key, text in trained.items()}}
-
-
-def _number(text: str) -> int | float | str:
-    """A parameter as it was before MLflow made it a text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def _is_training(key: str) -> bool:
+    return key.startswith("training.")
 
 
 def headline(results: Results) -> tuple[dict[str, float], Point]:

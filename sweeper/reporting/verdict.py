@@ -145,7 +145,7 @@ def judge(results: Results) -> Verdict:
 
     PROVISIONAL is its first word while an arm's best learning rate lies in the outer tenth of its
     range, while an arm's budget lies below the rule (conf/hydra/sweeper/study.yaml, fairness), or while
-    an adopted arm was trained on something else, or nobody knows how it was searched.
+    an adopted arm was trained on something else or otherwise, or nobody knows how it was searched.
     """
     sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
     reference = reference_arm(results)

@@ -16,7 +16,7 @@ from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from sweeper.errors import StudyMismatch
 from sweeper.folders import StudyFolder
-from sweeper.outcome import Facts, device_seconds
+from sweeper.outcome import Facts, Outcome, device_seconds
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
@@ -229,7 +229,9 @@ def counted(study: optuna.Study) -> int:
 def spent_seconds(study: optuna.Study) -> float:
     """Device time of all trials of a study that ended."""
     outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
-    return sum(device_seconds(outcome["metrics"]) for outcome in outcomes if outcome)
+    return sum(
+        device_seconds(Outcome.model_validate(outcome).spent) for outcome in outcomes if outcome
+    )
 
 
 def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:

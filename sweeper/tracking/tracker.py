@@ -20,7 +20,8 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 
 RUN_PARAMS = (
-    *("model.base_model", "model.revision", "data.train", "data.max_length", "data.packing"),
+    *("model.base_model", "model.revision", "data.train", "data.template", "data.train_on"),
+    *("data.max_length", "data.over_length", "data.packing"),
     *("quantization.load_in_4bit", "quantization.load_in_8bit", "quantization.bnb_4bit_quant_type"),
     *("adapter.method", "adapter.r", "adapter.alpha_over_r", "adapter.lora_alpha"),
     *("adapter.lora_dropout", "adapter.target_modules", "adapter.use_rslora", "adapter.use_dora"),

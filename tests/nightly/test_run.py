@@ -23,6 +23,7 @@ from sweeper.nightly.record import NightRecord, read_record
 from sweeper.nightly.run import EXIT_CODES, run_night
 from sweeper.nightly.sets import load_set
 from sweeper.reporting.finals import LEFT_ALONE
+from sweeper.reporting.results import load_results
 
 FIRST = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
 FAKE = ["workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0", "tracking=none"]
@@ -101,6 +102,19 @@ def test_three_nights_start_continue_and_start_anew_after_a_data_change(write_se
     assert results["arms"]["lora"]["final"]["test_losses"] == {}
     trials = {trial["number"]: trial["params"] for trial in results["arms"]["lora"]["trials"]}
     assert trials[0] == second.best.point
+
+
+def test_a_night_pays_for_each_point_once(write_set: Write) -> None:
+    """A space of two points asked for three trials: the time is that of the two trained."""
+    two = [*FAKE, *SMALL, "sampler=random", "training.learning_rate=choice(1e-3, 2e-3)"]
+    write_set({"policy": "fresh", "overrides": two})
+    run_night("mine", clock=_night(0))
+    entry = _record().entries["lr_rank_sweep"]
+    assert entry.decided
+    assert (entry.causes["finished"], entry.causes["duplicate"] > 0) == (2, True)
+    results = load_results(entry.decided.study_name, Path("outputs"))
+    trained = [trial for trial in results.arms[0].trials if trial.complete]
+    assert entry.seconds == pytest.approx(sum(t.metric("cost/seconds") or 0.0 for t in trained))
 
 
 def test_a_limit_that_nobody_can_measure_is_a_problem_of_the_set(write_set: Write) -> None:

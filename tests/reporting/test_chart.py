@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -18,7 +19,18 @@ from sweeper.reporting.chart import (
     step_axis,
     word_axis,
 )
-from sweeper.reporting.figures import pareto
+from sweeper.reporting.figures import TARGETS, TRAINABLE, pareto, pareto_figure, target_figure
+from sweeper.reporting.results import Results
+from sweeper.settings import Objective
+from tests.reporting.studies import (
+    FACTS,
+    LOSS,
+    ROUGE,
+    ROUGE_FACTS,
+    make_arm,
+    make_results,
+    make_trial,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -115,6 +127,51 @@ def test_parallel_lines_meet_every_axis() -> None:
 
 
 def test_pareto_front() -> None:
-    """The points that no other beats in both, from left to right."""
+    """The points that no other beats in both, from left to right; of ROUGE the higher is better."""
     points = [(3.0, 1.0), (1.0, 3.0), (2.0, 3.5), (2.0, 2.0), (4.0, 1.0), (1.0, 3.0)]
-    assert pareto(points) == [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
+    assert pareto(points, LOSS) == [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
+    assert pareto(points, ROUGE) == [(1.0, 3.0), (2.0, 3.5)]
+
+
+def _targets(objective: Objective) -> Results:
+    """Attention gives 0.2 and 0.5 with ever more parameters, mlp gives 0.3 and 0.4."""
+    found = (("attention", 0.2), ("mlp", 0.3), ("mlp", 0.4), ("attention", 0.5))
+    trials = [
+        replace(
+            make_trial("lora", number, "finished", value, {TRAINABLE: 10.0 * (number + 1)}),
+            point={TARGETS: name},
+        )
+        for number, (name, value) in enumerate(found)
+    ]
+    facts = FACTS if objective == LOSS else ROUGE_FACTS
+    return make_results(make_arm("lora", trials, objective=objective, facts=facts))
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        (LOSS, "Best eval loss by choice, over all other settings: attention 0.2000, mlp 0.3000."),
+        (
+            ROUGE,
+            "Best eval rougeL by choice, over all other settings: attention 0.5000, mlp 0.4000.",
+        ),
+    ],
+)
+def test_target_modules_stand_with_their_best_trial(objective: Objective, words: str) -> None:
+    """The best group first, whichever way the objective goes."""
+    assert target_figure(_targets(objective)).words.startswith(words)
+
+
+def test_the_front_of_a_maximised_objective_joins_the_best() -> None:
+    """Every larger trial has a higher ROUGE, so all four are joined; of losses the smallest alone."""
+    joined = [len(_front(_targets(objective))) for objective in (ROUGE, LOSS)]
+    assert joined == [4, 1]
+
+
+def _front(results: Results) -> list[str]:
+    """The places that the front of the figure goes through."""
+    svg = pareto_figure(results).svg
+    assert svg is not None
+    drawn = ElementTree.fromstring(svg)
+    (line,) = drawn.findall(f".//{SVG}polyline")
+    return line.attrib["points"].split()

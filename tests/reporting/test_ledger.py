@@ -10,6 +10,8 @@ from sweeper.reporting.ledger import cost_sheet, failure_sheet, saved_seconds
 from sweeper.reporting.results import TrialResult
 from tests.reporting.studies import make_arm, make_results, make_trial
 
+TWINS = ("finished", "duplicate", "duplicate")
+
 
 def _ended(number: int, cause: str, steps: int, seconds: float, **fields: object) -> TrialResult:
     trial = make_trial("lora", number, cause, 4.0, {"cost/seconds": seconds})
@@ -30,6 +32,15 @@ def test_nothing_to_go_by_is_no_saving() -> None:
     arm = make_arm("lora", [_ended(1, "pruned", 16, 10.0)])
     assert saved_seconds(arm) is None
     assert cost_sheet(make_results(arm)).rows[0][-1] == "–"
+
+
+def test_a_duplicate_costs_nothing() -> None:
+    """It has its twin's figures; time and tokens were spent once."""
+    costs = {"cost/seconds": 10.0, "cost/train_seconds": 8.0, "cost/tokens_per_second": 100.0}
+    trials = [make_trial("lora", n, cause, 4.0, costs) for n, cause in enumerate(TWINS)]
+    arm = make_arm("lora", trials)
+    assert (arm.tried, arm.seconds, arm.tokens) == (1, 10.0, 800.0)
+    assert cost_sheet(make_results(arm)).rows[0][-2] == "10.0 s"
 
 
 def test_failures_by_cause() -> None:

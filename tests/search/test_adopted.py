@@ -66,6 +66,8 @@ def test_an_adopted_arm_trains_nothing_and_says_so(
     assert (
         f"it is MLflow run {earlier}, judged anew on this study's rows, of a search of 5" in words
     )
+    assert "was trained with" not in words
+    assert "does not say" not in words
     row = conditions(results).rows[1]
     assert row[:3] == (f"full fine-tuning (run {earlier[:8]})", "5 of that run's search", "1")
     stored = load_results("new", Path("outputs"))
@@ -100,6 +102,21 @@ def test_what_is_not_known_of_a_run_makes_the_verdict_provisional(earlier: str) 
     assert "was trained on other data or splits, so it may have seen rows" in verdict.words
     assert "hydra.sweeper.study_name=other_own_baseline" in verdict.text
     assert "hydra.sweeper.baseline.run_id=null" in verdict.text
+
+
+def test_another_training_of_the_same_data_makes_the_verdict_provisional(earlier: str) -> None:
+    """Another loss mask and half the steps: both are named, and the tables keep the run's own."""
+    other = ("data.train_on=everything", "training.max_steps=32", "hydra.sweeper.n_trials=2")
+    results = _run("hydra.sweeper.study_name=mask", *other, f"baseline.run_id={earlier}")
+    verdict = judge(results)
+    assert verdict.words.startswith("PROVISIONAL: ")
+    assert (
+        "was trained with data.train_on=completions, not data.train_on=everything" in verdict.words
+    )
+    assert "was trained with training.max_steps=64, not training.max_steps=32" in verdict.words
+    assert "was trained on other data" not in verdict.words
+    assert results.arms[1].setting("training.max_steps") == 64
+    assert judge(load_results("mask", Path("outputs"))) == verdict
 
 
 def test_it_is_a_way_out_where_full_fine_tuning_does_not_fit(

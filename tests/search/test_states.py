@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from sweeper.outcome import Cause, Outcome
 from sweeper.search.states import STATES, counts, feasible, tell
+from sweeper.search.study import spent_seconds
 
 BASE = 4.5
 
@@ -73,6 +74,16 @@ def test_an_infeasible_trial_is_not_the_best_even_when_alone_lower() -> None:
 def test_what_counts_to_n_trials(cause: Cause, steps: int, counted: bool) -> None:
     """Trained trials use up the budget; refusals, duplicates, code errors and Ctrl-C do not."""
     assert counts(_told(cause, steps=steps)) is counted
+
+
+def test_a_duplicate_spends_no_device_time() -> None:
+    """It is told with its twin's figures, and a budget counts the twin alone."""
+    study = optuna.create_study()
+    causes: tuple[Cause, ...] = ("finished", "duplicate", "pruned")
+    for cause in causes:
+        outcome = Outcome(cause=cause, best_value=4.0, metrics={"cost/seconds": 10.0})
+        tell(study, study.ask(), outcome, BASE)
+    assert spent_seconds(study) == 20.0
 
 
 def test_pruned_and_failed_states() -> None:
