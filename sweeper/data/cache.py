@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised by whoever changes what encode, tokens, templates or packing make of the same input."""
 KEPT_BYTES = 4 * 2**30
 """The cache's size; what was used longest ago goes first."""

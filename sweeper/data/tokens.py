@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sweeper.data.examples import Example
-from sweeper.data.templates import Rendered, Template, TrainOn, render, render_last
+from sweeper.data.templates import Rendered, Span, Template, TrainOn, render, render_last
 from sweeper.errors import DataError
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ class Codec:
         added = self.tokenizer.added_tokens_decoder.values()
         names = {token.content for token in added if token.special}
         return tuple(names.union(self.tokenizer.all_special_tokens))
+
+    @cached_property
+    def swallowing(self) -> frozenset[int]:
+        """Ids of added tokens that take the blanks behind them along (rstrip: Phi-3's <|end|>)."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(number for number, token in added if token.rstrip)
 
 
 def tokenize(example: Example, codec: Codec, template: Template, train_on: TrainOn) -> list[Tokens]:
@@ -158,8 +164,16 @@ def _whole(text: str, borders: Sequence[int], codec: Codec) -> tuple[list[int], 
     found = codec.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
-    ends = [end for _, end in found["offset_mapping"]]  # they never decrease
-    return found["input_ids"], {border: bisect_right(ends, border) for border in borders}
+    ids: list[int] = found["input_ids"]
+    places = zip(ids, found["offset_mapping"], strict=True)
+    ends = [_end(text, place, token, codec) for token, place in places]  # they never decrease
+    return ids, {border: bisect_right(ends, border) for border in borders}
+
+
+def _end(text: str, place: Span, token: int, codec: Codec) -> int:
+    """Where a token's own text ends: the blanks it has swallowed draw it over no border."""
+    start, end = place
+    return start + len(text[start:end].rstrip()) if token in codec.swallowing else end
 
 
 def _cut(text: str, borders: Sequence[int], codec: Codec) -> tuple[list[int], dict[int, int]]:

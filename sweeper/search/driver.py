@@ -14,6 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sweeper.errors import ConfigError, Refused, StudyError
+from sweeper.folders import TrialFolder
 from sweeper.outcome import Adopted, Facts, Outcome, Size
 from sweeper.search.board import TrialView
 from sweeper.search.budget import ArmBudget, typical_seconds
@@ -38,6 +39,7 @@ from sweeper.settings import Objective, Pruner, Settings, metric_words
 from sweeper.space import Point
 from sweeper.tracking.provenance import origin
 from sweeper.tracking.tracker import TrialRecord, dataset_record
+from sweeper.training.spool import read_spool
 from sweeper.workers.protocol import (
     AnyEvent,
     Check,
@@ -298,8 +300,15 @@ class ArmDriver:
         tags = {"arm": self.arm.name, **self._origin(), **steering_tags(trial)}
         dataset = dataset_record(self.facts, settings.data)
         record = TrialRecord(key, folder, params, tags, dataset)
-        watch = make_watch(self.pruner, settings.training, trial, reported)
+        measured = self._measured(folder)
+        watch = make_watch(self.pruner, settings.training, trial, reported, measured)
         return Live(trial, point, settings, record, view, watch)
+
+    def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
+        """What earlier attempts of a trial measured, as Optuna is told of it, by step."""
+        name = self.objective.judged_while_training
+        rows = [row for row in read_spool(folder.metrics) if name in row]
+        return [(int(row["step"]), as_told(self.objective, float(row[name]))) for row in rows]
 
     def _tell_refused(self, trial: Trial, view: TrialView, message: str) -> None:
         refused = Outcome(cause="refused", message=message)

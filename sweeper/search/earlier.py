@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from sweeper.space import Draw, Point, keys, locate
 
 SAME = ("objective.metric", "objective.direction", "costs", "data digest", "base model digest")
 """Parts of the question in which a study and its fork must agree."""
+RUNG = "completed_rung_"
+"""Optuna's name for the value with which a trial reached a rung, before the rung's number."""
 
 
 def winners(
@@ -114,7 +116,8 @@ def fork(
     for trial, point, draw in fitting:
         origin = f"{name}/{arm.name}/{trial.number:04d}"
         if origin not in adopted:
-            _adopt(study, arm, trial, point, draw, origin)
+            passed = _passed(trial, plan.study.pruner.rungs)
+            _adopt(study, arm, trial, point, draw, origin, passed)
             number = len(study.get_trials(deepcopy=False)) - 1
             new = _folder(plan, plan.study.study_name).trial(arm.name, number).path
             _link(new, _folder(plan, name).trial(arm.name, trial.number).path)
@@ -162,8 +165,26 @@ def _complete(arm: ArmPlan, draw: Draw | None) -> Point | None:
         return None
 
 
+def _passed(trial: FrozenTrial, rungs: Sequence[int]) -> dict[str, Any]:
+    """What Optuna's successive halving compares by: of a guarded pruner's rungs, those of now alone.
+
+    The pruner is no part of the question: a fork may have its rungs elsewhere in the schedule.
+    """
+    noted = {key: value for key, value in trial.system_attrs.items() if key.startswith(RUNG)}
+    if not rungs:
+        return noted
+    known = [f"{RUNG}{n}" for n, rung in enumerate(rungs) if rung in trial.intermediate_values]
+    return {key: noted[key] for key in known if key in noted}
+
+
 def _adopt(
-    study: optuna.Study, arm: ArmPlan, trial: FrozenTrial, point: Point, draw: Draw, origin: str
+    study: optuna.Study,
+    arm: ArmPlan,
+    trial: FrozenTrial,
+    point: Point,
+    draw: Draw,
+    origin: str,
+    passed: dict[str, Any],
 ) -> None:
     fixed = FixedTrial(draw)
     suggest(fixed, arm.space)
@@ -174,6 +195,7 @@ def _adopt(
             params=fixed.params,
             distributions=fixed.distributions,
             user_attrs={**trial.user_attrs, "point": point, "forked_from": origin},
+            system_attrs=passed,
             intermediate_values=trial.intermediate_values,
             constraints=trial.constraints,
         )

@@ -9,7 +9,7 @@ interpolated between the two evaluations around a rung.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import optuna
@@ -60,14 +60,26 @@ def make_pruner(settings: Pruner) -> BasePruner:
 
 
 def make_watch(
-    settings: Pruner, training: Training, trial: Trial, reported: Iterable[int] = ()
+    settings: Pruner,
+    training: Training,
+    trial: Trial,
+    reported: Iterable[int] = (),
+    measured: Sequence[tuple[int, float]] = (),
 ) -> Watch:
-    """The watch over a trial; `reported` are the steps that an earlier attempt told Optuna."""
+    """The watch over a trial.
+
+    Args:
+        settings: which pruner decides, and where.
+        training: its warm-up decides nothing.
+        trial: what is watched.
+        reported: the steps that an earlier attempt told Optuna.
+        measured: what earlier attempts measured, as Optuna is told of it, by optimiser step.
+    """
     if len(trial.study.directions) > 1:
         return Unwatched()  # Optuna has no intermediate values of several objectives
     if settings.rungs:
-        return RungWatch(settings, training, trial, reported)
-    return OpenWatch(trial, reported)
+        return Continued(RungWatch(settings, training, trial, reported), measured)
+    return Continued(OpenWatch(trial, reported), measured)
 
 
 def as_told(objective: Objective, value: float) -> float:
@@ -86,6 +98,25 @@ class Unwatched:
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
         """See Watch."""
         return False
+
+
+class Continued:
+    """What earlier attempts measured is noted before the first evaluation, and decides nothing.
+
+    Otherwise a trial whose best came before an interruption would be compared by what came after it.
+    """
+
+    def __init__(self, watch: Watch, measured: Sequence[tuple[int, float]]) -> None:
+        self._watch = watch
+        self._measured = measured
+
+    def evaluated(self, step: int, total_steps: int, value: float) -> bool:
+        """See Watch."""
+        for earlier, then in self._measured:
+            if earlier < step:  # what lies beyond the checkpoint is measured again
+                self._watch.evaluated(earlier, total_steps, then)
+        self._measured = ()
+        return self._watch.evaluated(step, total_steps, value)
 
 
 class OpenWatch:

@@ -66,6 +66,10 @@ MISTRAL = (
     "{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
     "{%- else %}{{- ' ' + message['content'] + eos_token }}{%- endif %}{%- endfor %}"
 )
+PHI3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] "
+    "+ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 MARKED = (
     "{% for message in messages %}{% if message.role == 'assistant' %}"
     "{{ 'turn ' ~ messages|length ~ '\n' }}{% generation %}{{ message.content + '<|im_end|>' }}"
@@ -95,6 +99,15 @@ def byte_level(
     )
     tokenizer.train_from_iterator([CORPUS] * 4 + ["foobar"] * 40, trainer)
     return _wrapped(tokenizer, adds, eos, pad, options)
+
+
+def phi3(*, rstrip: bool) -> Any:
+    """Phi-3's markers; those of Phi-3-medium and of the first Phi-3-mini swallow the blanks behind."""
+    tokenizer = byte_level(chat_template=PHI3)
+    names = ("<|user|>", "<|assistant|>", "<|end|>")
+    markers = [AddedToken(name, rstrip=rstrip, special=True) for name in names]
+    tokenizer.add_special_tokens({"additional_special_tokens": markers})
+    return tokenizer
 
 
 def metaspace(

@@ -19,7 +19,7 @@ from sweeper.data.tokens import IGNORED, Codec, Collator, encode_prompt, tokeniz
 from sweeper.errors import DataError
 from sweeper.settings import Data
 from tests.conftest import make_settings
-from tests.data.chat import CHATML, GEMMA, book, byte_level, metaspace, talk, task
+from tests.data.chat import CHATML, GEMMA, book, byte_level, metaspace, phi3, talk, task
 
 BYTES = byte_level()
 WORDS = metaspace()
@@ -136,6 +136,37 @@ def _padding(rows: list[dict[str, list[int]]], order: Sequence[int]) -> int:
     """Positions of padding in batches of two."""
     lengths = [len(rows[at]["input_ids"]) for at in order]
     return sum(abs(one - other) for one, other in zip(lengths[::2], lengths[1::2], strict=True))
+
+
+@pytest.mark.parametrize("rstrip", [True, False], ids=["swallows", "does not"])
+def test_end_carries_loss_whatever_it_swallows(rstrip: bool) -> None:
+    """Loss on each answer and its end, also where the end takes the line break behind it along."""
+    tokenizer = phi3(rstrip=rstrip)
+    row = _row(talk("Hi?", "Yes.", "So?", "No."), tokenizer, "chat")
+    assert tokenizer.decode(_learned(row)) == "Yes.<|end|>No.<|end|>"
+    assert row["input_ids"] == tokenizer(PHI3_TALK)["input_ids"]
+    prompt = encode_prompt(
+        talk("Hi?", "Yes."), Codec(tokenizer), choose_template("chat", "messages", tokenizer)
+    )
+    assert prompt.end_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
+    assert prompt.input_ids == row["input_ids"][: len(prompt.input_ids)]
+
+
+PHI3_TALK = (
+    "<|user|>\nHi?<|end|>\n<|assistant|>\nYes.<|end|>\n"
+    "<|user|>\nSo?<|end|>\n<|assistant|>\nNo.<|end|>\n"
+)
+
+
+def test_marker_that_swallows_an_answers_blank_stays_in_the_prompt() -> None:
+    """The model is given <|assistant|>, and never learns to write it."""
+    tokenizer = phi3(rstrip=True)
+    example = talk("Hi?", " Yes.")
+    row = _row(example, tokenizer, "chat")
+    assert tokenizer.decode(_learned(row)) == "Yes.<|end|>"
+    chosen = choose_template("chat", "messages", tokenizer)
+    prompt = encode_prompt(example, Codec(tokenizer), chosen)
+    assert tokenizer.decode(prompt.input_ids).endswith("<|assistant|>")
 
 
 # Lengths

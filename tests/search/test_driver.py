@@ -231,6 +231,24 @@ def test_interrupt_ends_cleanly_and_resumes(tmp_path: Path, number: signal.Signa
     assert sum(map(counts, _trials(tmp_path))) == 6
 
 
+def test_a_continued_trial_keeps_the_rungs_it_had_passed(tmp_path: Path) -> None:
+    """Interrupted behind a rung, it is a new trial to Optuna, which is told of that rung too."""
+    one = (ONLY_LORA, "workers.fake.step_seconds=0.1", "hydra.sweeper.n_trials=1", "pruner=median")
+    process = _start(tmp_path, *one)
+    spool = tmp_path / "lr_rank_sweep" / "lora" / "trial_0000" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (spool.exists() and len(spool.read_text().splitlines()) >= 3):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    _run(tmp_path, *one)
+    cancelled, continued = _trials(tmp_path)
+    assert (cancelled.user_attrs["cause"], continued.user_attrs["continues"]) == ("cancelled", 0)
+    assert list(continued.intermediate_values) == [350, 500, 650, 800]
+    assert cancelled.intermediate_values.items() <= continued.intermediate_values.items()
+
+
 @pytest.mark.slow
 def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
     """Stopped in the middle of the full arm and started again, every rate of the grid is trained."""

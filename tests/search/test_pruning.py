@@ -223,6 +223,40 @@ def test_a_second_attempt_tells_no_rung_twice() -> None:
     assert watch.evaluated(75, 100, 2.8)
 
 
+def test_a_continued_trial_is_compared_by_what_it_had_reached() -> None:
+    """Its best came before the interruption: the new trial has those rungs, and is not stopped."""
+    study = optuna.create_study(pruner=make_pruner(MEDIAN))
+    for _ in range(2):
+        _run(study, MEDIAN, GOOD, 100)
+    trial = study.ask()
+    measured = [(25, 2.0), (50, 0.9), (75, 0.95)]  # killed after 75, its checkpoint is of 50
+    watch = make_watch(MEDIAN, make_settings().training, trial, measured=measured)
+    assert not watch.evaluated(75, 100, 3.0)
+    assert study.trials[-1].intermediate_values == pytest.approx({350: 1.56, 500: 0.9, 650: 0.9})
+    assert not watch.evaluated(100, 100, 3.0)
+
+
+def test_what_an_earlier_attempt_measured_decides_nothing() -> None:
+    """Hopeless before the interruption and far ahead after it: it goes on; still hopeless, it ends."""
+    for value, stopped in ((0.8, False), (2.7, True)):
+        study = optuna.create_study(pruner=make_pruner(MEDIAN))
+        for _ in range(2):
+            _run(study, MEDIAN, GOOD, 100)
+        measured = [(25, 3.0), (50, 2.9)]
+        watch = make_watch(MEDIAN, make_settings().training, study.ask(), measured=measured)
+        assert bool(watch.evaluated(85, 100, value)) is stopped
+
+
+def test_successive_halving_takes_note_of_a_continued_trials_rungs() -> None:
+    """The library compares later trials with what it was asked about, also silently."""
+    study = optuna.create_study(pruner=make_pruner(HALVING))
+    trial = study.ask()
+    training = make_settings().training
+    watch = make_watch(HALVING, training, trial, measured=[(20, 2.0), (50, 1.0)])
+    watch.evaluated(60, 100, 1.5)
+    assert study.trials[-1].system_attrs["completed_rung_0"] == pytest.approx(1.533, abs=1e-3)
+
+
 def test_several_objectives_are_not_pruned() -> None:
     """Optuna refuses intermediate values there, so nothing is told and nobody stopped."""
     study = optuna.create_study(directions=["minimize", "minimize"])

@@ -237,6 +237,25 @@ def test_a_fork_adopts_what_fits_and_trains_the_rest(
     assert len(again.trials) == len(new.trials)
 
 
+def test_a_fork_keeps_what_successive_halving_compares_by(tmp_path: Path) -> None:
+    """Adopted trials compete at the rungs they reached; at other rungs nobody knows their values."""
+    plan = ("sampler=random", RATE, *FEW, "adapter.r=8", "hydra.sweeper.n_trials=2")
+    halving = (*plan, "pruner=successive_halving")
+    _run(tmp_path, "old", *halving)
+    fork = (*halving, "hydra.sweeper.fork_of=old")
+    _run(tmp_path, "new", *fork)
+    _run(tmp_path, "elsewhere", *fork, "hydra.sweeper.pruner.rungs=[400,800]")
+    reached = [_reached(trial) for trial in _study(tmp_path, "old").trials]
+    assert [list(rungs) for rungs in reached] == [["completed_rung_0", "completed_rung_1"]] * 2
+    assert [_reached(trial) for trial in _study(tmp_path, "new").trials] == reached
+    assert [_reached(trial) for trial in _study(tmp_path, "elsewhere").trials] == [{}, {}]
+
+
+def _reached(trial: optuna.trial.FrozenTrial) -> dict[str, float]:
+    noted = trial.system_attrs.items()
+    return {key: value for key, value in noted if key.startswith("completed_rung_")}
+
+
 def test_a_fork_takes_no_trial_with_other_fixed_settings(tmp_path: Path) -> None:
     """Trials with another seed answer another question: none fits."""
     _run(tmp_path, "old", "seed=1", "hydra.sweeper.n_trials=2")
