@@ -37,7 +37,7 @@ from sweeper.search.board import Board, View
 from sweeper.search.budget import ArmBudget, StudyBudget
 from sweeper.search.context import Context
 from sweeper.search.driver import POLL_SECONDS, ArmDriver
-from sweeper.search.final import ArmFinal, finalists_seconds
+from sweeper.search.final import ArmFinal
 from sweeper.search.finalists import FinalistsDriver
 from sweeper.search.plan import LORA, ArmPlan, StudyPlan
 from sweeper.search.start import fill_study
@@ -319,12 +319,9 @@ class StudySession:
 
     def _spent(self) -> float:
         """Device time of all trials and finalists so far."""
-        found = [(arm, find_study(self._plan, arm, self._storage)) for arm in self._plan.arms]
-        return sum(
-            spent_seconds(study) + finalists_seconds(self._folder, arm.name)
-            for arm, study in found
-            if study is not None
-        )
+        plan = self._plan
+        studies = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
+        return spent_seconds(studies, self._folder)
 
     def _announce(
         self, arm: ArmPlan, facts: Facts, done: int, words: Sequence[str], view: View

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sweeper.errors import SweeperError, TrackingError
+from sweeper.data.splits import load_splits
+from sweeper.errors import DataError, SweeperError, TrackingError
 from sweeper.folders import StudyFolder, TrialFolder, read_json
 from sweeper.outcome import Examples, Unseen, UnseenKind, Value
 from sweeper.reporting.intervals import Estimate, Judged, contrast
@@ -26,6 +27,11 @@ CERTIFIED_TAG = "sweeper.certified."
 
 Judge = Callable[[TrialFolder], tuple[Unseen, Unseen]]
 """What a trial's artifact and its untuned base lose on the test split (and general text, if named)."""
+
+Digest = Callable[[TrialFolder], str]
+"""Of the splits that a trial's settings name, as their sources are now."""
+DIGEST_CHARS = 12
+"""Of a digest, shown to people."""
 
 
 class Certificate(Value):
@@ -78,13 +84,29 @@ def judge_here(trial: TrialFolder) -> tuple[Unseen, Unseen]:
     return runner.test(settings, trial, kinds), runner.test(settings, None, kinds)
 
 
-def certify(model: str, registry: Registry, judge: Judge = judge_here) -> Certificate:
+def digest_today(trial: TrialFolder) -> str:
+    """Read a trial's data again: a source may have changed since it was trained.
+
+    Raises:
+        DataError: they cannot be read any more.
+    """
+    from sweeper.training.gate import settings_of
+
+    return load_splits(settings_of(trial.path).data).digest
+
+
+def certify(
+    model: str,
+    registry: Registry,
+    judge: Judge = judge_here,
+    digest_now: Digest = digest_today,
+) -> Certificate:
     """Judge a model's champion on the test split of its own data, and record that it was done.
 
     Raises:
         TrackingError: there is no champion, or the registry cannot be asked.
         ArtifactError: its weights are gone, or not what was stored.
-        DataError: its data have no test split.
+        DataError: its data have no test split, or are not those it was trained on.
     """
     champion = registry.champion(model)
     if champion is None:
@@ -96,11 +118,29 @@ def certify(model: str, registry: Registry, judge: Judge = judge_here) -> Certif
             "machine; certify it where it is"
         )
     digest = str(read_json(trial.provenance).get("data.digest", "unknown"))
+    _require_same_data(champion, digest, digest_now(trial))
     look = 1 + len(looks(registry.versions(model), digest))
     tuned, untuned = judge(trial)
     certificate = _certificate(champion, digest, tuned, untuned, look)
     registry.tag(champion, f"{CERTIFIED_TAG}{look}", certificate.model_dump_json())
     return certificate
+
+
+def _require_same_data(champion: Version, trained_on: str, now: str) -> None:
+    """Other rows are dealt to other splits: today's test rows may be among those it was trained on.
+
+    Raises:
+        DataError: the digests differ.
+    """
+    if now == trained_on:
+        return
+    raise DataError(
+        f"version {champion.number} of {champion.model!r}: its data changed since it was trained: "
+        f"data.digest is {now[:DIGEST_CHARS]} now, not the {trained_on[:DIGEST_CHARS]} of its "
+        "provenance, so that it may have been trained on rows of today's test split. Nothing was "
+        f"judged; put back the data that {TrialFolder(champion.folder).config} names as they were, "
+        "or certify the champion of a study on today's data"
+    )
 
 
 def looks(versions: Sequence[Version], data_digest: str) -> list[Certificate]:

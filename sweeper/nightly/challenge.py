@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from sweeper.outcome import Value
 from sweeper.redaction import redact
 from sweeper.reporting.intervals import Judged
 from sweeper.search.plan import StudyPlan
-from sweeper.tracking.registry import Registry, Version
+from sweeper.tracking.registry import ROLLED_BACK_TAG, Registry, Version
 from sweeper.tracking.trackers import make_registry
 
 CHALLENGER, CHAMPION, BASE = "challenger", "champion", "base"
@@ -92,11 +92,15 @@ def challenge(
     name = None if champion is None else f"version {champion.number}"
     if champion is not None and (champion.study, champion.trial) == (study, trial):
         return _undecided(entry, who, name, "it is the champion already")
-    if entry.gate is None:
+    by_hand = f"promote by hand: sweeper champion promote {entry.label} {study} {trial}"
+    taken_back = _rolled_back(registry.versions(entry.label), study, trial)
+    if taken_back is not None:  # whoever did it knows what no gate shows
         words = (
-            "no gate split: name one (experiments[].gate=FILE), or promote by hand: "
-            f"sweeper champion promote {entry.label} {study} {trial}"
+            f"it was rolled back by hand (version {taken_back.number}); to have it back, {by_hand}"
         )
+        return _undecided(entry, who, name, words)
+    if entry.gate is None:
+        words = f"no gate split: name one (experiments[].gate=FILE), or {by_hand}"
         return _undecided(entry, who, name, words)
     return _duel(entry, plan, best, champion, rules, judge, registry)
 
@@ -133,6 +137,12 @@ def _duel(
         tags = {"sweeper.reason": decision.reason, "sweeper.decision": decision.model_dump_json()}
         registry.promote(entry.label, study, trial, {key: tags[key][:5000] for key in tags})
     return decision
+
+
+def _rolled_back(versions: Sequence[Version], study: str, trial: str) -> Version | None:
+    """The version of a trial that a person took back, if there is one."""
+    own = (each for each in versions if (each.study, each.trial) == (study, trial))
+    return next((each for each in own if ROLLED_BACK_TAG in each.tags), None)
 
 
 def _undecided(entry: Entry, who: str, champion: str | None, reason: str) -> Decision:

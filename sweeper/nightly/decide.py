@@ -32,7 +32,7 @@ class Progress:
     missing: int
     """Trials that its arms have not got to."""
     seconds: float
-    """Worker time of all arms."""
+    """Device time of all arms, finalists included: what device_hours are counted by."""
     ended: dict[str, list[int]]
     """Numbers of the trials that ended, by arm."""
 
@@ -49,7 +49,7 @@ def progress(plan: StudyPlan) -> Progress:
     return Progress(
         counted=counts[plan.arms[0].name],
         missing=sum(max(0, arm.n_trials - counts[arm.name]) for arm in plan.arms),
-        seconds=sum(spent_seconds(study) for study in studies.values() if study),
+        seconds=spent_seconds(studies, folder),
         ended={
             name: [trial.number for trial in study.get_trials() if trial.state.is_finished()]
             if study

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Literal
 
 import optuna
@@ -17,6 +18,7 @@ from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 from sweeper.errors import StudyMismatch
 from sweeper.folders import StudyFolder
 from sweeper.outcome import Facts, Outcome, device_seconds
+from sweeper.search.final import finalists_seconds
 from sweeper.search.plan import ArmPlan, StudyPlan
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
@@ -226,8 +228,16 @@ def counted(study: optuna.Study) -> int:
     return sum(map(counts, study.get_trials(deepcopy=False)))
 
 
-def spent_seconds(study: optuna.Study) -> float:
-    """Device time of all trials of a study that ended."""
+def spent_seconds(studies: Mapping[str, optuna.Study | None], folder: StudyFolder) -> float:
+    """Device time of all trials and finalists so far, given each arm's study, if it was begun."""
+    return sum(
+        _trials_seconds(study) + finalists_seconds(folder, arm)
+        for arm, study in studies.items()
+        if study is not None
+    )
+
+
+def _trials_seconds(study: optuna.Study) -> float:
     outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
     return sum(
         device_seconds(Outcome.model_validate(outcome).spent) for outcome in outcomes if outcome

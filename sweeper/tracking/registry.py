@@ -28,6 +28,7 @@ ALIAS = "champion"
 PREVIOUS_TAG = "sweeper.previous"
 FOLDER_TAG = "folder"
 ROLLED_BACK_TAG = "sweeper.rolled_back"
+"""Of a version that a person took back: no night promotes its trial again."""
 NIGHTS = "nightly"
 """Experiment that holds a run per night."""
 

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
-from sweeper.errors import TrackingError
-from sweeper.folders import TrialFolder, write_json
+from sweeper.data.splits import load_splits
+from sweeper.errors import DataError, TrackingError
+from sweeper.folders import TrialFolder, read_json, write_json
 from sweeper.nightly.certify import CERTIFIED_TAG, certify
 from sweeper.outcome import Examples, Unseen
 from sweeper.tracking.registry import Version
+from tests.conftest import make_settings
 
 TOKENS = (10,) * 40
 
@@ -44,6 +47,11 @@ class Models:
         self.all[place] = Version(**{**vars(version), "tags": tags})
 
 
+def _trained_on(trial: TrialFolder) -> str:
+    """Data that did not change since."""
+    return str(read_json(trial.provenance)["data.digest"])
+
+
 def _version(folder: Path, number: str, digest: str) -> Version:
     trial = TrialFolder(folder / number)
     trial.path.mkdir()
@@ -60,11 +68,11 @@ def test_every_look_is_recorded_and_counted(tmp_path: Path) -> None:
         assert trial.config.exists()
         return _unseen(4.0, 3.62), _unseen(4.5, 3.6)
 
-    first, second = (certify("mine", models, judge) for _ in range(2))  # type: ignore[arg-type]
+    first, second = (certify("mine", models, judge, _trained_on) for _ in range(2))  # type: ignore[arg-type]
     models.all.append(_version(tmp_path, "2", "a"))
-    third = certify("mine", models, judge)  # type: ignore[arg-type]
+    third = certify("mine", models, judge, _trained_on)  # type: ignore[arg-type]
     models.all.append(_version(tmp_path, "3", "b"))
-    fourth = certify("mine", models, judge)  # type: ignore[arg-type]
+    fourth = certify("mine", models, judge, _trained_on)  # type: ignore[arg-type]
     assert [each.look for each in (first, second, third, fourth)] == [1, 2, 3, 1]
     assert (first.test_loss, first.untuned_test_loss) == (pytest.approx(4.2), pytest.approx(4.7))
     assert first.difference.value == pytest.approx(-0.5)
@@ -78,9 +86,38 @@ def test_every_look_is_recorded_and_counted(tmp_path: Path) -> None:
 def test_worse_than_the_base_is_said(tmp_path: Path) -> None:
     """A champion by the gate may still lose on the test split."""
     models = Models(_version(tmp_path, "1", "a"))
-    found = certify("mine", models, lambda _: (_unseen(4.6, None), _unseen(4.5, None)))  # type: ignore[arg-type]
+    figures = _unseen(4.6, None), _unseen(4.5, None)
+    found = certify("mine", models, lambda _: figures, _trained_on)  # type: ignore[arg-type]
     assert "NOT better beyond doubt" in found.words
     assert "forgetting" not in found.words
+
+
+def _write_rows(path: Path, count: int) -> None:
+    rows = ({"instruction": f"Add {i}.", "output": f"Added {i} to the sum."} for i in range(count))
+    path.write_text("".join(json.dumps({**row, "input": ""}) + "\n" for row in rows))
+
+
+def test_data_that_changed_since_are_refused_before_anything_is_judged(tmp_path: Path) -> None:
+    """Four rows more deal all rows to the splits anew: no look is taken, and none is recorded."""
+    data = tmp_path / "my.jsonl"
+    _write_rows(data, 40)
+    settings = make_settings(f"data.train={data}").trial
+    models = Models(_version(tmp_path, "1", load_splits(settings.data).digest))
+    trial, judged = TrialFolder(models.all[0].folder), []
+    trial.config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+
+    def judge(trial: TrialFolder) -> tuple[Unseen, Unseen]:
+        judged.append(trial)
+        return _unseen(4.0, None), _unseen(4.5, None)
+
+    assert certify("mine", models, judge).look == 1  # type: ignore[arg-type]
+    _write_rows(data, 44)
+    before = models.all[0]
+    with pytest.raises(
+        DataError, match=r"version 1 of 'mine'.*data\.digest is .* not the .* put back the data"
+    ):
+        certify("mine", models, judge)  # type: ignore[arg-type]
+    assert (len(judged), models.all[0]) == (1, before)
 
 
 def test_what_cannot_be_certified_is_refused(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import yaml
 from mlflow import MlflowClient
 
 from sweeper.errors import TrackingError
-from sweeper.nightly.challenge import Figures
-from sweeper.nightly.record import NightRecord
+from sweeper.nightly.challenge import Figures, challenge
+from sweeper.nightly.record import Best, NightRecord
 from sweeper.nightly.run import run_night
+from sweeper.nightly.sets import load_set
 from sweeper.tracking.registry import Registry
 
 FIRST = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
@@ -129,6 +130,34 @@ def test_a_better_model_that_forgot_too_much_is_refused(folder: Path) -> None:
     assert registry.champion(MODEL) == before
     text = Path("outputs/nightly/mine/2026-05-05/digest.md").read_text()
     assert "forgetting +1.2000 nats" in text
+
+
+def _winner(record: NightRecord) -> tuple[str, Best]:
+    entry = record.entries[MODEL]
+    assert entry.decided is not None
+    assert entry.best is not None
+    return entry.decided.study_name, entry.best
+
+
+def test_what_was_rolled_back_by_hand_is_not_promoted_again(folder: Path) -> None:
+    """The best trial was taken back: the next night does not have it judged, and says which version."""
+    registry = Registry(None, folder / "mlruns")
+    losing = Judge(base=4.5, challenger=4.4, champion=4.0)
+    (holder, old), (study, best) = (_winner(_night(number, losing)) for number in (5, 6))
+    number = best.number
+    before = registry.promote(MODEL, holder, f"lora/{old.number:04d}", {})
+    taken_back = registry.promote(MODEL, study, f"lora/{number:04d}", {})
+    registry.rollback(MODEL)
+    loaded = load_set("mine")
+    (wanted,) = loaded.settings.experiments
+    judge = Judge(base=4.5, challenger=3.8, champion=4.0)
+    plan, rules = loaded.plan(wanted, study), loaded.settings.champion
+    decision = challenge(wanted, plan, best, rules, judge)
+    assert decision is not None
+    assert (decision.verdict, judge.asked) == ("undecided", [])
+    assert f"rolled back by hand (version {taken_back.number})" in decision.reason
+    assert f"sweeper champion promote {MODEL} {study} lora/{number:04d}" in decision.reason
+    assert registry.champion(MODEL) == before
 
 
 def test_unknown_models_and_runs_are_named(folder: Path) -> None:

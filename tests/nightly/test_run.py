@@ -242,6 +242,24 @@ def test_device_hours_of_the_night_are_shared(write_set: Write) -> None:
     assert first.seconds + second.seconds < 1.0 + trial
 
 
+def test_finalists_of_earlier_nights_use_up_nothing_of_tonight(write_set: Write) -> None:
+    """Last night's finalists took ten device-hours; tonight's one still trains all its trials."""
+    finalists = ["hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"]
+    entry = {"policy": "continue", "extend_by": 2, "overrides": [*FAKE, *SMALL, *finalists]}
+    write_set(entry)
+    run_night("mine", clock=_night(0))
+    (path,) = Path("outputs/mine_lr_rank_sweep_2026-05-01/lora/finalists").glob("*/outcome.json")
+    outcome = json.loads(path.read_text())
+    outcome["metrics"]["cost/seconds"] = 36000.0
+    path.write_text(json.dumps(outcome))
+    write_set(entry, budget={"device_hours": 1.0})
+    run_night("mine", clock=_night(1))
+    second = _record(1).entries["lr_rank_sweep"]
+    assert second.decided
+    assert second.decided.seconds_before > 36000
+    assert (second.status, sum(second.causes.values())) == ("done", 2)
+
+
 @pytest.mark.slow
 def test_worse_than_last_night_is_a_regression(write_set: Write) -> None:
     """A fresh study on the same data that ends 0.1 nats above the last one is called so."""
