@@ -72,6 +72,7 @@ def test_a_stopped_study_exits_with_its_code_and_continues_where_it_was(
     folder = _study(tmp_path) / "lora" / "trial_0000"
     reached = json.loads((folder / "checkpoints" / "fake.json").read_text())["step"]
     assert 0 < reached < 20
+    before = (folder / "metrics.jsonl").read_text().splitlines()
     again = subprocess.run(
         [sys.executable, "-m", "sweeper", *STUDY, "workers.fake.step_seconds=0.0", "-m"],
         *(-1, None, None, subprocess.PIPE, subprocess.STDOUT),
@@ -85,9 +86,11 @@ def test_a_stopped_study_exits_with_its_code_and_continues_where_it_was(
     assert continued.user_attrs["continues"] == 0
     assert continued.params == stopped.params
     told = [round(step * 20 / 1000) for step in continued.intermediate_values]
-    assert min(told) > reached
+    assert told == [4, 8, 12, 16, 20], "what the stopped trial measured counts for the pruner"
     lines = (_study(tmp_path) / "lora" / "trial_0001" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 8, 12, 16, 20]
+    kept = [line for line in before if json.loads(line)["step"] <= reached]
+    assert lines[: len(kept)] == kept, "measured once"
     assert sum(trial.state is TrialState.COMPLETE for trial in _trials(tmp_path)) == 3
 
 

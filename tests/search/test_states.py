@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from sweeper.folders import StudyFolder
 from sweeper.outcome import Cause, Outcome
 from sweeper.search.states import STATES, counts, feasible, tell
 from sweeper.search.study import spent_seconds
@@ -76,14 +78,14 @@ def test_what_counts_to_n_trials(cause: Cause, steps: int, counted: bool) -> Non
     assert counts(_told(cause, steps=steps)) is counted
 
 
-def test_a_duplicate_spends_no_device_time() -> None:
+def test_a_duplicate_spends_no_device_time(tmp_path: Path) -> None:
     """It is told with its twin's figures, and a budget counts the twin alone."""
     study = optuna.create_study()
     causes: tuple[Cause, ...] = ("finished", "duplicate", "pruned")
     for cause in causes:
         outcome = Outcome(cause=cause, best_value=4.0, metrics={"cost/seconds": 10.0})
         tell(study, study.ask(), outcome, BASE)
-    assert spent_seconds(study) == 20.0
+    assert spent_seconds({"lora": study}, StudyFolder(tmp_path)) == 20.0
 
 
 def test_pruned_and_failed_states() -> None:
