@@ -46,10 +46,8 @@ def _reloaded(folder: TrialFolder) -> tuple[PeftModel, Base, Prepared, TrialSett
     return model, base, prepare(settings.data, base), settings
 
 
-def test_highest_rouge_is_kept_where_the_objective_maximizes(
-    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ROUGE-L 0.1, 0.5, 0.2: the checkpoint of step 4 is stored, though step 6 has the lowest loss."""
+def _script_rouge(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """ROUGE-L is 0.1, 0.5, 0.2 from now on; returns where the true losses are noted."""
     losses: list[float] = []
     judged = Judge.__call__
 
@@ -60,6 +58,14 @@ def test_highest_rouge_is_kept_where_the_objective_maximizes(
         return replace(judgement, metrics={**judgement.metrics, **scores})
 
     monkeypatch.setattr(Judge, "__call__", scripted)
+    return losses
+
+
+def test_highest_rouge_is_kept_where_the_objective_maximizes(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROUGE-L 0.1, 0.5, 0.2: the checkpoint of step 4 is stored, though step 6 has the lowest loss."""
+    losses = _script_rouge(monkeypatch)
     outcome, reported, folder = run_tiny("t", *ROUGE, *LEARNS)
     assert (outcome.best_value, outcome.best_step) == (0.5, 4)
     assert outcome.metrics["best/eval_rougeL"] == 0.5
@@ -90,16 +96,7 @@ def test_best_weights_of_a_full_fine_tune_are_stored(
     base = tmp_path / name
     AutoModelForCausalLM.from_config(CONFIGS[name]).save_pretrained(base)
     AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(base)
-    losses: list[float] = []
-    judged = Judge.__call__
-
-    def scripted(judge: Judge, model: Any) -> Judgement:
-        judgement = judged(judge, model)
-        losses.append(judgement.value("eval/loss"))
-        scores = {"eval/rougeL": [0.1, 0.5, 0.2][len(losses) - 1]}
-        return replace(judgement, metrics={**judgement.metrics, **scores})
-
-    monkeypatch.setattr(Judge, "__call__", scripted)
+    losses = _script_rouge(monkeypatch)
     full = ("adapter=none", "training.learning_rate=0.02", f"model.base_model={base}")
     outcome, _, folder = run_tiny("t", *ROUGE, *full)
     assert outcome.best_step == 4, outcome.message
