@@ -192,12 +192,16 @@ def test_a_trial_killed_after_its_last_step_takes_no_further_one(
     run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while its result was stored, in the middle of an epoch: the same outcome, no step more."""
+    middle = (
+        "training.max_steps=6",
+        "training.per_device_train_batch_size=8",
+    )  # four steps an epoch
     with monkeypatch.context() as patch:
         patch.setattr("sweeper.training.trial.save_artifact", _die)
         with pytest.raises(Killed):
-            run_tiny("killed", *STEPS)
-    outcome, judged, folder = run_tiny("killed", *STEPS)
-    whole, _, expected = run_tiny("whole", *STEPS)
+            run_tiny("killed", *STEPS, *middle)
+    outcome, judged, folder = run_tiny("killed", *STEPS, *middle)
+    whole, _, expected = run_tiny("whole", *STEPS, *middle)
     assert judged == []
     assert (outcome.cause, outcome.steps) == ("finished", whole.steps)
     assert outcome.best_value == pytest.approx(whole.best_value, abs=1e-6)
