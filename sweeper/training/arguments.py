@@ -49,9 +49,8 @@ def training_arguments(
         activation_checkpointing=training.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_liger_kernel=use_liger_kernel(settings),
-        liger_kernel_config={
-            "fused_linear_cross_entropy": False
-        },  # would replace our loss's forward
+        # Liger's own loss would take the place of a forward that computes ours
+        liger_kernel_config={"fused_linear_cross_entropy": False},
         bf16=compute_dtype == torch.bfloat16,
         fp16=compute_dtype == torch.float16,
         logging_strategy="steps",

@@ -419,10 +419,9 @@ class TransformersRunner:
     def _base(self, settings: TrialSettings) -> Base:
         """The warm base; a trial that trains the base's own weights leaves none behind."""
         trained = not isinstance(settings.adapter, LoraAdapter)
+        liger = use_liger_kernel(settings)  # its layers stay on a base
         held = (settings.model.model_dump_json(), settings.quantization.model_dump_json())
-        key = " ".join(
-            [*held, str(trained), str(use_liger_kernel(settings))]
-        )  # Liger stays on a base
+        key = " ".join([*held, str(trained), str(liger)])
         if key not in self._warm:
             self._make_room()  # one base at a time: memory is what it is all about
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
