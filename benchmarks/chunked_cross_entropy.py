@@ -23,7 +23,7 @@ import re, sys, time
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from sweeper.evaluation.loss import target_nll
+from sweeper.evaluation.token_loss import target_nll
 
 def mib(field):
     text = Path("/proc/self/status").read_text()

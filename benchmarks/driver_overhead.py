@@ -33,33 +33,33 @@ import optuna
 from optuna.trial import FrozenTrial
 from record import record
 
-from sweeper import session
-from sweeper.folders import StudyFolder
-from sweeper.search import driver
-from sweeper.search.plan import ArmPlan, StudyPlan, studies
+from sweeper.commands import run_study
+from sweeper.commands.run_study import StudySession
+from sweeper.core.paths import StudyFolder
+from sweeper.driver import arm_search
+from sweeper.driver.steering import Steering
 from sweeper.search.states import STATES
-from sweeper.search.steering import Steering
 from sweeper.search.study import open_storage, optuna_name
-from sweeper.session import StudySession
+from sweeper.search.study_plan import ArmPlan, StudyPlan, studies
 from sweeper.tracking.mlflow_tracker import MlflowTracker
-from sweeper.tracking.shipment import Shipper
+from sweeper.tracking.shipment import RunShipper
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
-from sweeper.tracking.trackers import make_tracker
+from sweeper.tracking.tracker_factory import make_tracker
 
 SEEDED = 12
 MEASURED = 20
 NAME = "overhead"
 PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "ask": ((driver.ArmDriver, "_dispatch"),),
+    "ask": ((arm_search.ArmDriver, "_dispatch"),),
     "compose and validate": ((ArmPlan, "settings_at"),),
-    "hand out": ((driver.ArmDriver, "_submit"),),
-    "report and prune": ((driver.ArmDriver, "_evaluated"),),
-    "listen and tell": ((driver.ArmDriver, "_handle"),),
+    "hand out": ((arm_search.ArmDriver, "_submit"),),
+    "report and prune": ((arm_search.ArmDriver, "_evaluated"),),
+    "listen and tell": ((arm_search.ArmDriver, "_handle"),),
     "steer": ((Steering, "read"),),
     "write results": ((StudySession, "_write_results"),),
-    "loop": ((driver.ArmDriver, "_more"),),
+    "loop": ((arm_search.ArmDriver, "_more"),),
     "record": ((MlflowTracker, "start"), (MlflowTracker, "end")),
-    "ship": ((Shipper, "ship"),),
+    "ship": ((RunShipper, "ship"),),
 }
 """The functions of each phase; what a function of another phase does inside is that phase's."""
 
@@ -116,15 +116,15 @@ def instrumented(watch: Stopwatch) -> Iterator[None]:
         for functions in PHASES.values()
         for owner, attribute in functions
     }
-    submit = driver.ArmDriver._submit
+    submit = arm_search.ArmDriver._submit
 
-    def noted(self: driver.ArmDriver, *arguments: Any) -> None:
+    def noted(self: arm_search.ArmDriver, *arguments: Any) -> None:
         submit(self, *arguments)
         if watch.first_submit is None:
             watch.first_submit = time.perf_counter(), time.process_time()
             watch.clear()
 
-    driver.ArmDriver._submit = noted  # type: ignore[method-assign]
+    arm_search.ArmDriver._submit = noted  # type: ignore[method-assign]
     for name, functions in PHASES.items():
         for owner, attribute in functions:
             setattr(owner, attribute, timed(watch, name, getattr(owner, attribute)))
@@ -150,7 +150,7 @@ def make_plan(sampler: str, n_trials: int) -> StudyPlan:
 def run(plan: StudyPlan) -> None:
     """The study to its end, in silence."""
     with contextlib.redirect_stdout(io.StringIO()):
-        session.run_study(plan)
+        run_study.run_study(plan)
 
 
 def fill(size: int) -> None:
@@ -201,7 +201,7 @@ def _copy(
 def measure(sampler: str, size: int) -> dict[str, Any]:
     """Milliseconds a trial, after `size` finished ones, and the seconds until the first."""
     watch, plan = Stopwatch(), make_plan(sampler, size + MEASURED)
-    session.WRITING_SHARE = float("inf")
+    run_study.WRITING_SHARE = float("inf")
     with instrumented(watch):
         began = time.perf_counter()
         cpu = time.process_time()

@@ -27,9 +27,9 @@ from typing import Any
 import joblib
 from record import record
 
-from sweeper.compose import compose
-from sweeper.folders import TrialFolder
-from sweeper.settings import Settings, validate
+from sweeper.config.compose import compose
+from sweeper.config.settings import RunSettings, validate
+from sweeper.core.paths import TrialFolder
 
 CORES = os.cpu_count() or 1
 COMMON = ("tracking=none", "training.early_stopping_patience=null")
@@ -53,9 +53,9 @@ def draw_points(count: int) -> list[Point]:
 
 def train(overrides: Sequence[str], folder: str, threads: int) -> None:
     """One trial as a script trains it: load, tokenize, train, save."""
-    from sweeper.training.runner import TransformersRunner
+    from sweeper.training.trial_runner import TransformersRunner
 
-    settings = validate(Settings, compose(overrides).config)
+    settings = validate(RunSettings, compose(overrides).config)
     outcome = TransformersRunner(threads).run(
         settings.trial, TrialFolder(Path(folder)), {}, Silent()
     )

@@ -28,15 +28,15 @@ import torch
 from record import record
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from sweeper.compose import compose
-from sweeper.embedded import BASE_DIR
-from sweeper.evaluation.loss import target_nll
+from sweeper.builtin.embedded import BASE_DIR
+from sweeper.config.compose import compose
+from sweeper.config.settings import LoraAdapter, RunSettings, TrialSettings, validate
+from sweeper.evaluation.token_loss import target_nll
 from sweeper.modeling.adapter import attach
-from sweeper.modeling.base import load_base
+from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import device
 from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.settings import LoraAdapter, Settings, TrialSettings, validate
-from sweeper.training.memory import peak_mib, reset_peak
+from sweeper.training.peak_memory import peak_mib, reset_peak
 
 STEPS = 3
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -83,7 +83,7 @@ def run(setting: Setting, base: Path) -> dict[str, float]:
         *(f"model.base_model={base}", f"training.per_device_train_batch_size={setting.batch_size}"),
         *("training.gradient_accumulation_steps=1", "training.learning_rate=1e-4"),
     ]
-    settings = validate(Settings, compose(overrides).config).trial
+    settings = validate(RunSettings, compose(overrides).config).trial
     estimate = estimate_trial(settings, device(), length=setting.length)
     measured = train(settings, setting.length)
     return {**asdict(estimate), "estimated": estimate.total, "measured": measured}

@@ -20,14 +20,14 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from record import record
 
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Outcome
-from sweeper.search.plan import studies
+from sweeper.commands.run_study import run_study
+from sweeper.config.settings import TrialSettings
+from sweeper.core.outcome import Outcome
+from sweeper.core.paths import TrialFolder
 from sweeper.search.states import counts, feasible
-from sweeper.session import run_study
-from sweeper.settings import TrialSettings
-from sweeper.training.observer import Observer
-from sweeper.training.runner import TransformersRunner
+from sweeper.search.study_plan import studies
+from sweeper.training.observer import TrialObserver
+from sweeper.training.trial_runner import TransformersRunner
 
 ROOM = 64 * 2**20
 N_TRIALS = 20
@@ -81,7 +81,7 @@ def run_capped(
     settings: TrialSettings,
     folder: TrialFolder,
     provenance: Mapping[str, Any],
-    observer: Observer,
+    observer: TrialObserver,
 ) -> Outcome:
     """A trial, while which this process may grow by ROOM; the sampler has its turn outside."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # the studies of t
 
 from record import record
 
-from tests.reporting.test_page import curves, many, render
+from tests.reporting.test_html_page import curves, many, render
 
 ROUNDS = 5
 

@@ -48,9 +48,9 @@ from optuna.trial import FrozenTrial, TrialState
 from record import record
 from scipy.stats import spearmanr
 
-from sweeper.search.audit import Audit, audit
+from sweeper.config.settings import Objective
+from sweeper.search.pruning_audit import PruningAudit, audit
 from sweeper.search.states import counts
-from sweeper.settings import Objective
 
 STUDY = "lr_rank_sweep"
 COMMON = (f"+experiment={STUDY}", "~hydra.sweeper.arms.full", "finalists=none", "tracking=none")
@@ -220,7 +220,7 @@ def summary(seeds: Sequence[Mapping[str, Any]], drawn: Sequence[float]) -> dict[
     }
 
 
-def audited(search: Sequence[FrozenTrial]) -> Audit | None:
+def audited(search: Sequence[FrozenTrial]) -> PruningAudit | None:
     """Of a search whose trials went on where they would have been pruned."""
     ended = [trial for trial in search if trial.state is TrialState.COMPLETE]
     spared = [trial.values[0] for trial in ended if trial.user_attrs.get("audited")]
@@ -228,13 +228,13 @@ def audited(search: Sequence[FrozenTrial]) -> Audit | None:
     return audit(LOSS, others, spared)
 
 
-def in_service(searches: Mapping[str, Sequence[FrozenTrial]]) -> Audit | None:
+def in_service(searches: Mapping[str, Sequence[FrozenTrial]]) -> PruningAudit | None:
     """Of the default search, whose pruned trials were trained to their end afterwards."""
     ended = [t.values[0] for t in searches["default"] if t.state is TrialState.COMPLETE]
     return audit(LOSS, ended, [trial.values[0] for trial in searches["killed"]])
 
 
-def kills(audits: Sequence[Audit | None]) -> dict[str, float]:
+def kills(audits: Sequence[PruningAudit | None]) -> dict[str, float]:
     """Audits of several seeds, added up."""
     found = [one for one in audits if one is not None]
     total = sum(one.audited for one in found)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from record import record
 
-from sweeper.folders import TrialFolder
-from sweeper.settings import Objective
+from sweeper.config.settings import Objective
+from sweeper.core.paths import TrialFolder
+from sweeper.core.spool import MetricsSpool
 from sweeper.tracking.mlflow_tracker import MlflowTracker
-from sweeper.tracking.server import Server
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
-from sweeper.training.spool import Spool
+from sweeper.tracking.tracking_server import TrackingServer
 
 WRITES, CALLS = 10_000, 200
 NOWHERE = "http://127.0.0.1:9"
@@ -43,11 +43,11 @@ def measure(root: Path) -> dict[str, dict[str, float]]:
     """The worker's writes and the driver's calls, MLflow being away."""
     folder = TrialFolder(root / "study" / "lora" / "trial_0000")
     trial = TrialRecord("lora/0000", folder, {"training.learning_rate": 0.001})
-    tracker = MlflowTracker(Server(NOWHERE, root), root / "study" / ".tracking")
+    tracker = MlflowTracker(TrackingServer(NOWHERE, root), root / "study" / ".tracking")
     tracker.open_study(StudyRecord("bench", "study", {}, {}, LOSS))
     tracker.start(trial)
     tracker.ship(trial)
-    spool = Spool(folder.metrics, 0)
+    spool = MetricsSpool(folder.metrics, 0)
     metrics = {f"train/metric_{number}": 1.0 / (number + 3) for number in range(10)}
     figures = {"spool.write, ms": percentiles(lambda n: spool.write(n, metrics), WRITES)}
     figures["tracker.ship, ms"] = percentiles(lambda _: tracker.ship(trial), WRITES)

@@ -25,15 +25,15 @@ from typing import Any
 LOG = "START_UP_LOG"
 STAGES = {
     # module, function, in words; entered in whichever process calls it
-    ("sweeper.search.plan", "studies"): "driver: compose and validate",
-    ("sweeper.session", "open_storage"): "driver: open the study's database",
-    ("sweeper.session", "provenance"): "driver: provenance",
-    ("sweeper.session", "open_engine"): "driver: start the worker",
-    ("sweeper.session", "open_study"): "driver: open the study",
-    ("sweeper.session", "fill_study"): "driver: first points",
-    ("sweeper.workers.local", "make_runner"): "worker: import torch and transformers",
-    ("sweeper.training.runner", "load_base"): "worker: load and quantize the base",
-    ("sweeper.training.runner", "prepare"): "worker: read, split and tokenize the data",
+    ("sweeper.search.study_plan", "studies"): "driver: compose and validate",
+    ("sweeper.commands.run_study", "open_storage"): "driver: open the study's database",
+    ("sweeper.commands.run_study", "provenance"): "driver: provenance",
+    ("sweeper.commands.run_study", "open_engine"): "driver: start the worker",
+    ("sweeper.commands.run_study", "open_study"): "driver: open the study",
+    ("sweeper.commands.run_study", "fill_study"): "driver: first points",
+    ("sweeper.workers.local_engine", "make_runner"): "worker: import torch and transformers",
+    ("sweeper.training.trial_runner", "load_base"): "worker: load and quantize the base",
+    ("sweeper.training.trial_runner", "prepare"): "worker: read, split and tokenize the data",
 }
 COMMAND = (
     *("+experiment=lr_rank_sweep", "hydra.sweeper.n_trials=1", "training.max_steps=2"),
@@ -84,7 +84,7 @@ class Finder:
             execute(module)
             for function, words in wanted.items():
                 setattr(module, function, noted(words, getattr(module, function)))
-            if name == "sweeper.training.runner":
+            if name == "sweeper.training.trial_runner":
                 _note_first_step(module)
 
         spec.loader.exec_module = wrapped  # type: ignore[method-assign]

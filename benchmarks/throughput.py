@@ -30,17 +30,17 @@ from transformers import (
     set_seed,
 )
 
-from sweeper.compose import compose
-from sweeper.data.encode import Encoded
-from sweeper.data.tokens import IGNORED, Collator, Tokens
+from sweeper.config.compose import compose
+from sweeper.config.settings import LoraAdapter, RunSettings, validate
+from sweeper.core.outcome import StopCause
+from sweeper.core.paths import TrialFolder
+from sweeper.data.encode import EncodedSplit
+from sweeper.data.tokens import IGNORED, PaddingCollator, Tokens
 from sweeper.evaluation.judge import make_judge
-from sweeper.folders import TrialFolder
 from sweeper.modeling.adapter import attach, detach
-from sweeper.outcome import StopCause
-from sweeper.settings import LoraAdapter, Settings, validate
-from sweeper.training.batch import resolve
-from sweeper.training.meter import Meter
-from sweeper.training.trial import TrialInputs, train_trial
+from sweeper.training.micro_batch import resolve
+from sweeper.training.train_trial import TrialInputs, train_trial
+from sweeper.training.trial_costs import TrialCosts
 
 ON_GPU = torch.cuda.is_available()
 UNIT = "second" if ON_GPU else "CPU second"
@@ -100,7 +100,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
 
 
-def ours(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder: Path) -> float:
+def ours(base: LlamaForCausalLM, rows: list[Tokens], settings: RunSettings, folder: Path) -> float:
     """Training seconds of a trial, by its own account."""
     adapter = settings.adapter
     assert isinstance(adapter, LoraAdapter)
@@ -108,9 +108,9 @@ def ours(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder:
     model = attach(base, adapter)
     tokenizer = make_tokenizer()
     judge = make_judge(tokenizer, rows[:1], None, settings.evaluation, seed=0)
-    inputs = TrialInputs(model, tokenizer, Encoded(rows), judge)
+    inputs = TrialInputs(model, tokenizer, EncodedSplit(rows), judge)
     trial = resolve(settings.trial, lambda _: None, on_gpu=ON_GPU)
-    meter = Meter()
+    meter = TrialCosts()
     try:
         train_trial(inputs, trial, TrialFolder(folder), Silent(), meter)
     finally:
@@ -118,7 +118,7 @@ def ours(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder:
     return meter.seconds("train") if ON_GPU else meter.cpu_seconds("train")
 
 
-def plain(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder: Path) -> float:
+def plain(base: LlamaForCausalLM, rows: list[Tokens], settings: RunSettings, folder: Path) -> float:
     """Training seconds of the script that everybody writes: get_peft_model and Trainer."""
     training, adapter = settings.training, settings.adapter
     assert isinstance(adapter, LoraAdapter)
@@ -143,7 +143,7 @@ def plain(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, data_collator=Collator(0), train_dataset=rows)
+    trainer = Trainer(model, arguments, data_collator=PaddingCollator(0), train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     started = clock()
     trainer.train()
@@ -154,7 +154,7 @@ def plain(base: LlamaForCausalLM, rows: list[Tokens], settings: Settings, folder
 
 def compare(prompt: int) -> dict[str, float]:
     """Medians of alternating rounds, after one round of each that is not counted."""
-    settings = validate(Settings, compose(SETTINGS).config)
+    settings = validate(RunSettings, compose(SETTINGS).config)
     base, rows = make_base(), make_rows(prompt, settings.training.effective_batch_size * STEPS)
     tokens = sum(len(row["input_ids"]) for row in rows)
     sides: dict[str, Callable[..., float]] = {"ours": ours, "plain": plain}

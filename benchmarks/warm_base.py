@@ -15,12 +15,12 @@ import torch
 from record import record
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sweeper.compose import compose
-from sweeper.embedded import BASE_DIR
-from sweeper.modeling import quantized
-from sweeper.modeling.base import load_base
-from sweeper.modeling.source import weights_bytes
-from sweeper.settings import Settings, validate
+from sweeper.builtin.embedded import BASE_DIR
+from sweeper.config.compose import compose
+from sweeper.config.settings import RunSettings, validate
+from sweeper.modeling import quantized_cache
+from sweeper.modeling.base_model import load_base
+from sweeper.modeling.model_source import weights_bytes
 
 SHAPES = {"1M": (128, 6, 2048), "16M": (320, 8, 8192), "134M": (768, 12, 32000)}
 """Hidden size, layers, vocabulary."""
@@ -38,9 +38,9 @@ def make_base(folder: Path, hidden: int, layers: int, vocabulary: int) -> None:
 
 def seconds(base: Path, quantization: str, smallest: int) -> float:
     """CPU seconds of loading; the cache is used from `smallest` bytes on."""
-    quantized.SMALLEST_BYTES = smallest
+    quantized_cache.SMALLEST_BYTES = smallest
     overrides = [f"model.base_model={base}", f"quantization={quantization}"]
-    settings = validate(Settings, compose(overrides).config)
+    settings = validate(RunSettings, compose(overrides).config)
     began = time.process_time()
     load_base(settings.model, settings.quantization, trained=False)
     return time.process_time() - began
@@ -61,7 +61,7 @@ def main() -> None:
     """Every shape, NF4 and int8."""
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as root:
-        quantized.cache_folder = lambda: Path(root) / "cache"
+        quantized_cache.cache_folder = lambda: Path(root) / "cache"
         for name, shape in SHAPES.items():
             base = Path(root) / name
             make_base(base, *shape)

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sweeper.errors import ConfigError, SweeperError
-from sweeper.redaction import holds_password, redact
+from sweeper.core.errors import ConfigError, SweeperError
+from sweeper.core.redaction import holds_password, redact
 
 MAX_OVERRIDE = 10_000
 MAX_OVERRIDES = 1_000
@@ -24,11 +24,11 @@ MAX_NESTED = 50
 def main() -> None:
     """Entry point of `sweeper` and `python -m sweeper`."""
     argv = sys.argv[1:]
-    from sweeper.cli import VERBS
+    from sweeper.cli.verbs import VERBS
 
     try:
         if argv and argv[0] in VERBS:
-            from sweeper.cli import app
+            from sweeper.cli.verbs import app
 
             app(prog_name="sweeper")
         else:
@@ -43,17 +43,17 @@ def main() -> None:
 
 def run_studies(overrides: Sequence[str]) -> None:
     """Run the studies of a command line one after the other (called by the Hydra plugin)."""
-    from sweeper.search.plan import studies
-    from sweeper.session import run_study
+    from sweeper.commands.run_study import run_study
+    from sweeper.search.study_plan import studies
 
     _or_exit(lambda: [run_study(plan) for plan in studies(overrides)])
 
 
 def _hydra(argv: Sequence[str]) -> None:
     """Check the whole command line, then let Hydra run it."""
-    from sweeper import compose
-    from sweeper.cli import VERBS
-    from sweeper.search.plan import single, studies
+    from sweeper.cli.verbs import VERBS
+    from sweeper.config import compose
+    from sweeper.search.study_plan import single, studies
 
     refuse_overrides([text for text in argv if not text.startswith("-")])
     line = compose.parse_command_line(argv)
@@ -64,7 +64,7 @@ def _hydra(argv: Sequence[str]) -> None:
     if line.trains:
         plans = studies(overrides) if line.multirun else [single(overrides)]
         if any(plan.dry_run for plan in plans):  # before Hydra makes a folder
-            from sweeper.dry_run import show
+            from sweeper.commands.dry_run import show
 
             return show(plans)
     elif not {"-c", "--cfg"}.isdisjoint(line.flags):
@@ -107,12 +107,12 @@ def _hydra_application() -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
-    from sweeper import compose
+    from sweeper.config import compose
 
     def application(config: DictConfig) -> None:
-        from sweeper.folders import TrialFolder
-        from sweeper.search.plan import single
-        from sweeper.single import run_single
+        from sweeper.commands.run_trial import run_single
+        from sweeper.core.paths import TrialFolder
+        from sweeper.search.study_plan import single
 
         hydra_config = HydraConfig.get()
         overrides = [*hydra_config.overrides.hydra, *hydra_config.overrides.task]

@@ -22,9 +22,9 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 # tokens and stand-ins that the tests build are neither taken from the user's cache nor left in it
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sweeper-tests-")
 
-from sweeper.compose import compose
-from sweeper.embedded import BASE_DIR
-from sweeper.settings import Settings, validate
+from sweeper.builtin.embedded import BASE_DIR
+from sweeper.config.compose import compose
+from sweeper.config.settings import RunSettings, validate
 
 # how long an example takes depends on what else the machine does
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -34,9 +34,9 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def make_settings(*overrides: str) -> Settings:
+def make_settings(*overrides: str) -> RunSettings:
     """Validated settings of the default config with overrides."""
-    return validate(Settings, compose(overrides).config)
+    return validate(RunSettings, compose(overrides).config)
 
 
 @pytest.fixture
@@ -73,10 +73,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database without a run, made once: its tables take seconds."""
-    from sweeper.tracking.server import Server
+    from sweeper.tracking.tracking_server import TrackingServer
 
     root = tmp_path_factory.mktemp("store")
-    Server(None, root).client()
+    TrackingServer(None, root).client()
     return root / "mlflow.db"
 
 

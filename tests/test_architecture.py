@@ -52,27 +52,27 @@ LAYERS = (
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 SEAMS = {
     "hydra": {
-        "sweeper/compose.py",
-        "sweeper/grammar.py",
+        "sweeper/config/compose.py",
+        "sweeper/config/grammar.py",
         "sweeper/__main__.py",
         "hydra_plugins/sweeper_study/study_sweeper.py",
     },
     "mlflow": {
-        "sweeper/tracking/server.py",
+        "sweeper/tracking/tracking_server.py",
         "sweeper/tracking/shipment.py",
-        "sweeper/tracking/records.py",
-        "sweeper/tracking/baseline.py",
+        "sweeper/tracking/run_pages.py",
+        "sweeper/tracking/baseline_runs.py",
         "sweeper/tracking/registry.py",
         "sweeper/tracking/store.py",
     },
-    "typer": {"sweeper/cli.py", "sweeper/cli_study.py"},
-    "multiprocessing": {"sweeper/workers/local.py", "sweeper/workers/followers.py"},
+    "typer": {"sweeper/cli/verbs.py", "sweeper/cli/study_verbs.py"},
+    "multiprocessing": {"sweeper/workers/local_engine.py", "sweeper/workers/followers.py"},
     "datasets": {"sweeper/data/sources.py"},
     "fsspec": {"sweeper/data/sources.py"},
     "datasketch": {"sweeper/data/duplicates.py"},
-    "ray": {"sweeper/workers/ray.py"},
+    "ray": {"sweeper/workers/ray_engine.py"},
 }
-SEAMS["omegaconf"] = SEAMS["hydra"] - {"sweeper/grammar.py"}
+SEAMS["omegaconf"] = SEAMS["hydra"] - {"sweeper/config/grammar.py"}
 
 
 def _imports(path: Path) -> set[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.compose import compose, with_auto_groups
-from sweeper.search.plan import single, studies
-from sweeper.settings import Settings, flatten, validate
+from sweeper.config.compose import compose, with_auto_groups
+from sweeper.config.settings import RunSettings, flatten, validate
+from sweeper.search.study_plan import single, studies
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "docs" / "reports.md"
@@ -105,9 +105,9 @@ ALPHAS = {"qwen3_alpaca": 64, "qwen2_5_instruct": 32, "llama3_ranks": 16, "gpt2_
 SEARCHES = ("finetome_search", "finetome_mixture")
 
 
-def _settings(experiment: str, *overrides: str) -> Settings:
+def _settings(experiment: str, *overrides: str) -> RunSettings:
     return validate(
-        Settings, compose(with_auto_groups([f"+experiment={experiment}", *overrides])).config
+        RunSettings, compose(with_auto_groups([f"+experiment={experiment}", *overrides])).config
     )
 
 

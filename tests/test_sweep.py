@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from sweeper.tracking.server import local_uri
+from sweeper.tracking.tracking_server import local_uri
 from tests.conftest import run_program
 
 SMALL = (
@@ -153,7 +153,7 @@ def test_report_reads_the_study(swept: tuple[Path, str]) -> None:
 @pytest.mark.slow
 def test_own_model_and_file_need_nothing_else(tmp_path: Path, rows_file: Path) -> None:
     """Another base and another file: format found, split made, the real space chosen, priors first."""
-    from sweeper.embedded import BASE_DIR
+    from sweeper.builtin.embedded import BASE_DIR
 
     arguments = [
         *("+experiment=lr_rank_sweep", f"model.base_model={BASE_DIR}", f"data.train={rows_file}"),

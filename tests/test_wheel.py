@@ -21,7 +21,7 @@ def test_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert "sweeper/conf/config.yaml" in names
-    assert "sweeper/embedded/base/model.safetensors" in names
+    assert "sweeper/builtin/base/model.safetensors" in names
     assert "hydra_plugins/sweeper_study/study_sweeper.py" in names
     assert not any(name.startswith(("tests/", "outputs/", "mlruns/")) for name in names)
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
@@ -38,6 +38,6 @@ def test_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert (empty / "outputs" / "lr_rank_sweep" / "report.md").exists()
-    where = [sys.executable, "-c", "import sweeper.compose as c; print(c.conf_dir())"]
+    where = [sys.executable, "-c", "import sweeper.config.compose as c; print(c.conf_dir())"]
     shown = subprocess.run(where, cwd=empty, env=environment, capture_output=True, text=True)
     assert shown.stdout.strip() == str(site / "sweeper" / "conf")

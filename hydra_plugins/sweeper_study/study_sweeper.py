@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class StudySweeper(Sweeper):  # type: ignore[misc]
-    """Runs the studies that the command line names; its keys are validated by sweeper.settings."""
+    """Runs the studies that the command line names; its keys are validated by sweeper.config.settings."""
 
     def __init__(self, **_: Any) -> None:
         self._hydra_overrides: list[str] = []

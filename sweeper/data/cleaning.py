@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from sweeper.data.duplicates import Seen, normalised
-from sweeper.data.examples import Example, Ledger
-from sweeper.settings import Cleaning
+from sweeper.config.settings import CleaningSettings
+from sweeper.data.duplicates import SeenTexts, normalised
+from sweeper.data.examples import DropCounts, Example
 
 STAGE = "clean"
 
@@ -49,7 +49,7 @@ REDACTIONS = {
 
 
 def clean(
-    examples: Iterable[Example], rules: Cleaning, seen: Seen, ledger: Ledger
+    examples: Iterable[Example], rules: CleaningSettings, seen: SeenTexts, ledger: DropCounts
 ) -> list[Example]:
     """The examples that pass every rule; the first of several duplicates stays.
 
@@ -99,7 +99,7 @@ def _redacted(text: str, kinds: Sequence[str]) -> str:
     return text
 
 
-def _defect(example: Example, rules: Cleaning) -> str | None:
+def _defect(example: Example, rules: CleaningSettings) -> str | None:
     """Why an example is no good by itself."""
     answer = example.completion.strip()
     if len(answer) < rules.min_completion_chars:

@@ -11,12 +11,12 @@ import unicodedata
 import zlib
 from typing import Any
 
-from sweeper.embedded.pairs import jaccard, shingles
+from sweeper.builtin.docstring_pairs import jaccard, shingles
 
 PERMUTATIONS = 128
 
 
-class Seen:
+class SeenTexts:
     """The texts met so far.
 
     Args:

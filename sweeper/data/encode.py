@@ -11,13 +11,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sweeper.data.examples import Example, Ledger
-from sweeper.data.formats import Unusable
+from sweeper.config.settings import DataSettings
+from sweeper.core.errors import DataError
+from sweeper.data.examples import DropCounts, Example
 from sweeper.data.packing import pack
-from sweeper.data.templates import Template, choose_template
-from sweeper.data.tokens import IGNORED, Codec, Prompt, Tokens, encode_prompt, tokenize
-from sweeper.errors import DataError
-from sweeper.settings import Data
+from sweeper.data.row_formats import UnusableRow
+from sweeper.data.templates import PromptTemplate, choose_template
+from sweeper.data.tokens import (
+    IGNORED,
+    EncodedPrompt,
+    TokenizerSetup,
+    Tokens,
+    encode_prompt,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +43,7 @@ SHORTEST_BLOCK = 2
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSplit:
     """A tokenized split, and what became of the rest.
 
     Attributes:
@@ -53,7 +60,7 @@ class Encoded:
     lengths: list[int] = field(default_factory=list)
     max_length: int = 0
     truncated: int = 0
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: DropCounts = field(default_factory=DropCounts)
 
     @property
     def dropped(self) -> int:
@@ -74,9 +81,9 @@ class Encoded:
 def encode_train(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Data,
+    settings: DataSettings,
     limit: int | None,
-) -> Encoded:
+) -> EncodedSplit:
     """Tokenize the training split: too long rows as `over_length` says, packed if asked for.
 
     Args:
@@ -88,8 +95,8 @@ def encode_train(
     Raises:
         DataError: max_length is beyond the model, the template does not fit, or no row is left.
     """
-    ledger = Ledger()
-    codec = Codec(tokenizer)
+    ledger = DropCounts()
+    codec = TokenizerSetup(tokenizer)
     rows = list(_conversations(examples, codec, settings, ledger))
     documents = _documents(examples, codec)
     lengths = [len(row["input_ids"]) for row, _ in rows] + [len(ids) for ids in documents]
@@ -100,16 +107,16 @@ def encode_train(
         raise DataError(f"no training row is left: {_reasons(ledger, max_length)}")
     if settings.packing:
         made = pack(made, max_length)
-    return Encoded(made, len(examples), lengths, max_length, truncated, ledger)
+    return EncodedSplit(made, len(examples), lengths, max_length, truncated, ledger)
 
 
 def encode_evaluation(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    settings: Data,
+    settings: DataSettings,
     limit: int | None,
     block_length: int,
-) -> Encoded:
+) -> EncodedSplit:
     """Tokenize a split that models are judged on: nothing is cut, left out for its length, or packed.
 
     Args:
@@ -122,8 +129,8 @@ def encode_evaluation(
     Raises:
         DataError: a row is longer than the model's positions, or no row is left.
     """
-    ledger = Ledger()
-    codec = Codec(tokenizer)
+    ledger = DropCounts()
+    codec = TokenizerSetup(tokenizer)
     rows = [
         row for row in _conversations(examples, codec, settings, ledger) if _is_target(row, ledger)
     ]
@@ -139,18 +146,18 @@ def encode_evaluation(
         raise DataError(f"no evaluation row is left: {_reasons(ledger, block_length)}")
     lengths = [len(row["input_ids"]) for row, _ in rows] + [len(ids) for ids in documents]
     longest = max(len(row["input_ids"]) for row in made)
-    return Encoded(made, len(examples), lengths, longest, 0, ledger)
+    return EncodedSplit(made, len(examples), lengths, longest, 0, ledger)
 
 
 def encode_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: Data
-) -> list[Prompt]:
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+) -> list[EncodedPrompt]:
     """What generations of these examples start from; plain texts have no prompt and are left out.
 
     Raises:
         DataError: the template cannot print one of them.
     """
-    codec = Codec(tokenizer)
+    codec = TokenizerSetup(tokenizer)
     templates = _templates(examples, codec, settings)
     prompts = []
     for example in examples:
@@ -158,7 +165,7 @@ def encode_prompts(
             continue
         try:
             prompts.append(encode_prompt(example, codec, templates[example.format]))
-        except Unusable as reason:
+        except UnusableRow as reason:
             raise DataError(f"{example.row.where}: {reason}") from None
     return prompts
 
@@ -173,7 +180,7 @@ def encode_text(
     Raises:
         DataError: several texts, and no end-of-text token to part them.
     """
-    codec = Codec(tokenizer)
+    codec = TokenizerSetup(tokenizer)
     documents: list[list[int]] = []
     left = tokens
     for text in texts:
@@ -189,7 +196,7 @@ Made = tuple[Tokens, Example]
 
 
 def _conversations(
-    examples: Sequence[Example], codec: Codec, settings: Data, ledger: Ledger
+    examples: Sequence[Example], codec: TokenizerSetup, settings: DataSettings, ledger: DropCounts
 ) -> Iterator[Made]:
     templates = _templates(examples, codec, settings)
     for example in examples:
@@ -197,22 +204,24 @@ def _conversations(
             continue
         try:
             rows = tokenize(example, codec, templates[example.format], settings.train_on)
-        except Unusable as reason:
+        except UnusableRow as reason:
             ledger.drop(STAGE, str(reason), example.row.where)
         else:
             yield from ((row, example) for row in rows)
 
 
-def _templates(examples: Sequence[Example], codec: Codec, settings: Data) -> dict[str, Template]:
+def _templates(
+    examples: Sequence[Example], codec: TokenizerSetup, settings: DataSettings
+) -> dict[str, PromptTemplate]:
     formats = {example.format for example in examples}
     return {name: choose_template(settings.template, name, codec.tokenizer) for name in formats}
 
 
-def _documents(examples: Sequence[Example], codec: Codec) -> list[list[int]]:
+def _documents(examples: Sequence[Example], codec: TokenizerSetup) -> list[list[int]]:
     return [codec.ids(example.completion) for example in examples if example.format == TEXT]
 
 
-def _max_length(settings: Data, lengths: Sequence[int], limit: int | None) -> int:
+def _max_length(settings: DataSettings, lengths: Sequence[int], limit: int | None) -> int:
     if settings.max_length != "auto":
         if limit is not None and settings.max_length > limit:
             raise DataError(
@@ -231,7 +240,7 @@ def quantile(values: Sequence[int], share: float) -> int:
 
 
 def _fit(
-    rows: Sequence[Made], max_length: int, settings: Data, ledger: Ledger
+    rows: Sequence[Made], max_length: int, settings: DataSettings, ledger: DropCounts
 ) -> tuple[list[Tokens], int]:
     """The rows that fit, and how many were cut to do so.
 
@@ -253,7 +262,7 @@ def _fit(
     return fitted, truncated
 
 
-def _is_target(made: Made, ledger: Ledger, reason: str | None = None) -> bool:
+def _is_target(made: Made, ledger: DropCounts, reason: str | None = None) -> bool:
     row, example = made
     if any(label != IGNORED for label in row["labels"]):
         return True
@@ -261,7 +270,7 @@ def _is_target(made: Made, ledger: Ledger, reason: str | None = None) -> bool:
     return False
 
 
-def _blocks(documents: Sequence[list[int]], length: int, codec: Codec) -> list[Tokens]:
+def _blocks(documents: Sequence[list[int]], length: int, codec: TokenizerSetup) -> list[Tokens]:
     """Contiguous blocks of the documents, joined by the end-of-text token; loss is on every token.
 
     Every block opens as the tokenizer opens a text: some models cannot do without their begin-of-text
@@ -281,7 +290,7 @@ def _blocks(documents: Sequence[list[int]], length: int, codec: Codec) -> list[T
     ]
 
 
-def _joined(documents: Sequence[list[int]], codec: Codec) -> list[int]:
+def _joined(documents: Sequence[list[int]], codec: TokenizerSetup) -> list[int]:
     end = codec.tokenizer.eos_token_id
     if len(documents) > 1 and end is None:
         raise DataError(
@@ -294,6 +303,6 @@ def _joined(documents: Sequence[list[int]], codec: Codec) -> list[int]:
     return stream
 
 
-def _reasons(ledger: Ledger, max_length: int) -> str:
+def _reasons(ledger: DropCounts, max_length: int) -> str:
     counted = [f"{count} × {reason}" for reason, count in ledger.total.items()]
     return f"{'; '.join(counted) or 'the split is empty'} (max_length {max_length})"

@@ -20,7 +20,7 @@ SHOWN_PER_REASON = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class RawRow:
     """One record as it was read, and where it stands, for messages to people."""
 
     values: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Message:
+class ChatMessage:
     """One turn of a conversation."""
 
     role: Role
@@ -42,8 +42,8 @@ class Message:
 class Example:
     """A conversation that ends with the assistant's answer, or a plain text (one assistant turn)."""
 
-    messages: tuple[Message, ...]
-    row: Row
+    messages: tuple[ChatMessage, ...]
+    row: RawRow
     format: str = "messages"
     """The format it was read in (a key of formats.FORMATS): `template=auto` chooses by it."""
 
@@ -60,7 +60,7 @@ class Example:
 
 
 @dataclass
-class Ledger:
+class DropCounts:
     """What was dropped, by stage and reason, with a few of the places."""
 
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -72,7 +72,7 @@ class Ledger:
         if len(shown := self.places[stage, reason]) < SHOWN_PER_REASON:
             shown.append(where)
 
-    def add(self, other: Ledger) -> None:
+    def add(self, other: DropCounts) -> None:
         """Take over what another ledger counted."""
         for stage, counts in other.counts.items():
             self.counts[stage].update(counts)

@@ -11,16 +11,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from fractions import Fraction
 
+from sweeper.config.settings import DataSettings
+from sweeper.core.errors import DataError
 from sweeper.data.examples import Example
-from sweeper.errors import DataError
-from sweeper.settings import Data
 
 BY_LENGTH = "length"
 """The word in `order_by` that means the characters of an example rather than a column."""
 
 
 def shape(
-    pools: Sequence[Sequence[Example]], weights: Sequence[float] | None, data: Data
+    pools: Sequence[Sequence[Example]], weights: Sequence[float] | None, data: DataSettings
 ) -> list[Example]:
     """The training rows: mixed, limited, ordered.
 

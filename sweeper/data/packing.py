@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DataCollatorWithFlattening
 
+from sweeper.core.errors import ModelError
 from sweeper.data.tokens import IGNORED, Tokens, padded
-from sweeper.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,15 +10,15 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from sweeper.data.examples import Example, Row
+from sweeper.config.settings import SPLIT_KEYS, DataSettings
+from sweeper.data.examples import Example, RawRow
 from sweeper.data.mixture import column
-from sweeper.settings import SPLIT_KEYS, Data
 
 Pools = dict[str, list[list[Example]]]
 """Split -> the examples of every source."""
 
 
-def partition(pools: Pools, data: Data) -> Pools:
+def partition(pools: Pools, data: DataSettings) -> Pools:
     """Take validation and test off train where nothing else brings them.
 
     Args:
@@ -60,7 +60,7 @@ def _at_random(
 
 
 def _groups(
-    pools: Iterable[Sequence[Example]], ratios: Mapping[str, float], data: Data
+    pools: Iterable[Sequence[Example]], ratios: Mapping[str, float], data: DataSettings
 ) -> dict[str, str] | None:
     """Group -> split, so that each split gets about its share of the rows; None = not grouped."""
     if data.group_by is None or not ratios:
@@ -88,7 +88,7 @@ def _groups(
 
 
 def _by_group(
-    pool: Sequence[Example], groups: Mapping[str, str], data: Data
+    pool: Sequence[Example], groups: Mapping[str, str], data: DataSettings
 ) -> dict[str, list[Example]]:
     assert data.group_by is not None
     parts: dict[str, list[Example]] = {name: [] for name in SPLIT_KEYS}
@@ -149,5 +149,5 @@ def _border(text: str, near: int) -> int:
 def _part(example: Example, start: int, end: int) -> Example:
     text = example.completion[start:end]
     where = f"{example.row.where}, characters {start}-{end}"
-    row = Row({**example.row.values, "text": text}, where)
+    row = RawRow({**example.row.values, "text": text}, where)
     return replace(example, messages=(replace(example.messages[0], content=text),), row=row)

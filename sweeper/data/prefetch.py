@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sweeper import stand_ins
+from sweeper.builtin import stand_ins
+from sweeper.config.settings import EMBEDDED, DataSource, ModelSettings, TrialSettings
+from sweeper.core.errors import ModelError
 from sweeper.data.sources import all_sources, hub_data, is_hub_id
-from sweeper.errors import ModelError
-from sweeper.settings import EMBEDDED, Model, Source, TrialSettings
 
 WEIGHTS = "*.safetensors"
 OLDER_WEIGHTS = "*.bin"
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Fetched:
+class FetchedItem:
     """One thing that a configuration needs, and where it is now."""
 
     what: str
@@ -38,7 +38,7 @@ class Fetched:
         return f"{self.what}: {self.where}{size}"
 
 
-def prefetch(settings: Sequence[TrialSettings]) -> Iterator[Fetched]:
+def prefetch(settings: Sequence[TrialSettings]) -> Iterator[FetchedItem]:
     """Fetch every model and data set of some configurations, each once.
 
     Raises:
@@ -55,32 +55,32 @@ def prefetch(settings: Sequence[TrialSettings]) -> Iterator[Fetched]:
     yield from (_data(*found) for found in wanted.values())
 
 
-def _data(key: str, default_split: str, source: Source) -> Fetched:
+def _data(key: str, default_split: str, source: DataSource) -> FetchedItem:
     what = f"{key} {source.path}"
     if not is_hub_id(source.path):
         kind = "read by URL at every start" if "://" in source.path else "local"
-        return Fetched(what, f"{kind}, nothing to fetch", None)
+        return FetchedItem(what, f"{kind}, nothing to fetch", None)
     split = source.split or default_split
     files = [Path(item["filename"]) for item in hub_data(source, split).cache_files]
     folders = sorted({str(file.parent) for file in files})
-    return Fetched(
+    return FetchedItem(
         f"{what} [{split}]", ", ".join(folders), sum(file.stat().st_size for file in files)
     )
 
 
-def _model(model: Model) -> Fetched:
+def _model(model: ModelSettings) -> FetchedItem:
     what = f"model {model.base_model}"
     made_here = model.base_model == EMBEDDED or model.base_model.startswith(stand_ins.PREFIX)
     if made_here or Path(model.base_model).expanduser().exists():
-        return Fetched(what, "local, nothing to fetch", None)
+        return FetchedItem(what, "local, nothing to fetch", None)
     folder = _snapshot(model, WEIGHTS)
     if not any(folder.glob(WEIGHTS)):
         folder = _snapshot(model, OLDER_WEIGHTS)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Fetched(what, str(folder), size)
+    return FetchedItem(what, str(folder), size)
 
 
-def _snapshot(model: Model, weights: str) -> Path:
+def _snapshot(model: ModelSettings, weights: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     name = model.base_model

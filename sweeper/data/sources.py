@@ -18,21 +18,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sweeper import stand_ins
-from sweeper.data.examples import Ledger, Row
-from sweeper.data.rows import (
+from sweeper.builtin import stand_ins
+from sweeper.builtin.stand_in_data import data_path, unknown_stand_in
+from sweeper.config.settings import (
+    EMBEDDED,
+    SPLIT_KEYS,
+    DataSettings,
+    DataSource,
+    GeneralTextSettings,
+    sources,
+)
+from sweeper.core.errors import DataError, SweeperError
+from sweeper.data.examples import DropCounts, RawRow
+from sweeper.data.row_files import (
     READERS,
     STAGE,
     BadRow,
-    File,
+    RowFile,
     checked,
     kind_of,
     read_file,
     unknown_kind,
 )
-from sweeper.errors import DataError, SweeperError
-from sweeper.settings import EMBEDDED, SPLIT_KEYS, Data, GeneralText, Source, sources
-from sweeper.stand_ins.data import data_path, unknown_stand_in
 
 GENERAL_TEXT = "evaluation.general_text"
 GENERAL_SPLIT = "test"
@@ -41,7 +48,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def read_source(source: Source, key: str, ledger: Ledger) -> list[Row]:
+def read_source(source: DataSource, key: str, ledger: DropCounts) -> list[RawRow]:
     """All sound rows of one source; broken ones are counted in the ledger.
 
     Args:
@@ -90,7 +97,9 @@ def path_problem(path: str) -> str | None:
     return None
 
 
-def all_sources(data: Data, general: GeneralText) -> Iterator[tuple[str, str, Source]]:
+def all_sources(
+    data: DataSettings, general: GeneralTextSettings
+) -> Iterator[tuple[str, str, DataSource]]:
     """Each source of a configuration: its key, the split taken where it names none, and itself."""
     for key in SPLIT_KEYS:
         yield from ((f"data.{key}", key, source) for source in sources(getattr(data, key)))
@@ -98,18 +107,18 @@ def all_sources(data: Data, general: GeneralText) -> Iterator[tuple[str, str, So
         yield f"{GENERAL_TEXT}.source", GENERAL_SPLIT, source
 
 
-def path_problems(data: Data, general: GeneralText) -> list[str]:
+def path_problems(data: DataSettings, general: GeneralTextSettings) -> list[str]:
     """What is wrong with the paths of a configuration, by key, without opening them."""
     found = [(key, path_problem(source.path)) for key, _, source in all_sources(data, general)]
     return [f"{key}={problem}" for key, problem in found if problem]
 
 
-def describe_sources(data: Data) -> str:
+def describe_sources(data: DataSettings) -> str:
     """Where the training rows come from, in one line for people."""
     return " + ".join(_described(source) for source in sources(data.train))
 
 
-def _described(source: Source) -> str:
+def _described(source: DataSource) -> str:
     parts = [source.name, source.split, source.revision and f"@{source.revision[:12]}"]
     named = ", ".join(part for part in parts if part)
     weight = "" if source.weight is None else f" × {source.weight:g}"
@@ -123,7 +132,7 @@ def _close_matches(path: Path) -> str:
     return "" if len(path.parts) > 1 else "; a hub data set is named org/name"
 
 
-def _files(source: Source, key: str) -> list[File]:
+def _files(source: DataSource, key: str) -> list[RowFile]:
     """The files of a path or URL; those of one split in a folder."""
     remote = "://" in source.path
     path = source.path if remote else str(Path(source.path).expanduser())
@@ -136,10 +145,10 @@ def _files(source: Source, key: str) -> list[File]:
             f"{path}: holds files of several kinds ({', '.join(kinds)}); name the files or folders "
             f"one by one: data.{key}=[a.jsonl,b.csv]"
         )
-    return [File(name, partial(_open, name)) for name in names]
+    return [RowFile(name, partial(_open, name)) for name in names]
 
 
-def _refuse_unused(source: Source, folder: bool) -> None:
+def _refuse_unused(source: DataSource, folder: bool) -> None:
     """What a file or folder does not have must not be asked for in vain."""
     given = [word for word in ("name", "split", "revision") if getattr(source, word) is not None]
     if unused := [word for word in given if word == "revision" or not folder]:
@@ -156,7 +165,7 @@ def _open(path: str) -> BinaryIO:
     return io.BufferedReader(fsspec.open(path, "rb").open())
 
 
-def _folder_files(folder: str, source: Source, split: str) -> list[str]:
+def _folder_files(folder: str, source: DataSource, split: str) -> list[str]:
     """The data files of one split of a folder, sorted, as the hub would find them."""
     from datasets.data_files import DEFAULT_PATTERNS_ALL, resolve_pattern
 
@@ -184,7 +193,7 @@ def _folder_files(folder: str, source: Source, split: str) -> list[str]:
     return sorted(str(Path(folder, os.path.relpath(name, folder))) for name in found)
 
 
-def _folder_splits(folder: str, source: Source) -> dict[str, list[str]]:
+def _folder_splits(folder: str, source: DataSource) -> dict[str, list[str]]:
     """Split -> file patterns: by the YAML card of README.md, else by the names of the files."""
     import fsspec
     from datasets.data_files import get_data_patterns, sanitize_patterns
@@ -231,18 +240,18 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _hub_rows(source: Source, split: str, ledger: Ledger) -> list[Row]:
+def _hub_rows(source: DataSource, split: str, ledger: DropCounts) -> list[RawRow]:
     rows = []
     for number, values in enumerate(hub_data(source, split), start=1):
         where = f"{source.path}[{split}]:{number}"
         try:
-            rows.append(Row(checked(values), where))
+            rows.append(RawRow(checked(values), where))
         except BadRow as bad:
             ledger.drop(STAGE, bad.reason, where + bad.shown)
     return rows
 
 
-def hub_data(source: Source, split: str) -> Any:
+def hub_data(source: DataSource, split: str) -> Any:
     """One split of a hub data set (a datasets.Dataset), from the cache where there is no network.
 
     Raises:
@@ -271,7 +280,7 @@ def hub_data(source: Source, split: str) -> Any:
     return data
 
 
-def _not_on_hub(source: Source, error: Exception) -> str:
+def _not_on_hub(source: DataSource, error: Exception) -> str:
     page = f"https://huggingface.co/datasets/{source.path}"
     if "gated" in str(error):
         return (
@@ -286,7 +295,7 @@ def _not_on_hub(source: Source, error: Exception) -> str:
     )
 
 
-def _check_revision(source: Source, data: Any) -> None:
+def _check_revision(source: DataSource, data: Any) -> None:
     """Without a network datasets takes the newest cached version, whatever was asked for."""
     pinned = source.revision
     cached = {Path(item["filename"]).parent.name for item in data.cache_files}

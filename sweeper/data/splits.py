@@ -12,16 +12,18 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sweeper.data import cleaning, formats, rows
-from sweeper.data.duplicates import Seen
-from sweeper.data.examples import Example, Ledger, Row
-from sweeper.data.formats import FORMATS, detect_format, to_examples
+from sweeper.builtin.docstring_pairs import docstring_pairs, held_out_pairs
+from sweeper.config.settings import EMBEDDED, SPLIT_KEYS, DataSettings, DataSource, sources
+from sweeper.core.errors import DataError
+from sweeper.data import cleaning
+from sweeper.data import row_files as rows
+from sweeper.data import row_formats as formats
+from sweeper.data.duplicates import SeenTexts
+from sweeper.data.examples import DropCounts, Example, RawRow
 from sweeper.data.mixture import shape
 from sweeper.data.partition import Pools, partition
+from sweeper.data.row_formats import FORMATS, detect_format, to_examples
 from sweeper.data.sources import describe_sources, read_source
-from sweeper.embedded.pairs import docstring_pairs, held_out_pairs
-from sweeper.errors import DataError
-from sweeper.settings import EMBEDDED, SPLIT_KEYS, Data, Source, sources
 
 STAGE = "split"
 DETECTION_ROWS = 100
@@ -29,14 +31,14 @@ DETECTION_ROWS = 100
 
 
 @dataclass(frozen=True)
-class Splits:
+class DataSplits:
     """Examples by split (train, validation, test), and what there is to say about them."""
 
     examples: dict[str, list[Example]]
     formats: tuple[str, ...]
     """Each format that occurs, once."""
     source: str
-    ledger: Ledger
+    ledger: DropCounts
     """What was left out on the way, by stage and reason."""
     passed: dict[str, int]
     """Rows that came out of each stage, in order; from `train` on they are train's."""
@@ -73,18 +75,18 @@ class Splits:
 class _Reading:
     """What the sources of a configuration have given so far."""
 
-    ledger: Ledger
+    ledger: DropCounts
     formats: dict[str, None]  # a set that keeps its order
     read: int = 0
 
 
-def load_splits(data: Data) -> Splits:
+def load_splits(data: DataSettings) -> DataSplits:
     """The examples of a data configuration.
 
     Raises:
         DataError: a source is missing or broken, too many rows are unusable, or a split is empty.
     """
-    reading = _Reading(Ledger(), {})
+    reading = _Reading(DropCounts(), {})
     passed: dict[str, int] = {}
     if [item.path for item in sources(data.train)] == [EMBEDDED]:
         pools, source = _embedded(data, reading)
@@ -101,10 +103,10 @@ def load_splits(data: Data) -> Splits:
     passed["train as shaped"] = len(examples["train"])
     _refuse_empty(examples, source, reading.ledger)
     ordered = data.order_by is not None
-    return Splits(examples, tuple(reading.formats), source, reading.ledger, passed, ordered)
+    return DataSplits(examples, tuple(reading.formats), source, reading.ledger, passed, ordered)
 
 
-def load_examples(path: str, data: Data) -> list[Example]:
+def load_examples(path: str, data: DataSettings) -> list[Example]:
     """The usable examples of one more source, in the format of `data`: a split that no stage shapes.
 
     `embedded` is pairs of modules that no split of the embedded pairs takes its rows from.
@@ -114,13 +116,15 @@ def load_examples(path: str, data: Data) -> list[Example]:
     """
     if path == EMBEDDED:
         rows = [
-            Row(values, f"{path}:{number}") for number, values in enumerate(held_out_pairs(), 1)
+            RawRow(values, f"{path}:{number}") for number, values in enumerate(held_out_pairs(), 1)
         ]
-        return to_examples(rows, "alpaca", {}, Ledger())
-    return _examples(Source(path=path), "gate", data, _Reading(Ledger(), {}))
+        return to_examples(rows, "alpaca", {}, DropCounts())
+    return _examples(DataSource(path=path), "gate", data, _Reading(DropCounts(), {}))
 
 
-def _refuse_empty(examples: Mapping[str, Sequence[Example]], source: str, ledger: Ledger) -> None:
+def _refuse_empty(
+    examples: Mapping[str, Sequence[Example]], source: str, ledger: DropCounts
+) -> None:
     for name in ("train", "validation"):
         if not examples[name]:
             reasons = ", ".join(f"{count} {why}" for why, count in ledger.total.items())
@@ -130,7 +134,7 @@ def _refuse_empty(examples: Mapping[str, Sequence[Example]], source: str, ledger
             )
 
 
-def _embedded(data: Data, reading: _Reading) -> tuple[Pools, str]:
+def _embedded(data: DataSettings, reading: _Reading) -> tuple[Pools, str]:
     """The pairs bring their own splits, by module, already clean."""
     for name in ("validation", "test"):
         if getattr(data, name) is not None:
@@ -146,14 +150,14 @@ def _embedded(data: Data, reading: _Reading) -> tuple[Pools, str]:
     pools: Pools = {}
     for name, records in pairs.rows.items():
         found = [
-            Row(values, f"{source}: {name} row {number}")
+            RawRow(values, f"{source}: {name} row {number}")
             for number, values in enumerate(records, start=1)
         ]
         pools[name] = [to_examples(found, "alpaca", {}, reading.ledger)]
     return pools, source
 
 
-def _files(data: Data, reading: _Reading, passed: dict[str, int]) -> Pools:
+def _files(data: DataSettings, reading: _Reading, passed: dict[str, int]) -> Pools:
     pools = {
         key: [_examples(source, key, data, reading) for source in sources(given)]
         for key in SPLIT_KEYS
@@ -173,7 +177,7 @@ def _files(data: Data, reading: _Reading, passed: dict[str, int]) -> Pools:
     return partition(pools, data)
 
 
-def _examples(source: Source, key: str, data: Data, reading: _Reading) -> list[Example]:
+def _examples(source: DataSource, key: str, data: DataSettings, reading: _Reading) -> list[Example]:
     """The usable, redacted examples of one source.
 
     Raises:
@@ -181,7 +185,7 @@ def _examples(source: Source, key: str, data: Data, reading: _Reading) -> list[E
     """
     if source.path == EMBEDDED:
         raise DataError(f"data.{key}: {EMBEDDED} stands alone, it cannot be one of several sources")
-    ledger = Ledger()
+    ledger = DropCounts()
     found = read_source(source, key, ledger)
     columns = data.columns if source.columns is None else source.columns
     examples: list[Example] = []
@@ -196,7 +200,7 @@ def _examples(source: Source, key: str, data: Data, reading: _Reading) -> list[E
     return cleaning.redact(examples, data.cleaning.redact)
 
 
-def _format(name: str, found: Sequence[Row], columns: Mapping[str, str]) -> str:
+def _format(name: str, found: Sequence[RawRow], columns: Mapping[str, str]) -> str:
     if name != "auto":
         if name not in FORMATS:
             raise DataError(f"format={name}: no such format; formats: auto, {', '.join(FORMATS)}")
@@ -211,7 +215,7 @@ def _format(name: str, found: Sequence[Row], columns: Mapping[str, str]) -> str:
     raise problem
 
 
-def _tolerate(source: Source, ledger: Ledger, read: int, limit: float) -> None:
+def _tolerate(source: DataSource, ledger: DropCounts, read: int, limit: float) -> None:
     """Stop where more rows are bad than data.max_bad_fraction allows, with all that is known."""
     counts_by_stage = {stage: ledger.counts[stage] for stage in (rows.STAGE, formats.STAGE)}
     bad = sum(counts.total() for counts in counts_by_stage.values())
@@ -237,7 +241,7 @@ def _tolerate(source: Source, ledger: Ledger, read: int, limit: float) -> None:
     )
 
 
-def _remove_leaks(pools: Pools, seen: Seen, ledger: Ledger) -> None:
+def _remove_leaks(pools: Pools, seen: SeenTexts, ledger: DropCounts) -> None:
     """Out of train what validation or test holds as well, out of validation what test holds."""
     for name in ("test", "validation", "train"):
         if name in pools and name != "test":
@@ -248,7 +252,9 @@ def _remove_leaks(pools: Pools, seen: Seen, ledger: Ledger) -> None:
                     seen.add(example.text)
 
 
-def _without(pool: Sequence[Example], seen: Seen, reason: str, ledger: Ledger) -> list[Example]:
+def _without(
+    pool: Sequence[Example], seen: SeenTexts, reason: str, ledger: DropCounts
+) -> list[Example]:
     kept = []
     for example in pool:
         if (kind := seen.kind(example.text)) is None:
@@ -258,10 +264,10 @@ def _without(pool: Sequence[Example], seen: Seen, reason: str, ledger: Ledger) -
     return kept
 
 
-def seen_texts(data: Data, *, near: bool = True) -> Seen:
+def seen_texts(data: DataSettings, *, near: bool = True) -> SeenTexts:
     """Compares as data.cleaning says; near duplicates are gone once the pools are disjoint."""
     near = near and data.cleaning.deduplicate == "near"
-    return Seen(data.cleaning.near_threshold if near else None)
+    return SeenTexts(data.cleaning.near_threshold if near else None)
 
 
 def _size(pools: Iterable[Sequence[Example]]) -> int:

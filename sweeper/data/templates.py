@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jinja2
 
-from sweeper.data.examples import Example, Message
-from sweeper.data.formats import FORMATS, Unusable
-from sweeper.errors import DataError
+from sweeper.core.errors import DataError
+from sweeper.data.examples import ChatMessage, Example
+from sweeper.data.row_formats import FORMATS, UnusableRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ LLAMA_DATE = "26 Jul 2024"
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-class Template(Protocol):
+class PromptTemplate(Protocol):
     """Prints messages."""
 
     @property
@@ -51,28 +51,28 @@ class Template(Protocol):
     def owns_tokens(self) -> bool:
         """The text holds every special token and is tokenized whole, as apply_chat_template does."""
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
         """The messages as text; the generation prompt is what an answer is written behind."""
 
-    def marked(self, messages: Sequence[Message]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
         """The spans that the template itself marks as generated ({% generation %})."""
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedText:
     """A printed conversation: the text, and the spans of it that carry loss."""
 
     text: str
     spans: tuple[Span, ...]
 
 
-def said(message: Message) -> str:
+def said(message: ChatMessage) -> str:
     """A turn's whole text: Alpaca's input stands below its instruction."""
     return "\n\n".join(part for part in (message.content, message.input) if part)
 
 
 @dataclass(frozen=True)
-class Instruction:
+class InstructionTemplate:
     """Alpaca's short form: ### Instruction, ### Input where there is one, ### Response.
 
     A system turn stands above, as Alpaca's preamble does; further turns follow below, each answer ended
@@ -92,7 +92,7 @@ class Instruction:
     def source(self) -> str:
         return f"{self.name} {self.eos}"
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
         sections: list[str] = []
         for message in messages:
             if message.role == "assistant":
@@ -105,17 +105,17 @@ class Instruction:
             sections.append("### Response:\n")
         return "\n\n".join(sections)
 
-    def _question(self, message: Message) -> list[str]:
+    def _question(self, message: ChatMessage) -> list[str]:
         asked = f"### Instruction:\n{message.content}"
         given = f"### Input:\n{message.input}"
         return [asked, given] if message.input or self.always_input else [asked]
 
-    def marked(self, messages: Sequence[Message]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
         return []
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainTemplate:
     """Turns as they stand, with nothing between them but the end-of-text token behind each answer."""
 
     eos: str
@@ -126,18 +126,18 @@ class Plain:
     def source(self) -> str:
         return f"{self.name} {self.eos}"
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
         return "".join(
             said(message) + (self.eos if message.role == "assistant" else "")
             for message in messages
         )
 
-    def marked(self, messages: Sequence[Message]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
         return []
 
 
 @dataclass(frozen=True)
-class Jinja:
+class JinjaTemplate:
     """A chat template: the tokenizer's own, or a user's file, in transformers' sandbox.
 
     Variables are those of Hugging Face chat templates; a user's file also gets each message's
@@ -149,11 +149,11 @@ class Jinja:
     tokenizer: PreTrainedTokenizerBase
     owns_tokens: bool
 
-    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
         text = self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         return str(text)
 
-    def marked(self, messages: Sequence[Message]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
         if not GENERATION_MARK.search(self.source) or not self.tokenizer.is_fast:
             return []
         found = self._apply(
@@ -165,7 +165,7 @@ class Jinja:
         marked = zip(found["assistant_masks"], found["offset_mapping"], strict=True)
         return _joined([tuple(offsets) for is_target, offsets in marked if is_target])
 
-    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+    def _apply(self, messages: Sequence[ChatMessage], **options: Any) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
                 [self._variables(message) for message in messages],
@@ -177,9 +177,9 @@ class Jinja:
             raise DataError(f"data.template={self.name}: line {error.lineno}: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Unusable(f"the template {self.name} refuses it: {reason}") from None
+            raise UnusableRow(f"the template {self.name} refuses it: {reason}") from None
 
-    def _variables(self, message: Message) -> dict[str, str]:
+    def _variables(self, message: ChatMessage) -> dict[str, str]:
         variables = {"role": message.role, "content": said(message)}
         apart = {"instruction": message.content, "input": message.input}
         return variables if self.owns_tokens else {**variables, **apart}
@@ -202,7 +202,9 @@ def template_problem(name: str) -> str | None:
     return f"data.template={name}: no such file, and none of {', '.join(NAMES)}"
 
 
-def choose_template(name: str, format_name: str, tokenizer: PreTrainedTokenizerBase) -> Template:
+def choose_template(
+    name: str, format_name: str, tokenizer: PreTrainedTokenizerBase
+) -> PromptTemplate:
     """The template for examples of a format.
 
     `auto`: conversations get the tokenizer's chat template if it has one; prompts with their completions
@@ -220,18 +222,18 @@ def choose_template(name: str, format_name: str, tokenizer: PreTrainedTokenizerB
         )
     eos = tokenizer.eos_token or ""
     if name in ("instruction", "instruction_input"):
-        return Instruction(eos, always_input=name == "instruction_input")
+        return InstructionTemplate(eos, always_input=name == "instruction_input")
     if name == "plain":
-        return Plain(eos)
+        return PlainTemplate(eos)
     if name == "chat":
-        return Jinja("chat", _chat_template(tokenizer), tokenizer, owns_tokens=True)
+        return JinjaTemplate("chat", _chat_template(tokenizer), tokenizer, owns_tokens=True)
     if problem := template_problem(name):
         raise DataError(problem)
     try:
         source = Path(name).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.template={name}: {error}") from None
-    return Jinja(name, source, tokenizer, owns_tokens=False)
+    return JinjaTemplate(name, source, tokenizer, owns_tokens=False)
 
 
 def _automatic(format_name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -253,7 +255,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         ) from None
 
 
-def render(example: Example, template: Template, train_on: TrainOn) -> list[Rendered]:
+def render(example: Example, template: PromptTemplate, train_on: TrainOn) -> list[RenderedText]:
     """Print an example: one text, or one per answer where the template prints history differently.
 
     Some chat templates change earlier answers once the conversation goes on (Qwen3 strips their
@@ -267,17 +269,17 @@ def render(example: Example, template: Template, train_on: TrainOn) -> list[Rend
     messages = example.messages
     text = template.text(messages)
     if train_on == "everything":
-        return [Rendered(text, ((0, len(text)),))]
+        return [RenderedText(text, ((0, len(text)),))]
     turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if train_on == "last_completion":
         turns = turns[-1:]
     if spans := _spans(text, messages, turns, template):
-        return [Rendered(text, tuple(spans))]
+        return [RenderedText(text, tuple(spans))]
     parts = [messages[: turn + 1] for turn in turns]
     return [render_last(part, template) for part in parts]
 
 
-def render_last(messages: Sequence[Message], template: Template) -> Rendered:
+def render_last(messages: Sequence[ChatMessage], template: PromptTemplate) -> RenderedText:
     """Print a conversation that ends with an answer, with that answer's span.
 
     Raises:
@@ -286,15 +288,15 @@ def render_last(messages: Sequence[Message], template: Template) -> Rendered:
     text = template.text(messages)
     spans = _spans(text, messages, [len(messages) - 1], template)
     if not spans:
-        raise Unusable(
+        raise UnusableRow(
             f"the template {template.name} prints a generation prompt that its answers do not begin "
             "with, and marks no {% generation %}; give data.template=instruction or a Jinja file"
         )
-    return Rendered(text, tuple(spans))
+    return RenderedText(text, tuple(spans))
 
 
 def _spans(
-    text: str, messages: Sequence[Message], turns: Sequence[int], template: Template
+    text: str, messages: Sequence[ChatMessage], turns: Sequence[int], template: PromptTemplate
 ) -> list[Span] | None:
     """The spans of the answers at `turns`, or None where the template does not tell."""
     spans = []
@@ -308,7 +310,7 @@ def _spans(
 
 
 def _marked(
-    messages: Sequence[Message], turns: Sequence[int], template: Template
+    messages: Sequence[ChatMessage], turns: Sequence[int], template: PromptTemplate
 ) -> list[Span] | None:
     answers = sum(message.role == "assistant" for message in messages)
     marked = template.marked(messages)

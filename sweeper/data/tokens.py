@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sweeper.core.errors import DataError
 from sweeper.data.examples import Example
-from sweeper.data.templates import Rendered, Span, Template, TrainOn, render, render_last
-from sweeper.errors import DataError
+from sweeper.data.templates import PromptTemplate, RenderedText, Span, TrainOn, render, render_last
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ The first label is always IGNORED: nothing stands before it to predict it from. 
 
 
 @dataclass(frozen=True)
-class Codec:
+class TokenizerSetup:
     """A tokenizer, and what is asked of it for every row but never changes."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -65,7 +65,9 @@ class Codec:
         return frozenset(number for number, token in added if token.rstrip)
 
 
-def tokenize(example: Example, codec: Codec, template: Template, train_on: TrainOn) -> list[Tokens]:
+def tokenize(
+    example: Example, codec: TokenizerSetup, template: PromptTemplate, train_on: TrainOn
+) -> list[Tokens]:
     """The rows of one example: one, or one per answer where `render` prints them apart.
 
     Raises:
@@ -77,7 +79,7 @@ def tokenize(example: Example, codec: Codec, template: Template, train_on: Train
 
 
 @dataclass(frozen=True)
-class Prompt:
+class EncodedPrompt:
     """What a generation starts from, and what it is compared with."""
 
     input_ids: list[int]
@@ -87,7 +89,9 @@ class Prompt:
     """What ends an answer: chat templates often end it with another token than the tokenizer's own."""
 
 
-def encode_prompt(example: Example, codec: Codec, template: Template) -> Prompt:
+def encode_prompt(
+    example: Example, codec: TokenizerSetup, template: PromptTemplate
+) -> EncodedPrompt:
     """Everything before the last answer, ending with the generation prompt; the answer is the reference.
 
     For one question and its answer, the ids are the first ids of the row that `tokenize` makes.
@@ -99,10 +103,10 @@ def encode_prompt(example: Example, codec: Codec, template: Template) -> Prompt:
     ids, borders = _ids(rendered, codec, whole=template.owns_tokens)
     start, end = rendered.spans[-1]
     before = ids[: borders[start]] or codec.opening
-    return Prompt(before, rendered.text[:start], example.completion, ids[borders[end] - 1])
+    return EncodedPrompt(before, rendered.text[:start], example.completion, ids[borders[end] - 1])
 
 
-def _row(rendered: Rendered, codec: Codec, *, whole: bool) -> Tokens:
+def _row(rendered: RenderedText, codec: TokenizerSetup, *, whole: bool) -> Tokens:
     text = ended(rendered, codec)
     ids, borders = _ids(text, codec, whole=whole)
     labels = [IGNORED] * len(ids)
@@ -112,7 +116,7 @@ def _row(rendered: Rendered, codec: Codec, *, whole: bool) -> Tokens:
     return {"input_ids": ids, "labels": labels}
 
 
-def ended(rendered: Rendered, codec: Codec) -> Rendered:
+def ended(rendered: RenderedText, codec: TokenizerSetup) -> RenderedText:
     """The text with every answer's end in the loss, and nothing behind it: a model must learn to stop.
 
     An answer ends with a special token of the template's. A text that no special token ends gets the
@@ -127,7 +131,9 @@ def ended(rendered: Rendered, codec: Codec) -> Rendered:
     *others, (start, end) = rendered.spans
     reaches_the_end = not rendered.text[end:].strip()
     spans = [*others, (start, len(text) if reaches_the_end else end)]
-    return Rendered(text, tuple((first, _stop(text, first, last, codec)) for first, last in spans))
+    return RenderedText(
+        text, tuple((first, _stop(text, first, last, codec)) for first, last in spans)
+    )
 
 
 NO_END = (
@@ -137,12 +143,14 @@ NO_END = (
 )
 
 
-def _stop(text: str, start: int, end: int, codec: Codec) -> int:
+def _stop(text: str, start: int, end: int, codec: TokenizerSetup) -> int:
     stripped = text[start:end].rstrip()
     return start + len(stripped) if stripped.endswith(codec.special) else end
 
 
-def _ids(rendered: Rendered, codec: Codec, *, whole: bool) -> tuple[list[int], dict[int, int]]:
+def _ids(
+    rendered: RenderedText, codec: TokenizerSetup, *, whole: bool
+) -> tuple[list[int], dict[int, int]]:
     """The ids of a text, and for each border of its spans the number of tokens before it."""
     borders = sorted({0, *(border for span in rendered.spans for border in span)})
     if whole and codec.tokenizer.is_fast:
@@ -155,7 +163,9 @@ def _ids(rendered: Rendered, codec: Codec, *, whole: bool) -> tuple[list[int], d
     return before + ids, shifted
 
 
-def _whole(text: str, borders: Sequence[int], codec: Codec) -> tuple[list[int], dict[int, int]]:
+def _whole(
+    text: str, borders: Sequence[int], codec: TokenizerSetup
+) -> tuple[list[int], dict[int, int]]:
     """The ids of apply_chat_template; a token that reaches over a border belongs to the answer.
 
     Almost all chat templates put a special token or a line break there, which no token reaches over.
@@ -170,13 +180,15 @@ def _whole(text: str, borders: Sequence[int], codec: Codec) -> tuple[list[int], 
     return ids, {border: bisect_right(ends, border) for border in borders}
 
 
-def _end(text: str, place: Span, token: int, codec: Codec) -> int:
+def _end(text: str, place: Span, token: int, codec: TokenizerSetup) -> int:
     """Where a token's own text ends: the blanks it has swallowed draw it over no border."""
     start, end = place
     return start + len(text[start:end].rstrip()) if token in codec.swallowing else end
 
 
-def _cut(text: str, borders: Sequence[int], codec: Codec) -> tuple[list[int], dict[int, int]]:
+def _cut(
+    text: str, borders: Sequence[int], codec: TokenizerSetup
+) -> tuple[list[int], dict[int, int]]:
     """The ids of the whole text where they begin with those of every head, else of its pieces.
 
     The whole is preferred because some tokenizers put a space before every text they get.
@@ -193,7 +205,7 @@ def _cut(text: str, borders: Sequence[int], codec: Codec) -> tuple[list[int], di
 
 
 @dataclass(frozen=True)
-class Collator:
+class PaddingCollator:
     """Pad a batch on the right to its longest row.
 
     Padding is masked by position, not by token id: many tokenizers pad with the end-of-text token.

@@ -15,15 +15,15 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from sweeper.errors import ConfigError
-from sweeper.evaluation.loss import autocast
+from sweeper.core.errors import ConfigError
+from sweeper.evaluation.token_loss import autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """What a model wrote after one prompt."""
 
     text: str
@@ -35,10 +35,10 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Answers:
+class GeneratedAnswers:
     """The answers to a list of prompts, in its order, and how long they took together."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[GeneratedAnswer, ...]
     seconds: float
 
     @property
@@ -61,7 +61,7 @@ def generate(
     batch_size: int,
     compute_dtype: torch.dtype = torch.float32,
     end_token_ids: Collection[int] = (),
-) -> Answers:
+) -> GeneratedAnswers:
     """Answer each prompt greedily; in fp32 the same texts for every batch size.
 
     Every step takes the most likely token: sampling, beams and the penalties that a model's own
@@ -83,7 +83,7 @@ def generate(
     config = greedy_config(base, tokenizer, max_new_tokens, end_token_ids)
     _require_room(base, prompts, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, Answer] = {}
+    answers: dict[int, GeneratedAnswer] = {}
     started = time.monotonic()
     with _prepared(base, config), autocast(base.device, compute_dtype):
         for start in range(0, len(order), batch_size):
@@ -96,7 +96,7 @@ def generate(
                 for index, tokens in zip(indices, written, strict=True)
             }
     seconds = time.monotonic() - started
-    return Answers(tuple(answers[index] for index in range(len(prompts))), seconds)
+    return GeneratedAnswers(tuple(answers[index] for index in range(len(prompts))), seconds)
 
 
 def greedy_config(
@@ -164,7 +164,7 @@ def _padded_left(
 
 def _answer(
     tokens: Sequence[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Answer:
+) -> GeneratedAnswer:
     """One row of generate(): what follows the first end token is padding."""
     end = next((place for place, token in enumerate(tokens) if token in ends), None)
     kept = tokens if end is None else tokens[: end + 1]
@@ -173,4 +173,4 @@ def _answer(
         skip_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-    return Answer(text, len(kept), end is not None)
+    return GeneratedAnswer(text, len(kept), end is not None)

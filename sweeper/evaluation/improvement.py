@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sweeper.settings import DIRECTIONS
+from sweeper.config.settings import DIRECTIONS
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sweeper.data.tokens import Collator, Prompt, Tokens
-from sweeper.errors import ConfigError
-from sweeper.evaluation.custom import CustomMetric, custom_metrics
-from sweeper.evaluation.generation import Answer, generate
-from sweeper.evaluation.lengths import length_metrics
-from sweeper.evaluation.loss import Loss, evaluate_examples, target_bytes, total
-from sweeper.settings import LOSS_METRICS, Evaluation
+from sweeper.config.settings import LOSS_METRICS, EvaluationSettings
+from sweeper.core.errors import ConfigError
+from sweeper.data.tokens import EncodedPrompt, PaddingCollator, Tokens
+from sweeper.evaluation.answer_lengths import length_metrics
+from sweeper.evaluation.custom_metrics import CustomMetric, custom_metrics
+from sweeper.evaluation.generation import GeneratedAnswer, generate
+from sweeper.evaluation.token_loss import LossSum, evaluate_examples, target_bytes, total
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,7 +29,7 @@ IMPLAUSIBLE_PERPLEXITY = 1.5
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutPrompts:
     """Prompts to be answered and what was expected, of one length and order."""
 
     prompts: Sequence[str]
@@ -39,7 +39,7 @@ class HeldOut:
     """What ends an answer besides the model's and the tokenizer's own end tokens."""
 
     @classmethod
-    def of(cls, encoded: Sequence[Prompt]) -> HeldOut | None:
+    def of(cls, encoded: Sequence[EncodedPrompt]) -> HeldOutPrompts | None:
         """From what the data stages encoded; None if there is nothing to answer (plain texts)."""
         if not encoded:
             return None
@@ -50,12 +50,12 @@ class HeldOut:
             frozenset(prompt.end_token_id for prompt in encoded),
         )
 
-    def sample(self, count: int, seed: int) -> HeldOut | None:
+    def sample(self, count: int, seed: int) -> HeldOutPrompts | None:
         """At most `count` of them, drawn by the seed; None if that is none at all."""
         kept = _sample(len(self.prompts), count, seed)
         if not kept:
             return None
-        return HeldOut(
+        return HeldOutPrompts(
             [self.prompts[index] for index in kept],
             [self.prompt_ids[index] for index in kept],
             [self.references[index] for index in kept],
@@ -69,9 +69,9 @@ class Judgement:
 
     metrics: Mapping[str, float]
     """Flat, by name: eval/loss, eval/rougeL, eval/<the user's>, …"""
-    examples: Sequence[Loss]
+    examples: Sequence[LossSum]
     """The loss of each judged row, for paired comparisons of two models."""
-    answers: Sequence[Answer] = ()
+    answers: Sequence[GeneratedAnswer] = ()
     example_scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """ROUGE of each answer, by metric name."""
     warnings: Sequence[str] = ()
@@ -89,14 +89,14 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Judge:
+class ModelJudge:
     """Judges any model of one tokenizer on fixed rows and, if there are any, fixed prompts."""
 
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[Tokens]
     row_bytes: Sequence[int]
-    held_out: HeldOut | None
-    settings: Evaluation
+    held_out: HeldOutPrompts | None
+    settings: EvaluationSettings
     custom: Mapping[str, CustomMetric]
     seed: int
     compute_dtype: torch.dtype = torch.float32
@@ -111,7 +111,7 @@ class Judge:
         examples = evaluate_examples(
             model,
             self.rows,
-            Collator(self.tokenizer.pad_token_id),
+            PaddingCollator(self.tokenizer.pad_token_id),
             self.settings.per_device_eval_batch_size,
             self.compute_dtype,
             self.chunk_size,
@@ -121,9 +121,7 @@ class Judge:
         return judgement if self.held_out is None else self._with_answers(model, judgement)
 
     def _with_answers(self, model: PreTrainedModel | PeftModel, judgement: Judgement) -> Judgement:
-        from sweeper.evaluation.rouge import (
-            rouge,  # with nltk and sklearn: seconds of a worker's start
-        )
+        from sweeper.evaluation.rouge import rouge
 
         held_out, settings = self.held_out, self.settings
         assert held_out is not None
@@ -158,7 +156,7 @@ class Judge:
             warnings=[scores.warning] if scores.warning else [],
         )
 
-    def within_trial(self, metrics: Collection[str]) -> Judge:
+    def within_trial(self, metrics: Collection[str]) -> ModelJudge:
         """The judge of the looks inside a trial: capped rows, and answers only if a metric needs them.
 
         Itself, if that is the whole of it.
@@ -178,11 +176,11 @@ class Judge:
             held_out=held_out,
         )
 
-    def sees_all_of(self, other: Judge) -> bool:
+    def sees_all_of(self, other: ModelJudge) -> bool:
         """Whether it judges another one's very rows and prompts, in batches of whatever size."""
         return self.rows is other.rows and self.held_out is other.held_out
 
-    def halved(self) -> Judge | None:
+    def halved(self) -> ModelJudge | None:
         """The same judge in batches half the size, which change no figure; None below one example."""
         smaller = self.settings.halved()
         return None if smaller is None else replace(self, settings=smaller)
@@ -191,12 +189,12 @@ class Judge:
 def make_judge(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Tokens],
-    held_out: HeldOut | None,
-    settings: Evaluation,
+    held_out: HeldOutPrompts | None,
+    settings: EvaluationSettings,
     seed: int,
     compute_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
-) -> Judge:
+) -> ModelJudge:
     """A judge on the whole split, with `generation.num_examples` of the held-out prompts.
 
     Args:
@@ -206,7 +204,7 @@ def make_judge(
     Raises:
         ConfigError: a metric of the user's cannot be imported.
     """
-    return Judge(
+    return ModelJudge(
         tokenizer,
         rows,
         target_bytes(rows, tokenizer),
@@ -219,7 +217,7 @@ def make_judge(
     )
 
 
-def loss_metrics(loss: Loss) -> dict[str, float]:
+def loss_metrics(loss: LossSum) -> dict[str, float]:
     """A split's loss under the names it is recorded by; targets without text have no bits per byte."""
     metrics = {"eval/loss": loss.mean, "eval/perplexity": loss.perplexity}
     return {**metrics, "eval/bits_per_byte": loss.bits_per_byte} if loss.bytes else metrics

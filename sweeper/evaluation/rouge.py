@@ -18,7 +18,7 @@ from typing import Any, Literal
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer, Tokenizer
 
-from sweeper.errors import ConfigError
+from sweeper.core.errors import ConfigError
 
 KINDS = ("rouge1", "rouge2", "rougeL")
 TokenizerName = Literal["ascii", "unicode"]
@@ -29,7 +29,7 @@ _UNICODE_TOKEN = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 
 
 @dataclass(frozen=True)
-class Rouge:
+class RougeScores:
     """Scores of each example by kind, each between 0 and 1."""
 
     examples: Mapping[str, Sequence[float]]
@@ -72,7 +72,7 @@ def rouge(
     references: Sequence[str],
     tokenizer: TokenizerName = "ascii",
     path: str | None = None,
-) -> Rouge:
+) -> RougeScores:
     """Score predictions against their references.
 
     Args:
@@ -92,7 +92,7 @@ def rouge(
     else:
         scores, source = _by_evaluate(script, predictions, references, words), f"evaluate {script}"
     empty = sum(not words.tokenize(reference) for reference in references)
-    return Rouge(scores, empty, source)
+    return RougeScores(scores, empty, source)
 
 
 def _by_rouge_score(

@@ -11,10 +11,10 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from sweeper.errors import ModelError
-from sweeper.modeling.source import one_line
-from sweeper.modeling.targets import require_matches, resolve_targets
-from sweeper.settings import LoraAdapter, NoAdapter
+from sweeper.config.settings import LoraAdapter, NoAdapter
+from sweeper.core.errors import ModelError
+from sweeper.modeling.model_source import one_line
+from sweeper.modeling.target_modules import require_matches, resolve_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

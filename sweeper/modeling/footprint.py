@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from sweeper.errors import SweeperError
-from sweeper.modeling.check import ModelChecks
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import SweeperError
 from sweeper.modeling.hardware import device
 from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.modeling.source import load_config
-from sweeper.settings import TrialSettings
+from sweeper.modeling.model_source import load_config
+from sweeper.modeling.trial_check import ModelChecks
 
 BYTES_OF_FP32 = 4
 MIB = 2**20

@@ -13,7 +13,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Precision:
+class ComputePrecision:
     """A dtype and why it was chosen."""
 
     dtype: torch.dtype
@@ -56,7 +56,7 @@ def device_report(on: torch.device) -> DeviceReport:
     return DeviceReport(name, capability, bf16, total / 2**20, free / 2**20)
 
 
-def choose_dtype(name: str, on: torch.device) -> Precision:
+def choose_dtype(name: str, on: torch.device) -> ComputePrecision:
     """The dtype the forward pass computes in, and why.
 
     `auto` is bf16 where the GPU computes in it, fp16 on older CUDA, and fp32 on a CPU.
@@ -64,7 +64,7 @@ def choose_dtype(name: str, on: torch.device) -> Precision:
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
-        return Precision(dtype, f"model.dtype={name} asks for it")
+        return ComputePrecision(dtype, f"model.dtype={name} asks for it")
     if on.type == "cuda":
         return _for_gpu(_cuda_capability(on))
     return _for_cpu(_cpu_bf16_units())
@@ -75,18 +75,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _for_gpu(capability: str) -> Precision:
+def _for_gpu(capability: str) -> ComputePrecision:
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        return Precision(torch.bfloat16, f"the GPU ({capability}) computes in it")
-    return Precision(
+        return ComputePrecision(torch.bfloat16, f"the GPU ({capability}) computes in it")
+    return ComputePrecision(
         torch.float16, f"the GPU ({capability}) does not compute in bfloat16 but emulates it"
     )
 
 
-def _for_cpu(units: tuple[str, ...]) -> Precision:
+def _for_cpu(units: tuple[str, ...]) -> ComputePrecision:
     if not units:
-        return Precision(torch.float32, "this CPU has no AVX512_BF16 or AMX to compute bfloat16 in")
-    return Precision(
+        return ComputePrecision(
+            torch.float32, "this CPU has no AVX512_BF16 or AMX to compute bfloat16 in"
+        )
+    return ComputePrecision(
         torch.float32,
         "a loss on a CPU must not depend on which CPU it is; this one also computes bfloat16 "
         f"({'/'.join(units)}): model.dtype=bfloat16 is faster",

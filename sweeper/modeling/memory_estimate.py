@@ -22,13 +22,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from sweeper.errors import ModelError
+from sweeper.config.settings import LoraAdapter, NoAdapter, QuantizationSettings, TrialSettings
+from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.hardware import choose_dtype
-from sweeper.modeling.rehearsal import Peak, Workload, rehearse, trainable
-from sweeper.modeling.source import load_config, one_line
-from sweeper.settings import LoraAdapter, NoAdapter, Quantization, TrialSettings
+from sweeper.modeling.model_source import load_config, one_line
+from sweeper.modeling.step_memory import PeakBytes, StepWorkload, rehearse, trainable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -87,7 +87,7 @@ assert list(WORDS) == [field.name for field in fields(MemoryEstimate)]
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldBytes:
     """Bytes that a training holds whatever its batch."""
 
     weights: int
@@ -103,11 +103,11 @@ class Held:
 
 def hold(
     model: PreTrainedModel | PeftModel,
-    quantization: Quantization,
+    quantization: QuantizationSettings,
     optim: str,
     on: torch.device,
     shards: int = 1,
-) -> Held:
+) -> HeldBytes:
     """What each of `shards` devices would hold while they train this model, built on the meta device.
 
     The model's frozen weights get the dtype in which they are held beside quantized ones. The states of
@@ -121,7 +121,7 @@ def hold(
     pages = optim.startswith("paged") and on.type == "cuda"
     states = 0 if pages else sum(state_bytes(p.numel(), optim) for p in learned)
     gradients = sum(p.numel() * p.element_size() for p in learned)
-    return Held(*(math.ceil(part / shards) for part in (weights, adapter, gradients, states)))
+    return HeldBytes(*(math.ceil(part / shards) for part in (weights, adapter, gradients, states)))
 
 
 def estimate_trial(
@@ -143,7 +143,7 @@ def estimate_trial(
         ModelError: there is no such architecture, or the adapter does not fit it.
     """
     training = settings.training
-    workload = Workload(
+    workload = StepWorkload(
         batch_size=training.per_device_train_batch_size,
         length=length,
         activation_checkpointing=training.activation_checkpointing is True,
@@ -167,8 +167,8 @@ def estimate_trial(
 def estimate(
     config: PretrainedConfig,
     adapter: LoraAdapter | NoAdapter,
-    quantization: Quantization,
-    workload: Workload,
+    quantization: QuantizationSettings,
+    workload: StepWorkload,
     *,
     compute_dtype: torch.dtype,
     attn_implementation: str,
@@ -195,7 +195,7 @@ def estimate(
     if peak.bytes + unpacked >= held.gradients + step:
         workspace = unpacked
     else:  # the optimizer's step needs most
-        peak, workspace = Peak(held.gradients, 0, 0), step
+        peak, workspace = PeakBytes(held.gradients, 0, 0), step
     return MemoryEstimate(
         weights=held.weights / MIB,
         adapter=held.adapter / MIB,
@@ -270,7 +270,7 @@ def _quantized(module: torch.nn.Module) -> QuantizedWeight:
     return QuantizedWeight(module.weight, int(module.weight.shape[1 if columns else 0]))
 
 
-def packed_bytes(numel: int, rows: int, quantization: Quantization) -> int:
+def packed_bytes(numel: int, rows: int, quantization: QuantizationSettings) -> int:
     """Bytes of one quantized weight with its scales and code tables, as bitsandbytes holds them."""
     if quantization.load_in_8bit:
         return numel + 4 * rows  # one fp32 scale per output row
@@ -302,7 +302,7 @@ def _hold_the_rest_in_fp32(
 def _resident_bytes(
     model: PreTrainedModel | PeftModel,
     packed: Mapping[str, QuantizedWeight],
-    quantization: Quantization,
+    quantization: QuantizationSettings,
 ) -> tuple[int, int]:
     """Bytes of the frozen (or, without an adapter, all) weights, and of what an adapter trains."""
     rows = {id(found.weight): found.rows for found in packed.values()}

@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sweeper.errors import ModelError
-from sweeper.modeling.source import NO_CODE, one_line, refuse_foreign, require_safetensors
+from sweeper.core.errors import ModelError
+from sweeper.modeling.model_source import NO_CODE, one_line, refuse_foreign, require_safetensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

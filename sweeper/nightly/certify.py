@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
+from sweeper.core.errors import DataError, SweeperError, TrackingError
+from sweeper.core.outcome import ExampleLosses, FrozenValue, HeldOutKind, HeldOutLosses
+from sweeper.core.paths import StudyFolder, TrialFolder, read_json
 from sweeper.data.splits import load_splits
-from sweeper.errors import DataError, SweeperError, TrackingError
-from sweeper.folders import StudyFolder, TrialFolder, read_json
-from sweeper.outcome import Examples, Unseen, UnseenKind, Value
-from sweeper.reporting.intervals import Estimate, Judged, contrast
+from sweeper.reporting.intervals import IntervalEstimate, SeedLosses, contrast
 from sweeper.reporting.results import load_results
-from sweeper.tracking.registry import Registry, Version
+from sweeper.tracking.registry import ModelRegistry, ModelVersion
 
 CERTIFIED_TAG = "sweeper.certified."
 """Followed by the number of the look."""
 
-Judge = Callable[[TrialFolder], tuple[Unseen, Unseen]]
+Judge = Callable[[TrialFolder], tuple[HeldOutLosses, HeldOutLosses]]
 """What a trial's artifact and its untuned base lose on the test split (and general text, if named)."""
 
 Digest = Callable[[TrialFolder], str]
@@ -34,7 +34,7 @@ DIGEST_CHARS = 12
 """Of a digest, shown to people."""
 
 
-class Certificate(Value):
+class Certificate(FrozenValue):
     """What one look at the test split found."""
 
     at: datetime
@@ -44,7 +44,7 @@ class Certificate(Value):
     test_loss: float
     """Nats per target token."""
     untuned_test_loss: float
-    difference: Estimate
+    difference: IntervalEstimate
     """Of the two, with its paired 95 % interval over examples: below zero, the champion is ahead."""
     examples: int
     forgetting: float | None
@@ -67,19 +67,19 @@ class Certificate(Value):
         )
 
 
-def judge_here(trial: TrialFolder) -> tuple[Unseen, Unseen]:
+def judge_here(trial: TrialFolder) -> tuple[HeldOutLosses, HeldOutLosses]:
     """Judge in this process, as finalists are judged.
 
     Raises:
         ArtifactError: nothing is stored, or not what the manifest says.
         DataError: the data have no test split.
     """
-    from sweeper.training.gate import settings_of
-    from sweeper.training.runner import TransformersRunner
+    from sweeper.training.gate_judge import settings_of
+    from sweeper.training.trial_runner import TransformersRunner
 
     settings = settings_of(trial.path)
     general = settings.evaluation.general_text.source is not None
-    kinds: Sequence[UnseenKind] = ("test", "general") if general else ("test",)
+    kinds: Sequence[HeldOutKind] = ("test", "general") if general else ("test",)
     runner = TransformersRunner(threads=os.cpu_count() or 1)
     return runner.test(settings, trial, kinds), runner.test(settings, None, kinds)
 
@@ -90,14 +90,14 @@ def digest_today(trial: TrialFolder) -> str:
     Raises:
         DataError: they cannot be read any more.
     """
-    from sweeper.training.gate import settings_of
+    from sweeper.training.gate_judge import settings_of
 
     return load_splits(settings_of(trial.path).data).digest
 
 
 def certify(
     model: str,
-    registry: Registry,
+    registry: ModelRegistry,
     judge: Judge = judge_here,
     digest_now: Digest = digest_today,
 ) -> Certificate:
@@ -126,7 +126,7 @@ def certify(
     return certificate
 
 
-def _require_same_data(champion: Version, trained_on: str, now: str) -> None:
+def _require_same_data(champion: ModelVersion, trained_on: str, now: str) -> None:
     """Other rows are dealt to other splits: today's test rows may be among those it was trained on.
 
     Raises:
@@ -143,7 +143,7 @@ def _require_same_data(champion: Version, trained_on: str, now: str) -> None:
     )
 
 
-def looks(versions: Sequence[Version], data_digest: str) -> list[Certificate]:
+def looks(versions: Sequence[ModelVersion], data_digest: str) -> list[Certificate]:
     """All certificates of a model's versions on the test split of some data."""
     found = [
         Certificate.model_validate_json(text)
@@ -154,7 +154,7 @@ def looks(versions: Sequence[Version], data_digest: str) -> list[Certificate]:
     return [each for each in found if each.data_digest == data_digest]
 
 
-def other_looks(champion: Version, output_dir: Path) -> str | None:
+def other_looks(champion: ModelVersion, output_dir: Path) -> str | None:
     """Whether the champion's own study judged its finalists on the test split, in words."""
     try:
         results = load_results(champion.study, output_dir)
@@ -170,7 +170,7 @@ def other_looks(champion: Version, output_dir: Path) -> str | None:
 
 
 def _certificate(
-    champion: Version, digest: str, tuned: Unseen, untuned: Unseen, look: int
+    champion: ModelVersion, digest: str, tuned: HeldOutLosses, untuned: HeldOutLosses, look: int
 ) -> Certificate:
     assert tuned.test is not None
     assert untuned.test is not None
@@ -193,5 +193,5 @@ def _certificate(
     )
 
 
-def _judged(examples: Examples) -> Judged:
-    return Judged(np.array([examples.nll]), np.array(examples.tokens, dtype=np.float64))
+def _judged(examples: ExampleLosses) -> SeedLosses:
+    return SeedLosses(np.array([examples.nll]), np.array(examples.tokens, dtype=np.float64))

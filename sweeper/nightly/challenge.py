@@ -17,22 +17,22 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from sweeper.errors import WorkerError
-from sweeper.folders import StudyFolder, size_mib, write_atomic
-from sweeper.nightly.champion import Decision, Evidence, decide
-from sweeper.nightly.record import Best
-from sweeper.nightly.sets import ChampionRules, Entry
-from sweeper.outcome import Value
-from sweeper.redaction import redact
-from sweeper.reporting.intervals import Judged
-from sweeper.search.plan import StudyPlan
-from sweeper.tracking.registry import ROLLED_BACK_TAG, Registry, Version
-from sweeper.tracking.trackers import make_registry
+from sweeper.core.errors import WorkerError
+from sweeper.core.outcome import FrozenValue
+from sweeper.core.paths import StudyFolder, size_mib, write_atomic
+from sweeper.core.redaction import redact
+from sweeper.nightly.champion import ChallengeEvidence, ChampionDecision, decide
+from sweeper.nightly.night_record import BestTrial
+from sweeper.nightly.nightly_set import ChampionRules, SetEntry
+from sweeper.reporting.intervals import SeedLosses
+from sweeper.search.study_plan import StudyPlan
+from sweeper.tracking.registry import ROLLED_BACK_TAG, ModelRegistry, ModelVersion
+from sweeper.tracking.tracker_factory import make_registry
 
 CHALLENGER, CHAMPION, BASE = "challenger", "champion", "base"
 
 
-class Figures(Value):
+class GateFigures(FrozenValue):
     """What a judge says: the same examples in the same order for every model."""
 
     tokens: list[int]
@@ -42,9 +42,9 @@ class Figures(Value):
     general: dict[str, list[float]] = Field(default_factory=dict)
     problem: str | None = None
 
-    def of(self, name: str) -> Judged:
+    def of(self, name: str) -> SeedLosses:
         """One model's figures, as of one seed."""
-        return Judged(np.array([self.nll[name]]), np.array(self.tokens, dtype=np.float64))
+        return SeedLosses(np.array([self.nll[name]]), np.array(self.tokens, dtype=np.float64))
 
     def forgotten(self, name: str) -> float | None:
         """Nats per token that one model is worse than the untuned base on general text."""
@@ -54,11 +54,11 @@ class Figures(Value):
         return nll / sum(self.general_tokens)
 
 
-GateJudge = Callable[[str, dict[str, Path]], Figures]
+GateJudge = Callable[[str, dict[str, Path]], GateFigures]
 """Judges trials' folders by name on a gate source; `base` is the first one's untuned base."""
 
 
-def judge_apart(gate: str, trials: dict[str, Path]) -> Figures:
+def judge_apart(gate: str, trials: dict[str, Path]) -> GateFigures:
     """Judge in a process of its own: the night imports no torch, and its memory is free afterwards.
 
     Raises:
@@ -67,17 +67,17 @@ def judge_apart(gate: str, trials: dict[str, Path]) -> Figures:
     with tempfile.TemporaryDirectory(prefix="sweeper-gate-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         write_atomic(request, _request(gate, trials))
-        command = [sys.executable, "-m", "sweeper.training.gate", str(request), str(answer)]
+        command = [sys.executable, "-m", "sweeper.training.gate_judge", str(request), str(answer)]
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0 or not answer.exists():
             raise WorkerError(f"the gate's judge died:\n{redact(done.stderr[-2000:])}")
-        return Figures.model_validate_json(answer.read_text(encoding="utf-8"))
+        return GateFigures.model_validate_json(answer.read_text(encoding="utf-8"))
 
 
 def challenge(
-    entry: Entry, plan: StudyPlan, best: Best, rules: ChampionRules, judge: GateJudge
-) -> Decision | None:
+    entry: SetEntry, plan: StudyPlan, best: BestTrial, rules: ChampionRules, judge: GateJudge
+) -> ChampionDecision | None:
     """Decide about the night's best, and move the alias if it won; None where nothing is tracked.
 
     Raises:
@@ -106,14 +106,14 @@ def challenge(
 
 
 def _duel(
-    entry: Entry,
+    entry: SetEntry,
     plan: StudyPlan,
-    best: Best,
-    champion: Version | None,
+    best: BestTrial,
+    champion: ModelVersion | None,
     rules: ChampionRules,
     judge: GateJudge,
-    registry: Registry,
-) -> Decision:
+    registry: ModelRegistry,
+) -> ChampionDecision:
     study = plan.study.study_name
     folder = StudyFolder(Path(plan.settings.output_dir) / study).trial(best.arm, best.number)
     trials = {CHALLENGER: folder.path}
@@ -130,7 +130,7 @@ def _duel(
         found.of(CHALLENGER),
         None if champion is None else found.of(CHAMPION),
         found.of(BASE),
-        Evidence(size_mib=size_mib(folder.adapter), forgotten=found.forgotten(CHALLENGER)),
+        ChallengeEvidence(size_mib=size_mib(folder.adapter), forgotten=found.forgotten(CHALLENGER)),
         rules,
     )
     if decision.verdict == "promoted":
@@ -139,14 +139,14 @@ def _duel(
     return decision
 
 
-def _rolled_back(versions: Sequence[Version], study: str, trial: str) -> Version | None:
+def _rolled_back(versions: Sequence[ModelVersion], study: str, trial: str) -> ModelVersion | None:
     """The version of a trial that a person took back, if there is one."""
     own = (each for each in versions if (each.study, each.trial) == (study, trial))
     return next((each for each in own if ROLLED_BACK_TAG in each.tags), None)
 
 
-def _undecided(entry: Entry, who: str, champion: str | None, reason: str) -> Decision:
-    return Decision(
+def _undecided(entry: SetEntry, who: str, champion: str | None, reason: str) -> ChampionDecision:
+    return ChampionDecision(
         model=entry.label, challenger=who, champion=champion, verdict="undecided", reason=reason
     )
 

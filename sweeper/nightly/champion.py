@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sweeper.nightly.sets import ChampionRules
-from sweeper.outcome import Value
-from sweeper.reporting.intervals import Contrast, Judged, contrast
+from sweeper.core.outcome import FrozenValue
+from sweeper.nightly.nightly_set import ChampionRules
+from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast
 
 SPLIT = "gate"
 SEED_SPREADS = 2.0
@@ -18,7 +18,7 @@ SEED_SPREADS = 2.0
 standard deviations over seeds in 84 % of cases (the difference of two has sqrt(2) of one's)."""
 
 
-class Evidence(Value):
+class ChallengeEvidence(FrozenValue):
     """What is known of a challenger besides its losses."""
 
     size_mib: float
@@ -30,7 +30,7 @@ class Evidence(Value):
         return f"forgetting {forgotten}, {self.size_mib:.1f} MiB"
 
 
-class Decision(Value):
+class ChampionDecision(FrozenValue):
     """Whether the champion moved, and on what evidence."""
 
     model: str
@@ -41,19 +41,19 @@ class Decision(Value):
     verdict: Literal["promoted", "kept", "undecided"]
     reason: str
     margin: float | None = None
-    contrast: Contrast | None = None
+    contrast: ArmContrast | None = None
     """Challenger against champion (or the untuned base, where there is none) on the gate split."""
-    evidence: Evidence | None = None
+    evidence: ChallengeEvidence | None = None
 
 
 def decide(
     names: tuple[str, str, str | None],
-    challenger: Judged,
-    champion: Judged | None,
-    base: Judged,
-    evidence: Evidence,
+    challenger: SeedLosses,
+    champion: SeedLosses | None,
+    base: SeedLosses,
+    evidence: ChallengeEvidence,
     rules: ChampionRules,
-) -> Decision:
+) -> ChampionDecision:
     """Whether a challenger takes the champion's place.
 
     The upper end of the paired 95 % interval of challenger minus champion must lie below -margin.
@@ -81,7 +81,7 @@ def decide(
         f"{found.difference.value:+.4f} nats against {rival} "
         f"({found.difference.low:+.4f} to {high:+.4f}), margin {margin:.4f}"
     )
-    return Decision(
+    return ChampionDecision(
         model=model,
         challenger=who,
         champion=holder,
@@ -93,13 +93,13 @@ def decide(
     )
 
 
-def _margin(rules: ChampionRules, found: Contrast) -> float:
+def _margin(rules: ChampionRules, found: ArmContrast) -> float:
     if rules.margin is not None:
         return rules.margin
     return SEED_SPREADS * max((spread for spread in found.noise if spread is not None), default=0.0)
 
 
-def _broken_limits(evidence: Evidence, rules: ChampionRules) -> list[str]:
+def _broken_limits(evidence: ChallengeEvidence, rules: ChampionRules) -> list[str]:
     broken = []
     if rules.max_size_mib is not None and evidence.size_mib > rules.max_size_mib:
         limit = f"{rules.max_size_mib:g}"

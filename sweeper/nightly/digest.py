@@ -14,12 +14,19 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-from sweeper.folders import StudyFolder, size_mib
-from sweeper.nightly.record import Best, EntryRecord, NightRecord, comparable, last_of, regressed
-from sweeper.nightly.sets import NightlySet
-from sweeper.reporting.sheet import DASH, Sheet, duration, number
-from sweeper.settings import metric_words
-from sweeper.space import Scalar
+from sweeper.config.settings import metric_words
+from sweeper.config.space import Scalar
+from sweeper.core.paths import StudyFolder, size_mib
+from sweeper.nightly.night_record import (
+    BestTrial,
+    EntryRecord,
+    NightRecord,
+    comparable,
+    last_of,
+    regressed,
+)
+from sweeper.nightly.nightly_set import NightlySet
+from sweeper.reporting.text_table import DASH, TextTable, duration, number
 
 UNFINISHED = "not finished"
 """Of a night that was stopped; the next firing within its window goes on."""
@@ -87,7 +94,7 @@ def _ran(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord
         _row(record.entries.get(entry.label), entry.label, history) for entry in nightly.experiments
     ]
     words = frozenset({"experiment", "tonight", "metric", "ended"})
-    return Sheet("", columns, tuple(rows), words).markdown()
+    return TextTable("", columns, tuple(rows), words).markdown()
 
 
 def _row(entry: EntryRecord | None, name: str, history: Sequence[NightRecord]) -> tuple[str, ...]:
@@ -109,7 +116,7 @@ def _row(entry: EntryRecord | None, name: str, history: Sequence[NightRecord]) -
     )
 
 
-def _value(best: Best | None) -> str:
+def _value(best: BestTrial | None) -> str:
     return number(best.value if best else None, "{:.4f}")
 
 

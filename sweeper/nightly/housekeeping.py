@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sweeper.errors import StudyError
-from sweeper.nightly.sets import RetentionPolicy
-from sweeper.retention import removals, remove
-from sweeper.tracking.registry import Registry
+from sweeper.commands.retention import removals, remove
+from sweeper.core.errors import StudyError
+from sweeper.nightly.nightly_set import RetentionPolicy
+from sweeper.tracking.registry import ModelRegistry
 
 
 def tidy(
     policy: RetentionPolicy,
     studies: Sequence[str],
     output_dir: Path,
-    registries: Sequence[Registry],
+    registries: Sequence[ModelRegistry],
 ) -> list[str]:
     """Delete what the policy says, or only tell (policy.dry_run).
 

@@ -23,7 +23,7 @@ SERIES = 6
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """One axis: its words, its ends, and where it is marked."""
 
     label: str
@@ -40,7 +40,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Dot:
+class ChartDot:
     """One point; `hollow` where it did not run to its end."""
 
     x: float
@@ -51,7 +51,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Line:
+class ChartLine:
     """A line through points; `cut` ends it in a cross, `strong` puts it in front."""
 
     points: tuple[tuple[float, float], ...]
@@ -61,7 +61,7 @@ class Line:
     cut: bool = False
 
 
-def number_axis(label: str, values: Iterable[float], log: bool = False) -> Axis:
+def number_axis(label: str, values: Iterable[float], log: bool = False) -> ChartAxis:
     """An axis on which all values have a place, with round ticks.
 
     Raises:
@@ -73,31 +73,31 @@ def number_axis(label: str, values: Iterable[float], log: bool = False) -> Axis:
     low, high = min(found), max(found)
     if log:
         low, high = (low / 1.5, high * 1.5) if low < high else (low / 3, high * 3)
-        return Axis(label, low, high, _log_ticks(low, high), log=True)
+        return ChartAxis(label, low, high, _log_ticks(low, high), log=True)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - room, high + room
-    return Axis(label, low, high, _linear_ticks(low, high))
+    return ChartAxis(label, low, high, _linear_ticks(low, high))
 
 
-def step_axis(label: str, values: Iterable[float], log: bool = False) -> Axis:
+def step_axis(label: str, values: Iterable[float], log: bool = False) -> ChartAxis:
     """An axis that is marked at the values themselves, as there are only a few."""
     found = sorted(set(values))
     axis = number_axis(label, found, log)
     return replace(axis, ticks=tuple((value, _short(value)) for value in found))
 
 
-def word_axis(label: str, words: Sequence[str]) -> Axis:
+def word_axis(label: str, words: Sequence[str]) -> ChartAxis:
     """An axis with one place for each word: the word's index."""
     ticks = tuple((float(place), word) for place, word in enumerate(words))
-    return Axis(label, -0.5, len(words) - 0.5, ticks)
+    return ChartAxis(label, -0.5, len(words) - 0.5, ticks)
 
 
 def plot(
     title: str,
     description: str,
-    axes: tuple[Axis, Axis],
-    dots: Sequence[Dot] = (),
-    lines: Sequence[Line] = (),
+    axes: tuple[ChartAxis, ChartAxis],
+    dots: Sequence[ChartDot] = (),
+    lines: Sequence[ChartLine] = (),
     legend: Sequence[str] = (),
 ) -> str:
     """Dots and lines over two axes; the legend names the series in order."""
@@ -130,7 +130,9 @@ def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -
     return _svg(title, description, WIDTH, 16 + step * len(rows), parts)
 
 
-def parallel(title: str, description: str, axes: Sequence[Axis], lines: Sequence[Line]) -> str:
+def parallel(
+    title: str, description: str, axes: Sequence[ChartAxis], lines: Sequence[ChartLine]
+) -> str:
     """Parallel coordinates: each line's points are (index of the axis, value on it)."""
     width, height, top, bottom = 960, 340, 34, 24
     gap = (width - 150) / max(len(axes) - 1, 1)
@@ -160,7 +162,7 @@ def parallel(title: str, description: str, axes: Sequence[Axis], lines: Sequence
 class _Frame:
     """The area between two axes."""
 
-    def __init__(self, axes: tuple[Axis, Axis], top: int) -> None:
+    def __init__(self, axes: tuple[ChartAxis, ChartAxis], top: int) -> None:
         self._x, self._y = axes
         self._top = top
 
@@ -185,13 +187,13 @@ class _Frame:
             f'text-anchor="middle">{escape(self._y.label)}</text>',
         ]
 
-    def dot(self, dot: Dot) -> str:
+    def dot(self, dot: ChartDot) -> str:
         """A dot with its tooltip."""
         kind = "h" if dot.hollow else "f"
         words = f"<title>{escape(dot.words)}</title>"
         return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, words)
 
-    def line(self, line: Line) -> str:
+    def line(self, line: ChartLine) -> str:
         """A line with its tooltip, and the cross where it was cut."""
         placed = [(self._across(x), self._up(y)) for x, y in line.points]
         points = " ".join(f"{x},{y}" for x, y in placed)

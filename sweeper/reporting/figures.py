@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sweeper.reporting.adoption import RATE
+from sweeper.config.settings import Objective, metric_words
+from sweeper.reporting.baseline_doubts import RATE
 from sweeper.reporting.chart import (
     SERIES,
-    Axis,
-    Dot,
-    Line,
+    ChartAxis,
+    ChartDot,
+    ChartLine,
     bars,
     number_axis,
     parallel,
@@ -18,12 +19,11 @@ from sweeper.reporting.chart import (
     step_axis,
     word_axis,
 )
-from sweeper.reporting.evidence import EVALUATOR, FEWEST_TRIALS, Evidence
-from sweeper.reporting.ranks import Ladder, rank_ladders
-from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.rank_ladder import RankLadder, rank_ladders
+from sweeper.reporting.report_evidence import EVALUATOR, FEWEST_TRIALS, ReportEvidence
+from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
+from sweeper.reporting.study_progress import format_scalar, short_names
 from sweeper.reporting.verdict import label
-from sweeper.search.board import format_scalar, short_names
-from sweeper.settings import Objective, metric_words
 
 TARGETS = "adapter.target_modules"
 TRAINABLE = "parameters/trainable"
@@ -40,7 +40,7 @@ BEST_SHARE, MOST_BEST = 0.1, 10
 
 
 @dataclass(frozen=True)
-class Figure:
+class ReportFigure:
     """A picture and what it says; `svg` is None where there is nothing to draw."""
 
     title: str
@@ -49,7 +49,7 @@ class Figure:
     wide: bool = False
 
 
-def figures(results: Results, evidence: Evidence) -> list[Figure]:
+def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigure]:
     """All figures of a study, in the order in which they are read."""
     return [
         rate_figure(results),
@@ -62,7 +62,7 @@ def figures(results: Results, evidence: Evidence) -> list[Figure]:
     ]
 
 
-def rate_figure(results: Results) -> Figure:
+def rate_figure(results: StudyResults) -> ReportFigure:
     """Learning rate against loss, by arm."""
     title = "Learning rate against loss"
     measured = [
@@ -72,9 +72,9 @@ def rate_figure(results: Results) -> Figure:
         if trial.value is not None and isinstance(rate := trial.point.get(RATE), int | float)
     ]
     if len({rate for _, _, rate, _ in measured}) < 2:
-        return Figure(title, None, "No two trials were measured at different learning rates.")
+        return ReportFigure(title, None, "No two trials were measured at different learning rates.")
     dots = [
-        Dot(rate, loss, _words(trial), place, not trial.complete)
+        ChartDot(rate, loss, _words(trial), place, not trial.complete)
         for place, trial, rate, loss in measured
     ]
     axes = (
@@ -82,10 +82,10 @@ def rate_figure(results: Results) -> Figure:
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
     words = "One mark a trial; hollow marks were stopped early by the pruner."
-    return Figure(title, plot(title, words, axes, dots, legend=_names(results)), words)
+    return ReportFigure(title, plot(title, words, axes, dots, legend=_names(results)), words)
 
 
-def curve_figure(results: Results, evidence: Evidence) -> Figure:
+def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigure:
     """Evaluation loss over steps, with a cross where a trial was pruned."""
     title = "Loss curves"
     best = {(arm.name, arm.best.number) for arm in results.arms if arm.best is not None}
@@ -96,10 +96,10 @@ def curve_figure(results: Results, evidence: Evidence) -> Figure:
         if (arm.name, trial.number) in evidence.curves
     ]
     if not trials:
-        return Figure(title, None, "No trial's metrics.jsonl with an evaluation was found.")
+        return ReportFigure(title, None, "No trial's metrics.jsonl with an evaluation was found.")
     trials.sort(key=lambda found: found[1].value is None)  # of each arm the best come first
     lines = [
-        Line(
+        ChartLine(
             evidence.curves[trial.arm, trial.number],
             _words(trial),
             place,
@@ -116,10 +116,10 @@ def curve_figure(results: Results, evidence: Evidence) -> Figure:
     words = "Thick: the best trial of each arm. A cross: the pruner stopped it there."
     if len(trials) > MOST_CURVES:
         words += f" Shown are the best {MOST_CURVES} of {len(trials)} trials."
-    return Figure(title, plot(title, words, axes, lines=lines, legend=_names(results)), words)
+    return ReportFigure(title, plot(title, words, axes, lines=lines, legend=_names(results)), words)
 
 
-def rank_figure(ladder: Ladder) -> Figure:
+def rank_figure(ladder: RankLadder) -> ReportFigure:
     """What each rank brings: the best loss at each."""
     title = f"{ladder.arm}: loss by rank"
     points = [(float(rung.r), rung.value) for rung in ladder.rungs]
@@ -128,14 +128,14 @@ def rank_figure(ladder: Ladder) -> Figure:
         number_axis(f"best {_metric(ladder.objective)}", [loss for _, loss in points]),
     )
     dots = [
-        Dot(r, loss, f"r={r:g}: {loss:.4f} (best of {rung.trials})")
+        ChartDot(r, loss, f"r={r:g}: {loss:.4f} (best of {rung.trials})")
         for (r, loss), rung in zip(points, ladder.rungs, strict=True)
     ]
-    lines = [Line(tuple(points), "best loss by rank", strong=True)]
-    return Figure(title, plot(title, ladder.words, axes, dots, lines), ladder.words)
+    lines = [ChartLine(tuple(points), "best loss by rank", strong=True)]
+    return ReportFigure(title, plot(title, ladder.words, axes, dots, lines), ladder.words)
 
 
-def target_figure(results: Results) -> Figure:
+def target_figure(results: StudyResults) -> ReportFigure:
     """The objective by which modules got an adapter."""
     title = "Target modules"
     objective = results.objective
@@ -147,14 +147,14 @@ def target_figure(results: Results) -> Figure:
     ]
     groups = list(dict.fromkeys(group for _, _, group, _ in measured))
     if len(groups) < 2:
-        return Figure(title, None, "No two choices of target modules have a finished trial.")
+        return ReportFigure(title, None, "No two choices of target modules have a finished trial.")
     best = {
         name: min((value for _, _, group, value in measured if group == name), key=objective.order)
         for name in groups
     }
     groups.sort(key=lambda name: objective.order(best[name]))
     dots = [
-        Dot(groups.index(group), value, _words(trial), place)
+        ChartDot(groups.index(group), value, _words(trial), place)
         for place, trial, group, value in measured
     ]
     axes = (
@@ -166,10 +166,10 @@ def target_figure(results: Results) -> Figure:
         f"Best {_metric(objective)} by choice, over all other settings: {found}. One mark a finished "
         "trial."
     )
-    return Figure(title, plot(title, words, axes, dots), words)
+    return ReportFigure(title, plot(title, words, axes, dots), words)
 
 
-def pareto_figure(results: Results) -> Figure:
+def pareto_figure(results: StudyResults) -> ReportFigure:
     """The objective against trainable parameters, and the trials that no other beats in both."""
     title = "Loss against trainable parameters"
     measured = [
@@ -179,16 +179,18 @@ def pareto_figure(results: Results) -> Figure:
         if trial.complete and trial.value is not None and (size := trial.metric(TRAINABLE))
     ]
     if len({size for _, _, size, _ in measured}) < 2:
-        return Figure(title, None, "No two finished trials differ in their trainable parameters.")
-    dots = [Dot(size, loss, _words(trial), place) for place, trial, size, loss in measured]
+        return ReportFigure(
+            title, None, "No two finished trials differ in their trainable parameters."
+        )
+    dots = [ChartDot(size, loss, _words(trial), place) for place, trial, size, loss in measured]
     front = pareto([(dot.x, dot.y) for dot in dots], results.objective)
     axes = (
         number_axis("trainable parameters (log)", [dot.x for dot in dots], log=True),
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
     words = "The line joins the finished trials that no other beats in both: the Pareto front."
-    lines = [Line(tuple(front), "Pareto front", SERIES - 1, strong=True)]
-    return Figure(title, plot(title, words, axes, dots, lines, _names(results)), words)
+    lines = [ChartLine(tuple(front), "Pareto front", SERIES - 1, strong=True)]
+    return ReportFigure(title, plot(title, words, axes, dots, lines, _names(results)), words)
 
 
 def pareto(
@@ -202,13 +204,13 @@ def pareto(
     return front
 
 
-def importance_figure(arm: ArmResult, evidence: Evidence) -> Figure:
+def importance_figure(arm: ArmResult, evidence: ReportEvidence) -> ReportFigure:
     """How much each searched setting decides."""
     title = f"{arm.name}: which settings matter"
     shares = evidence.importances.get(arm.name)
     if shares is None:
         words = f"Left out: it needs the study's database and {FEWEST_TRIALS} finished trials."
-        return Figure(title, None, words)
+        return ReportFigure(title, None, words)
     rows = [
         (key.rsplit("/", 1)[-1].rsplit(".", 1)[-1], share, f"{share:.0%}")
         for key, share in shares.items()
@@ -216,17 +218,19 @@ def importance_figure(arm: ArmResult, evidence: Evidence) -> Figure:
     words = f"Share of being among the best that a setting decides, by {EVALUATOR}."
     if len(arm.trials) < 50:
         words += f" From {len(arm.trials)} trials: a hint, no more."
-    return Figure(title, bars(title, words, rows), words)
+    return ReportFigure(title, bars(title, words, rows), words)
 
 
-def parallel_figure(arm: ArmResult) -> Figure:
+def parallel_figure(arm: ArmResult) -> ReportFigure:
     """Every trial as a line across its settings to its loss."""
     title = f"{arm.name}: all settings at once"
     keys = _varied(arm)
     measured = [t for t in arm.trials if t.value is not None and set(keys) <= set(t.point)]
     trials = measured[:MOST_LINES]
     if len(trials) < 2:
-        return Figure(title, None, "Fewer than two trials were measured at every searched setting.")
+        return ReportFigure(
+            title, None, "Fewer than two trials were measured at every searched setting."
+        )
     axes = [_axis(key, trials) for key in keys]
     axes.append(
         number_axis(
@@ -242,15 +246,15 @@ def parallel_figure(arm: ArmResult) -> Figure:
             for index, key in enumerate(keys)
         ]
         points.append((len(keys), trial.value or 0.0))
-        lines.append(Line(tuple(points), _words(trial), 0, strong=rank < count))
+        lines.append(ChartLine(tuple(points), _words(trial), 0, strong=rank < count))
     best = "the best trial" if count == 1 else f"the best {count} trials"
     words = f"One line a trial, from its settings to its loss; thick: {best}."
     if len(measured) > MOST_LINES:
         words += f" Shown are the first {MOST_LINES} of {len(measured)} by rank."
-    return Figure(title, parallel(title, words, axes, lines), words, wide=True)
+    return ReportFigure(title, parallel(title, words, axes, lines), words, wide=True)
 
 
-def _axis(key: str, trials: Sequence[TrialResult]) -> Axis:
+def _axis(key: str, trials: Sequence[TrialResult]) -> ChartAxis:
     name = key.rsplit(".", 1)[-1]
     values = [trial.point[key] for trial in trials]
     if not _is_number(key, trials):
@@ -283,7 +287,7 @@ def _varied(arm: ArmResult) -> list[str]:
     return [key for key in everywhere if len({trial.point[key] for trial in arm.trials}) > 1]
 
 
-def _names(results: Results) -> list[str]:
+def _names(results: StudyResults) -> list[str]:
     return [label(arm) for arm in results.arms]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sweeper.outcome import Value
+from sweeper.core.outcome import FrozenValue
 
 LEVEL = 0.95
 RESAMPLES = 4000
@@ -23,7 +23,7 @@ CHUNK = 2**22
 Floats = NDArray[np.float64]
 
 
-class Estimate(Value):
+class IntervalEstimate(FrozenValue):
     """A figure with its interval; without an interval where nothing can be said about it."""
 
     value: float
@@ -35,7 +35,7 @@ class Estimate(Value):
         return self.low is not None and self.high is not None and self.low <= value <= self.high
 
 
-class Contrast(Value):
+class ArmContrast(FrozenValue):
     """One arm against a reference, on one split."""
 
     arm: str
@@ -48,16 +48,16 @@ class Contrast(Value):
     """Mean over seeds of the arm and of the reference, in nats per target token."""
     base_loss: float
     """The untuned base, the zero line of both."""
-    difference: Estimate
+    difference: IntervalEstimate
     """Loss of the arm minus loss of the reference, in nats: below zero, the arm is ahead."""
-    retained: Estimate | None
+    retained: IntervalEstimate | None
     """The arm's improvement over the base in % of the reference's; None if that has none."""
     noise: tuple[float | None, float | None]
     """Standard deviation over seeds of the arm's and of the reference's loss."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class SeedLosses:
     """One configuration, trained with several seeds, judged on the examples of one split.
 
     `nll`: [seeds, examples], the summed negative log-likelihood of each example's target tokens in nats.
@@ -95,13 +95,13 @@ def noise_floor(losses: Floats) -> float | None:
 
 def contrast(
     names: tuple[str, str],
-    arm: Judged,
-    reference: Judged,
-    base: Judged,
+    arm: SeedLosses,
+    reference: SeedLosses,
+    base: SeedLosses,
     split: str = "test",
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> Contrast:
+) -> ArmContrast:
     """Compare two arms on the same examples.
 
     The interval is a paired, hierarchical bootstrap: a resample draws examples with replacement, the
@@ -129,7 +129,7 @@ def contrast(
         raise ValueError(f"{names[0]}, {names[1]} and the base were judged on different examples")
     draws = _stretched(_draws((arm, reference, base), seed, resamples), arm, reference)
     value = arm.loss - reference.loss
-    return Contrast(
+    return ArmContrast(
         arm=names[0],
         reference=names[1],
         split=split,
@@ -143,12 +143,12 @@ def contrast(
     )
 
 
-def _estimate(value: float, draws: Floats) -> Estimate:
+def _estimate(value: float, draws: Floats) -> IntervalEstimate:
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(value=value, low=float(low), high=float(high))
+    return IntervalEstimate(value=value, low=float(low), high=float(high))
 
 
-def _retained(arm: float, reference: float, base: float, draws: Floats) -> Estimate | None:
+def _retained(arm: float, reference: float, base: float, draws: Floats) -> IntervalEstimate | None:
     """Improvement over the base in % of the reference's; without an interval if that may be zero."""
     gain = base - reference
     if gain <= 0:
@@ -156,12 +156,12 @@ def _retained(arm: float, reference: float, base: float, draws: Floats) -> Estim
     value = 100 * (base - arm) / gain
     gains = draws[2] - draws[1]
     if np.quantile(gains, (1 - LEVEL) / 2) <= 0:  # a ratio whose denominator may vanish has no ends
-        return Estimate(value=value)
+        return IntervalEstimate(value=value)
     with np.errstate(divide="ignore"):  # the few draws beyond that quantile cannot be its ends
         return _estimate(value, 100 * (draws[2] - draws[0]) / gains)
 
 
-def _draws(judged: tuple[Judged, ...], seed: int, resamples: int) -> Floats:
+def _draws(judged: tuple[SeedLosses, ...], seed: int, resamples: int) -> Floats:
     """[models, resamples]: each model's mean loss in each resample."""
     random = np.random.default_rng(seed)
     tokens = judged[0].tokens
@@ -194,7 +194,7 @@ def _seed_means(losses: Floats, random: np.random.Generator) -> Floats:
     return means
 
 
-def _stretched(draws: Floats, arm: Judged, reference: Judged) -> Floats:
+def _stretched(draws: Floats, arm: SeedLosses, reference: SeedLosses) -> Floats:
     """Draws with their deviations from the estimates widened from the normal's to Student's t."""
     from scipy import stats  # half a second, and only at a study's end
 

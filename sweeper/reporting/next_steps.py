@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from sweeper.reporting.evidence import Curve, Evidence
-from sweeper.reporting.ranks import RANK, rank_ladders
-from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.reporting.rank_ladder import RANK, rank_ladders
+from sweeper.reporting.report_evidence import Curve, ReportEvidence
+from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.verdict import FULL, judge, label, with_override
 
 LARGE_GAP = 0.25
@@ -23,17 +23,17 @@ OFTEN = 0.25
 
 
 @dataclass(frozen=True)
-class Step:
+class NextStep:
     """Something to try: why, and what to type."""
 
     reason: str
     command: str
 
 
-def next_steps(results: Results, evidence: Evidence) -> list[Step]:
+def next_steps(results: StudyResults, evidence: ReportEvidence) -> list[NextStep]:
     """What the figures suggest, the most pressing first; none is made up where they suggest nothing."""
     doubts = [
-        Step(_sentence(doubt.reason), f"python -m sweeper {doubt.command}")
+        NextStep(_sentence(doubt.reason), f"python -m sweeper {doubt.command}")
         for doubt in judge(results).doubts
     ]
     arms = [step for arm in results.arms for step in _of_arm(results, arm, evidence.curves)]
@@ -42,8 +42,8 @@ def next_steps(results: Results, evidence: Evidence) -> list[Step]:
 
 
 def _of_arm(
-    results: Results, arm: ArmResult, curves: Mapping[tuple[str, int], Curve]
-) -> Iterator[Step]:
+    results: StudyResults, arm: ArmResult, curves: Mapping[tuple[str, int], Curve]
+) -> Iterator[NextStep]:
     yield from _memory(results, arm)
     best = arm.best
     if best is None or best.value is None:
@@ -57,14 +57,14 @@ def _of_arm(
         yield from _length(results, arm, curve, gain)
 
 
-def _ranks(results: Results) -> Iterator[Step]:
+def _ranks(results: StudyResults) -> Iterator[NextStep]:
     """The largest rank is the best: go on. A smaller one is as good: take it."""
     arms = {arm.name: arm for arm in results.arms}
     for ladder in rank_ladders(results):
         arm, best, enough = arms[ladder.arm], ladder.best, ladder.enough
         if enough is not None and enough != best:
             number = _best_at(arm, enough.r).number
-            yield Step(
+            yield NextStep(
                 f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} {ladder.unit}) "
                 f"of the best rank, {best.r}, and smaller: use it.",
                 f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {number}",
@@ -72,7 +72,7 @@ def _ranks(results: Results) -> Iterator[Step]:
         elif best == ladder.rungs[-1]:
             values = [rung.r for rung in ladder.rungs[-2:]]
             more = ", ".join(str(r) for r in (*values, 2 * best.r, 4 * best.r))
-            yield Step(
+            yield NextStep(
                 f"{label(arm)}: the best rank, {best.r}, is the largest that was tried "
                 f"({_signed(best.per_doubling)} {ladder.unit} for its last doubling): try larger ones.",
                 _anew(results, arm, "ranks", RANK, f"choice({more})"),
@@ -80,8 +80,8 @@ def _ranks(results: Results) -> Iterator[Step]:
 
 
 def _overfitting(
-    results: Results, arm: ArmResult, best: TrialResult, gain: float
-) -> Iterator[Step]:
+    results: StudyResults, arm: ArmResult, best: TrialResult, gain: float
+) -> Iterator[NextStep]:
     """Eval loss far above training loss: dropout, or fewer epochs."""
     gap = best.metric("best/eval_minus_train_loss")
     if gap is None or gap <= LARGE_GAP * gain:
@@ -93,48 +93,50 @@ def _overfitting(
     if arm.method == FULL:
         epochs = float(arm.setting("training.num_train_epochs") or 1.0)
         command = _anew(results, arm, "shorter", "training.num_train_epochs", f"{epochs / 2:g}")
-        yield Step(f"{reason}: it learns the rows by heart; train for fewer epochs.", command)
+        yield NextStep(f"{reason}: it learns the rows by heart; train for fewer epochs.", command)
     else:
         command = _anew(results, arm, "dropout", "adapter.lora_dropout", "choice(0.05, 0.1)")
-        yield Step(f"{reason}: it learns the rows by heart; try dropout, or fewer epochs.", command)
+        yield NextStep(
+            f"{reason}: it learns the rows by heart; try dropout, or fewer epochs.", command
+        )
 
 
-def _length(results: Results, arm: ArmResult, curve: Curve, gain: float) -> Iterator[Step]:
+def _length(results: StudyResults, arm: ArmResult, curve: Curve, gain: float) -> Iterator[NextStep]:
     """Still falling at the end: train longer. Arrived early: train shorter."""
     last_step, last_loss = curve[-1]
     lowest = min(loss for _, loss in curve)
     arrived = next(step for step, loss in curve if loss <= lowest + FLAT * gain)
     limit = "training.max_steps"
     if last_loss == lowest and curve[-2][1] - last_loss > STILL_FALLING * gain:
-        yield Step(
+        yield NextStep(
             f"{label(arm)}: the best trial still gained {curve[-2][1] - last_loss:.4f} nats in its "
             f"last stretch (step {curve[-2][0]} to {last_step}): train longer.",
             _anew(results, arm, "longer", limit, str(2 * last_step)),
         )
     elif arrived <= EARLY * last_step:
-        yield Step(
+        yield NextStep(
             f"{label(arm)}: the best trial was within {FLAT:.0%} of its gain at step {arrived} of "
             f"{last_step}: shorter trials would leave time for more of them.",
             _anew(results, arm, "shorter", limit, str(arrived)),
         )
 
 
-def _memory(results: Results, arm: ArmResult) -> Iterator[Step]:
+def _memory(results: StudyResults, arm: ArmResult) -> Iterator[NextStep]:
     """Many trials ran out of memory."""
     count = sum(trial.outcome.cause == "oom" for trial in arm.trials)
     if count and count >= OFTEN * len(arm.trials):
-        yield Step(
+        yield NextStep(
             f"{label(arm)}: {count} of {len(arm.trials)} trials ran out of memory: recompute "
             "activations instead of keeping them.",
             _anew(results, arm, "memory", "training.activation_checkpointing", "true"),
         )
 
 
-def _repeat(results: Results) -> Iterator[Step]:
+def _repeat(results: StudyResults) -> Iterator[NextStep]:
     """Nothing else: how much of the best figure is luck?"""
     arm = next((arm for arm in results.arms if arm.best is not None), None)
     if arm is not None and results.seeds(arm.name) == 1:
-        yield Step(
+        yield NextStep(
             f"The figures suggest no other search. {label(arm)} was trained with one seed: train the "
             "best configuration with another to see how much of the difference is chance.",
             f"python -m sweeper best {results.study_name} --yaml > conf/experiment/best.yaml && "
@@ -142,7 +144,7 @@ def _repeat(results: Results) -> Iterator[Step]:
         )
 
 
-def _anew(results: Results, arm: ArmResult, suffix: str, key: str, words: str) -> str:
+def _anew(results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str) -> str:
     """The study's command under a new name, with a key searched otherwise.
 
     A schedule is every arm's, or the arms would no longer be compared fairly.

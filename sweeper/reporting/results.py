@@ -15,23 +15,30 @@ from typing import Any
 
 import optuna
 
-from sweeper.errors import StudyError
-from sweeper.folders import StudyFolder, read_json
-from sweeper.outcome import Adopted, Facts, Misfit, Outcome, Value, device_seconds
-from sweeper.reporting.intervals import Contrast, Estimate
-from sweeper.search.audit import Audit, audit
-from sweeper.search.final import Final
-from sweeper.search.plan import ArmPlan
+from sweeper.config.settings import FairnessRules, LoraAdapter, Objective, flatten
+from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, keys
+from sweeper.core.errors import StudyError
+from sweeper.core.outcome import (
+    ArmBaseline,
+    BaselineRun,
+    FrozenValue,
+    MemoryShortfall,
+    Outcome,
+    device_seconds,
+)
+from sweeper.core.paths import StudyFolder, read_json
+from sweeper.reporting.finalist_results import FinalistRanking
+from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
+from sweeper.search.pruning_audit import PruningAudit, audit
 from sweeper.search.states import STATES
 from sweeper.search.study import shown_point
-from sweeper.settings import Fairness, LoraAdapter, Objective, flatten
-from sweeper.space import Choice, Interval, Point, Scalar, Space, grid, keys
+from sweeper.search.study_plan import ArmPlan
 
 FORMAT = 4
 """Of results.json; another version's is not read."""
 
 
-class Range(Value):
+class SearchedRange(FrozenValue):
     """The numbers that one key was searched over: some values, or all between the first and the last."""
 
     values: tuple[float, ...]
@@ -74,11 +81,11 @@ class ArmResult:
     method: str
     base: str
     objective: Objective
-    facts: Facts
+    facts: ArmBaseline
     trials: tuple[TrialResult, ...]
     settings: Mapping[str, Any]
     """This study's for its trials, as dotted keys, before any point of its space."""
-    ranges: Mapping[str, Range]
+    ranges: Mapping[str, SearchedRange]
     """Of the searched keys that are numbers."""
     exhaustive: bool
     """Its space is a grid, and the arm walks all of it."""
@@ -86,9 +93,9 @@ class ArmResult:
     """Metrics that are minimised beside the objective."""
     front: tuple[int, ...] = ()
     """Numbers of the trials on the Pareto front of objective and costs."""
-    final: Final | None = None
+    final: FinalistRanking | None = None
     """How its best configurations did over several seeds, once that is known."""
-    adopted: Adopted | None = None
+    adopted: BaselineRun | None = None
     """The earlier run that stands in for its search; costs and training are then that run's."""
 
     @property
@@ -125,7 +132,7 @@ class ArmResult:
         )
 
     @property
-    def audit(self) -> Audit | None:
+    def audit(self) -> PruningAudit | None:
         """How often the pruner was wrong, if it was audited."""
         complete = [trial for trial in self.trials if trial.complete]
         return audit(
@@ -164,7 +171,7 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
-class Results:
+class StudyResults:
     """A study as a whole."""
 
     study_name: str
@@ -172,14 +179,14 @@ class Results:
     provenance: Mapping[str, str]
     """Date, code, packages and machine of the run that wrote these results."""
     arms: tuple[ArmResult, ...]
-    fairness: Fairness
-    contrasts: tuple[Contrast, ...] = ()
+    fairness: FairnessRules
+    contrasts: tuple[ArmContrast, ...] = ()
     """Arms against their reference on the test split, once finalists were judged on it."""
-    forgetting: tuple[Contrast, ...] = ()
+    forgetting: tuple[ArmContrast, ...] = ()
     """Arms against their untuned base on general text, once finalists were judged on it."""
     untested: str | None = None
     """Why the arms are not compared on the test split, for people."""
-    misfits: Mapping[str, Misfit] = field(default_factory=dict)
+    misfits: Mapping[str, MemoryShortfall] = field(default_factory=dict)
     """Arms that were not run because their trainings are larger than the device, by name."""
 
     @property
@@ -188,15 +195,15 @@ class Results:
         return self.arms[0].objective
 
     @property
-    def decisive(self) -> tuple[Contrast, ...]:
+    def decisive(self) -> tuple[ArmContrast, ...]:
         """The contrasts that the verdict may rest on: they are of losses, so only by that objective."""
         return self.contrasts if self.objective.metric == "eval/loss" else ()
 
-    def contrast(self, name: str) -> Contrast | None:
+    def contrast(self, name: str) -> ArmContrast | None:
         """How an arm did on the test split, against its reference."""
         return next((found for found in self.decisive if found.arm == name), None)
 
-    def forgotten(self, name: str) -> Estimate | None:
+    def forgotten(self, name: str) -> IntervalEstimate | None:
         """How much worse an arm's winner is than its base on general text, in nats per token."""
         found = (each.difference for each in self.forgetting if each.arm == name)
         return next(found, None)
@@ -213,9 +220,9 @@ class Results:
 
 def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
     """What an arm has so far, from its storage."""
-    facts = Facts.model_validate(study.user_attrs["facts"])
+    facts = ArmBaseline.model_validate(study.user_attrs["facts"])
     stored = study.user_attrs.get("adopted")
-    adopted = None if stored is None else Adopted.model_validate(stored)
+    adopted = None if stored is None else BaselineRun.model_validate(stored)
     trials = [
         TrialResult(
             arm.name,
@@ -259,7 +266,7 @@ def equal_size(arm: ArmResult) -> bool:
     return arm.settings.get(key) is not None or any(key in trial.point for trial in arm.trials)
 
 
-def _at_the_costs_of(adopted: Adopted | None, outcome: Outcome) -> Outcome:
+def _at_the_costs_of(adopted: BaselineRun | None, outcome: Outcome) -> Outcome:
     """What a training cost, where only a judgement was paid here."""
     if adopted is None:
         return outcome
@@ -275,7 +282,7 @@ def _is_training(key: str) -> bool:
     return key.startswith("training.")
 
 
-def headline(results: Results) -> tuple[dict[str, float], Point]:
+def headline(results: StudyResults) -> tuple[dict[str, float], Point]:
     """What a study's own run shows: the figures and the point of the first arm's best trial."""
     arm = results.arms[0] if results.arms else None
     if arm is None or arm.best is None:
@@ -285,12 +292,12 @@ def headline(results: Results) -> tuple[dict[str, float], Point]:
     return {**arm.best.outcome.metrics, **unseen}, {"trial": name, **arm.best.point}
 
 
-def number_ranges(space: Space) -> dict[str, Range]:
+def number_ranges(space: Space) -> dict[str, SearchedRange]:
     """The domains of a space that are ranges of numbers."""
-    ranges: dict[str, Range] = {}
+    ranges: dict[str, SearchedRange] = {}
     for key, domain in space.items():
         if isinstance(domain, Interval):
-            ranges[key] = Range(values=(domain.low, domain.high), continuous=True)
+            ranges[key] = SearchedRange(values=(domain.low, domain.high), continuous=True)
         elif isinstance(domain, Choice):
             numbers = [
                 float(value)
@@ -298,7 +305,7 @@ def number_ranges(space: Space) -> dict[str, Range]:
                 if isinstance(value, int | float) and not isinstance(value, bool)
             ]
             if len(numbers) == len(domain.values) and len(set(numbers)) > 1:
-                ranges[key] = Range(values=tuple(sorted(set(numbers))), continuous=False)
+                ranges[key] = SearchedRange(values=tuple(sorted(set(numbers))), continuous=False)
     return ranges
 
 
@@ -312,13 +319,13 @@ def _method(arm: ArmPlan) -> str:
     return "QLoRA" if settings.quantization.load_in_4bit else "LoRA"
 
 
-def _base_name(arm: ArmPlan, facts: Facts) -> str:
+def _base_name(arm: ArmPlan, facts: ArmBaseline) -> str:
     """How an arm holds its base: nf4, fp4, int8, or the dtype."""
     kind = arm.settings.quantization.kind
     return facts.dtype if kind == "none" else kind
 
 
-def load_results(study_name: str, output_dir: Path) -> Results:
+def load_results(study_name: str, output_dir: Path) -> StudyResults:
     """Read a study's results.
 
     Raises:
@@ -349,7 +356,7 @@ def rank(trials: list[TrialResult], objective: Objective) -> tuple[TrialResult, 
     return tuple(sorted(trials, key=order))
 
 
-def to_document(results: Results) -> dict[str, Any]:
+def to_document(results: StudyResults) -> dict[str, Any]:
     """results.json."""
     return {
         "format": FORMAT,
@@ -392,19 +399,22 @@ def to_document(results: Results) -> dict[str, Any]:
     }
 
 
-def from_document(document: Mapping[str, Any]) -> Results:
+def from_document(document: Mapping[str, Any]) -> StudyResults:
     """Results back from results.json."""
     objective = Objective.model_validate(document["objective"])
-    return Results(
+    return StudyResults(
         study_name=document["study_name"],
         command=document["command"],
         provenance=document["provenance"],
         arms=tuple(_arm(name, arm, objective) for name, arm in document["arms"].items()),
-        fairness=Fairness.model_validate(document["fairness"]),
-        contrasts=tuple(Contrast.model_validate(found) for found in document["contrasts"]),
-        forgetting=tuple(Contrast.model_validate(found) for found in document["forgetting"]),
+        fairness=FairnessRules.model_validate(document["fairness"]),
+        contrasts=tuple(ArmContrast.model_validate(found) for found in document["contrasts"]),
+        forgetting=tuple(ArmContrast.model_validate(found) for found in document["forgetting"]),
         untested=document["untested"],
-        misfits={name: Misfit.model_validate(found) for name, found in document["misfits"].items()},
+        misfits={
+            name: MemoryShortfall.model_validate(found)
+            for name, found in document["misfits"].items()
+        },
     )
 
 
@@ -426,15 +436,19 @@ def _arm(name: str, document: Mapping[str, Any], objective: Objective) -> ArmRes
         method=document["method"],
         base=document["base"],
         objective=objective,
-        facts=Facts.model_validate(document["facts"]),
+        facts=ArmBaseline.model_validate(document["facts"]),
         trials=rank(trials, objective),
         settings=document["settings"],
-        ranges={key: Range.model_validate(found) for key, found in document["ranges"].items()},
+        ranges={
+            key: SearchedRange.model_validate(found) for key, found in document["ranges"].items()
+        },
         exhaustive=document["exhaustive"],
         costs=tuple(document["costs"]),
         front=tuple(document["front"]),
-        final=None if document["final"] is None else Final.model_validate(document["final"]),
+        final=None
+        if document["final"] is None
+        else FinalistRanking.model_validate(document["final"]),
         adopted=None
         if document["adopted"] is None
-        else Adopted.model_validate(document["adopted"]),
+        else BaselineRun.model_validate(document["adopted"]),
     )

@@ -15,20 +15,20 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sweeper.outcome import Misfit
-from sweeper.reporting.adoption import OUTER, RATE, place_in_range, strangeness
-from sweeper.reporting.intervals import Estimate
-from sweeper.reporting.results import ArmResult, Range, Results, TrialResult
-from sweeper.reporting.sheet import counted
-from sweeper.search.board import short_names
-from sweeper.settings import Objective, metric_words
+from sweeper.config.settings import Objective, metric_words
+from sweeper.core.outcome import MemoryShortfall
+from sweeper.reporting.baseline_doubts import OUTER, RATE, place_in_range, strangeness
+from sweeper.reporting.intervals import IntervalEstimate
+from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults, TrialResult
+from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.text_table import counted
 
 FULL = "full fine-tuning"
 HALF_DECADE = 10**0.5
 
 
 @dataclass(frozen=True)
-class Side:
+class ArmSide:
     """An arm in the verdict: its best configuration, and what it costs."""
 
     arm: str
@@ -40,7 +40,7 @@ class Side:
     test_loss: float | None
     """Mean over the seeds on the test split, if it was judged there."""
     untuned_test_loss: float | None
-    forgetting: Estimate | None
+    forgetting: IntervalEstimate | None
     """How much worse than its untuned base it is on general text, in nats per token."""
     seeds: int
     trials: int
@@ -55,19 +55,19 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Duel:
+class ArmComparison:
     """An arm against its reference."""
 
-    side: Side
-    reference: Side
+    side: ArmSide
+    reference: ArmSide
     objective: Objective
     split: str
     values: tuple[float, float]
     """Of the arm and of the reference on that split; means over seeds on the test split."""
-    difference: Estimate
+    difference: IntervalEstimate
     """Value minus the reference's value, in the metric's unit: below zero, the arm is ahead if the
     metric is minimised, and behind if it is maximised."""
-    retained: Estimate | None
+    retained: IntervalEstimate | None
     """Improvement over the untuned base in % of the reference's; None if that has none."""
     noise: tuple[float | None, float | None]
 
@@ -79,14 +79,14 @@ class Duel:
         return self.better.label
 
     @property
-    def better(self) -> Side:
+    def better(self) -> ArmSide:
         """Whose value is better, be it by chance."""
         arm_leads = self.objective.gain(self.difference.value, over=0) > 0
         return self.side if arm_leads else self.reference
 
 
 @dataclass(frozen=True)
-class Doubt:
+class VerdictDoubt:
     """Why the verdict is provisional, and the command that settles it."""
 
     arm: str
@@ -99,15 +99,15 @@ class Verdict:
     """The answer of a study."""
 
     objective: Objective
-    sides: tuple[Side, ...]
+    sides: tuple[ArmSide, ...]
     """The arms with a finished trial."""
-    duels: tuple[Duel, ...]
+    duels: tuple[ArmComparison, ...]
     failed: tuple[tuple[str, str], ...]
     """Label of each arm without a finished trial, and how its trials ended."""
-    doubts: tuple[Doubt, ...]
+    doubts: tuple[VerdictDoubt, ...]
     untested: str | None = None
     """Why the arms are not compared on the test split."""
-    misfits: tuple[tuple[str, Misfit], ...] = ()
+    misfits: tuple[tuple[str, MemoryShortfall], ...] = ()
     """Arms that were not run because their trainings are larger than the device."""
 
     @property
@@ -140,7 +140,7 @@ class Verdict:
         }
 
 
-def judge(results: Results) -> Verdict:
+def judge(results: StudyResults) -> Verdict:
     """The verdict on a study as far as it has come.
 
     PROVISIONAL is its first word while an arm's best learning rate lies in the outer tenth of its
@@ -180,18 +180,18 @@ def with_override(command: str, key: str, value: str) -> str:
     return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
 
 
-def reference_arm(results: Results) -> ArmResult | None:
+def reference_arm(results: StudyResults) -> ArmResult | None:
     """Full fine-tuning if an arm did it, else the second arm with a result, if there is one."""
     compared = [arm for arm in results.arms if arm.best is not None]
     full = [arm for arm in compared if arm.method == FULL]
     return next(iter(full or compared[1:]), None)
 
 
-def _side(results: Results, arm: ArmResult) -> Side:
+def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
     best = arm.best
     assert best is not None
     assert best.value is not None
-    return Side(
+    return ArmSide(
         arm=arm.name,
         label=label(arm),
         point=_point(arm, best),
@@ -217,11 +217,11 @@ def _point(arm: ArmResult, best: TrialResult) -> str:
     return ", ".join(f"{name}={value}" for name, value in short_names(best.point).items())
 
 
-def _duel(results: Results, side: Side, reference: Side) -> Duel:
+def _duel(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmComparison:
     """On the test split if both were judged on it against each other, else on the validation split."""
     objective, found = results.objective, results.contrast(side.arm)
     if found is not None and found.reference == reference.arm:
-        return Duel(
+        return ArmComparison(
             side=side,
             reference=reference,
             objective=objective,
@@ -233,14 +233,14 @@ def _duel(results: Results, side: Side, reference: Side) -> Duel:
         )
     base = reference.base_value  # one zero line for both: the base as the reference finds it
     gain, whole = (objective.gain(one.value, over=base) for one in (side, reference))
-    return Duel(
+    return ArmComparison(
         side=side,
         reference=reference,
         objective=objective,
         split="validation",
         values=(side.value, reference.value),
-        difference=Estimate(value=side.value - reference.value),
-        retained=Estimate(value=100 * gain / whole) if whole > 0 else None,
+        difference=IntervalEstimate(value=side.value - reference.value),
+        retained=IntervalEstimate(value=100 * gain / whole) if whole > 0 else None,
         noise=(None, None),
     )
 
@@ -250,7 +250,7 @@ def _endings(arm: ArmResult) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in causes.most_common()) or "none ended"
 
 
-def _edges(results: Results) -> Iterator[Doubt]:
+def _edges(results: StudyResults) -> Iterator[VerdictDoubt]:
     """Arms whose best rate lies in the outer tenth (log) of its range."""
     for arm in results.arms:
         found = arm.ranges.get(RATE)
@@ -274,10 +274,10 @@ def _edges(results: Results) -> Iterator[Doubt]:
         else:
             key = f"hydra.sweeper.arms.{arm.name}.params"
             command = with_override(command, key, f'{{{RATE}: "{words}"}}')
-        yield Doubt(arm.name, reason, command)
+        yield VerdictDoubt(arm.name, reason, command)
 
 
-def wider(found: Range, downwards: bool) -> str:
+def wider(found: SearchedRange, downwards: bool) -> str:
     """The search-space words for a range that goes a decade further at one end."""
     low, high = found.values[0], found.values[-1]
     if found.continuous:
@@ -290,7 +290,7 @@ def wider(found: Range, downwards: bool) -> str:
     return f"choice({', '.join(f'{value:.3g}' for value in values)})"
 
 
-def _budgets(results: Results) -> Iterator[Doubt]:
+def _budgets(results: StudyResults) -> Iterator[VerdictDoubt]:
     """Arms with too few finished trials, or with a smaller budget than the largest.
 
     A grid that was walked to its end lacks no budget, and an arm that only failed needs another space.
@@ -319,10 +319,10 @@ def _budgets(results: Results) -> Iterator[Doubt]:
             )
         else:
             continue
-        yield Doubt(arm.name, reason, _extended(results, arm, factor))
+        yield VerdictDoubt(arm.name, reason, _extended(results, arm, factor))
 
 
-def _adoptions(results: Results) -> Iterator[Doubt]:
+def _adoptions(results: StudyResults) -> Iterator[VerdictDoubt]:
     """What keeps an adopted model from being a fair baseline; training one's own settles it."""
     name = f"{results.study_name}_own_baseline"
     command = with_override(results.command, "hydra.sweeper.study_name", name)
@@ -330,14 +330,14 @@ def _adoptions(results: Results) -> Iterator[Doubt]:
     for arm in results.arms:
         if arm.best is not None:
             for reason in strangeness(arm, results.fairness):
-                yield Doubt(arm.name, f"{label(arm)} {reason}", command)
+                yield VerdictDoubt(arm.name, f"{label(arm)} {reason}", command)
 
 
 def _spent(arm: ArmResult, unit: str) -> float:
     return {"trials": arm.tried, "tokens": arm.tokens, "device_seconds": arm.seconds}[unit]
 
 
-def _extended(results: Results, arm: ArmResult, factor: float) -> str:
+def _extended(results: StudyResults, arm: ArmResult, factor: float) -> str:
     """The study's command with as many more trials for an arm, never fewer than one more."""
     count = max(math.ceil(arm.wanted * factor), arm.wanted + 1)
     if arm.tried < arm.wanted:
@@ -368,7 +368,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield f"Not judged on the test split: {verdict.untested}."
 
 
-def _adoption_words(sides: Sequence[Side]) -> Iterator[str]:
+def _adoption_words(sides: Sequence[ArmSide]) -> Iterator[str]:
     for side in sides:
         if side.run_id is not None:
             yield (
@@ -377,7 +377,7 @@ def _adoption_words(sides: Sequence[Side]) -> Iterator[str]:
             )
 
 
-def _forgetting_words(sides: Sequence[Side]) -> Iterator[str]:
+def _forgetting_words(sides: Sequence[ArmSide]) -> Iterator[str]:
     """What tuning did to the loss on text that is not about the task."""
     found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
     if found:
@@ -385,7 +385,7 @@ def _forgetting_words(sides: Sequence[Side]) -> Iterator[str]:
         yield f"Forgetting (loss on general text against the untuned base): {', '.join(each)} nats."
 
 
-def _alone(side: Side, objective: Objective) -> str:
+def _alone(side: ArmSide, objective: Objective) -> str:
     gain = objective.gain(side.value, over=side.base_value)
     if gain <= 0:
         return f"The best {side.label} ({side.point}) is no better than the untuned base."
@@ -406,7 +406,7 @@ def _alone(side: Side, objective: Objective) -> str:
     )
 
 
-def _duel_words(duel: Duel) -> Iterator[str]:
+def _duel_words(duel: ArmComparison) -> Iterator[str]:
     side, reference = duel.side, duel.reference
     name = f"The best {side.label} ({side.point})"
     metric = duel.objective.metric.removeprefix("eval/")
@@ -426,7 +426,7 @@ def _duel_words(duel: Duel) -> Iterator[str]:
         yield f"{_capital(side.label)} {costs}."
 
 
-def _who_is_ahead(duel: Duel) -> str:
+def _who_is_ahead(duel: ArmComparison) -> str:
     size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
     low, high = duel.difference.low, duel.difference.high
     if low is None or high is None:
@@ -447,14 +447,14 @@ def _amount(value: float, form: str, objective: Objective) -> str:
     return f"{form.format(value)} {objective.unit}".rstrip()
 
 
-def _with_interval(found: Estimate, form: str, unit: str) -> str:
+def _with_interval(found: IntervalEstimate, form: str, unit: str) -> str:
     value = form.format(found.value) + unit
     if found.low is None or found.high is None:
         return value
     return f"{value} (95 % interval {form.format(found.low)} to {form.format(found.high)})"
 
 
-def _costs(side: Side, reference: Side) -> str:
+def _costs(side: ArmSide, reference: ArmSide) -> str:
     """What the arm takes, as shares of what its reference takes."""
     words = []
     trained = _ratio(side.trainable, reference.trainable)
@@ -480,7 +480,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _seed_words(duel: Duel) -> str:
+def _seed_words(duel: ArmComparison) -> str:
     seeds = (duel.side.seeds, duel.reference.seeds)
     if duel.difference.low is None:
         return "One seed each, on the split that chose them: small differences may be chance."

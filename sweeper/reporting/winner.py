@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from sweeper import stand_ins
-from sweeper.compose import read_yaml, to_yaml
-from sweeper.errors import StudyError
-from sweeper.folders import StudyFolder, TrialFolder
-from sweeper.manifest import verify_manifest
-from sweeper.reporting.results import ArmResult, Results, TrialResult
+from sweeper.builtin import stand_ins
+from sweeper.config.compose import read_yaml, to_yaml
+from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
+from sweeper.core.errors import StudyError
+from sweeper.core.manifest import verify_manifest
+from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
+from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.verdict import label
-from sweeper.search.board import short_names
-from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
 
 
 @dataclass(frozen=True)
-class Winner:
+class WinningTrial:
     """A trial that somebody wants to use."""
 
     study_name: str
@@ -78,8 +78,8 @@ class Winner:
 
 
 def find_winner(
-    results: Results, folder: StudyFolder, arm: str | None = None, number: int | None = None
-) -> Winner:
+    results: StudyResults, folder: StudyFolder, arm: str | None = None, number: int | None = None
+) -> WinningTrial:
     """The best trial of an arm, or the trial of a number.
 
     Args:
@@ -105,10 +105,10 @@ def find_winner(
         reason = f"--trial {number}: no such trial in arm {name}; trials: {numbers}"
     if trial is None:
         raise StudyError(reason)
-    return Winner(results.study_name, found, trial, folder.trial(name, trial.number))
+    return WinningTrial(results.study_name, found, trial, folder.trial(name, trial.number))
 
 
-def experiment_yaml(winner: Winner) -> str:
+def experiment_yaml(winner: WinningTrial) -> str:
     """The trial's whole configuration as conf/experiment/best.yaml."""
     head = (
         "# @package _global_\n"
@@ -119,7 +119,7 @@ def experiment_yaml(winner: Winner) -> str:
     return head + to_yaml(winner.settings.model_dump(mode="json"))
 
 
-def usage(winner: Winner) -> str:
+def usage(winner: WinningTrial) -> str:
     """How to load, ask, serve, merge and publish it, as text for a terminal."""
     path = winner.artifact.as_posix()
     parts = [winner.words, f"in {path}", _loading(winner, path)]
@@ -148,12 +148,12 @@ def base_name(settings: TrialSettings) -> str:
     name = settings.model.base_model
     if name != EMBEDDED and not name.startswith(stand_ins.PREFIX):
         return name
-    from sweeper.modeling.source import find_source
+    from sweeper.modeling.model_source import find_source
 
     return find_source(settings.model).folder.as_posix()
 
 
-def _loading(winner: Winner, path: str) -> str:
+def _loading(winner: WinningTrial, path: str) -> str:
     """Plain transformers and PEFT: nothing of this program is needed."""
     if not isinstance(winner.settings.adapter, LoraAdapter):
         return (
@@ -172,7 +172,7 @@ def _loading(winner: Winner, path: str) -> str:
     )
 
 
-def _serving(winner: Winner, path: str) -> str:
+def _serving(winner: WinningTrial, path: str) -> str:
     """vLLM's line, or why vLLM has to be given the merged model."""
     adapter = winner.settings.adapter
     assert isinstance(adapter, LoraAdapter)

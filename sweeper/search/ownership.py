@@ -17,13 +17,13 @@ from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from sweeper.errors import StudyLocked
+from sweeper.core.errors import StudyLocked
 
 KEEPALIVE = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
 """The server notices within a minute that a driver's machine is gone, and frees its lock."""
 
 
-class Ownership(Protocol):
+class StudyOwnership(Protocol):
     """The right to write a study."""
 
     def hold(self) -> None:
@@ -38,7 +38,7 @@ class Ownership(Protocol):
         """Give it back; does nothing to one that is not held."""
 
 
-def make_ownership(url: str, study_name: str) -> Ownership:
+def make_ownership(url: str, study_name: str) -> StudyOwnership:
     """The lock that fits a storage's URL; databases that have none are not locked."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":

@@ -17,14 +17,14 @@ from optuna.pruners import BasePruner, NopPruner, PercentilePruner, SuccessiveHa
 from optuna.study import StudyDirection
 from optuna.trial import Trial
 
+from sweeper.config.settings import Objective, PrunerSettings, TrainingSettings
 from sweeper.search.samplers import make_by_class_name
-from sweeper.settings import Objective, Pruner, Training
 
 WHOLE = 1000
 """The whole schedule in per-mille."""
 
 
-class Watch(Protocol):
+class PruningGuard(Protocol):
     """Watches one attempt of a trial."""
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
@@ -35,7 +35,7 @@ class Watch(Protocol):
         """
 
 
-def make_pruner(settings: Pruner) -> BasePruner:
+def make_pruner(settings: PrunerSettings) -> BasePruner:
     """Optuna's pruner; when its answer counts is decided by a watch.
 
     Raises:
@@ -60,12 +60,12 @@ def make_pruner(settings: Pruner) -> BasePruner:
 
 
 def make_watch(
-    settings: Pruner,
-    training: Training,
+    settings: PrunerSettings,
+    training: TrainingSettings,
     trial: Trial,
     reported: Iterable[int] = (),
     measured: Sequence[tuple[int, float]] = (),
-) -> Watch:
+) -> PruningGuard:
     """The watch over a trial.
 
     Args:
@@ -76,10 +76,10 @@ def make_watch(
         measured: what earlier attempts measured, as Optuna is told of it, by optimiser step.
     """
     if len(trial.study.directions) > 1:
-        return Unwatched()  # Optuna has no intermediate values of several objectives
+        return NullGuard()  # Optuna has no intermediate values of several objectives
     if settings.rungs:
-        return Continued(RungWatch(settings, training, trial, reported), measured)
-    return Continued(OpenWatch(trial, reported), measured)
+        return ContinuedTrial(RungGuard(settings, training, trial, reported), measured)
+    return ContinuedTrial(OpenGuard(trial, reported), measured)
 
 
 def as_told(objective: Objective, value: float) -> float:
@@ -92,7 +92,7 @@ def as_told(objective: Objective, value: float) -> float:
     return value if objective.pruning_direction == objective.direction else -value
 
 
-class Unwatched:
+class NullGuard:
     """Tells Optuna nothing and stops nobody."""
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
@@ -100,13 +100,13 @@ class Unwatched:
         return False
 
 
-class Continued:
+class ContinuedTrial:
     """What earlier attempts measured is noted before the first evaluation, and decides nothing.
 
     Otherwise a trial whose best came before an interruption would be compared by what came after it.
     """
 
-    def __init__(self, watch: Watch, measured: Sequence[tuple[int, float]]) -> None:
+    def __init__(self, watch: PruningGuard, measured: Sequence[tuple[int, float]]) -> None:
         self._watch = watch
         self._measured = measured
 
@@ -119,7 +119,7 @@ class Continued:
         return self._watch.evaluated(step, total_steps, value)
 
 
-class OpenWatch:
+class OpenGuard:
     """Every evaluation is told to Optuna, and its pruner decides alone."""
 
     def __init__(self, trial: Trial, reported: Iterable[int]) -> None:
@@ -136,7 +136,7 @@ class OpenWatch:
         return self._trial.should_prune() and step < total_steps
 
 
-class RungWatch:
+class RungGuard:
     """The pruner is asked at every rung, and heard where the guard allows a decision.
 
     An evaluation may pass several rungs at once. Only the newest decides: who has caught up since an
@@ -144,7 +144,11 @@ class RungWatch:
     """
 
     def __init__(
-        self, settings: Pruner, training: Training, trial: Trial, reported: Iterable[int]
+        self,
+        settings: PrunerSettings,
+        training: TrainingSettings,
+        trial: Trial,
+        reported: Iterable[int],
     ) -> None:
         self._settings = settings
         self._training = training
@@ -207,13 +211,13 @@ def value_at(
     return before[1] + (value - before[1]) * (rung - before[0]) / (place - before[0])
 
 
-def may_prune(training: Training, rung: int, step: int, total_steps: int) -> bool:
+def may_prune(training: TrainingSettings, rung: int, step: int, total_steps: int) -> bool:
     """Whether a decision is allowed at all: at a rung after warm-up, and before the end."""
     warmup = training.warmup_length(total_steps)
     return rung * total_steps > WHOLE * warmup and step < total_steps
 
 
-def audited(settings: Pruner, seed: int, trial_key: str) -> bool:
+def audited(settings: PrunerSettings, seed: int, trial_key: str) -> bool:
     """Whether a trial that should be stopped goes on, to find out whether that had been wrong.
 
     Drawn from the trial's name, so that a resumed study decides the same.

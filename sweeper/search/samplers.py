@@ -14,9 +14,9 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
-from sweeper.errors import ConfigError
-from sweeper.settings import Sampler
-from sweeper.space import Space, conditional
+from sweeper.config.settings import SamplerSettings
+from sweeper.config.space import Space, conditional
+from sweeper.core.errors import ConfigError
 
 UNFIT = dict.fromkeys(
     ("GridSampler", "BruteForceSampler"), "ends with an error when its points are used up"
@@ -24,7 +24,7 @@ UNFIT = dict.fromkeys(
 """Optuna's samplers that do not work with ask and tell; sampler=grid does what they do."""
 
 
-def make_sampler(settings: Sampler, space: Space, n_trials: int, drawn: int) -> BaseSampler:
+def make_sampler(settings: SamplerSettings, space: Space, n_trials: int, drawn: int) -> BaseSampler:
     """The sampler of an arm.
 
     Its random state is not stored, so the seed moves with the number of values drawn before: a resumed
@@ -55,7 +55,7 @@ def _tpe(startup: int, seed: int, group: bool) -> TPESampler:
         return TPESampler(n_startup_trials=startup, seed=seed, multivariate=True, group=True)
 
 
-def _by_class_name(settings: Sampler, seed: int) -> BaseSampler:
+def _by_class_name(settings: SamplerSettings, seed: int) -> BaseSampler:
     assert settings.class_name is not None
     if settings.class_name in UNFIT:
         raise ConfigError(

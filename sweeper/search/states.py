@@ -15,7 +15,7 @@ from typing import Literal
 from optuna import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sweeper.outcome import Cause, Outcome
+from sweeper.core.outcome import Cause, Outcome
 from sweeper.tracking.tracker import RunStatus
 
 INFEASIBLE = "infeasible"
@@ -25,7 +25,7 @@ MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Row:
+class StateRow:
     """What one cause means to Optuna, to MLflow, and to the budget."""
 
     state: TrialState
@@ -34,18 +34,18 @@ class Row:
     infeasible: bool = False
 
 
-STATES: dict[Cause, Row] = {
-    "finished": Row(TrialState.COMPLETE, "FINISHED", "yes"),
-    "early_stopped": Row(TrialState.COMPLETE, "FINISHED", "yes"),
-    "pruned": Row(TrialState.PRUNED, "KILLED", "yes"),
-    "oom": Row(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
-    "diverged": Row(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
-    "refused": Row(TrialState.COMPLETE, None, "no", infeasible=True),
-    "duplicate": Row(TrialState.COMPLETE, None, "no"),
-    "error": Row(TrialState.FAIL, "FAILED", "no"),
-    "crash": Row(TrialState.FAIL, "FAILED", "yes"),
-    "timeout": Row(TrialState.FAIL, "FAILED", "yes"),
-    "cancelled": Row(TrialState.FAIL, "KILLED", "no"),
+STATES: dict[Cause, StateRow] = {
+    "finished": StateRow(TrialState.COMPLETE, "FINISHED", "yes"),
+    "early_stopped": StateRow(TrialState.COMPLETE, "FINISHED", "yes"),
+    "pruned": StateRow(TrialState.PRUNED, "KILLED", "yes"),
+    "oom": StateRow(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
+    "diverged": StateRow(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
+    "refused": StateRow(TrialState.COMPLETE, None, "no", infeasible=True),
+    "duplicate": StateRow(TrialState.COMPLETE, None, "no"),
+    "error": StateRow(TrialState.FAIL, "FAILED", "no"),
+    "crash": StateRow(TrialState.FAIL, "FAILED", "yes"),
+    "timeout": StateRow(TrialState.FAIL, "FAILED", "yes"),
+    "cancelled": StateRow(TrialState.FAIL, "KILLED", "no"),
 }
 
 
@@ -110,5 +110,5 @@ def counts(trial: FrozenTrial) -> bool:
     return bool(trial.user_attrs.get("counts", False)) and trial.state.is_finished()
 
 
-def _counts(row: Row, outcome: Outcome) -> bool:
+def _counts(row: StateRow, outcome: Outcome) -> bool:
     return row.counts == "yes" or (row.counts == "if trained" and outcome.steps > 0)

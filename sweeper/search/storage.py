@@ -23,8 +23,8 @@ from sqlalchemy.exc import (
     SQLAlchemyError,
 )
 
-from sweeper.errors import StudyError
-from sweeper.search.ownership import NullOwnership, Ownership, make_ownership
+from sweeper.core.errors import StudyError
+from sweeper.search.ownership import NullOwnership, StudyOwnership, make_ownership
 
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
@@ -94,7 +94,7 @@ class PatientStorage(RDBStorage):
                         f"hydra.sweeper.storage cannot be opened: {_reason(error)}"
                     ) from None
             time.sleep(FIRST_WAIT_S)
-        self._ownership: Ownership = NullOwnership()
+        self._ownership: StudyOwnership = NullOwnership()
 
     @contextmanager
     def owned(self, study_name: str) -> Iterator[None]:

@@ -15,17 +15,8 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
-from sweeper.errors import StudyMismatch
-from sweeper.folders import StudyFolder
-from sweeper.outcome import Facts, Outcome, device_seconds
-from sweeper.search.final import finalists_seconds
-from sweeper.search.plan import ArmPlan, StudyPlan
-from sweeper.search.pruning import make_pruner
-from sweeper.search.samplers import make_sampler
-from sweeper.search.states import counts
-from sweeper.search.storage import PatientStorage
-from sweeper.settings import TrialSettings, flatten
-from sweeper.space import (
+from sweeper.config.settings import TrialSettings, flatten
+from sweeper.config.space import (
     Choice,
     Domain,
     Draw,
@@ -37,6 +28,15 @@ from sweeper.space import (
     locate,
     walk,
 )
+from sweeper.core.errors import StudyMismatch
+from sweeper.core.outcome import ArmBaseline, Outcome, device_seconds
+from sweeper.core.paths import StudyFolder
+from sweeper.reporting.finalist_results import finalists_seconds
+from sweeper.search.pruning import make_pruner
+from sweeper.search.samplers import make_sampler
+from sweeper.search.states import counts
+from sweeper.search.storage import PatientStorage
+from sweeper.search.study_plan import ArmPlan, StudyPlan
 
 DIGESTED = ("model.base_model", "model.revision", "data.train", "data.validation", "data.test")
 """Settings that name things whose content has a digest; a source may be a mapping of its own."""
@@ -85,7 +85,9 @@ def optuna_name(study_name: str, arm: str) -> str:
     return f"{study_name}/{arm}"
 
 
-def open_study(plan: StudyPlan, arm: ArmPlan, facts: Facts, storage: BaseStorage) -> optuna.Study:
+def open_study(
+    plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
+) -> optuna.Study:
     """Create or resume the Optuna study of an arm.
 
     Raises:
@@ -250,7 +252,7 @@ def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
     return next((other for other in done if point_of(other) == point), None)
 
 
-def question(plan: StudyPlan, arm: ArmPlan, facts: Facts) -> dict[str, str]:
+def question(plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> dict[str, str]:
     """What an arm's study asks, part by part; not how many trials, by which sampler or package."""
     decided = always_decided(arm.space)
     return {
@@ -273,7 +275,7 @@ def _is_machinery(key: str) -> bool:
     return any(f"{key}.".startswith(f"{name}.") for name in MACHINERY)
 
 
-def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: Facts) -> None:
+def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
     asked = question(plan, arm, facts)
     before = study.user_attrs.get("question")
     if before is None:

@@ -17,14 +17,16 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from sweeper.errors import TrackingError
-from sweeper.folders import TrialFolder
-from sweeper.tracking.ledger import (
+from sweeper.core.errors import TrackingError
+from sweeper.core.paths import TrialFolder
+from sweeper.tracking.shipment import RunShipper
+from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
+from sweeper.tracking.tracking_ledger import (
     STUDY,
-    Amendment,
-    Ledger,
-    Store,
+    RunAmendment,
+    StoreAddress,
     StudyEntry,
+    TrackingLedger,
     TrialEntry,
     ending,
     left,
@@ -32,9 +34,7 @@ from sweeper.tracking.ledger import (
     study_ending,
     texts,
 )
-from sweeper.tracking.server import Away, Server
-from sweeper.tracking.shipment import Shipper
-from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
+from sweeper.tracking.tracking_server import StoreAway, TrackingServer
 
 RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Waits between tries while the server is away; the last one is repeated."""
@@ -49,13 +49,13 @@ LAST_TRIES = 3
 class MlflowTracker:
     """Every call returns at once; one background thread ships, the first run first."""
 
-    def __init__(self, server: Server, folder: Path) -> None:
+    def __init__(self, server: TrackingServer, folder: Path) -> None:
         """Start shipping what an earlier process left in the ledger that is kept in `folder`."""
-        self._ledger = Ledger(folder)
+        self._ledger = TrackingLedger(folder)
         self._server = server
         name = None if server.uri is None else server.name
-        self._store = Store(uri=name, root=str(server.root.resolve()))
-        self._shipper = Shipper(self._server, self._ledger)
+        self._store = StoreAddress(uri=name, root=str(server.root.resolve()))
+        self._shipper = RunShipper(self._server, self._ledger)
         self._due = dict.fromkeys(self._ledger.keys)
         self._changed = threading.Condition()
         self._closing = False
@@ -116,7 +116,7 @@ class MlflowTracker:
     def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
         """See Tracker."""
         known = self._ledger.trials.get(trial.key) or self._entry(trial)
-        more = Amendment(metrics=dict(metrics), time_ms=int(measured_at * 1000))
+        more = RunAmendment(metrics=dict(metrics), time_ms=int(measured_at * 1000))
         if more not in known.amendments:
             amendments = (*known.amendments, more)
             self._keep(known.model_copy(update={"amendments": amendments}))
@@ -196,7 +196,7 @@ class MlflowTracker:
                 waits, failures = _waits(), 0
             except TrackingError as refusal:
                 self._reasons[key] = str(refusal)
-            except Away as away:
+            except StoreAway as away:
                 self._reasons[key] = str(away)
                 failures += 1
                 if self._closing and (failures >= LAST_TRIES or not self._server.answers()):

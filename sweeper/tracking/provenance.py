@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 import sweeper
-from sweeper.outcome import Facts
-from sweeper.redaction import redact
+from sweeper.core.outcome import ArmBaseline
+from sweeper.core.redaction import redact
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"),
@@ -38,7 +38,7 @@ def provenance(command: str) -> dict[str, str]:
     }
 
 
-def origin(process: Mapping[str, str], facts: Facts) -> dict[str, str]:
+def origin(process: Mapping[str, str], facts: ArmBaseline) -> dict[str, str]:
     """Where a trial's result comes from: `provenance` of the process, then data, base and device."""
     commit = {} if facts.base_commit is None else {"base.commit": facts.base_commit}
     return {

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sweeper.errors import TrackingError
-from sweeper.folders import TrialFolder
-from sweeper.manifest import MANIFEST, verify_manifest
-from sweeper.redaction import redact
-from sweeper.tracking.ledger import weights_of
-from sweeper.tracking.server import local_uri
+from sweeper.core.errors import TrackingError
+from sweeper.core.manifest import MANIFEST, verify_manifest
+from sweeper.core.paths import TrialFolder
+from sweeper.core.redaction import redact
 from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG, search
-from sweeper.tracking.store import Store
+from sweeper.tracking.store import TrackingStore
+from sweeper.tracking.tracking_ledger import weights_of
+from sweeper.tracking.tracking_server import local_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,7 +34,7 @@ NIGHTS = "nightly"
 
 
 @dataclass(frozen=True)
-class Version:
+class ModelVersion:
     """A version of a registered model."""
 
     model: str
@@ -49,10 +49,10 @@ class Version:
     tags: Mapping[str, str]
 
 
-class Registry(Store):
+class ModelRegistry(TrackingStore):
     """The registry of one tracking server or local store."""
 
-    def champion(self, model: str) -> Version | None:
+    def champion(self, model: str) -> ModelVersion | None:
         """The version with the alias, if the model is registered and has one.
 
         Raises:
@@ -62,7 +62,7 @@ class Registry(Store):
             number = _champion_number(client, model)
             return None if number is None else _version(client, model, number)
 
-    def champions(self) -> list[Version]:
+    def champions(self) -> list[ModelVersion]:
         """The champions of all models, and the ones a rollback would bring back.
 
         Raises:
@@ -74,7 +74,7 @@ class Registry(Store):
             before = [each for each in now if each.previous is not None]
             return [*now, *(_version(client, v.model, str(v.previous)) for v in before)]
 
-    def versions(self, model: str) -> list[Version]:
+    def versions(self, model: str) -> list[ModelVersion]:
         """All versions of a model.
 
         Raises:
@@ -84,7 +84,7 @@ class Registry(Store):
             found = client.search_model_versions(f"name = '{model}'")
             return [_version(client, model, str(each.version)) for each in found]
 
-    def tag(self, version: Version, key: str, value: str) -> None:
+    def tag(self, version: ModelVersion, key: str, value: str) -> None:
         """Write a fact about a version where people and programs find it.
 
         Raises:
@@ -125,7 +125,7 @@ class Registry(Store):
             gone = len(before) - len(_deleted_runs(client))
             return f"MLflow: {gone} of {len(before)} deleted runs removed for good"
 
-    def promote(self, model: str, study: str, trial: str, tags: Mapping[str, str]) -> Version:
+    def promote(self, model: str, study: str, trial: str, tags: Mapping[str, str]) -> ModelVersion:
         """Register a trial's adapter as a new version and make it the champion.
 
         Args:
@@ -157,7 +157,7 @@ class Registry(Store):
             client.set_registered_model_alias(model, ALIAS, str(made.version))
             return _version(client, model, str(made.version))
 
-    def rollback(self, model: str) -> Version:
+    def rollback(self, model: str) -> ModelVersion:
         """Give the alias back to the champion before.
 
         Raises:
@@ -242,9 +242,9 @@ def _champion_number(client: MlflowClient, model: str) -> str | None:
     return None if number is None else str(number)
 
 
-def _version(client: MlflowClient, model: str, number: str) -> Version:
+def _version(client: MlflowClient, model: str, number: str) -> ModelVersion:
     tags = client.get_model_version(model, number).tags
-    return Version(
+    return ModelVersion(
         model=model,
         number=number,
         study=tags.get(STUDY_TAG, ""),

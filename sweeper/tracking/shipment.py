@@ -13,29 +13,35 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sweeper.errors import TrackingError
-from sweeper.folders import TrialFolder
-from sweeper.manifest import verify_manifest
-from sweeper.tracking.ledger import (
+from sweeper.core.errors import TrackingError
+from sweeper.core.manifest import verify_manifest
+from sweeper.core.paths import TrialFolder
+from sweeper.core.spool import read_spool
+from sweeper.tracking.run_pages import log_dataset, show_model, source_tags
+from sweeper.tracking.tracker import DatasetRecord
+from sweeper.tracking.tracking_ledger import (
     OPENED,
     STATE,
     STUDY,
     WEIGHTS,
-    Amendment,
-    Ending,
-    Ledger,
-    Mark,
+    RunAmendment,
+    RunEnding,
+    ShippingMark,
     StudyEntry,
+    TrackingLedger,
     TrialEntry,
     files_of,
     is_shipped,
     unshipped,
     weights_of,
 )
-from sweeper.tracking.records import log_dataset, show_model, source_tags
-from sweeper.tracking.server import Away, Server, as_ours, is_gone, lacks_endpoint
-from sweeper.tracking.tracker import DatasetRecord
-from sweeper.training.spool import read_spool
+from sweeper.tracking.tracking_server import (
+    StoreAway,
+    TrackingServer,
+    as_ours,
+    is_gone,
+    lacks_endpoint,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,10 +62,10 @@ UPLOADING = ".artifact.uploading.*"
 """What MLflow's local store leaves behind of an upload that was killed."""
 
 
-class Shipper:
+class RunShipper:
     """Ships the runs of one ledger to one server; used by one thread."""
 
-    def __init__(self, server: Server, ledger: Ledger) -> None:
+    def __init__(self, server: TrackingServer, ledger: TrackingLedger) -> None:
         self._server = server
         self._ledger = ledger
         self._experiment: str | None = None
@@ -80,7 +86,7 @@ class Shipper:
             self._ship(key)
         except Exception as error:  # noqa: BLE001 - mapped here, at the seam
             if is_gone(error):  # the store was made anew: so is the run, once
-                self._ledger.keep_mark(key, Mark(store=self._server.name))
+                self._ledger.keep_mark(key, ShippingMark(store=self._server.name))
                 self._experiment = self._found = None
             else:
                 raise as_ours(error, self._server.name) from None
@@ -96,7 +102,7 @@ class Shipper:
         assert entry is not None, f"{key} is not in the ledger"
         mark = self._ledger.mark(key, self._server.name)
         if not is_shipped(entry, mark):
-            Shipment(self, self._server.client(), entry, mark).run()
+            RunShipment(self, self._server.client(), entry, mark).run()
 
     def parent(self) -> str | None:
         """The parent run, made now if it is not there; None without a study."""
@@ -104,7 +110,7 @@ class Shipper:
             return None
         mark = self._ledger.mark(STUDY, self._server.name)
         if mark.run is None:
-            return Shipment(self, self._server.client(), self._ledger.study, mark).open()
+            return RunShipment(self, self._server.client(), self._ledger.study, mark).open()
         return mark.run
 
     def experiment(self, client: MlflowClient) -> str:
@@ -146,18 +152,18 @@ class Shipper:
             self._found = None
             raise
 
-    def keep(self, key: str, mark: Mark) -> None:
+    def keep(self, key: str, mark: ShippingMark) -> None:
         """Remember what the store has taken."""
         self.steps += 1
         self._ledger.keep_mark(key, mark)
 
     @property
-    def server(self) -> Server:
+    def server(self) -> TrackingServer:
         """Where it goes."""
         return self._server
 
     @property
-    def ledger(self) -> Ledger:
+    def ledger(self) -> TrackingLedger:
         """What is to be recorded."""
         return self._ledger
 
@@ -181,11 +187,15 @@ class Shipper:
         return identity
 
 
-class Shipment:
+class RunShipment:
     """One run on its way."""
 
     def __init__(
-        self, shipper: Shipper, client: MlflowClient, entry: StudyEntry | TrialEntry, mark: Mark
+        self,
+        shipper: RunShipper,
+        client: MlflowClient,
+        entry: StudyEntry | TrialEntry,
+        mark: ShippingMark,
     ) -> None:
         self._shipper = shipper
         self._client = client
@@ -297,7 +307,7 @@ class Shipment:
         self._save(cursor=self._mark.cursor | {point.key: point.step for point in points})
         self._sure("metrics")
 
-    def _figures(self, run: str, measured: Ending | Amendment) -> None:
+    def _figures(self, run: str, measured: RunEnding | RunAmendment) -> None:
         """Figures of the end or of later, at their time and step 0."""
         from mlflow.entities import Metric
 
@@ -391,7 +401,7 @@ class Shipment:
             for path in Path(uri.removeprefix("file://")).rglob(UPLOADING):
                 path.unlink(missing_ok=True)
 
-    def _terminate(self, run: str, ending: Ending) -> None:
+    def _terminate(self, run: str, ending: RunEnding) -> None:
         """The final state, also of a run that lacks a part; only a whole one is marked as done."""
         if self._mark.status != ending.status:
             self._client.set_terminated(run, ending.status, end_time=ending.time_ms)
@@ -412,7 +422,7 @@ class Shipment:
             if is_gone(error):
                 raise
             ours = as_ours(error, "MLflow")
-            if isinstance(ours, Away):
+            if isinstance(ours, StoreAway):
                 raise ours from None
             self._refused.append(f"{name}: {ours}")
             return False

@@ -10,24 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper.errors import SweeperError, TrackingError
-from sweeper.folders import TrialFolder
-from sweeper.redaction import redact
-from sweeper.tracking.server import Away, Server
+from sweeper.core.errors import SweeperError, TrackingError
+from sweeper.core.paths import TrialFolder
+from sweeper.core.redaction import redact
 from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG
+from sweeper.tracking.tracking_server import StoreAway, TrackingServer
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-class Store:
+class TrackingStore:
     """One tracking server or local store."""
 
     def __init__(self, uri: str | None, root: Path) -> None:
         """`uri` is a tracking server or database; without one the store is local, under `root`."""
         self._uri = uri
         self._root = root
-        self._server = Server(uri, root)
+        self._server = TrackingServer(uri, root)
 
     def fetch_trial(self, run: str, into: Path) -> TrialFolder:
         """Download what a trial's run holds of it: config, provenance and outcome, no weights.
@@ -65,7 +65,7 @@ class Store:
             yield self._server.client()
         except SweeperError:
             raise
-        except Away as away:
+        except StoreAway as away:
             raise TrackingError(f"MLflow: {away}") from None
         except Exception as error:
             from mlflow.exceptions import MlflowException

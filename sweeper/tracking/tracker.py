@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Value
-from sweeper.settings import Data, Objective, sources
+from sweeper.config.settings import DataSettings, Objective, sources
+from sweeper.core.outcome import ArmBaseline, FrozenValue
+from sweeper.core.paths import TrialFolder
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's final states; KILLED is what it shows for a pruned trial."""
@@ -33,7 +33,7 @@ RUN_PARAMS = (
 """What runs are compared by, in every run under the same name; the rest is in its config.yaml."""
 
 
-class DatasetRecord(Value):
+class DatasetRecord(FrozenValue):
     """The data of a run, as MLflow's input: one digest over all splits."""
 
     name: str
@@ -44,7 +44,7 @@ class DatasetRecord(Value):
     """Rows by split, and their format."""
 
 
-def dataset_record(facts: Facts, data: Data) -> DatasetRecord:
+def dataset_record(facts: ArmBaseline, data: DataSettings) -> DatasetRecord:
     """What an arm is trained on."""
     return DatasetRecord(
         name=facts.data_source,

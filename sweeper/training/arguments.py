@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from sweeper.errors import ConfigError
-from sweeper.settings import TrialSettings
-from sweeper.training.schedule import Schedule
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import ConfigError
+from sweeper.training.schedule import TrialSchedule
 
 OBJECTIVE = "eval_objective"
 """What transformers is told the objective's value as; it keeps the best checkpoint by it."""
@@ -21,7 +21,7 @@ OBJECTIVE = "eval_objective"
 
 def training_arguments(
     settings: TrialSettings,
-    schedule: Schedule,
+    schedule: TrialSchedule,
     checkpoints: Path,
     compute_dtype: torch.dtype,
     *,

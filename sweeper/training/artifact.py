@@ -14,9 +14,9 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sweeper.folders import TrialFolder, write_atomic
-from sweeper.manifest import write_manifest
-from sweeper.settings import TrialSettings
+from sweeper.config.settings import TrialSettings
+from sweeper.core.manifest import write_manifest
+from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.training.model_card import README, model_card
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -24,7 +24,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A model with its best weights in place, and its tokenizer."""
 
     model: PreTrainedModel | PeftModel
@@ -32,7 +32,10 @@ class Trained:
 
 
 def save_artifact(
-    trained: Trained, settings: TrialSettings, folder: TrialFolder, figures: Mapping[str, float]
+    trained: TrainedModel,
+    settings: TrialSettings,
+    folder: TrialFolder,
+    figures: Mapping[str, float],
 ) -> None:
     """Store the model as it stands: the adapter alone, or all weights of a full fine-tune.
 

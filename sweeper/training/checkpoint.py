@@ -10,9 +10,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from sweeper.errors import ArtifactError
-from sweeper.folders import read_json
-from sweeper.manifest import verify_manifest, write_manifest
+from sweeper.core.errors import ArtifactError
+from sweeper.core.manifest import verify_manifest, write_manifest
+from sweeper.core.paths import read_json
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from sweeper.folders import TrialFolder
-from sweeper.manifest import write_manifest
-from sweeper.modeling.base import load_base
+from sweeper.config.settings import QuantizationSettings, TrialSettings
+from sweeper.core.manifest import write_manifest
+from sweeper.core.paths import TrialFolder
+from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import choose_dtype, device, dtype_name
 from sweeper.modeling.merge import MergeDtype, merge
-from sweeper.modeling.source import find_source
-from sweeper.settings import Quantization, TrialSettings
-from sweeper.training.prepare import Prepared
+from sweeper.modeling.model_source import find_source
+from sweeper.training.prepared_data import PreparedData
 
 if TYPE_CHECKING:
-    from sweeper.modeling.base import Base
+    from sweeper.modeling.base_model import LoadedBase
 
-UNQUANTIZED = Quantization(
+UNQUANTIZED = QuantizationSettings(
     load_in_4bit=False,
     load_in_8bit=False,
     bnb_4bit_quant_type="nf4",
@@ -26,7 +26,7 @@ UNQUANTIZED = Quantization(
 )
 
 
-def export_merged(settings: TrialSettings, folder: TrialFolder) -> Base:
+def export_merged(settings: TrialSettings, folder: TrialFolder) -> LoadedBase:
     """Merge a trial's adapter into its unquantized base, store that, and load what was stored.
 
     Raises:
@@ -48,7 +48,9 @@ def merge_trial(settings: TrialSettings, folder: TrialFolder, out: Path) -> None
     write_manifest(out)
 
 
-def merged_figures(merged: Base, prepared: Prepared, settings: TrialSettings) -> dict[str, float]:
+def merged_figures(
+    merged: LoadedBase, prepared: PreparedData, settings: TrialSettings
+) -> dict[str, float]:
     """What the merged model is worth: after QLoRA it is not what was trained (4-bit base + adapter)."""
     judgement = prepared.judge(settings, merged)(merged.model)
     return {

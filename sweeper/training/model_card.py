@@ -13,10 +13,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import sweeper
-from sweeper import stand_ins
+from sweeper.builtin import stand_ins
+from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, sources
 from sweeper.data.sources import describe_sources
-from sweeper.settings import EMBEDDED, LoraAdapter, TrialSettings, sources
-from sweeper.training.log import describe_method
+from sweeper.training.training_log import describe_method
 
 README = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from sweeper.outcome import StopCause
+from sweeper.core.outcome import StopCause
 
 
-class Observer(Protocol):
+class TrialObserver(Protocol):
     """The worker's side of a running trial; every call returns at once."""
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sweeper.errors import ConfigError
-from sweeper.settings import LoraAdapter, Training, TrialSettings
+from sweeper.config.settings import LoraAdapter, TrainingSettings, TrialSettings
+from sweeper.core.errors import ConfigError
 
 LARGE_BATCH = 32
 """Examples a step above which LoRA falls behind full fine-tuning (LoRA Without Regret, 2025)."""
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrialSchedule:
     """A trial's schedule; everything is counted in optimiser steps but `last_batch`."""
 
     total_steps: int
@@ -28,7 +28,7 @@ class Schedule:
     save_every: int
 
 
-def plan_schedule(training: Training, rows: int) -> Schedule:
+def plan_schedule(training: TrainingSettings, rows: int) -> TrialSchedule:
     """The schedule of a trial over `rows` training rows.
 
     Raises:
@@ -42,7 +42,7 @@ def plan_schedule(training: Training, rows: int) -> Schedule:
     problems = [*_warmup_problems(training, total), *_save_problems(training, every, per_epoch)]
     if problems:
         raise ConfigError(problems)
-    return Schedule(
+    return TrialSchedule(
         total_steps=total,
         steps_per_epoch=per_epoch,
         last_batch=rows - effective * (per_epoch - 1),
@@ -52,7 +52,7 @@ def plan_schedule(training: Training, rows: int) -> Schedule:
     )
 
 
-def evaluate_every(training: Training, total_steps: int, steps_per_epoch: int) -> int:
+def evaluate_every(training: TrainingSettings, total_steps: int, steps_per_epoch: int) -> int:
     """Optimiser steps between two evaluations; there is always one more at the end."""
     steps = training.eval_steps
     if steps == "epoch":
@@ -74,7 +74,7 @@ def advice(settings: TrialSettings, rows: int) -> list[str]:
     return found
 
 
-def _warmup_problems(training: Training, total: int) -> list[str]:
+def _warmup_problems(training: TrainingSettings, total: int) -> list[str]:
     """A warm-up given in steps may not pass half of the run (as a ratio the settings forbid it)."""
     steps = training.warmup_steps
     if steps is None or training.lr_scheduler_type == "constant" or 2 * steps <= total:
@@ -85,7 +85,7 @@ def _warmup_problems(training: Training, total: int) -> list[str]:
     ]
 
 
-def _save_problems(training: Training, every: int, per_epoch: int) -> list[str]:
+def _save_problems(training: TrainingSettings, every: int, per_epoch: int) -> list[str]:
     ratio = _saves_per_evaluation(training, every, per_epoch)
     if ratio >= 1 and ratio == int(ratio):
         return []
@@ -96,11 +96,11 @@ def _save_problems(training: Training, every: int, per_epoch: int) -> list[str]:
     ]
 
 
-def _save_every(training: Training, every: int, per_epoch: int) -> int:
+def _save_every(training: TrainingSettings, every: int, per_epoch: int) -> int:
     return every * int(_saves_per_evaluation(training, every, per_epoch))
 
 
-def _saves_per_evaluation(training: Training, every: int, per_epoch: int) -> float:
+def _saves_per_evaluation(training: TrainingSettings, every: int, per_epoch: int) -> float:
     """How many evaluations there are to one periodic checkpoint; fractions are compared as given."""
     save, evaluate = training.save_steps, training.eval_steps
     if save is None or save == evaluate:

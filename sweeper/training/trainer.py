@@ -11,22 +11,22 @@ from torch.utils.data import Dataset, Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from sweeper.config.settings import LoraAdapter, TrialSettings
+from sweeper.core.paths import TrialFolder, write_json
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import Judgement
-from sweeper.evaluation.loss import autocast, compute_loss_in_forward, target_nll
-from sweeper.folders import TrialFolder, write_json
-from sweeper.modeling.source import NO_CODE
-from sweeper.settings import LoraAdapter, TrialSettings
+from sweeper.evaluation.token_loss import autocast, compute_loss_in_forward, target_nll
+from sweeper.modeling.model_source import NO_CODE
 from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import seal, thin_out
-from sweeper.training.meter import Meter
+from sweeper.training.distributed import RankGroup
 from sweeper.training.optimizer import loraplus_optimizer
-from sweeper.training.ranks import Ranks
+from sweeper.training.trial_costs import TrialCosts
 
 Judging = Callable[[torch.nn.Module], Judgement]
 
 
-class Rows(Dataset[Tokens]):
+class TokenizedRows(Dataset[Tokens]):
     """Tokenized rows as torch wants them."""
 
     def __init__(self, rows: list[Tokens]) -> None:
@@ -81,10 +81,10 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         self,
         *,
         judging: Judging,
-        meter: Meter,
+        meter: TrialCosts,
         settings: TrialSettings,
         compute_dtype: torch.dtype,
-        ranks: Ranks,
+        ranks: RankGroup,
         **options: Any,
     ) -> None:
         super().__init__(**options)

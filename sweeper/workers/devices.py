@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 
-from sweeper.errors import WorkerError
+from sweeper.core.errors import WorkerError
 
 
 def devices_of(worker: int, count: int) -> list[str | None]:

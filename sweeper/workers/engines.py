@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from sweeper.errors import WorkerError
-from sweeper.settings import Workers
-from sweeper.workers.inline import InlineEngine
-from sweeper.workers.limits import LimitedEngine
-from sweeper.workers.local import LocalEngine
+from sweeper.config.settings import WorkerSettings
+from sweeper.core.errors import WorkerError
+from sweeper.workers.inline_engine import InlineEngine
+from sweeper.workers.local_engine import LocalEngine
 from sweeper.workers.protocol import Engine
+from sweeper.workers.time_limits import LimitedEngine
 
 
 def open_engine(
-    workers: Workers, n_jobs: int, log: Callable[[int], Path], devices: int = 1
+    workers: WorkerSettings, n_jobs: int, log: Callable[[int], Path], devices: int = 1
 ) -> Engine:
     """Start the workers; the caller closes the engine in a `finally`.
 
@@ -30,13 +30,15 @@ def open_engine(
     return LimitedEngine(_hosts(workers, n_jobs, devices, log), workers)
 
 
-def _hosts(workers: Workers, n_jobs: int, devices: int, log: Callable[[int], Path]) -> Engine:
+def _hosts(
+    workers: WorkerSettings, n_jobs: int, devices: int, log: Callable[[int], Path]
+) -> Engine:
     if workers.engine == "inline":
         return InlineEngine(workers)
     if workers.engine == "local":
         return LocalEngine(workers, n_jobs, devices, log)
     try:
-        from sweeper.workers.ray import RayEngine
+        from sweeper.workers.ray_engine import RayEngine
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise

@@ -19,13 +19,13 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-from sweeper.errors import ConfigError, WorkerError
-from sweeper.interrupt import NOTICES, STOPS
-from sweeper.outcome import Value
-from sweeper.settings import TrialSettings
-from sweeper.training.batch import out_of_memory
-from sweeper.training.ranks import ALONE, Ranks, find_meeting, joined, open_meeting
-from sweeper.training.runner import TransformersRunner
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.outcome import FrozenValue
+from sweeper.core.signals import NOTICES, STOPS
+from sweeper.training.distributed import ALONE, RankGroup, find_meeting, joined, open_meeting
+from sweeper.training.micro_batch import out_of_memory
+from sweeper.training.trial_runner import TransformersRunner
 from sweeper.workers.devices import see_only
 from sweeper.workers.worker import print_into, tail_of
 
@@ -37,7 +37,7 @@ REAP_SECONDS = 1.0
 OUT_OF_MEMORY = "out of memory"
 
 
-class Follow(Value):
+class FollowCommand(FrozenValue):
     """Take part in this trial."""
 
     settings: TrialSettings
@@ -47,25 +47,25 @@ class Follow(Value):
     port: int
 
 
-class Followed(Value):
+class FollowEnded(FrozenValue):
     """The trial ended for this follower; `problem` is the last line of the error it ended with."""
 
     problem: str | None = None
 
 
 @dataclass
-class Follower:
+class FollowerProcess:
     """The leader's view of one follower."""
 
     process: SpawnProcess
     connection: Connection
     log: Path
 
-    def report(self, wait_s: float) -> Followed | None:
+    def report(self, wait_s: float) -> FollowEnded | None:
         """What became of its part; None if it said nothing in time, or died."""
         with suppress(EOFError, OSError):
             if self.connection.poll(wait_s):
-                return Followed.model_validate_json(self.connection.recv_bytes())
+                return FollowEnded.model_validate_json(self.connection.recv_bytes())
         return None
 
     def kill(self) -> None:
@@ -75,7 +75,7 @@ class Follower:
         self.connection.close()
 
 
-class Followers:
+class FollowerGroup:
     """The followers of one worker: started with the first trial that needs them."""
 
     def __init__(self, devices: Sequence[str | None], threads: int, log: Path) -> None:
@@ -88,10 +88,10 @@ class Followers:
         self._devices = devices
         self._threads = threads
         self._log = log
-        self._followers: dict[int, Follower] = {}
+        self._followers: dict[int, FollowerProcess] = {}
 
     @contextmanager
-    def join(self, settings: TrialSettings, checkpoints: Path) -> Iterator[Ranks]:
+    def join(self, settings: TrialSettings, checkpoints: Path) -> Iterator[RankGroup]:
         """See Join.
 
         Raises:
@@ -107,7 +107,7 @@ class Followers:
             raise ConfigError([_too_many(size, len(self._devices) + 1)])
         meeting = open_meeting(size)
         for rank in range(1, size):
-            follow = Follow(
+            follow = FollowCommand(
                 settings=settings, checkpoints=checkpoints, rank=rank, size=size, port=meeting.port
             )
             self._follower(rank).connection.send_bytes(follow.model_dump_json().encode())
@@ -125,7 +125,7 @@ class Followers:
             follower.kill()
         self._followers.clear()
 
-    def _follower(self, rank: int) -> Follower:
+    def _follower(self, rank: int) -> FollowerProcess:
         if rank not in self._followers:
             ours, theirs = multiprocessing.get_context("spawn").Pipe()
             log = self._log.with_stem(f"{self._log.stem}_rank_{rank}")
@@ -136,7 +136,7 @@ class Followers:
             )
             process.start()
             theirs.close()
-            self._followers[rank] = Follower(process, ours, log)
+            self._followers[rank] = FollowerProcess(process, ours, log)
         return self._followers[rank]
 
     def _hear_all(self, size: int) -> None:
@@ -167,7 +167,7 @@ class Followers:
         raise WorkerError("\n".join([str(error), *words])) from error
 
 
-def _fate(rank: int, follower: Follower, wait_s: float) -> str:
+def _fate(rank: int, follower: FollowerProcess, wait_s: float) -> str:
     """What became of a follower, read before it is killed."""
     report = follower.report(wait_s)
     if report is not None and report.problem:
@@ -190,7 +190,7 @@ def _main(connection: Connection, device: str | None, threads: int, log: str) ->
         signal.signal(number, signal.SIG_IGN)
     print_into(Path(log))
     see_only(device)
-    work: queue.Queue[Follow] = queue.Queue()
+    work: queue.Queue[FollowCommand] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, work), daemon=True).start()
     runner = TransformersRunner(threads=threads)
     while True:
@@ -202,16 +202,16 @@ def _main(connection: Connection, device: str | None, threads: int, log: str) ->
         except BaseException as error:  # noqa: BLE001 - said to the leader, who decides
             traceback.print_exc()
             words = f"{OUT_OF_MEMORY}: " if out_of_memory(error) else ""
-            report = Followed(problem=f"{words}{type(error).__name__}: {error}")
+            report = FollowEnded(problem=f"{words}{type(error).__name__}: {error}")
             connection.send_bytes(report.model_dump_json().encode())
             os._exit(1)  # the leader's exchange fails at once
-        connection.send_bytes(Followed().model_dump_json().encode())
+        connection.send_bytes(FollowEnded().model_dump_json().encode())
 
 
-def _listen(connection: Connection, work: queue.Queue[Follow]) -> None:
+def _listen(connection: Connection, work: queue.Queue[FollowCommand]) -> None:
     """Read for ever; without a leader there is no reason to go on computing."""
     try:
         while True:
-            work.put(Follow.model_validate_json(connection.recv_bytes()))
+            work.put(FollowCommand.model_validate_json(connection.recv_bytes()))
     except (EOFError, OSError):
         os._exit(1)

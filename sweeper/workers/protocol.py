@@ -13,13 +13,22 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Misfit, Outcome, Size, StopCause, Unseen, UnseenKind, Value
-from sweeper.settings import TrialSettings
-from sweeper.training.observer import Observer
+from sweeper.config.settings import TrialSettings
+from sweeper.core.outcome import (
+    ArmBaseline,
+    FrozenValue,
+    HeldOutKind,
+    HeldOutLosses,
+    MemoryShortfall,
+    Outcome,
+    StopCause,
+    TrialSize,
+)
+from sweeper.core.paths import TrialFolder
+from sweeper.training.observer import TrialObserver
 
 
-class Submit(Value):
+class SubmitCommand(FrozenValue):
     """Train this trial."""
 
     kind: Literal["submit"] = "submit"
@@ -32,7 +41,7 @@ class Submit(Value):
     """A model that another run trained: it is judged and kept, and nothing is trained."""
 
 
-class Test(Value):
+class JudgeCommand(FrozenValue):
     """Judge a stored artifact, or the untuned base, on the test split, on general text, or both.
 
     Sent only when every search has ended: no search ever sees these figures.
@@ -44,11 +53,11 @@ class Test(Value):
     settings: TrialSettings
     folder: Path | None
     """Of the trial whose artifact is judged; None for the untuned base."""
-    kinds: tuple[UnseenKind, ...]
+    kinds: tuple[HeldOutKind, ...]
     """On what."""
 
 
-class Stop(Value):
+class StopCommand(FrozenValue):
     """End this trial at its next step."""
 
     kind: Literal["stop"] = "stop"
@@ -56,7 +65,7 @@ class Stop(Value):
     cause: StopCause
 
 
-class Probe(Value):
+class ProbeCommand(FrozenValue):
     """Tell what an arm's trials have in common, and how good the untuned base is."""
 
     kind: Literal["probe"] = "probe"
@@ -66,20 +75,20 @@ class Probe(Value):
     """The model that is judged in the place of any training."""
 
 
-class Check(Value):
+class CheckCommand(FrozenValue):
     """Tell whether this trial is possible on its model, and how large it is."""
 
     kind: Literal["check"] = "check"
     settings: TrialSettings
 
 
-class Close(Value):
+class CloseCommand(FrozenValue):
     """End when idle."""
 
     kind: Literal["close"] = "close"
 
 
-class Slots(Value):
+class SlotsEvent(FrozenValue):
     """A worker can take this many trials more than it has."""
 
     kind: Literal["slots"] = "slots"
@@ -87,7 +96,7 @@ class Slots(Value):
     free: int
 
 
-class Progress(Value):
+class ProgressEvent(FrozenValue):
     """A trial took steps."""
 
     kind: Literal["progress"] = "progress"
@@ -98,7 +107,7 @@ class Progress(Value):
     tokens_per_second: float
 
 
-class Evaluated(Value):
+class EvaluatedEvent(FrozenValue):
     """A trial was judged on the validation split; `value` is of the metric that pruning goes by."""
 
     kind: Literal["evaluated"] = "evaluated"
@@ -109,7 +118,7 @@ class Evaluated(Value):
     value: float
 
 
-class Waiting(Value):
+class WaitingEvent(FrozenValue):
     """A trial waits for something that a person has to see to; it goes on by itself afterwards."""
 
     kind: Literal["waiting"] = "waiting"
@@ -118,7 +127,7 @@ class Waiting(Value):
     message: str
 
 
-class Ended(Value):
+class EndedEvent(FrozenValue):
     """A trial ended, and its folder is complete."""
 
     kind: Literal["ended"] = "ended"
@@ -127,38 +136,38 @@ class Ended(Value):
     outcome: Outcome
 
 
-class Tested(Value):
+class JudgedEvent(FrozenValue):
     """The answer to a test: the losses, or why there are none."""
 
     kind: Literal["tested"] = "tested"
     trial: str
     attempt: int
-    losses: Unseen | None
+    losses: HeldOutLosses | None
     message: str | None
 
 
-class Probed(Value):
+class ProbedEvent(FrozenValue):
     """The answer to a probe: facts, or why there are none."""
 
     kind: Literal["probed"] = "probed"
     arm: str
-    facts: Facts | None
+    facts: ArmBaseline | None
     message: str | None
-    misfit: Misfit | None = None
+    misfit: MemoryShortfall | None = None
     """Set if the arm's trainings are larger than the device."""
 
 
-class Checked(Value):
+class CheckedEvent(FrozenValue):
     """A worker's answer to a check: the trial's size, or how it ended before it began."""
 
     kind: Literal["checked"] = "checked"
     worker: int
-    size: Size | None
+    size: TrialSize | None
     refusal: Outcome | None
     """Refused, or an error in the code."""
 
 
-class Lost(Value):
+class LostEvent(FrozenValue):
     """A worker died or was killed; `trial` is what it was training or testing, if anything."""
 
     kind: Literal["lost"] = "lost"
@@ -171,13 +180,13 @@ class Lost(Value):
 
 def lost(
     worker: int,
-    current: Submit | Test | None,
+    current: SubmitCommand | JudgeCommand | None,
     killed_for: str | None,
     message: str,
     died_of: Literal["crash", "oom"] = "crash",
-) -> Lost:
+) -> LostEvent:
     """What becomes of a dead worker's trial: a timeout if the driver killed it, else what it died of."""
-    return Lost(
+    return LostEvent(
         worker=worker,
         trial=current.trial if current else None,
         attempt=current.attempt if current else 0,
@@ -186,23 +195,37 @@ def lost(
     )
 
 
-AnyCommand = Submit | Test | Stop | Probe | Check | Close
-AnyEvent = Slots | Progress | Evaluated | Waiting | Ended | Tested | Probed | Checked | Lost
-COMMANDS: TypeAdapter[AnyCommand] = TypeAdapter(Annotated[AnyCommand, Field(discriminator="kind")])
-EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="kind")])
+WorkerCommand = (
+    SubmitCommand | JudgeCommand | StopCommand | ProbeCommand | CheckCommand | CloseCommand
+)
+WorkerEvent = (
+    SlotsEvent
+    | ProgressEvent
+    | EvaluatedEvent
+    | WaitingEvent
+    | EndedEvent
+    | JudgedEvent
+    | ProbedEvent
+    | CheckedEvent
+    | LostEvent
+)
+COMMANDS: TypeAdapter[WorkerCommand] = TypeAdapter(
+    Annotated[WorkerCommand, Field(discriminator="kind")]
+)
+EVENTS: TypeAdapter[WorkerEvent] = TypeAdapter(Annotated[WorkerEvent, Field(discriminator="kind")])
 
 
-class Runner(Protocol):
+class TrialRunner(Protocol):
     """What a worker runs: the real trainer, or the fake one of the tests."""
 
     @property
     def worn_out(self) -> bool:
         """Whether so much memory is lost in this process that another should take its place."""
 
-    def probe(self, settings: TrialSettings, adopted: Path | None) -> Facts:
+    def probe(self, settings: TrialSettings, adopted: Path | None) -> ArmBaseline:
         """Facts shared by the trials of an arm; raises SweeperError if they cannot be had."""
 
-    def check(self, settings: TrialSettings) -> Size:
+    def check(self, settings: TrialSettings) -> TrialSize:
         """How large a trial is; raises SweeperError if it is impossible. Loads no weights."""
 
     def run(
@@ -210,7 +233,7 @@ class Runner(Protocol):
         settings: TrialSettings,
         folder: TrialFolder,
         provenance: dict[str, Any],
-        observer: Observer,
+        observer: TrialObserver,
     ) -> Outcome:
         """Train one trial to its outcome and write its folder."""
 
@@ -220,8 +243,8 @@ class Runner(Protocol):
         """Judge a model that another run trained and keep it as a trial of this study."""
 
     def test(
-        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
-    ) -> Unseen:
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
+    ) -> HeldOutLosses:
         """Judge a trial's artifact (None: the untuned base) on these kinds of unseen text."""
 
 
@@ -232,13 +255,13 @@ class Engine(Protocol):
     takes work after it announced a slot (`Slots`); a dead one is announced (`Lost`) and replaced.
     """
 
-    def probe(self, worker: int, probe: Probe | Check) -> None:
+    def probe(self, worker: int, probe: ProbeCommand | CheckCommand) -> None:
         """Have a free worker answer with `Probed` or `Checked`."""
 
-    def submit(self, worker: int, submit: Submit) -> None:
+    def submit(self, worker: int, submit: SubmitCommand) -> None:
         """Hand a trial to a free slot; `Ended` or `Lost` follows."""
 
-    def test(self, worker: int, test: Test) -> None:
+    def test(self, worker: int, test: JudgeCommand) -> None:
         """Hand a judgement on unseen texts to a free slot; `Tested` or `Lost` follows."""
 
     def stop(self, trial: str, cause: StopCause) -> None:
@@ -250,7 +273,7 @@ class Engine(Protocol):
         What it sent before comes first: a trial that had just ended is not lost.
         """
 
-    def next_event(self, timeout_s: float) -> AnyEvent | None:
+    def next_event(self, timeout_s: float) -> WorkerEvent | None:
         """The next event, or None if none came in time.
 
         Raises:

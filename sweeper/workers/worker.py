@@ -20,29 +20,37 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-from sweeper.errors import DoesNotFit, SweeperError, WorkerError
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Misfit, Outcome, Size, StopCause, Unseen, Value
-from sweeper.redaction import redact
-from sweeper.settings import Workers
+from sweeper.config.settings import WorkerSettings
+from sweeper.core.errors import DoesNotFit, SweeperError, WorkerError
+from sweeper.core.outcome import (
+    ArmBaseline,
+    FrozenValue,
+    HeldOutLosses,
+    MemoryShortfall,
+    Outcome,
+    StopCause,
+    TrialSize,
+)
+from sweeper.core.paths import TrialFolder
+from sweeper.core.redaction import redact
 from sweeper.workers.devices import devices_of, see_only
 from sweeper.workers.protocol import (
-    AnyCommand,
-    Check,
-    Checked,
-    Close,
-    Ended,
-    Evaluated,
-    Probe,
-    Probed,
-    Progress,
-    Runner,
-    Slots,
-    Stop,
-    Submit,
-    Test,
-    Tested,
-    Waiting,
+    CheckCommand,
+    CheckedEvent,
+    CloseCommand,
+    EndedEvent,
+    EvaluatedEvent,
+    JudgeCommand,
+    JudgedEvent,
+    ProbeCommand,
+    ProbedEvent,
+    ProgressEvent,
+    SlotsEvent,
+    StopCommand,
+    SubmitCommand,
+    TrialRunner,
+    WaitingEvent,
+    WorkerCommand,
 )
 
 TRACEBACK_LINES = 30
@@ -54,42 +62,46 @@ FULL_DISK_PATIENCE_S = 15 * 60.0
 """As long as the driver waits for its database, which often lies on the same disk."""
 
 
-class Channel(Protocol):
+class WorkerChannel(Protocol):
     """One end of a two-way line to the driver."""
 
-    def send(self, message: Value) -> None:
+    def send(self, message: FrozenValue) -> None:
         """Send an event; never blocks for long."""
 
-    def receive(self) -> AnyCommand:
+    def receive(self) -> WorkerCommand:
         """Wait for a command; raises EOFError when the driver is gone."""
 
 
 @dataclass
-class Orders:
+class CommandQueue:
     """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
 
-    work: queue.Queue[Submit | Test | Probe | Check | Close] = field(default_factory=queue.Queue)
+    work: queue.Queue[SubmitCommand | JudgeCommand | ProbeCommand | CheckCommand | CloseCommand] = (
+        field(default_factory=queue.Queue)
+    )
     stops: dict[str, StopCause] = field(default_factory=dict)
 
     @classmethod
-    def listen(cls, channel: Channel) -> Orders:
+    def listen(cls, channel: WorkerChannel) -> CommandQueue:
         """Start reading a channel in the background."""
         orders = cls()
         threading.Thread(target=orders._read, args=(channel,), daemon=True).start()
         return orders
 
-    def _read(self, channel: Channel) -> None:
+    def _read(self, channel: WorkerChannel) -> None:
         """Read for ever; a driver that is gone leaves no reason to go on computing."""
         try:
             while True:
                 command = channel.receive()
-                if isinstance(command, Stop):
+                if isinstance(command, StopCommand):
                     self.stops[command.trial] = command.cause
                 else:
-                    if isinstance(command, Submit):  # an older stop was for an earlier attempt
+                    if isinstance(
+                        command, SubmitCommand
+                    ):  # an older stop was for an earlier attempt
                         self.stops.pop(command.trial, None)
                     self.work.put(command)
-                    if isinstance(command, Close):
+                    if isinstance(command, CloseCommand):
                         return
         except (EOFError, OSError):
             os._exit(1)  # nothing to save: checkpoints are on disk, the spool is flushed
@@ -102,15 +114,15 @@ class Orders:
 class RemoteObserver:
     """An observer whose other side is the driver."""
 
-    channel: Channel
-    orders: Orders
+    channel: WorkerChannel
+    orders: CommandQueue
     trial: str
     attempt: int
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
         """See Observer."""
         self.channel.send(
-            Progress(
+            ProgressEvent(
                 trial=self.trial,
                 attempt=self.attempt,
                 step=step,
@@ -122,7 +134,7 @@ class RemoteObserver:
     def evaluated(self, step: int, total_steps: int, value: float) -> None:
         """See Observer."""
         self.channel.send(
-            Evaluated(
+            EvaluatedEvent(
                 trial=self.trial,
                 attempt=self.attempt,
                 step=step,
@@ -137,47 +149,51 @@ class RemoteObserver:
 
 
 @dataclass(frozen=True)
-class Place:
+class WorkerResources:
     """What a worker has been given."""
 
     log: Path
     devices: int = 1
 
 
-class Farewell(Enum):
+class ExitReason(Enum):
     """Why a worker ended by itself."""
 
     CLOSED = "closed"
     MEMORY = "its successor starts with clean memory"
 
 
-def serve(channel: Channel, orders: Orders, runner: Runner, worker: int) -> Farewell:
+def serve(
+    channel: WorkerChannel, orders: CommandQueue, runner: TrialRunner, worker: int
+) -> ExitReason:
     """Run commands one after the other until told to close, or until memory ran out or is lost.
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """
-    patience = Patience()
+    patience = DiskPatience()
     while True:
-        channel.send(Slots(worker=worker, free=1))
+        channel.send(SlotsEvent(worker=worker, free=1))
         command = orders.work.get()
-        if isinstance(command, Close):
-            return Farewell.CLOSED
-        if isinstance(command, Probe):
+        if isinstance(command, CloseCommand):
+            return ExitReason.CLOSED
+        if isinstance(command, ProbeCommand):
             channel.send(_probed(command, runner))
             continue
-        if isinstance(command, Check):
+        if isinstance(command, CheckCommand):
             channel.send(_checked(command, runner, worker))
             continue
-        if isinstance(command, Test):
+        if isinstance(command, JudgeCommand):
             channel.send(_tested(command, runner))
             continue
         outcome = _outcome(command, runner, channel, orders, patience)
-        channel.send(Ended(trial=command.trial, attempt=command.attempt, outcome=outcome))
+        channel.send(EndedEvent(trial=command.trial, attempt=command.attempt, outcome=outcome))
         if outcome.cause == "oom" or runner.worn_out:
-            return Farewell.MEMORY
+            return ExitReason.MEMORY
 
 
-def make_runner(workers: Workers, worker: int, threads: int, place: Place) -> Runner:
+def make_runner(
+    workers: WorkerSettings, worker: int, threads: int, place: WorkerResources
+) -> TrialRunner:
     """The runner of `workers.trainer`; heavy imports happen here, in the worker.
 
     Args:
@@ -190,15 +206,15 @@ def make_runner(workers: Workers, worker: int, threads: int, place: Place) -> Ru
     # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if workers.trainer == "fake":
-        from sweeper.workers.fake import FakeRunner
+        from sweeper.workers.fake_runner import FakeRunner
 
         return FakeRunner(workers.fake)
     first, *others = devices_of(worker, place.devices)
     see_only(first)
-    from sweeper.training.runner import TransformersRunner
-    from sweeper.workers.followers import Followers
+    from sweeper.training.trial_runner import TransformersRunner
+    from sweeper.workers.followers import FollowerGroup
 
-    return TransformersRunner(threads, Followers(others, threads, place.log).join)
+    return TransformersRunner(threads, FollowerGroup(others, threads, place.log).join)
 
 
 def print_into(log: Path) -> None:
@@ -225,10 +241,10 @@ def tail_of(log: Path) -> str:
     return redact("\n".join(lines[-LOG_TAIL_LINES:]))
 
 
-def _probed(command: Probe, runner: Runner) -> Probed:
-    facts: Facts | None = None
+def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:
+    facts: ArmBaseline | None = None
     message: str | None = None
-    misfit: Misfit | None = None
+    misfit: MemoryShortfall | None = None
     try:
         facts = runner.probe(command.settings, command.adopted)
     except SweeperError as error:
@@ -236,11 +252,11 @@ def _probed(command: Probe, runner: Runner) -> Probed:
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return Probed(arm=command.arm, facts=facts, message=message, misfit=misfit)
+    return ProbedEvent(arm=command.arm, facts=facts, message=message, misfit=misfit)
 
 
-def _checked(command: Check, runner: Runner, worker: int) -> Checked:
-    size: Size | None = None
+def _checked(command: CheckCommand, runner: TrialRunner, worker: int) -> CheckedEvent:
+    size: TrialSize | None = None
     refusal: Outcome | None = None
     try:
         size = runner.check(command.settings)
@@ -248,11 +264,11 @@ def _checked(command: Check, runner: Runner, worker: int) -> Checked:
         refusal = Outcome(cause="refused", message=str(error))
     except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
         refusal = Outcome(cause="error", message=_traceback())
-    return Checked(worker=worker, size=size, refusal=refusal)
+    return CheckedEvent(worker=worker, size=size, refusal=refusal)
 
 
-def _tested(command: Test, runner: Runner) -> Tested:
-    losses: Unseen | None = None
+def _tested(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
+    losses: HeldOutLosses | None = None
     message: str | None = None
     try:
         folder = None if command.folder is None else TrialFolder(command.folder)
@@ -261,11 +277,11 @@ def _tested(command: Test, runner: Runner) -> Tested:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return Tested(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
+    return JudgedEvent(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
 
 
 @dataclass
-class Patience:
+class DiskPatience:
     """How long a worker has waited for a disk that stays full, over all the trials it was given."""
 
     waited_s: float = 0.0
@@ -282,7 +298,11 @@ class Patience:
 
 
 def _outcome(
-    command: Submit, runner: Runner, channel: Channel, orders: Orders, patience: Patience
+    command: SubmitCommand,
+    runner: TrialRunner,
+    channel: WorkerChannel,
+    orders: CommandQueue,
+    patience: DiskPatience,
 ) -> Outcome:
     """Run a trial; on a full disk it waits, and then continues from its newest whole checkpoint."""
     observer = RemoteObserver(channel, orders, command.trial, command.attempt)
@@ -301,7 +321,9 @@ def _outcome(
             return outcome
         if not told:
             message = f"the disk of {folder.path} is full; waiting for space"
-            channel.send(Waiting(trial=command.trial, attempt=command.attempt, message=message))
+            channel.send(
+                WaitingEvent(trial=command.trial, attempt=command.attempt, message=message)
+            )
             told = True
         if patience.exhausted:
             return Outcome(cause="error", message=f"the disk stays full: {folder.path}")
@@ -310,7 +332,9 @@ def _outcome(
             return Outcome(cause=cause, message="stopped while the disk was full")
 
 
-def _run(command: Submit, runner: Runner, folder: TrialFolder, observer: RemoteObserver) -> Outcome:
+def _run(
+    command: SubmitCommand, runner: TrialRunner, folder: TrialFolder, observer: RemoteObserver
+) -> Outcome:
     if command.adopted is not None:
         return runner.adopt(command.settings, folder, command.provenance, command.adopted)
     return runner.run(command.settings, folder, command.provenance, observer)

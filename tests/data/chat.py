@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sweeper.data.examples import Example, Message, Row
+from sweeper.data.examples import ChatMessage, Example, RawRow
 
 CORPUS = (
     "### Instruction:\nWrite a summary of the text.\n\n### Input:\nA text.\n\n"
@@ -147,19 +147,19 @@ def _wrapped(
 def talk(*contents: str, system: str = "", format_name: str = "messages") -> Example:
     """A conversation: user and assistant in turn."""
     turns = [
-        Message("assistant" if index % 2 else "user", content)
+        ChatMessage("assistant" if index % 2 else "user", content)
         for index, content in enumerate(contents)
     ]
-    start = [Message("system", system)] if system else []
-    return Example((*start, *turns), Row({}, "talk:1"), format_name)
+    start = [ChatMessage("system", system)] if system else []
+    return Example((*start, *turns), RawRow({}, "talk:1"), format_name)
 
 
 def task(instruction: str, given: str, output: str) -> Example:
     """An Alpaca example."""
-    turns = (Message("user", instruction, given), Message("assistant", output))
-    return Example(turns, Row({}, "task:1"), "alpaca")
+    turns = (ChatMessage("user", instruction, given), ChatMessage("assistant", output))
+    return Example(turns, RawRow({}, "task:1"), "alpaca")
 
 
 def book(text: str) -> Example:
     """A plain text."""
-    return Example((Message("assistant", text),), Row({}, "book:1"), "text")
+    return Example((ChatMessage("assistant", text),), RawRow({}, "book:1"), "text")

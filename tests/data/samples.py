@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sweeper.data.examples import Example, Message, Row
-from sweeper.settings import Data
+from sweeper.config.settings import DataSettings
+from sweeper.data.examples import ChatMessage, Example, RawRow
 from tests.conftest import make_settings
 
 
@@ -18,10 +18,10 @@ def _defaults() -> dict[str, Any]:
     return make_settings().data.model_dump()
 
 
-def make_data(**values: Any) -> Data:
+def make_data(**values: Any) -> DataSettings:
     """The default data settings with some values replaced; `cleaning` is merged."""
     cleaning = {**_defaults()["cleaning"], **values.pop("cleaning", {})}
-    return Data.model_validate({**_defaults(), **values, "cleaning": cleaning})
+    return DataSettings.model_validate({**_defaults(), **values, "cleaning": cleaning})
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
@@ -38,10 +38,10 @@ def pairs(numbers: Iterable[int], **more: Any) -> list[dict[str, Any]]:
 
 def example(prompt: str, completion: str, **values: Any) -> Example:
     """One question and its answer."""
-    turns = (Message("user", prompt), Message("assistant", completion))
-    return Example(turns, Row(values, "here:1"))
+    turns = (ChatMessage("user", prompt), ChatMessage("assistant", completion))
+    return Example(turns, RawRow(values, "here:1"))
 
 
 def text_example(text: str, where: str = "book.txt") -> Example:
     """A plain text as an example."""
-    return Example((Message("assistant", text),), Row({"text": text}, where))
+    return Example((ChatMessage("assistant", text),), RawRow({"text": text}, where))

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.data import rows
+from sweeper.core.errors import DataError
+from sweeper.data import row_files
 from sweeper.data.examples import Example
 from sweeper.data.splits import load_splits
-from sweeper.errors import DataError
 from tests.data.samples import make_data
 
 SOUND = 20
@@ -131,7 +131,7 @@ def test_a_bad_row_is_skipped_and_counted(
 ) -> None:
     """Within the tolerance the rest is used and the ledger says what and where; beyond it, one error."""
     if name == "long_line.jsonl":
-        monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1024)
+        monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 1024)
     content, reason, shown = SKIPPED[name]
     path = tmp_path / name
     path.write_bytes(content)

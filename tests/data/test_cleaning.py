@@ -8,19 +8,19 @@ import sys
 
 import pytest
 
+from sweeper.builtin.docstring_pairs import jaccard, shingles
 from sweeper.data.cleaning import clean, redact
-from sweeper.data.duplicates import Seen, normalised
-from sweeper.data.examples import Example, Ledger
-from sweeper.embedded.pairs import jaccard, shingles
+from sweeper.data.duplicates import SeenTexts, normalised
+from sweeper.data.examples import DropCounts, Example
 from tests.data.samples import example, make_data
 
 
 def cleaned(*examples: Example, **rules: object) -> tuple[list[str], dict[str, int]]:
     """The answers that stay, and the reasons of the others."""
     settings = make_data(cleaning=rules).cleaning
-    ledger = Ledger()
+    ledger = DropCounts()
     near = settings.near_threshold if settings.deduplicate == "near" else None
-    kept = clean(examples, settings, Seen(near), ledger)
+    kept = clean(examples, settings, SeenTexts(near), ledger)
     return [item.completion for item in kept], ledger.total
 
 
@@ -66,7 +66,7 @@ def test_near_duplicates_agree_with_all_pairs_compared() -> None:
         expected.append(any(jaccard(own, other) >= 0.8 for other in kept))
         if not expected[-1]:
             kept.append(own)
-    seen = Seen(0.8)
+    seen = SeenTexts(0.8)
     found = []
     for text in texts:
         found.append(seen.kind(text) is not None)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sweeper.data.examples import Example, Ledger, Row
-from sweeper.data.formats import FORMATS, to_examples
+from sweeper.data.examples import DropCounts, Example, RawRow
+from sweeper.data.row_formats import FORMATS, to_examples
 from sweeper.data.templates import choose_template, said
-from sweeper.data.tokens import IGNORED, Codec, Tokens, tokenize
+from sweeper.data.tokens import IGNORED, TokenizerSetup, Tokens, tokenize
 from tests.data.chat import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, byte_level, metaspace, talk
-from tests.data.test_formats import SAMPLES
+from tests.data.test_row_formats import SAMPLES
 
 NESTED = {
     "role": "prompter",
@@ -51,10 +51,10 @@ def test_every_format_is_here() -> None:
 def test_every_format_under_every_template(name: str, template: str) -> None:
     """One run of loss: the answer and what ends it; the question is printed and carries none."""
     tokenizer = byte_level(chat_template=SOURCES.get(template, CHATML))
-    (example,) = to_examples([Row(ROWS[name], "f:1")], name, {}, Ledger())
+    (example,) = to_examples([RawRow(ROWS[name], "f:1")], name, {}, DropCounts())
     kind = "chat" if template in SOURCES else template
     chosen = choose_template(kind, name, tokenizer)
-    rows = tokenize(example, Codec(tokenizer), chosen, "completions")
+    rows = tokenize(example, TokenizerSetup(tokenizer), chosen, "completions")
     (run,) = _runs(rows, tokenizer)
     end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "qwen3": "<|im_end|>"}.get(
         template, "</s>"
@@ -72,7 +72,7 @@ TALKS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3).map(
 )
 ENDS = {CHATML: "<|im_end|>", LLAMA3: "<|eot_id|>", GEMMA: "<end_of_turn>", MISTRAL: "</s>"}
 CODECS = {
-    (source, make): Codec(make(adds="bos", chat_template=source))
+    (source, make): TokenizerSetup(make(adds="bos", chat_template=source))
     for source in ENDS
     for make in (byte_level, metaspace)
 }

@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from sweeper.core.errors import ModelError
 from sweeper.data.encode import encode_train
 from sweeper.data.packing import (
     FlatCollator,
@@ -32,8 +33,7 @@ from sweeper.data.packing import (
     require_isolation,
     unpack,
 )
-from sweeper.data.tokens import IGNORED, Collator, Tokens
-from sweeper.errors import ModelError
+from sweeper.data.tokens import IGNORED, PaddingCollator, Tokens
 from tests.conftest import make_settings
 from tests.data.chat import byte_level, task
 
@@ -88,11 +88,11 @@ def test_packed_loss_is_that_of_unpadded_single_rows(name: str, attention: str) 
     model = _model(CONFIGS[name], attention)
     rows = _rows(9, 17, 4, 12, 3, 20)
     tokens = sum(label != IGNORED for row in rows for label in row["labels"])
-    alone = sum(_nll(model, Collator(0)([row])) for row in rows) / tokens
+    alone = sum(_nll(model, PaddingCollator(0)([row])) for row in rows) / tokens
     packs = pack(rows, 35)
     assert len(packs) == 2
     assert _nll(model, PackedCollator(0)(packs)) / tokens == pytest.approx(alone, abs=1e-5)
-    assert _nll(model, Collator(0)(rows)) / tokens == pytest.approx(alone, abs=1e-5)
+    assert _nll(model, PaddingCollator(0)(rows)) / tokens == pytest.approx(alone, abs=1e-5)
     require_isolation(model)
 
 
@@ -100,7 +100,7 @@ def test_packing_with_an_attention_mask_would_leak() -> None:
     """The test above can fail: with a mask of ones, or without positions, examples read each other."""
     model = _model(CONFIGS["llama"])
     rows = _rows(9, 17)
-    alone = sum(_nll(model, Collator(0)([row])) for row in rows)
+    alone = sum(_nll(model, PaddingCollator(0)([row])) for row in rows)
     batch = PackedCollator(0)(pack(rows, 35))
     leaking = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
     assert abs(_nll(model, leaking) - alone) > 0.01

@@ -68,7 +68,7 @@ def python(tmp_path: Path, hub: Path) -> Sweeper:
 
 LOAD = """
 import json, sys
-from sweeper.settings import Data
+from sweeper.config.settings import Data
 from sweeper.data.splits import load_splits
 splits = load_splits(Data.model_validate_json(sys.argv[1]))
 print(json.dumps([splits.counts, splits.examples["test"][0].row.where[:9]]))
@@ -110,8 +110,8 @@ REFUSED = {
 FETCH = """
 import json, sys
 from sweeper.data.prefetch import prefetch
-from sweeper.errors import SweeperError
-from sweeper.settings import TrialSettings
+from sweeper.core.errors import SweeperError
+from sweeper.config.settings import TrialSettings
 said = []
 for document in json.loads(sys.argv[1]):
     try:

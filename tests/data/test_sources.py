@@ -10,11 +10,11 @@ from typing import Any
 import fsspec
 import pytest
 
-from sweeper.data.examples import Ledger
+from sweeper.config.settings import DataSource
+from sweeper.core.errors import ConfigError, DataError
+from sweeper.data.examples import DropCounts
 from sweeper.data.sources import describe_sources, is_hub_id, path_problems, read_source
 from sweeper.data.splits import load_splits
-from sweeper.errors import ConfigError, DataError
-from sweeper.settings import Source
 from tests.conftest import make_settings
 from tests.data.fake_hub import fake_hub
 from tests.data.samples import make_data, pairs, write_rows
@@ -22,7 +22,7 @@ from tests.data.samples import make_data, pairs, write_rows
 
 def prompts(path: str | Path, key: str = "train", **more: Any) -> list[str]:
     """The prompts that a source gives."""
-    rows = read_source(Source(path=str(path), **more), key, Ledger())
+    rows = read_source(DataSource(path=str(path), **more), key, DropCounts())
     return [row.values["prompt"] for row in rows]
 
 
@@ -89,7 +89,7 @@ def test_a_parquet_folder_gives_the_rows_that_datasets_gives(tmp_path: Path) -> 
     written = datasets.Dataset.from_list(pairs(range(5)))
     written.to_parquet(str(tmp_path / "data" / "train-00000-of-00001.parquet"))
     loaded = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "cache"))
-    rows = read_source(Source(path=str(tmp_path)), "train", Ledger())
+    rows = read_source(DataSource(path=str(tmp_path)), "train", DropCounts())
     assert [row.values for row in rows] == list(loaded)
 
 
@@ -261,7 +261,7 @@ def test_hub_errors_say_what_to_do(
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(DataError, match=message) as caught:
-        read_source(Source(path="o/n", revision="x"), "train", Ledger())
+        read_source(DataSource(path="o/n", revision="x"), "train", DropCounts())
     assert "\n" not in str(caught.value)
 
 
@@ -275,10 +275,10 @@ def test_another_revision_in_the_cache_is_not_taken_in_silence(
         cache_files = ({"filename": f"/cache/o___n/default/0.0.0/{'a' * 40}/n-train.arrow"},)
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Cached(pairs([1])))
-    [row] = read_source(Source(path="o/n", revision="a" * 40), "train", Ledger())
+    [row] = read_source(DataSource(path="o/n", revision="a" * 40), "train", DropCounts())
     assert row.where == "o/n[train]:1"
     with pytest.raises(DataError, match=f"the cache holds revision {'a' * 40}, not {'b' * 40}"):
-        read_source(Source(path="o/n", revision="b" * 40), "train", Ledger())
+        read_source(DataSource(path="o/n", revision="b" * 40), "train", DropCounts())
 
 
 def test_embedded_stands_alone(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_wrong_sources_are_named_by_key(override: str, message: str) -> None:
 
 def test_a_missing_data_file_is_found_before_any_model_loads() -> None:
     """The plan of a study and of a trial names the key and the path."""
-    from sweeper.search.plan import single, studies
+    from sweeper.search.study_plan import single, studies
 
     for plan, first in ((single, []), (studies, ["+experiment=lr_rank_sweep"])):
         with pytest.raises(ConfigError, match=r"data\.train=gone\.jsonl: no such file"):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from sweeper.core.errors import DataError
 from sweeper.data.examples import Example
 from sweeper.data.mixture import shape, shares
 from sweeper.data.partition import partition
 from sweeper.data.splits import load_splits
-from sweeper.errors import DataError
 from tests.data.samples import example, make_data, pairs, text_example, write_rows
 
 
@@ -136,7 +136,7 @@ def test_splits_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
     data = make_data(train=path, group_by="doc", balance_by="doc", max_samples=20)
     code = (
-        "import sys; from sweeper.settings import Data; from sweeper.data.splits import load_splits\n"
+        "import sys; from sweeper.config.settings import Data; from sweeper.data.splits import load_splits\n"
         "print(load_splits(Data.model_validate_json(sys.argv[1])).digest)"
     )
     digests = {

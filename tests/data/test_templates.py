@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from sweeper.data.card import show
+from sweeper.core.errors import DataError
+from sweeper.data.data_card import show
 from sweeper.data.examples import Example
-from sweeper.data.formats import Unusable
-from sweeper.data.templates import Jinja, TrainOn, choose_template, render, template_problem
-from sweeper.data.tokens import Codec, encode_prompt, tokenize
-from sweeper.errors import DataError
+from sweeper.data.row_formats import UnusableRow
+from sweeper.data.templates import JinjaTemplate, TrainOn, choose_template, render, template_problem
+from sweeper.data.tokens import TokenizerSetup, encode_prompt, tokenize
 from tests.data.chat import (
     CHATML,
     GEMMA,
@@ -35,7 +35,7 @@ WITH_SYSTEM = talk("Hi?", "Yes.", "Why?", "So.", system="Be.")
 def _learned(
     example: Example, template: str, train_on: TrainOn = "completions", **options: Any
 ) -> list[str]:
-    codec = Codec(byte_level(**options))
+    codec = TokenizerSetup(byte_level(**options))
     chosen = choose_template(template, example.format, codec.tokenizer)
     return [show(row, codec.tokenizer) for row in tokenize(example, codec, chosen, train_on)]
 
@@ -90,7 +90,7 @@ def test_own_template_prints_and_masks(
 @pytest.mark.parametrize("template", ["instruction", "plain", "chat"])
 def test_everything_is_all_but_the_first_token(template: str) -> None:
     """train_on=everything: labels are the ids, but for the first, which nothing stands before."""
-    codec = Codec(byte_level(chat_template=LLAMA3))
+    codec = TokenizerSetup(byte_level(chat_template=LLAMA3))
     chosen = choose_template(template, "messages", codec.tokenizer)
     (row,) = tokenize(WITH_SYSTEM, codec, chosen, "everything")
     assert row["labels"] == [-100, *row["input_ids"][1:]]
@@ -206,7 +206,7 @@ def test_chat_ids_are_those_of_apply_chat_template(make: Any, source: str) -> No
     tokenizer = make(adds="bos", chat_template=source)
     template = choose_template("chat", "messages", tokenizer)
     turns = [{"role": turn.role, "content": turn.content} for turn in DOUBLE.messages]
-    row = tokenize(DOUBLE, Codec(tokenizer), template, "completions")[-1]
+    row = tokenize(DOUBLE, TokenizerSetup(tokenizer), template, "completions")[-1]
     expected = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
     assert row["input_ids"] == expected
     assert row["input_ids"].count(tokenizer.bos_token_id) == ("bos_token" in source)
@@ -218,7 +218,7 @@ def test_prompt_is_what_generation_starts_from(source: str) -> None:
     tokenizer = byte_level(adds="bos", chat_template=source)
     template = choose_template("chat", "messages", tokenizer)
     turns = [{"role": turn.role, "content": turn.content} for turn in DOUBLE.messages[:-1]]
-    prompt = encode_prompt(DOUBLE, Codec(tokenizer), template)
+    prompt = encode_prompt(DOUBLE, TokenizerSetup(tokenizer), template)
     expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)
     assert prompt.input_ids == expected["input_ids"]
     assert prompt.reference == "So."
@@ -226,13 +226,13 @@ def test_prompt_is_what_generation_starts_from(source: str) -> None:
 
 def test_template_that_refuses_is_a_reason() -> None:
     """Gemma's exception for system turns becomes the ledger's reason."""
-    with pytest.raises(Unusable, match="System role not supported"):
+    with pytest.raises(UnusableRow, match="System role not supported"):
         _learned(WITH_SYSTEM, "chat", chat_template=GEMMA)
 
 
 def test_template_that_does_not_tell_its_answers_is_refused() -> None:
     """A generation prompt that answers do not begin with, and no marks: no mask is guessed."""
-    with pytest.raises(Unusable, match=r"data\.template=instruction"):
+    with pytest.raises(UnusableRow, match=r"data\.template=instruction"):
         _learned(DOUBLE, "chat", chat_template=UNTOLD)
 
 
@@ -286,7 +286,7 @@ def test_jinja_file_runs_in_a_sandbox(tmp_path: Path) -> None:
     """A template cannot reach Python through an attribute."""
     path = tmp_path / "evil.jinja"
     path.write_text("{{ messages.__class__.__mro__ }}", encoding="utf-8")
-    with pytest.raises(Unusable, match="unsafe"):
+    with pytest.raises(UnusableRow, match="unsafe"):
         _learned(SINGLE, str(path))
 
 
@@ -307,7 +307,9 @@ def test_unknown_template_is_a_problem_before_anything_is_loaded() -> None:
 def test_llama_date_is_pinned() -> None:
     """Templates that print a date print the same one every day."""
     tokenizer = byte_level()
-    template = Jinja("chat", "{{ date_string }}: {{ messages[0].content }}", tokenizer, True)
+    template = JinjaTemplate(
+        "chat", "{{ date_string }}: {{ messages[0].content }}", tokenizer, True
+    )
     assert template.text(SINGLE.messages) == "26 Jul 2024: Hi?"
 
 

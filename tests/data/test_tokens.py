@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from sweeper.data.card import show
+from sweeper.config.settings import DataSettings
+from sweeper.core.errors import DataError
+from sweeper.data.data_card import show
 from sweeper.data.encode import encode_evaluation, encode_prompts, encode_train, quantile
 from sweeper.data.examples import Example
 from sweeper.data.templates import choose_template
-from sweeper.data.tokens import IGNORED, Codec, Collator, encode_prompt, tokenize
-from sweeper.errors import DataError
-from sweeper.settings import Data
+from sweeper.data.tokens import IGNORED, PaddingCollator, TokenizerSetup, encode_prompt, tokenize
 from tests.conftest import make_settings
 from tests.data.chat import CHATML, GEMMA, book, byte_level, metaspace, phi3, talk, task
 
@@ -25,13 +25,13 @@ BYTES = byte_level()
 WORDS = metaspace()
 
 
-def _data(**changes: Any) -> Data:
+def _data(**changes: Any) -> DataSettings:
     return make_settings().data.model_copy(update=changes)
 
 
 def _row(example: Example, tokenizer: Any, template: str = "plain") -> dict[str, list[int]]:
     chosen = choose_template(template, example.format, tokenizer)
-    (row,) = tokenize(example, Codec(tokenizer), chosen, "completions")
+    (row,) = tokenize(example, TokenizerSetup(tokenizer), chosen, "completions")
     return row
 
 
@@ -70,7 +70,7 @@ def test_generation_starts_from_the_trained_prompt(
     example = talk(question, answer)
     chosen = choose_template("instruction", "messages", tokenizer)
     row = _row(example, tokenizer, "instruction")
-    prompt = encode_prompt(example, Codec(tokenizer), chosen)
+    prompt = encode_prompt(example, TokenizerSetup(tokenizer), chosen)
     count = len(prompt.input_ids)
     assert row["input_ids"][:count] == prompt.input_ids
     assert row["labels"] == [IGNORED] * count + row["input_ids"][count:]
@@ -94,7 +94,7 @@ def test_end_carries_loss_where_padding_is_the_same_token() -> None:
     """pad == eos: the answer's end is learned, the padding is not."""
     tokenizer = byte_level(pad="</s>")
     rows = [_row(talk("Hi?", answer), tokenizer) for answer in ("Yes.", "A longer answer.")]
-    batch = Collator(tokenizer.pad_token_id)(rows)
+    batch = PaddingCollator(tokenizer.pad_token_id)(rows)
     end = tokenizer.eos_token_id
     assert ((batch["labels"] == end).sum(dim=1) == 1).all()
     assert (batch["attention_mask"].sum(dim=1).tolist()) == [len(row["input_ids"]) for row in rows]
@@ -112,7 +112,7 @@ def test_tokenizer_without_end_is_refused_unless_the_template_has_one() -> None:
 
 def test_padding_is_masked_by_position() -> None:
     """Padding has no attention and no loss, even where the padding token is also a real one."""
-    batch = Collator(pad_token_id=7)(
+    batch = PaddingCollator(pad_token_id=7)(
         [
             {"input_ids": [1, 7], "labels": [IGNORED, 7]},
             {"input_ids": [1, 2, 7], "labels": [1, 2, 7]},
@@ -146,7 +146,9 @@ def test_end_carries_loss_whatever_it_swallows(rstrip: bool) -> None:
     assert tokenizer.decode(_learned(row)) == "Yes.<|end|>No.<|end|>"
     assert row["input_ids"] == tokenizer(PHI3_TALK)["input_ids"]
     prompt = encode_prompt(
-        talk("Hi?", "Yes."), Codec(tokenizer), choose_template("chat", "messages", tokenizer)
+        talk("Hi?", "Yes."),
+        TokenizerSetup(tokenizer),
+        choose_template("chat", "messages", tokenizer),
     )
     assert prompt.end_token_id == tokenizer.convert_tokens_to_ids("<|end|>")
     assert prompt.input_ids == row["input_ids"][: len(prompt.input_ids)]
@@ -165,7 +167,7 @@ def test_marker_that_swallows_an_answers_blank_stays_in_the_prompt() -> None:
     row = _row(example, tokenizer, "chat")
     assert tokenizer.decode(_learned(row)) == "Yes.<|end|>"
     chosen = choose_template("chat", "messages", tokenizer)
-    prompt = encode_prompt(example, Codec(tokenizer), chosen)
+    prompt = encode_prompt(example, TokenizerSetup(tokenizer), chosen)
     assert tokenizer.decode(prompt.input_ids).endswith("<|assistant|>")
 
 

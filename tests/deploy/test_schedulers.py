@@ -12,9 +12,9 @@ import pytest
 import typer
 import yaml
 
-from sweeper.cli import app
-from sweeper.compose import conf_dir
-from sweeper.nightly.run import EXIT_CODES
+from sweeper.cli.verbs import app
+from sweeper.config.compose import conf_dir
+from sweeper.nightly.night_run import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = {path.stem for path in (conf_dir() / "nightly").glob("*.yaml")}

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from sweeper.errors import ConfigError
-from sweeper.evaluation.generation import Answers, generate, greedy_config
-from sweeper.modeling.base import Base, load_base
+from sweeper.core.errors import ConfigError
+from sweeper.evaluation.generation import GeneratedAnswers, generate, greedy_config
+from sweeper.modeling.base_model import LoadedBase, load_base
 from tests.conftest import make_settings
 
 LIMIT = 24
@@ -29,19 +29,19 @@ BEGINNINGS = (
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
+def base() -> LoadedBase:
     """The embedded base in fp32."""
     settings = make_settings("quantization=none")
     return load_base(settings.model, settings.quantization, trained=False)
 
 
 @pytest.fixture(scope="module")
-def prompts(base: Base) -> list[list[int]]:
+def prompts(base: LoadedBase) -> list[list[int]]:
     """Eight beginnings of different length, in the words that the base was trained on."""
     return [base.tokenizer(text)["input_ids"] for text in BEGINNINGS]
 
 
-def by_hand(base: Base, prompt: list[int], limit: int = LIMIT) -> list[int]:
+def by_hand(base: LoadedBase, prompt: list[int], limit: int = LIMIT) -> list[int]:
     """Without cache, padding and generate(): the argmax, again and again."""
     ids = list(prompt)
     for _ in range(limit):
@@ -51,14 +51,14 @@ def by_hand(base: Base, prompt: list[int], limit: int = LIMIT) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def greedy(base: Base, prompts: list[list[int]]) -> list[list[int]]:
+def greedy(base: LoadedBase, prompts: list[list[int]]) -> list[list[int]]:
     """LIMIT tokens after each prompt, by hand."""
     return [by_hand(base, prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_answers_are_the_argmax_for_every_batch_size(
-    base: Base,
+    base: LoadedBase,
     prompts: list[list[int]],
     greedy: list[list[int]],
     batch_size: int,
@@ -78,7 +78,7 @@ def test_answers_are_the_argmax_for_every_batch_size(
     assert found.tokens_per_second > 0
 
 
-def test_the_limit_cuts(base: Base, prompts: list[list[int]]) -> None:
+def test_the_limit_cuts(base: LoadedBase, prompts: list[list[int]]) -> None:
     """An answer that does not end has max_new_tokens tokens and is marked as cut."""
     found = generate(base.model, base.tokenizer, prompts, 2, 8)
     assert [answer.tokens for answer in found.answers] == [2] * 8
@@ -86,7 +86,7 @@ def test_the_limit_cuts(base: Base, prompts: list[list[int]]) -> None:
 
 
 def test_the_models_own_sampling_is_neither_used_nor_lost(
-    base: Base, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    base: LoadedBase, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A generation config that samples and penalises changes nothing, warns of nothing, and stays."""
     plain = generate(base.model, base.tokenizer, prompts[:3], 8, 3)
@@ -108,7 +108,7 @@ def test_the_models_own_sampling_is_neither_used_nor_lost(
 
 
 def test_generation_stops_at_every_end_token(
-    base: Base, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    base: LoadedBase, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chat models end a turn with another token than a text: both end an answer."""
     first = by_hand(base, prompts[0], 1)[0]
@@ -119,7 +119,9 @@ def test_generation_stops_at_every_end_token(
     assert (answer.text, answer.tokens, answer.ended) == ("", 1, True)
 
 
-def test_adapter_and_its_base_answer_from_one_model(base: Base, prompts: list[list[int]]) -> None:
+def test_adapter_and_its_base_answer_from_one_model(
+    base: LoadedBase, prompts: list[list[int]]
+) -> None:
     """The tuned model answers with the adapter, the base within disable_adapter without it."""
     untuned = generate(base.model, base.tokenizer, prompts[:4], 12, 4)
     config = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
@@ -135,12 +137,14 @@ def test_adapter_and_its_base_answer_from_one_model(base: Base, prompts: list[li
     assert tuned.texts != untuned.texts
 
 
-def test_prompts_that_do_not_fit_are_refused(base: Base) -> None:
+def test_prompts_that_do_not_fit_are_refused(base: LoadedBase) -> None:
     """No prompt is cut in silence: the message names the key, the figures and what is possible."""
     with pytest.raises(ConfigError, match=r"max_new_tokens=20: the longest prompt has 500 .* 12"):
         generate(base.model, base.tokenizer, [[5] * 500], 20, 1)
 
 
-def test_no_prompts_no_answers(base: Base) -> None:
+def test_no_prompts_no_answers(base: LoadedBase) -> None:
     """An empty list is answered by an empty list."""
-    assert generate(base.model, base.tokenizer, [], 5, 2).answers == Answers((), 0.0).answers
+    assert (
+        generate(base.model, base.tokenizer, [], 5, 2).answers == GeneratedAnswers((), 0.0).answers
+    )

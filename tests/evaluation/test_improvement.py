@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sweeper.evaluation.generation import Answer
+from sweeper.evaluation.answer_lengths import length_metrics
+from sweeper.evaluation.generation import GeneratedAnswer
 from sweeper.evaluation.improvement import as_markdown, improvements
-from sweeper.evaluation.lengths import length_metrics
 
 BASE = {"eval/rouge1": 0.4732, "eval/rouge2": 0.22545, "eval/rougeL": 0.2856}
 TUNED = {"eval/rouge1": 0.5323, "eval/rouge2": 0.28495, "eval/rougeL": 0.3521}
@@ -41,7 +41,11 @@ def test_nothing_is_no_base_for_a_percentage() -> None:
 
 def test_lengths_and_endings() -> None:
     """Mean and median words of both sides, and shares of empty, ended and cut answers."""
-    answers = [Answer("a b c", 4, True), Answer(" \n", 3, True), Answer("d", 9, False)]
+    answers = [
+        GeneratedAnswer("a b c", 4, True),
+        GeneratedAnswer(" \n", 3, True),
+        GeneratedAnswer("d", 9, False),
+    ]
     found = length_metrics(answers, ["one two", "three", "four five six seven\neight nine"])
     assert found == pytest.approx(
         {

@@ -10,20 +10,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from sweeper.config.settings import DIRECTIONS, EvaluationSettings, validate
+from sweeper.core.errors import ConfigError
 from sweeper.data.encode import encode_evaluation, encode_prompts
-from sweeper.data.tokens import Collator
-from sweeper.errors import ConfigError
-from sweeper.evaluation.judge import HeldOut, Judge, make_judge, plausibility_warning
-from sweeper.evaluation.loss import evaluate_loss
+from sweeper.data.tokens import PaddingCollator
+from sweeper.evaluation.judge import HeldOutPrompts, ModelJudge, make_judge, plausibility_warning
 from sweeper.evaluation.rouge import rouge
-from sweeper.modeling.base import Base, load_base
-from sweeper.settings import DIRECTIONS, Evaluation, validate
+from sweeper.evaluation.token_loss import evaluate_loss
+from sweeper.modeling.base_model import LoadedBase, load_base
 from tests.conftest import make_settings
 from tests.data.samples import example, make_data
 
 
 @pytest.fixture(scope="module")
-def base() -> Base:
+def base() -> LoadedBase:
     """The embedded base in fp32."""
     settings = make_settings("quantization=none")
     return load_base(settings.model, settings.quantization, trained=False)
@@ -43,23 +43,23 @@ EXAMPLES = [
 ]
 
 
-def judge_of(base: Base, **options: Any) -> Judge:
+def judge_of(base: LoadedBase, **options: Any) -> ModelJudge:
     """A judge on 20 rows and 10 held-out prompts, 4 of which are answered."""
-    held_out = HeldOut.of(encode_prompts(EXAMPLES[:10], base.tokenizer, PLAIN))
+    held_out = HeldOutPrompts.of(encode_prompts(EXAMPLES[:10], base.tokenizer, PLAIN))
     document: dict[str, Any] = make_settings().evaluation.model_dump() | options
     document["generation"] |= {"num_examples": 4, "max_new_tokens": 8}
-    evaluation = validate(Evaluation, document, "evaluation")
+    evaluation = validate(EvaluationSettings, document, "evaluation")
     rows = encode_evaluation(EXAMPLES, base.tokenizer, PLAIN, None, 512).rows
     return make_judge(base.tokenizer, rows, held_out, evaluation, seed=7)
 
 
-def test_every_named_metric_is_measured(base: Base) -> None:
+def test_every_named_metric_is_measured(base: LoadedBase) -> None:
     """The judgement holds all that an objective can name, lengths and speed, all finite."""
     judge = judge_of(base)
     judgement = judge(base.model)
     assert set(DIRECTIONS) <= set(judgement.metrics)
     assert all(math.isfinite(value) for value in judgement.metrics.values())
-    loss = evaluate_loss(base.model, judge.rows, Collator(base.tokenizer.pad_token_id), 8)
+    loss = evaluate_loss(base.model, judge.rows, PaddingCollator(base.tokenizer.pad_token_id), 8)
     assert judgement.value("eval/loss") == pytest.approx(loss.mean, abs=1e-6)
     assert judgement.value("eval/perplexity") == pytest.approx(math.exp(loss.mean), rel=1e-5)
     bits = loss.nll / math.log(2) / sum(judge.row_bytes)
@@ -71,7 +71,7 @@ def test_every_named_metric_is_measured(base: Base) -> None:
     assert judgement.metrics["eval/response_words_mean"] > 0
 
 
-def test_base_lora_and_merged_are_judged_alike(base: Base) -> None:
+def test_base_lora_and_merged_are_judged_alike(base: LoadedBase) -> None:
     """A LoRA model, the same merged into its base, and the base within disable_adapter agree."""
     judge = judge_of(base)
     untuned = judge(base.model)
@@ -94,14 +94,14 @@ def test_base_lora_and_merged_are_judged_alike(base: Base) -> None:
     assert abs(tuned.value("eval/loss") - untuned.value("eval/loss")) > 0.01
 
 
-def test_a_metric_that_was_not_measured_is_an_error(base: Base) -> None:
+def test_a_metric_that_was_not_measured_is_an_error(base: LoadedBase) -> None:
     """Asked for ROUGE where nothing was generated, no other metric answers."""
     judgement = judge_of(base).within_trial(["eval/loss"])(base.model)
     with pytest.raises(ConfigError, match=r"eval/rougeL: not measured; measured were .*eval/loss"):
         judgement.value("eval/rougeL")
 
 
-def test_looks_inside_a_trial_are_capped_and_cheap(base: Base) -> None:
+def test_looks_inside_a_trial_are_capped_and_cheap(base: LoadedBase) -> None:
     """max_samples rows, the same ones for every judge of the seed; answers only if asked for."""
     judge = judge_of(base, max_samples=5)
     look = judge.within_trial(["eval/loss", "eval/perplexity"])
@@ -114,9 +114,9 @@ def test_looks_inside_a_trial_are_capped_and_cheap(base: Base) -> None:
     assert [judge.row_bytes[index] for index in indices] == look.row_bytes
 
 
-def test_smaller_batches_change_no_figure(base: Base) -> None:
+def test_smaller_batches_change_no_figure(base: LoadedBase) -> None:
     """Halved from 32 down to one example at a time, every figure stays; below that is nothing."""
-    judge: Judge | None = judge_of(base)
+    judge: ModelJudge | None = judge_of(base)
     assert judge is not None
     whole, sizes = judge(base.model), []
     while judge is not None:
@@ -131,7 +131,7 @@ def test_smaller_batches_change_no_figure(base: Base) -> None:
     assert [answer.text for answer in alone.answers] == [answer.text for answer in whole.answers]
 
 
-def test_answered_prompts_are_drawn_by_the_seed(base: Base) -> None:
+def test_answered_prompts_are_drawn_by_the_seed(base: LoadedBase) -> None:
     """num_examples of the held-out prompts, each with its own reference, the same every time."""
     first, second = judge_of(base).held_out, judge_of(base).held_out
     assert first is not None
@@ -147,7 +147,7 @@ def test_answered_prompts_are_drawn_by_the_seed(base: Base) -> None:
 
 
 def test_the_users_metric_is_measured_beside_the_others(
-    base: Base, monkeypatch: pytest.MonkeyPatch
+    base: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """eval/<name> is what the function gives for the very answers that ROUGE judged."""
     import tests.evaluation.test_judge as here

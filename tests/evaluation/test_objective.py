@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sweeper.errors import ConfigError
+from sweeper.core.errors import ConfigError
 from tests.conftest import make_settings
 
 NONE = "evaluation.generation.num_examples=0"

@@ -8,7 +8,7 @@ from statistics import fmean
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from sweeper.errors import ConfigError
+from sweeper.core.errors import ConfigError
 from sweeper.evaluation import rouge as module
 from sweeper.evaluation.rouge import KINDS, rouge
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from sweeper.folders import write_json
+from sweeper.core.paths import write_json
 from tests.faults.scorecard import ROOT, Case, read_scorecard, write_results
 
 RESULTS = ROOT / "benchmarks" / "faults.json"

@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 
-from sweeper.search.plan import studies
+from sweeper.commands.run_study import run_study
 from sweeper.search.storage import PatientStorage
-from sweeper.session import run_study
+from sweeper.search.study_plan import studies
 
 WRITES = (
     *("_create_new_trial", "_set_trial_param", "set_trial_state_values"),

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.answers import find_adapter
-from sweeper.errors import ArtifactError, ModelError
-from sweeper.folders import TrialFolder
-from sweeper.manifest import write_manifest
-from sweeper.modeling.base import load_base
+from sweeper.commands.generate import find_adapter
+from sweeper.core.errors import ArtifactError, ModelError
+from sweeper.core.manifest import write_manifest
+from sweeper.core.paths import TrialFolder
+from sweeper.modeling.base_model import load_base
 from sweeper.modeling.merge import merge
 from sweeper.training.checkpoint import newest_checkpoint
 from tests.conftest import make_settings

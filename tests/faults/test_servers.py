@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sweeper.manifest import verify_manifest, write_manifest
+from sweeper.core.manifest import verify_manifest, write_manifest
 from tests.deploy.stack import NEEDS_POSTGRES, STORAGE, Stack, running_stack
 from tests.faults.conftest import Launch
 from tests.faults.sweep import DEADLINE_S, Sweep, spool

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from sweeper.embedded import BASE_DIR
+from sweeper.builtin.embedded import BASE_DIR
 
 SIZE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 2048}
 HEADS = {"num_attention_heads": 2, "max_position_embeddings": 128}

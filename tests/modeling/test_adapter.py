@@ -9,17 +9,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
-from sweeper.errors import ModelError
-from sweeper.modeling.adapter import (
-    attach,
-    count_parameters,
-    detach,
-    linear_modules,
-    touches_base,
-)
-from sweeper.modeling.base import load_base
-from sweeper.modeling.targets import resolve_targets
-from sweeper.settings import LoraAdapter
+from sweeper.config.settings import LoraAdapter
+from sweeper.core.errors import ModelError
+from sweeper.modeling.adapter import attach, count_parameters, detach, linear_modules, touches_base
+from sweeper.modeling.base_model import load_base
+from sweeper.modeling.target_modules import resolve_targets
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, GROUPED
 

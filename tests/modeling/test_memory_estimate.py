@@ -8,10 +8,10 @@ from bitsandbytes.nn import Int8Params, Params4bit
 from bitsandbytes.optim import AdamW8bit
 from transformers import LlamaConfig
 
-from sweeper.modeling import rehearsal
+from sweeper.config.settings import LoraAdapter
+from sweeper.modeling import step_memory
 from sweeper.modeling.adapter import attach, count_parameters
-from sweeper.modeling.base import load_base
-from sweeper.modeling.check import ModelChecks
+from sweeper.modeling.base_model import load_base
 from sweeper.modeling.memory_estimate import (
     WORDS,
     estimate,
@@ -20,8 +20,8 @@ from sweeper.modeling.memory_estimate import (
     quantized_weights,
     state_bytes,
 )
-from sweeper.modeling.rehearsal import Peak, Workload, rehearse
-from sweeper.settings import LoraAdapter
+from sweeper.modeling.step_memory import PeakBytes, StepWorkload, rehearse
+from sweeper.modeling.trial_check import ModelChecks
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, GROUPED, HEADS, SIZE
 
@@ -130,13 +130,13 @@ def test_shares_are_a_part_of_all_until_the_whole_weights_count(
     )
 
 
-def _rehearsed(workload: Workload, attention: str = "sdpa", *overrides: str) -> Peak:
+def _rehearsed(workload: StepWorkload, attention: str = "sdpa", *overrides: str) -> PeakBytes:
     adapter = make_settings("quantization=none", *overrides).adapter
     return rehearse(model_on_meta(DEEP, adapter, torch.float32, attention), workload, torch.float32)
 
 
-def _workload(*, checkpointing: bool = False, length: int = 32, **other: int) -> Workload:
-    return Workload(2, length, checkpointing, False, "adamw_torch", **other)
+def _workload(*, checkpointing: bool = False, length: int = 32, **other: int) -> StepWorkload:
+    return StepWorkload(2, length, checkpointing, False, "adamw_torch", **other)
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_two_depths_continue_to_the_whole_stack(
     """The straight line through two small depths meets the full rehearsal of seven layers."""
     workload, override = _workload(checkpointing=checkpointing), f"adapter={adapter}"
     line = _rehearsed(workload, "sdpa", override)
-    monkeypatch.setattr(rehearsal, "DEEP", 99)
+    monkeypatch.setattr(step_memory, "DEEP", 99)
     whole = _rehearsed(workload, "sdpa", override)
     assert line.bytes == pytest.approx(whole.bytes, rel=1e-3)
 

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sweeper.errors import ModelError
+from sweeper.config.settings import LoraAdapter
+from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.merge import merge
-from sweeper.settings import LoraAdapter
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, save
 
@@ -88,7 +88,7 @@ def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
 
 def test_merging_in_4_bit_would_lose_most_of_a_small_training(tmp_path: Path) -> None:
     """Why the base is loaded anew: PEFT's merge into an NF4 base does not carry a small update."""
-    from sweeper.modeling.base import load_base
+    from sweeper.modeling.base_model import load_base
 
     settings = make_settings("quantization=nf4", "adapter.r=4")
     assert isinstance(settings.adapter, LoraAdapter)

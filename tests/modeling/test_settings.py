@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sweeper.errors import ConfigError
-from sweeper.settings import LoraAdapter, Quantization, validate
+from sweeper.config.settings import LoraAdapter, QuantizationSettings, validate
+from sweeper.core.errors import ConfigError
 from tests.conftest import make_settings
 
 
@@ -64,4 +64,4 @@ def test_alpha_over_r_also_holds_where_rank_pattern_sets_another_r() -> None:
 def test_a_missing_width_is_an_error() -> None:
     """Defaults live in conf/ only."""
     with pytest.raises(ConfigError, match="load_in_8bit: missing"):
-        validate(Quantization, {"load_in_4bit": True})
+        validate(QuantizationSettings, {"load_in_4bit": True})

@@ -8,43 +8,43 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sweeper.core.errors import DataError, TrackingError
+from sweeper.core.outcome import ExampleLosses, HeldOutLosses
+from sweeper.core.paths import TrialFolder, read_json, write_json
 from sweeper.data.splits import load_splits
-from sweeper.errors import DataError, TrackingError
-from sweeper.folders import TrialFolder, read_json, write_json
 from sweeper.nightly.certify import CERTIFIED_TAG, certify
-from sweeper.outcome import Examples, Unseen
-from sweeper.tracking.registry import Version
+from sweeper.tracking.registry import ModelVersion
 from tests.conftest import make_settings
 
 TOKENS = (10,) * 40
 
 
-def _unseen(loss: float, general: float | None) -> Unseen:
+def _unseen(loss: float, general: float | None) -> HeldOutLosses:
     """Examples of different difficulty, the same for every model."""
     nll = tuple(count * (loss + 0.1 * (place % 5)) for place, count in enumerate(TOKENS))
-    plain = None if general is None else Examples(nll=(10 * general,), tokens=(10,))
-    return Unseen(test=Examples(nll=nll, tokens=TOKENS), general=plain)
+    plain = None if general is None else ExampleLosses(nll=(10 * general,), tokens=(10,))
+    return HeldOutLosses(test=ExampleLosses(nll=nll, tokens=TOKENS), general=plain)
 
 
 class Models:
     """A registry of one model in memory."""
 
-    def __init__(self, *versions: Version) -> None:
+    def __init__(self, *versions: ModelVersion) -> None:
         self.all = list(versions)
 
-    def champion(self, model: str) -> Version | None:
+    def champion(self, model: str) -> ModelVersion | None:
         """The newest."""
         return self.all[-1] if self.all else None
 
-    def versions(self, model: str) -> list[Version]:
+    def versions(self, model: str) -> list[ModelVersion]:
         """All of them."""
         return self.all
 
-    def tag(self, version: Version, key: str, value: str) -> None:
+    def tag(self, version: ModelVersion, key: str, value: str) -> None:
         """Write it into the version."""
         place = self.all.index(version)
         tags = {**version.tags, key: value}
-        self.all[place] = Version(**{**vars(version), "tags": tags})
+        self.all[place] = ModelVersion(**{**vars(version), "tags": tags})
 
 
 def _trained_on(trial: TrialFolder) -> str:
@@ -52,19 +52,19 @@ def _trained_on(trial: TrialFolder) -> str:
     return str(read_json(trial.provenance)["data.digest"])
 
 
-def _version(folder: Path, number: str, digest: str) -> Version:
+def _version(folder: Path, number: str, digest: str) -> ModelVersion:
     trial = TrialFolder(folder / number)
     trial.path.mkdir()
     trial.config.write_text("{}")
     write_json(trial.provenance, {"data.digest": digest})
-    return Version("mine", number, "s", "lora/0000", trial.path, None, {})
+    return ModelVersion("mine", number, "s", "lora/0000", trial.path, None, {})
 
 
 def test_every_look_is_recorded_and_counted(tmp_path: Path) -> None:
     """Two looks at one version, one at its successor: 1, 2, 3; on other data counting begins anew."""
     models = Models(_version(tmp_path, "1", "a"))
 
-    def judge(trial: TrialFolder) -> tuple[Unseen, Unseen]:
+    def judge(trial: TrialFolder) -> tuple[HeldOutLosses, HeldOutLosses]:
         assert trial.config.exists()
         return _unseen(4.0, 3.62), _unseen(4.5, 3.6)
 
@@ -106,7 +106,7 @@ def test_data_that_changed_since_are_refused_before_anything_is_judged(tmp_path:
     trial, judged = TrialFolder(models.all[0].folder), []
     trial.config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
 
-    def judge(trial: TrialFolder) -> tuple[Unseen, Unseen]:
+    def judge(trial: TrialFolder) -> tuple[HeldOutLosses, HeldOutLosses]:
         judged.append(trial)
         return _unseen(4.0, None), _unseen(4.5, None)
 
@@ -124,6 +124,6 @@ def test_what_cannot_be_certified_is_refused(tmp_path: Path) -> None:
     """No champion; a champion whose folder is on another machine."""
     with pytest.raises(TrackingError, match="has no champion to certify"):
         certify("mine", Models())  # type: ignore[arg-type]
-    away = Version("mine", "1", "s", "lora/0000", tmp_path / "gone", None, {})
+    away = ModelVersion("mine", "1", "s", "lora/0000", tmp_path / "gone", None, {})
     with pytest.raises(TrackingError, match="not on this machine; certify it where it is"):
         certify("mine", Models(away))  # type: ignore[arg-type]

@@ -5,30 +5,32 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sweeper.nightly.champion import Decision, Evidence, decide
-from sweeper.nightly.sets import ChampionRules
-from sweeper.reporting.intervals import Judged
+from sweeper.nightly.champion import ChallengeEvidence, ChampionDecision, decide
+from sweeper.nightly.nightly_set import ChampionRules
+from sweeper.reporting.intervals import SeedLosses
 
 EXAMPLES = 200
 TOKENS = np.full(EXAMPLES, 10.0)
 RULES = ChampionRules(margin=0.01, max_size_mib=None, max_forgetting=None)
-SMALL = Evidence(size_mib=1.0, forgotten=None)
+SMALL = ChallengeEvidence(size_mib=1.0, forgotten=None)
 
 
-def _judged(loss: float, *, noise: float = 0.0, seeds: int = 1, spread: float = 0.0) -> Judged:
+def _judged(loss: float, *, noise: float = 0.0, seeds: int = 1, spread: float = 0.0) -> SeedLosses:
     """Examples of different difficulty, the same for every model; `noise` is a model's own."""
     random = np.random.default_rng(int(loss * 1000))
     hard = np.random.default_rng(0).normal(0, 5, EXAMPLES)
     own = random.normal(0, noise, (seeds, EXAMPLES)) if noise else np.zeros((seeds, EXAMPLES))
     shift = np.linspace(-spread, spread, seeds)[:, None]
-    return Judged(TOKENS * (loss + shift) + hard + own, TOKENS)
+    return SeedLosses(TOKENS * (loss + shift) + hard + own, TOKENS)
 
 
 BASE = _judged(4.5)
 NAMES = ("model", "study/lora/0003", "version 1")
 
 
-def _decide(challenger: Judged, champion: Judged | None, rules: ChampionRules = RULES) -> Decision:
+def _decide(
+    challenger: SeedLosses, champion: SeedLosses | None, rules: ChampionRules = RULES
+) -> ChampionDecision:
     return decide(NAMES, challenger, champion, BASE, SMALL, rules)
 
 
@@ -99,6 +101,6 @@ def test_limits_refuse_a_better_model(
 
 def test_other_examples_do_not_compare() -> None:
     """Losses over other tokens are refused rather than compared."""
-    other = Judged(np.ones((1, EXAMPLES)), np.full(EXAMPLES, 11.0))
+    other = SeedLosses(np.ones((1, EXAMPLES)), np.full(EXAMPLES, 11.0))
     with pytest.raises(ValueError, match="different examples"):
         _decide(other, _judged(3.9))

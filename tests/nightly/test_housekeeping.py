@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from sweeper.errors import TrackingError
+from sweeper.commands.retention import Removal
+from sweeper.core.errors import TrackingError
 from sweeper.nightly import housekeeping
 from sweeper.nightly.housekeeping import tidy
-from sweeper.nightly.sets import RetentionPolicy
-from sweeper.retention import Removal
-from sweeper.tracking.registry import Registry
-from sweeper.tracking.server import local_uri
+from sweeper.nightly.nightly_set import RetentionPolicy
+from sweeper.tracking.registry import ModelRegistry
+from sweeper.tracking.tracking_server import local_uri
 
 
 def _policy(**values: object) -> RetentionPolicy:
@@ -50,7 +50,7 @@ def test_nothing_is_deleted_while_champions_are_unknown(
 ) -> None:
     """The registry is away: the champion's weights might be among those that would go."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    registry = Registry("http://127.0.0.1:9", tmp_path)
+    registry = ModelRegistry("http://127.0.0.1:9", tmp_path)
     with pytest.raises(TrackingError):
         tidy(_policy(), ["night"], tmp_path / "outputs", [registry])
     assert loser.exists()
@@ -58,7 +58,7 @@ def test_nothing_is_deleted_while_champions_are_unknown(
 
 def test_runs_deleted_in_mlflow_go_for_good(tmp_path: Path) -> None:
     """A dry run names the command; a registered version's run holds all back; then MLflow collects."""
-    registry, client = Registry(None, tmp_path), MlflowClient(local_uri(tmp_path))
+    registry, client = ModelRegistry(None, tmp_path), MlflowClient(local_uri(tmp_path))
     experiment = client.create_experiment("mine", (tmp_path / "artifacts").as_uri())
     kept, deleted = (client.create_run(experiment).info.run_id for _ in range(2))
     assert registry.collect_deleted(0.0, dry_run=False) is None

@@ -28,8 +28,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from sweeper.folders import NightFolder, NightsFolder
-from sweeper.nightly.record import EntryRecord, NightRecord, read_record
+from sweeper.core.paths import NightFolder, NightsFolder
+from sweeper.nightly.night_record import EntryRecord, NightRecord, read_record
 from tests.faults.clock import WallClock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

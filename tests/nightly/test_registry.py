@@ -12,12 +12,12 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from sweeper.errors import TrackingError
-from sweeper.nightly.challenge import Figures, challenge
-from sweeper.nightly.record import Best, NightRecord
-from sweeper.nightly.run import run_night
-from sweeper.nightly.sets import load_set
-from sweeper.tracking.registry import Registry
+from sweeper.core.errors import TrackingError
+from sweeper.nightly.challenge import GateFigures, challenge
+from sweeper.nightly.night_record import BestTrial, NightRecord
+from sweeper.nightly.night_run import run_night
+from sweeper.nightly.nightly_set import load_set
+from sweeper.tracking.registry import ModelRegistry
 
 FIRST = datetime(2026, 5, 1, 22, 30, tzinfo=UTC)
 MODEL = "lr_rank_sweep"
@@ -36,14 +36,14 @@ class Judge:
         self.forgets = forgets
         self.asked: list[dict[str, Path]] = []
 
-    def __call__(self, gate: str, trials: dict[str, Path]) -> Figures:
+    def __call__(self, gate: str, trials: dict[str, Path]) -> GateFigures:
         self.asked.append(trials)
         hard = np.random.default_rng(0).normal(0, 1, 100)
         names = ["base", *trials]
         nll = {name: list(10 * self.losses[name] + hard) for name in names}
         forgotten = {"base": 0.0, "challenger": self.forgets, "champion": 0.1}
         general = {name: [10 * (3.6 + forgotten[name])] * 8 for name in names}
-        return Figures(tokens=[10] * 100, nll=nll, general_tokens=[10] * 8, general=general)
+        return GateFigures(tokens=[10] * 100, nll=nll, general_tokens=[10] * 8, general=general)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def _night(number: int, judge: Judge) -> NightRecord:
 
 def test_promotion_refusal_promotion_and_rollback(folder: Path) -> None:
     """Night 1 crowns the first, night 2 is refused with its evidence, night 3 wins; it is taken back."""
-    registry = Registry(None, folder / "mlruns")
+    registry = ModelRegistry(None, folder / "mlruns")
     first = _night(0, Judge(base=4.5, challenger=4.0))
     assert first.result == "new champion"
     crowned = registry.champion(MODEL)
@@ -120,7 +120,7 @@ def _digests_are_recorded(folder: Path) -> None:
 
 def test_a_better_model_that_forgot_too_much_is_refused(folder: Path) -> None:
     """0.2 nats better on the gate, and 1.2 nats worse on general text, where the set allows 1."""
-    registry = Registry(None, folder / "mlruns")
+    registry = ModelRegistry(None, folder / "mlruns")
     before = registry.champion(MODEL)
     record = _night(4, Judge(forgets=1.2, base=4.5, challenger=3.8, champion=4.0))
     decision = record.entries[MODEL].champion
@@ -132,7 +132,7 @@ def test_a_better_model_that_forgot_too_much_is_refused(folder: Path) -> None:
     assert "forgetting +1.2000 nats" in text
 
 
-def _winner(record: NightRecord) -> tuple[str, Best]:
+def _winner(record: NightRecord) -> tuple[str, BestTrial]:
     entry = record.entries[MODEL]
     assert entry.decided is not None
     assert entry.best is not None
@@ -141,7 +141,7 @@ def _winner(record: NightRecord) -> tuple[str, Best]:
 
 def test_what_was_rolled_back_by_hand_is_not_promoted_again(folder: Path) -> None:
     """The best trial was taken back: the next night does not have it judged, and says which version."""
-    registry = Registry(None, folder / "mlruns")
+    registry = ModelRegistry(None, folder / "mlruns")
     losing = Judge(base=4.5, challenger=4.4, champion=4.0)
     (holder, old), (study, best) = (_winner(_night(number, losing)) for number in (5, 6))
     number = best.number
@@ -162,7 +162,7 @@ def test_what_was_rolled_back_by_hand_is_not_promoted_again(folder: Path) -> Non
 
 def test_unknown_models_and_runs_are_named(folder: Path) -> None:
     """Nothing to roll back, and no run to promote: one line each."""
-    registry = Registry(None, folder / "mlruns")
+    registry = ModelRegistry(None, folder / "mlruns")
     assert registry.champion("nobody") is None
     with pytest.raises(TrackingError, match="'nobody' has no champion"):
         registry.rollback("nobody")
@@ -175,7 +175,7 @@ def test_server_that_is_away_ends_no_night(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("sweeper.tracking.mlflow_tracker.CLOSE_SECONDS", 0.1)
-    from sweeper import compose
+    from sweeper.config import compose
 
     compose._composed_or_refused.cache_clear()  # the environment is read when it is composed
     record = _night(3, Judge())

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sweeper import retention
-from sweeper.cli import app
-from sweeper.nightly import run
-from sweeper.retention import Removal
+from sweeper.cli.verbs import app
+from sweeper.commands import retention
+from sweeper.commands.retention import Removal
+from sweeper.nightly import night_run
 
 RUNNER = CliRunner()
 
@@ -23,7 +23,7 @@ def test_exit_code_tells_how_the_night_ended(
     result: str | None, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing to run and no change are 0; the others can be told apart."""
-    monkeypatch.setattr(run, "run_night", lambda name, overrides: result)
+    monkeypatch.setattr(night_run, "run_night", lambda name, overrides: result)
     assert RUNNER.invoke(app, ["nightly", "default"]).exit_code == code
 
 

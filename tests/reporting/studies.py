@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sweeper.outcome import Facts, Outcome
-from sweeper.reporting.results import ArmResult, Range, Results, TrialResult, rank
-from sweeper.settings import Fairness, Objective
+from sweeper.config.settings import FairnessRules, Objective
+from sweeper.core.outcome import ArmBaseline, Outcome
+from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults, TrialResult, rank
 
 RATE = "training.learning_rate"
-FACTS = Facts(
+FACTS = ArmBaseline(
     base_digest="b",
     base_commit=None,
     base_metrics={"eval/loss": 4.5, "eval/perplexity": 90.0},
@@ -26,7 +26,7 @@ FACTS = Facts(
 )
 LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
 ROUGE = Objective(metric="eval/rougeL", direction="maximize", pruning_metric="eval/loss")
-FAIRNESS = Fairness(equal="trials", tolerance=0.1, min_finished=1)
+FAIRNESS = FairnessRules(equal="trials", tolerance=0.1, min_finished=1)
 SETTINGS = {
     "adapter.method": "lora",
     "training.optim": "adamw_torch",
@@ -81,7 +81,7 @@ def make_arm(
     objective = fields.pop("objective", LOSS)
     adapter = "none" if method == "full fine-tuning" else "lora"
     continuous = fields.pop("continuous", True)
-    ranges = {} if rates is None else {RATE: Range(values=rates, continuous=continuous)}
+    ranges = {} if rates is None else {RATE: SearchedRange(values=rates, continuous=continuous)}
     return ArmResult(
         name=name,
         wanted=fields.pop("wanted", len(trials)),
@@ -96,13 +96,15 @@ def make_arm(
     )
 
 
-def make_results(*arms: ArmResult, fairness: Fairness = FAIRNESS, **fields: Any) -> Results:
+def make_results(
+    *arms: ArmResult, fairness: FairnessRules = FAIRNESS, **fields: Any
+) -> StudyResults:
     """A study of these arms."""
     provenance = {"git.commit": "abc"}
-    return Results("mine", "+experiment=mine -m", provenance, tuple(arms), fairness, **fields)
+    return StudyResults("mine", "+experiment=mine -m", provenance, tuple(arms), fairness, **fields)
 
 
-def two_arms(lora: float | None, full: float | None, **fields: Any) -> Results:
+def two_arms(lora: float | None, full: float | None, **fields: Any) -> StudyResults:
     """One trial an arm; an arm without a value is left out (full) or failed (lora)."""
     cause = "finished" if lora is not None else "oom"
     arms = [make_arm("lora", [make_trial("lora", 0, cause, lora, LORA_COSTS)], **fields)]

@@ -15,13 +15,13 @@ from urllib.request import urlopen
 
 import pytest
 
-from sweeper.folders import StudyFolder
-from sweeper.reporting.evidence import Evidence
-from sweeper.reporting.page import Study, page
-from sweeper.reporting.results import Results
+from sweeper.core.paths import StudyFolder
+from sweeper.reporting.html_page import PageStudy, page
+from sweeper.reporting.report_evidence import ReportEvidence
+from sweeper.reporting.results import StudyResults
 from tests.reporting.browser import find_browser, open_offline
 from tests.reporting.studies import make_arm, make_results, make_trial, two_arms
-from tests.reporting.test_page import all_failed, curves, many
+from tests.reporting.test_html_page import all_failed, curves, many
 
 pytestmark = pytest.mark.slow  # a browser's start a page
 
@@ -68,10 +68,10 @@ def axe() -> str:
         return script.read().decode()
 
 
-def _written(results: Results, folder: Path) -> Path:
-    evidence = curves(results) if results.arms[0].best is not None else Evidence()
+def _written(results: StudyResults, folder: Path) -> Path:
+    evidence = curves(results) if results.arms[0].best is not None else ReportEvidence()
     path = folder / "report.html"
-    text = page([Study(results, StudyFolder(Path("outputs/mine")), evidence)])
+    text = page([PageStudy(results, StudyFolder(Path("outputs/mine")), evidence)])
     path.write_text(text, encoding="utf-8")
     return path
 

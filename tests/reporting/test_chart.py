@@ -8,10 +8,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sweeper.config.settings import Objective
 from sweeper.reporting.chart import (
-    Axis,
-    Dot,
-    Line,
+    ChartAxis,
+    ChartDot,
+    ChartLine,
     bars,
     number_axis,
     parallel,
@@ -20,8 +21,7 @@ from sweeper.reporting.chart import (
     word_axis,
 )
 from sweeper.reporting.figures import TARGETS, TRAINABLE, pareto, pareto_figure, target_figure
-from sweeper.reporting.results import Results
-from sweeper.settings import Objective
+from sweeper.reporting.results import StudyResults
 from tests.reporting.studies import (
     FACTS,
     LOSS,
@@ -73,8 +73,8 @@ def test_words_are_marked_in_order() -> None:
 
 def test_dots_are_drawn_at_their_values() -> None:
     """A larger y is higher up, a larger x further right; tooltips and titles are escaped."""
-    axes = (Axis("x", 0, 1, ()), Axis("y", 0, 1, ()))
-    dots = [Dot(0.2, 0.1, "<a>"), Dot(0.8, 0.9, "b & c")]
+    axes = (ChartAxis("x", 0, 1, ()), ChartAxis("y", 0, 1, ()))
+    dots = [ChartDot(0.2, 0.1, "<a>"), ChartDot(0.8, 0.9, "b & c")]
     drawn = ElementTree.fromstring(plot("T<", "d", axes, dots))
     low, high = drawn.findall(f"{SVG}circle")
     assert float(high.attrib["cx"]) > float(low.attrib["cx"])
@@ -85,8 +85,8 @@ def test_dots_are_drawn_at_their_values() -> None:
 
 def test_series_differ_in_shape_and_colour() -> None:
     """Four series in a row have four shapes, so that colour is never alone."""
-    axes = (Axis("x", 0, 1, ()), Axis("y", 0, 1, ()))
-    dots = [Dot(0.5, 0.5, str(n), n) for n in range(4)]
+    axes = (ChartAxis("x", 0, 1, ()), ChartAxis("y", 0, 1, ()))
+    dots = [ChartDot(0.5, 0.5, str(n), n) for n in range(4)]
     drawn = ElementTree.fromstring(plot("T", "d", axes, dots))
     shapes = [
         (mark.tag, (mark.get("d") or "").split("l")[-1])
@@ -98,10 +98,10 @@ def test_series_differ_in_shape_and_colour() -> None:
 
 def test_cut_line_ends_in_a_cross() -> None:
     """A pruned trial's curve has a mark of its own at its end."""
-    axes = (Axis("x", 0, 4, ()), Axis("y", 0, 1, ()))
+    axes = (ChartAxis("x", 0, 4, ()), ChartAxis("y", 0, 1, ()))
     points = ((0.0, 1.0), (2.0, 0.5))
-    whole = plot("T", "d", axes, lines=[Line(points, "w")])
-    cut = plot("T", "d", axes, lines=[Line(points, "w", cut=True)])
+    whole = plot("T", "d", axes, lines=[ChartLine(points, "w")])
+    cut = plot("T", "d", axes, lines=[ChartLine(points, "w", cut=True)])
     assert cut.count("<path") == whole.count("<path") + 1
 
 
@@ -116,7 +116,7 @@ def test_parallel_lines_meet_every_axis() -> None:
     """A line has one point on each axis."""
     axes = [number_axis(name, [0.0, 1.0]) for name in "abc"]
     drawn = ElementTree.fromstring(
-        parallel("T", "d", axes, [Line(((0, 0.0), (1, 1.0), (2, 0.5)), "w")])
+        parallel("T", "d", axes, [ChartLine(((0, 0.0), (1, 1.0), (2, 0.5)), "w")])
     )
     line = drawn.find(f"{SVG}polyline")
     assert line is not None
@@ -133,7 +133,7 @@ def test_pareto_front() -> None:
     assert pareto(points, ROUGE) == [(1.0, 3.0), (2.0, 3.5)]
 
 
-def _targets(objective: Objective) -> Results:
+def _targets(objective: Objective) -> StudyResults:
     """Attention gives 0.2 and 0.5 with ever more parameters, mlp gives 0.3 and 0.4."""
     found = (("attention", 0.2), ("mlp", 0.3), ("mlp", 0.4), ("attention", 0.5))
     trials = [
@@ -168,7 +168,7 @@ def test_the_front_of_a_maximised_objective_joins_the_best() -> None:
     assert joined == [4, 1]
 
 
-def _front(results: Results) -> list[str]:
+def _front(results: StudyResults) -> list[str]:
     """The places that the front of the figure goes through."""
     svg = pareto_figure(results).svg
     assert svg is not None

@@ -12,11 +12,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from sweeper.folders import StudyFolder, read_json
-from sweeper.search.board import short_names
-from sweeper.search.plan import studies
-from sweeper.session import run_study
-from sweeper.tracking.server import local_uri
+from sweeper.commands.run_study import run_study
+from sweeper.core.paths import StudyFolder, read_json
+from sweeper.reporting.study_progress import short_names
+from sweeper.search.study_plan import studies
+from sweeper.tracking.tracking_server import local_uri
 from tests.reporting.pages import Page
 
 OVERRIDES = (

@@ -6,34 +6,34 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sweeper.reporting.intervals import Contrast, Judged, contrast, noise_floor
+from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast, noise_floor
 
 NAMES = ("lora", "full")
 
 
 def _world(
     seeds: int, seed: int, examples: int = 300, seed_noise: float = 0.0, gap: float = 0.02
-) -> tuple[Judged, Judged, Judged]:
+) -> tuple[SeedLosses, SeedLosses, SeedLosses]:
     """An arm, a reference that is better by `gap`, and a base that is 0.7 nats worse."""
     random = np.random.default_rng(seed)
     tokens = random.integers(5, 40, examples).astype(float)
     hard = random.gamma(4, 1, examples)
     differs = gap + random.normal(0, 0.15, examples)
 
-    def judged(offset: np.ndarray | float, count: int) -> Judged:
+    def judged(offset: np.ndarray | float, count: int) -> SeedLosses:
         noise = random.normal(0, seed_noise, (count, 1)) + random.normal(0, 0.05, (count, examples))
-        return Judged((hard + offset + noise) * tokens, tokens)
+        return SeedLosses((hard + offset + noise) * tokens, tokens)
 
     return judged(differs, seeds), judged(0.0, seeds), judged(0.7, 1)
 
 
-def _compare(world: tuple[Judged, Judged, Judged], **options: int) -> Contrast:
+def _compare(world: tuple[SeedLosses, SeedLosses, SeedLosses], **options: int) -> ArmContrast:
     return contrast(NAMES, *world, **options)
 
 
 def test_loss_is_weighted_by_tokens() -> None:
     """Two examples of 1 and 3 tokens with 1 and 2 nats a token: 7 nats over 4 tokens."""
-    judged = Judged(np.array([[1.0, 6.0]]), np.array([1.0, 3.0]))
+    judged = SeedLosses(np.array([[1.0, 6.0]]), np.array([1.0, 3.0]))
     assert judged.loss == pytest.approx(7 / 4)
 
 
@@ -68,7 +68,7 @@ def test_equal_token_counts_agree_with_the_t_test() -> None:
     full = random.gamma(4, 1, (1, 400)) * tokens
     arm = full + random.normal(0.03, 0.2, (1, 400)) * tokens
     found = _compare(
-        (Judged(arm, tokens), Judged(full, tokens), Judged(full + 7.0, tokens))
+        (SeedLosses(arm, tokens), SeedLosses(full, tokens), SeedLosses(full + 7.0, tokens))
     ).difference
     low, high = stats.ttest_rel(arm[0] / 10, full[0] / 10).confidence_interval()
     assert found.low == pytest.approx(low, abs=0.05 * (high - low))
@@ -81,7 +81,11 @@ def test_seed_noise_alone_agrees_with_welchs_t_test() -> None:
     tokens = np.ones(20)
     rows = [np.tile(random.normal(mean, 0.01, (8, 1)), (1, 20)) for mean in (4.02, 4.0)]
     found = _compare(
-        (Judged(rows[0], tokens), Judged(rows[1], tokens), Judged(rows[1][:1] + 1, tokens))
+        (
+            SeedLosses(rows[0], tokens),
+            SeedLosses(rows[1], tokens),
+            SeedLosses(rows[1][:1] + 1, tokens),
+        )
     )
     low, high = stats.ttest_ind(rows[0][:, 0], rows[1][:, 0], equal_var=False).confidence_interval()
     assert found.difference.low is not None
@@ -94,8 +98,8 @@ def test_order_of_examples_and_of_seeds_changes_no_estimate() -> None:
     """Shuffled examples and seeds: the same estimates, and intervals equal up to resampling."""
     arm, full, base = _world(3, seed=4, seed_noise=0.01)
     order, seeds = np.random.default_rng(0).permutation(300), [2, 0, 1]
-    other = [Judged(one.nll[:, order], one.tokens[order]) for one in (arm, full, base)]
-    other[0] = Judged(other[0].nll[seeds], other[0].tokens)
+    other = [SeedLosses(one.nll[:, order], one.tokens[order]) for one in (arm, full, base)]
+    other[0] = SeedLosses(other[0].nll[seeds], other[0].tokens)
     first, second = _compare((arm, full, base)), _compare((other[0], other[1], other[2]))
     assert first.difference.value == pytest.approx(second.difference.value)
     assert first.difference.low == pytest.approx(second.difference.low, abs=0.004)
@@ -108,7 +112,7 @@ def test_a_constant_added_to_all_changes_no_difference() -> None:
     """What is hard for both says nothing about either: pairing takes it out."""
     arm, full, base = _world(2, seed=5)
     hard = np.random.default_rng(1).gamma(9, 3, 300)
-    harder = [Judged(one.nll + hard * one.tokens, one.tokens) for one in (arm, full, base)]
+    harder = [SeedLosses(one.nll + hard * one.tokens, one.tokens) for one in (arm, full, base)]
     before, after = _compare((arm, full, base)), _compare((harder[0], harder[1], harder[2]))
     assert after.difference.value == pytest.approx(before.difference.value)
     assert after.difference.low == pytest.approx(before.difference.low, rel=0.15)
@@ -150,7 +154,9 @@ def test_a_share_of_a_doubtful_improvement_has_no_ends() -> None:
     base = random.gamma(4, 1, (1, 50))
     full = base + random.normal(0, 1, (1, 50)) - 0.05
     full += base.mean() - 0.01 - full.mean()
-    found = _compare((Judged(full - 0.01, tokens), Judged(full, tokens), Judged(base, tokens)))
+    found = _compare(
+        (SeedLosses(full - 0.01, tokens), SeedLosses(full, tokens), SeedLosses(base, tokens))
+    )
     assert found.retained is not None
     assert found.retained.low is None
     assert not found.retained.has(found.retained.value)
@@ -159,13 +165,13 @@ def test_a_share_of_a_doubtful_improvement_has_no_ends() -> None:
 def test_different_examples_are_refused() -> None:
     """Pairing needs the same examples in the same order."""
     arm, full, base = _world(1, seed=11)
-    moved = Judged(full.nll[:, ::-1], full.tokens[::-1])
+    moved = SeedLosses(full.nll[:, ::-1], full.tokens[::-1])
     with pytest.raises(ValueError, match="judged on different examples"):
         _compare((arm, moved, base))
     with pytest.raises(ValueError, match="nll is \\[seeds, examples\\]"):
-        Judged(arm.nll[0], arm.tokens)
+        SeedLosses(arm.nll[0], arm.tokens)
     with pytest.raises(ValueError, match="needs a target token"):
-        Judged(arm.nll, arm.tokens * 0)
+        SeedLosses(arm.nll, arm.tokens * 0)
 
 
 def test_noise_floor_needs_two_seeds() -> None:

@@ -7,33 +7,33 @@ from dataclasses import replace
 
 import pytest
 
-from sweeper.reporting.evidence import Evidence
-from sweeper.reporting.intervals import Contrast, Estimate
+from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.next_steps import next_steps
-from sweeper.reporting.results import ArmResult, Results
-from sweeper.search.plan import studies
+from sweeper.reporting.report_evidence import ReportEvidence
+from sweeper.reporting.results import ArmResult, StudyResults
+from sweeper.search.study_plan import studies
 from tests.reporting.studies import LORA_COSTS, RATE, make_arm, make_results, make_trial
 
 COMMAND = "+experiment=lr_rank_sweep -m"
 
 
-def ranks(*losses: float, noise: float | None = None) -> Results:
+def ranks(*losses: float, noise: float | None = None) -> StudyResults:
     """One trial for each rank 2, 4, 8, …, and the noise over seeds of the best."""
     trials = [
         make_trial("lora", n, "finished", loss, LORA_COSTS, learning_rate=1e-3, r=2 ** (n + 1))
         for n, loss in enumerate(losses)
     ]
-    contrast = Contrast(
+    contrast = ArmContrast(
         **{"arm": "lora", "reference": "full", "split": "test", "examples": 9, "seeds": (3, 3)},
-        **{"losses": (4.0, 4.0), "base_loss": 4.5, "difference": Estimate(value=0.0)},
+        **{"losses": (4.0, 4.0), "base_loss": 4.5, "difference": IntervalEstimate(value=0.0)},
         **{"retained": None, "noise": (noise, None)},
     )
     contrasts = () if noise is None else (contrast,)
     return replace(make_results(make_arm("lora", trials), contrasts=contrasts), command=COMMAND)
 
 
-def _reasons(results: Results, evidence: Evidence | None = None) -> str:
-    return "\n".join(step.reason for step in next_steps(results, evidence or Evidence()))
+def _reasons(results: StudyResults, evidence: ReportEvidence | None = None) -> str:
+    return "\n".join(step.reason for step in next_steps(results, evidence or ReportEvidence()))
 
 
 def _alone(cause: str = "finished", name: str = "lora", **metrics: float) -> ArmResult:
@@ -45,7 +45,7 @@ def _alone(cause: str = "finished", name: str = "lora", **metrics: float) -> Arm
 
 def test_largest_rank_is_best() -> None:
     """The search goes on above the largest rank, and only there."""
-    step = next_steps(ranks(4.2, 4.1, 4.0), Evidence())[0]
+    step = next_steps(ranks(4.2, 4.1, 4.0), ReportEvidence())[0]
     assert "the best rank, 8, is the largest" in step.reason
     assert "choice(4, 8, 16, 32)" in step.command
     assert "largest" not in _reasons(ranks(4.0, 4.1, 4.2))
@@ -53,7 +53,7 @@ def test_largest_rank_is_best() -> None:
 
 def test_smaller_rank_within_the_noise_is_enough() -> None:
     """The smallest rank within the noise is recommended by its own best trial."""
-    step = next_steps(ranks(4.2, 4.001, 4.0, noise=0.01), Evidence())[0]
+    step = next_steps(ranks(4.2, 4.001, 4.0, noise=0.01), ReportEvidence())[0]
     assert "r=4 is within the noise" in step.reason
     assert step.command == "python -m sweeper best mine --arm lora --trial 1"
 
@@ -64,7 +64,7 @@ def test_gap_between_training_and_evaluation(name: str, key: str) -> None:
     arm = _alone(name=name, best__eval_minus_train_loss=0.2)
     settings = {**arm.settings, "training.num_train_epochs": 2.0}
     results = replace(make_results(replace(arm, settings=settings)), command=COMMAND)
-    assert any(key in step.command for step in next_steps(results, Evidence()))
+    assert any(key in step.command for step in next_steps(results, ReportEvidence()))
     quiet = make_results(_alone(name=name, best__eval_minus_train_loss=0.1))
     assert "by heart" not in _reasons(quiet)
 
@@ -72,24 +72,24 @@ def test_gap_between_training_and_evaluation(name: str, key: str) -> None:
 def test_length_of_a_trial() -> None:
     """A curve that still falls asks for more steps; one that was flat early for fewer."""
     results = make_results(_alone())
-    falling = Evidence({("lora", 0): ((16, 4.3), (32, 4.2), (64, 4.0))})
+    falling = ReportEvidence({("lora", 0): ((16, 4.3), (32, 4.2), (64, 4.0))})
     assert "training.max_steps=128" in next_steps(results, falling)[0].command
-    flat = Evidence({("lora", 0): ((16, 4.005), (32, 4.001), (64, 4.0))})
+    flat = ReportEvidence({("lora", 0): ((16, 4.005), (32, 4.001), (64, 4.0))})
     assert "training.max_steps=16" in next_steps(results, flat)[0].command
 
 
 def test_memory() -> None:
     """Many trials out of memory ask for recomputed activations, also where nothing finished."""
-    step = next_steps(make_results(_alone("oom")), Evidence())[0]
+    step = next_steps(make_results(_alone("oom")), ReportEvidence())[0]
     assert "activation_checkpointing=true" in step.command
 
 
 def test_nothing_to_say() -> None:
     """Without a hint the best is trained with another seed; without a result nothing is said."""
-    steps = next_steps(make_results(_alone()), Evidence())
+    steps = next_steps(make_results(_alone()), ReportEvidence())
     assert len(steps) == 1
     assert "seed=1" in steps[0].command
-    assert next_steps(make_results(make_arm("lora", [])), Evidence()) == []
+    assert next_steps(make_results(make_arm("lora", [])), ReportEvidence()) == []
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_nothing_to_say() -> None:
     ],
     ids=["ranks", "gap", "memory", "edge"],
 )
-def test_commands_are_studies_under_a_new_name(results: Results) -> None:
+def test_commands_are_studies_under_a_new_name(results: StudyResults) -> None:
     """What is proposed composes into a valid plan, and resumes no study that asks another question."""
-    for step in next_steps(results, Evidence()):
+    for step in next_steps(results, ReportEvidence()):
         words = shlex.split(step.command)
         assert words[:3] == ["python", "-m", "sweeper"]
         plan = studies([word for word in words[3:] if word != "-m"])[0]

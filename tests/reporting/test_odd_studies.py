@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from sweeper.reporting.results import Results
+from sweeper.reporting.results import StudyResults
 from tests.reporting.pages import Page
 from tests.reporting.studies import LORA_COSTS, make_arm, make_results, make_trial, two_arms
-from tests.reporting.test_page import all_failed, curves, many, render
+from tests.reporting.test_html_page import all_failed, curves, many, render
 
 
-def _page(results: Results) -> Page:
+def _page(results: StudyResults) -> Page:
     return Page.read(render(results))
 
 

@@ -8,12 +8,12 @@ import shlex
 
 import pytest
 
-from sweeper.reporting.intervals import Estimate
-from sweeper.reporting.results import ArmResult, Range, Results
+from sweeper.config.settings import FairnessRules
+from sweeper.config.space import Choice, Interval
+from sweeper.reporting.intervals import IntervalEstimate
+from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults
 from sweeper.reporting.verdict import Verdict, judge, wider, with_override
-from sweeper.search.plan import studies
-from sweeper.settings import Fairness
-from sweeper.space import Choice, Interval
+from sweeper.search.study_plan import studies
 from tests.reporting.studies import (
     FACTS,
     FAIRNESS,
@@ -27,7 +27,7 @@ from tests.reporting.studies import (
     make_trial,
     two_arms,
 )
-from tests.reporting.test_tables import CONTRAST
+from tests.reporting.test_result_tables import CONTRAST
 
 LR_RANK_SWEEP = "+experiment=lr_rank_sweep -m"
 
@@ -36,7 +36,7 @@ def _judged(low: float, high: float, seeds: tuple[int, int] = (3, 3)) -> Verdict
     """Two arms with a test-split difference of the given interval."""
     middle = (low + high) / 2
     found = CONTRAST.model_copy(
-        update={"difference": Estimate(value=middle, low=low, high=high), "seeds": seeds}
+        update={"difference": IntervalEstimate(value=middle, low=low, high=high), "seeds": seeds}
     )
     return judge(make_results(*two_arms(4.05, 4.0).arms, contrasts=(found,)))
 
@@ -246,16 +246,16 @@ def test_the_outer_tenth_is_of_the_logarithm(rate: float, edge: bool) -> None:
 def test_ranges_widen_by_a_decade() -> None:
     """Intervals move one end, choices get two more values half a decade apart."""
     interval, choice = (
-        Range(values=(1e-4, 1e-2), continuous=True),
-        Range(values=(1e-4,), continuous=False),
+        SearchedRange(values=(1e-4, 1e-2), continuous=True),
+        SearchedRange(values=(1e-4,), continuous=False),
     )
     assert wider(interval, downwards=True) == "tag(log, interval(1e-05, 0.01))"
     assert wider(interval, downwards=False) == "tag(log, interval(0.0001, 0.1))"
     assert wider(choice, downwards=True) == "choice(1e-05, 3.16e-05, 0.0001)"
 
 
-def _budgets(results: Results, **rule: object) -> Verdict:
-    fairness = Fairness.model_validate({**FAIRNESS.model_dump(), **rule})
+def _budgets(results: StudyResults, **rule: object) -> Verdict:
+    fairness = FairnessRules.model_validate({**FAIRNESS.model_dump(), **rule})
     return judge(dataclasses.replace(results, fairness=fairness, command=LR_RANK_SWEEP))
 
 

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.compose import compose
-from sweeper.errors import StudyError
-from sweeper.folders import StudyFolder, write_atomic
-from sweeper.manifest import write_manifest
-from sweeper.reporting.results import Results
-from sweeper.reporting.winner import Winner, experiment_yaml, find_winner, usage
-from sweeper.search.plan import studies
-from sweeper.settings import TrialSettings, validate
+from sweeper.config.compose import compose
+from sweeper.config.settings import TrialSettings, validate
+from sweeper.core.errors import StudyError
+from sweeper.core.manifest import write_manifest
+from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.reporting.results import StudyResults
+from sweeper.reporting.winner import WinningTrial, experiment_yaml, find_winner, usage
+from sweeper.search.study_plan import studies
 from tests.conftest import make_settings
 from tests.reporting.studies import make_arm, make_results, make_trial
 
 
-def _results() -> Results:
+def _results() -> StudyResults:
     trials = [make_trial("lora", 0, "finished", 4.1), make_trial("lora", 7, "finished", 4.0)]
     full = [make_trial("full", 2, "oom", None)]
     return make_results(make_arm("lora", trials), make_arm("full", full, "full fine-tuning"))
 
 
-def _winner(folder: Path, *overrides: str) -> Winner:
+def _winner(folder: Path, *overrides: str) -> WinningTrial:
     """The best trial, stored with these settings."""
     winner = find_winner(_results(), StudyFolder(folder))
     settings = make_settings(*overrides).trial

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from sweeper.compose import read_yaml
-from sweeper.errors import ConfigError
-from sweeper.search.plan import studies
+from sweeper.config.compose import read_yaml
+from sweeper.core.errors import ConfigError
+from sweeper.search.study_plan import studies
 from tests.conftest import Program
 
 LORA = ("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full")

@@ -8,8 +8,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeper.search.plan import studies
-from sweeper.session import run_study
+from sweeper.commands.run_study import run_study
+from sweeper.search.study_plan import studies
 
 
 @pytest.mark.slow

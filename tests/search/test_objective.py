@@ -10,15 +10,15 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeper.errors import ConfigError, StudyError, StudyMismatch
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts
-from sweeper.reporting.results import Results, load_results
-from sweeper.search.plan import studies
+from sweeper.commands.run_study import run_study
+from sweeper.commands.run_trial import run_single
+from sweeper.core.errors import ConfigError, StudyError, StudyMismatch
+from sweeper.core.outcome import ArmBaseline
+from sweeper.core.paths import TrialFolder
+from sweeper.reporting.results import StudyResults, load_results
 from sweeper.search.study import settings_as_json
-from sweeper.session import run_study
-from sweeper.single import run_single
-from sweeper.workers.fake import FakeRunner
+from sweeper.search.study_plan import studies
+from sweeper.workers.fake_runner import FakeRunner
 from tests.conftest import make_settings
 
 LORA = ("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full", "hydra.sweeper.study_name=s")
@@ -34,7 +34,7 @@ GOOD_LOSSES = "5e-3, 4e-3, 6e-3, 7e-3"
 RATES = f"training.learning_rate=choice({GOOD_LOSSES}, 1.5e-3)"
 
 
-def _run(tmp_path: Path, *overrides: str) -> Results:
+def _run(tmp_path: Path, *overrides: str) -> StudyResults:
     (plan,) = studies([*LORA, *FAKE, *ONE_KEY, MLP, f"output_dir={tmp_path}", *overrides])
     return run_study(plan)
 
@@ -145,7 +145,7 @@ def test_a_base_that_the_objective_does_not_measure_ends_the_study(
     """Without its zero line nothing can be said: the error names what the base was measured by."""
     probed = FakeRunner.probe
 
-    def without_rouge(runner: FakeRunner, *arguments: object) -> Facts:
+    def without_rouge(runner: FakeRunner, *arguments: object) -> ArmBaseline:
         facts = probed(runner, *arguments)  # type: ignore[arg-type]
         return facts.model_copy(update={"base_metrics": {"eval/loss": 4.5, "cost/x": 1.0}})
 

@@ -8,10 +8,10 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.commands.run_study import run_study
 from sweeper.reporting.results import ArmResult
-from sweeper.search.plan import studies
 from sweeper.search.states import counts
-from sweeper.session import run_study
+from sweeper.search.study_plan import studies
 
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),

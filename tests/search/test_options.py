@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.compose import conf_dir
+from sweeper.config.compose import conf_dir
 from tests.conftest import Program
 
 SMALL = (

@@ -15,9 +15,9 @@ import pytest
 from optuna.trial import TrialState
 from optuna_dashboard import wsgi
 
-from sweeper.folders import StudyFolder, read_json
-from sweeper.search.plan import studies
-from sweeper.session import run_study
+from sweeper.commands.run_study import run_study
+from sweeper.core.paths import StudyFolder, read_json
+from sweeper.search.study_plan import studies
 
 OVERRIDES = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from sweeper.errors import StudyLocked
+from sweeper.core.errors import StudyLocked
 from sweeper.search.ownership import NullOwnership, make_ownership
 from sweeper.search.storage import PatientStorage
 

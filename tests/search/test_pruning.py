@@ -6,9 +6,10 @@ import optuna
 import pytest
 from optuna.trial import Trial
 
+from sweeper.config.settings import PrunerSettings
 from sweeper.search.pruning import (
-    RungWatch,
-    Watch,
+    PruningGuard,
+    RungGuard,
     as_told,
     audited,
     make_pruner,
@@ -17,10 +18,9 @@ from sweeper.search.pruning import (
     permille,
     value_at,
 )
-from sweeper.settings import Pruner
 from tests.conftest import make_settings
 
-MEDIAN = Pruner(
+MEDIAN = PrunerSettings(
     name="median",
     rungs=[350, 500, 650, 800],
     n_startup_trials=2,
@@ -35,13 +35,15 @@ HALVING = MEDIAN.model_copy(
 )
 
 
-def _watch(study: optuna.Study, settings: Pruner, *overrides: str) -> tuple[Trial, Watch]:
+def _watch(
+    study: optuna.Study, settings: PrunerSettings, *overrides: str
+) -> tuple[Trial, PruningGuard]:
     trial = study.ask()
     return trial, make_watch(settings, make_settings(*overrides).training, trial)
 
 
 def _run(
-    study: optuna.Study, settings: Pruner, losses: list[float], total: int, *overrides: str
+    study: optuna.Study, settings: PrunerSettings, losses: list[float], total: int, *overrides: str
 ) -> int | None:
     """Evaluate at equal distances; the step at which the trial is stopped, None if it ends."""
     trial, watch = _watch(study, settings, *overrides)
@@ -217,7 +219,7 @@ def test_a_second_attempt_tells_no_rung_twice() -> None:
     trial = study.ask()
     trial.report(2.9, 350)
     trial.report(2.9, 500)
-    watch = RungWatch(MEDIAN, make_settings().training, trial, reported=(350, 500))
+    watch = RungGuard(MEDIAN, make_settings().training, trial, reported=(350, 500))
     watch.evaluated(25, 100, 3.0)
     assert not watch.evaluated(50, 100, 2.9)
     assert watch.evaluated(75, 100, 2.8)
@@ -299,4 +301,4 @@ def test_pruner_settings_that_contradict_each_other_are_refused(
 ) -> None:
     """Each refusal says which value belongs to what."""
     with pytest.raises(ValueError, match=message):
-        Pruner.model_validate({**MEDIAN.model_dump(), **change})
+        PrunerSettings.model_validate({**MEDIAN.model_dump(), **change})

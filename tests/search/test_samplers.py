@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution, IntDistribution
 
-from sweeper.errors import ConfigError
-from sweeper.grammar import parse_domain
-from sweeper.search.plan import studies
+from sweeper.config.grammar import parse_domain
+from sweeper.config.settings import SamplerSettings
+from sweeper.config.space import Branch, Branches, Choice, Interval, Space
+from sweeper.core.errors import ConfigError
 from sweeper.search.samplers import make_sampler
 from sweeper.search.study import adopt, drawn, suggest
-from sweeper.settings import Sampler
-from sweeper.space import Branch, Branches, Choice, Interval, Space
+from sweeper.search.study_plan import studies
 
-BASE = Sampler(name="tpe", seed=0, n_startup_trials=4, class_name=None, kwargs={})
+BASE = SamplerSettings(name="tpe", seed=0, n_startup_trials=4, class_name=None, kwargs={})
 SPACE: Space = {
     "x": Interval(1e-4, 1.0, log=True),
     "n": Interval(1, 8, integer=True),
@@ -26,8 +26,8 @@ SPACE: Space = {
 }
 
 
-def _named(name: str, **changes: object) -> Sampler:
-    return Sampler.model_validate({**BASE.model_dump(), "name": name, **changes})
+def _named(name: str, **changes: object) -> SamplerSettings:
+    return SamplerSettings.model_validate({**BASE.model_dump(), "name": name, **changes})
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def _named(name: str, **changes: object) -> Sampler:
     ],
     ids=lambda settings: settings.class_name or settings.name,
 )
-def test_every_sampler_draws_inside_a_space_with_branches(settings: Sampler) -> None:
+def test_every_sampler_draws_inside_a_space_with_branches(settings: SamplerSettings) -> None:
     """Bounds, steps, choices with null, and only the drawn branch's keys, past the random start."""
     study = optuna.create_study(sampler=make_sampler(settings, SPACE, 12, drawn=0))
     for number in range(10):

@@ -9,11 +9,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeper.errors import StudyMismatch
-from sweeper.reporting.results import ArmResult, Results, load_results
-from sweeper.search.audit import Audit, audit
-from sweeper.search.plan import studies
-from sweeper.session import run_study
+from sweeper.commands.run_study import run_study
+from sweeper.core.errors import StudyMismatch
+from sweeper.reporting.results import ArmResult, StudyResults, load_results
+from sweeper.search.pruning_audit import PruningAudit, audit
+from sweeper.search.study_plan import studies
 from tests.conftest import make_settings
 
 FAKE = (
@@ -25,7 +25,7 @@ RATE = "training.learning_rate=tag(log,interval(3e-4,3e-2))"
 FEW = ("adapter.alpha_over_r=2", "adapter.target_modules=mlp", "training.warmup_ratio=0.03")
 
 
-def _run(tmp_path: Path, name: str, *overrides: str) -> Results:
+def _run(tmp_path: Path, name: str, *overrides: str) -> StudyResults:
     fixed = (f"output_dir={tmp_path}", f"hydra.sweeper.study_name={name}")
     own_space = any("hydra.sweeper.params=" in text for text in overrides)
     (plan,) = studies([*FAKE, *([] if own_space else LR_RANK), *fixed, *overrides])
@@ -76,7 +76,7 @@ def test_an_audited_trial_ends_by_itself_and_is_judged(tmp_path: Path) -> None:
     arm = _lora(tmp_path, "x", *HOPELESS, "sampler=grid", "hydra.sweeper.pruner.audit_fraction=1")
     assert {trial.outcome.cause for trial in arm.trials} == {"finished"}
     assert [trial.number for trial in arm.trials if trial.audited] == [4]
-    assert arm.audit == Audit(audited=1, wrong=0, costly=0)
+    assert arm.audit == PruningAudit(audited=1, wrong=0, costly=0)
     assert "pruner audit" in (tmp_path / "x" / "report.md").read_text()
     assert load_results("x", tmp_path).arms[0].audit == arm.audit
 
@@ -98,7 +98,9 @@ def test_a_hopeless_trial_is_pruned_and_its_twin_is_not_trained(tmp_path: Path) 
 def test_wrong_kills_are_counted_against_the_trials_that_were_not_audited() -> None:
     """Of three audited: one better than the median of the others, one better than the best."""
     loss = make_settings().objective
-    assert audit(loss, [1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == Audit(audited=3, wrong=2, costly=1)
+    assert audit(loss, [1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == PruningAudit(
+        audited=3, wrong=2, costly=1
+    )
     assert audit(loss, [1.0], []) is None
     assert audit(loss, [], [1.0]) is None
 
@@ -106,7 +108,9 @@ def test_wrong_kills_are_counted_against_the_trials_that_were_not_audited() -> N
 def test_wrong_kills_of_a_maximised_objective_are_the_high_ones() -> None:
     """The same values where more is better: one above the median, none above the best."""
     rouge = make_settings("objective=rougeL", "evaluation.generation.num_examples=1").objective
-    assert audit(rouge, [1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == Audit(audited=3, wrong=1, costly=0)
+    assert audit(rouge, [1.0, 2.0, 3.0], [2.5, 1.5, 0.5]) == PruningAudit(
+        audited=3, wrong=1, costly=0
+    )
 
 
 def test_costs_give_a_front_and_no_pruning(
@@ -150,7 +154,7 @@ def test_a_cost_that_nobody_measures_ends_the_study_with_the_names_there_are(
     tmp_path: Path,
 ) -> None:
     """A misspelt metric is an error, not an empty column."""
-    from sweeper.errors import StudyError
+    from sweeper.core.errors import StudyError
 
     with pytest.raises(StudyError, match=r"no metric cost/memory .* parameters/trainable"):
         _run(tmp_path, "front", "hydra.sweeper.costs=[cost/memory]")

@@ -9,8 +9,8 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeper.folders import StudyFolder
-from sweeper.outcome import Cause, Outcome
+from sweeper.core.outcome import Cause, Outcome
+from sweeper.core.paths import StudyFolder
 from sweeper.search.states import STATES, counts, feasible, tell
 from sweeper.search.study import spent_seconds
 

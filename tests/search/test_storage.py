@@ -16,7 +16,7 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, _CachedStorage
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
-from sweeper.errors import StudyError
+from sweeper.core.errors import StudyError
 from sweeper.search.storage import PATIENCE_S, PatientStorage, patient
 from sweeper.search.study import share_cache
 

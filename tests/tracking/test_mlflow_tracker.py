@@ -15,14 +15,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
-from sweeper.folders import TrialFolder
-from sweeper.manifest import write_manifest
-from sweeper.settings import Objective
+from sweeper.config.settings import Objective
+from sweeper.core.manifest import write_manifest
+from sweeper.core.paths import TrialFolder
 from sweeper.tracking import mlflow_tracker
-from sweeper.tracking.ledger import Ledger, left
 from sweeper.tracking.mlflow_tracker import MlflowTracker
-from sweeper.tracking.server import Server, local_uri
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
+from sweeper.tracking.tracking_ledger import TrackingLedger, left
+from sweeper.tracking.tracking_server import TrackingServer, local_uri
 
 LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
 STUDY = StudyRecord("lr_rank_sweep", "mine", {"lora.n_trials": 2}, {"git.commit": "abc"}, LOSS)
@@ -65,7 +65,7 @@ def _observe(folder: TrialFolder, *steps: int, value: float = 4.0) -> None:
 
 
 def _tracker(folder: Path, uri: str | None = None) -> MlflowTracker:
-    return MlflowTracker(Server(uri, folder / "mlruns"), folder / "mine" / ".tracking")
+    return MlflowTracker(TrackingServer(uri, folder / "mlruns"), folder / "mine" / ".tracking")
 
 
 def _client(folder: Path) -> MlflowClient:
@@ -179,8 +179,8 @@ def test_an_unreachable_server_blocks_no_call_and_is_counted(
 def test_the_next_process_ships_what_was_left(tmp_path: Path, trial: TrialRecord) -> None:
     """MLflow was away for a whole study; a later process, told nothing, records it all."""
     assert _record(tmp_path, trial, NOWHERE) != []
-    later = Ledger(tmp_path / "mine" / ".tracking")
-    assert left(later, Server(None, tmp_path / "mlruns").name).points == 4
+    later = TrackingLedger(tmp_path / "mine" / ".tracking")
+    assert left(later, TrackingServer(None, tmp_path / "mlruns").name).points == 4
     assert _tracker(tmp_path).close() == []
     child, parent = sorted(_runs(tmp_path), key=lambda run: run.info.run_name)
     assert child.info.status == parent.info.status == "FINISHED"
@@ -221,7 +221,7 @@ def test_a_lost_answer_doubles_no_point(
         Lossy.log_batch(lossy, run_id, **batch)
 
     monkeypatch.setattr(lossy, "log_batch", counting, raising=False)
-    monkeypatch.setattr(Server, "client", lambda _: lossy)
+    monkeypatch.setattr(TrackingServer, "client", lambda _: lossy)
     assert _record(tmp_path, trial) == []
     assert lossy.lost == 1
     points = [(point.key, point.step) for batch in sent for point in batch]
@@ -266,7 +266,7 @@ def test_a_run_whose_answer_was_lost_is_found(
 ) -> None:
     """It is looked for by its tags before another is made: one parent, one child."""
     making = Making(_client(tmp_path))
-    monkeypatch.setattr(Server, "client", lambda _: making)
+    monkeypatch.setattr(TrackingServer, "client", lambda _: making)
     assert _record(tmp_path, trial) == []
     assert len(making.made) == len(_runs(tmp_path)) == 2
 
@@ -308,7 +308,7 @@ def test_a_refused_part_is_said_and_keeps_no_other_back(
 ) -> None:
     """Wrong params do not become right by trying again; points and final state are recorded."""
     refusing = Refusing(_client(tmp_path))
-    monkeypatch.setattr(Server, "client", lambda _: refusing)
+    monkeypatch.setattr(TrackingServer, "client", lambda _: refusing)
     (problem,) = _record(tmp_path, trial)
     assert "params: no, http://me:***@host" in problem
     assert _history(tmp_path) == [(1, 3.0), (2, 2.0)]

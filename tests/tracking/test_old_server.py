@@ -9,8 +9,8 @@ import pytest
 
 from sweeper.tracking import mlflow_tracker
 from sweeper.tracking.mlflow_tracker import MlflowTracker
-from sweeper.tracking.server import Server
 from sweeper.tracking.tracker import TrialRecord
+from sweeper.tracking.tracking_server import TrackingServer
 from tests.tracking.fake_server import PASSWORD, USER, OldServer, old_server
 from tests.tracking.test_mlflow_tracker import STUDY, make_trial
 
@@ -27,7 +27,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OldServer]:
 
 
 def _record(folder: Path, uri: str, trial: TrialRecord) -> list[str]:
-    tracker = MlflowTracker(Server(uri, folder / "mlruns"), folder / "mine" / ".tracking")
+    tracker = MlflowTracker(TrackingServer(uri, folder / "mlruns"), folder / "mine" / ".tracking")
     tracker.open_study(STUDY)
     tracker.start(trial)
     tracker.ship(trial)

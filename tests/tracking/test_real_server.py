@@ -18,7 +18,7 @@ import pytest
 from mlflow import MlflowClient
 
 from sweeper.tracking.mlflow_tracker import MlflowTracker
-from sweeper.tracking.server import Server
+from sweeper.tracking.tracking_server import TrackingServer
 from tests.tracking.test_mlflow_tracker import STUDY, make_trial
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -69,7 +69,7 @@ def test_a_server_that_hangs_delays_the_end_by_seconds_and_loses_nothing(
     """Frozen in mid-study: the end counts what is left; thawed, a later process ships it."""
     trial = make_trial(tmp_path)
     ledger = tmp_path / "mine" / ".tracking"
-    tracker = MlflowTracker(Server(real_server.uri, tmp_path), ledger)
+    tracker = MlflowTracker(TrackingServer(real_server.uri, tmp_path), ledger)
     tracker.open_study(STUDY)
     tracker.start(trial)
     while not (ledger / "shipped" / "lora" / "0000.json").exists():
@@ -85,7 +85,7 @@ def test_a_server_that_hangs_delays_the_end_by_seconds_and_loses_nothing(
         real_server.send(signal.SIGCONT)
     assert "final states of 2 runs" in problem
     tracker._thread.join()  # a process that ends takes its hung request with it; this one lives on
-    assert MlflowTracker(Server(real_server.uri, tmp_path), ledger).close() == []
+    assert MlflowTracker(TrackingServer(real_server.uri, tmp_path), ledger).close() == []
     client = MlflowClient(real_server.uri)
     experiment = client.get_experiment_by_name("lr_rank_sweep")
     runs = client.search_runs([experiment.experiment_id])

@@ -9,15 +9,15 @@ import pytest
 from mlflow import MlflowClient
 from peft import PeftModel
 
-from sweeper.compose import read_yaml
-from sweeper.folders import StudyFolder
-from sweeper.modeling.base import load_base
-from sweeper.search.plan import studies
-from sweeper.session import run_study
-from sweeper.settings import TrialSettings, validate
-from sweeper.tracking.registry import Registry
-from sweeper.tracking.server import local_uri
-from sweeper.training.prepare import prepare
+from sweeper.commands.run_study import run_study
+from sweeper.config.compose import read_yaml
+from sweeper.config.settings import TrialSettings, validate
+from sweeper.core.paths import StudyFolder
+from sweeper.modeling.base_model import load_base
+from sweeper.search.study_plan import studies
+from sweeper.tracking.registry import ModelRegistry
+from sweeper.tracking.tracking_server import local_uri
+from sweeper.training.prepared_data import prepare
 
 pytestmark = pytest.mark.slow  # a real study of three trials
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # a real study of three trials
 @pytest.fixture(scope="module")
 def swept(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of three QLoRA trials whose best adapter is registered as `tiny`."""
-    from tests.test_reproduce import write_rows
+    from tests.commands.test_reproduce import write_rows
 
     folder = tmp_path_factory.mktemp("user")
     write_rows(folder / "my.jsonl", "sum")
@@ -40,7 +40,7 @@ def swept(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (plan,) = studies(overrides)
         best = run_study(plan).arms[0].best
         assert best is not None
-        registry = Registry(None, Path("mlruns"))
+        registry = ModelRegistry(None, Path("mlruns"))
         registry.promote("tiny", "lr_rank_sweep", f"lora/{best.number:04d}", {})
     return folder
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Outcome
-from sweeper.training.runner import TransformersRunner
+from sweeper.core.outcome import Outcome
+from sweeper.core.paths import TrialFolder
+from sweeper.training.trial_runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 

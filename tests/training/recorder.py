@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sweeper.outcome import StopCause
+from sweeper.core.outcome import StopCause
 
 
 class Recorder:

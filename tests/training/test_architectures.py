@@ -15,9 +15,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from sweeper.embedded import BASE_DIR
-from sweeper.folders import TrialFolder
-from sweeper.training.runner import TransformersRunner
+from sweeper.builtin.embedded import BASE_DIR
+from sweeper.core.paths import TrialFolder
+from sweeper.training.trial_runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from sweeper.embedded import BASE_DIR
-from sweeper.errors import ArtifactError
-from sweeper.folders import TrialFolder
-from sweeper.manifest import MANIFEST, verify_manifest, write_manifest
+from sweeper.builtin.embedded import BASE_DIR
+from sweeper.core.errors import ArtifactError
+from sweeper.core.manifest import MANIFEST, verify_manifest, write_manifest
+from sweeper.core.paths import TrialFolder
 from sweeper.training.artifact import save_bpe, write_zip
 from tests.training.conftest import RunTiny
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.folders import TrialFolder, read_json, write_json
+from sweeper.core.paths import TrialFolder, read_json, write_json
+from sweeper.core.spool import read_spool
 from sweeper.training.checkpoint import fall_back, newest_checkpoint, thin_out
-from sweeper.training.spool import read_spool
 from tests.training.conftest import RunTiny
 from tests.training.recorder import Recorder
 
@@ -77,7 +77,7 @@ def killed(
     """A trial that was killed in step 7 of 8, with checkpoints of steps 4 and 6."""
     folder = TrialFolder(tmp_path / "killed")
     if not kept.exists():
-        monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
+        monkeypatch.setattr("sweeper.training.trial_callback.PROGRESS_SECONDS", 0.0)
         with pytest.raises(Killed):
             run_tiny("killed", *STEPS, observer=Killer())
         shutil.copytree(folder.path, kept)
@@ -138,7 +138,7 @@ def test_rows_grouped_by_length_come_in_the_same_order_after_a_kill(
     run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed in a later epoch: the losses of a run never interrupted."""
-    monkeypatch.setattr("sweeper.training.narrator.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("sweeper.training.trial_callback.PROGRESS_SECONDS", 0.0)
     grouped = (*STEPS, "training.train_sampling_strategy=group_by_length")
     grouped = (*grouped, "training.per_device_train_batch_size=8")  # four steps an epoch
     with pytest.raises(Killed):
@@ -197,7 +197,7 @@ def test_a_trial_killed_after_its_last_step_takes_no_further_one(
         "training.per_device_train_batch_size=8",
     )  # four steps an epoch
     with monkeypatch.context() as patch:
-        patch.setattr("sweeper.training.trial.save_artifact", _die)
+        patch.setattr("sweeper.training.train_trial.save_artifact", _die)
         with pytest.raises(Killed):
             run_tiny("killed", *STEPS, *middle)
     outcome, judged, folder = run_tiny("killed", *STEPS, *middle)

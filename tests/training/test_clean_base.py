@@ -13,12 +13,12 @@ import pytest
 import torch
 from bitsandbytes.optim import GlobalOptimManager
 
-from sweeper.modeling.base import Base, load_base
+from sweeper.config.settings import ModelSettings, QuantizationSettings
+from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
-from sweeper.settings import Model, Quantization
-from sweeper.training import runner as runner_module
+from sweeper.training import trial_runner as runner_module
 from sweeper.training.arguments import module_restored
-from sweeper.training.runner import TransformersRunner
+from sweeper.training.trial_runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 
@@ -37,7 +37,7 @@ def test_every_single_bit_counts(quantization: str, tiny_base: Path) -> None:
         raw[len(raw) // 2] ^= 4
 
 
-def _plain(base: Path) -> tuple[Model, Quantization]:
+def _plain(base: Path) -> tuple[ModelSettings, QuantizationSettings]:
     settings = make_settings(f"model.base_model={base}", "quantization=none")
     return settings.model, settings.quantization
 
@@ -71,7 +71,7 @@ def test_an_8_bit_optimizer_leaves_nothing_behind(
     """The next trial's states are as wide as in a new process, and the trained model is freed."""
     loaded: list[weakref.ref[torch.nn.Module]] = []
 
-    def watching(*arguments: Any, **options: Any) -> Base:
+    def watching(*arguments: Any, **options: Any) -> LoadedBase:
         base = load_base(*arguments, **options)
         loaded.append(weakref.ref(base.model))
         return base
@@ -124,8 +124,8 @@ SCRIPT = f"""
 import sys
 from pathlib import Path
 import psutil
-from sweeper.folders import TrialFolder
-from sweeper.training.runner import TransformersRunner
+from sweeper.core.paths import TrialFolder
+from sweeper.training.trial_runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 

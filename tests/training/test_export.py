@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sweeper.data.tokens import Collator
-from sweeper.evaluation.loss import evaluate_loss
-from sweeper.manifest import verify_manifest
-from sweeper.training.runner import TransformersRunner
+from sweeper.core.manifest import verify_manifest
+from sweeper.data.tokens import PaddingCollator
+from sweeper.evaluation.token_loss import evaluate_loss
+from sweeper.training.trial_runner import TransformersRunner
 from tests.training.conftest import RunTiny
 
 MERGED = ("artifacts.merged=true", "training.learning_rate=0.02")
@@ -31,7 +31,9 @@ def test_merged_model_is_worth_what_was_trained(run_tiny: RunTiny) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder.merged, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder.merged)
     (data,) = runner._prepared.values()
-    loss = evaluate_loss(model, data.validation.rows, Collator(tokenizer.pad_token_id), 4).mean
+    loss = evaluate_loss(
+        model, data.validation.rows, PaddingCollator(tokenizer.pad_token_id), 4
+    ).mean
     assert loss == pytest.approx(outcome.best_value, abs=1e-4)
 
 

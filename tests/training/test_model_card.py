@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from sweeper.embedded import BASE_DIR
-from sweeper.folders import write_atomic
-from sweeper.manifest import verify_manifest
+from sweeper.builtin.embedded import BASE_DIR
+from sweeper.core.manifest import verify_manifest
+from sweeper.core.paths import write_atomic
 from sweeper.training.model_card import hub_id, model_card
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny

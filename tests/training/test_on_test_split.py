@@ -10,15 +10,15 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import ArtifactError, DataError, DoesNotFit
+from sweeper.core.outcome import ExampleLosses
+from sweeper.core.paths import TrialFolder
 from sweeper.data.tokens import IGNORED
-from sweeper.errors import ArtifactError, DataError, DoesNotFit
-from sweeper.folders import TrialFolder
-from sweeper.modeling.base import load_base
+from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import DeviceReport
-from sweeper.outcome import Examples
-from sweeper.settings import TrialSettings
-from sweeper.training.prepare import prepare
-from sweeper.training.runner import TransformersRunner
+from sweeper.training.prepared_data import prepare
+from sweeper.training.trial_runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 from tests.training.recorder import Recorder
@@ -53,7 +53,7 @@ def _by_hand(model: torch.nn.Module, settings: TrialSettings) -> tuple[list[floa
 
 def _on_test(
     runner: TransformersRunner, settings: TrialSettings, folder: TrialFolder | None
-) -> Examples:
+) -> ExampleLosses:
     found = runner.test(settings, folder, ["test"]).test
     assert found is not None
     return found
@@ -166,7 +166,7 @@ def test_a_full_fine_tune_must_fit_with_its_optimizer(
 ) -> None:
     """About 16 bytes a parameter (fp32 weight, gradient, two moments) against what is free."""
     report = DeviceReport("fake", "", bf16=False, total_mib=8.0, free_mib=free_mib)
-    monkeypatch.setattr("sweeper.training.runner.device_report", lambda _: report)
+    monkeypatch.setattr("sweeper.training.trial_runner.device_report", lambda _: report)
     runner = TransformersRunner(threads=1)
     settings = _settings(tiny_base, rows_file, "adapter=none", "quantization=none")
     if fits:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sweeper.evaluation.loss import Loss, evaluate_examples, target_nll
+from sweeper.evaluation.token_loss import LossSum, evaluate_examples, target_nll
 from tests.training.conftest import RunTiny
 
 BATCH = ("training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=2")
@@ -86,7 +86,7 @@ def test_evaluation_halves_its_own_batch(
     """Judging in smaller batches gives the same loss, so training is left alone."""
     _, whole, _ = run_tiny("whole", *BATCH)
 
-    def limited(model: Any, rows: Any, collator: Any, size: int, *more: Any) -> list[Loss]:
+    def limited(model: Any, rows: Any, collator: Any, size: int, *more: Any) -> list[LossSum]:
         if size > 8:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return evaluate_examples(model, rows, collator, size, *more)

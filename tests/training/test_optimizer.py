@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from sweeper.training.optimizer import loraplus_optimizer
-from sweeper.training.runner import TransformersRunner
+from sweeper.training.trial_runner import TransformersRunner
 from tests.training.conftest import RunTiny
 
 OPTIMIZERS = (

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.compose import compose, with_auto_groups
-from sweeper.folders import TrialFolder
-from sweeper.settings import Settings, validate
-from sweeper.training.runner import TransformersRunner
+from sweeper.config.compose import compose, with_auto_groups
+from sweeper.config.settings import RunSettings, validate
+from sweeper.core.paths import TrialFolder
+from sweeper.training.trial_runner import TransformersRunner
 from tests.training.recorder import Recorder
 
 EXPERIMENTS = {
@@ -28,7 +28,7 @@ EXPERIMENTS = {
 def test_experiment_trains_on_its_stand_in(experiment: str, tmp_path: Path) -> None:
     """It ends with a kept checkpoint that is better than the untuned base, and with its artifacts."""
     overrides = with_auto_groups([f"+experiment={experiment}", "+stand_in=tiny"])
-    settings = validate(Settings, compose(overrides).config).trial
+    settings = validate(RunSettings, compose(overrides).config).trial
     runner, folder = TransformersRunner(threads=1), TrialFolder(tmp_path / "trial")
     facts = runner.probe(settings)
     outcome = runner.run(settings, folder, {}, Recorder())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from sweeper.errors import ConfigError
+from sweeper.core.errors import ConfigError
 from sweeper.training.arguments import use_liger_kernel
 from sweeper.training.schedule import advice, plan_schedule
 from tests.conftest import make_settings

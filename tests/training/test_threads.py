@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sweeper.training.runner import TransformersRunner
+from sweeper.training.trial_runner import TransformersRunner
 
 
 def test_a_workers_share_of_the_cores_does_not_exceed_omp_num_threads() -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from sweeper.folders import TrialFolder
-from sweeper.settings import FakeTrainer, Workers
-from sweeper.training.runner import TransformersRunner
-from sweeper.workers.followers import Followers
+from sweeper.config.settings import FakeTrainer, WorkerSettings
+from sweeper.core.paths import TrialFolder
+from sweeper.training.trial_runner import TransformersRunner
+from sweeper.workers.followers import FollowerGroup
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 from tests.workers.together import Train
@@ -22,10 +22,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
 
 
-def make_workers(engine: str, fake: FakeTrainer, address: str | None = None) -> Workers:
+def make_workers(engine: str, fake: FakeTrainer, address: str | None = None) -> WorkerSettings:
     """Settings of an engine with the fake trainer and no limits."""
     limits = {"trial_timeout_s": None, "stall_timeout_s": None}
-    return Workers.model_validate(
+    return WorkerSettings.model_validate(
         {"engine": engine, "trainer": "fake", "address": address, "fake": fake, **limits}
     )
 
@@ -45,16 +45,16 @@ SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 
 
 @pytest.fixture(scope="module")
-def followers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followers]:
+def followers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FollowerGroup]:
     """One follower on this machine's CPU."""
     log = tmp_path_factory.mktemp("workers") / "worker_0.log"
-    company = Followers([None], threads=1, log=log)
+    company = FollowerGroup([None], threads=1, log=log)
     yield company
     company.close()
 
 
 @pytest.fixture
-def train(tiny_base: Path, rows_file: Path, tmp_path: Path, followers: Followers) -> Train:
+def train(tiny_base: Path, rows_file: Path, tmp_path: Path, followers: FollowerGroup) -> Train:
     """Train on as many processes as the overrides say: (outcome, what was observed, folder)."""
     runner = TransformersRunner(1, followers.join)
 

@@ -11,23 +11,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sweeper.errors import WorkerError
-from sweeper.settings import FakeTrainer
+from sweeper.config.settings import FakeTrainer
+from sweeper.core.errors import WorkerError
 from sweeper.workers.engines import open_engine
-from sweeper.workers.local import LocalEngine
+from sweeper.workers.local_engine import LocalEngine
 from sweeper.workers.protocol import (
-    AnyEvent,
-    Ended,
+    EndedEvent,
     Engine,
-    Evaluated,
-    Lost,
-    Probe,
-    Probed,
-    Progress,
-    Slots,
-    Submit,
-    Test,
-    Tested,
+    EvaluatedEvent,
+    JudgeCommand,
+    JudgedEvent,
+    LostEvent,
+    ProbeCommand,
+    ProbedEvent,
+    ProgressEvent,
+    SlotsEvent,
+    SubmitCommand,
+    WorkerEvent,
 )
 from sweeper.workers.worker import begin_log, tail_of
 from tests.conftest import make_settings
@@ -61,8 +61,10 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
         engine.close()
 
 
-def until(engine: Engine, kind: type, timeout_s: float = 60) -> tuple[list[AnyEvent], AnyEvent]:
-    seen: list[AnyEvent] = []
+def until(
+    engine: Engine, kind: type, timeout_s: float = 60
+) -> tuple[list[WorkerEvent], WorkerEvent]:
+    seen: list[WorkerEvent] = []
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         event = engine.next_event(0.5)
@@ -74,10 +76,10 @@ def until(engine: Engine, kind: type, timeout_s: float = 60) -> tuple[list[AnyEv
     raise AssertionError(f"no {kind.__name__} within {timeout_s} s; saw {seen}")
 
 
-def submit_trial(engine: Engine, tmp_path: Path, number: int = 0) -> Submit:
-    _, slot = until(engine, Slots)
-    assert isinstance(slot, Slots)
-    submit = Submit(
+def submit_trial(engine: Engine, tmp_path: Path, number: int = 0) -> SubmitCommand:
+    _, slot = until(engine, SlotsEvent)
+    assert isinstance(slot, SlotsEvent)
+    submit = SubmitCommand(
         trial=f"lora/{number:04d}",
         attempt=1,
         folder=tmp_path / "lora" / f"trial_{number:04d}",
@@ -92,10 +94,10 @@ def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
     """Submit: evaluations in the order of steps, then an outcome with the best of them."""
     engine = open_one()
     submit = submit_trial(engine, tmp_path)
-    seen, ended = until(engine, Ended)
-    losses = [event.value for event in seen if isinstance(event, Evaluated)]
-    steps = [event.step for event in seen if isinstance(event, Evaluated)]
-    assert isinstance(ended, Ended)
+    seen, ended = until(engine, EndedEvent)
+    losses = [event.value for event in seen if isinstance(event, EvaluatedEvent)]
+    steps = [event.step for event in seen if isinstance(event, EvaluatedEvent)]
+    assert isinstance(ended, EndedEvent)
     assert ended.trial == submit.trial
     assert ended.outcome.cause == "finished"
     assert ended.outcome.best_value == min(losses)
@@ -106,11 +108,11 @@ def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
 def test_a_probe_is_answered(open_one: Open) -> None:
     """Probe: facts come back."""
     engine = open_one()
-    _, slot = until(engine, Slots)
-    assert isinstance(slot, Slots)
-    engine.probe(slot.worker, Probe(arm="lora", settings=make_settings().trial))
-    _, probed = until(engine, Probed)
-    assert isinstance(probed, Probed)
+    _, slot = until(engine, SlotsEvent)
+    assert isinstance(slot, SlotsEvent)
+    engine.probe(slot.worker, ProbeCommand(arm="lora", settings=make_settings().trial))
+    _, probed = until(engine, ProbedEvent)
+    assert isinstance(probed, ProbedEvent)
     assert probed.facts is not None
 
 
@@ -119,11 +121,11 @@ def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Pat
     engine = open_one()
     answers = []
     for folder in (None, tmp_path / "nothing"):
-        _, slot = until(engine, Slots)
-        assert isinstance(slot, Slots)
+        _, slot = until(engine, SlotsEvent)
+        assert isinstance(slot, SlotsEvent)
         engine.test(
             slot.worker,
-            Test(
+            JudgeCommand(
                 trial="x",
                 attempt=1,
                 settings=make_settings().trial,
@@ -131,10 +133,10 @@ def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Pat
                 kinds=("test",),
             ),
         )
-        answers.append(until(engine, Tested)[1])
+        answers.append(until(engine, JudgedEvent)[1])
     base, nothing = answers
-    assert isinstance(base, Tested)
-    assert isinstance(nothing, Tested)
+    assert isinstance(base, JudgedEvent)
+    assert isinstance(nothing, JudgedEvent)
     assert base.losses is not None
     assert base.losses.test is not None
     assert len(base.losses.test.nll) == len(base.losses.test.tokens) > 0
@@ -147,8 +149,8 @@ def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) ->
     submit = submit_trial(engine, tmp_path)
     time.sleep(0.3)
     engine.stop(submit.trial, "pruned")
-    _, ended = until(engine, Ended)
-    assert isinstance(ended, Ended)
+    _, ended = until(engine, EndedEvent)
+    assert isinstance(ended, EndedEvent)
     assert ended.outcome.cause == "pruned"
 
 
@@ -156,13 +158,13 @@ def test_an_error_of_a_trial_leaves_the_worker_alive(open_one: Open, tmp_path: P
     """A code error is an outcome with its traceback, and the next trial trains."""
     engine = open_one(n0="error")
     submit_trial(engine, tmp_path)
-    _, ended = until(engine, Ended)
-    assert isinstance(ended, Ended)
+    _, ended = until(engine, EndedEvent)
+    assert isinstance(ended, EndedEvent)
     assert ended.outcome.cause == "error"
     assert "an error in the code" in (ended.outcome.message or "")
     submit_trial(engine, tmp_path, number=1)
-    _, second = until(engine, Ended)
-    assert isinstance(second, Ended)
+    _, second = until(engine, EndedEvent)
+    assert isinstance(second, EndedEvent)
     assert second.outcome.cause == "finished"
 
 
@@ -170,12 +172,12 @@ def test_after_oom_the_worker_offers_a_slot_again(open_one: Open, tmp_path: Path
     """Out of memory recycles the worker; the next trial trains."""
     engine = open_one(n0="oom")
     submit_trial(engine, tmp_path)
-    _, ended = until(engine, Ended)
-    assert isinstance(ended, Ended)
+    _, ended = until(engine, EndedEvent)
+    assert isinstance(ended, EndedEvent)
     assert ended.outcome.cause == "oom"
     submit_trial(engine, tmp_path, number=1)
-    _, second = until(engine, Ended)
-    assert isinstance(second, Ended)
+    _, second = until(engine, EndedEvent)
+    assert isinstance(second, EndedEvent)
     assert second.outcome.cause == "finished"
 
 
@@ -187,13 +189,13 @@ def test_a_killed_trial_is_lost_as_timeout_and_the_worker_replaced(
     submit = submit_trial(engine, tmp_path)
     time.sleep(0.3)
     engine.kill(0, "because the test says so")
-    _, lost = until(engine, Lost)
-    assert isinstance(lost, Lost)
+    _, lost = until(engine, LostEvent)
+    assert isinstance(lost, LostEvent)
     assert (lost.trial, lost.attempt, lost.cause) == (submit.trial, 1, "timeout")
     assert lost.message == "because the test says so"
     submit_trial(engine, tmp_path, number=1)
-    _, second = until(engine, Ended)
-    assert isinstance(second, Ended)
+    _, second = until(engine, EndedEvent)
+    assert isinstance(second, EndedEvent)
     assert second.outcome.cause == "finished"
 
 
@@ -206,11 +208,11 @@ def test_a_trial_that_had_ended_is_not_lost(open_one: Open, tmp_path: Path) -> N
         time.sleep(0.01)
     time.sleep(0.5)  # until it has been sent as well
     engine.kill(0, "too late")
-    _, ended = until(engine, Ended)
-    assert isinstance(ended, Ended)
+    _, ended = until(engine, EndedEvent)
+    assert isinstance(ended, EndedEvent)
     assert ended.outcome.cause == "finished"
-    _, lost = until(engine, Lost)
-    assert isinstance(lost, Lost)
+    _, lost = until(engine, LostEvent)
+    assert isinstance(lost, LostEvent)
     assert lost.trial is None
 
 
@@ -233,11 +235,11 @@ def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
         submit = submit_trial(engine, tmp_path)
         time.sleep(0.3)
         os.kill(engine._hosts[0].process.pid or 0, signal.SIGKILL)
-        _, lost = until(engine, Lost)
-        assert isinstance(lost, Lost)
+        _, lost = until(engine, LostEvent)
+        assert isinstance(lost, LostEvent)
         assert (lost.trial, lost.attempt) == (submit.trial, 1)
         assert "exit code -9" in lost.message
-        until(engine, Slots)
+        until(engine, SlotsEvent)
     finally:
         engine.close()
 
@@ -247,7 +249,7 @@ def test_signals_to_every_process_end_no_worker(tmp_path: Path) -> None:
     engine = _local(tmp_path)
     try:
         submit = submit_trial(engine, tmp_path)
-        until(engine, Progress)
+        until(engine, ProgressEvent)
         for number in (
             signal.SIGUSR1,
             signal.SIGUSR2,
@@ -258,8 +260,8 @@ def test_signals_to_every_process_end_no_worker(tmp_path: Path) -> None:
             os.kill(engine._hosts[0].process.pid or 0, number)
         time.sleep(0.3)
         engine.stop(submit.trial, "cancelled")
-        _, ended = until(engine, Ended)
-        assert isinstance(ended, Ended)
+        _, ended = until(engine, EndedEvent)
+        assert isinstance(ended, EndedEvent)
         assert ended.outcome.cause == "cancelled"
     finally:
         engine.close()
@@ -294,7 +296,7 @@ def test_workers_that_cannot_start_end_the_study(
     engine = _local(tmp_path)
     try:
         with pytest.raises(WorkerError, match="dies before it can start"):
-            until(engine, Slots)
+            until(engine, SlotsEvent)
     finally:
         engine.close()
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sweeper.errors import ConfigError, WorkerError
+from sweeper.core.errors import ConfigError, WorkerError
 from sweeper.workers.devices import devices_of
-from sweeper.workers.followers import Followers
+from sweeper.workers.followers import FollowerGroup
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 from tests.workers.together import KillsFollowers, Train, spooled
@@ -45,7 +45,7 @@ def test_two_devices_train_the_trial_of_one(train: Train, arm: tuple[str, ...]) 
 
 
 @pytest.mark.slow
-def test_a_stop_reaches_every_device(train: Train, followers: Followers) -> None:
+def test_a_stop_reaches_every_device(train: Train, followers: FollowerGroup) -> None:
     """A pruned trial ends on all of its devices at the same step, and the next one trains."""
     outcome, _, _ = train("first", "training.devices_per_trial=2", observer=Recorder(stop_after=1))
     assert (outcome.cause, outcome.steps) == ("pruned", 2)

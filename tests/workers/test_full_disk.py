@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from sweeper.errors import StudyError
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Facts, Outcome, Unseen, UnseenKind, Value
-from sweeper.settings import TrialSettings
-from sweeper.training.observer import Observer
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import StudyError
+from sweeper.core.outcome import ArmBaseline, FrozenValue, HeldOutKind, HeldOutLosses, Outcome
+from sweeper.core.paths import TrialFolder
+from sweeper.training.observer import TrialObserver
 from sweeper.workers import worker
-from sweeper.workers.protocol import Close, Ended, Submit, Waiting
-from sweeper.workers.worker import Orders, serve
+from sweeper.workers.protocol import CloseCommand, EndedEvent, SubmitCommand, WaitingEvent
+from sweeper.workers.worker import CommandQueue, serve
 from tests.conftest import make_settings
 
 
@@ -28,12 +28,12 @@ class FullDisk:
     times: int
     worn_out: bool = False
 
-    def probe(self, settings: TrialSettings) -> Facts:
+    def probe(self, settings: TrialSettings) -> ArmBaseline:
         raise NotImplementedError
 
     def test(
-        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[UnseenKind]
-    ) -> Unseen:
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
+    ) -> HeldOutLosses:
         raise NotImplementedError
 
     def adopt(
@@ -46,7 +46,7 @@ class FullDisk:
         settings: TrialSettings,
         folder: TrialFolder,
         provenance: dict[str, Any],
-        observer: Observer,
+        observer: TrialObserver,
     ) -> Outcome:
         if self.times:
             self.times -= 1
@@ -58,18 +58,20 @@ class FullDisk:
 class Sent:
     """A channel that keeps what was sent."""
 
-    events: list[Value] = field(default_factory=list)
+    events: list[FrozenValue] = field(default_factory=list)
 
-    def send(self, message: Value) -> None:
+    def send(self, message: FrozenValue) -> None:
         self.events.append(message)
 
     def receive(self) -> Any:
         raise StudyError("nothing is received here")
 
 
-def _serve(runner: FullDisk, tmp_path: Path, stop: bool = False, trials: int = 1) -> list[Value]:
-    orders, channel = Orders(), Sent()
-    submit = Submit(
+def _serve(
+    runner: FullDisk, tmp_path: Path, stop: bool = False, trials: int = 1
+) -> list[FrozenValue]:
+    orders, channel = CommandQueue(), Sent()
+    submit = SubmitCommand(
         trial="lora/0000",
         attempt=1,
         folder=tmp_path,
@@ -78,11 +80,11 @@ def _serve(runner: FullDisk, tmp_path: Path, stop: bool = False, trials: int = 1
     )
     for _ in range(trials):
         orders.work.put(submit)
-    orders.work.put(Close())
+    orders.work.put(CloseCommand())
     if stop:
         orders.stops["lora/0000"] = "cancelled"
     serve(channel, orders, runner, 0)
-    return [event for event in channel.events if isinstance(event, Waiting | Ended)]
+    return [event for event in channel.events if isinstance(event, WaitingEvent | EndedEvent)]
 
 
 @pytest.fixture(autouse=True)
@@ -93,16 +95,16 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_trial_continues_when_there_is_space(tmp_path: Path) -> None:
     """Three times none: said once, with the folder; then the trial ends as it would have."""
     waiting, ended = _serve(FullDisk(3), tmp_path)
-    assert isinstance(waiting, Waiting)
+    assert isinstance(waiting, WaitingEvent)
     assert str(tmp_path) in waiting.message
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, EndedEvent)
     assert ended.outcome.cause == "finished"
 
 
 def test_a_stop_ends_the_waiting(tmp_path: Path) -> None:
     """Ctrl-C while the disk is full: the trial is cancelled, to be continued."""
     _, ended = _serve(FullDisk(10**6), tmp_path, stop=True)
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, EndedEvent)
     assert ended.outcome.cause == "cancelled"
 
 
@@ -110,7 +112,7 @@ def test_patience_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that stays full is an error in one line, and names the folder."""
     monkeypatch.setattr(worker, "FULL_DISK_PATIENCE_S", 0.005)
     _, ended = _serve(FullDisk(10**6), tmp_path)
-    assert isinstance(ended, Ended)
+    assert isinstance(ended, EndedEvent)
     assert (ended.outcome.cause, "stays full" in str(ended.outcome.message)) == ("error", True)
 
 
@@ -121,7 +123,9 @@ def test_patience_is_for_the_disk_and_not_for_each_trial(
     monkeypatch.setattr(worker, "FULL_DISK_PATIENCE_S", 0.005)
     disk = FullDisk(10**6)
     events = _serve(disk, tmp_path, trials=3)
-    assert [event.outcome.cause for event in events if isinstance(event, Ended)] == ["error"] * 3
+    assert [event.outcome.cause for event in events if isinstance(event, EndedEvent)] == [
+        "error"
+    ] * 3
     assert 10**6 - disk.times == 6 + 1 + 1 + 1, "six waits for the first, none for the others"
 
 

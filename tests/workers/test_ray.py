@@ -12,13 +12,28 @@ from typing import Any
 import optuna
 import pytest
 
-pytest.importorskip("sweeper.workers.ray", reason="Ray is optional")
+pytest.importorskip("sweeper.workers.ray_engine", reason="Ray is optional")
 
-from sweeper.errors import WorkerError
-from sweeper.outcome import Outcome
-from sweeper.settings import FakeTrainer
-from sweeper.workers.protocol import Ended, Evaluated, Lost, Slots, Submit
-from sweeper.workers.ray import Mailbox, Mark, RayEngine, Share, connect, pack, share_of, unpack
+from sweeper.config.settings import FakeTrainer
+from sweeper.core.errors import WorkerError
+from sweeper.core.outcome import Outcome
+from sweeper.workers.protocol import (
+    EndedEvent,
+    EvaluatedEvent,
+    LostEvent,
+    SlotsEvent,
+    SubmitCommand,
+)
+from sweeper.workers.ray_engine import (
+    ActorMailbox,
+    ClusterShare,
+    FolderMark,
+    RayEngine,
+    connect,
+    pack,
+    share_of,
+    unpack,
+)
 from tests.conftest import make_settings
 from tests.workers.conftest import SMALL, make_workers
 from tests.workers.test_engines import submit_trial, until
@@ -31,18 +46,18 @@ def _node(cpus: int, gpus: int = 0, alive: bool = True) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("nodes", "n_jobs", "devices", "share"),
     [
-        ([_node(8)], 1, 1, Share(8, 0, 8)),
-        ([_node(8)], 3, 1, Share(2, 0, 2)),
-        ([_node(8)], 2, 2, Share(4, 0, 2)),
-        ([_node(8), _node(8)], 2, 1, Share(8, 0, 8)),
-        ([_node(8), _node(8)], 3, 1, Share(4, 0, 4)),  # 5 each would fit twice only
-        ([_node(8), _node(64, alive=False)], 1, 1, Share(8, 0, 8)),
-        ([_node(2), _node(32, gpus=4)], 4, 1, Share(1, 1, 8)),
-        ([_node(32, gpus=4)], 2, 2, Share(1, 2, 8)),
+        ([_node(8)], 1, 1, ClusterShare(8, 0, 8)),
+        ([_node(8)], 3, 1, ClusterShare(2, 0, 2)),
+        ([_node(8)], 2, 2, ClusterShare(4, 0, 2)),
+        ([_node(8), _node(8)], 2, 1, ClusterShare(8, 0, 8)),
+        ([_node(8), _node(8)], 3, 1, ClusterShare(4, 0, 4)),  # 5 each would fit twice only
+        ([_node(8), _node(64, alive=False)], 1, 1, ClusterShare(8, 0, 8)),
+        ([_node(2), _node(32, gpus=4)], 4, 1, ClusterShare(1, 1, 8)),
+        ([_node(32, gpus=4)], 2, 2, ClusterShare(1, 2, 8)),
     ],
 )
 def test_workers_share_out_what_there_is(
-    nodes: list[dict[str, Any]], n_jobs: int, devices: int, share: Share
+    nodes: list[dict[str, Any]], n_jobs: int, devices: int, share: ClusterShare
 ) -> None:
     """GPUs of one node each where there are any; else the most CPUs that fit n_jobs times into whole
     nodes."""
@@ -106,8 +121,8 @@ def test_outcomes_land_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_mailbox_sends_the_spool_with_evaluations_and_all_at_the_end(tmp_path: Path) -> None:
     """A trial that trains out of sight: metrics on the way, the folder at the end, nothing left."""
-    box = Mailbox(tmp_path)
-    submit = Submit(
+    box = ActorMailbox(tmp_path)
+    submit = SubmitCommand(
         trial="lora/0003",
         attempt=1,
         folder=Path("/not/here/lora/trial_0003"),
@@ -116,13 +131,13 @@ def test_a_mailbox_sends_the_spool_with_evaluations_and_all_at_the_end(tmp_path:
     )
     box.order(submit.model_dump_json())
     command = box.receive()
-    assert isinstance(command, Submit)
+    assert isinstance(command, SubmitCommand)
     assert command.folder == tmp_path / "lora" / "trial_0003"
     command.folder.mkdir(parents=True)
     (command.folder / "metrics.jsonl").write_text("{}\n")
     (command.folder / "outcome.json").write_text("{}")
-    box.send(Evaluated(trial="lora/0003", attempt=1, step=1, total_steps=2, value=1.0))
-    box.send(Ended(trial="lora/0003", attempt=1, outcome=Outcome(cause="finished")))
+    box.send(EvaluatedEvent(trial="lora/0003", attempt=1, step=1, total_steps=2, value=1.0))
+    box.send(EndedEvent(trial="lora/0003", attempt=1, outcome=Outcome(cause="finished")))
     box.end()
     parcels, ended = box.take(wait_s=0)
     assert [sorted(files) for _, files in parcels] == [
@@ -150,8 +165,8 @@ def test_no_cluster_is_an_error_of_one_line() -> None:
 class FarEngine(RayEngine):
     """An engine whose actors do not see the study's folder."""
 
-    def _leave_mark(self) -> Mark:
-        return Mark(Path("/nowhere/at/all"), "unseen")
+    def _leave_mark(self) -> FolderMark:
+        return FolderMark(Path("/nowhere/at/all"), "unseen")
 
 
 @pytest.mark.slow
@@ -167,10 +182,10 @@ def test_results_come_back_from_nodes_that_do_not_see_the_folder(
     )
     try:
         submit = submit_trial(engine, tmp_path)
-        until(engine, Evaluated)
+        until(engine, EvaluatedEvent)
         assert (submit.folder / "metrics.jsonl").stat().st_size > 0
         assert not (submit.folder / "outcome.json").exists()
-        until(engine, Ended)
+        until(engine, EndedEvent)
         names = {path.name for path in submit.folder.iterdir()}
         assert names == {"config.yaml", "metrics.jsonl", "outcome.json", "provenance.json"}
     finally:
@@ -191,13 +206,13 @@ def test_a_lost_node_is_announced_and_its_worker_replaced_where_there_is_room(
     try:
         submits = {number: submit_trial(engine, tmp_path, number) for number in (0, 1)}
         ray_cluster.remove_node(node, allow_graceful=False)
-        _, lost = until(engine, Lost, timeout_s=120)
-        assert isinstance(lost, Lost)
+        _, lost = until(engine, LostEvent, timeout_s=120)
+        assert isinstance(lost, LostEvent)
         assert lost.trial in {submit.trial for submit in submits.values()}
         assert lost.cause == "crash"
         node = ray_cluster.add_node(num_cpus=1, **SMALL)
-        _, slots = until(engine, Slots, timeout_s=120)
-        assert isinstance(slots, Slots)
+        _, slots = until(engine, SlotsEvent, timeout_s=120)
+        assert isinstance(slots, SlotsEvent)
         assert slots.worker == lost.worker
     finally:
         engine.close()

@@ -18,11 +18,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from sweeper.embedded import BASE_DIR
-from sweeper.errors import ConfigError, WorkerError
-from sweeper.folders import TrialFolder
-from sweeper.training import runner as runner_module
-from sweeper.training.sharded import ShardedTrainer, load_sharded
+from sweeper.builtin.embedded import BASE_DIR
+from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.paths import TrialFolder
+from sweeper.training import trial_runner as runner_module
+from sweeper.training.sharded_trainer import ShardedTrainer, load_sharded
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
 from tests.workers.together import KillsFollowers, Train, spooled

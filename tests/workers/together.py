@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import psutil
 
-from sweeper.folders import TrialFolder
-from sweeper.outcome import Outcome
-from sweeper.training.spool import read_spool
+from sweeper.core.outcome import Outcome
+from sweeper.core.paths import TrialFolder
+from sweeper.core.spool import read_spool
 from tests.training.recorder import Recorder
 
 Train = Callable[..., tuple[Outcome, Recorder, TrialFolder]]

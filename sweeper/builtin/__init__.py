@@ -1,0 +1,1 @@
+"""The embedded base and data set, and stand-ins for models and data that need a download."""

@@ -1,0 +1,12 @@
+"""Embedded default: a tiny pre-trained base model and a real data set that need no download.
+
+Knows where the shipped base lies. Does not load it: this package imports neither torch nor
+transformers until `sweeper.builtin.pretrain` is asked for.
+"""
+
+from pathlib import Path
+
+BASE_DIR: Path = Path(__file__).parent / "base"
+"""Hugging Face folder (config, weights, tokenizer, model card) of the embedded base model."""
+
+__all__ = ["BASE_DIR"]

@@ -1,0 +1,175 @@
+"""`sweeper study …`: see where studies stand, and steer them while they run (docs/search.md).
+
+Exit codes of the verbs that steer: 0 applied; 2 refused, or wrong; 3 kept, because nobody has answered.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sweeper.driver.command_files import StudyCommand
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="See where studies stand, and steer them while they run. Exit codes: 0 applied; "
+    "2 refused or wrong; 3 nobody has answered, and the command is kept.",
+)
+Name = Annotated[str, typer.Argument(help="The study_name.")]
+Where = Annotated[Path, typer.Option("--output-dir", help="Where studies are kept.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Patience = Annotated[
+    float, typer.Option("--timeout", min=0, help="Seconds to wait for the driver's answer.")
+]
+OneArm = Annotated[str | None, typer.Option("--arm", help="Of which arm; the first one's.")]
+Number = Annotated[int, typer.Argument(min=0, help="The earlier trial's number.")]
+Values = Annotated[list[str], typer.Argument(help="KEY=VALUE of searched keys.")]
+
+OUTPUTS = Path("outputs")
+TIMEOUT_S = 10.0
+
+
+@app.command(name="list")
+def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
+    """Show all studies: state, trials, best value, what is left of the budget."""
+    from sweeper.commands.steer import silent, standings
+    from sweeper.reporting.console import make_console
+    from sweeper.reporting.status_tables import studies_sheet
+
+    found = standings(output_dir)
+    if as_json:
+        _print_json([each.model_dump(mode="json") for each in found])
+    elif found:
+        make_console().print(studies_sheet(found, f"Studies under {output_dir}/").draw())
+    else:
+        typer.echo(f"there are no studies under {output_dir}/")
+    if (names := silent(output_dir)) and not as_json:
+        typer.echo(f"of another version, see sweeper report: {', '.join(names)}")
+
+
+@app.command()
+def show(name: Name, output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
+    """Show one study: arms, running trials with their progress, best, queue, what remains."""
+    from sweeper.commands.steer import standing, study_folder
+    from sweeper.reporting.console import make_console
+    from sweeper.reporting.status_tables import print_standing
+
+    found = standing(study_folder(name, output_dir))
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        print_standing(found, make_console())
+
+
+@app.command()
+def pause(
+    name: Name, timeout: Patience = TIMEOUT_S, output_dir: Where = OUTPUTS, as_json: Json = False
+) -> None:
+    """Stop the running trials with a checkpoint and free their devices; the driver stays."""
+    from sweeper.driver.command_files import PauseStudy
+
+    _steer(name, PauseStudy(), timeout, output_dir, as_json)
+
+
+@app.command()
+def resume(
+    name: Name, timeout: Patience = TIMEOUT_S, output_dir: Where = OUTPUTS, as_json: Json = False
+) -> None:
+    """Go on after a pause; takes back a stop that still waits for trials."""
+    from sweeper.driver.command_files import ResumeStudy
+
+    _steer(name, ResumeStudy(), timeout, output_dir, as_json)
+
+
+@app.command()
+def stop(
+    name: Name,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for running trials.")] = False,
+    trial: Annotated[int | None, typer.Option(min=0, help="End this one trial for good.")] = None,
+    arm: OneArm = None,
+    timeout: Patience = TIMEOUT_S,
+    output_dir: Where = OUTPUTS,
+    as_json: Json = False,
+) -> None:
+    """Start no new trial and end when the running ones have; or end a single trial."""
+    from sweeper.core.errors import CommandRefused
+    from sweeper.driver.command_files import StopStudy, StopTrial
+
+    if trial is None and arm is not None:
+        raise CommandRefused(f"--arm {arm}: only with --trial; a study is stopped as a whole")
+    if trial is not None and now:
+        raise CommandRefused("--now: a single trial is always stopped at once; leave it out")
+    command = StopStudy(now=now) if trial is None else StopTrial(trial=trial, arm=arm)
+    _steer(name, command, timeout, output_dir, as_json)
+
+
+@app.command()
+def extend(
+    name: Name,
+    trials: Annotated[int, typer.Option(min=1, max=100_000, help="How many more.")],
+    arm: OneArm = None,
+    timeout: Patience = TIMEOUT_S,
+    output_dir: Where = OUTPUTS,
+    as_json: Json = False,
+) -> None:
+    """Add trials to an arm's n_trials."""
+    from sweeper.driver.command_files import ExtendArm
+
+    _steer(name, ExtendArm(trials=trials, arm=arm), timeout, output_dir, as_json)
+
+
+@app.command()
+def enqueue(
+    name: Name,
+    values: Values,
+    arm: OneArm = None,
+    timeout: Patience = TIMEOUT_S,
+    output_dir: Where = OUTPUTS,
+    as_json: Json = False,
+) -> None:
+    """Try a point next; keys that are left out are drawn by the sampler."""
+    from sweeper.commands.steer import values_of
+    from sweeper.driver.command_files import EnqueuePoint
+
+    command = EnqueuePoint(values=values_of(values), arm=arm)
+    _steer(name, command, timeout, output_dir, as_json)
+
+
+@app.command()
+def clone(
+    name: Name,
+    trial: Number,
+    values: Values,
+    arm: OneArm = None,
+    timeout: Patience = TIMEOUT_S,
+    output_dir: Where = OUTPUTS,
+    as_json: Json = False,
+) -> None:
+    """Try the point of an earlier trial next, with some values changed."""
+    from sweeper.commands.steer import values_of
+    from sweeper.driver.command_files import CloneTrial
+
+    command = CloneTrial(trial=trial, values=values_of(values), arm=arm)
+    _steer(name, command, timeout, output_dir, as_json)
+
+
+def _steer(
+    name: str, command: StudyCommand, timeout_s: float, output_dir: Path, as_json: bool
+) -> None:
+    from sweeper.commands.steer import REFUSED, steer, study_folder
+
+    reply = steer(study_folder(name, output_dir), command, timeout_s)
+    if as_json:
+        _print_json(reply.document(name, command))
+    else:
+        typer.echo(f"{name}: {reply.text}", err=reply.exit_code == REFUSED)
+    raise typer.Exit(reply.exit_code)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,402 @@
+"""The verbs: reading and steering. Training is Hydra overrides (see __main__)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sweeper.cli import study_verbs
+
+if TYPE_CHECKING:
+    from sweeper.tracking.registry import ModelRegistry, ModelVersion
+
+VERBS = (
+    *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
+    *("sync", "nightly", "champion", "clean", "build-base"),
+)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def verbs() -> None:
+    """Read studies and re-run trials; to train, see `python -m sweeper --help`."""
+
+
+@app.command()
+def report(
+    names: Annotated[list[str], typer.Argument(help="One study_name or several.")],
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    form: Annotated[
+        str, typer.Option("--format", help="terminal, html, md, json, csv or svg.")
+    ] = "terminal",
+    output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
+) -> None:
+    """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
+    from sweeper.core.errors import ConfigError
+    from sweeper.core.paths import write_atomic
+    from sweeper.reporting.console import make_console
+    from sweeper.reporting.live_view import print_results
+    from sweeper.reporting.report_formats import FORMATS, WRITERS, default_path
+    from sweeper.reporting.results import load_results
+
+    if form not in FORMATS:
+        raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
+    if form == "svg" and len(names) > 1:
+        raise ConfigError(["--format svg: a picture shows one study; name one"])
+    results = [load_results(name, output_dir) for name in names]
+    if form == "terminal":
+        if output is not None:
+            raise ConfigError([f"--output {output}: a terminal has no file; add --format"])
+        for found in results:
+            print_results(found, make_console())
+        return
+    text = WRITERS[form](results, output_dir)
+    path = output or (default_path(results, output_dir) if form == "html" else None)
+    if path is None:
+        typer.echo(text, nl=False)
+    else:
+        write_atomic(path, text)
+        typer.echo(path)
+
+
+@app.command()
+def best(
+    name: Annotated[str, typer.Argument(help="The study_name.")],
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    arm: Annotated[str | None, typer.Option(help="Of which arm; the first one's.")] = None,
+    number: Annotated[int | None, typer.Option("--trial", help="Not the best, but this.")] = None,
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print it as an experiment.")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Print its folder alone.")] = False,
+    merge: Annotated[Path | None, typer.Option(help="Merge it with its base into this.")] = None,
+) -> None:
+    """Use a study's winner: how to load, ask, serve, merge, publish and train it again."""
+    from sweeper.core.errors import ConfigError
+    from sweeper.core.paths import StudyFolder
+    from sweeper.reporting.results import load_results
+    from sweeper.reporting.winner import experiment_yaml, find_winner, usage
+
+    if as_yaml + adapter + (merge is not None) > 1:
+        raise ConfigError(["--yaml, --adapter and --merge: give one of them"])
+    results = load_results(name, output_dir)
+    winner = find_winner(results, StudyFolder(output_dir / name), arm, number)
+    if as_yaml:
+        typer.echo(experiment_yaml(winner), nl=False)
+    elif adapter:
+        typer.echo(winner.artifact)
+    elif merge is not None:
+        _quiet()
+        from sweeper.training.export import merge_trial
+
+        merge_trial(winner.settings, winner.folder, merge)
+        typer.echo(merge)
+    else:
+        typer.echo(usage(winner))
+
+
+@app.command()
+def generate(
+    adapters: Annotated[list[Path], typer.Argument(help="Trials' folders or their adapter/.")],
+    prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
+) -> None:
+    """Ask the untuned base and adapters the same prompts, side by side on one loaded base."""
+    _quiet()
+    from sweeper.commands.generate import side_by_side
+
+    for asked in side_by_side(adapters, prompt, max_new_tokens):
+        typer.echo(f"\n# {asked.prompt}")
+        for name, answer in asked.answers.items():
+            typer.echo(f"\n## {name}\n{answer.strip()}")
+
+
+@app.command()
+def trial(
+    folder: Annotated[Path, typer.Argument(help="A trial's folder, with its config.yaml.")],
+    into: Annotated[Path, typer.Option(help="Where the new trial goes.")],
+) -> None:
+    """Train a trial again by hand, from the config.yaml of an earlier one."""
+    from sweeper.commands.run_trial import run_single
+    from sweeper.config.compose import compose, read_yaml
+    from sweeper.config.settings import RunSettings, validate
+    from sweeper.core.errors import StudyError
+    from sweeper.core.paths import TrialFolder
+
+    source = TrialFolder(folder).config
+    if not source.exists():
+        raise StudyError(
+            f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007"
+        )
+    settings = validate(RunSettings, {**compose([]).config, **read_yaml(source)})
+    run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
+
+
+@app.command()
+def reproduce(
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="A trial's folder, MLflow run id, STUDY/ARM/NUMBER, or STUDY (winner)."
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of workers and tracking alone: workers=inline")
+    ] = None,
+    into: Annotated[Path | None, typer.Option(help="Where the new trial goes.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Train a recorded trial again and hold it against its record; say what differs (docs/reproduce.md).
+
+    Exit codes: 0 reproduced; 1 it cannot be tried; 2 a wrong argument; 10 another figure, or none;
+    11 other data or another base: not trained.
+    """
+    from sweeper.commands import reproduce as again
+    from sweeper.config.settings import TrackingSettings, validate
+    from sweeper.core.paths import TrialFolder
+    from sweeper.core.quiet import hush
+    from sweeper.reporting.console import make_console
+    from sweeper.tracking.tracker_factory import make_store
+
+    machine = again.machinery(overrides or [])
+    store = make_store(validate(TrackingSettings, machine["tracking"], "tracking"))
+    record = again.find_record(run, output_dir, store)
+    hush()
+    folder = TrialFolder(into or again.new_folder(output_dir, record))
+    console = make_console(stderr=as_json)
+    found = again.reproduce(record, machine, folder, console, tolerance)
+    typer.echo(again.to_json(found) if as_json else again.describe(found))
+    raise typer.Exit(again.EXIT_CODES[found.verdict])
+
+
+@app.command()
+def prefetch(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="As for training: +experiment=X data.train=org/name")
+    ] = None,
+) -> None:
+    """Fill the hub cache with all that these overrides need, for workers without a network."""
+    from sweeper.config.compose import with_user_conf
+    from sweeper.data.prefetch import prefetch as fetch
+    from sweeper.search.study_plan import single, studies
+
+    given = with_user_conf(overrides or [], Path.cwd())
+    if any(text.startswith("+experiment=") for text in given):
+        settings = [arm.settings for plan in studies(given) for arm in plan.arms]
+    else:
+        settings = [single(given)]
+    for fetched in fetch(settings):
+        typer.echo(fetched)
+
+
+@app.command()
+def doctor(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="What would be trained, as overrides.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
+    from sweeper.commands.doctor import examine, print_findings, sound, to_json
+    from sweeper.reporting.console import make_console
+
+    findings = examine(overrides or [])
+    if as_json:
+        typer.echo(to_json(findings))
+    else:
+        print_findings(findings, make_console())
+    raise typer.Exit(0 if sound(findings) else 1)
+
+
+@app.command()
+def sync(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME…] [tracking.uri=…]", help="Studies; all under --output-dir without one."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow does not have.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Record in MLflow what it missed: it was away, or the study was killed (docs/servers.md).
+
+    Exit codes: 0 MLflow has everything; 1 something is left, or a study runs; 2 a wrong setting.
+    """
+    from sweeper.commands.sync import sync as record
+    from sweeper.search.study_plan import single
+
+    names = [word for word in words or [] if "=" not in word]
+    tracking = single([word for word in words or [] if "=" in word]).tracking
+    whole = True
+    for synced in record(names, output_dir, tracking, dry_run=dry_run):
+        typer.echo(synced)
+        whole = whole and synced.whole
+    raise typer.Exit(0 if whole or dry_run else 1)
+
+
+@app.command()
+def nightly(
+    name: Annotated[str, typer.Argument(help="A set: conf/nightly/NAME.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Of the set: nightly.budget.wall_clock=2h")
+    ] = None,
+) -> None:
+    """Run tonight's night of a set, once, however often this is fired (docs/nightly.md).
+
+    Exit codes: 0 no change, or nothing to run; 1 failure; 10 new champion; 11 regression.
+    """
+    from sweeper.nightly.night_run import EXIT_CODES, run_night
+
+    result = run_night(name, overrides or [])
+    raise typer.Exit(0 if result is None else EXIT_CODES[result])
+
+
+@app.command()
+def clean(
+    name: Annotated[str | None, typer.Argument(help="The study_name.")] = None,
+    keep_adapters: Annotated[int, typer.Option(min=0, help="Best adapters that stay.")] = 3,
+    dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    bases: Annotated[
+        bool, typer.Option("--bases", help="Empty the cache of quantized bases instead.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
+    ] = None,
+) -> None:
+    """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    from sweeper.commands.retention import removals, remove
+    from sweeper.core.errors import ConfigError
+
+    if (name is None) != bases:
+        raise ConfigError(["name the study to clean, or give --bases alone"])
+    if name is None:
+        return _clean_bases(dry_run)
+    held = [found.folder for found in _registry_champions(overrides or [])]
+    found = removals(name, output_dir, keep_adapters, held)
+    for removal in found:
+        typer.echo(f"{removal.mib:10.1f} MiB  {removal.path}  ({removal.why})")
+    if not dry_run:
+        remove(name, output_dir, found)
+    done = "would be freed" if dry_run else "freed"
+    typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
+
+
+def _clean_bases(dry_run: bool) -> None:
+    from sweeper.modeling.quantized_cache import cache_folder, forget
+
+    found = forget(cache_folder(), dry_run=dry_run)
+    for path, mib in found.items():
+        typer.echo(f"{mib:10.1f} MiB  {path}")
+    typer.echo(f"{sum(found.values()):10.1f} MiB {'would be freed' if dry_run else 'freed'}")
+
+
+app.add_typer(study_verbs.app, name="study")
+
+champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
+app.add_typer(champions, name="champion")
+Model = Annotated[str, typer.Argument(help="The registered model: an entry of a nightly set.")]
+Where = Annotated[
+    list[str] | None, typer.Argument(help="Which MLflow, as overrides: tracking.uri=…")
+]
+
+
+@champions.command()
+def show(model: Model, overrides: Where = None) -> None:
+    """Show the champion: its version, its trial, and the evidence that made it."""
+    version = _registry(overrides or []).champion(model)
+    if version is None:
+        typer.echo(f"{model}: no champion yet")
+        return
+    typer.echo(f"{model}: version {version.number}, trial {version.trial} of {version.study}")
+    for key, value in sorted(version.tags.items()):
+        typer.echo(f"  {key}: {value}")
+
+
+@champions.command()
+def promote(
+    model: Model,
+    study: Annotated[str, typer.Argument(help="The study_name.")],
+    trial: Annotated[str, typer.Argument(help="Arm and number: lora/0007.")],
+    overrides: Where = None,
+) -> None:
+    """Make a trial's adapter the champion by hand."""
+    tags = {"sweeper.promoted_by": "hand"}
+    version = _registry(overrides or []).promote(model, study, trial, tags)
+    typer.echo(f"{model}: version {version.number} is the champion")
+
+
+@champions.command()
+def certify(
+    model: Model,
+    overrides: Where = None,
+    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+) -> None:
+    """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
+    _quiet()
+    from sweeper.nightly.certify import certify as look
+    from sweeper.nightly.certify import other_looks
+
+    registry = _registry(overrides or [])
+    certificate = look(model, registry)
+    typer.echo(certificate.words)
+    champion = registry.champion(model)
+    also = None if champion is None else other_looks(champion, output_dir)
+    if also is not None:
+        typer.echo(also)
+
+
+@champions.command()
+def rollback(model: Model, overrides: Where = None) -> None:
+    """Give the champion's place back to the one before."""
+    version = _registry(overrides or []).rollback(model)
+    typer.echo(f"{model}: version {version.number} is the champion again")
+
+
+@app.command(name="build-base")
+def build_base(
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2_600_000,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+) -> None:
+    """Pre-train the embedded base model again from the standard library's text (minutes)."""
+    from sweeper.builtin.pretrain import build_base as build
+
+    build(out, tokens=tokens, seed=seed)
+
+
+def _quiet() -> None:
+    """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
+    from sweeper.core.quiet import hush
+
+    hush()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _registry(overrides: list[str]) -> ModelRegistry:
+    from sweeper.core.errors import ConfigError
+    from sweeper.search.study_plan import single
+    from sweeper.tracking.tracker_factory import make_registry
+
+    registry = make_registry(single(overrides).tracking)
+    if registry is None:
+        raise ConfigError(["tracking=none: there is no registry without MLflow"])
+    return registry
+
+
+def _registry_champions(overrides: list[str]) -> list[ModelVersion]:
+    """The champions of all models, whose weights are never deleted; none without MLflow."""
+    from sweeper.search.study_plan import single
+    from sweeper.tracking.tracker_factory import make_registry
+
+    registry = make_registry(single(overrides).tracking)
+    return [] if registry is None else registry.champions()

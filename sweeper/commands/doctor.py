@@ -1,0 +1,271 @@
+"""What would fail tonight: devices, packages, disk, tokens, MLflow, the study's database.
+
+Each check is a function that returns findings; none writes anything, none shows a secret. They run side
+by side, because the slowest (torch in a process of its own) takes as long as all others together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from sweeper.config import compose
+from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
+from sweeper.core.paths import StudyFolder
+from sweeper.search.study_plan import single
+from sweeper.tracking.tracker_factory import LOCAL_STORE
+from sweeper.tracking.tracking_server import local_uri
+
+Level = Literal["ok", "warning", "failure"]
+STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "failure": "bold red"}
+TIMEOUT_S = 5
+DEVICE_TIMEOUT_S = 120
+"""A cold file system or a busy machine makes importing torch slow; it is no reason to call it broken."""
+FULL_GIB, TIGHT_GIB = 1.0, 10.0
+MIB_OF_GIB = 1024
+
+
+@dataclass(frozen=True)
+class DoctorFinding:
+    """One line of the doctor's answer."""
+
+    check: str
+    level: Level
+    text: str
+    advice: str = ""
+
+
+def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
+    """All findings for what a command line would run, in a fixed order.
+
+    Raises:
+        ConfigError: the overrides are wrong.
+    """
+    fixed, _ = compose.split_sweeps(compose.with_user_conf(overrides, Path.cwd()))
+    settings = single(fixed)
+    study = validate(StudySettings, compose.compose(fixed).sweeper, "hydra.sweeper")
+    folder = StudyFolder(Path(settings.output_dir) / study.study_name)
+    database = study.storage or f"sqlite:///{folder.database}"
+    checks: list[Callable[[], list[DoctorFinding]]] = [
+        devices,
+        packages,
+        lambda: disks(settings),
+        tokens,
+        lambda: [tracking(settings.tracking)],
+        lambda: [reach_database("study database", database)],
+    ]
+    with ThreadPoolExecutor(max_workers=len(checks)) as pool:
+        return [finding for found in pool.map(lambda check: check(), checks) for finding in found]
+
+
+def print_findings(findings: Sequence[DoctorFinding], console: Console) -> None:
+    """One line a finding, and under it what to do."""
+    for finding in findings:
+        mark = f"[{STYLES[finding.level]}]{finding.level:<8}[/]"
+        console.print(f"{mark} {finding.check}: ", end="", highlight=False)
+        console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+        if finding.advice:
+            console.print(" " * 9 + finding.advice, markup=False, highlight=False, soft_wrap=True)
+
+
+def to_json(findings: Sequence[DoctorFinding]) -> str:
+    """The findings as a JSON list."""
+    return json.dumps([asdict(finding) for finding in findings], indent=2)
+
+
+def sound(findings: Sequence[DoctorFinding]) -> bool:
+    """Whether nothing failed."""
+    return all(finding.level != "failure" for finding in findings)
+
+
+def devices(
+    command: Sequence[str] = ("-m", "sweeper.modeling.device_check"),
+) -> list[DoctorFinding]:
+    """Devices, free memory, bf16 and 4-bit layers, asked of a process that has torch."""
+    try:
+        answer = subprocess.run(
+            [sys.executable, *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DEVICE_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return [
+            DoctorFinding(
+                "devices", "failure", f"torch did not answer within {DEVICE_TIMEOUT_S} s", ""
+            )
+        ]
+    if answer.returncode != 0:
+        last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        advice = "install again with: pip install -c constraints.txt -e ."
+        return [DoctorFinding("devices", "failure", f"torch cannot be used: {last}", advice)]
+    found = json.loads(answer.stdout.splitlines()[-1])["devices"]
+    return [finding for device in found for finding in device_findings(device)]
+
+
+def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
+    """What a line of sweeper.modeling.device_check means."""
+    free, total = device["free_mib"] / MIB_OF_GIB, device["total_mib"] / MIB_OF_GIB
+    text = f"{device['name']}: {free:.1f} of {total:.1f} GiB free"
+    bf16 = "computes bf16" if device["bf16"] else "does not compute bf16"
+    level: Level = "ok"
+    advice = ""
+    if device["type"] == "cpu":
+        level, advice = (
+            "warning",
+            "no GPU: the embedded base trains in seconds, 100M+ models do not",
+        )
+    elif free < 0.8 * total:
+        level, advice = "warning", "another process holds memory of this device (see nvidia-smi)"
+    findings = [DoctorFinding("device", level, f"{text}; {bf16}", advice)]
+    if device["nf4"] is None:
+        return [
+            *findings,
+            DoctorFinding("4-bit", "ok", f"bitsandbytes NF4 learns on {device['name']}"),
+        ]
+    problem = f"bitsandbytes NF4 does not work on {device['name']}: {device['nf4']}"
+    return [
+        *findings,
+        DoctorFinding("4-bit", "failure", problem, "train without it: quantization=none"),
+    ]
+
+
+def packages(requirements: Sequence[str] | None = None) -> list[DoctorFinding]:
+    """Installed versions against the ranges this package is written for (pyproject.toml)."""
+    from packaging.requirements import Requirement
+
+    texts = requirements if requirements is not None else metadata.requires("sweeper") or []
+    needed = [text for text in texts if "extra ==" not in text]
+    wrong = [problem for text in needed if (problem := _package_problem(Requirement(text)))]
+    if not wrong:
+        return [
+            DoctorFinding("packages", "ok", f"{len(needed)} packages within the supported ranges")
+        ]
+    advice = "pip install -c constraints.txt -e .   (the versions that were tested)"
+    return [DoctorFinding("packages", "failure", problem, advice) for problem in wrong]
+
+
+def _package_problem(need: Any) -> str | None:
+    try:
+        version = metadata.version(need.name)
+    except metadata.PackageNotFoundError:
+        return f"{need.name} is not installed; {need.specifier} is needed"
+    if need.specifier.contains(version, prereleases=True):
+        return None
+    return f"{need.name} {version} is installed; {need.specifier} is supported"
+
+
+def disks(settings: RunSettings) -> list[DoctorFinding]:
+    """Free space where trials are kept, and where the hub's models are."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    places = {"output_dir": Path(settings.output_dir), "hub cache": Path(HF_HUB_CACHE)}
+    return [disk(name, path) for name, path in places.items()]
+
+
+def disk(name: str, path: Path, free_gib: float | None = None) -> DoctorFinding:
+    """Free space at a path that may not exist yet, and whether it can be written."""
+    place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    free = free_gib if free_gib is not None else shutil.disk_usage(place).free / 2**30
+    text = f"{path}: {free:.1f} GiB free"
+    if not os.access(place, os.W_OK):
+        return DoctorFinding(
+            f"disk, {name}", "failure", f"{place} cannot be written", "choose another"
+        )
+    if free < FULL_GIB:
+        return DoctorFinding(f"disk, {name}", "failure", text, "make room, or point it elsewhere")
+    if free < TIGHT_GIB:
+        return DoctorFinding(
+            f"disk, {name}", "warning", text, "a 7B model takes 15 GiB, a full one 30"
+        )
+    return DoctorFinding(f"disk, {name}", "ok", text)
+
+
+def tokens() -> list[DoctorFinding]:
+    """Whether gated models could be fetched; the token itself is never shown."""
+    from huggingface_hub import get_token
+
+    if get_token() is not None:
+        where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the hub's login"
+        return [DoctorFinding("hub token", "ok", f"set, from {where}")]
+    text = "HF_TOKEN is not set; gated models (Llama, Gemma) cannot be fetched"
+    return [DoctorFinding("hub token", "warning", text, "needed for those only: export HF_TOKEN=…")]
+
+
+def tracking(settings: TrackingSettings) -> DoctorFinding:
+    """Whether runs can be recorded."""
+    if settings.kind == "none":
+        return DoctorFinding("MLflow", "ok", "tracking=none: nothing is recorded")
+    uri = settings.uri or local_uri(LOCAL_STORE)
+    if uri.startswith(("http://", "https://")):
+        return mlflow_server(uri)
+    if "://" not in uri or uri.startswith("file:"):
+        return disk("MLflow", Path(urllib.parse.urlparse(uri).path))
+    return reach_database("MLflow", uri)
+
+
+def mlflow_server(uri: str) -> DoctorFinding:
+    """Whether a tracking server answers, and whether its version is ours."""
+    shown, ours = without_password(uri), metadata.version("mlflow")
+    start = time.monotonic()
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/version", timeout=TIMEOUT_S) as answer:
+            theirs = answer.read(100).decode().strip()
+    except (OSError, ValueError) as error:  # URLError, timeouts and refused connections alike
+        reason = getattr(error, "reason", error)
+        advice = "start it (make ui, or mlflow server), or train with tracking=none"
+        return DoctorFinding("MLflow", "failure", f"{shown} does not answer: {reason}", advice)
+    text = f"{shown} answers in {time.monotonic() - start:.1f} s, version {theirs}"
+    if theirs.split(".")[0] != ours.split(".")[0]:
+        return DoctorFinding(
+            "MLflow", "warning", text, f"this client is {ours}; use one major version"
+        )
+    return DoctorFinding("MLflow", "ok", text)
+
+
+def reach_database(name: str, url: str) -> DoctorFinding:
+    """Whether a database opens; a SQLite file that is not there yet only needs its folder."""
+    import sqlalchemy
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        parsed = sqlalchemy.make_url(url)
+        if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
+            place = disk(name, Path(parsed.database or ""))
+            text = f"{url} will be created; {place.text}"
+            return DoctorFinding(name, place.level, text, place.advice)
+        timeout = {"sqlite": "timeout"}.get(parsed.get_backend_name(), "connect_timeout")
+        engine = sqlalchemy.create_engine(parsed, connect_args={timeout: TIMEOUT_S})
+        with engine.connect() as connection:
+            sqlalchemy.inspect(connection).get_table_names()  # opens SQLite's file as well
+        engine.dispose()
+    except (SQLAlchemyError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        advice = "check the URL (dialect+driver://user:password@host/name) and that it is running"
+        return DoctorFinding(name, "failure", f"{without_password(url)}: {reason}", advice)
+    return DoctorFinding(name, "ok", f"{without_password(url)} opens")
+
+
+def without_password(url: str) -> str:
+    """A URL that may be shown: no password, and no query, which may hold one."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.password is None and not parts.query:
+        return url
+    user = "" if parts.username is None else f"{parts.username}:***@"
+    host = parts.netloc.rpartition("@")[2]
+    return parts._replace(netloc=f"{user}{host}", query="").geturl()

@@ -1,0 +1,308 @@
+"""`dry_run=true`: what a command would do, without training, storing or tracking anything.
+
+The plan is the real one, the points are really asked of the sampler (on a study in memory), parameters
+are counted by a process that has torch. A forecast of time needs earlier trials of the same study;
+without them it says that it cannot know.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from rich.console import Console
+
+from sweeper.config import compose
+from sweeper.config.settings import RunSettings, TrialSettings, flatten
+from sweeper.config.space import Branches, Choice, Point, Space
+from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.outcome import FrozenValue
+from sweeper.core.paths import StudyFolder
+from sweeper.reporting.console import make_console
+from sweeper.reporting.results import ArmResult, StudyResults, load_results
+from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.text_table import TextTable, duration, number
+from sweeper.reporting.verdict import with_override
+from sweeper.search.samplers import make_sampler
+from sweeper.search.study import enqueue, first_draws, suggest
+from sweeper.search.study_plan import ArmPlan, StudyPlan
+
+POINTS = 5
+SHOWN = ("model", "data", "quantization", "adapter", "training", "evaluation", "seed")
+"""Sections of the configuration that decide what is computed."""
+
+
+class TrialFootprint(FrozenValue):
+    """How large a trial would be."""
+
+    trainable: int | None
+    total: int | None
+    artifact_mib: float | None
+    peak_mib: float | None
+    """Device memory; None while nobody estimates it."""
+    problem: str | None
+    """Why nothing is known: the model cannot be had, or the adapter does not fit it."""
+
+
+UNKNOWN = TrialFootprint(trainable=None, total=None, artifact_mib=None, peak_mib=None, problem=None)
+
+
+@dataclass(frozen=True)
+class ArmDraft:
+    """An arm's first points: the settings of the possible ones, and for each why it is impossible."""
+
+    points: tuple[Point, ...]
+    settings: tuple[TrialSettings, ...]
+    problems: tuple[str | None, ...]
+
+
+Estimator = Callable[[Sequence[TrialSettings]], list[TrialFootprint]]
+
+
+def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
+    """Have a process with torch count the parameters of trials, one footprint each.
+
+    Raises:
+        WorkerError: that process died.
+    """
+    asked = json.dumps([one.model_dump(mode="json") for one in settings])
+    answer = subprocess.run(
+        [sys.executable, "-m", "sweeper.modeling.footprint"],
+        input=asked,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode != 0:
+        raise WorkerError(f"the process that counts parameters died:\n{answer.stderr.strip()}")
+    documents = json.loads(answer.stdout.splitlines()[-1])
+    return [TrialFootprint.model_validate(document) for document in documents]
+
+
+def show(plans: Sequence[StudyPlan | RunSettings]) -> None:
+    """Print what a command line would do."""
+    console = make_console()
+    for plan in plans:
+        if isinstance(plan, RunSettings):
+            show_single(plan, console)
+        else:
+            show_study(plan, console)
+
+
+def show_study(plan: StudyPlan, console: Console, estimator: Estimator = estimate) -> None:
+    """Print what a study would do."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    name = plan.study.study_name
+    _line(console, f"dry run of study {name}: nothing is trained, stored or tracked")
+    _show_settings(console, plan.settings)
+    earlier = _earlier(plan)
+    drafts = [draft(arm) for arm in plan.arms]
+    sizes = iter(estimator([trial for found in drafts for trial in found.settings]))
+    for arm, found in zip(plan.arms, drafts, strict=True):
+        _show_arm(console, plan, arm, earlier)
+        found_sizes = list(itertools.islice(sizes, len(found.settings)))
+        _show_points(console, arm, found, found_sizes, further_seeds(plan, arm))
+    _line(console, "", forecast(plan, earlier))
+    _line(console, f"run it:     python -m sweeper {without_dry_run(plan.command)}")
+
+
+def show_single(settings: RunSettings, console: Console, estimator: Estimator = estimate) -> None:
+    """Print what one trial would do."""
+    _line(console, "dry run of one trial: nothing is trained, stored or tracked")
+    _show_settings(console, settings)
+    (found,) = estimator([settings.trial])
+    _line(console, f"size:       {describe(found)}", disk(settings, [found.artifact_mib]))
+    _line(console, "time:       cannot be known before the first trial")
+
+
+def first_asked(arm: ArmPlan, count: int) -> list[Point]:
+    """The points that an arm's sampler asks first, on a study in memory; its first draws are random."""
+    sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn=0)
+    study = optuna.create_study(sampler=sampler)
+    enqueue(study, first_draws(arm))
+    wanted = min(count, arm.n_trials)
+    return [suggest(study.ask(), arm.space) for _ in range(wanted)]
+
+
+def space_size(space: Space) -> str:
+    """How many points a space has; every branch counts with the points that it brings."""
+    counts = []
+    for domain in space.values():
+        if isinstance(domain, Branches):
+            inner = ", ".join(space_size(branch.space) for branch in domain.branches.values())
+            return f"{len(domain.branches)} branches: {inner}"
+        if isinstance(domain, Choice):
+            counts.append(len(domain.values))
+        elif domain.integer or domain.step is not None:
+            counts.append(round((domain.high - domain.low) / (domain.step or 1)) + 1)
+    points = math.prod(counts)
+    if len(counts) == len(space):
+        return f"{points:,} points"
+    continuous = len(space) - len(counts)
+    combined = f"{points:,} combinations and " if counts else ""
+    return f"{combined}{continuous} continuous key{'s' if continuous > 1 else ''}"
+
+
+def forecast(plan: StudyPlan, earlier: StudyResults | None) -> str:
+    """How long the rest of a study takes, from its own earlier trials; every arm must have some."""
+    seconds = 0.0
+    for arm in plan.arms:
+        if arm.run_id is not None:
+            continue  # a judgement takes no trial's time
+        done = _of_arm(earlier, arm)
+        typical = None if done is None else done.seconds_per_trial
+        if typical is None:
+            return f"time:       cannot be known before the first finished trial of arm {arm.name}"
+        assert done is not None
+        more = max(arm.n_trials - done.tried, 0) + (
+            further_seeds(plan, arm) if done.final is None else 0
+        )
+        seconds += more * typical
+    jobs = plan.study.n_jobs
+    beside = f" with {jobs} workers" if jobs > 1 else ""
+    return (
+        f"time:       about {duration(seconds / jobs)}{beside} at most, from the median of this "
+        "study's earlier trials (pruned ones take less)"
+    )
+
+
+def further_seeds(plan: StudyPlan, arm: ArmPlan) -> int:
+    """How many trainings an arm's finalists need when the search has ended."""
+    if arm.run_id is not None:
+        return 0
+    wanted = plan.study.finalists
+    return wanted.top * (wanted.seeds - 1)
+
+
+def disk(settings: RunSettings, artifacts_mib: Sequence[float | None]) -> str:
+    """Space for artifacts against what is free; resume states come on top while a trial runs."""
+    free = shutil.disk_usage(_existing(Path(settings.output_dir))).free / 2**20
+    known = [size for size in artifacts_mib if size is not None]
+    if len(known) < len(artifacts_mib):
+        return f"disk:       unknown, {free:,.0f} MiB free"
+    short = "; NOT ENOUGH" if sum(known) > free else ""
+    return f"disk:       {sum(known):,.1f} MiB of artifacts, {free:,.0f} MiB free{short}"
+
+
+def describe(found: TrialFootprint) -> str:
+    """A footprint in words."""
+    if found.problem is not None:
+        return f"unknown: {found.problem}"
+    assert found.trainable is not None
+    assert found.total is not None
+    memory = "not estimated" if found.peak_mib is None else f"about {found.peak_mib:,.0f} MiB"
+    return (
+        f"{found.trainable:,} of {found.total:,} parameters trained "
+        f"({100 * found.trainable / found.total:.4g} %), memory {memory}"
+    )
+
+
+def without_dry_run(command: str) -> str:
+    """The command that does it."""
+    return with_override(command, "dry_run", "false").replace(" dry_run=false", "")
+
+
+def _show_settings(console: Console, settings: RunSettings) -> None:
+    config = settings.model_dump(mode="json", include=set(SHOWN))
+    _line(console, compose.to_yaml(config).rstrip())
+    _line(console, "(all of it: the same command with --cfg job)", "")
+
+
+def _show_arm(
+    console: Console, plan: StudyPlan, arm: ArmPlan, earlier: StudyResults | None
+) -> None:
+    done = _of_arm(earlier, arm)
+    before = "" if done is None else f", {done.tried} of them done before"
+    _line(console, "", f"arm {arm.name}: {arm.n_trials} trials by {arm.sampler.name}{before}")
+    if arm.run_id is not None:
+        _line(console, f"  adopted from MLflow run {arm.run_id}: judged, and not trained")
+    for key, value in _differences(plan.settings, arm.settings).items():
+        _line(console, f"  {key} = {value}")
+    if more := further_seeds(plan, arm):
+        wanted = plan.study.finalists
+        _line(console, f"  then {more} more: the best {wanted.top} over {wanted.seeds} seeds")
+    _line(console, f"  space: {space_size(arm.space)}")
+    for key, domain in arm.space.items():
+        _line(console, f"    {key}: {domain}")
+
+
+def _show_points(
+    console: Console, arm: ArmPlan, found: ArmDraft, sizes: list[TrialFootprint], repeats: int
+) -> None:
+    """The first points, and the disk they would need if all trials were like the largest of them."""
+    console.print(points_sheet(found, sizes).draw())
+    known = [size.artifact_mib for size in sizes if size.artifact_mib is not None]
+    largest = max(known) if known and len(known) == len(sizes) else None
+    count = arm.n_trials + repeats
+    _line(console, f"{disk(arm.settings, [largest] * count)} (all as large as the largest)")
+
+
+def draft(arm: ArmPlan) -> ArmDraft:
+    """The first points of an arm, and which of them are possible."""
+    points = first_asked(arm, POINTS)
+    settings: list[TrialSettings] = []
+    problems: list[str | None] = []
+    for point in points:
+        try:
+            settings.append(arm.settings_at(point).trial)
+            problems.append(None)
+        except ConfigError as error:
+            problems.append(error.problems[0])
+    return ArmDraft(tuple(points), tuple(settings), tuple(problems))
+
+
+def points_sheet(found: ArmDraft, sizes: Sequence[TrialFootprint]) -> TextTable:
+    """The first points with what is known of each; columns in which nothing is known are left out."""
+    keys = list(dict.fromkeys(key for point in found.points for key in point))
+    names = [key.rsplit(".", 1)[-1] for key in keys]
+    of_possible = iter(sizes)
+    rows = []
+    for place, (point, problem) in enumerate(zip(found.points, found.problems, strict=True)):
+        shown = short_names(point)
+        size = UNKNOWN if problem else next(of_possible)
+        cells = (number(size.trainable), number(size.peak_mib, "{:,.0f} MiB"))
+        values = (shown.get(name, "") for name in names)
+        rows.append((str(place), *values, *cells, problem or size.problem or ""))
+    columns = ("trial", *names, "trainable", "memory", "impossible because")
+    sheet = TextTable("first points", columns, tuple(rows), frozenset({"impossible because"}))
+    if not any(row[-1] for row in rows):
+        sheet = sheet.without("impossible because")
+    return sheet if any(size.peak_mib for size in sizes) else sheet.without("memory")
+
+
+def _differences(shared: RunSettings, own: RunSettings) -> dict[str, object]:
+    """What an arm changes besides its space."""
+    before = flatten(shared.trial.model_dump(mode="json"))
+    after = flatten(own.trial.model_dump(mode="json"))
+    return {key: value for key, value in after.items() if before.get(key, ...) != value}
+
+
+def _earlier(plan: StudyPlan) -> StudyResults | None:
+    """Results of the same study, if it was ever started."""
+    output_dir = Path(plan.settings.output_dir)
+    if not StudyFolder(output_dir / plan.study.study_name).results.exists():
+        return None
+    return load_results(plan.study.study_name, output_dir)
+
+
+def _of_arm(results: StudyResults | None, arm: ArmPlan) -> ArmResult | None:
+    if results is None:
+        return None
+    return next((found for found in results.arms if found.name == arm.name), None)
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def _line(console: Console, *texts: str) -> None:
+    for text in texts:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)

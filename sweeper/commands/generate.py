@@ -1,0 +1,155 @@
+"""A base and its adapters asked the same prompts, side by side, on one loaded base.
+
+Knows the folders of trials; trains nothing and scores nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from sweeper.config.compose import read_yaml
+from sweeper.config.settings import DataSettings, TrialSettings, validate
+from sweeper.core.errors import ModelError
+from sweeper.core.manifest import verify_manifest
+from sweeper.core.paths import TrialFolder
+from sweeper.data.encode import encode_prompts
+from sweeper.data.examples import ChatMessage, Example, RawRow
+from sweeper.evaluation.generation import generate
+from sweeper.modeling.base_model import LoadedBase, load_base
+from sweeper.modeling.model_source import one_line, require_safetensors
+
+UNTUNED = "untuned"
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One prompt with the answer of each model, the untuned base first."""
+
+    prompt: str
+    answers: dict[str, str]
+    """By the adapter's path as it was given."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A stored adapter and what it was trained with."""
+
+    name: str
+    path: Path
+    settings: TrialSettings
+
+
+def side_by_side(
+    paths: Sequence[Path], prompts: Sequence[str], max_new_tokens: int
+) -> list[SideBySide]:
+    """Answer every prompt greedily, by the untuned base and by each adapter.
+
+    The base is loaded once, held as the first adapter was trained on it; every adapter gets the prompts
+    in the template that it was trained with.
+
+    Args:
+        paths: trials' folders, or the adapter/ in them.
+        prompts: what a user would say.
+        max_new_tokens: where an answer is cut.
+
+    Raises:
+        ModelError: there is no adapter at a path, or the adapters have different bases.
+        ConfigError: a prompt and its answer do not fit the model's positions.
+        DataError: the template cannot print a prompt.
+    """
+    adapters = [find_adapter(path) for path in paths]
+    first = adapters[0].settings
+    require_one_base(adapters)
+    base = load_base(first.model, first.quantization, trained=False)
+    answers = {UNTUNED: _ask(base, base.model, first.data, prompts, max_new_tokens)}
+    model: PeftModel | None = None
+    for index, adapter in enumerate(adapters):
+        model = _loaded(base, model, adapter, f"adapter_{index}")
+        data = adapter.settings.data
+        answers[adapter.name] = _ask(base, model, data, prompts, max_new_tokens)
+    return [
+        SideBySide(prompt, {name: texts[place] for name, texts in answers.items()})
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def find_adapter(path: Path) -> StoredAdapter:
+    """The adapter of a trial, with the trial's settings.
+
+    Raises:
+        ModelError: no adapter is there, or not the config.yaml of its trial.
+        ArtifactError: it is not what its manifest says.
+    """
+    folder = TrialFolder(path.parent if path.name == "adapter" else path)
+    if not (folder.adapter / "adapter_config.json").exists():
+        kind = "a full fine-tune has none" if folder.model.is_dir() else "nor is it one"
+        raise ModelError(
+            f"{path}: holds no adapter ({kind}); give a folder like "
+            "outputs/STUDY/lora/trial_0007 or the adapter/ in it"
+        )
+    if not folder.config.exists():
+        raise ModelError(
+            f"{folder.config}: no such file; it names the base and the template: keep it beside adapter/"
+        )
+    require_safetensors(folder.adapter, path.as_posix())
+    verify_manifest(folder.adapter)
+    settings = validate(TrialSettings, read_yaml(folder.config))
+    return StoredAdapter(path.as_posix(), folder.adapter, settings)
+
+
+def require_one_base(adapters: Sequence[StoredAdapter]) -> None:
+    """Adapters share a loaded base only if they were trained on the same one.
+
+    Raises:
+        ModelError: names the bases.
+    """
+    bases = {
+        adapter.name: (adapter.settings.model.base_model, adapter.settings.model.revision)
+        for adapter in adapters
+    }
+    if len(set(bases.values())) > 1:
+        listed = "; ".join(f"{name}: {base}" for name, (base, _) in bases.items())
+        raise ModelError(f"the adapters have different bases ({listed}); ask them one by one")
+
+
+def _loaded(
+    base: LoadedBase, model: PeftModel | None, adapter: StoredAdapter, name: str
+) -> PeftModel:
+    """The base with this adapter active; the others stay loaded beside it."""
+    try:
+        if model is None:
+            return PeftModel.from_pretrained(base.model, str(adapter.path), adapter_name=name)
+        model.load_adapter(str(adapter.path), adapter_name=name)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(one_line(f"{adapter.name} on its base", error)) from error
+    model.set_adapter(name)
+    return model
+
+
+def _ask(
+    base: LoadedBase,
+    model: PeftModel,
+    data: DataSettings,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+) -> list[str]:
+    row = RawRow({}, "--prompt")
+    examples = [
+        Example((ChatMessage("user", prompt), ChatMessage("assistant", "")), row)
+        for prompt in prompts
+    ]
+    encoded = encode_prompts(examples, base.tokenizer, data)
+    return generate(
+        model,
+        base.tokenizer,
+        [prompt.input_ids for prompt in encoded],
+        max_new_tokens,
+        len(encoded),
+        base.compute_dtype,
+        {prompt.end_token_id for prompt in encoded},
+    ).texts

@@ -1,0 +1,161 @@
+"""`sweeper sync`: record in MLflow what it missed, from what lies in the studies' folders.
+
+Runs whose driver was killed get their final state first: Optuna's where the study's database is in its
+folder, else the worker's own outcome, else KILLED. A study that is resumed later opens its runs again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import optuna
+from filelock import FileLock, Timeout
+
+from sweeper.config.settings import TrackingSettings
+from sweeper.config.space import Point
+from sweeper.core.errors import StudyError, StudyLocked, SweeperError
+from sweeper.core.outcome import Outcome
+from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.reporting.results import load_results
+from sweeper.reporting.tracked_metrics import study_figures
+from sweeper.search.states import STATES
+from sweeper.search.study import open_storage
+from sweeper.tracking.mlflow_tracker import MlflowTracker
+from sweeper.tracking.tracker_factory import destination
+from sweeper.tracking.tracking_ledger import (
+    RunEnding,
+    TrackingLedger,
+    TrialEntry,
+    ending,
+    left,
+    study_ending,
+)
+
+WHOLE = "MLflow has everything"
+
+
+@dataclass(frozen=True)
+class SyncedStudy:
+    """What became of one study."""
+
+    name: str
+    words: str
+    whole: bool
+    """Whether MLflow has all of it now."""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.words}"
+
+
+def sync(
+    names: Sequence[str], output_dir: Path, tracking: TrackingSettings, *, dry_run: bool
+) -> Iterator[SyncedStudy]:
+    """Ship what MLflow does not have of studies, one after the other.
+
+    Args:
+        names: studies, or `single/FOLDER` for a trial without one; none means all there are.
+        output_dir: where they are.
+        tracking: where to ship to; without a uri, to where each was shipped before.
+        dry_run: only count.
+
+    Raises:
+        StudyError: no such study was ever tracked; lists those that were.
+    """
+    tracked = [path.parent for path in sorted(output_dir.glob("*/.tracking"))]
+    tracked += [path.parent for path in sorted(output_dir.glob("single/*/.tracking"))]
+    known = {path.relative_to(output_dir).as_posix(): path for path in tracked}
+    if unknown := [name for name in names if name not in known]:
+        listed = f"tracked there: {', '.join(known)}" if known else "nothing was tracked there"
+        raise StudyError(f"{unknown[0]}: not tracked under {output_dir}/; {listed}")
+    for name in names or known:
+        try:
+            yield _sync(name, known[name], tracking, dry_run=dry_run)
+        except SweeperError as error:
+            yield SyncedStudy(name, str(error), whole=False)
+
+
+def _sync(name: str, path: Path, tracking: TrackingSettings, *, dry_run: bool) -> SyncedStudy:
+    folder = StudyFolder(path)
+    with _nobody_runs(name, folder):
+        ledger = TrackingLedger(folder.tracking)
+        endings = _endings(folder, ledger)
+        if not dry_run:
+            _settle(folder, ledger, endings)
+    server = destination(tracking, ledger)
+    missing = left(ledger, server.name)
+    if dry_run:
+        orphans = f"; {len(endings)} runs of a killed driver would end" if endings else ""
+        words = f"{missing} not recorded" if missing else WHOLE
+        return SyncedStudy(name, words + orphans, whole=not missing)
+    problems = MlflowTracker(server, folder.tracking).close()
+    if left(ledger, server.name):
+        return SyncedStudy(name, "not recorded: " + "; ".join(problems), whole=False)
+    words = f"recorded {missing}" if missing else WHOLE
+    return SyncedStudy(name, "; ".join([words, *problems]), whole=True)
+
+
+@contextmanager
+def _nobody_runs(name: str, folder: StudyFolder) -> Iterator[None]:
+    """Whoever runs a study, or a trial without one, ships it as well."""
+    single = TrialFolder(folder.path)
+    lock = folder.lock if not single.config.exists() else single.lock
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise StudyLocked(f"runs now, and records itself; sync {name} when it has ended") from None
+
+
+def _endings(folder: StudyFolder, ledger: TrackingLedger) -> dict[str, RunEnding]:
+    """How the runs ended that nobody ended: their driver was killed."""
+    orphans = [entry for entry in ledger.trials.values() if entry.ending is None]
+    if not orphans:
+        return {}
+    told = _told(folder)
+    return {entry.key: _ending(ledger, entry, told.get(entry.key)) for entry in orphans}
+
+
+def _ending(ledger: TrackingLedger, entry: TrialEntry, told: Outcome | None) -> RunEnding:
+    stored = ledger.trial_folder(entry).outcome
+    if told is None and stored.exists():
+        told = Outcome.model_validate_json(stored.read_text(encoding="utf-8"))
+    if told is None:
+        return ending("KILLED")
+    return ending(STATES[told.cause].status or "KILLED", told.metrics, {"cause": told.cause})
+
+
+def _told(folder: StudyFolder) -> Mapping[str, Outcome]:
+    """What Optuna was told, where its database is in the study's folder."""
+    if not folder.database.exists():
+        return {}
+    storage = open_storage(None, folder)
+    outcomes: dict[str, Outcome] = {}
+    for study in optuna.get_all_study_names(storage):
+        arm = study.rpartition("/")[2]
+        for trial in optuna.load_study(study_name=study, storage=storage).get_trials(
+            deepcopy=False
+        ):
+            if trial.state.is_finished() and "outcome" in trial.user_attrs:
+                outcome = Outcome.model_validate(trial.user_attrs["outcome"])
+                outcomes[f"{arm}/{trial.number:04d}"] = outcome
+    return outcomes
+
+
+def _settle(folder: StudyFolder, ledger: TrackingLedger, endings: Mapping[str, RunEnding]) -> None:
+    """Write down the endings, and the parent's with the report as far as the study came."""
+    for key, end in endings.items():
+        ledger.keep(ledger.trials[key].model_copy(update={"ending": end}))
+    study = ledger.study
+    if study is None or study.ending is not None:
+        return
+    metrics: dict[str, float] = {}
+    best: Point = {}
+    if folder.results.exists():
+        metrics, best = study_figures(load_results(folder.path.name, folder.path.parent))
+    note = folder.report.read_text(encoding="utf-8") if folder.report.exists() else ""
+    end = study_ending("KILLED", metrics, best, note)
+    names = tuple(ledger.relative(path) for path in folder.answers if path.exists())
+    ledger.keep(study.model_copy(update={"ending": end, "artifacts": names}))

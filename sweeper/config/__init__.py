@@ -1,0 +1,1 @@
+"""From the command line to frozen settings: composition, search spaces, validation."""

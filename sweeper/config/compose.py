@@ -1,0 +1,421 @@
+"""Composing with Hydra and OmegaConf: overrides in, plain resolved dicts out.
+
+Hydra reports the first bad override and stops; here every override is tried, so that a user sees all
+that is wrong at once. Knows nothing of what the settings mean (sweeper.config.settings does).
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sweeper.config.grammar import format_override, in_hydras_words, read_override
+from sweeper.config.settings import EMBEDDED, flatten
+from sweeper.config.space import Scalar, word
+from sweeper.config.yaml_bounds import require_bounded
+from sweeper.core.errors import ConfigError
+
+CONFIG_NAME = "config"
+AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
+"""Groups whose choice `auto` means tiny for the embedded base and real for every other."""
+
+SHORT_KEYS = ("sampler.", "pruner.", "finalists.", "budget.", "baseline.")
+"""Keys that need no `hydra.sweeper.` in front on the command line."""
+FLAGS_WITH_VALUE = frozenset(
+    {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"}
+    | {"-cd", "--config-dir", "--experimental-rerun", "-sc", "--shell-completion"}
+)
+
+
+FLAGS = frozenset(
+    {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version"}
+    | {"-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-sc", "--shell-completion"}
+)
+"""Flags that are passed on to Hydra. The others name configurations that nobody has checked."""
+TARGETS = frozenset(
+    {
+        "hydra_plugins.sweeper_study.study_sweeper.StudySweeper",
+        "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    }
+)
+"""What Hydra may instantiate: this program's sweeper, and the launcher it never uses."""
+LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
+
+
+class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
+    """Hydra's reader of configuration files, but none that would fill the memory.
+
+    Under the name of Hydra's own, which for that reason does not replace it.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Raises ConfigError for a file without bounds."""
+        path = Path(self.path, self._normalize_file_name(config_path))
+        if path.is_file():
+            require_bounded(path)
+        return super().load_config(config_path)
+
+
+SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A composed configuration: the trial's part, the study's part, and which files were chosen."""
+
+    config: dict[str, Any]
+    sweeper: dict[str, Any]
+    choices: dict[str, str]
+    unresolved: DictConfig = field(repr=False, compare=False)
+    """The trial's part before interpolations are followed, for `with_values`."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Hydra's command line, sorted: flags first, so that -m may stand anywhere."""
+
+    flags: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def multirun(self) -> bool:
+        """Whether a study was asked for."""
+        return not {"-m", "--multirun"}.isdisjoint(self.flags)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the command runs something, rather than showing help or the config."""
+        return set(self.flags) <= {"-m", "--multirun", "-r", "--run"}
+
+
+def conf_dir() -> Path:
+    """The configuration that travels with the package: inside a wheel, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    candidates = (package / "conf", package.parent / "conf")
+    return next(path for path in candidates if (path / f"{CONFIG_NAME}.yaml").is_file())
+
+
+def parse_command_line(argv: Sequence[str]) -> CommandLine:
+    """Sort flags before overrides; argparse alone refuses `+experiment=e -m key=value`."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token == "--info":
+            flags.append(token)
+        elif token.startswith("-"):
+            flags.append(token)
+            if token in FLAGS_WITH_VALUE:
+                flags.extend(value for value in [next(tokens, None)] if value is not None)
+        else:
+            overrides.append(in_hydras_words(_in_full(token)))
+    return CommandLine(tuple(flags), tuple(overrides))
+
+
+def _in_full(override: str) -> str:
+    """`pruner.audit_fraction=0.1` for `hydra.sweeper.pruner.audit_fraction=0.1`."""
+    mark = override[: len(override) - len(override.lstrip("+~"))]
+    key = override[len(mark) :]
+    return f"{mark}hydra.sweeper.{key}" if key.startswith(SHORT_KEYS) else override
+
+
+def refuse_unknown_flags(flags: Sequence[str]) -> None:
+    """Raises ConfigError for a flag by which an unchecked configuration (or a pickle) would come in."""
+    values = {value for flag, value in itertools.pairwise(flags) if flag in FLAGS_WITH_VALUE}
+    unknown = [flag for flag in flags if flag.partition("=")[0] not in FLAGS and flag not in values]
+    if unknown:
+        raise ConfigError(
+            [
+                f"{flag}: no such flag; to add configuration files put them into ./conf "
+                "(or name their folder: hydra.searchpath=[file:///path])"
+                for flag in unknown
+            ]
+        )
+
+
+def with_user_conf(overrides: Sequence[str], cwd: Path) -> list[str]:
+    """Let the user's own ./conf be searched too, unless it is the packaged one or they set a path."""
+    conf = cwd / "conf"
+    taken = any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides)
+    if taken or not conf.is_dir() or conf.resolve() == conf_dir().resolve():
+        return list(overrides)
+    return [*overrides, f"hydra.searchpath=[{word('file://' + str(conf.resolve()))}]"]
+
+
+def with_auto_groups(overrides: Sequence[str]) -> list[str]:
+    """Replace the choice `auto` by what the base model asks for; wrong overrides pass unchanged."""
+    fixed = [text for text in overrides if not _is_sweep(text)]
+    try:
+        composition = _compose(fixed)
+    except (HydraException, OmegaConfBaseException):
+        return list(overrides)  # whoever composes next says what is wrong
+    if composition.config["model"]["base_model"] == EMBEDDED:
+        return list(overrides)
+    auto = {group for group in AUTO_GROUPS if composition.choices.get(group) == "auto"}
+    kept = [text for text in overrides if key_of(text) not in auto]
+    return kept + [f"{group}=real" for group in sorted(auto)]
+
+
+def compose(overrides: Sequence[str]) -> Composition:
+    """Compose conf/config.yaml with overrides (no sweeps among them) into plain values.
+
+    Raises:
+        ConfigError: Hydra refused it; only its first reason (`compose_leniently` collects all).
+    """
+    try:
+        return _compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_reason(error)]) from None
+
+
+def compose_group(
+    group: str, name: str, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One choice of a group that no trial has: its values, and what was written (with references).
+
+    Raises:
+        ConfigError: all that Hydra refused.
+    """
+    composition, problems = compose_leniently([f"+{group}={name}", *overrides])
+    if problems:
+        raise ConfigError(problems)
+    written = OmegaConf.to_container(composition.unresolved[group], resolve=False)
+    values = composition.config[group]
+    assert isinstance(values, dict)
+    assert isinstance(written, dict)
+    return values, {str(key): value for key, value in written.items()}
+
+
+def compose_leniently(overrides: Sequence[str]) -> tuple[Composition, list[str]]:
+    """Compose what can be composed; everything else comes back as problems, one per override."""
+    try:
+        return _compose(overrides), []
+    except (HydraException, OmegaConfBaseException):
+        pass
+    accepted: list[str] = []
+    refused: list[tuple[str, Exception]] = []
+    for override in sorted(overrides, key=_groups_first):
+        try:
+            _compose([*accepted, override])
+            accepted.append(override)
+        except (HydraException, OmegaConfBaseException) as error:
+            refused.append((override, error))
+    if not refused:  # each is right alone, but not all together
+        raise ConfigError([f"{' '.join(overrides)}: these do not fit together"])
+    valid = _compose(accepted)
+    return valid, [_explain(override, error, valid) for override, error in refused]
+
+
+def expand_experiments(overrides: Sequence[str]) -> list[list[str]]:
+    """`+experiment=a,b` asks for two studies; everything else belongs to both."""
+    for index, text in enumerate(overrides):
+        override = read_override(text)
+        if override is not None and override.key_or_group == "experiment":
+            if not override.is_sweep_override():
+                break
+            names = [str(value) for value in override.sweep_string_iterator()]
+            before, after = overrides[:index], overrides[index + 1 :]
+            return [[*before, f"+experiment={name}", *after] for name in names]
+    return [list(overrides)]
+
+
+def split_sweeps(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separate fixed overrides from swept ones: (fixed texts, {key: sweep text})."""
+    fixed: list[str] = []
+    swept: dict[str, str] = {}
+    for text in overrides:
+        if _is_sweep(text):
+            key, _, value = text.partition("=")
+            swept[key.lstrip("+")] = value
+        else:
+            fixed.append(text)
+    return fixed, swept
+
+
+def key_of(override: str) -> str:
+    """The dotted key or group an override speaks of."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def with_values(config: DictConfig, point: Mapping[str, Scalar]) -> dict[str, Any]:
+    """A composed config with dotted keys set, each text read as Hydra would read it.
+
+    Says the same as composing again with these overrides, fifty times as fast; group choices need
+    `compose`.
+    """
+    changed = copy.deepcopy(config)
+    for key, value in point.items():
+        override = OverridesParser.create().parse_override(format_override(key, value))
+        OmegaConf.update(changed, key, override.value())
+    container = OmegaConf.to_container(changed, resolve=True)
+    assert isinstance(container, dict)
+    return {str(name): node for name, node in container.items()}
+
+
+def to_yaml(config: Mapping[str, Any]) -> str:
+    """The composed config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A composed config back from its YAML file.
+
+    Raises:
+        ConfigError: it holds none, or more than a configuration can.
+    """
+    require_bounded(path)
+    container = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    if not isinstance(container, dict):
+        raise ConfigError([f"{path}: holds no configuration"])
+    return {str(key): value for key, value in container.items()}
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra is a process-wide singleton: use the running application's, or one of our own."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+    else:
+        with initialize_config_dir(str(conf_dir()), job_name="sweeper", version_base="1.3"):
+            yield
+
+
+def _compose(overrides: Sequence[str]) -> Composition:
+    result = _composed_or_refused(tuple(overrides))
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+@lru_cache(maxsize=64)  # one command composes (or fails to) the same overrides again, 65 ms each
+def _composed_or_refused(overrides: tuple[str, ...]) -> Composition | Exception:
+    try:
+        return _compose_anew(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        return error
+
+
+def _compose_anew(overrides: tuple[str, ...]) -> Composition:
+    with _hydra():
+        composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+        _refuse_code(OmegaConf.to_container(composed, resolve=False))
+        sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
+        choices = OmegaConf.to_container(composed.hydra.runtime.choices)
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
+        config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    assert isinstance(config, dict)
+    assert isinstance(sweeper, dict)
+    assert isinstance(choices, dict)
+    sweeper.pop("_target_", None)
+    return Composition(
+        config={str(key): value for key, value in config.items()},
+        sweeper={str(key): value for key, value in sweeper.items()},
+        choices={str(key): str(value) for key, value in choices.items()},
+        unresolved=composed,
+    )
+
+
+def _refuse_code(config: object) -> None:
+    """Hydra calls whatever `_target_` names, and logging whatever `()` and `class` name.
+
+    Raises:
+        ConfigError: something else than TARGETS and LOGGING_CLASSES, whoever wrote it there.
+    """
+    problems = [
+        f"{key}={value!r}: a configuration must not name code to run; remove it"
+        for key, value in _leaves(config)
+        if _is_code(key, value)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_code(key: str, value: object) -> bool:
+    last = key.rpartition(".")[2]
+    logs = key.startswith(("hydra.job_logging.", "hydra.hydra_logging."))
+    return (
+        (last == "_target_" and value not in TARGETS)
+        or (logs and last == "()")
+        or (logs and last == "class" and value not in LOGGING_CLASSES)
+    )
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every value with its dotted key; lists count their items."""
+    items: Iterator[tuple[object, object]]
+    if isinstance(node, Mapping):
+        items = iter(node.items())
+    elif isinstance(node, list):
+        items = iter(enumerate(node))
+    else:
+        yield prefix, node
+        return
+    for name, value in items:
+        yield from _leaves(value, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _is_sweep(text: str) -> bool:
+    override = read_override(text)
+    return override is not None and override.is_sweep_override()
+
+
+def _groups_first(override: str) -> bool:
+    return "." in key_of(override)
+
+
+def _explain(override: str, error: Exception, valid: Composition) -> str:
+    """The override, why Hydra refused it, and what would be valid."""
+    key = key_of(override)
+    if _is_sweep(override):
+        return f"{override}: several values make a study; add -m"
+    if "not in struct" in str(error) or "not in struct" in str(error.__cause__):
+        if key in flatten({**valid.config, "hydra": {"sweeper": valid.sweeper}}):
+            return f"{override}: to replace a whole mapping write ++{override}"
+        return f"{override}: no such key; {_suggest(key, valid)}"
+    return f"{override}: {_reason(error)}"
+
+
+def _suggest(key: str, valid: Composition) -> str:
+    node: Any = {**valid.config, "hydra": {"sweeper": valid.sweeper}}
+    parent: list[str] = []
+    for part in key.split(".")[:-1]:
+        if not (isinstance(node, dict) and part in node):
+            break
+        node = node[part]
+        parent.append(part)
+    names = sorted(str(name) for name in node) if isinstance(node, dict) else []
+    wanted = key.split(".")[len(parent)] if len(parent) < len(key.split(".")) else key
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean {'.'.join([*parent, close[0]])}? " if close else ""
+    place = ".".join(parent) or "the top level"
+    return f"{hint}valid keys of {place}: {', '.join(names)}"
+
+
+def _reason(error: Exception) -> str:
+    """Hydra's own words without its layout: the first line and the available options."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = lines[0] if lines else type(error).__name__
+    first = first.removeprefix(f"In '{CONFIG_NAME}': ")
+    options = [line for line in lines[1:] if ":" not in line and line != first]
+    if "Available options" in str(error):
+        return f"{first}; available: {', '.join(options)}"
+    return first

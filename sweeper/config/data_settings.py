@@ -1,0 +1,136 @@
+"""What `data` may be: sources, their format, cleaning and splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from sweeper.config.section import Positive, SettingsSection
+
+SPLIT_KEYS = ("train", "validation", "test")
+
+EMBEDDED = "embedded"
+"""The word for the base model and the data set that travel inside the package."""
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "oasst",
+    "alpaca",
+    "prompt_completion",
+    "question_answer",
+    "flan",
+    "ultrachat",
+    "text",
+]
+"""`auto`, or a key of sweeper.data.row_formats.FORMATS."""
+
+
+class DataSource(SettingsSection):
+    """One place that rows come from; what is null is as `data` says for all of them."""
+
+    path: str = Field(min_length=1)
+    split: str | None = None
+    """Of a folder or a hub data set; null = the one named like the key: train, validation, test."""
+    name: str | None = None
+    """A hub data set's configuration name."""
+    revision: str | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of this source in train, relative to the other weights; null everywhere = all rows."""
+    format: str | None = None
+    columns: dict[str, str] | None = None
+
+
+_ONE, _SEVERAL, _SOURCE = "one path", "several sources", "a source"
+
+
+def _sources_tag(value: object) -> str:
+    return _SEVERAL if isinstance(value, list) else _source_tag(value)
+
+
+def _source_tag(value: object) -> str:
+    return _SOURCE if isinstance(value, Mapping | DataSource) else _ONE
+
+
+OnePath = Annotated[Annotated[str, Field(min_length=1)], Tag(_ONE)]
+OneSource = Annotated[OnePath | Annotated[DataSource, Tag(_SOURCE)], Discriminator(_source_tag)]
+Sources = Annotated[
+    OnePath
+    | Annotated[DataSource, Tag(_SOURCE)]
+    | Annotated[list[OneSource], Field(min_length=1), Tag(_SEVERAL)],
+    Discriminator(_sources_tag),
+]
+"""A file, a folder, a hub id or a URL; or several of them."""
+
+
+def sources(given: Sources | None) -> list[DataSource]:
+    """Sources however they were written: one path, one source, or a list of both."""
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    return [DataSource(path=item) if isinstance(item, str) else item for item in items]
+
+
+class CleaningSettings(SettingsSection):
+    """Which rows are left out before anything is split."""
+
+    deduplicate: Literal["none", "exact", "near"]
+    near_threshold: Annotated[float, Field(ge=0.3, le=0.99)]
+    min_completion_chars: Annotated[int, Field(ge=0)]
+    max_chars: Positive | None
+    low_quality: bool
+    completion_pattern: str | None
+    completion_json: bool
+    redact: list[Literal["email", "phone"]]
+
+    @model_validator(mode="after")
+    def _pattern_compiles(self) -> CleaningSettings:
+        try:
+            re.compile(self.completion_pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"completion_pattern={self.completion_pattern!r} is no regular expression: {error}"
+            ) from None
+        return self
+
+
+class DataSettings(SettingsSection):
+    """What is trained on and what it is judged on."""
+
+    train: Sources
+    validation: Sources | None
+    test: Sources | None
+    format: FormatName
+    columns: dict[str, str]
+    template: str = Field(min_length=1)
+    train_on: Literal["completions", "last_completion", "everything"]
+    max_length: Annotated[int, Field(ge=8)] | Literal["auto"]
+    over_length: Literal["drop", "truncate"]
+    packing: bool
+    max_samples: Positive | None
+    validation_ratio: Annotated[float, Field(gt=0, lt=0.5)]
+    test_ratio: Annotated[float, Field(ge=0, lt=0.5)]
+    split_seed: Annotated[int, Field(ge=0)]
+    group_by: str | None
+    balance_by: str | None
+    order_by: str | None
+    max_bad_fraction: Annotated[float, Field(ge=0, lt=1)]
+    cleaning: CleaningSettings
+
+    @model_validator(mode="after")
+    def _one_mixture(self) -> DataSettings:
+        train = sources(self.train)
+        weighted = [source.path for source in train if source.weight is not None]
+        if weighted and len(weighted) < len(train):
+            raise ValueError(
+                f"train: only {', '.join(weighted)} has a weight; weigh every source or none"
+            )
+        if weighted and self.balance_by is not None:
+            raise ValueError(
+                f"balance_by={self.balance_by} and the sources' weights both decide how often "
+                "rows occur; set balance_by=null or leave the weights out"
+            )
+        if any(item.weight is not None for item in sources(self.validation) + sources(self.test)):
+            raise ValueError("weights are for train; validation and test are taken as they are")
+        return self

@@ -1,0 +1,153 @@
+"""What `evaluation` and `objective` may be, and which way each metric is better."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sweeper.config.data_settings import OneSource, sources
+from sweeper.config.section import Positive, SettingsSection
+
+LOSS_METRICS = {
+    "eval/loss": "minimize",
+    "eval/perplexity": "minimize",
+    "eval/bits_per_byte": "minimize",
+}
+ROUGE_METRICS = {
+    "eval/rouge1": "maximize",
+    "eval/rouge2": "maximize",
+    "eval/rougeL": "maximize",
+}
+DIRECTIONS: dict[str, str] = {**LOSS_METRICS, **ROUGE_METRICS}
+"""The metrics that a trial can be judged by, and which way is better; a user adds `eval/<name>`."""
+
+
+def metric_words(metric: str) -> str:
+    """A metric's name in running text and column heads: eval loss, eval rougeL."""
+    return metric.replace("/", " ")
+
+
+class GenerationSettings(SettingsSection):
+    """Greedy answers to held-out prompts, for ROUGE, lengths and the user's metrics."""
+
+    num_examples: Annotated[int, Field(ge=0)]
+    max_new_tokens: Positive
+    batch_size: Positive
+
+
+class QualitativePrompt(SettingsSection):
+    """A qualitative prompt, answered by base and tuned model side by side."""
+
+    category: str = Field(min_length=1)
+    prompt: str = Field(min_length=1)
+
+
+class GeneralTextSettings(SettingsSection):
+    """Text that is not about the task; the loss on it tells what a fine-tune forgot."""
+
+    source: OneSource | None
+    """`embedded`, a file, a folder, a URL or a hub data set of plain text; null = not measured."""
+    tokens: Positive
+    window: Annotated[int, Field(ge=8)]
+    """Tokens of each stretch that is judged by itself."""
+
+    @model_validator(mode="after")
+    def _plain_text_of_one_source(self) -> GeneralTextSettings:
+        for source in sources(self.source):
+            if source.weight is not None or source.format is not None:
+                raise ValueError(
+                    f"source={source.path}: general text is plain text of one source; leave its "
+                    "weight and format out"
+                )
+        return self
+
+
+class EvaluationSettings(SettingsSection):
+    """How every model, tuned or not, is judged."""
+
+    per_device_eval_batch_size: Positive
+    max_samples: Positive | None
+    generation: GenerationSettings
+    general_text: GeneralTextSettings
+    rouge_tokenizer: Literal["ascii", "unicode"]
+    rouge_path: str | None
+    prompts: list[QualitativePrompt]
+    metrics: dict[
+        Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")],
+        Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")],
+    ]
+    metric_modules: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]]
+
+    def halved(self) -> Self | None:
+        """The same in batches half the size, which change no figure; None below one example."""
+        size, generation = self.per_device_eval_batch_size, self.generation
+        if size == 1 and generation.batch_size == 1:
+            return None
+        smaller = generation.model_copy(update={"batch_size": max(1, generation.batch_size // 2)})
+        changes = {"per_device_eval_batch_size": max(1, size // 2), "generation": smaller}
+        return self.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _metrics_are_allowed(self) -> EvaluationSettings:
+        for name, target in self.metrics.items():
+            module = target.partition(":")[0]
+            if f"eval/{name}" in DIRECTIONS:
+                raise ValueError(f"metrics.{name}={target}: eval/{name} exists; take another name")
+            if not any(f"{module}.".startswith(f"{allowed}.") for allowed in self.metric_modules):
+                raise ValueError(
+                    f"metrics.{name}={target}: module {module} is not among those that may be "
+                    f"imported, evaluation.metric_modules={self.metric_modules}; add it there if you "
+                    "trust its code"
+                )
+        if self.metrics and self.generation.num_examples == 0:
+            raise ValueError(
+                f"metrics={sorted(self.metrics)} judge generated answers, and "
+                "generation.num_examples=0 generates none; set it to 1 or more"
+            )
+        return self
+
+
+class Objective(SettingsSection):
+    """What a trial's value is: the metric that chooses checkpoint, best trial and verdict."""
+
+    metric: str
+    direction: Literal["minimize", "maximize"]
+    pruning_metric: str | None
+
+    @model_validator(mode="after")
+    def _better_is_better(self) -> Objective:
+        better = DIRECTIONS.get(self.metric, self.direction)
+        if better != self.direction:
+            raise ValueError(
+                f"direction={self.direction}: for {self.metric} better means {better}; write that"
+            )
+        return self
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether every evaluation inside a trial would have to generate answers."""
+        return self.metric not in LOSS_METRICS
+
+    @property
+    def judged_while_training(self) -> str:
+        """The metric that pruning and early looks go by."""
+        return self.pruning_metric or ("eval/loss" if self.is_costly else self.metric)
+
+    @property
+    def pruning_direction(self) -> str:
+        """Which way is better for `judged_while_training`."""
+        return DIRECTIONS.get(self.judged_while_training, self.direction)
+
+    @property
+    def unit(self) -> str:
+        """What the metric is measured in: nats for eval/loss; of the others none is named."""
+        return "nats" if self.metric == "eval/loss" else ""
+
+    def gain(self, value: float, over: float) -> float:
+        """How much better a value of the metric is than another; below zero, it is worse."""
+        return over - value if self.direction == "minimize" else value - over
+
+    def order(self, value: float) -> float:
+        """A key to sort values of the metric by, the best first."""
+        return value if self.direction == "minimize" else -value

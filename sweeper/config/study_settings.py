@@ -1,0 +1,191 @@
+"""What `hydra.sweeper` may be: the study, its arms, sampler, pruner, budget and finalists."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from sweeper.config.section import Fraction, Positive, SettingsSection, parse_duration
+
+SamplerName = Literal["tpe", "gp", "random", "grid"]
+
+
+class SamplerSettings(SettingsSection):
+    """Optuna's sampler; n_startup_trials=null follows the number of trials."""
+
+    name: SamplerName | Literal["optuna"]
+    seed: Annotated[int, Field(ge=0)]
+    n_startup_trials: Positive | None
+    class_name: str | None
+    kwargs: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _class_name_with_optuna(self) -> SamplerSettings:
+        _class_name_belongs_to_optuna(self.name, self.class_name, "sampler", "QMCSampler")
+        return self
+
+
+class PrunerSettings(SettingsSection):
+    """Optuna's pruner behind the schedule-aware guard; `optuna` is any other one, unguarded."""
+
+    name: Literal["none", "median", "percentile", "successive_halving", "optuna"]
+    rungs: list[Annotated[int, Field(ge=333, lt=1000)]]
+    n_startup_trials: Annotated[int, Field(ge=0)]
+    percentile: Annotated[float, Field(gt=0, lt=100)] | None
+    reduction_factor: Annotated[int, Field(ge=2)] | None
+    class_name: str | None
+    kwargs: dict[str, Any]
+    audit_fraction: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _what_the_pruner_needs(self) -> PrunerSettings:
+        _class_name_belongs_to_optuna(self.name, self.class_name, "pruner", "HyperbandPruner")
+        guarded = self.name in ("median", "percentile", "successive_halving")
+        if guarded != bool(self.rungs) or self.rungs != sorted(set(self.rungs)):
+            raise ValueError(
+                f"rungs={self.rungs}: pruner={self.name} needs "
+                + ("increasing per-mille of the schedule" if guarded else "no rungs: rungs=[]")
+            )
+        if (self.percentile is None) == (self.name == "percentile"):
+            raise ValueError(f"percentile={self.percentile} belongs to pruner=percentile alone")
+        self._halving_is_geometric()
+        return self
+
+    def _halving_is_geometric(self) -> None:
+        factor = self.reduction_factor
+        if (factor is None) == (self.name == "successive_halving"):
+            raise ValueError(
+                f"reduction_factor={factor} belongs to pruner=successive_halving alone"
+            )
+        if factor is None:
+            return
+        wanted = [self.rungs[0] * factor**index for index in range(len(self.rungs))]
+        if self.rungs != wanted:
+            raise ValueError(
+                f"rungs={self.rungs}: with reduction_factor={factor} successive halving decides at "
+                f"{self.rungs[0]} × {factor}^n per-mille: rungs={wanted}"
+            )
+
+
+def _class_name_belongs_to_optuna(
+    name: str, class_name: str | None, group: str, example: str
+) -> None:
+    if (name == "optuna") != (class_name is not None):
+        raise ValueError(
+            f"class_name={class_name} with {group}={name}: a class of optuna.{group}s is named "
+            f"with {group}=optuna {group}.class_name={example}, and with no other {group}"
+        )
+
+
+class PlateauRule(SettingsSection):
+    """Stop when the last `trials` trials have not improved the best by more than min_improvement."""
+
+    trials: Positive
+    min_improvement: Annotated[float, Field(ge=0)]
+
+
+class BudgetSettings(SettingsSection):
+    """What a study may use besides n_trials; null is no limit."""
+
+    wall_clock: Annotated[float, BeforeValidator(parse_duration)] | None
+    until: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None
+    device_hours: Annotated[float, Field(gt=0)] | None
+    plateau: PlateauRule | None
+
+
+class FinalistSettings(SettingsSection):
+    """Which configurations of each arm are trained over several seeds before the verdict."""
+
+    top: Annotated[int, Field(ge=0)]
+    seeds: Positive
+    test: bool
+    """Whether the winners are judged on the test split."""
+
+
+class BaselineSettings(SettingsSection):
+    """An earlier full fine-tune that is judged in the place of an arm of its own."""
+
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None
+
+
+class RetentionSettings(SettingsSection):
+    """Which weights stay when a study ends, besides those that its report points to."""
+
+    adapters: Annotated[int, Field(ge=0)] | None
+    """The best so many; null keeps every adapter and all full weights."""
+
+
+class FairnessRules(SettingsSection):
+    """When a comparison of arms counts as fair; otherwise its verdict is called provisional."""
+
+    equal: Literal["trials", "tokens", "device_seconds"]
+    tolerance: Fraction
+    min_finished: Positive
+
+
+class ArmSettings(SettingsSection):
+    """One arm besides `lora`: its overrides on top of the experiment, its space, its count."""
+
+    overrides: list[str] = Field(default_factory=list)
+    n_trials: Positive
+    sampler: SamplerName | None = None
+    params: dict[str, Any]
+    priors: list[dict[str, Any]] = Field(default_factory=list)
+
+
+StudyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class StudySettings(SettingsSection):
+    """`hydra.sweeper`: the study as Hydra's Optuna users write it."""
+
+    study_name: StudyName
+    n_trials: Positive
+    n_jobs: Positive
+    storage: str | None
+    costs: list[str]
+    sampler: SamplerSettings
+    pruner: PrunerSettings
+    budget: BudgetSettings
+    params: dict[str, Any]
+    priors: list[dict[str, Any]]
+    warm_start: list[StudyName]
+    fork_of: StudyName | None
+    arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ArmSettings]
+    finalists: FinalistSettings
+    retention: RetentionSettings
+    baseline: BaselineSettings
+    fairness: FairnessRules
+
+    @model_validator(mode="after")
+    def _lora_is_the_search_itself(self) -> StudySettings:
+        if "lora" in self.arms:
+            raise ValueError("arms.lora is hydra.sweeper.params itself; give the arm another name")
+        return self
+
+    @model_validator(mode="after")
+    def _adopted_run_has_no_costs(self) -> StudySettings:
+        if self.costs and self.baseline.run_id is not None:
+            raise ValueError(
+                f"costs={self.costs}: what an adopted run cost is not measured here, so it has no place "
+                "on a front; set costs=[] or baseline.run_id=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _no_fork_of_itself(self) -> StudySettings:
+        if self.fork_of == self.study_name:
+            raise ValueError(
+                f"fork_of={self.fork_of} is the study itself; give the fork a study_name of its own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _plateau_of_one_value(self) -> StudySettings:
+        if self.costs and self.budget.plateau is not None:
+            raise ValueError(
+                f"budget.plateau judges one value, and costs={self.costs} add others; "
+                "set budget.plateau=null"
+            )
+        return self

@@ -1,0 +1,111 @@
+"""What `training` and `artifacts` may be, in the words of transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sweeper.config.section import AutoBool, Positive, SettingsSection, Steps
+
+SHARDABLE = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers whose states FSDP can spread over devices; bitsandbytes' work on whole tensors."""
+
+
+class SchedulerOptions(SettingsSection):
+    """transformers' lr_scheduler_kwargs, as far as a trial may set them."""
+
+    num_cycles: Positive
+    """How often cosine_with_restarts starts again; the other schedules ignore it."""
+
+
+class TrainingSettings(SettingsSection):
+    """transformers' TrainingArguments, as far as a trial may set them."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    lr_scheduler_type: Literal[
+        "cosine", "cosine_with_restarts", "linear", "constant", "constant_with_warmup"
+    ]
+    lr_scheduler_kwargs: SchedulerOptions
+    warmup_ratio: Annotated[float, Field(ge=0, le=0.5)]
+    warmup_steps: Annotated[int, Field(ge=0)] | None
+    num_train_epochs: Annotated[float, Field(gt=0)]
+    max_steps: Positive | None
+    per_device_train_batch_size: Positive
+    gradient_accumulation_steps: Positive
+    devices_per_trial: Positive
+    fsdp: bool
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"]
+    micro_batch: Literal["as_given", "largest"]
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+    ]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    activation_checkpointing: AutoBool
+    use_liger_kernel: AutoBool
+    loss_chunk_size: Positive | None
+    logging_steps: Positive
+    eval_steps: Steps
+    save_steps: Steps | None
+    save_total_limit: Positive
+    early_stopping_patience: Positive | None
+    early_stopping_threshold: Annotated[float, Field(ge=0)]
+    early_stopping_min_fraction: Annotated[float, Field(ge=0, le=1)]
+    early_stopping_metric: Literal["objective", "eval/loss", "eval/loss_moving_average"]
+    moving_average_window: Positive
+    divergence_threshold: Annotated[float, Field(gt=1)] | None
+    divergence_patience: Positive
+
+    def warmup_length(self, total_steps: int) -> int:
+        """Warm-up in optimiser steps; a constant rate has none."""
+        if self.lr_scheduler_type == "constant":
+            return 0
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil(self.warmup_ratio * total_steps)
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Examples per optimiser step, however many devices share them."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices weights, gradients and optimizer states are spread."""
+        return self.devices_per_trial if self.fsdp else 1
+
+    @model_validator(mode="after")
+    def _fsdp_has_devices(self) -> TrainingSettings:
+        if self.fsdp and self.devices_per_trial == 1:
+            raise ValueError(
+                "fsdp=true spreads a model over devices: set devices_per_trial to 2 or more"
+            )
+        if self.fsdp and self.optim not in SHARDABLE:
+            raise ValueError(
+                f"fsdp=true: optim={self.optim} cannot be spread over devices; choose "
+                f"{' or '.join(SHARDABLE)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _devices_share_the_batch(self) -> TrainingSettings:
+        devices, batch = self.devices_per_trial, self.effective_batch_size
+        if batch % devices:
+            raise ValueError(
+                f"devices_per_trial={devices}: {batch} examples a step (per_device_train_batch_size "
+                f"× gradient_accumulation_steps) cannot be shared evenly among {devices} devices"
+            )
+        return self
+
+
+class ArtifactSettings(SettingsSection):
+    """What a trial stores beside its adapter or its weights."""
+
+    zip: bool
+    merged: bool

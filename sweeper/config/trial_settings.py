@@ -1,0 +1,204 @@
+"""The settings of one trial, and of one run around it."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from sweeper.config.data_settings import DataSettings
+from sweeper.config.evaluation_settings import (
+    DIRECTIONS,
+    LOSS_METRICS,
+    EvaluationSettings,
+    Objective,
+)
+from sweeper.config.model_settings import (
+    LoraAdapter,
+    ModelSettings,
+    NoAdapter,
+    QuantizationSettings,
+)
+from sweeper.config.section import Positive, Seconds, SettingsSection
+from sweeper.config.training_settings import ArtifactSettings, TrainingSettings
+
+
+class TrialSettings(SettingsSection):
+    """All that decides what one trial computes."""
+
+    model: ModelSettings
+    data: DataSettings
+    quantization: QuantizationSettings
+    adapter: Annotated[LoraAdapter | NoAdapter, Field(discriminator="method")]
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    objective: Objective
+    artifacts: ArtifactSettings
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+    @model_validator(mode="after")
+    def _objective_is_measured(self) -> TrialSettings:
+        own = [f"eval/{name}" for name in self.evaluation.metrics]
+        for key in ("metric", "pruning_metric"):
+            name = getattr(self.objective, key)
+            if name is None:
+                continue
+            if name not in {*DIRECTIONS, *own}:
+                raise ValueError(
+                    f"objective.{key}={name}: no such metric; choose one of "
+                    f"{', '.join([*DIRECTIONS, *own])}, or name a function in evaluation.metrics"
+                )
+            if key == "pruning_metric" and name in own and name != self.objective.metric:
+                raise ValueError(
+                    f"objective.pruning_metric={name}: which way is better is known of the "
+                    f"objective ({self.objective.metric}) and of {', '.join(DIRECTIONS)} only"
+                )
+            if name not in LOSS_METRICS and self.evaluation.generation.num_examples == 0:
+                raise ValueError(
+                    f"objective.{key}={name} judges generated answers, and "
+                    "evaluation.generation.num_examples=0 generates none; set it to 1 or more"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_fits_quantization(self) -> TrialSettings:
+        if misfit := _misfit(self.adapter, self.quantization.kind):
+            raise ValueError(misfit)
+        return self
+
+    @model_validator(mode="after")
+    def _fsdp_trains_every_weight(self) -> TrialSettings:
+        if self.training.fsdp and isinstance(self.adapter, LoraAdapter):
+            raise ValueError(
+                "training.fsdp=true is for full fine-tuning (adapter=none); an adapter trains on "
+                "several devices with training.devices_per_trial alone"
+            )
+        return self
+
+    def with_rank(self, rank: int | None) -> Self:
+        """The same trial with its adapter's rank decided; itself where there is nothing to decide."""
+        if rank is None or isinstance(self.adapter, NoAdapter):
+            return self
+        return self.model_copy(update={"adapter": self.adapter.with_rank(rank)})
+
+    @property
+    def structure(self) -> str:
+        """What decides whether a trial is possible on its model, and how large it is.
+
+        Trials of equal structure get one answer; they may differ in learning rate, alpha, seed, data.
+        """
+        return json.dumps(
+            {
+                "model": self.model.model_dump(mode="json"),
+                "quantization": self.quantization.model_dump(mode="json"),
+                "adapter": self.adapter.model_dump(mode="json", exclude=WITHOUT_SIZE),
+                "training": self.training.model_dump(mode="json", include=SIZED),
+            }
+        )
+
+
+WITHOUT_SIZE = {"alpha_over_r", "lora_alpha", "lora_dropout", "use_rslora", "loraplus_lr_ratio"}
+"""Keys of `adapter` that change neither a shape nor whether a module is found."""
+SIZED = {
+    "activation_checkpointing",
+    "devices_per_trial",
+    "fsdp",
+    "gradient_accumulation_steps",
+    "loss_chunk_size",
+    "optim",
+    "per_device_train_batch_size",
+}
+"""Keys of `training` that memory depends on."""
+
+
+def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:
+    """Why this adapter cannot be trained on a base that is held this way."""
+    if kind != "none" and isinstance(adapter, NoAdapter):
+        return (
+            f"adapter=none trains every weight, which a quantized base "
+            f"({kind}) does not allow; add quantization=none"
+        )
+    if kind == "int8" and isinstance(adapter, LoraAdapter) and adapter.use_dora:
+        return (
+            "adapter.use_dora=true does not work on an int8 base (PEFT cannot take the norm of its "
+            "weights); choose quantization=none, nf4 or fp4, or adapter.use_dora=false"
+        )
+    return None
+
+
+class FakeTrainer(SettingsSection):
+    """What the fake trainer of workers=fake does: trial (or finalist) -> what happens to it."""
+
+    step_seconds: Annotated[float, Field(ge=0)]
+    steps: Positive
+    plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
+    finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
+    free_mib: Annotated[float, Field(gt=0)] | None
+    """What a trial may need, as far as that is known before it is trained."""
+    room_mib: Annotated[float, Field(gt=0)] | None
+    """What it may need before it runs out of memory."""
+
+
+class WorkerSettings(SettingsSection):
+    """Who trains the trials, and where."""
+
+    engine: Literal["local", "inline", "ray"]
+    trainer: Literal["transformers", "fake"]
+    address: Annotated[str, Field(pattern=r"^(auto|[\w.-]+:\d+)$")] | None
+    """The Ray cluster: HOST:PORT, auto (this node's), or null to start one here."""
+    trial_timeout_s: Seconds | None
+    stall_timeout_s: Seconds | None
+    fake: FakeTrainer
+
+    @model_validator(mode="after")
+    def _address_is_rays(self) -> WorkerSettings:
+        if self.address is not None and self.engine != "ray":
+            raise ValueError(
+                f"address={self.address!r} names a Ray cluster, but engine={self.engine}; "
+                "add workers=ray, or leave the address null"
+            )
+        return self
+
+
+class TrackingSettings(SettingsSection):
+    """Where runs are recorded."""
+
+    kind: Literal["mlflow", "none"]
+    uri: str | None
+
+
+class SpaceSettings(SettingsSection):
+    """Ranges that fit the size of the base model; experiments refer to them by name."""
+
+    learning_rate: str
+    r: str
+    full_learning_rate: str
+    priors: list[dict[str, Any]]
+
+
+class StandInSettings(SettingsSection):
+    """The small model and data of the same kind that `+stand_in=tiny` puts in the real ones' place."""
+
+    base_model: str
+    train: str
+    validation: str | None
+
+
+class RunSettings(TrialSettings):
+    """The configuration of one `python -m sweeper` run: a trial and the machinery around it."""
+
+    workers: WorkerSettings
+    tracking: TrackingSettings
+    space: SpaceSettings
+    stand_in: StandInSettings
+    output_dir: str = Field(min_length=1)
+    verbosity: Literal["quiet", "normal", "verbose"]
+    dry_run: bool
+
+    @property
+    def trial(self) -> TrialSettings:
+        """The part that decides what is computed, without the machinery."""
+        return TrialSettings.model_validate(
+            self.model_dump(include=set(TrialSettings.model_fields))
+        )

@@ -1,0 +1,78 @@
+"""A plain dict becomes settings, or one error that names every wrong key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from sweeper.config.data_settings import _ONE, _SEVERAL, _SOURCE, DataSource
+from sweeper.config.model_settings import ADAPTER_METHODS
+from sweeper.config.section import SettingsSection
+from sweeper.core.errors import ConfigError
+
+TAGS: dict[str, type[SettingsSection] | None] = {
+    **ADAPTER_METHODS,
+    _ONE: None,
+    _SEVERAL: None,
+    _SOURCE: DataSource,
+}
+"""What stands in an error's location for a member of a union, and the section it leads to."""
+
+S = TypeVar("S", bound=SettingsSection)
+
+
+def validate(kind: type[S], config: Mapping[str, Any], where: str = "") -> S:
+    """Turn a plain dict into settings.
+
+    Raises:
+        ConfigError: names every wrong key with its value and what is allowed; `where` is the dotted
+            path of `config` itself.
+    """
+    try:
+        return kind.model_validate(config)
+    except ValidationError as error:
+        raise ConfigError(describe(error, kind, where)) from None
+
+
+def describe(error: ValidationError, kind: type[SettingsSection], where: str = "") -> list[str]:
+    """One line per pydantic error: the dotted key, the rule, the value, the valid choices."""
+    return [_describe(item, kind, where) for item in error.errors(include_url=False)]
+
+
+def _describe(item: Mapping[str, Any], kind: type[SettingsSection], where: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    shown = [part for part in location if part not in TAGS]
+    key = ".".join([where, *shown] if where else shown) or "the configuration"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    match item["type"]:
+        case "extra_forbidden":
+            valid = ", ".join(sorted(_section_at(kind, location[:-1]).model_fields))
+            return f"{key}={item['input']!r}: no such key; valid keys: {valid}"
+        case "missing":
+            return f"{key}: missing"
+        case "value_error":
+            return f"{key}: {message}"
+        case _:
+            return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(kind: type[SettingsSection], location: Sequence[str]) -> type[SettingsSection]:
+    """The section an error's location leads to; a union's member is named by its tag."""
+    section = kind
+    for part in location:
+        if part in TAGS:
+            section = TAGS[part] or section
+        elif part in section.model_fields:
+            section = _section_in(section.model_fields[part].annotation) or section
+    return section
+
+
+def _section_in(annotation: Any) -> type[SettingsSection] | None:
+    """The section of a key: itself, or what its list or dict holds."""
+    kinds = (annotation, *get_args(annotation))
+    sections = (
+        kind for kind in kinds if isinstance(kind, type) and issubclass(kind, SettingsSection)
+    )
+    return next(sections, None)

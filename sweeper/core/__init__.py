@@ -1,0 +1,1 @@
+"""Words and files that every room shares: errors, outcomes, paths, signals."""

@@ -1,0 +1,208 @@
+"""What workers tell about a trial: the vocabulary shared by the worker's and the driver's side.
+
+Plain frozen values that travel as JSON; no torch, no Optuna, no MLflow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from sweeper.core.errors import StudyError
+
+Cause = Literal[
+    "finished",
+    "early_stopped",
+    "pruned",
+    "oom",
+    "diverged",
+    "timeout",
+    "crash",
+    "cancelled",
+    "error",
+    "refused",
+    "duplicate",
+]
+"""Why a trial ended."""
+
+StopCause = Literal["pruned", "cancelled"]
+"""Why the driver may ask a worker to stop a trial."""
+
+
+class FrozenValue(BaseModel):
+    """Base of everything that travels or is stored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def device_seconds(metrics: Mapping[str, float]) -> float:
+    """Device time of a trial: its seconds times its devices (one, where that was not recorded yet)."""
+    return metrics.get("cost/device_seconds", metrics.get("cost/seconds", 0.0))
+
+
+class Outcome(FrozenValue):
+    """How a trial ended. Names in `metrics` carry their unit; all values are finite."""
+
+    cause: Cause
+    best_value: float | None = None
+    """The objective's value of the kept checkpoint, on the whole validation split."""
+    best_step: int | None = None
+    steps: int = 0
+    """Optimiser steps that were trained."""
+    metrics: dict[str, float] = {}
+    message: str | None = None
+    """For people: why it failed, or the traceback of a code error."""
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Its metrics, to sum costs from: none of a duplicate, whose figures are its twin's."""
+        return {} if self.cause == "duplicate" else self.metrics
+
+
+class ExampleLosses(FrozenValue):
+    """The loss of one model on each example of a split, in the split's order."""
+
+    nll: tuple[float, ...]
+    """Summed negative log-likelihood of each example's target tokens, in nats."""
+    tokens: tuple[int, ...]
+    """How many target tokens each sum is over."""
+
+    @property
+    def loss(self) -> float:
+        """Nats per target token."""
+        return math.fsum(self.nll) / sum(self.tokens)
+
+
+HeldOutKind = Literal["test", "general"]
+"""A field of Unseen."""
+
+
+class HeldOutLosses(FrozenValue):
+    """What one model loses on texts that no search sees."""
+
+    test: ExampleLosses | None = None
+    """On each example of the test split; None if the data have none."""
+    general: ExampleLosses | None = None
+    """On each window of general text; None if none is named (evaluation.general_text)."""
+
+
+class BaselineRun(FrozenValue):
+    """An earlier full fine-tune that stands in for an arm's own search, and what is known of it."""
+
+    run_id: str
+    """MLflow's."""
+    model: Path
+    """Its weights in transformers' layout, on this machine."""
+    params: dict[str, str]
+    """As its run recorded them."""
+    costs: dict[str, float]
+    """Of its training, as its run recorded them."""
+    data_digest: str | None
+    base_digest: str | None
+    """Of what it was trained on; None where its run does not say."""
+    trials: int
+    """Finished trials of the search it came from; 0 where no search is known."""
+    rates: tuple[float, ...]
+    """Learning rates that the search tried, in rising order."""
+    best_rate: float | None
+    """The one that the search's own objective found best."""
+    seconds: float
+    """Worker time of that search."""
+
+    @property
+    def short(self) -> str:
+        """Enough of the run's id to tell it by."""
+        return self.run_id[:8]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its run says of its settings, as they were before MLflow made them texts."""
+        return {key: _untexted(text) for key, text in self.params.items()}
+
+
+def _untexted(text: str) -> int | float | bool | str:
+    """What str() made this text of."""
+    if text in ("True", "False"):
+        return text == "True"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+class MemoryShortfall(FrozenValue):
+    """A training that is larger than the device, whatever its batch."""
+
+    need_mib: float
+    have_mib: float
+    what: str = "weights, gradients and optimizer states"
+    """What needs it, as the subject of a sentence in the plural."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} need {self.need_mib:,.0f} MiB, and the device "
+            f"has {self.have_mib:,.0f} MiB"
+        )
+
+
+class TrialSize(FrozenValue):
+    """How large a trial is on its model, known before a weight is loaded."""
+
+    trainable: int
+    """Parameters that are trained, as PEFT counts them."""
+    total: int
+    rank: int | None
+    """The adapter's r, also where it follows from adapter.trainable_parameters; None without one."""
+    held_mib: float
+    """Weights, gradients and optimizer states: what it needs whatever its batch."""
+
+
+class ArmBaseline(FrozenValue):
+    """What is known of an arm before its first trial."""
+
+    base_digest: str
+    base_commit: str | None
+    """The hub's commit, where the base comes from a hub."""
+    base_metrics: dict[str, float]
+    """The untuned base, as this arm holds it, under the same judge as every trial."""
+    base_parameters: int
+    data_digest: str
+    data_source: str
+    data_format: str
+    rows: dict[str, int]
+    """Examples by split, after dropping."""
+    dropped: dict[str, int]
+    target_tokens: int
+    """Target tokens of the validation split: what the loss is a mean over."""
+    device: str
+    """A GPU's name; a CPU's, and ", 2 threads"."""
+    dtype: str
+    general_digest: str | None = None
+    """Of the windows of general text; None if none is named."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the device computes the same bits again: a GPU's kernels add in any order."""
+        return self.device.endswith(" threads")
+
+    def base_value(self, metric: str) -> float:
+        """The untuned base's value of a metric: what every trial is held against.
+
+        Raises:
+            StudyError: the base was not judged by it, or its value is not finite.
+        """
+        if metric not in self.base_metrics:
+            known = ", ".join(
+                name for name in sorted(self.base_metrics) if name.startswith("eval/")
+            )
+            raise StudyError(
+                f"objective.metric={metric}: the untuned base has no finite value of it; "
+                f"it has {known}"
+            )
+        return self.base_metrics[metric]

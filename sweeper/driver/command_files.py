@@ -1,0 +1,209 @@
+"""Commands to a running study and their answers, as files: what both sides of them must agree on.
+
+A command is one JSON file renamed into the study's inbox/, its answer one of the same name in outbox/.
+Whoever sends writes the first and removes the second; the driver does the rest. Knows no Optuna, and
+not what a command does (sweeper.driver.steering).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+from uuid import uuid4
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from sweeper.core.outcome import FrozenValue
+from sweeper.core.paths import StudyFolder, write_atomic
+
+MAX_BYTES = 64 * 1024
+MAX_TRIALS = 100_000
+_ID = re.compile(r"[0-9]{20}-[0-9a-f]{8}")
+_SUFFIX, _DAMAGED = ".json", ".damaged"
+
+Number = Annotated[int, Field(ge=0)]
+
+
+class PauseStudy(FrozenValue):
+    """Let the running trials write a checkpoint, free the device's memory, start nothing."""
+
+    verb: Literal["pause"] = "pause"
+
+
+class ResumeStudy(FrozenValue):
+    """Go on: takes back a pause, or a stop that still waits for trials."""
+
+    verb: Literal["resume"] = "resume"
+
+
+class StopStudy(FrozenValue):
+    """Start nothing new and end; `now` ends the running trials as well, with a checkpoint."""
+
+    verb: Literal["stop"] = "stop"
+    now: bool = False
+
+
+class StopTrial(FrozenValue):
+    """End one trial for good."""
+
+    verb: Literal["stop_trial"] = "stop_trial"
+    trial: Number
+    arm: str | None = None
+
+
+class ExtendArm(FrozenValue):
+    """Add to an arm's n_trials."""
+
+    verb: Literal["extend"] = "extend"
+    trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)]
+    arm: str | None = None
+
+
+class EnqueuePoint(FrozenValue):
+    """Try a point next; what it leaves open is drawn by the sampler."""
+
+    verb: Literal["enqueue"] = "enqueue"
+    values: dict[str, str]
+    arm: str | None = None
+
+
+class CloneTrial(FrozenValue):
+    """Try the point of an earlier trial next, with some values changed."""
+
+    verb: Literal["clone"] = "clone"
+    trial: Number
+    values: dict[str, str]
+    arm: str | None = None
+
+
+StudyCommand = (
+    PauseStudy | ResumeStudy | StopStudy | StopTrial | ExtendArm | EnqueuePoint | CloneTrial
+)
+TO_A_DRIVER = (PauseStudy, ResumeStudy, StopStudy)
+"""Commands to the driver of the moment: they mean nothing to its successor."""
+_COMMANDS: TypeAdapter[StudyCommand] = TypeAdapter(
+    Annotated[StudyCommand, Field(discriminator="verb")]
+)
+
+
+class CommandAnswer(FrozenValue):
+    """What became of a command."""
+
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class CommandFile:
+    """A command and its name, by which it is known for ever."""
+
+    id: str
+    command: StudyCommand
+
+
+@dataclass
+class CommandInbox:
+    """The driver's side. Reading an empty inbox costs one listing of a folder."""
+
+    folder: StudyFolder
+    _left_alone: set[str] = field(default_factory=set)
+    """Names that could not even be set aside."""
+
+    def __post_init__(self) -> None:
+        for path in (self.folder.inbox, self.folder.outbox):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def letters(self) -> Iterator[CommandFile | str]:
+        """What has arrived, the oldest first; a sentence for each file that is no command.
+
+        Such a file is renamed, so that it is met once.
+        """
+        for name in sorted(_names(self.folder.inbox)):
+            if not name.endswith(_SUFFIX) or name.startswith(".") or name in self._left_alone:
+                continue
+            path = self.folder.inbox / name
+            try:
+                yield CommandFile(_id_of(name), _COMMANDS.validate_json(_content(path)))
+            except FileNotFoundError:
+                continue  # withdrawn meanwhile
+            except (OSError, ValueError) as error:
+                yield self._set_aside(path, error)
+
+    def answer(self, letter: CommandFile, answer: CommandAnswer) -> None:
+        """Answer a command and remove it, in this order: killed in between, it is answered again."""
+        write_atomic(self.folder.outbox / f"{letter.id}{_SUFFIX}", answer.model_dump_json())
+        (self.folder.inbox / f"{letter.id}{_SUFFIX}").unlink(missing_ok=True)
+
+    def forget_answers(self) -> None:
+        """Remove answers to whoever did not wait for them."""
+        for name in _names(self.folder.outbox):
+            (self.folder.outbox / name).unlink(missing_ok=True)
+
+    def _set_aside(self, path: Path, error: Exception) -> str:
+        aside = path.with_name(path.name + _DAMAGED)
+        try:
+            path.replace(aside)
+        except OSError:
+            self._left_alone.add(path.name)
+            aside = path
+        return f"inbox/{path.name} is no command ({_reason(error)}); it is left as {aside.name}"
+
+
+def send(folder: StudyFolder, command: StudyCommand) -> str:
+    """Put a command into a study's inbox; its id comes back. Ids sort by the time they were made."""
+    identity = f"{time.time_ns():020d}-{uuid4().hex[:8]}"
+    write_atomic(folder.inbox / f"{identity}{_SUFFIX}", command.model_dump_json())
+    return identity
+
+
+def take_answer(folder: StudyFolder, identity: str) -> CommandAnswer | None:
+    """The answer to a command, once; None while there is none."""
+    path = folder.outbox / f"{identity}{_SUFFIX}"
+    try:
+        answer = CommandAnswer.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    path.unlink(missing_ok=True)
+    return answer
+
+
+def withdraw(folder: StudyFolder, identity: str) -> None:
+    """Take a command back that nobody has read."""
+    (folder.inbox / f"{identity}{_SUFFIX}").unlink(missing_ok=True)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 - once a loop, and names are all that is needed
+    except FileNotFoundError:
+        return []
+
+
+def _id_of(name: str) -> str:
+    identity = name.removesuffix(_SUFFIX)
+    if not _ID.fullmatch(identity):
+        raise ValueError("its name is not that of a command")
+    return identity
+
+
+def _content(path: Path) -> bytes:
+    """Never waits: a pipe or a device in the inbox is no command, and neither is a link."""
+    if path.is_symlink() or not path.is_file():
+        if not path.exists() and not path.is_symlink():
+            raise FileNotFoundError(path)
+        raise ValueError("it is no plain file")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+    return path.read_bytes()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        return ": ".join([*map(str, first["loc"]), first["msg"]])
+    return str(error).splitlines()[0]

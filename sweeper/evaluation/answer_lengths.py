@@ -1,0 +1,29 @@
+"""How long answers are beside their references, and how they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean, median
+
+from sweeper.evaluation.generation import GeneratedAnswer
+
+
+def length_metrics(
+    answers: Sequence[GeneratedAnswer], references: Sequence[str]
+) -> dict[str, float]:
+    """Words (runs of non-blank characters) and shares of the answers, between 0 and 1."""
+    responses = [_words(answer.text) for answer in answers]
+    expected = [_words(reference) for reference in references]
+    return {
+        "eval/response_words_mean": fmean(responses),
+        "eval/response_words_median": float(median(responses)),
+        "eval/reference_words_mean": fmean(expected),
+        "eval/reference_words_median": float(median(expected)),
+        "eval/response_empty_share": fmean(words == 0 for words in responses),
+        "eval/response_eos_share": fmean(answer.ended for answer in answers),
+        "eval/response_limit_share": fmean(not answer.ended for answer in answers),
+    }
+
+
+def _words(text: str) -> int:
+    return len(text.split())

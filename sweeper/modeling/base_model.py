@@ -1,0 +1,191 @@
+"""Load the base model as configured: at which precision, quantized or not.
+
+Knows nothing of adapters and training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import prepare_model_for_kbit_training
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from sweeper.config.settings import ModelSettings, QuantizationSettings
+from sweeper.core.errors import ModelError
+from sweeper.modeling import quantized_cache
+from sweeper.modeling.hardware import choose_dtype, dtype_name
+from sweeper.modeling.hardware import device as device  # training takes it from here
+from sweeper.modeling.model_source import (
+    NO_CODE,
+    find_source,
+    one_line,
+    weights_bytes,
+    weights_digest,
+)
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A loaded base model and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    """sha256 of the weight files."""
+    commit: str | None
+    """The hub's commit hash of the files, where they come from a hub."""
+    compute_dtype: torch.dtype
+    """What the forward pass computes in; weights that are trained are held in fp32 all the same."""
+    dtype_reason: str
+    """Why, in words: "bfloat16: the GPU (sm_80) computes in it"."""
+
+
+def load_base(
+    settings: ModelSettings, quantization: QuantizationSettings, *, trained: bool
+) -> LoadedBase:
+    """Load weights and tokenizer onto this process's device.
+
+    Args:
+        settings: which model, and at which dtype a frozen base is held.
+        quantization: 4-bit, 8-bit or neither; a quantized base is prepared for training adapters on it.
+        trained: the base's own weights will be trained, so they are held in fp32 (master weights).
+
+    Raises:
+        ModelError: there is no such model, or transformers cannot load it as a causal language model.
+    """
+    source = find_source(settings)
+    on = device()
+    precision = choose_dtype(settings.dtype, on)
+    dtype = torch.float32 if trained else precision.dtype
+    digest = weights_digest(source.folder)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, **NO_CODE)
+        if quantization.kind == "none":
+            model = _load(source.folder, settings, options)
+        else:
+            model = _quantized(source.folder, settings, quantization, options, digest)
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
+    complete_tokenizer(tokenizer, model, settings)
+    return LoadedBase(model, tokenizer, digest, source.commit, precision.dtype, str(precision))
+
+
+def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        device_map={"": device()},
+        output_loading_info=True,
+        use_safetensors=True,
+        **NO_CODE,
+        **options,
+    )
+    _require_all_weights(report, settings)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _quantized(
+    folder: Path,
+    settings: ModelSettings,
+    quantization: QuantizationSettings,
+    options: dict[str, Any],
+    digest: str,
+) -> PreTrainedModel:
+    """A quantized base, ready for adapters: from the cache where that is faster."""
+    config = bits_and_bytes(quantization, options["dtype"], device())
+
+    def quantize() -> PreTrainedModel:
+        return _load(folder, settings, {**options, "quantization_config": config})
+
+    def load(entry: Path) -> PreTrainedModel:
+        model = _load(entry, settings, options)
+        model.name_or_path = model.config.name_or_path = str(folder)  # where its licence stands
+        return model
+
+    if weights_bytes(folder) < quantized_cache.SMALLEST_BYTES:
+        model = quantize()
+    else:
+        decided = config.to_json_string(use_diff=False)
+        key = quantized_cache.QuantizationKey(
+            digest, decided, dtype_name(options["dtype"]), device().type
+        )
+        model = quantized_cache.quantized_once(key, quantized_cache.cache_folder(), quantize, load)
+    prepared: PreTrainedModel = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=False
+    )
+    keep_gradient(prepared)
+    return prepared
+
+
+def bits_and_bytes(
+    quantization: QuantizationSettings, dtype: torch.dtype, on: torch.device
+) -> BitsAndBytesConfig:
+    """transformers' configuration for a quantized base; `dtype` is what compute dtype auto means."""
+    if quantization.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    name = quantization.bnb_4bit_compute_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=dtype if name == "auto" else choose_dtype(name, on).dtype,
+    )
+
+
+def keep_gradient(model: PreTrainedModel) -> None:
+    """Switch off bitsandbytes' inference-only repacking of 4-bit weights on CPUs with AVX512_BF16.
+
+    bitsandbytes 0.50.2 repacks at the first forward in eval mode; afterwards training steps carry no
+    gradient through the base, in silence.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def complete_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: ModelSettings
+) -> None:
+    """Give a tokenizer its end-of-text token (from the model's configuration) and a padding token.
+
+    Raises:
+        ModelError: neither the tokenizer nor the model names an end of text, so no answer could end.
+    """
+    if tokenizer.eos_token_id is None:
+        known = [model.generation_config and model.generation_config.eos_token_id]
+        known.append(getattr(model.config, "eos_token_id", None))
+        named = next((found for found in known if found is not None), None)
+        token_id = named[0] if isinstance(named, list) else named
+        token = None if token_id is None else tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            raise ModelError(
+                f"model.base_model={settings.base_model!r}: neither its tokenizer nor its "
+                "configuration names an end-of-text token, so no answer could ever end; "
+                "set eos_token in tokenizer_config.json"
+            )
+        tokenizer.eos_token = token
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: it never carries loss
+
+
+def _require_all_weights(report: dict[str, Any], settings: ModelSettings) -> None:
+    """transformers initialises missing weights at random and goes on."""
+    missing = sorted(str(name) for name in (*report["missing_keys"], *report["mismatched_keys"]))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"model.base_model={settings.base_model!r}: its files lack the weights "
+            f"{', '.join(missing[:3])}{more} that its configuration asks for"
+        )

@@ -1,0 +1,239 @@
+"""One training step on shapes alone: how many bytes are alive at its fullest moment.
+
+Every operation of forward and backward runs on fake tensors, which have a shape and a dtype but no
+storage; a dispatch mode adds up the storages that would be alive. So nothing here is a formula of one
+architecture. Knows nothing of quantization, adapters and optimizers.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+SHALLOW, DEEP = 2, 4
+"""Depths at which a uniform stack of layers is rehearsed."""
+
+
+@dataclass(frozen=True)
+class StepWorkload:
+    """What one micro-batch is."""
+
+    batch_size: int
+    length: int
+    """Tokens per row, padding included."""
+    activation_checkpointing: bool
+    accumulates: bool
+    """Gradients stay from one micro-batch to the next."""
+    optim: str
+    targets: int | None = None
+    """Positions per row whose logits are computed; None is all of them."""
+    loss_chunk_size: int | None = None
+    """Positions (over all rows) whose logits exist at once; None is all of them."""
+    shards: int = 1
+    """Devices that weights, gradients and optimizer states are spread over (training.fsdp)."""
+
+    @property
+    def logit_positions(self) -> int:
+        """Positions per row whose logits exist at once."""
+        positions = min(self.targets or self.length, self.length)
+        if self.loss_chunk_size is None:
+            return positions
+        return min(positions, math.ceil(self.loss_chunk_size / self.batch_size))
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """Bytes alive at the fullest moment of a step, besides weights and optimizer states."""
+
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.gradients + self.activations + self.logits
+
+    def continued(self, further: PeakBytes, times: float) -> PeakBytes:
+        """This peak plus `times` the way from here to a further one."""
+        here, there = asdict(self), asdict(further)
+        return PeakBytes(
+            **{kind: round(here[kind] + times * (there[kind] - here[kind])) for kind in here}
+        )
+
+
+def rehearse(
+    model: PreTrainedModel | PeftModel, workload: StepWorkload, compute_dtype: torch.dtype
+) -> PeakBytes:
+    """Run one forward and backward pass on shapes alone and find its fullest moment.
+
+    Under an adapter every further layer of a uniform stack keeps the same bytes alive, so a deep stack
+    is rehearsed at two small depths and continued in a straight line. Full fine-tuning is rehearsed
+    whole: its gradients grow while its activations shrink, and the fullest moment moves with the depth.
+
+    The model is used up: its weights become fake and its deeper layers are cut off.
+    """
+    if workload.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    layers = _layers(model)
+    depth = len(layers)
+    with FakeTensorMode():
+        _become_fake(model)
+        if (
+            depth <= DEEP
+            or not _uniform(layers)
+            or all(p.requires_grad for p in model.parameters())
+        ):
+            return _rehearse(model, workload, compute_dtype)
+        del layers[DEEP:]
+        deep = _rehearse(model, workload, compute_dtype)
+        del layers[SHALLOW:]
+        shallow = _rehearse(model, workload, compute_dtype)
+    return shallow.continued(deep, (depth - SHALLOW) / (DEEP - SHALLOW))
+
+
+def _rehearse(
+    model: PreTrainedModel | PeftModel, workload: StepWorkload, compute_dtype: torch.dtype
+) -> PeakBytes:
+    shape = (workload.batch_size, workload.length)
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
+    positions = workload.logit_positions
+    labels = torch.zeros(workload.batch_size * positions, dtype=torch.long)
+    model.zero_grad()
+    alive = AliveBytes(known=[*model.parameters(), *model.buffers()])
+    hooks = _mark(model, alive)
+    with alive:
+        _loss(model, ids, mask, labels, positions, compute_dtype).backward()  # type: ignore[no-untyped-call]
+    for hook in hooks:
+        hook.remove()
+    return alive.peak
+
+
+def _layers(model: PreTrainedModel | PeftModel) -> torch.nn.ModuleList:
+    """The stack of decoder layers."""
+    depth = model.config.num_hidden_layers
+    stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next((stack for stack in stacks if len(stack) == depth), torch.nn.ModuleList())
+
+
+def _uniform(layers: torch.nn.ModuleList) -> bool:
+    """Whether all layers hold and train the same weights."""
+    shapes = {
+        tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters())
+        for layer in layers
+    }
+    return len(shapes) == 1
+
+
+def _loss(
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    labels: torch.Tensor,
+    positions: int,
+    compute_dtype: torch.dtype,
+) -> torch.Tensor:
+    enabled = compute_dtype != torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):  # fp16 is as wide
+        logits = model(
+            input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False
+        ).logits
+        return cross_entropy(logits.float().flatten(0, 1), labels, reduction="sum")
+
+
+class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that are alive, by what they are for, and keeps the peak."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kind = "activations"
+        self.peak = PeakBytes(0, 0, 0)
+        self._alive = {"gradients": 0, "activations": 0, "logits": 0}
+        self._kinds: weakref.WeakKeyDictionary[torch.UntypedStorage, list[str]]
+        self._kinds = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._kinds[tensor.untyped_storage()] = []
+
+    def become_gradient(self, parameter: torch.Tensor) -> None:
+        """Called when a parameter's gradient is complete: its bytes were counted as activations."""
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        kind = self._kinds[storage]
+        self._alive[kind[0]] -= storage.nbytes()
+        self._alive["gradients"] += storage.nbytes()
+        kind[0] = "gradients"
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._kinds:
+            return
+        kind, size = [self.kind], storage.nbytes()
+        self._kinds[storage] = kind
+        self._alive[self.kind] += size
+        weakref.finalize(storage, self._release, kind, size)
+        if sum(self._alive.values()) > self.peak.bytes:
+            self.peak = PeakBytes(**self._alive)
+
+    def _release(self, kind: list[str], size: int) -> None:
+        self._alive[kind[0]] -= size
+
+
+def _mark(model: PreTrainedModel | PeftModel, alive: AliveBytes) -> list[Any]:
+    """Tell logits and gradients from activations: from the output head on, back to its input."""
+
+    def enter(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        alive.kind = "logits"
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(leave)  # type: ignore[no-untyped-call]
+
+    def leave(_: torch.Tensor) -> None:
+        alive.kind = "activations"
+
+    head = model.get_output_embeddings()
+    hooks: list[Any] = [
+        parameter.register_post_accumulate_grad_hook(alive.become_gradient)  # type: ignore[no-untyped-call]
+        for parameter in trainable(model)
+    ]
+    return [*hooks, head.register_forward_pre_hook(enter)] if head is not None else hooks
+
+
+def _become_fake(model: torch.nn.Module) -> None:
+    """Replace meta parameters and buffers by fake ones on a CPU, tied ones by the same."""
+    made: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in list(module._parameters.items()):
+            if old is not None and id(old) not in made:
+                fake = torch.empty(old.shape, dtype=old.dtype)
+                made[id(old)] = torch.nn.Parameter(fake, requires_grad=old.requires_grad)
+                made[id(made[id(old)])] = made[id(old)]
+            if old is not None:
+                module._parameters[name] = made[id(old)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that get a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

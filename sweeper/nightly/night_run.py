@@ -1,0 +1,415 @@
+"""One firing of a scheduler: claim the night, run the set's experiments, tell what came of it.
+
+The program holds no scheduler: whatever fires, and however often, a night runs once. Everything that
+goes wrong in one experiment is recorded and told; only the user's own stop ends the night early.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from sweeper.commands.run_study import run_study
+from sweeper.core.errors import SweeperError
+from sweeper.core.paths import NightFolder, write_atomic
+from sweeper.core.redaction import redact
+from sweeper.nightly.challenge import GateJudge, challenge, judge_apart
+from sweeper.nightly.champion import ChampionDecision
+from sweeper.nightly.digest import UNFINISHED, digest, page
+from sweeper.nightly.entry_decision import decide, progress
+from sweeper.nightly.housekeeping import tidy
+from sweeper.nightly.night_claims import NightClaim, NightLog, NightTaken
+from sweeper.nightly.night_dates import Night
+from sweeper.nightly.night_record import (
+    ENDED,
+    BestTrial,
+    EntryDecision,
+    EntryRecord,
+    NightRecord,
+    Result,
+    earlier,
+    last_of,
+    read_record,
+    regressed,
+    write_record,
+)
+from sweeper.nightly.nightly_set import LoadedSet, NightlySet, SetEntry, load_set, plan_of
+from sweeper.nightly.notify import notify
+from sweeper.reporting.results import ArmResult, StudyResults, load_results
+from sweeper.search.study_plan import StudyPlan
+from sweeper.tracking.registry import ModelRegistry
+from sweeper.tracking.tracker_factory import make_registry
+
+Clock = Callable[[], datetime]
+TEST_SPLIT_UNREAD = "hydra.sweeper.finalists.test=false"
+"""Of every night's study: looks night after night would wear the test split out (`champion certify`)."""
+OWN_RETENTION = "hydra.sweeper.retention.adapters=null"
+"""The set says what stays on disk (nightly.retention), when all of the night is done."""
+EXIT_CODES: Mapping[Result, int] = {
+    "no change": 0,
+    "failure": 1,
+    "new champion": 10,
+    "regression": 11,
+}
+"""What `sweeper nightly` exits with; 0 also if there was nothing to run."""
+
+
+def utc_now() -> datetime:
+    """The machine's clock."""
+    return datetime.now(UTC)
+
+
+def run_night(
+    name: str,
+    overrides: Sequence[str] = (),
+    clock: Clock = utc_now,
+    judge: GateJudge = judge_apart,
+) -> Result | None:
+    """Run tonight's night of a set, if it has not been run; or the rest of it, after a crash.
+
+    Args:
+        name: of the set.
+        overrides: Hydra's, for the set.
+        clock: tells which night it is, and how much of it is left.
+        judge: of challengers and champions.
+
+    Returns:
+        How the night ended; None if there was nothing to run.
+
+    Raises:
+        ConfigError: everything that is wrong with the set.
+        KeyboardInterrupt: the user stopped it; the next firing within the window goes on.
+    """
+    loaded = load_set(name, overrides)
+    nightly = loaded.settings
+    now = clock()
+    night = nightly.rhythm.at(now)
+    if night is None:
+        following = nightly.rhythm.next_after(now)
+        begins = following.begins.astimezone(nightly.rhythm.time_zone)
+        _say(f"nightly {name}: no night at this hour; the next begins {begins:%Y-%m-%d %H:%M %Z}")
+        return None
+    nights = NightLog(nightly.folder)
+    try:
+        wait = _patience(nightly, nights, name, night, now)
+        with nights.claim(name, night.date, clock(), wait) as claim:
+            result = NightRun(loaded, claim, night, clock, judge).run()
+            _end(nights, claim, result, clock())
+            return result
+    except NightTaken as reason:
+        _say(str(reason))
+        return None
+
+
+def _end(nights: NightLog, claim: NightClaim, result: Result, now: datetime) -> None:
+    """Record that the night is over; on a full disk the next firing within its window looks again."""
+    try:
+        nights.end(claim, result, now)
+    except sqlite3.OperationalError as error:
+        words = f"the end of this night is not recorded ({error}); the next firing goes on with it"
+        print(f"nightly {claim.set_name}: {words}", file=sys.stderr)
+
+
+def _patience(
+    nightly: NightlySet, nights: NightLog, name: str, night: Night, now: datetime
+) -> float:
+    """Seconds to wait for an earlier night that still runs; `replace` asks it to stop first."""
+    holder = nights.holder(name)
+    if holder is None or holder.date >= night.date or nightly.overlap == "skip":
+        return 0.0
+    if nightly.overlap == "replace":
+        _say(f"nightly {name}: stopping the night of {holder.date} (process {holder.process})")
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(holder.process, signal.SIGTERM)
+    return (night.ends - now).total_seconds()
+
+
+class NightRun:
+    """A night while it runs."""
+
+    def __init__(
+        self,
+        loaded: LoadedSet,
+        claim: NightClaim,
+        night: Night,
+        clock: Clock,
+        judge: GateJudge,
+    ) -> None:
+        self._judge = judge
+        self._loaded = loaded
+        self._nightly = nightly = loaded.settings
+        self._clock = clock
+        self._folder: NightFolder = nightly.folder.night(claim.set_name, claim.date.isoformat())
+        self._history = list(earlier(nightly.folder, claim.set_name, claim.date))
+        new = NightRecord(
+            set_name=claim.set_name, date=claim.date, began=claim.began, starts=claim.starts
+        )
+        found = read_record(self._folder) or new
+        self._record = found.model_copy(update={"starts": claim.starts})
+        limit = timedelta(seconds=nightly.budget.wall_clock or nightly.window)
+        self._deadline = min(night.ends, claim.began + limit)
+
+    def run(self) -> Result:
+        """See run_night; whatever happens, the digest is written."""
+        try:
+            for entry in self._nightly.experiments:
+                record = self._entry(entry)
+                if record.status not in ENDED:
+                    self._keep(self._run_entry(entry, record))
+        finally:
+            result = self._conclude()
+        return result
+
+    def _entry(self, entry: SetEntry) -> EntryRecord:
+        new = EntryRecord(name=entry.label, experiment=entry.experiment, policy=entry.policy)
+        return self._record.entries.get(entry.label, new)
+
+    def _run_entry(self, entry: SetEntry, record: EntryRecord) -> EntryRecord:
+        try:
+            decided = record.decided or self._decide(entry)
+            record = record.model_copy(update={"decided": decided})
+            self._keep(record)
+            if decided.choice == "skip":
+                return record.model_copy(update={"status": "skipped"})
+            limits = self._limits(entry, decided)
+            if isinstance(limits, str):
+                return record.model_copy(update={"status": "cut_short", "message": limits})
+            plan = plan_of(self._nightly, entry, _study_overrides(decided, limits))
+        except (SweeperError, OSError) as error:
+            return _failed(record, error)
+        return self._train(plan, record, decided)
+
+    def _decide(self, entry: SetEntry) -> EntryDecision:
+        return decide(self._loaded, entry, self._record.date, self._history)
+
+    def _train(self, plan: StudyPlan, record: EntryRecord, decided: EntryDecision) -> EntryRecord:
+        _say(f"nightly: {record.name} ({decided.choice}: {decided.reason})")
+        try:
+            results = run_study(plan)
+        except Exception as error:  # noqa: BLE001 - the night's edge: one experiment ends no night
+            return _with_results(_failed(record, error), _stored(plan), decided)
+        record = _with_results(record, results, decided)
+        record = record.model_copy(update={"champion": self._challenge(plan, record)})
+        missing = progress(plan).missing
+        words = f"its budget ended it {missing} trials early" if missing else None
+        return record.model_copy(
+            update={"status": "cut_short" if missing else "done", "message": words}
+        )
+
+    def _challenge(self, plan: StudyPlan, record: EntryRecord) -> ChampionDecision | None:
+        entry = next(each for each in self._nightly.experiments if each.label == record.name)
+        if record.best is None:
+            return None
+        try:
+            return challenge(entry, plan, record.best, self._nightly.champion, self._judge)
+        except (SweeperError, OSError, ValueError) as error:
+            self._problem(f"{entry.label}: champion not decided: {error}")
+            return None
+
+    def _limits(self, entry: SetEntry, decided: EntryDecision) -> list[str] | str:
+        """What the entry's study may use now; or why it may use nothing.
+
+        device_hours is a total over the whole life of a study: what it used before tonight is added,
+        and what it used tonight, before a crash, is not given again.
+        """
+        seconds = (self._deadline - self._clock()).total_seconds()
+        if seconds <= 0:
+            return "the night's time is used up"
+        own = self._loaded.plan(entry).study.budget
+        walls = (seconds, entry.budget.wall_clock, own.wall_clock)
+        others = [other for other in self._nightly.experiments if other.label != entry.label]
+        whole = self._nightly.budget.device_hours
+        left = whole and max(0.0, whole - sum(map(self._seconds_tonight, others)) / 3600)
+        tonight = _least(left, entry.budget.device_hours)
+        if tonight is not None and tonight * 3600 <= self._seconds_tonight(entry):
+            return "the night's device-hours are used up"
+        before = decided.seconds_before / 3600
+        hours = _least(None if tonight is None else before + tonight, own.device_hours)
+        wall = f"hydra.sweeper.budget.wall_clock={min(wall for wall in walls if wall):.1f}s"
+        return [
+            wall,
+            *([] if hours is None else [f"hydra.sweeper.budget.device_hours={hours:.6f}"]),
+        ]
+
+    def _seconds_tonight(self, entry: SetEntry) -> float:
+        """Worker time that an entry has used tonight, also in a start that crashed."""
+        record = self._entry(entry)
+        if record.status in ENDED or record.decided is None or record.decided.choice == "skip":
+            return record.seconds
+        now = progress(self._loaded.plan(entry, record.decided.study_name))
+        return now.seconds - record.decided.seconds_before
+
+    def _keep(self, record: EntryRecord) -> None:
+        self._record = self._record.with_entry(record)
+        self._store()
+
+    def _store(self) -> None:
+        try:
+            write_record(self._folder, self._record)
+        except OSError as error:
+            self._problem(f"{self._folder.record}: {error}")
+
+    def _problem(self, words: str) -> None:
+        if words not in self._record.problems:
+            problems = (*self._record.problems, redact(words))
+            self._record = self._record.model_copy(update={"problems": problems})
+            print(f"nightly: {redact(words)}", file=sys.stderr)
+
+    def _conclude(self) -> Result:
+        result = _result(self._record, self._nightly.regression, self._history)
+        if self._whole:
+            self._tidy()
+            ended = {"ended": self._clock(), "result": result}
+            self._record = self._record.model_copy(update=ended)
+        self._store()
+        if self._whole:
+            for problem in notify(self._nightly.notify, self._title(), self._text()):
+                self._problem(problem)
+        self._write_digest(self._text())
+        if self._whole:  # whoever stops a night is not kept waiting for a server
+            self._log(self._text())
+        _say(f"{self._title()}\nDigest     {self._folder.digest}")
+        return result
+
+    def _tidy(self) -> None:
+        """Delete what the policy says of this set's studies; whatever goes wrong is only told."""
+        nights = (self._record, *self._history)
+        entries = [entry for night in nights for entry in night.entries.values()]
+        studies = dict.fromkeys(entry.decided.study_name for entry in entries if entry.decided)
+        output_dir = Path(self._nightly.output_dir)
+        try:
+            lines = tidy(self._nightly.retention, list(studies), output_dir, self._registries())
+        except (SweeperError, OSError) as error:
+            self._problem(f"nothing more is deleted after this night: {error}")
+            return
+        self._record = self._record.model_copy(update={"tidied": tuple(lines)})
+
+    def _registries(self) -> list[ModelRegistry]:
+        """Each MLflow that experiments of the set are tracked in, once."""
+        trackings = [plan.settings.tracking for plan in self._loaded.plans.values()]
+        different = {each.model_dump_json(): each for each in trackings}
+        return list(filter(None, map(make_registry, different.values())))
+
+    def _log(self, text: str) -> None:
+        """The page as a run of MLflow, where the set's experiments are tracked."""
+        registry = next(iter(self._registries()), None)
+        if registry is None:
+            return
+        name = f"{self._record.set_name} {self._record.date}"
+        tags = {
+            "sweeper.result": self._record.result or UNFINISHED,
+            "mlflow.note.content": text[:8000],
+        }
+        try:
+            registry.log_night(name, tags, [self._folder.digest, self._folder.page])
+        except (SweeperError, OSError) as error:
+            self._problem(f"digest not recorded: {error}")
+            self._write_digest(self._text())
+
+    def _text(self) -> str:
+        return digest(self._record, self._nightly, self._history)
+
+    def _title(self) -> str:
+        record = self._record
+        return f"nightly {record.set_name} {record.date}: {record.result or UNFINISHED}"
+
+    def _write_digest(self, text: str) -> None:
+        """To its files; to the terminal where there is no room for files."""
+        try:
+            write_atomic(self._folder.digest, text)
+            write_atomic(self._folder.page, page(text, self._title()))
+        except OSError as error:
+            print(f"nightly: the digest could not be written ({error}):\n{text}", file=sys.stderr)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether every entry came to some end, so that the morning's page is the last word."""
+        return all(self._entry(entry).status in ENDED for entry in self._nightly.experiments)
+
+
+def _least(*limits: float | None) -> float | None:
+    """The lowest of several limits; None is no limit."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _study_overrides(decided: EntryDecision, limits: Sequence[str]) -> list[str]:
+    found = [
+        f"hydra.sweeper.study_name={decided.study_name}",
+        f"hydra.sweeper.n_trials={decided.n_trials}",
+        TEST_SPLIT_UNREAD,
+        OWN_RETENTION,
+        *limits,
+    ]
+    if decided.warm_start:
+        found.append(f"hydra.sweeper.warm_start=[{','.join(decided.warm_start)}]")
+    return found
+
+
+def _failed(record: EntryRecord, error: Exception) -> EntryRecord:
+    words = redact(str(error)) if isinstance(error, SweeperError) else redact(repr(error))
+    return record.model_copy(update={"status": "failed", "message": words})
+
+
+def _stored(plan: StudyPlan) -> StudyResults | None:
+    """What a study that failed had written before."""
+    try:
+        return load_results(plan.study.study_name, Path(plan.settings.output_dir))
+    except (SweeperError, OSError):
+        return None
+
+
+def _with_results(
+    record: EntryRecord, results: StudyResults | None, decided: EntryDecision
+) -> EntryRecord:
+    """The record with what tonight's trials came to."""
+    if results is None or not results.arms:
+        return record
+    tonight = [
+        trial
+        for arm in results.arms
+        for trial in arm.trials
+        if trial.number not in decided.ended_before.get(arm.name, [])
+    ]
+    return record.model_copy(
+        update={
+            "causes": dict(Counter(trial.outcome.cause for trial in tonight)),
+            "seconds": sum(trial.outcome.spent.get("cost/seconds", 0.0) for trial in tonight),
+            "best": _best(results.arms[0]),
+        }
+    )
+
+
+def _best(arm: ArmResult) -> BestTrial | None:
+    found = arm.best
+    if found is None or found.value is None:
+        return None
+    return BestTrial(
+        arm=arm.name,
+        number=found.number,
+        value=found.value,
+        base_value=arm.base_value,
+        objective=arm.objective,
+        point=dict(found.point),
+    )
+
+
+def _result(record: NightRecord, tolerance: float, history: Sequence[NightRecord]) -> Result:
+    entries = record.entries.values()
+    if any(entry.status == "failed" for entry in entries):
+        return "failure"
+    if any(regressed(entry, last_of(entry.name, history), tolerance) for entry in entries):
+        return "regression"
+    if any(entry.champion and entry.champion.verdict == "promoted" for entry in entries):
+        return "new champion"
+    return "no change"
+
+
+def _say(words: str) -> None:
+    print(words, flush=True)

@@ -1,0 +1,156 @@
+"""How an arm ended: its finalists over their seeds, the winner, and its losses on unseen texts.
+
+Plain values; how they come about is in `finalists`, what is said about them in reporting.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pydantic import Field
+
+from sweeper.core.outcome import (
+    Cause,
+    ExampleLosses,
+    FrozenValue,
+    HeldOutKind,
+    HeldOutLosses,
+    Outcome,
+    device_seconds,
+)
+from sweeper.core.paths import StudyFolder
+
+COMPLETE: tuple[Cause, ...] = ("finished", "early_stopped")
+
+
+class SeedRepeat(FrozenValue):
+    """A configuration trained with one seed; the trial of the search itself is the first."""
+
+    seed: int
+    outcome: Outcome | None
+    """None if it was not trained (the budget)."""
+
+    @property
+    def value(self) -> float | None:
+        """The objective's value on the validation split, if it was trained to its own end."""
+        if self.outcome is None or self.outcome.cause not in COMPLETE:
+            return None
+        return self.outcome.best_value
+
+
+class FinalistResult(FrozenValue):
+    """A configuration of an arm over its seeds."""
+
+    number: int
+    """Of the trial in which the search tried it."""
+    repeats: tuple[SeedRepeat, ...]
+
+    @property
+    def values(self) -> list[float]:
+        """The objective's value of each seed that came to its own end."""
+        return [repeat.value for repeat in self.repeats if repeat.value is not None]
+
+    @property
+    def mean(self) -> float:
+        """Over those seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation (n - 1) over those seeds; None for one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+class FinalistRanking(FrozenValue):
+    """How an arm's finalists did."""
+
+    finalists: tuple[FinalistResult, ...]
+    winner: int
+    """Number of the finalist with the best mean on the validation split."""
+    test_losses: dict[int, float] = Field(default_factory=dict)
+    """Of the winner on the test split, by seed, in nats per target token."""
+    untuned_test_loss: float | None = None
+    """Of the base, as the winner's trials hold it."""
+    general_losses: dict[int, float] = Field(default_factory=dict)
+    """Of the winner on general text, by seed, in nats per token."""
+    untuned_general_loss: float | None = None
+    """Of the base, as the winner's trials hold it."""
+
+    @property
+    def test_loss(self) -> float | None:
+        """Mean over the winner's seeds."""
+        return statistics.fmean(self.test_losses.values()) if self.test_losses else None
+
+    @property
+    def general_loss(self) -> float | None:
+        """Mean over the winner's seeds."""
+        return statistics.fmean(self.general_losses.values()) if self.general_losses else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The winner's figures on unseen texts under the names they are recorded by."""
+        return unseen_metrics(self.test_loss, self.general_loss, self.untuned_general_loss)
+
+
+@dataclass(frozen=True)
+class ArmConclusion:
+    """An arm's end, and the losses of its winner and of its base on unseen texts."""
+
+    final: FinalistRanking
+    seeds: Mapping[int, HeldOutLosses] = field(default_factory=dict)
+    untuned: HeldOutLosses = field(default_factory=HeldOutLosses)
+
+    @classmethod
+    def judged(
+        cls, final: FinalistRanking, seeds: Mapping[int, HeldOutLosses], untuned: HeldOutLosses
+    ) -> ArmConclusion:
+        """With the figures that those losses come to."""
+        figures = {
+            "test_losses": {s: found.test.loss for s, found in seeds.items() if found.test},
+            "untuned_test_loss": untuned.test and untuned.test.loss,
+            "general_losses": {
+                s: found.general.loss for s, found in seeds.items() if found.general
+            },
+            "untuned_general_loss": untuned.general and untuned.general.loss,
+        }
+        return cls(final.model_copy(update=figures), seeds, untuned)
+
+    def losses(self, kind: HeldOutKind) -> list[ExampleLosses]:
+        """Of the winner's seeds that were judged on one kind of text."""
+        found = (getattr(unseen, kind) for unseen in self.seeds.values())
+        return [examples for examples in found if examples is not None]
+
+
+def unseen_metrics(
+    test: float | None, general: float | None, untuned_general: float | None
+) -> dict[str, float]:
+    """Losses on unseen texts under the names they are recorded by; what was not measured is absent."""
+    metrics = {} if test is None else {"test/loss": test, "test/perplexity": math.exp(test)}
+    if general is None or untuned_general is None:
+        return metrics
+    forgetting = general - untuned_general
+    general_metrics = {"loss": general, "untuned_loss": untuned_general, "forgetting": forgetting}
+    return {**metrics, **{f"general/{name}": value for name, value in general_metrics.items()}}
+
+
+def choose(finalists: Sequence[FinalistResult], direction: str) -> int:
+    """The winner's number: the best mean among those of which the fewest seeds failed."""
+    sign = 1.0 if direction == "minimize" else -1.0
+
+    def order(finalist: FinalistResult) -> tuple[int, float]:
+        failed = len(finalist.repeats) - len(finalist.values)
+        return failed, sign * finalist.mean
+
+    return min(finalists, key=order).number
+
+
+def finalists_seconds(folder: StudyFolder, arm: str) -> float:
+    """Device time of an arm's further seeds so far, from their folders."""
+    outcomes = (
+        Outcome.model_validate_json(path.read_text(encoding="utf-8"))
+        for path in folder.finalists(arm).glob("trial_*/outcome.json")
+    )
+    return math.fsum(device_seconds(outcome.metrics) for outcome in outcomes)

@@ -1,0 +1,223 @@
+"""The answer in tables: leaderboards, the arms' best side by side, and how each was trained."""
+
+from __future__ import annotations
+
+from sweeper.config.settings import metric_words
+from sweeper.core.outcome import ArmBaseline
+from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
+from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
+from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.text_table import DASH, TextTable, counted, duration, number
+from sweeper.reporting.verdict import Verdict, label
+
+
+def comparison(results: StudyResults) -> TextTable:
+    """One row per untuned base and one per arm's best trial: what it reaches and what it costs.
+
+    `vs base` is the value minus the base's: a loss that fell is negative, a ROUGE that rose positive.
+    `forgetting` is that of the loss on general text, in nats: what was forgotten is positive.
+    """
+    tested = {
+        name: loss
+        for found in results.contrasts
+        for name, loss in zip((found.arm, found.reference), found.losses, strict=True)
+    }
+    for arm in results.arms:
+        if arm.final is not None and arm.final.test_loss is not None:
+            tested[arm.name] = arm.final.test_loss
+    trained = trained_by_full(results)
+    forgot = {found.arm: found.difference.value for found in results.forgetting}
+    rows = [*_base_rows(results), *(_arm_row(arm, trained, tested, forgot) for arm in results.arms)]
+    columns = (
+        *("method", "trainable", "of base", "of total", "fewer"),
+        *(metric_words(results.objective.metric), "vs base", "perplexity"),
+        *("test loss", "forgetting", "time/trial", "memory", "artifact"),
+    )
+    sheet = TextTable("Arms side by side", columns, tuple(rows), frozenset({"method"}))
+    sheet = sheet if tested else sheet.without("test loss")
+    return sheet if results.forgetting else sheet.without("forgetting")
+
+
+def conditions(results: StudyResults) -> TextTable:
+    """One row per arm: under which conditions its best trial was found, so that nobody has to ask."""
+    columns = (
+        *("method", "trials", "seeds", "weights", "compute", "optimiser", "batch"),
+        *("best rate", "of rates", "device time"),
+    )
+    words = frozenset({"method", "weights", "compute", "optimiser"})
+    rows = [_condition_row(results, arm) for arm in results.arms]
+    return TextTable("Under which conditions", columns, tuple(rows), words)
+
+
+def finalists(results: StudyResults) -> TextTable | None:
+    """Configurations over several seeds, with the objective of each; None if there are none."""
+    rows = [
+        (
+            label(arm),
+            str(finalist.number),
+            f"{len(finalist.values)} of {len(finalist.repeats)}",
+            " ".join(number(repeat.value, "{:.4f}") for repeat in finalist.repeats),
+            f"{finalist.mean:.4f}",
+            number(finalist.spread, "{:.4f}"),
+            "won" if finalist.number == arm.final.winner else "",
+        )
+        for arm in results.arms
+        if arm.final is not None
+        for finalist in arm.final.finalists
+    ]
+    columns = ("method", "trial", "seeds", "validation by seed", "mean", "sd", "chosen")
+    left = frozenset({"method", "validation by seed", "chosen"})
+    return TextTable("Finalists over seeds", columns, tuple(rows), left) if rows else None
+
+
+def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
+    """An arm's trials, the best first."""
+    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
+    columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
+    columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
+    rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
+    title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in all"
+    sheet = TextTable(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    return sheet if equal_size(arm) else sheet.without("trainable")
+
+
+def pareto_front(arm: ArmResult) -> TextTable:
+    """The trials that no other beats in value and in every cost, the best value first."""
+    front = [trial for trial in arm.trials if trial.number in arm.front]
+    keys = list(dict.fromkeys(key for trial in front for key in trial.point))
+    judged = metric_words(arm.objective.metric)
+    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), judged, *arm.costs)
+    rows = [
+        (
+            str(trial.number),
+            *(short_names(trial.point).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+            number(trial.value, "{:.4f}"),
+            *(number(trial.metric(cost), "{:,.4g}") for cost in arm.costs),
+        )
+        for trial in front
+    ]
+    title = f"{arm.name}: Pareto front of {judged} and {', '.join(arm.costs)}"
+    return TextTable(title, columns, tuple(rows), frozenset({"target_modules"}))
+
+
+def markdown_report(results: StudyResults, verdict: Verdict) -> str:
+    """report.md: the verdict, the comparison, the gain of each rank, every arm's leaderboard."""
+    parts = [
+        f"# {results.study_name}",
+        verdict.text,
+        f"`python -m sweeper {results.command}`",
+    ]
+    sheets = (comparison(results), conditions(results), finalists(results))
+    for sheet in filter(None, sheets):
+        parts += [f"## {sheet.title}", sheet.markdown()]
+    for ladder in rank_ladders(results):
+        sheet = rank_sheet(ladder)
+        parts += [f"## {sheet.title}", sheet.markdown(), ladder.words]
+    for arm in results.arms:
+        if arm.front:
+            front = pareto_front(arm)
+            parts += [f"## {front.title}", front.markdown()]
+        sheet = leaderboard(arm)
+        parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm.facts)}"]
+        parts += [] if arm.audit is None else [f"{arm.name}: {arm.audit}."]
+    return "\n\n".join(parts) + "\n"
+
+
+def describe_data(facts: ArmBaseline) -> str:
+    """Where the data came from, how much of it, and its digest."""
+    counts = " / ".join(f"{count:,} {name}" for name, count in facts.rows.items())
+    dropped = sum(facts.dropped.values())
+    reasons = ", ".join(f"{count} {why}" for why, count in facts.dropped.items() if count)
+    lost = f", dropped {dropped} ({reasons})" if dropped else ""
+    return (
+        f"{facts.data_source} ({facts.data_format}): {counts} rows{lost}; "
+        f"{facts.target_tokens:,} validation tokens; digest {facts.data_digest[:12]}"
+    )
+
+
+def trained_by_full(results: StudyResults) -> float:
+    """How many parameters full fine-tuning trains: all of the base's, whether or not an arm does it."""
+    return float(results.arms[0].facts.base_parameters)
+
+
+def _base_rows(results: StudyResults) -> list[tuple[str, ...]]:
+    """The untuned base, once per way it is held in memory."""
+    bases = {arm.base: arm for arm in results.arms}
+    tested = {
+        arm.base: arm.final.untuned_test_loss for arm in results.arms if arm.final is not None
+    }
+    return [
+        (
+            *(f"untuned, {base}", "0", DASH, DASH, DASH, f"{arm.base_value:.4f}", DASH),
+            number(arm.facts.base_metrics.get("eval/perplexity"), "{:.2f}"),
+            *(number(tested.get(base), "{:.4f}"), DASH, DASH, DASH, DASH),
+        )
+        for base, arm in bases.items()
+    ]
+
+
+def _arm_row(
+    arm: ArmResult, trained: float, tested: dict[str, float], forgot: dict[str, float]
+) -> tuple[str, ...]:
+    best = arm.best
+    if best is None:
+        return (label(arm), *([DASH] * 12))
+    assert best.value is not None
+    trainable = best.metric("parameters/trainable")
+    fewer = None if trainable is None or not trained else 100 * (1 - trainable / trained)
+    return (
+        label(arm),
+        number(trainable),
+        number(best.metric("parameters/trainable_percent_of_base"), "{:.4g} %"),
+        number(best.metric("parameters/trainable_percent"), "{:.4g} %"),
+        number(fewer, "{:.2f} %"),
+        f"{best.value:.4f}",
+        f"{best.value - arm.base_value:+.4f}",
+        number(best.metric("best/eval_perplexity"), "{:.2f}"),
+        number(tested.get(arm.name), "{:.4f}"),
+        number(forgot.get(arm.name), "{:+.4f}"),
+        duration(arm.seconds_per_trial),
+        number(best.metric("cost/peak_memory_mib"), "{:,.0f} MiB"),
+        number(best.metric("cost/artifact_mib"), "{:.2f} MiB"),
+    )
+
+
+def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
+    if arm.best is None:
+        return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
+    micro = arm.setting("training.per_device_train_batch_size")
+    accumulated = arm.setting("training.gradient_accumulation_steps")
+    searched = arm.ranges.get("training.learning_rate")
+    rates = searched.values if searched is not None else arm.adopted.rates if arm.adopted else ()
+    return (
+        label(arm),
+        str(arm.tried) if arm.adopted is None else f"{arm.adopted.trials} of that run's search",
+        str(results.seeds(arm.name)),
+        _weights(arm),
+        arm.facts.dtype,
+        arm.setting("training.optim") or DASH,
+        str(micro * accumulated) if micro and accumulated else DASH,
+        number(arm.setting("training.learning_rate"), "{:.3g}"),
+        f"{rates[0]:.2g}…{rates[-1]:.2g}" if rates else DASH,
+        duration(arm.seconds),
+    )
+
+
+def _weights(arm: ArmResult) -> str:
+    """How the weights are held: what is trained is fp32 in every arm (modeling.base)."""
+    if arm.setting("adapter.method") == "none":
+        return "float32"
+    return f"{arm.base} + float32"
+
+
+def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
+    shown = short_names(trial.point)
+    return (
+        str(place),
+        str(trial.number),
+        *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+        number(trial.metric("parameters/trainable")),
+        number(trial.value, "{:.4f}"),
+        duration(trial.metric("cost/seconds")),
+        trial.outcome.cause,
+    )

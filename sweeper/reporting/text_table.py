@@ -1,0 +1,69 @@
+"""A table of text: drawn for a terminal by rich, or written as Markdown; and numbers as its cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from rich import box
+from rich.table import Table
+
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text; `left` names the columns that are words rather than numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: frozenset[str] = frozenset()
+
+    def draw(self) -> Table:
+        """For a terminal."""
+        table = Table(
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for column in self.columns:
+            left = column in self.left
+            table.add_column(column, justify="left" if left else "right", no_wrap=True)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def without(self, column: str) -> TextTable:
+        """The same table with one column left out."""
+        at = self.columns.index(column)
+        rows = tuple((*row[:at], *row[at + 1 :]) for row in self.rows)
+        return replace(self, columns=(*self.columns[:at], *self.columns[at + 1 :]), rows=rows)
+
+    def markdown(self) -> str:
+        """For a file."""
+        marks = [":--" if column in self.left else "--:" for column in self.columns]
+        lines = [self.columns, tuple(marks), *self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, form: str = "{:,.0f}") -> str:
+    """A number as a cell; a dash where there is none."""
+    return DASH if value is None else form.format(value)
+
+
+def counted(count: float, noun: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{count:,.0f} {noun}" + "s" * (count != 1)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours as a cell."""
+    if seconds is None:
+        return DASH
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

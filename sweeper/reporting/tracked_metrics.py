@@ -1,0 +1,64 @@
+"""The verdict's figures as metrics of the study's run, under names that stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sweeper.config.space import Point
+from sweeper.reporting.intervals import IntervalEstimate
+from sweeper.reporting.results import StudyResults, headline
+from sweeper.reporting.verdict import ArmComparison, ArmSide, Verdict, judge
+
+
+def study_figures(results: StudyResults) -> tuple[dict[str, float], Point]:
+    """What a study's own run shows: its best trial's figures and point, and the verdict's figures."""
+    figures, best = headline(results)
+    verdict = verdict_metrics(judge(results)) if results.arms else {}
+    return {**figures, **verdict}, best
+
+
+def verdict_metrics(verdict: Verdict) -> dict[str, float]:
+    """Every figure of the verdict that no trial's run has: of each arm, and against its reference.
+
+    `verdict/lora/retained_percent` and its `_low` and `_high` (95 %), `verdict/lora/difference` (value
+    minus the reference's), `verdict/lora/time_ratio` and so on; `test/lora/loss`.
+    """
+    found: dict[str, float | None] = {}
+    for side in verdict.sides:
+        found |= dict(_of_side(side))
+    for duel in verdict.duels:
+        found |= dict(_of_duel(duel))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _of_side(side: ArmSide) -> Iterator[tuple[str, float | None]]:
+    yield f"verdict/{side.arm}/value", side.value
+    yield f"verdict/{side.arm}/seconds_per_trial", side.seconds_per_trial
+    yield f"test/{side.arm}/loss", side.test_loss
+    yield f"test/{side.arm}/untuned_loss", side.untuned_test_loss
+    yield from _estimate(f"general/{side.arm}/forgetting", side.forgetting)
+
+
+def _of_duel(duel: ArmComparison) -> Iterator[tuple[str, float | None]]:
+    at, side, reference = f"verdict/{duel.side.arm}", duel.side, duel.reference
+    yield f"{at}/compared_value", duel.values[0]
+    yield f"{at}/reference_value", duel.values[1]
+    yield from _estimate(f"{at}/difference", duel.difference)
+    yield from _estimate(f"{at}/retained_percent", duel.retained)
+    yield f"{at}/noise", duel.noise[0]
+    yield f"{at}/reference_noise", duel.noise[1]
+    yield f"{at}/trainable_ratio", _ratio(side.trainable, reference.trainable)
+    yield f"{at}/time_ratio", _ratio(side.seconds_per_trial, reference.seconds_per_trial)
+    yield f"{at}/memory_ratio", _ratio(side.peak_memory_mib, reference.peak_memory_mib)
+    yield f"{at}/artifact_ratio", _ratio(side.artifact_mib, reference.artifact_mib)
+
+
+def _estimate(name: str, found: IntervalEstimate | None) -> Iterator[tuple[str, float | None]]:
+    if found is not None:
+        yield name, found.value
+        yield f"{name}_low", found.low
+        yield f"{name}_high", found.high
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None

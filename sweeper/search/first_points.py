@@ -1,0 +1,42 @@
+"""What happens between opening an arm's study and asking it for the first trial."""
+
+from __future__ import annotations
+
+import optuna
+from optuna.storages import BaseStorage
+
+from sweeper.config.settings import PrunerSettings
+from sweeper.core.outcome import ArmBaseline
+from sweeper.search.study import enqueue, first_draws
+from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.search.warm_start import fork, winners
+
+
+def fill_study(
+    study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
+) -> list[str]:
+    """Adopt what a fork adopts, and enqueue what is to be tried first: winners, then priors.
+
+    Returns:
+        What people should know about this search, a line each.
+
+    Raises:
+        StudyMismatch: the study to be forked does not exist, or does not compare with this one.
+    """
+    words = fork(study, plan, arm, facts, storage)
+    if plan.study.warm_start and arm.sampler.name != "grid":
+        draws, said = winners(plan, arm, facts, storage)
+        enqueue(study, draws)
+        words += said
+    points = enqueue(study, first_draws(arm))
+    if points and arm.sampler.name != "grid":
+        words.append(f"{points} known-good points first")
+    return words + _about_pruning(plan.study.pruner, plan.study.costs)
+
+
+def _about_pruning(pruner: PrunerSettings, costs: list[str]) -> list[str]:
+    if costs and pruner.name != "none":
+        return [f"nothing is pruned: costs={costs} make this a search of several objectives"]
+    if pruner.name == "optuna":
+        return [f"pruner {pruner.class_name}: unguarded, asked at every evaluation"]
+    return []

@@ -1,0 +1,404 @@
+"""From the command line to a validated plan: which arms, which spaces, which settings for a point.
+
+Everything that can be wrong without loading a model is found here, all at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from sweeper.config import compose, grammar
+from sweeper.config.settings import (
+    ArmSettings,
+    Objective,
+    RunSettings,
+    SamplerSettings,
+    StudySettings,
+    describe,
+    validate,
+)
+from sweeper.config.space import Choice, Point, Scalar, Space, decided_twice, grid, keys, probes
+from sweeper.core.errors import ConfigError
+from sweeper.data.sources import path_problems
+from sweeper.search.pruning import make_pruner
+from sweeper.search.samplers import make_sampler
+
+LORA = "lora"
+"""The arm that `hydra.sweeper.params` describes."""
+FULL = "full"
+"""The arm that an earlier run stands in for (baseline.run_id)."""
+FULL_OVERRIDES = ("adapter=none", "quantization=none")
+"""Of that arm, where the experiment has none."""
+
+
+PER_TOKEN = ("eval/loss", "eval/perplexity")
+"""Metrics that depend on the tokenizer: their values of two base models do not compare."""
+_OTHER_QUESTION = "decides what is compared, so it cannot be searched; make it an arm or a study"
+_MACHINERY = "is machinery and changes no result, so it cannot be searched"
+NEVER_SEARCHED = {
+    "seed": "is never searched: the best seed is luck; repeat the best trials over seeds instead",
+    **dict.fromkeys(("data", "evaluation", "objective"), _OTHER_QUESTION),
+    **dict.fromkeys(
+        ("space", "sampler", "pruner", "workers", "tracking", "output_dir", "dry_run"), _MACHINERY
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ArmPlan:
+    """One arm: its own Optuna study, its own space, its own overrides on the shared experiment."""
+
+    name: str
+    overrides: tuple[str, ...]
+    space: Space
+    priors: tuple[Point, ...]
+    n_trials: int
+    sampler: SamplerSettings
+    settings: RunSettings
+    """The arm's settings before any point of the space is applied."""
+    run_id: str | None = None
+    """The MLflow run whose model is judged in the place of any training."""
+
+    def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
+        """The arm's overrides with a point of its space."""
+        return [*self.overrides, *_as_overrides(point)]
+
+    def settings_at(self, point: Mapping[str, Scalar]) -> RunSettings:
+        """The full settings of the trial at a point.
+
+        Raises:
+            ConfigError: the point is impossible (say, a target that the group does not have).
+        """
+        groups = {key: value for key, value in point.items() if "." not in key}
+        values = {key: value for key, value in point.items() if "." in key}
+        composition = compose.compose((*self.overrides, *_as_overrides(groups)))
+        return validate(RunSettings, compose.with_values(composition.unresolved, values))
+
+
+def _as_overrides(point: Mapping[str, Scalar]) -> list[str]:
+    return [grammar.format_override(key, value) for key, value in point.items()]
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A validated study: the question, and everything needed to ask it."""
+
+    experiment: str
+    study: StudySettings
+    arms: tuple[ArmPlan, ...]
+    presets: Mapping[str, str]
+    """What the groups that follow the model's size were taken as."""
+    command: str
+    """What the user typed after `python -m sweeper`, for reports and error messages."""
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings that all arms share (output_dir, workers, tracking)."""
+        return self.arms[0].settings
+
+    @property
+    def objective(self) -> Objective:
+        """What the trials of every arm are worth."""
+        return self.settings.objective
+
+    @property
+    def dry_run(self) -> bool:
+        """Whether the study is only to be shown."""
+        return self.settings.dry_run
+
+
+def single(overrides: Sequence[str]) -> RunSettings:
+    """Validated settings of one trial.
+
+    Raises:
+        ConfigError: everything that is wrong.
+    """
+    overrides = compose.with_auto_groups(overrides)
+    composition, problems = compose.compose_leniently(overrides)
+    problems += _setting_problems(composition.config)
+    if problems:
+        raise ConfigError(problems)
+    return validate(RunSettings, composition.config)
+
+
+def studies(overrides: Sequence[str]) -> list[StudyPlan]:
+    """One plan per experiment named on the command line.
+
+    Raises:
+        ConfigError: everything that is wrong in any of them.
+    """
+    plans: list[StudyPlan] = []
+    problems: list[str] = []
+    for texts in compose.expand_experiments(overrides):
+        try:
+            plans.append(_plan(compose.with_auto_groups(texts)))
+        except ConfigError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    names = [plan.study.study_name for plan in plans]
+    if len(set(names)) < len(names):
+        problems.append(
+            f"hydra.sweeper.study_name={names[0]}: several experiments need a name each"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return plans
+
+
+def _plan(overrides: Sequence[str]) -> StudyPlan:
+    fixed, swept = compose.split_sweeps(overrides)
+    composition, problems = compose.compose_leniently(fixed)
+    problems += _setting_problems(composition.config)
+    problems += _unknown_keys(swept, composition.config, composition.choices)
+    problems += _given_twice(fixed, swept)
+    try:
+        study = validate(StudySettings, composition.sweeper, "hydra.sweeper")
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    problems += _library_problems(study)
+    problems += _untracked_baseline(study, composition.config)
+    if problems:
+        raise ConfigError(problems)
+    arms = _arms(study, fixed, swept)
+    experiment = composition.choices.get("experiment", "default")
+    presets = {
+        group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
+    }
+    return StudyPlan(experiment, study, arms, presets, _command(overrides))
+
+
+def _untracked_baseline(study: StudySettings, config: Mapping[str, Any]) -> list[str]:
+    tracked = config.get("tracking", {}).get("kind") != "none"
+    if study.baseline.run_id is None or tracked:
+        return []
+    return [
+        f"baseline.run_id={study.baseline.run_id}: tracking=none leaves no MLflow to find that run in; "
+        "set tracking=mlflow"
+    ]
+
+
+def _library_problems(study: StudySettings) -> list[str]:
+    """Whether Optuna has the named classes, and whether they take these arguments."""
+    problems: list[str] = []
+    for make in (
+        lambda: make_sampler(study.sampler, {}, study.n_trials, 0),
+        lambda: make_pruner(study.pruner),
+    ):
+        try:
+            make()
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _command(overrides: Sequence[str]) -> str:
+    """What to type again: the experiment first, the study's own keys last, quoted for a shell."""
+    typed = [text for text in overrides if not text.startswith("hydra.searchpath=")]
+    return shlex.join(
+        [*sorted(typed, key=lambda text: text.lstrip("~+").startswith("hydra.")), "-m"]
+    )
+
+
+def _setting_problems(config: Mapping[str, Any]) -> list[str]:
+    try:
+        settings = RunSettings.model_validate(config)
+    except ValidationError as error:
+        return describe(error, RunSettings)
+    if settings.workers.trainer == "fake":
+        return []
+    return path_problems(settings.data, settings.evaluation.general_text)
+
+
+def _part(key: str) -> str:
+    return key.split(".")[0]
+
+
+def _given_twice(fixed: Sequence[str], swept: Mapping[str, str]) -> list[str]:
+    """Which of the two would count is nothing that anybody could guess."""
+    return [
+        f"{text} and {key}={swept[key]}: {key} is given twice, once as a value and once as a search; "
+        "keep one of them"
+        for text in fixed
+        if (key := compose.key_of(text)) in swept
+    ]
+
+
+def _unknown_keys(
+    swept: Mapping[str, Scalar], config: Mapping[str, Any], choices: Mapping[str, str]
+) -> list[str]:
+    return [
+        f"{key}={words}: {key} is no setting to sweep over"
+        for key, words in swept.items()
+        if key not in choices and not _has(config, key)
+    ]
+
+
+def _has(config: Mapping[str, Any], key: str) -> bool:
+    node: Any = config
+    for part in key.split("."):
+        if not (isinstance(node, Mapping) and part in node):
+            return False
+        node = node[part]
+    return True
+
+
+def _arms(
+    study: StudySettings, fixed: Sequence[str], swept: Mapping[str, str]
+) -> tuple[ArmPlan, ...]:
+    """The lora arm and its rivals; values of the lora arm's keys on the command line are its own."""
+    searched = {**study.params, **swept}
+    own = [text for text in fixed if compose.key_of(text) in searched]
+    shared = [text for text in fixed if text not in own]
+    params = {key: searched[key] for key in searched if key not in set(map(compose.key_of, own))}
+    problems: list[str] = []
+    arms: list[ArmPlan] = []
+    blueprints = [
+        (LORA, [*shared, *own], params, study.priors, study.n_trials, study.sampler),
+        *(
+            (
+                name,
+                [*_without_replaced_groups(shared, arm.overrides), *arm.overrides],
+                arm.params,
+                arm.priors,
+                arm.n_trials,
+                _arm_sampler(study.sampler, arm.sampler),
+            )
+            for name, arm in _rivals(study).items()
+        ),
+    ]
+    for blueprint in blueprints:
+        try:
+            arms.append(_arm(*blueprint))
+        except ConfigError as error:
+            problems += error.problems
+    problems += _other_objectives(arms)
+    if problems:
+        raise ConfigError(problems)
+    run_id = study.baseline.run_id
+    return tuple(replace(arm, run_id=run_id) if arm.name == FULL else arm for arm in arms)
+
+
+def _rivals(study: StudySettings) -> dict[str, ArmSettings]:
+    """The arms besides the first; one that an earlier run stands in for searches nothing."""
+    if study.baseline.run_id is None:
+        return study.arms
+    own = study.arms.get(FULL)
+    overrides = list(FULL_OVERRIDES) if own is None else own.overrides
+    return {**study.arms, FULL: ArmSettings(overrides=overrides, n_trials=1, params={})}
+
+
+def _other_objectives(arms: Sequence[ArmPlan]) -> list[str]:
+    """Arms are held against each other, so one objective judges them all."""
+    return [
+        f"arm {arm.name}: its objective ({arm.settings.objective.metric}) is not that of arm "
+        f"{arms[0].name} ({arms[0].settings.objective.metric}); set objective for all arms"
+        for arm in arms
+        if arm.settings.objective != arms[0].settings.objective
+    ]
+
+
+def _arm_sampler(sampler: SamplerSettings, name: str | None) -> SamplerSettings:
+    if name is None:
+        return sampler
+    return sampler.model_copy(update={"name": name, "class_name": None, "kwargs": {}})
+
+
+def _without_replaced_groups(shared: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """An arm that replaces a group (adapter=none) leaves that group's values behind as well."""
+    replaced = {compose.key_of(text) for text in overrides}
+    return [text for text in shared if _part(compose.key_of(text)) not in replaced]
+
+
+def _arm(
+    name: str,
+    overrides: Sequence[str],
+    params: Mapping[str, Any],
+    priors: Sequence[Mapping[str, Any]],
+    n_trials: int,
+    sampler: SamplerSettings,
+) -> ArmPlan:
+    overrides = compose.with_auto_groups(overrides)
+    composition, problems = compose.compose_leniently(overrides)
+    problems += _setting_problems(composition.config)
+    space, fixed, space_problems = grammar.parse_space(
+        params, lambda key: key in composition.choices or _has(composition.config, key)
+    )
+    problems += space_problems
+    problems += [
+        f"{key} is decided twice: it stands in a branch and beside it"
+        for key in sorted(decided_twice({**space, **{key: Choice((fixed[key],)) for key in fixed}}))
+    ]
+    if not problems:
+        problems += _point_problems(space, fixed, overrides)
+        objective = validate(Objective, composition.config["objective"])
+        problems += _incomparable_models(space, objective)
+    problems += _never_searched(space)
+    points = [_prior(prior, space) for prior in priors]
+    if points and sampler.name == "grid":
+        problems.append("sampler=grid tries every point, so priors change nothing; set priors=[]")
+    count = _grid_count(space, n_trials, sampler, problems)
+    if problems:
+        raise ConfigError(
+            [problem if name == LORA else f"arm {name}: {problem}" for problem in problems]
+        )
+    texts = (*overrides, *_as_overrides(fixed))
+    settings = validate(RunSettings, compose.compose(texts).config)
+    return ArmPlan(name, texts, space, tuple(points), count, sampler, settings)
+
+
+def _never_searched(space: Space) -> list[str]:
+    return [
+        f"{key}: {NEVER_SEARCHED[part]}"
+        for key in sorted(keys(space))
+        if (part := _part(key)) in NEVER_SEARCHED
+    ]
+
+
+def _incomparable_models(space: Space, objective: Objective) -> list[str]:
+    """Base models are searched neither by a metric of one tokenizer, nor pruned by one."""
+    judges = {"metric": objective.metric, "pruning_metric": objective.judged_while_training}
+    wrong = next((key for key, metric in judges.items() if metric in PER_TOKEN), None)
+    if wrong is None:
+        return []
+    return [
+        f"{key}: cannot be searched by {judges[wrong]}, which depends on the model's tokenizer; "
+        f"searching it needs objective.{wrong}=eval/bits_per_byte"
+        for key in sorted(keys(space))
+        if _part(key) == "model"
+    ]
+
+
+def _prior(prior: Mapping[str, Any], space: Space) -> Point:
+    """A known-good point, reduced to what is searched; a fixed key keeps its fixed value."""
+    searched = keys(space, labels=True)
+    return {key: value for key, value in prior.items() if key in searched}
+
+
+def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> list[str]:
+    """Try the ends of every domain, one key at a time, against the settings' own rules."""
+    problems: list[str] = []
+    for point in ({**fixed, **found} for found in list(probes(space)) or [{}]):
+        values = {key: value for key, value in point.items() if "." in key}
+        groups = _as_overrides({key: point[key] for key in point if key not in values})
+        composition, found = compose.compose_leniently([*overrides, *groups])
+        found += _unknown_keys(values, composition.config, composition.choices)
+        if not found:
+            found = _setting_problems(compose.with_values(composition.unresolved, values))
+        problems += [problem for problem in found if problem not in problems]
+    return problems
+
+
+def _grid_count(space: Space, n_trials: int, sampler: SamplerSettings, problems: list[str]) -> int:
+    """A grid has only so many points; asking for more ends the arm when they are used up."""
+    if sampler.name != "grid":
+        return n_trials
+    try:
+        return sum(1 for _ in itertools.islice(grid(space), n_trials))
+    except ValueError as error:
+        problems.append(str(error))
+        return n_trials

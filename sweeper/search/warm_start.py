@@ -1,0 +1,252 @@
+"""What a study takes over from earlier ones: their winners as first points, or all that still fits.
+
+Reads the earlier study from the same output_dir (or the same storage URL) and never changes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
+
+from sweeper.config import compose, grammar
+from sweeper.config.settings import flatten
+from sweeper.config.space import Draw, Point, keys, locate
+from sweeper.core.errors import StudyMismatch
+from sweeper.core.outcome import ArmBaseline
+from sweeper.core.paths import StudyFolder
+from sweeper.search.states import counts
+from sweeper.search.study import (
+    open_storage,
+    optuna_name,
+    point_of,
+    question,
+    settings_as_json,
+    suggest,
+)
+from sweeper.search.study_plan import ArmPlan, StudyPlan
+
+SAME = ("objective.metric", "objective.direction", "costs", "data digest", "base model digest")
+"""Parts of the question in which a study and its fork must agree."""
+RUNG = "completed_rung_"
+"""Optuna's name for the value with which a trial reached a rung, before the rung's number."""
+
+
+def winners(
+    plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
+) -> tuple[list[Draw], list[str]]:
+    """The best point of each study in warm_start, as far as it lies in this arm's space.
+
+    Returns:
+        The draws to try first, and one line for people about each study.
+    """
+    draws: list[Draw] = []
+    words: list[str] = []
+    for name in plan.study.warm_start:
+        draw, reason = _winner(plan, arm, facts, storage, name)
+        words.append(f"warm start from {name}: {reason}")
+        if draw:
+            draws.append(draw)
+    return draws, words
+
+
+def _winner(
+    plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage, name: str
+) -> tuple[Draw | None, str]:
+    study = _earlier(plan, arm, storage, name)
+    if study is None:
+        return None, f"it has no arm {arm.name}, ignored"
+    if study.user_attrs["facts"]["base_digest"] != facts.base_digest:
+        return None, "it trained another base model, ignored"
+    best = _best(study)
+    if best is None:
+        return None, "no trial of it has finished, ignored"
+    point = point_of(best)
+    searched = keys(arm.space, labels=True)
+    known = {key: value for key, value in point.items() if key in searched}
+    draw = locate(arm.space, known)
+    if not draw:
+        return None, f"its best point {_in_words(point)} lies outside this space, ignored"
+    missing = {key: value for key, value in point.items() if key not in searched}
+    left_out = f"; not searched here: {_in_words(missing)}" if missing else ""
+    return draw, f"its best point {_in_words(known)} is tried first{left_out}"
+
+
+def _best(study: optuna.Study) -> FrozenTrial | None:
+    """The best trial that ran to its own end, by the first objective."""
+    done = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.user_attrs.get("cause") in ("finished", "early_stopped")
+    ]
+    best = max if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else min
+    return best(done, key=lambda trial: trial.values[0]) if done else None
+
+
+def fork(
+    study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
+) -> list[str]:
+    """Adopt the finished trials of the study `fork_of` that are valid answers to this question.
+
+    A trial is valid if the settings it was trained with equal this arm's where those are fixed, and
+    lie in this arm's space where they are searched. It is marked with the user attribute
+    `forked_from`; its folder is a link to the old one. Doing it twice adopts nothing twice.
+
+    Raises:
+        StudyMismatch: there is no such study, or its objective, data or base model differ.
+    """
+    name = plan.study.fork_of
+    if name is None:
+        return []
+    old = _earlier(plan, arm, storage, name)
+    if old is None and not _arms(plan, storage, name):
+        raise StudyMismatch(f"fork_of={name}: there is no such study")
+    if old is None:
+        return [f"fork of {name}: it has no such arm"]
+    _check_same(old, plan, arm, facts)
+    adopted = {trial.user_attrs.get("forked_from") for trial in study.get_trials(deepcopy=False)}
+    done = [trial for trial in old.get_trials(deepcopy=False) if counts(trial)]
+    fitting = list(_fitting(done, _folder(plan, name), arm))
+    for trial, point, draw in fitting:
+        origin = f"{name}/{arm.name}/{trial.number:04d}"
+        if origin not in adopted:
+            passed = _passed(trial, plan.study.pruner.rungs)
+            _adopt(study, arm, trial, point, draw, origin, passed)
+            number = len(study.get_trials(deepcopy=False)) - 1
+            new = _folder(plan, plan.study.study_name).trial(arm.name, number).path
+            _link(new, _folder(plan, name).trial(arm.name, trial.number).path)
+    return [f"fork of {name}: {len(fitting)} of its {len(done)} trials fit this study"]
+
+
+def _fitting(
+    trials: list[FrozenTrial], folder: StudyFolder, arm: ArmPlan
+) -> Iterator[tuple[FrozenTrial, Point, Draw]]:
+    """Trials that this arm could have made itself, with their place in its space."""
+    unsearched = settings_as_json(arm)
+    searched = keys(arm.space)
+    groups = {key for key in searched if "." not in key}
+    for trial in trials:
+        config = folder.trial(arm.name, trial.number).config
+        if not config.exists():
+            continue
+        settings = flatten(compose.read_yaml(config)) | _as_asked(trial)
+        known = {key: grammar.scalar(settings[key]) for key in searched if key in settings}
+        draw = locate(arm.space, {**known, **point_of(trial)})
+        point = _complete(arm, draw)
+        if draw is None or point is None:
+            continue
+        decided = {*point, *groups}
+        open_keys = [key for key in unsearched if decided.isdisjoint((key, key.split(".")[0]))]
+        if all(json.dumps(settings.get(key)) == unsearched[key] for key in open_keys):
+            yield trial, point, draw
+
+
+def _as_asked(trial: FrozenTrial) -> dict[str, Any]:
+    """Of a rank that was decided for a trial: what was asked for in its place."""
+    sized = trial.user_attrs.get("sized")
+    if sized is None:
+        return {}
+    return {"adapter.r": None, "adapter.trainable_parameters": sized["trainable_parameters"]}
+
+
+def _complete(arm: ArmPlan, draw: Draw | None) -> Point | None:
+    """The point of a draw, if the draw decides every parameter."""
+    if draw is None:
+        return None
+    try:
+        return suggest(FixedTrial(draw), arm.space)
+    except ValueError:  # FixedTrial's word for a parameter without a value
+        return None
+
+
+def _passed(trial: FrozenTrial, rungs: Sequence[int]) -> dict[str, Any]:
+    """What Optuna's successive halving compares by: of a guarded pruner's rungs, those of now alone.
+
+    The pruner is no part of the question: a fork may have its rungs elsewhere in the schedule.
+    """
+    noted = {key: value for key, value in trial.system_attrs.items() if key.startswith(RUNG)}
+    if not rungs:
+        return noted
+    known = [f"{RUNG}{n}" for n, rung in enumerate(rungs) if rung in trial.intermediate_values]
+    return {key: noted[key] for key in known if key in noted}
+
+
+def _adopt(
+    study: optuna.Study,
+    arm: ArmPlan,
+    trial: FrozenTrial,
+    point: Point,
+    draw: Draw,
+    origin: str,
+    passed: dict[str, Any],
+) -> None:
+    fixed = FixedTrial(draw)
+    suggest(fixed, arm.space)
+    study.add_trial(
+        create_trial(
+            state=trial.state,
+            values=trial.values,
+            params=fixed.params,
+            distributions=fixed.distributions,
+            user_attrs={**trial.user_attrs, "point": point, "forked_from": origin},
+            system_attrs=passed,
+            intermediate_values=trial.intermediate_values,
+            constraints=trial.constraints,
+        )
+    )
+
+
+def _link(new: Path, old: Path) -> None:
+    new.parent.mkdir(parents=True, exist_ok=True)
+    if not new.exists():
+        new.symlink_to(os.path.relpath(old, new.parent), target_is_directory=True)
+
+
+def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
+    then, now = old.user_attrs["question"], question(plan, arm, facts)
+    changed = [
+        f"    {key}: {then[key]} then, {now[key]} now" for key in SAME if then[key] != now[key]
+    ]
+    if changed:
+        raise StudyMismatch(
+            f"study {plan.study.fork_of!r} cannot be forked: its results do not compare with this "
+            "study's:\n" + "\n".join(changed)
+        )
+
+
+def _earlier(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage, name: str) -> optuna.Study | None:
+    """An arm of an earlier study that was really opened."""
+    if arm.name not in _arms(plan, storage, name):
+        return None
+    study = optuna.load_study(
+        study_name=optuna_name(name, arm.name), storage=_storage(plan, storage, name)
+    )
+    return study if "facts" in study.user_attrs else None
+
+
+def _arms(plan: StudyPlan, storage: BaseStorage, name: str) -> set[str]:
+    """The arms that an earlier study has."""
+    if plan.study.storage is None and not _folder(plan, name).database.exists():
+        return set()
+    names = optuna.get_all_study_names(_storage(plan, storage, name))
+    prefix = optuna_name(name, "")
+    return {each.removeprefix(prefix) for each in names if each.startswith(prefix)}
+
+
+def _storage(plan: StudyPlan, storage: BaseStorage, name: str) -> BaseStorage:
+    """Where an earlier study is: in the shared storage, or in the database of its own folder."""
+    return storage if plan.study.storage is not None else open_storage(None, _folder(plan, name))
+
+
+def _folder(plan: StudyPlan, name: str) -> StudyFolder:
+    return StudyFolder(Path(plan.settings.output_dir) / name)
+
+
+def _in_words(point: Point) -> str:
+    return ", ".join(f"{key}={value}" for key, value in point.items())

@@ -1,0 +1,81 @@
+"""What MLflow's own pages show of a run: where it comes from, its data, its model.
+
+Knows MLflow's names for these things, and nothing of how they are sent.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeper.config.settings import EMBEDDED
+from sweeper.core.redaction import redact
+from sweeper.tracking.tracker import DatasetRecord
+from sweeper.tracking.tracking_ledger import RunEnding
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NAME_CHARS, DIGEST_CHARS = 500, 36
+"""The longest name and digest of a dataset that MLflow takes."""
+SHOWN = ("best/", "parameters/trainable")
+"""Figures of a run that its model's own page shows: what it is worth, and its size."""
+
+
+def source_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """MLflow's own columns for where a run comes from: its UI shows and searches them."""
+    found = {"mlflow.source.name": tags.get("command"), "mlflow.source.type": "LOCAL"}
+    if COMMIT.fullmatch(tags.get("git.commit", "")):
+        found["mlflow.source.git.commit"] = tags["git.commit"]
+    try:
+        found["mlflow.user"] = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        pass
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def log_dataset(client: MlflowClient, run: str, data: DatasetRecord) -> None:
+    """The data as the run's input."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind, source = dataset_source(data.sources)
+    entity = Dataset(
+        name=data.name[:NAME_CHARS],
+        digest=data.digest[:DIGEST_CHARS],
+        source_type=kind,
+        source=json.dumps(source),
+        profile=json.dumps(data.profile),
+    )
+    client.log_inputs(run, [DatasetInput(entity, [InputTag("mlflow.data.context", "training")])])
+
+
+def dataset_source(paths: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Type and content as mlflow.data writes them, so that its get_source reads them."""
+    if len(paths) > 1:
+        return "external", {"uris": [redact(path) for path in paths]}  # mlflow.data has no word
+    (path,) = paths
+    if path == EMBEDDED:
+        return "code", {"tags": {"mlflow.source.name": "sweeper.embedded"}}
+    if path.startswith(("http://", "https://")):
+        return "http", {"url": redact(path)}
+    if "://" in path or Path(path).exists():
+        return "local", {"uri": redact(path)}
+    return "hugging_face", {"path": path}
+
+
+def show_model(client: MlflowClient, run: str, model: str, ending: RunEnding) -> None:
+    """Make a model an output of its run, with the run's own points: the store keeps each once."""
+    from mlflow.entities import LoggedModelOutput, Metric
+
+    client.log_outputs(run, [LoggedModelOutput(model, 0)])
+    points = [
+        Metric(name, value, ending.time_ms, 0, model_id=model)
+        for name, value in ending.metrics.items()
+        if name.startswith(SHOWN)
+    ]
+    client.log_batch(run, metrics=points)

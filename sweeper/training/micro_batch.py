@@ -1,0 +1,92 @@
+"""How the examples of one optimiser step share the device: micro-batch, accumulation, out of memory.
+
+The effective batch is part of a trial's question and never changes here; transformers'
+auto_find_batch_size would change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sweeper.config.settings import TrialSettings
+
+Fits = Callable[[TrialSettings], bool | None]
+"""Whether a trial with exactly these settings fits in the device's memory; None: not known."""
+
+
+def split_batch(effective: int, limit: int, devices: int = 1) -> tuple[int, int]:
+    """(micro-batch, accumulation): the largest micro-batch up to `limit` that divides the batch.
+
+    Of several devices each takes an equal share of the accumulated micro-batches.
+    """
+    share = effective // devices
+    micro = next(size for size in range(min(share, limit), 0, -1) if share % size == 0)
+    return micro, effective // micro
+
+
+def resolve(settings: TrialSettings, fits: Fits, *, on_gpu: bool) -> TrialSettings:
+    """Replace activation_checkpointing=auto and micro_batch=largest by what memory allows.
+
+    Checkpointing is decided first, for the micro-batch as given; where nothing is known it is on
+    for a GPU, and the micro-batch stays as given.
+    """
+    settings = with_micro_batch(settings, settings.training.per_device_train_batch_size)
+    if settings.training.activation_checkpointing == "auto":
+        fit = fits(_with(settings, activation_checkpointing=False))
+        settings = _with(settings, activation_checkpointing=on_gpu if fit is None else not fit)
+    if settings.training.micro_batch == "largest":
+        settings = _with_largest(settings, fits)
+    return settings
+
+
+def halved(settings: TrialSettings) -> TrialSettings | None:
+    """The same effective batch in micro-batches of at most half the size; None below one example.
+
+    The ranks of a sharded trial judge in step and cannot try a smaller batch alone: it is halved, too.
+    """
+    training = settings.training
+    judged = settings.evaluation.halved() if training.fsdp else None
+    if training.per_device_train_batch_size == 1 and judged is None:
+        return None
+    if judged is not None:
+        settings = settings.model_copy(update={"evaluation": judged})
+    return with_micro_batch(settings, max(1, training.per_device_train_batch_size // 2))
+
+
+def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:
+    """The same effective batch in the largest micro-batches up to `limit`."""
+    training = settings.training
+    micro, accumulation = split_batch(
+        training.effective_batch_size, limit, training.devices_per_trial
+    )
+    return _with(
+        settings, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation
+    )
+
+
+def sparing(settings: TrialSettings) -> TrialSettings:
+    """The form of a trial that needs least: row by row, recomputing where that is not ruled out."""
+    checkpointing = settings.training.activation_checkpointing is not False
+    return _with(with_micro_batch(settings, 1), activation_checkpointing=checkpointing)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python, torch or bitsandbytes means that memory ran out."""
+    text = str(error).lower()
+    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+    return isinstance(error, MemoryError) or any(words in text for words in known)
+
+
+def _with_largest(settings: TrialSettings, fits: Fits) -> TrialSettings:
+    limit = settings.training.effective_batch_size // settings.training.devices_per_trial
+    while limit > settings.training.per_device_train_batch_size:
+        larger = with_micro_batch(settings, limit)
+        if fits(larger):
+            return larger
+        limit = larger.training.per_device_train_batch_size - 1
+    return settings
+
+
+def _with(settings: TrialSettings, **changes: object) -> TrialSettings:
+    training = settings.training.model_copy(update=changes)
+    return settings.model_copy(update={"training": training})

@@ -1,0 +1,77 @@
+"""The numbers of a trial's outcome, from what it wrote and what its trainer holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sweeper.config.settings import TrainingSettings
+from sweeper.modeling.adapter import ParameterCount
+from sweeper.training.schedule import TrialSchedule
+
+
+def parameter_figures(count: ParameterCount) -> dict[str, float]:
+    """Counts, and the trainable share both of the total (PEFT's way) and of the base alone."""
+    return {
+        "parameters/total": float(count.total),
+        "parameters/trainable": float(count.trainable),
+        "parameters/trainable_percent": count.percent,
+        "parameters/trainable_percent_of_base": count.percent_of_base,
+    }
+
+
+def schedule_figures(training: TrainingSettings, schedule: TrialSchedule) -> dict[str, float]:
+    """How the trial was divided into steps, as it was at its end (out of memory changes it)."""
+    return {
+        "training/micro_batch": float(training.per_device_train_batch_size),
+        "training/gradient_accumulation_steps": float(training.gradient_accumulation_steps),
+        "training/effective_batch": float(training.effective_batch_size),
+        "training/total_steps": float(schedule.total_steps),
+        "training/steps_per_epoch": float(schedule.steps_per_epoch),
+        "training/last_batch": float(schedule.last_batch),
+        "training/warmup_steps": float(schedule.warmup_steps),
+    }
+
+
+def loss_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean and last training loss of a trial's spool.
+
+    Each logged training loss is the mean since the one before, so the mean over the trial weighs
+    it by its steps; a resumed trial counts whole.
+    """
+    train = _training_losses(rows)
+    if not train:
+        return {}
+    return {"train/mean_loss": _mean_by_step(train), "train/final_loss": train[-1][1]}
+
+
+def best_figures(
+    rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], best_step: int
+) -> dict[str, float]:
+    """What the kept checkpoint was judged to be worth, and how far that is from training.
+
+    `eval/loss` becomes `best/eval_loss`. The gap is against the training loss logged last before the
+    best step (dropout included, where there is any).
+    """
+    figures = {
+        name.replace("eval/", "best/eval_") if name.startswith("eval/") else name: value
+        for name, value in metrics.items()
+    }
+    figures["best/step"] = float(best_step)
+    before = [loss for step, loss in _training_losses(rows) if step <= best_step]
+    if before:
+        figures["best/train_loss"] = before[-1]
+        figures["best/eval_minus_train_loss"] = metrics["eval/loss"] - before[-1]
+    return figures
+
+
+def _training_losses(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row["train/loss"])) for row in rows if "train/loss" in row]
+
+
+def _mean_by_step(losses: Sequence[tuple[int, float]]) -> float:
+    starts = [0, *(step for step, _ in losses)]
+    weighted = sum(
+        (step - start) * loss for start, (step, loss) in zip(starts, losses, strict=False)
+    )
+    return weighted / losses[-1][0]

@@ -1,0 +1,173 @@
+"""Prepare: the data of a configuration, through every stage, for one base's tokenizer.
+
+What a trial is trained on, the judge that it and the untuned base are judged by, and the data card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from sweeper.config.settings import DataSettings, TrialSettings
+from sweeper.core.errors import DataError
+from sweeper.data.data_card import DataCard
+from sweeper.data.encode import EncodedSplit, encode_evaluation, encode_prompts, encode_train
+from sweeper.data.examples import ChatMessage, Example, RawRow
+from sweeper.data.general_text import general_rows
+from sweeper.data.splits import DataSplits, load_splits
+from sweeper.data.token_cache import cache_folder, cached, fingerprint
+from sweeper.data.tokens import EncodedPrompt, Tokens
+from sweeper.evaluation.judge import HeldOutPrompts, ModelJudge, make_judge
+from sweeper.evaluation.sample_answers import require_unseen
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sweeper.modeling.base_model import LoadedBase
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a configuration, tokenized for one base."""
+
+    splits: DataSplits
+    train: EncodedSplit
+    validation: EncodedSplit
+    test: EncodedSplit | None
+    """None without a test split; only the finalists are judged on it."""
+    tokenizer: PreTrainedTokenizerBase
+    settings: DataSettings
+    limit: int | None
+    """The model's positions, if it names a limit."""
+    _general: dict[str, list[Tokens]] = field(default_factory=dict, repr=False, compare=False)
+    """Windows of general text, by its settings."""
+
+    @cached_property
+    def card(self) -> DataCard:
+        """What the data are, and what became of the rest."""
+        splits = {"train": self.train, "validation": self.validation}
+        return DataCard.of(splits, self.splits.ledger, self.tokenizer, self.splits.source)
+
+    @cached_property
+    def held_out(self) -> HeldOutPrompts | None:
+        """The validation examples as prompts with their references."""
+        return HeldOutPrompts.of(encode_prompts(self._validation, self.tokenizer, self.settings))
+
+    def judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
+        """The judge of the whole validation split."""
+        return make_judge(
+            self.tokenizer,
+            self.validation.rows,
+            self.held_out if settings.evaluation.generation.num_examples else None,
+            settings.evaluation,
+            settings.data.split_seed,  # every trial of a study is judged on the same draw
+            base.compute_dtype,
+            settings.training.loss_chunk_size,
+        )
+
+    def test_judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
+        """The judge of the losses on the test split.
+
+        Raises:
+            DataError: the data have no test split.
+        """
+        if self.test is None:
+            raise DataError("the data have no test split: set data.test or data.test_ratio")
+        return self._loss_judge(self.test.rows, settings, base)
+
+    def general_rows(self, settings: TrialSettings) -> list[Tokens]:
+        """The windows of general text that a model is judged on.
+
+        Raises:
+            DataError: no source is named, it cannot be read, or it holds too little.
+        """
+        general = settings.evaluation.general_text
+        if general.source is None:
+            raise DataError("no general text is named: set evaluation.general_text.source")
+        key = general.model_dump_json()
+        if key not in self._general:
+            task = (example for found in self.splits.examples.values() for example in found)
+            self._general[key] = general_rows(general, task, self.tokenizer, self.limit)
+        return self._general[key]
+
+    def general_judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
+        """The judge of the losses on general text.
+
+        Raises:
+            DataError: no source is named, it cannot be read, or it holds too little.
+        """
+        return self._loss_judge(self.general_rows(settings), settings, base)
+
+    def _loss_judge(
+        self, rows: list[Tokens], settings: TrialSettings, base: LoadedBase
+    ) -> ModelJudge:
+        return make_judge(
+            self.tokenizer,
+            rows,
+            None,
+            settings.evaluation,
+            settings.data.split_seed,
+            base.compute_dtype,
+            settings.training.loss_chunk_size,
+        )
+
+    def prompts(self, settings: TrialSettings) -> list[EncodedPrompt]:
+        """The qualitative prompts as generation gets them.
+
+        Raises:
+            DataError: one of them occurs in the training split.
+        """
+        asked = settings.evaluation.prompts
+        require_unseen(asked, (example.text for example in self.splits.examples["train"]))
+        row = RawRow({}, "evaluation.prompts")
+        examples = [
+            Example((ChatMessage("user", prompt.prompt), ChatMessage("assistant", "")), row)
+            for prompt in asked
+        ]
+        return encode_prompts(examples, self.tokenizer, self.settings)
+
+    @property
+    def _validation(self) -> list[Example]:
+        return self.splits.examples["validation"]
+
+
+def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
+    """Read, clean, split, render and tokenize; tokens come from the cache where they can.
+
+    Raises:
+        DataError: a source is missing or broken, or no usable row is left.
+    """
+    splits, tokenizer = load_splits(settings), base.tokenizer
+    limit = positions(base.model)
+    examples = splits.examples
+
+    def through_cache(
+        name: str, build: Callable[[], EncodedSplit], block_length: int | None
+    ) -> EncodedSplit:
+        options = {"split": name, "limit": limit, "block_length": block_length}
+        key = fingerprint(examples[name], tokenizer, settings, **options)
+        return cached(key, build, cache_folder())
+
+    train = through_cache(
+        "train", lambda: encode_train(examples["train"], tokenizer, settings, limit), None
+    )
+    block = train.max_length
+
+    def held_out(name: str) -> EncodedSplit:
+        return through_cache(
+            name,
+            lambda: encode_evaluation(examples[name], tokenizer, settings, limit, block),
+            block,
+        )
+
+    # test too: a row that does not fit the model is to be found now, not when the search has ended
+    test = held_out("test") if examples.get("test") else None
+    return PreparedData(splits, train, held_out("validation"), test, tokenizer, settings, limit)
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can see; None where its configuration names no limit."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return None if limit is None else int(limit)

@@ -1,0 +1,257 @@
+"""Train one trial on a loaded base: the reference path, transformers.Trainer.
+
+Writes the trial's folder and tells an observer; knows neither the study nor MLflow, and does not load
+models or data (sweeper.training.trial_runner does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerState,
+)
+
+from sweeper.config.settings import TrialSettings
+from sweeper.core.outcome import Cause, Outcome
+from sweeper.core.paths import TrialFolder, size_mib
+from sweeper.core.spool import MetricsSpool, finite, read_spool
+from sweeper.data.encode import EncodedSplit
+from sweeper.data.packing import PackingCollator, packing_collator
+from sweeper.data.tokens import PaddingCollator
+from sweeper.evaluation.judge import Judgement, ModelJudge
+from sweeper.modeling.adapter import count_parameters
+from sweeper.training.arguments import training_arguments
+from sweeper.training.artifact import TrainedModel, save_artifact
+from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
+from sweeper.training.distributed import ALONE, RankGroup, RankSyncCallback
+from sweeper.training.micro_batch import out_of_memory
+from sweeper.training.observer import TrialObserver
+from sweeper.training.outcome_metrics import (
+    best_figures,
+    loss_figures,
+    parameter_figures,
+    schedule_figures,
+)
+from sweeper.training.peak_memory import peak_mib, reset_peak
+from sweeper.training.schedule import TrialSchedule, plan_schedule
+from sweeper.training.sharded_trainer import ShardedTrainer
+from sweeper.training.stop_rules import StopRules
+from sweeper.training.trainer import JudgedTrainer, Judging, TokenizedRows
+from sweeper.training.trial_callback import TrialCallback
+from sweeper.training.trial_costs import TrialCosts
+
+
+@dataclass(frozen=True)
+class TrialInputs:
+    """What a trial is trained on and judged by."""
+
+    model: PreTrainedModel | PeftModel
+    """Ready to train; with training.fsdp its weights are spread over the ranks."""
+    tokenizer: PreTrainedTokenizerBase
+    train: EncodedSplit
+    judge: ModelJudge
+    """Of the whole validation split, for the checkpoint that is kept."""
+    ordered: bool = False
+    """The training rows stand in the order they are to be trained in."""
+    compute_dtype: torch.dtype = torch.float32
+    ranks: RankGroup = ALONE
+
+
+def train_trial(
+    inputs: TrialInputs,
+    settings: TrialSettings,
+    folder: TrialFolder,
+    observer: TrialObserver,
+    meter: TrialCosts,
+) -> tuple[Outcome, PreTrainedModel | PeftModel | None]:
+    """Train to the end of the schedule, to early stopping, or until the observer says stop.
+
+    The best checkpoint by the objective is what stays in the model and in the folder; its value on the
+    whole validation split is the outcome's `best_value`. An unfinished checkpoint of an earlier attempt
+    is continued.
+
+    Args:
+        inputs: model and data.
+        settings: resolved (sweeper.training.micro_batch.resolve).
+        folder: where everything is written.
+        observer: told of every step and evaluation, asked whether to stop.
+        meter: charged with what the trial uses.
+
+    Returns:
+        The outcome and the model with the best weights; None where they were spread over devices and
+        never judged.
+
+    Raises:
+        Diverged: a loss or the gradient norm is not finite, or the loss is far off.
+        ConfigError: the schedule does not fit the data, or the objective's metric is not measured.
+    """
+    schedule = plan_schedule(settings.training, len(inputs.train.rows))
+    meter.figures |= parameter_figures(count_parameters(inputs.model))
+    meter.figures |= schedule_figures(settings.training, schedule)
+    reset_peak()
+    resumed = _take_up(folder, meter)
+    objective = settings.objective
+    watch = StopRules(settings.training, objective, schedule.total_steps)
+    spool = MetricsSpool(folder.metrics, resumed.step if resumed else 0)
+    watch.replay(read_spool(folder.metrics))
+    reported = objective.judged_while_training
+    narrator = TrialCallback(observer, spool, watch, meter, schedule.total_steps, reported)
+    looks = BatchHalvingJudge(inputs.judge.within_trial({objective.metric, reported}), meter)
+
+    def judge(model: torch.nn.Module) -> Judgement:
+        # ranks that judge in step cannot try again alone
+        judgement = looks.judge(model) if settings.training.fsdp else looks(model)
+        inputs.ranks.agree(dict(judgement.metrics))
+        return judgement
+
+    trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, meter, [narrator])
+    with meter.stage("train"):
+        trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+    judgement = _judge_kept(trainer, inputs.judge, looks, meter)
+    trained = trainer.trained
+    if trained is not None:
+        with meter.stage("save"):
+            figures = {**meter.figures, **({} if judgement is None else judgement.metrics)}
+            save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
+    return _outcome(trainer.state, narrator, settings, folder, judgement), trained
+
+
+def _take_up(folder: TrialFolder, meter: TrialCosts) -> Checkpoint | None:
+    """Where an earlier attempt is continued from; what was passed over is said in the log."""
+    resumed, damaged = fall_back(folder.checkpoints)
+    words = [f"from step {resumed.step}"] if resumed else ["from the beginning"] if damaged else []
+    if words:
+        meter.facts["Continued"] = "; ".join([*words, *damaged])
+    for remark in damaged:
+        print(f"{folder.path}: {remark}; continued {words[0]}", flush=True)
+    return resumed
+
+
+def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path) -> None:
+    """Take part in a trial that another rank leads: the same loop on this rank's share of the batches.
+
+    Args:
+        inputs: as the leader's.
+        settings: the leader's, resolved.
+        checkpoints: the leader's folder; resumed from where the leader does.
+    """
+    schedule = plan_schedule(settings.training, len(inputs.train.rows))
+    resumed = newest_checkpoint(checkpoints)
+
+    objective = settings.objective
+    judged = {objective.metric, objective.judged_while_training}
+    # the leader cannot judge a model without its shares; the user's functions are called there alone
+    judge = replace(inputs.judge.within_trial(judged), custom={})
+
+    def hear(model: torch.nn.Module) -> Judgement:
+        if settings.training.fsdp:
+            judge(model)
+        return Judgement(inputs.ranks.agree({}), examples=())
+
+    trainer = _trainer(inputs, settings, schedule, checkpoints, hear, TrialCosts(), [])
+    trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
+
+
+class BatchHalvingJudge:
+    """The judge inside a trial, in the largest batches that memory allows (any give the same)."""
+
+    def __init__(self, judge: ModelJudge, meter: TrialCosts) -> None:
+        self.judge = judge
+        self._meter = meter
+
+    def __call__(self, model: torch.nn.Module) -> Judgement:
+        """Judge a model; out of memory halves the batches, down to one example."""
+        while True:
+            try:
+                return self.judge(model)
+            except (MemoryError, RuntimeError) as error:
+                smaller = self.judge.halved()
+                if not out_of_memory(error) or smaller is None:
+                    raise
+            self.judge = smaller
+            self._meter.oom_retries += 1
+
+
+def _trainer(
+    inputs: TrialInputs,
+    settings: TrialSettings,
+    schedule: TrialSchedule,
+    checkpoints: Path,
+    judging: Judging,
+    meter: TrialCosts,
+    callbacks: list[TrainerCallback],
+) -> JudgedTrainer:
+    kind = ShardedTrainer if settings.training.fsdp else JudgedTrainer
+    trainer = kind(
+        judging=judging,
+        meter=meter,
+        settings=settings,
+        compute_dtype=inputs.compute_dtype,
+        ranks=inputs.ranks,
+        model=inputs.model,
+        args=training_arguments(
+            settings, schedule, checkpoints, inputs.compute_dtype, ordered=inputs.ordered
+        ),
+        train_dataset=TokenizedRows(inputs.train.rows),
+        eval_dataset=TokenizedRows(list(inputs.judge.rows)),
+        data_collator=_collator(inputs, settings),
+        callbacks=[*callbacks, RankSyncCallback(inputs.ranks)],
+    )
+    trainer.remove_callback(PrinterCallback)  # the spool has it all
+    return trainer
+
+
+def _collator(inputs: TrialInputs, settings: TrialSettings) -> PaddingCollator | PackingCollator:
+    pad = inputs.tokenizer.pad_token_id
+    assert pad is not None, "load_base gives every tokenizer a padding token"
+    if settings.data.packing:
+        return packing_collator(settings.model.attn_implementation, int(pad))
+    return PaddingCollator(int(pad))
+
+
+def _judge_kept(
+    trainer: JudgedTrainer, whole: ModelJudge, looks: BatchHalvingJudge, meter: TrialCosts
+) -> Judgement | None:
+    """The kept checkpoint, now in the model, on the whole split; None if none was ever judged."""
+    step = trainer.state.best_global_step
+    if trainer.state.best_metric is None or trainer.trained is None:
+        return None
+    if looks.judge.sees_all_of(whole) and step in trainer.judgements:
+        return trainer.judgements[step]
+    with meter.stage("eval"):
+        return BatchHalvingJudge(whole, meter)(trainer.model)
+
+
+def _outcome(
+    state: TrainerState,
+    narrator: TrialCallback,
+    settings: TrialSettings,
+    folder: TrialFolder,
+    judgement: Judgement | None,
+) -> Outcome:
+    finished = state.global_step >= narrator.total_steps
+    cause: Cause = "finished" if finished else (narrator.stopped or "early_stopped")
+    rows = read_spool(folder.metrics)
+    figures = loss_figures(rows)
+    if judgement is not None:
+        figures |= best_figures(rows, judgement.metrics, state.best_global_step)
+    metrics = {
+        **figures,
+        "cost/peak_memory_mib": peak_mib(),
+        "cost/artifact_mib": size_mib(folder.artifact) if folder.artifact else 0.0,
+    }
+    return Outcome(
+        cause=cause,
+        best_value=None if judgement is None else judgement.value(settings.objective.metric),
+        best_step=None if judgement is None else int(state.best_global_step),
+        steps=state.global_step,
+        metrics=finite(metrics),
+    )

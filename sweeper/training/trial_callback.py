@@ -1,0 +1,96 @@
+"""The callback between the training loop and the outside: observations out, stop requests in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sweeper.core.errors import TrialDiverged
+from sweeper.core.outcome import StopCause
+from sweeper.core.spool import MetricsSpool
+from sweeper.training.observer import TrialObserver
+from sweeper.training.stop_rules import LOSS_SCALE, StopRules
+from sweeper.training.trial_costs import TrialCosts
+
+PROGRESS_SECONDS = 0.5
+TRAIN_METRICS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "loss_scale": LOSS_SCALE,
+}
+
+
+@dataclass
+class TrialCallback(TrainerCallback):  # type: ignore[misc]
+    """Writes the spool, tells the observer, asks the rules, and stops the loop when any says so."""
+
+    observer: TrialObserver
+    spool: MetricsSpool
+    watch: StopRules
+    meter: TrialCosts
+    total_steps: int
+    reported: str
+    """The metric that pruning goes by."""
+    stopped: StopCause | None = None
+    """Why the outside wants the trial to stop."""
+    _last_progress: float = field(default=0.0, init=False)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.meter.steps = state.global_step
+        if state.global_step >= self.total_steps:
+            # whatever logging_steps and save_steps are, the end of the schedule is on record
+            control.should_log = control.should_evaluate = control.should_save = True
+        now = time.monotonic()
+        if now - self._last_progress >= PROGRESS_SECONDS:
+            self._last_progress = now
+            rate = self.meter.tokens_per_second
+            self.observer.progress(state.global_step, self.total_steps, rate)
+        self._heed(control)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float],
+        **_: Any,
+    ) -> None:
+        metrics = {TRAIN_METRICS[name]: logs[name] for name in TRAIN_METRICS if name in logs}
+        if "train/loss" not in metrics:
+            return  # transformers' summary at the end
+        self.spool.write(state.global_step, metrics)
+        self.watch.trained(state.global_step, metrics)
+        self._give_up_if_diverged()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float],
+        **_: Any,
+    ) -> None:
+        named = {name: value for name, value in metrics.items() if "/" in name}
+        average = self.watch.evaluated(state.global_step, named)
+        self.spool.write(state.global_step, {**named, "eval/loss_moving_average": average})
+        self._give_up_if_diverged()
+        self.observer.evaluated(state.global_step, self.total_steps, named[self.reported])
+        self._heed(control)
+
+    def _heed(self, control: TrainerControl) -> None:
+        self.stopped = self.stopped or self.observer.stop_cause()
+        if self.stopped or self.watch.stop:
+            control.should_training_stop = True
+        if self.stopped == "cancelled":
+            control.should_save = True  # it is continued from here when the study is
+
+    def _give_up_if_diverged(self) -> None:
+        if self.watch.diverged:
+            raise TrialDiverged(self.watch.diverged)

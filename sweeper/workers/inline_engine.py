@@ -1,0 +1,112 @@
+"""The inline engine: the worker as a thread of this process, for debugging."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeper.config.settings import WorkerSettings
+from sweeper.core.outcome import FrozenValue, StopCause
+from sweeper.workers.protocol import (
+    COMMANDS,
+    EVENTS,
+    CheckCommand,
+    CloseCommand,
+    EndedEvent,
+    JudgeCommand,
+    ProbeCommand,
+    StopCommand,
+    SubmitCommand,
+    WorkerCommand,
+    WorkerEvent,
+    lost,
+)
+from sweeper.workers.worker import CommandQueue, ExitReason, WorkerResources, make_runner, serve
+
+
+@dataclass(frozen=True)
+class QueueChannel:
+    """The worker's end of two queues; messages go through JSON, as between processes."""
+
+    down: queue.Queue[str]
+    up: Callable[[str], None]
+
+    def send(self, message: FrozenValue) -> None:
+        """See Channel."""
+        self.up(message.model_dump_json())
+
+    def receive(self) -> WorkerCommand:
+        """See Channel."""
+        return COMMANDS.validate_json(self.down.get())
+
+
+class InlineEngine:
+    """One worker thread. A thread cannot be killed: it is left behind, a daemon nobody listens to."""
+
+    def __init__(self, workers: WorkerSettings) -> None:
+        self._workers = workers
+        self._current: SubmitCommand | None = None
+        self._start()
+
+    def probe(self, worker: int, probe: ProbeCommand | CheckCommand) -> None:
+        """See Engine."""
+        self._send(probe)
+
+    def submit(self, worker: int, submit: SubmitCommand) -> None:
+        """See Engine."""
+        self._current = submit
+        self._send(submit)
+
+    def test(self, worker: int, test: JudgeCommand) -> None:
+        """See Engine."""
+        self._send(test)
+
+    def stop(self, trial: str, cause: StopCause) -> None:
+        """See Engine."""
+        self._send(StopCommand(trial=trial, cause=cause))
+
+    def kill(self, worker: int, reason: str) -> None:
+        """See Engine."""
+        sent = list(self._up.queue)
+        had_ended = any(isinstance(EVENTS.validate_json(text), EndedEvent) for text in sent)
+        current = None if had_ended else self._current
+        self._start((*sent, lost(0, current, reason, reason).model_dump_json()))
+
+    def next_event(self, timeout_s: float) -> WorkerEvent | None:
+        """See Engine."""
+        try:
+            event = EVENTS.validate_json(self._up.get(timeout=timeout_s))
+        except queue.Empty:
+            return None
+        if isinstance(event, EndedEvent):
+            self._current = None
+        return event
+
+    def close(self) -> None:
+        """See Engine."""
+        self._send(CloseCommand())
+
+    def _start(self, sent: Sequence[str] = ()) -> None:
+        """A new thread with queues of its own; what the old one sent comes before its first word."""
+        self._down: queue.Queue[str] = queue.Queue()
+        self._up: queue.Queue[str] = queue.Queue()
+        for text in sent:
+            self._up.put(text)
+        channel = QueueChannel(self._down, self._up.put)
+        threading.Thread(target=_serve, args=(self._workers, channel), daemon=True).start()
+
+    def _send(self, message: FrozenValue) -> None:
+        self._down.put(message.model_dump_json())
+
+
+def _serve(workers: WorkerSettings, channel: QueueChannel) -> None:
+    runner = make_runner(
+        workers, worker=0, threads=os.cpu_count() or 1, place=WorkerResources(Path(os.devnull))
+    )
+    orders = CommandQueue.listen(channel)
+    while serve(channel, orders, runner, worker=0) is not ExitReason.CLOSED:
+        pass  # out of memory: a process would be replaced, a thread can only start over

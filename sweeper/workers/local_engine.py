@@ -1,0 +1,197 @@
+"""The local engine: persistent spawned processes, one per device or CPU share.
+
+Each worker leads its own session (a Ctrl-C in the terminal reaches the driver only), prints into its
+own log file, and ends itself when its pipe to the driver breaks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Literal
+
+from sweeper.config.settings import WorkerSettings
+from sweeper.core.outcome import FrozenValue
+from sweeper.core.signals import NOTICES, STOPS
+from sweeper.workers.hosted_engine import HostedEngine
+from sweeper.workers.protocol import (
+    COMMANDS,
+    EVENTS,
+    CloseCommand,
+    JudgeCommand,
+    LostEvent,
+    SubmitCommand,
+    WorkerCommand,
+    WorkerEvent,
+    lost,
+)
+from sweeper.workers.worker import (
+    CommandQueue,
+    WorkerResources,
+    begin_log,
+    make_runner,
+    print_into,
+    serve,
+    tail_of,
+)
+
+CLOSE_SECONDS = 5.0
+VMSTAT = Path("/proc/vmstat")
+
+
+@dataclass(frozen=True)
+class PipeChannel:
+    """The worker's end of a pipe."""
+
+    connection: Connection
+
+    def send(self, message: FrozenValue) -> None:
+        """See Channel."""
+        self.connection.send_bytes(message.model_dump_json().encode())
+
+    def receive(self) -> WorkerCommand:
+        """See Channel."""
+        return COMMANDS.validate_json(self.connection.recv_bytes())
+
+
+@dataclass
+class ProcessHost:
+    """The driver's view of one worker process."""
+
+    process: SpawnProcess
+    connection: Connection
+    log: Path
+    started: bool = False
+    current: SubmitCommand | JudgeCommand | None = None
+    killed_for: str | None = None
+
+    def send(self, message: FrozenValue) -> None:
+        """Send a command; a worker that just died is noticed by `next_event`."""
+        with suppress(OSError):
+            self.connection.send_bytes(message.model_dump_json().encode())
+
+    def kill(self) -> None:
+        """End the process and everything it started; what it sent can still be read."""
+        with suppress(ProcessLookupError):
+            if self.process.pid is not None:
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
+
+    def bury(self) -> int | None:
+        """Wait for the killed process and close its pipe; returns its exit code."""
+        self.process.join()
+        self.connection.close()
+        return self.process.exitcode
+
+
+class LocalEngine(HostedEngine[ProcessHost]):
+    """`n_jobs` worker processes; a dead one is replaced at once."""
+
+    def __init__(
+        self, workers: WorkerSettings, n_jobs: int, devices: int, log: Callable[[int], Path]
+    ) -> None:
+        super().__init__()
+        self._workers = workers
+        self._devices = devices
+        self._threads = max(1, (os.cpu_count() or 1) // (n_jobs * devices))
+        self._log = log
+        self._oom_kills = oom_kills()
+        self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
+
+    def kill(self, worker: int, reason: str) -> None:
+        """See Engine."""
+        self._hosts[worker].killed_for = reason
+        self._hosts[worker].kill()
+
+    def next_event(self, timeout_s: float) -> WorkerEvent | None:
+        """See Engine."""
+        connections = {host.connection: worker for worker, host in self._hosts.items()}
+        for ready in wait(list(connections), timeout_s):
+            assert isinstance(ready, Connection)
+            return self._event(connections[ready])
+        return None
+
+    def close(self) -> None:
+        """See Engine."""
+        for host in self._hosts.values():
+            host.send(CloseCommand())
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for host in self._hosts.values():
+            if host.current is None:
+                host.process.join(max(0.0, deadline - time.monotonic()))
+            host.kill()
+            host.bury()
+
+    def _event(self, worker: int) -> WorkerEvent:
+        host = self._hosts[worker]
+        try:
+            event = EVENTS.validate_json(host.connection.recv_bytes())
+        except (EOFError, OSError):
+            return self._replace(worker)
+        self._heard(host, event)
+        return event
+
+    def _replace(self, worker: int) -> LostEvent:
+        host = self._hosts.pop(worker)
+        host.process.join(CLOSE_SECONDS)
+        host.kill()
+        code = host.bury()
+        tail = tail_of(host.log)
+        self._died(worker, host, tail)
+        self._hosts[worker] = self._start(worker)
+        died_of: Literal["crash", "oom"] = "crash"
+        ended = f"worker {worker} ended with exit code {code}"
+        if code == -signal.SIGKILL and (kills := oom_kills()) > self._oom_kills:
+            died_of, self._oom_kills = "oom", kills
+            ended = f"worker {worker} was killed: this machine, or this container, is out of memory"
+        return lost(worker, host.current, host.killed_for, f"{ended}\n{tail}", died_of)
+
+    def _start(self, worker: int) -> ProcessHost:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        log = self._log(worker)
+        begin_log(log, worker)
+        process = context.Process(
+            target=_main,
+            args=(
+                theirs,
+                worker,
+                self._workers.model_dump_json(),
+                self._threads,
+                WorkerResources(log, self._devices),
+            ),
+            name=f"sweeper-worker-{worker}",
+        )
+        process.start()
+        theirs.close()
+        return ProcessHost(process, ours, log)
+
+
+def oom_kills() -> int:
+    """How often Linux has killed a process for want of memory, in any container; elsewhere 0."""
+    if not VMSTAT.exists():
+        return 0
+    figures = dict(line.split() for line in VMSTAT.read_text(encoding="ascii").splitlines())
+    return int(figures.get("oom_kill", 0))
+
+
+def _main(
+    connection: Connection, worker: int, workers: str, threads: int, place: WorkerResources
+) -> None:
+    """The worker process from birth to death."""
+    os.setsid()
+    for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
+        signal.signal(number, signal.SIG_IGN)
+    print_into(place.log)
+    settings = WorkerSettings.model_validate_json(workers)
+    channel = PipeChannel(connection)
+    orders = CommandQueue.listen(channel)  # before the slow imports: the driver may die meanwhile
+    serve(channel, orders, make_runner(settings, worker, threads, place), worker)

@@ -1,0 +1,190 @@
+"""A dry run shows what would be done, from the real plan, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sweeper.commands.dry_run import (
+    TrialFootprint,
+    disk,
+    draft,
+    first_asked,
+    forecast,
+    points_sheet,
+    show_single,
+    show_study,
+    space_size,
+    without_dry_run,
+)
+from sweeper.config.settings import TrialSettings
+from sweeper.config.space import Choice, Interval
+from sweeper.core.paths import StudyFolder, write_json
+from sweeper.modeling.footprint import answer, footprint
+from sweeper.reporting.results import to_document
+from sweeper.search.study_plan import StudyPlan, single, studies
+from tests.conftest import Program, make_settings
+from tests.reporting.studies import LORA_COSTS, make_arm, make_results, make_trial
+
+STUDY = ["+experiment=lr_rank_sweep", "dry_run=true"]
+
+
+def _plan(*overrides: str) -> StudyPlan:
+    (plan,) = studies([*STUDY, *overrides])
+    return plan
+
+
+def _estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
+    """An estimator for tests: ten parameters a rank, a GiB each."""
+    return [
+        TrialFootprint(
+            trainable=10 * getattr(one.adapter, "r", 100),
+            total=1000,
+            artifact_mib=2.0,
+            peak_mib=1024.0,
+            problem=None,
+        )
+        for one in settings
+    ]
+
+
+def _shown(plan: StudyPlan) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    show_study(plan, console, _estimate)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_points_are_those_that_the_study_would_try(program: Program) -> None:
+    """The first random draws of a dry run are the first trials of the real study."""
+    overrides = ["+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "pruner=none"]
+    overrides += ["hydra.sweeper.n_trials=4", "hydra.sweeper.arms={}"]
+    (plan,) = studies(overrides)
+    result = program(*overrides, "-m")
+    assert result.returncode == 0, result.stderr
+    asked = first_asked(plan.arms[0], 4)
+    assert len(asked) == 4
+    for point in asked:
+        assert f"learning_rate={point['training.learning_rate']:.3g}" in result.stdout
+
+
+def test_priors_and_grids_come_first() -> None:
+    """Known-good points are the first a study tries; a grid is walked in its order."""
+    lora, full = _plan("space=real", "model.base_model=some/model").arms
+    assert first_asked(lora, 5)[0]["training.learning_rate"] == 2e-4
+    rates = [point["training.learning_rate"] for point in first_asked(full, 9)]
+    assert rates == [3e-6, 8.6e-6, 2.4e-5, 7e-5, 2e-4]
+
+
+def test_sizes_of_spaces() -> None:
+    """Choices and whole numbers multiply; what is continuous has no count."""
+    whole = {"a": Choice((1, 2, 3)), "b": Interval(1, 8, integer=True)}
+    assert space_size(whole) == "24 points"
+    assert space_size({**whole, "c": Interval(0.1, 0.2)}) == "24 combinations and 1 continuous key"
+    assert space_size({"c": Interval(0.1, 0.2), "d": Interval(0.1, 0.2)}) == "2 continuous keys"
+
+
+def test_a_study_is_shown_with_arms_points_sizes_and_the_command() -> None:
+    """Settings, both spaces, first points, disk for all trainings, and how to run it."""
+    text = _shown(_plan())
+    assert "base_model: embedded" in text
+    assert "arm lora: 12 trials by tpe" in text
+    assert "training.learning_rate: tag(log, interval(0.0003, 0.03))" in text
+    assert "45 combinations and 2 continuous keys" in text
+    assert "arm full: 5 trials by grid" in text
+    assert "adapter.method = none" in text
+    assert "1,024 MiB" in text
+    assert "then 1 more: the best 1 over 2 seeds" in text
+    assert "26.0 MiB of artifacts" in text
+    assert text.rstrip().endswith("run it:     python -m sweeper +experiment=lr_rank_sweep -m")
+
+
+def test_time_is_unknown_without_earlier_trials(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No forecast is made up."""
+    monkeypatch.chdir(tmp_path)
+    assert "time:       cannot be known before the first finished trial of arm lora" in _shown(
+        _plan()
+    )
+
+
+def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
+    """Ten more trials of 10 s, four of 30 s and a further seed of each, by two workers: 130 s."""
+    folder = StudyFolder(tmp_path / "lr_rank_sweep")
+    full_costs = {**LORA_COSTS, "cost/seconds": 30.0}
+    results = make_results(
+        make_arm("lora", [make_trial("lora", n, "finished", 4.0, LORA_COSTS) for n in range(2)]),
+        make_arm("full", [make_trial("full", 0, "finished", 4.0, full_costs)]),
+    )
+    write_json(folder.results, to_document(results))
+    plan = _plan(f"output_dir={tmp_path}", "hydra.sweeper.n_jobs=2")
+    assert "about 2.2 min with 2 workers" in _shown(plan)
+    only = make_results(results.arms[0])
+    assert "cannot be known before the first finished trial of arm full" in forecast(plan, only)
+
+
+def test_impossible_points_are_named_and_not_estimated() -> None:
+    """A point that the settings refuse has its reason in the table, and the others keep their sizes."""
+    arm = _plan().arms[0]
+    found = draft(arm)
+    broken = type(found)(found.points[:2], found.settings[1:2], ("adapter.r=0: too small", None))
+    sheet = points_sheet(broken, _estimate(broken.settings))
+    assert sheet.rows[0][-3:] == ("–", "–", "adapter.r=0: too small")
+    assert sheet.rows[1][-3:] == (f"{10 * broken.settings[0].adapter.r:,}", "1,024 MiB", "")  # type: ignore[union-attr]
+
+
+def test_disk_says_what_is_missing() -> None:
+    """More artifacts than free space is said loudly; an unknown size stays unknown."""
+    settings = make_settings()
+    assert "NOT ENOUGH" in disk(settings, [1e12])
+    assert "NOT ENOUGH" not in disk(settings, [1.0])
+    assert "unknown" in disk(settings, [1.0, None])
+
+
+def test_the_command_to_run_it_has_no_dry_run() -> None:
+    """What is printed can be pasted."""
+    assert without_dry_run("+experiment=e dry_run=true seed=1 -m") == "+experiment=e seed=1 -m"
+
+
+def test_footprint_counts_what_training_counts() -> None:
+    """1,115,264 weights in the embedded base; r=8 on all linear layers adds 81,920, as trials found."""
+    found = footprint(make_settings("adapter.r=8", "adapter.target_modules=all-linear").trial)
+    assert (found["trainable"], found["total"]) == (81_920, 1_115_264 + 81_920)
+    assert found["artifact_mib"] == pytest.approx(81_920 * 4 / 2**20)
+    full = footprint(make_settings("adapter=none", "quantization=none").trial)
+    assert full["trainable"] == full["total"] == 1_115_264
+
+
+def test_footprint_of_nothing_says_why() -> None:
+    """A model that cannot be had is a finding, not a stack trace."""
+    document = make_settings("model.base_model=/no/such/folder").trial.model_dump(mode="json")
+    found = TrialFootprint.model_validate(json.loads(json.dumps(answer(document))))
+    assert found.trainable is None
+    assert "neither a local folder nor a hub id" in (found.problem or "")
+
+
+def test_one_trial_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without -m: the settings, the size, the disk."""
+    show_single(single(["dry_run=true"]), Console(width=120), _estimate)
+    text = capsys.readouterr().out
+    assert "80 of 1,000 parameters trained (8 %), memory about 1,024 MiB" in text
+    assert "2.0 MiB of artifacts" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("dry_run=true",), (*STUDY, "-m")], ids=["single", "study"])
+def test_nothing_is_left_behind(
+    program: Program, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """No folder, no database, no run: the command only prints."""
+    result = program(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "dry run of" in result.stdout
+    assert "parameters trained" in result.stdout or "81,920" in result.stdout
+    assert not list(tmp_path.iterdir())

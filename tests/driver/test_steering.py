@@ -1,0 +1,498 @@
+"""Studies that are steered while they run: real drivers, fake trainers, a person in a thread."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from sweeper.commands.run_study import run_study
+from sweeper.commands.steer import APPLIED, KEPT, REFUSED, CommandReply, standing, steer
+from sweeper.core.errors import StudyError
+from sweeper.core.paths import StudyFolder, read_json
+from sweeper.core.signals import StopSignal
+from sweeper.driver.budget import StudyBudget
+from sweeper.driver.command_files import (
+    CloneTrial,
+    EnqueuePoint,
+    ExtendArm,
+    PauseStudy,
+    ResumeStudy,
+    StopStudy,
+    StopTrial,
+    StudyCommand,
+    send,
+)
+from sweeper.driver.steering import Steering
+from sweeper.reporting.results import StudyResults
+from sweeper.reporting.study_progress import StudyProgress
+from sweeper.reporting.study_status import ArmStatus, StudyStatus, is_driven
+from sweeper.search.states import counts
+from sweeper.search.study import QUEUED_BY
+from sweeper.search.study_plan import studies
+
+NAME = "lr_rank_sweep"
+FAKE = (
+    *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),
+    *("pruner=none", "sampler=random", "finalists=none", "hydra.sweeper.n_trials=3"),
+    "workers.fake.step_seconds=0.02",
+)
+ONLY_LORA = "~hydra.sweeper.arms.full"
+SLOWLY = "workers.fake.step_seconds=0.1"
+"""Two seconds a trial: enough for a person to say something."""
+POINT = {"adapter.r": "32", "training.learning_rate": "2e-3"}
+PATIENCE_S = 30.0
+
+
+class Person(threading.Thread):
+    """Somebody at another terminal."""
+
+    def __init__(self, folder: StudyFolder, acts: Callable[[Person], None]) -> None:
+        super().__init__(daemon=True)
+        self.folder = folder
+        self._acts = acts
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """See Thread."""
+        try:
+            self._acts(self)
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
+            self.error = error
+            send(self.folder, StopStudy(now=True))
+
+    def says(self, command: StudyCommand) -> CommandReply:
+        """Send a command and wait for its answer."""
+        return steer(self.folder, command, PATIENCE_S)
+
+    def sees(self) -> StudyStatus:
+        """Where the study stands."""
+        return standing(self.folder)
+
+    def waits(self, until: Callable[[], bool]) -> None:
+        """Until something is so."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not until():
+            assert time.monotonic() < deadline, "it never came"
+            time.sleep(0.01)
+
+    def waits_for_training(self, number: int, arm: str = "lora") -> None:
+        """Until a trial has been judged once, and is about to take further steps."""
+        spool = self.folder.trial(arm, number).metrics
+        self.waits(lambda: spool.exists() and bool(spool.read_text()))
+
+
+def _folder(tmp_path: Path) -> StudyFolder:
+    return StudyFolder(tmp_path / NAME)
+
+
+def _run(tmp_path: Path, *overrides: str) -> StudyResults:
+    (plan,) = studies([*FAKE, f"output_dir={tmp_path}", *overrides])
+    return run_study(plan)
+
+
+def _steered(tmp_path: Path, acts: Callable[[Person], None], *overrides: str) -> None:
+    """Run a study while a person acts; a stop is no error."""
+    person = Person(_folder(tmp_path), acts)
+    person.start()
+    try:
+        _run(tmp_path, *overrides)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        person.join(PATIENCE_S)
+    if person.error is not None:
+        raise person.error
+
+
+def _trials(tmp_path: Path, arm: str = "lora") -> list[FrozenTrial]:
+    storage = f"sqlite:///{tmp_path / NAME / 'study.db'}"
+    return optuna.load_study(study_name=f"{NAME}/{arm}", storage=storage).trials
+
+
+def _arm(found: StudyStatus, name: str = "lora") -> ArmStatus:
+    return next(arm for arm in found.arms if arm.name == name)
+
+
+def _steps(tmp_path: Path, number: int) -> list[int]:
+    lines = _folder(tmp_path).trial("lora", number).metrics.read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_a_paused_trial_goes_on_where_it_was_and_what_was_asked_comes_next(tmp_path: Path) -> None:
+    """Nothing is trained in the pause; then the same attempt ends, each step taken once, and a
+    partial point and a changed copy are tried before anything that the sampler draws."""
+    answers: dict[str, CommandReply] = {}
+
+    def acts(person: Person) -> None:
+        person.waits_for_training(0)
+        answers["pause"] = person.says(PauseStudy())
+        person.waits(lambda: person.sees().running[0].state == "paused")
+        before = _steps(tmp_path, 0)
+        assert before[-1] < 20
+        answers["enqueue"] = person.says(EnqueuePoint(values=POINT))
+        answers["again"] = person.says(EnqueuePoint(values=POINT))
+        answers["outside"] = person.says(EnqueuePoint(values={"adapter.r": "3"}))
+        answers["clone"] = person.says(
+            CloneTrial(trial=0, values={"training.learning_rate": "1e-2"})
+        )
+        answers["extend"] = person.says(ExtendArm(trials=1))
+        answers["paused"] = person.says(PauseStudy())
+        found = person.sees()
+        assert (found.state, [trial.trial for trial in found.running]) == ("paused", ["lora/0000"])
+        assert (_arm(found).wanted, len(_arm(found).queue)) == (3, 2)
+        assert _steps(tmp_path, 0) == before
+        assert _trials(tmp_path)[0].state is TrialState.RUNNING
+        answers["resume"] = person.says(ResumeStudy())
+        answers["resumed"] = person.says(ResumeStudy())
+
+    _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=2", SLOWLY)
+    assert {name: (reply.exit_code, reply.text) for name, reply in answers.items()} == {
+        "pause": (APPLIED, "paused; 1 trial being trained: each stops with a checkpoint"),
+        "enqueue": (APPLIED, "arm lora tries learning_rate=0.002, r=32 next"),
+        "again": (REFUSED, "this very point waits in the queue already"),
+        "outside": (REFUSED, "adapter.r=3: not in choice(2, 4, 8, 16, 32)"),
+        "clone": (APPLIED, answers["clone"].text),
+        "extend": (APPLIED, "arm lora now wants 3 trials instead of 2"),
+        "paused": (APPLIED, "it is paused already"),
+        "resume": (APPLIED, "it goes on"),
+        "resumed": (APPLIED, "it is running already"),
+    }
+    first, second, third = _trials(tmp_path)
+    assert {trial.user_attrs["attempt"] for trial in (first, second, third)} == {1}
+    assert {trial.user_attrs["cause"] for trial in (first, second, third)} == {"finished"}
+    assert _steps(tmp_path, 0) == [4, 8, 12, 16, 20]
+    assert (second.params["adapter.r"], second.params["training.learning_rate"]) == (32, 2e-3)
+    assert third.params == {**first.params, "training.learning_rate": 1e-2}
+    assert third.user_attrs["clone_of"] == 0
+    assert _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2").arms[0].wanted == 3
+
+
+def test_pause_and_resume_in_a_hurry_lose_nothing(tmp_path: Path) -> None:
+    """Commands that cross the trials' last steps, and garbage among them: three trials, one attempt
+    each, and one more for the command after the garbage."""
+
+    def acts(person: Person) -> None:
+        person.waits_for_training(0)
+        (person.folder.inbox / "garbage.json").write_bytes(b"\x00\xff{")
+        for _ in range(5):
+            for command in (PauseStudy(), ResumeStudy(), PauseStudy()):
+                send(person.folder, command)
+            assert person.says(ResumeStudy()).exit_code == APPLIED
+        assert (person.folder.inbox / "garbage.json.damaged").exists()
+        assert person.says(ExtendArm(trials=1)).exit_code == APPLIED
+
+    _steered(tmp_path, acts, ONLY_LORA, SLOWLY)
+    assert [trial.user_attrs["cause"] for trial in _trials(tmp_path)] == ["finished"] * 4
+    assert [trial.user_attrs["attempt"] for trial in _trials(tmp_path)] == [1] * 4
+
+
+def test_arms_that_have_not_begun_or_have_ended_are_steered_as_well(tmp_path: Path) -> None:
+    """A point waits for its arm; an arm that had ended is opened again when it is extended; a grid
+    is extended to its end, every point once, and no further."""
+    answers: list[CommandReply] = []
+
+    def acts(person: Person) -> None:
+        person.waits_for_training(0)
+        rate = {"training.learning_rate": "3e-3"}
+        answers.append(steer(person.folder, EnqueuePoint(values=rate, arm="full"), 0.2))
+        answers.append(person.says(EnqueuePoint(values=rate, arm="fill")))
+        person.waits_for_training(0, "full")
+        answers.append(person.says(ExtendArm(trials=1, arm="lora")))
+        answers.append(person.says(ExtendArm(trials=9, arm="full")))
+        answers.append(person.says(ExtendArm(trials=1, arm="full")))
+
+    few = ("hydra.sweeper.n_trials=1", "hydra.sweeper.arms.full.n_trials=2", SLOWLY)
+    _steered(tmp_path, acts, *few)
+    assert answers[0].exit_code == KEPT
+    assert [(reply.exit_code, reply.text) for reply in answers[1:]] == [
+        (REFUSED, "--arm fill: no such arm; choose lora, full"),
+        (APPLIED, "arm lora now wants 2 trials instead of 1"),
+        (APPLIED, "arm full now wants 5 trials instead of 2"),
+        (REFUSED, "arm full walks all 5 points of its grid already"),
+    ]
+    assert sum(map(counts, _trials(tmp_path))) == 2
+    tried = sorted(_trials(tmp_path, "full"), key=lambda trial: str(trial.datetime_start))
+    rates = [trial.params["training.learning_rate"] for trial in tried]
+    assert rates[0] == 3e-3
+    assert sorted(rates) == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+
+
+def test_single_trials_are_ended_for_good(tmp_path: Path) -> None:
+    """One that runs and one that is paused: FAIL with cause cancelled, never asked again, without
+    resume state, and replaced by another one of n_trials."""
+    answers: list[str] = []
+
+    def acts(person: Person) -> None:
+        person.waits_for_training(0)
+        answers.append(person.says(StopTrial(trial=7)).text)
+        answers.append(person.says(StopTrial(trial=0)).text)
+        person.waits_for_training(1)
+        person.says(PauseStudy())
+        person.waits(lambda: person.sees().running[0].state == "paused")
+        answers.append(person.says(StopTrial(trial=1, arm="lora")).text)
+        person.says(ResumeStudy())
+
+    _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=1", SLOWLY)
+    assert answers == [
+        "lora/0007 is not being trained; these are: lora/0000",
+        "lora/0000 is ended for good",
+        "lora/0001 is ended for good",
+    ]
+    *ended, last = _trials(tmp_path)
+    assert [trial.user_attrs["cause"] for trial in ended] == ["cancelled", "cancelled"]
+    assert last.user_attrs["cause"] == "finished"
+    for trial in ended:
+        assert trial.state is TrialState.FAIL
+        assert trial.user_attrs["outcome"]["message"] == "stopped by hand"
+        assert trial.params != last.params
+        assert not _folder(tmp_path).trial("lora", trial.number).checkpoints.exists()
+
+
+def test_stop_lets_the_running_trial_end_and_starts_none(tmp_path: Path) -> None:
+    """It can be taken back until then; in the end the state is stopped, and the same command
+    completes the total."""
+    answers: list[str] = []
+
+    def acts(person: Person) -> None:
+        person.waits_for_training(0)
+        for command in (StopStudy(), PauseStudy(), ResumeStudy(), StopStudy()):
+            answers.append(person.says(command).text)
+
+    _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=2", SLOWLY)
+    assert answers == [
+        "it ends after the 1 trial being trained; none is started",
+        "it is stopping; `study resume` takes that back, then pause it",
+        "the stop is taken back; it goes on",
+        "it ends after the 1 trial being trained; none is started",
+    ]
+    assert [trial.user_attrs["cause"] for trial in _trials(tmp_path)] == ["finished"]
+    assert standing(_folder(tmp_path)).state == "stopped"
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2")
+    assert [trial.user_attrs["cause"] for trial in _trials(tmp_path)] == ["finished"] * 2
+    assert standing(_folder(tmp_path)).state == "finished"
+
+
+def test_a_stop_in_a_pause_ends_the_study(tmp_path: Path) -> None:
+    """Nothing is trained, so nothing is waited for; the next run continues the paused trial."""
+
+    def acts(person: Person) -> None:
+        person.waits_for_training(0)
+        person.says(PauseStudy())
+        person.waits(lambda: person.sees().running[0].state == "paused")
+        assert person.says(StopStudy()).text == "it ends now; nothing is being trained"
+
+    _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=1", SLOWLY)
+    assert standing(_folder(tmp_path)).state == "stopped"
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=1")
+    paused, continued = _trials(tmp_path)
+    assert (paused.user_attrs["cause"], continued.user_attrs["cause"]) == ("cancelled", "finished")
+    assert continued.user_attrs["continues"] == 0
+    assert _steps(tmp_path, 1) == [4, 8, 12, 16, 20]
+
+
+def test_finalists_are_paused_like_trials(tmp_path: Path) -> None:
+    """Set aside, continued, and judged; what comes too late for a search is refused."""
+
+    def acts(person: Person) -> None:
+        spools = tmp_path / NAME / "lora" / "finalists"
+        person.waits(lambda: any(spools.glob("*/metrics.jsonl")))
+        assert person.says(PauseStudy()).exit_code == APPLIED
+        refused = person.says(ExtendArm(trials=1))
+        assert refused.exit_code == REFUSED
+        assert "every search of this study has ended" in refused.text
+        assert person.says(StopTrial(trial=0)).exit_code == REFUSED
+        person.waits(lambda: person.sees().running[0].state == "paused")
+        person.says(ResumeStudy())
+
+    small = (ONLY_LORA, "finalists=tiny", "hydra.sweeper.n_trials=1")
+    _steered(tmp_path, acts, *small, SLOWLY)
+    (folder,) = (tmp_path / NAME / "lora" / "finalists").glob("trial_*")
+    outcome = read_json(folder / "outcome.json")
+    assert (outcome["cause"], outcome["steps"]) == ("finished", 20)
+
+
+def test_commands_without_a_driver_are_kept_and_obeyed_at_the_next_start(tmp_path: Path) -> None:
+    """Extend and enqueue wait for the same command; a pause is refused at once."""
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=1")
+    folder = _folder(tmp_path)
+    assert not is_driven(folder)
+    reply = steer(folder, ExtendArm(trials=1), 0.1)
+    assert reply.exit_code == KEPT
+    assert "kept until it is started again" in reply.text
+    assert f"python -m sweeper {standing(folder).command}" in reply.text
+    assert steer(folder, EnqueuePoint(values={"adapter.r": "32"}), 0.1).exit_code == KEPT
+    assert steer(folder, EnqueuePoint(values={"adapter.r": "33"}), 0.1).exit_code == KEPT
+    assert steer(folder, PauseStudy(), 0.1) == CommandReply(
+        REFUSED, "it is not running: there is nothing to pause"
+    )
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=1")
+    assert len(_trials(tmp_path)) == 2
+    assert _trials(tmp_path)[1].params["adapter.r"] == 32
+    answers = [entry["answer"] for entry in read_json(folder.steering)["commands"].values()]
+    assert [answer["ok"] for answer in answers] == [True, True, False]
+    assert list(folder.inbox.iterdir()) == []
+
+
+class Wall:
+    """A clock, a loop and an engine in one: what a pause asks of them is written down."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.busy: dict[str, int] = {}
+        self.slots = {0: 0, 1: 1}
+        self.killed: list[int] = []
+        self.words: list[str] = []
+        self.context = self.engine = self.view = self
+
+    def __call__(self) -> float:
+        return self.now
+
+    def kill(self, worker: int, reason: str) -> None:
+        """Of Engine."""
+        self.killed.append(worker)
+
+    def event(self, text: str) -> None:
+        """Of View."""
+        self.words.append(text)
+
+    def training(self) -> dict[str, int]:
+        """Of Steered."""
+        return self.busy
+
+    def set_aside(self) -> None:
+        """Of Steered."""
+
+
+def _steering(tmp_path: Path, wall: Wall, *overrides: str) -> Steering:
+    (plan,) = studies([*FAKE, f"output_dir={tmp_path}", *overrides])
+    budget = StudyBudget(plan.study.budget, True, wall)
+    board = StudyProgress(plan.objective)
+    return Steering(plan, _folder(tmp_path), StopSignal(), budget, board, {}, wall)
+
+
+def test_a_pause_ends_the_workers_once_nothing_is_trained(tmp_path: Path) -> None:
+    """They keep the base model on their devices; a trial that is slow to its checkpoint has 20 s."""
+    wall = Wall()
+    steering = _steering(tmp_path, wall)
+    wall.busy = {"lora/0000": 0}
+    send(steering.folder, PauseStudy())
+    steering.read(wall)
+    wall.now = 19.0
+    steering.read(wall)
+    assert wall.killed == []
+    wall.now = 21.0
+    steering.read(wall)
+    steering.read(wall)
+    assert wall.killed == [0]
+    wall.busy = {}
+    steering.read(wall)
+    steering.read(wall)
+    assert wall.killed == [0, 0, 1]
+    assert "paused after 21 s: no worker holds memory of a device" in wall.words
+
+
+def test_a_pause_takes_no_wall_clock_time(tmp_path: Path) -> None:
+    """An hour's limit, ten minutes used, two hours paused: fifty minutes are left."""
+    wall = Wall()
+    steering = _steering(tmp_path, wall, "hydra.sweeper.budget.wall_clock=1h")
+    arm = steering.budget.of_arm(1.0, 0.0)
+    wall.now = 600.0
+    send(steering.folder, PauseStudy())
+    steering.read(wall)
+    wall.now += 3600.0
+    steering.read(wall)
+    assert arm.left([]) == "50 min 00 s left"
+    wall.now += 3600.0
+    send(steering.folder, ResumeStudy())
+    steering.read(wall)
+    assert arm.left([]) == steering.budget.of_arm(1.0, 0.0).left([]) == "50 min 00 s left"
+
+
+def test_what_was_meant_for_an_earlier_driver_is_refused(tmp_path: Path) -> None:
+    """A pause or a stop left over by a kill does not hold the next run; a larger total stands."""
+    wall = Wall()
+    for command in (PauseStudy(), StopStudy(now=True), ExtendArm(trials=4)):
+        send(_folder(tmp_path), command)
+    steering = _steering(tmp_path, wall)
+    steering.catch_up(wall)
+    assert not steering.holds
+    assert steering.total("lora") == 7
+    assert "study pause: refused: it was meant for an earlier run of this study" in wall.words[0]
+    assert _steering(tmp_path, wall).total("lora") == 7
+
+
+def test_a_full_disk_ends_no_study_for_a_look_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the study stands is written when there is room again."""
+    steering = _steering(tmp_path, Wall())
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sweeper.driver.steering.write_json", full)
+    steering.read(Wall())
+    assert not steering.folder.standing.exists()
+
+
+def test_a_damaged_record_is_named_with_the_way_out(tmp_path: Path) -> None:
+    """steering.json is the driver's own; somebody who edited it is told what to do."""
+    folder = _folder(tmp_path)
+    folder.path.mkdir(parents=True)
+    folder.steering.write_text('{"totals": {"lora": "many"}}', encoding="utf-8")
+    with pytest.raises(StudyError, match="move it away to go on"):
+        _steering(tmp_path, Wall())
+
+
+KILLED = """
+import os, signal, sys
+from sweeper.search import steering
+from sweeper.search.study_plan import studies
+from sweeper.commands.run_study import run_study
+moment, arguments = sys.argv[1], sys.argv[2:]
+def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+if moment == 'before it is written down':
+    queue = steering.queue
+    steering.queue = lambda *given: (queue(*given), die())
+else:
+    steering.Inbox.answer = die
+run_study(studies(arguments)[0])
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before it is written down",
+        pytest.param("before it is answered", marks=pytest.mark.slow),
+    ],
+)
+def test_kill_9_between_reading_and_answering_applies_a_command_once(
+    tmp_path: Path, moment: str
+) -> None:
+    """Killed after the effect, before or after it is written down: 1 + 1 trials, one of them r=32."""
+    folder = _folder(tmp_path)
+    for command in (EnqueuePoint(values={"adapter.r": "32"}), ExtendArm(trials=1)):
+        send(folder, command)
+    arguments = [*FAKE, f"output_dir={tmp_path}", ONLY_LORA, "hydra.sweeper.n_trials=1"]
+    killed = [sys.executable, "-c", KILLED, moment, *arguments]
+    died = subprocess.run(killed, capture_output=True, check=False, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert list(folder.inbox.iterdir()) != []
+    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=1")
+    ranks = [trial.params["adapter.r"] for trial in _trials(tmp_path)]
+    assert len(ranks) == 2
+    assert ranks[0] == 32
+    assert sum(QUEUED_BY in trial.user_attrs for trial in _trials(tmp_path)) == 1
+    assert len(read_json(folder.steering)["commands"]) == 2
+    assert list(folder.inbox.iterdir()) == []

@@ -1,0 +1,61 @@
+"""What a study cost, what pruning saved, and what failed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sweeper.reporting.cost_ledger import cost_sheet, failure_sheet, saved_seconds
+from sweeper.reporting.results import TrialResult
+from tests.reporting.studies import make_arm, make_results, make_trial
+
+TWINS = ("finished", "duplicate", "duplicate")
+
+
+def _ended(number: int, cause: str, steps: int, seconds: float, **fields: object) -> TrialResult:
+    trial = make_trial("lora", number, cause, 4.0, {"cost/seconds": seconds})
+    return replace(trial, outcome=trial.outcome.model_copy(update={"steps": steps, **fields}))
+
+
+def test_pruning_saved_the_rest_of_the_steps() -> None:
+    """Stopped after 16 of 64 steps in 10 s, a trial would have taken 30 s more."""
+    arm = make_arm("lora", [_ended(0, "finished", 64, 40.0), _ended(1, "pruned", 16, 10.0)])
+    assert saved_seconds(arm) == pytest.approx(30.0)
+    row = cost_sheet(make_results(arm)).rows[0]
+    assert row[1:5] == ("2", "1", "1", "0")
+    assert row[-1] == "30.0 s (38 %)"  # of the 80 s it would all have taken
+
+
+def test_nothing_to_go_by_is_no_saving() -> None:
+    """Without a finished trial nobody knows how long one would have been."""
+    arm = make_arm("lora", [_ended(1, "pruned", 16, 10.0)])
+    assert saved_seconds(arm) is None
+    assert cost_sheet(make_results(arm)).rows[0][-1] == "–"
+
+
+def test_a_duplicate_costs_nothing() -> None:
+    """It has its twin's figures; time and tokens were spent once."""
+    costs = {"cost/seconds": 10.0, "cost/train_seconds": 8.0, "cost/tokens_per_second": 100.0}
+    trials = [make_trial("lora", n, cause, 4.0, costs) for n, cause in enumerate(TWINS)]
+    arm = make_arm("lora", trials)
+    assert (arm.tried, arm.seconds, arm.tokens) == (1, 10.0, 800.0)
+    assert cost_sheet(make_results(arm)).rows[0][-2] == "10.0 s"
+
+
+def test_failures_by_cause() -> None:
+    """One row a cause with its count and the last line of its first message; none, no table."""
+    message = "Traceback …\nValueError: no"
+    trials = [
+        _ended(0, "oom", 4, 1.0),
+        _ended(1, "crash", 4, 1.0, message=message),
+        _ended(2, "oom", 4, 1.0, message="CUDA out of memory"),
+        _ended(3, "pruned", 4, 1.0),
+    ]
+    sheet = failure_sheet(make_results(make_arm("lora", trials)))
+    assert sheet is not None
+    assert sorted(row[1:] for row in sheet.rows) == [
+        ("crash", "1", "ValueError: no"),
+        ("oom", "2", "CUDA out of memory"),
+    ]
+    assert failure_sheet(make_results(make_arm("lora", [_ended(0, "finished", 4, 1.0)]))) is None

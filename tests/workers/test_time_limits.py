@@ -1,0 +1,199 @@
+"""Limits on a trial's time, with a clock that the test moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from sweeper.config.settings import FakeTrainer, WorkerSettings
+from sweeper.core.outcome import Outcome, StopCause
+from sweeper.workers.protocol import (
+    EndedEvent,
+    EvaluatedEvent,
+    LostEvent,
+    ProbeCommand,
+    ProgressEvent,
+    SlotsEvent,
+    SubmitCommand,
+    WaitingEvent,
+    WorkerEvent,
+    lost,
+)
+from sweeper.workers.time_limits import LimitedEngine
+from tests.conftest import make_settings
+
+SETTINGS = make_settings().trial
+
+
+@dataclass
+class ScriptedEngine:
+    """An engine that waits by moving a clock: each entry is the time that passes and what comes."""
+
+    script: list[tuple[float, WorkerEvent | None]] = field(default_factory=list)
+    now: float = 0.0
+    killed: dict[int, str] = field(default_factory=dict)
+    current: SubmitCommand | None = None
+
+    def probe(self, worker: int, probe: ProbeCommand) -> None:
+        raise NotImplementedError
+
+    def submit(self, worker: int, submit: SubmitCommand) -> None:
+        self.current = submit
+
+    def stop(self, trial: str, cause: StopCause) -> None:
+        raise NotImplementedError
+
+    def kill(self, worker: int, reason: str) -> None:
+        assert worker not in self.killed, "killed twice"
+        self.killed[worker] = reason
+        self.script.insert(0, (0.0, lost(worker, self.current, reason, "")))
+
+    def next_event(self, timeout_s: float) -> WorkerEvent | None:
+        seconds, event = self.script.pop(0) if self.script else (timeout_s, None)
+        self.now += seconds
+        return event
+
+    def close(self) -> None: ...
+
+
+def _limited(
+    engine: ScriptedEngine, trial_timeout_s: float | None = None, stall_timeout_s: float | None = 10
+) -> LimitedEngine:
+    workers = WorkerSettings(
+        engine="local",
+        trainer="fake",
+        address=None,
+        trial_timeout_s=trial_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+        fake=FakeTrainer(
+            step_seconds=0, steps=1, plan={}, finalists={}, free_mib=None, room_mib=None
+        ),
+    )
+    return LimitedEngine(engine, workers, clock=lambda: engine.now)
+
+
+def _submit(worker: int = 0) -> SubmitCommand:
+    return SubmitCommand(
+        trial=f"lora/{worker:04d}",
+        attempt=2,
+        folder=Path("unused"),
+        settings=SETTINGS,
+        provenance={},
+    )
+
+
+def _progress(worker: int = 0) -> ProgressEvent:
+    return ProgressEvent(
+        trial=f"lora/{worker:04d}", attempt=2, step=1, total_steps=9, tokens_per_second=1.0
+    )
+
+
+def _listen(engine: LimitedEngine, times: int) -> list[WorkerEvent]:
+    events = [engine.next_event(1.0) for _ in range(times)]
+    return [event for event in events if event is not None]
+
+
+def test_a_silent_trial_is_killed_once_and_lost_as_timeout() -> None:
+    """Ten seconds without a word: the worker is killed, and the loss names trial, attempt and key."""
+    inner = ScriptedEngine()
+    engine = _limited(inner)
+    engine.submit(0, _submit())
+    assert _listen(engine, 9) == []
+    assert inner.killed == {}
+    (event,) = _listen(engine, 5)
+    assert isinstance(event, LostEvent)
+    assert (event.trial, event.attempt, event.cause) == ("lora/0000", 2, "timeout")
+    assert "workers.stall_timeout_s" in event.message
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        _progress(),
+        EvaluatedEvent(trial="lora/0000", attempt=2, step=1, total_steps=9, value=1.0),
+    ],
+)
+def test_a_word_from_the_trial_starts_the_count_again(word: WorkerEvent) -> None:
+    """Progress and evaluations are signs of life."""
+    inner = ScriptedEngine(script=[(1.0, None)] * 9 + [(0.5, word)])
+    engine = _limited(inner)
+    engine.submit(0, _submit())
+    _listen(engine, 10 + 9)
+    assert inner.killed == {}
+    _listen(engine, 1)
+    assert list(inner.killed) == [0]
+
+
+def test_a_trial_that_waits_for_a_person_is_not_silent() -> None:
+    """A full disk may stay full for longer than the limit; the count starts again with the next step."""
+    waiting = WaitingEvent(trial="lora/0000", attempt=2, message="the disk is full")
+    inner = ScriptedEngine(script=[(0.5, waiting), *[(1.0, None)] * 100, (0.5, _progress())])
+    engine = _limited(inner)
+    engine.submit(0, _submit())
+    _listen(engine, 102)
+    assert inner.killed == {}
+    _listen(engine, 15)
+    assert list(inner.killed) == [0]
+
+
+def test_a_talkative_neighbour_hides_no_stall() -> None:
+    """Worker 1 speaks every half second; worker 0, silent for ten, is killed all the same."""
+    inner = ScriptedEngine(script=[(0.5, _progress(1))] * 20)
+    engine = _limited(inner)
+    engine.submit(0, _submit(0))
+    engine.submit(1, _submit(1))
+    _listen(engine, 20)
+    assert list(inner.killed) == [0]
+
+
+def test_a_suspended_driver_kills_nobody() -> None:
+    """An hour passes within one call, or between two: the messages are heard before any verdict."""
+    inner = ScriptedEngine(script=[(3600.0, None)])
+    engine = _limited(inner)
+    engine.submit(0, _submit())
+    _listen(engine, 1)
+    inner.now += 3600
+    inner.script = [(0.0, _progress())]
+    _listen(engine, 9)
+    assert inner.killed == {}
+
+
+def test_the_wall_clock_limit_ends_a_trial_that_still_talks() -> None:
+    """An attempt may take 5 s, however busy it is; the next attempt starts its own count."""
+    inner = ScriptedEngine(script=[(0.5, _progress())] * 10)
+    engine = _limited(inner, trial_timeout_s=5)
+    engine.submit(0, _submit())
+    events = _listen(engine, 11)
+    assert isinstance(events[-1], LostEvent)
+    assert "workers.trial_timeout_s" in inner.killed.pop(0)
+    engine.submit(0, _submit())
+    _listen(engine, 4)
+    assert inner.killed == {}
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda: EndedEvent(trial="lora/0000", attempt=2, outcome=Outcome(cause="cancelled")),
+        lambda: lost(0, _submit(), None, "died by itself"),
+    ],
+)
+def test_a_trial_that_ended_is_watched_no_more(end: Callable[[], WorkerEvent]) -> None:
+    """An idle worker may be silent for ever."""
+    inner = ScriptedEngine(script=[(1.0, end()), (0.0, SlotsEvent(worker=0, free=1))])
+    engine = _limited(inner, trial_timeout_s=5)
+    engine.submit(0, _submit())
+    _listen(engine, 60)
+    assert inner.killed == {}
+
+
+def test_null_is_no_limit() -> None:
+    """Both limits can be switched off."""
+    inner = ScriptedEngine()
+    engine = _limited(inner, stall_timeout_s=None)
+    engine.submit(0, _submit())
+    _listen(engine, 10_000)
+    assert inner.killed == {}
