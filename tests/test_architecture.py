@@ -1,55 +1,35 @@
-"""The structure holds: one-way imports, one seam for each foreign library."""
+"""The structure holds: imports go one way, modules form no circle, one seam for each foreign library."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "sweeper").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
+PACKAGE = ROOT / "sweeper"
 
 LAYERS = (
-    # lower first; a package may import its own row and the rows above it in this list
-    {
-        "errors",
-        "folders",
-        "space",
-        "outcome",
-        "settings",
-        "embedded",
-        "interrupt",
-        "stand_ins",
-        "redaction",
-        "manifest",
-        "yaml_bounds",
-        "noise",
-    },
-    {"grammar"},
-    {"compose", "data"},
-    {"modeling", "evaluation"},
-    {"tracking", "training"},
-    {"workers"},
-    {"search"},
-    {"reporting"},
-    {
-        "session",
-        "single",
-        "sync",
-        "retention",
-        "doctor",
-        "dry_run",
-        "answers",
-        "steer",
-        "reproduce",
-    },
-    {"nightly"},
-    {"cli", "cli_study", "__main__"},
+    # Lowest first. A room may import itself and the rooms of the rows before its own.
+    ("core",),
+    ("config", "builtin"),
+    ("data",),
+    ("modeling", "evaluation"),
+    ("training", "tracking"),
+    ("workers",),
+    ("search",),
+    ("reporting",),
+    ("driver",),
+    ("commands",),
+    ("nightly",),
+    ("cli",),
 )
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 SEAMS = {
     "hydra": {
         "sweeper/config/compose.py",
@@ -75,69 +55,150 @@ SEAMS = {
 SEAMS["omegaconf"] = SEAMS["hydra"] - {"sweeper/config/grammar.py"}
 
 
-def _imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def sources(root: Path) -> dict[str, str]:
+    """Return the text of each module of sweeper/ and hydra_plugins/ by its path from `root`."""
+    files = (file for top in ("sweeper", "hydra_plugins") for file in (root / top).rglob("*.py"))
+    return {
+        file.relative_to(root).as_posix(): file.read_text(encoding="utf-8")
+        for file in sorted(files)
+    }
+
+
+def imports(path: str, text: str, modules: Iterable[str]) -> set[str]:
+    """Return the dotted names that a module imports anywhere; relative ones are made absolute.
+
+    `from a.b import c` counts as a.b.c where that is a module, else as a.b.
+    """
+    known = set(modules)
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            if node.module == "sweeper":
-                names |= {f"sweeper.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(path.split("/")[: -node.level]) if node.level else ""
+            source = ".".join(part for part in (base, node.module or "") if part)
+            whole = {f"{source}.{alias.name}" for alias in node.names}
+            names |= {name if name in known else source for name in whole}
     return names
 
 
-def _part(module: str) -> str | None:
+def module_of(path: str) -> str:
+    """Return the dotted name of a module's path."""
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def graph(texts: Mapping[str, str]) -> dict[str, set[str]]:
+    """Return which modules of `texts` each of them imports."""
+    modules = {module_of(path) for path in texts}
+    return {
+        module_of(path): (imports(path, text, modules) & modules) - {module_of(path)}
+        for path, text in texts.items()
+    }
+
+
+def room_of(module: str) -> str | None:
+    """Return the room of a module; None for the package itself, `__main__` and the plugin."""
     parts = module.split(".")
-    return parts[1] if parts[0] == "sweeper" and len(parts) > 1 else None
+    return parts[1] if parts[0] == "sweeper" and len(parts) > 1 and parts[1] in LEVEL else None
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_go_one_way(path: Path) -> None:
-    """A module imports its own package and lower ones, never a higher one."""
-    relative = path.relative_to(ROOT)
-    if relative.parts[0] != "sweeper" or path.name == "__init__.py":
-        return
-    own = relative.parts[1].removesuffix(".py")
-    for module in _imports(path):
-        part = _part(module)
-        if part is not None and part in LEVEL and part != own:
-            assert LEVEL[part] <= LEVEL[own], f"{relative} imports {module}"
+def upward(texts: Mapping[str, str]) -> list[str]:
+    """Return every import that leads from a room into a higher one, or into another of its row."""
+    found = []
+    for module, targets in graph(texts).items():
+        own = room_of(module)
+        for target in sorted(targets):
+            other = room_of(target)
+            if own and other and own != other and LEVEL[other] >= LEVEL[own]:
+                found.append(f"{module} imports {target}")
+    return found
+
+
+def circle(texts: Mapping[str, str]) -> list[str]:
+    """Return the modules of one import circle, or nothing; imports inside functions count."""
+    try:
+        TopologicalSorter(graph(texts)).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_imports_go_one_way() -> None:
+    """No module imports one of a higher room."""
+    assert upward(sources(ROOT)) == []
+
+
+def test_no_modules_import_each_other() -> None:
+    """The modules form no circle, within a room or across rooms."""
+    assert circle(sources(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["from ..cli import verbs", "from sweeper.cli import verbs", "import sweeper.cli.verbs"]
+)
+def test_an_upward_import_is_found(line: str) -> None:
+    """An import of a higher room is found in each of its three spellings."""
+    texts = sources(ROOT)
+    texts["sweeper/core/errors.py"] += f"\n{line}\n"
+    assert upward(texts) == ["sweeper.core.errors imports sweeper.cli.verbs"]
+
+
+@pytest.mark.parametrize("line", ["from . import errors", "from sweeper.core.errors import CLI"])
+def test_a_circle_inside_a_room_is_found(line: str) -> None:
+    """Two modules of one room that import each other are found, also where one import is relative."""
+    texts = sources(ROOT)
+    texts["sweeper/core/value.py"] += f"\ndef late():\n    {line}\n"
+    assert {"sweeper.core.value", "sweeper.core.errors"} <= set(circle(texts))
 
 
 @pytest.mark.parametrize("library", sorted(SEAMS))
 def test_foreign_library_has_one_seam(library: str) -> None:
     """Hydra, MLflow, typer, multiprocessing and Ray are each touched at their seam only."""
+    texts = sources(ROOT)
     users = {
-        path.relative_to(ROOT).as_posix()
-        for path in FILES
-        if any(name.split(".")[0] == library for name in _imports(path))
+        path
+        for path, text in texts.items()
+        if library in {name.split(".")[0] for name in imports(path, text, ())}
     }
     assert users == SEAMS[library]
 
 
-def test_every_module_has_a_layer() -> None:
-    """A new package must be given its place."""
-    names = {path.stem for path in (ROOT / "sweeper").glob("*.py")} | {
-        path.parent.name for path in (ROOT / "sweeper").glob("*/__init__.py")
-    }
-    assert names - {"__init__"} == set(LEVEL)
+def test_every_module_has_a_room() -> None:
+    """No file lies loose at the top of the package, and every room has its row."""
+    loose = {path.stem for path in PACKAGE.glob("*.py")}
+    assert loose == {"__init__", "__main__"}
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LEVEL)
+
+
+def test_module_names_are_unique() -> None:
+    """A module's name is that of one file, so that it can be spoken of without its room."""
+    stems = [path.stem for path in PACKAGE.rglob("*.py") if path.stem != "__init__"]
+    assert sorted({stem for stem in stems if stems.count(stem) > 1}) == []
+
+
+def test_public_class_names_are_unique() -> None:
+    """A public class name stands for one class of the package."""
+    names = [
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert len(names) > 200
+    assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
 def test_orchestration_imports_no_torch() -> None:
-    """Search, session, tracking, reporting and the engines load without torch and transformers."""
+    """What reads, searches, drives, tracks and reports loads without torch, transformers and MLflow."""
+    torch_rooms = {"data", "modeling", "evaluation", "training"}
     modules = [
-        *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
-        *("doctor", "dry_run", "sync", "steer", "nightly.run", "retention"),
-        *(
-            "tracking.mlflow_tracker",
-            "reporting.formats",
-            "reporting.winner",
-            "workers.local",
-            "workers.engines",
-        ),
+        *("config.compose", "commands.run_study", "commands.run_trial", "cli.verbs"),
+        *("search.study_plan", "search.study", "driver.arm_search", "nightly.night_run"),
+        *("commands.doctor", "commands.dry_run", "commands.sync", "commands.steer"),
+        *("commands.retention", "tracking.mlflow_tracker", "reporting.report_formats"),
+        *("reporting.winner", "workers.local_engine", "workers.engines"),
     ]
+    assert not torch_rooms & {name.split(".")[0] for name in modules}
     code = "import sys\n" + "".join(f"import sweeper.{name}\n" for name in modules)
     code += "print(*{m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'mlflow'})"
     result = subprocess.run(

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class StudySweeper(Sweeper):  # type: ignore[misc]
-    """Runs the studies that the command line names; its keys are validated by sweeper.config.settings."""
+    """Run the studies that the command line names. sweeper.config.settings validates the keys."""
 
     def __init__(self, **_: Any) -> None:
         self._hydra_overrides: list[str] = []

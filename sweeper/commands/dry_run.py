@@ -24,8 +24,8 @@ from sweeper.config import compose
 from sweeper.config.settings import RunSettings, TrialSettings, flatten
 from sweeper.config.space import Branches, Choice, Point, Space
 from sweeper.core.errors import ConfigError, WorkerError
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import StudyFolder
+from sweeper.core.value import FrozenValue
 from sweeper.reporting.console import make_console
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
 from sweeper.reporting.study_progress import short_names

@@ -22,8 +22,9 @@ from sweeper.commands.run_trial import train_single
 from sweeper.config.compose import compose, key_of, read_yaml
 from sweeper.config.settings import RunSettings, TrialSettings, metric_words, validate
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
-from sweeper.core.outcome import ArmBaseline, FrozenValue, Outcome
+from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
+from sweeper.core.value import FrozenValue
 from sweeper.reporting.finalist_results import COMPLETE
 from sweeper.reporting.results import load_results
 from sweeper.reporting.winner import find_winner

@@ -22,12 +22,14 @@ from rich.console import Console
 from sweeper.commands.retention import delete, kept, losers
 from sweeper.config.settings import metric_words
 from sweeper.core.errors import StudyError, StudyLocked, TrackingError, WorkerError
-from sweeper.core.outcome import ArmBaseline, BaselineRun, MemoryShortfall
+from sweeper.core.outcome import ArmBaseline, BaselineRun
 from sweeper.core.paths import StudyFolder, size_mib, write_atomic, write_json
 from sweeper.core.quiet import hush
 from sweeper.core.signals import StopSignal, deferred_interrupt
+from sweeper.core.value import MemoryShortfall
 from sweeper.driver.arm_search import POLL_SECONDS, ArmDriver
 from sweeper.driver.budget import ArmBudget, StudyBudget
+from sweeper.driver.device_time import spent_seconds
 from sweeper.driver.finalist_runs import FinalistsDriver
 from sweeper.driver.loop_context import LoopContext
 from sweeper.driver.steering import Steering
@@ -48,7 +50,6 @@ from sweeper.search.study import (
     open_storage,
     open_study,
     share_cache,
-    spent_seconds,
 )
 from sweeper.search.study_plan import LORA, ArmPlan, StudyPlan
 from sweeper.tracking.provenance import provenance

@@ -108,7 +108,7 @@ class CommandLine:
 
 def conf_dir() -> Path:
     """The configuration that travels with the package: inside a wheel, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     candidates = (package / "conf", package.parent / "conf")
     return next(path for path in candidates if (path / f"{CONFIG_NAME}.yaml").is_file())
 

@@ -1,6 +1,6 @@
 """What a search space is made of: domains, branches, and the points and grids they allow.
 
-Knows neither Hydra (sweeper.config.compose parses the words) nor Optuna (sweeper.search draws from them).
+Knows neither Hydra (sweeper.config.grammar parses the words) nor Optuna (sweeper.search draws).
 
 A space maps setting keys to domains. Two views of one try are kept apart:
 a *point* has one value per setting key, as the configuration sees it;

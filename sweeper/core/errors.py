@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sweeper.core.outcome import MemoryShortfall
+    from sweeper.core.value import MemoryShortfall
 
 
 class SweeperError(Exception):

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from sweeper.core.errors import StudyError
+from sweeper.core.value import FrozenValue
 
 Cause = Literal[
     "finished",
@@ -33,12 +34,6 @@ StopCause = Literal["pruned", "cancelled"]
 """Why the driver may ask a worker to stop a trial."""
 
 
-class FrozenValue(BaseModel):
-    """Base of everything that travels or is stored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 def device_seconds(metrics: Mapping[str, float]) -> float:
     """Device time of a trial: its seconds times its devices (one, where that was not recorded yet)."""
     return metrics.get("cost/device_seconds", metrics.get("cost/seconds", 0.0))
@@ -53,7 +48,7 @@ class Outcome(FrozenValue):
     best_step: int | None = None
     steps: int = 0
     """Optimiser steps that were trained."""
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = Field(default_factory=dict)
     message: str | None = None
     """For people: why it failed, or the traceback of a code error."""
 
@@ -134,21 +129,6 @@ def _untexted(text: str) -> int | float | bool | str:
         except ValueError:
             continue
     return text
-
-
-class MemoryShortfall(FrozenValue):
-    """A training that is larger than the device, whatever its batch."""
-
-    need_mib: float
-    have_mib: float
-    what: str = "weights, gradients and optimizer states"
-    """What needs it, as the subject of a sentence in the plural."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.what} need {self.need_mib:,.0f} MiB, and the device "
-            f"has {self.have_mib:,.0f} MiB"
-        )
 
 
 class TrialSize(FrozenValue):

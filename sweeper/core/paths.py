@@ -197,7 +197,7 @@ class StudyFolder:
 
     @property
     def tracking(self) -> Path:
-        """What is to be recorded at the tracking server, and what was (sweeper.tracking.tracking_ledger)."""
+        """Entries and marks of the study's runs at MLflow (sweeper.tracking.tracking_ledger)."""
         return self.path / ".tracking"
 
     @property

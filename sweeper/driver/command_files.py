@@ -18,8 +18,8 @@ from uuid import uuid4
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.core.value import FrozenValue
 
 MAX_BYTES = 64 * 1024
 MAX_TRIALS = 100_000

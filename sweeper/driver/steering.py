@@ -19,9 +19,9 @@ from pydantic import Field, ValidationError
 
 from sweeper.config.space import Draw, Scalar, grid
 from sweeper.core.errors import CommandRefused, StudyError
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import StudyFolder, write_json
 from sweeper.core.signals import StopSignal
+from sweeper.core.value import FrozenValue
 from sweeper.driver.arm_status import arm_standing
 from sweeper.driver.budget import StudyBudget
 from sweeper.driver.command_files import (

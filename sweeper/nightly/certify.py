@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from sweeper.core.errors import DataError, SweeperError, TrackingError
-from sweeper.core.outcome import ExampleLosses, FrozenValue, HeldOutKind, HeldOutLosses
+from sweeper.core.outcome import ExampleLosses, HeldOutKind, HeldOutLosses
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
+from sweeper.core.value import FrozenValue
 from sweeper.data.splits import load_splits
 from sweeper.reporting.intervals import IntervalEstimate, SeedLosses, contrast
 from sweeper.reporting.results import load_results

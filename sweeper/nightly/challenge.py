@@ -18,9 +18,9 @@ import numpy as np
 from pydantic import Field
 
 from sweeper.core.errors import WorkerError
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import StudyFolder, size_mib, write_atomic
 from sweeper.core.redaction import redact
+from sweeper.core.value import FrozenValue
 from sweeper.nightly.champion import ChallengeEvidence, ChampionDecision, decide
 from sweeper.nightly.night_record import BestTrial
 from sweeper.nightly.nightly_set import ChampionRules, SetEntry

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sweeper.core.outcome import FrozenValue
+from sweeper.core.value import FrozenValue
 from sweeper.nightly.nightly_set import ChampionRules
 from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast
 

@@ -11,10 +11,11 @@ from datetime import date
 from pathlib import Path
 
 from sweeper.core.paths import StudyFolder
+from sweeper.driver.device_time import spent_seconds
 from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord, changed
 from sweeper.nightly.nightly_set import LoadedSet, SetEntry
 from sweeper.nightly.study_identity import identity, question_of
-from sweeper.search.study import counted, find_study, open_storage, spent_seconds
+from sweeper.search.study import counted, find_study, open_storage
 from sweeper.search.study_plan import StudyPlan
 
 WINNERS = 3

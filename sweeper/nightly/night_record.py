@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError
 
 from sweeper.config.settings import Objective
 from sweeper.config.space import Scalar
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import NightFolder, NightsFolder, write_atomic
+from sweeper.core.value import FrozenValue
 from sweeper.nightly.champion import ChampionDecision
 from sweeper.nightly.nightly_set import Policy
 

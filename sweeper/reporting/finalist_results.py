@@ -15,13 +15,13 @@ from pydantic import Field
 from sweeper.core.outcome import (
     Cause,
     ExampleLosses,
-    FrozenValue,
     HeldOutKind,
     HeldOutLosses,
     Outcome,
     device_seconds,
 )
 from sweeper.core.paths import StudyFolder
+from sweeper.core.value import FrozenValue
 
 COMPLETE: tuple[Cause, ...] = ("finished", "early_stopped")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sweeper.core.outcome import FrozenValue
+from sweeper.core.value import FrozenValue
 
 LEVEL = 0.95
 RESAMPLES = 4000

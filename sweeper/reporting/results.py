@@ -18,15 +18,9 @@ import optuna
 from sweeper.config.settings import FairnessRules, LoraAdapter, Objective, flatten
 from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, keys
 from sweeper.core.errors import StudyError
-from sweeper.core.outcome import (
-    ArmBaseline,
-    BaselineRun,
-    FrozenValue,
-    MemoryShortfall,
-    Outcome,
-    device_seconds,
-)
+from sweeper.core.outcome import ArmBaseline, BaselineRun, Outcome, device_seconds
 from sweeper.core.paths import StudyFolder, read_json
+from sweeper.core.value import FrozenValue, MemoryShortfall
 from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.search.pruning_audit import PruningAudit, audit

@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 
 from sweeper.config.settings import Objective
 from sweeper.config.space import Scalar
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import StudyFolder
+from sweeper.core.value import FrozenValue
 from sweeper.reporting.study_progress import TrialProgress
 
 LOOK_SECONDS = 0.2

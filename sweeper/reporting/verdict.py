@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sweeper.config.settings import Objective, metric_words
-from sweeper.core.outcome import MemoryShortfall
+from sweeper.core.value import MemoryShortfall
 from sweeper.reporting.baseline_doubts import OUTER, RATE, place_in_range, strangeness
 from sweeper.reporting.intervals import IntervalEstimate
 from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults, TrialResult

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
 from typing import Literal
 
 import optuna
@@ -29,9 +28,8 @@ from sweeper.config.space import (
     walk,
 )
 from sweeper.core.errors import StudyMismatch
-from sweeper.core.outcome import ArmBaseline, Outcome, device_seconds
+from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
-from sweeper.reporting.finalist_results import finalists_seconds
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.states import counts
@@ -228,22 +226,6 @@ def adopt(study: optuna.Study) -> list[Trial]:
 def counted(study: optuna.Study) -> int:
     """How many of n_trials are used up."""
     return sum(map(counts, study.get_trials(deepcopy=False)))
-
-
-def spent_seconds(studies: Mapping[str, optuna.Study | None], folder: StudyFolder) -> float:
-    """Device time of all trials and finalists so far, given each arm's study, if it was begun."""
-    return sum(
-        _trials_seconds(study) + finalists_seconds(folder, arm)
-        for arm, study in studies.items()
-        if study is not None
-    )
-
-
-def _trials_seconds(study: optuna.Study) -> float:
-    outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
-    return sum(
-        device_seconds(Outcome.model_validate(outcome).spent) for outcome in outcomes if outcome
-    )
 
 
 def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from sweeper.config.settings import DataSettings, Objective, sources
-from sweeper.core.outcome import ArmBaseline, FrozenValue
+from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import TrialFolder
+from sweeper.core.value import FrozenValue
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """MLflow's final states; KILLED is what it shows for a pruned trial."""

@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 from pydantic import Field, ValidationError
 
 from sweeper.core.manifest import MANIFEST
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.spool import read_spool
+from sweeper.core.value import FrozenValue
 from sweeper.tracking.tracker import DatasetRecord, RunStatus
 
 STUDY = "study"

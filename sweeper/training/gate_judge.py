@@ -21,8 +21,8 @@ from sweeper.config.compose import read_yaml
 from sweeper.config.settings import DataSettings, GeneralTextSettings, TrialSettings, validate
 from sweeper.core.errors import ArtifactError, DataError, SweeperError
 from sweeper.core.manifest import verify_manifest
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.value import FrozenValue
 from sweeper.data.encode import encode_evaluation
 from sweeper.data.examples import Example
 from sweeper.data.general_text import general_rows

@@ -11,7 +11,8 @@ import torch
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import DoesNotFit
-from sweeper.core.outcome import MemoryShortfall, TrialSize
+from sweeper.core.outcome import TrialSize
+from sweeper.core.value import MemoryShortfall
 from sweeper.data.tokens import IGNORED
 from sweeper.modeling.hardware import device, device_report
 from sweeper.modeling.memory_estimate import estimate_trial

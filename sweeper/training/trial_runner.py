@@ -38,12 +38,12 @@ from sweeper.core.outcome import (
     ExampleLosses,
     HeldOutKind,
     HeldOutLosses,
-    MemoryShortfall,
     Outcome,
     TrialSize,
 )
 from sweeper.core.paths import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.core.spool import finite
+from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
 from sweeper.data.packing import require_isolation
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning

@@ -29,12 +29,12 @@ from sweeper.core.outcome import (
     ExampleLosses,
     HeldOutKind,
     HeldOutLosses,
-    MemoryShortfall,
     Outcome,
     TrialSize,
 )
 from sweeper.core.paths import TrialFolder, read_json, write_atomic, write_json
 from sweeper.core.spool import MetricsSpool
+from sweeper.core.value import MemoryShortfall
 from sweeper.modeling.target_modules import resolve_targets
 from sweeper.training.observer import TrialObserver
 

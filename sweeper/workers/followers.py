@@ -21,13 +21,13 @@ from pathlib import Path
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import ConfigError, WorkerError
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.signals import NOTICES, STOPS
+from sweeper.core.value import FrozenValue
 from sweeper.training.distributed import ALONE, RankGroup, find_meeting, joined, open_meeting
 from sweeper.training.micro_batch import out_of_memory
 from sweeper.training.trial_runner import TransformersRunner
 from sweeper.workers.devices import see_only
-from sweeper.workers.worker import print_into, tail_of
+from sweeper.workers.worker_log import print_into, tail_of
 
 END_SECONDS = 60.0
 """How long a follower may take to end its part once the leader has ended its own."""

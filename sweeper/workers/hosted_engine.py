@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Generic, Protocol, TypeVar
 
 from sweeper.core.errors import WorkerError
-from sweeper.core.outcome import FrozenValue, StopCause
+from sweeper.core.outcome import StopCause
+from sweeper.core.value import FrozenValue
 from sweeper.workers.protocol import (
     CheckCommand,
     EndedEvent,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeper.config.settings import WorkerSettings
-from sweeper.core.outcome import FrozenValue, StopCause
+from sweeper.core.outcome import StopCause
+from sweeper.core.value import FrozenValue
 from sweeper.workers.protocol import (
     COMMANDS,
     EVENTS,

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from sweeper.config.settings import WorkerSettings
-from sweeper.core.outcome import FrozenValue
 from sweeper.core.signals import NOTICES, STOPS
+from sweeper.core.value import FrozenValue
 from sweeper.workers.hosted_engine import HostedEngine
 from sweeper.workers.protocol import (
     COMMANDS,
@@ -33,15 +33,8 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
-from sweeper.workers.worker import (
-    CommandQueue,
-    WorkerResources,
-    begin_log,
-    make_runner,
-    print_into,
-    serve,
-    tail_of,
-)
+from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, serve
+from sweeper.workers.worker_log import begin_log, print_into, tail_of
 
 CLOSE_SECONDS = 5.0
 VMSTAT = Path("/proc/vmstat")

@@ -16,15 +16,14 @@ from pydantic import Field, TypeAdapter
 from sweeper.config.settings import TrialSettings
 from sweeper.core.outcome import (
     ArmBaseline,
-    FrozenValue,
     HeldOutKind,
     HeldOutLosses,
-    MemoryShortfall,
     Outcome,
     StopCause,
     TrialSize,
 )
 from sweeper.core.paths import TrialFolder
+from sweeper.core.value import FrozenValue, MemoryShortfall
 from sweeper.training.observer import TrialObserver
 
 

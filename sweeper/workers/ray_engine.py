@@ -35,7 +35,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.errors import WorkerError
-from sweeper.core.outcome import FrozenValue
+from sweeper.core.value import FrozenValue
 from sweeper.workers.hosted_engine import HostedEngine
 from sweeper.workers.protocol import (
     COMMANDS,
@@ -50,14 +50,8 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
-from sweeper.workers.worker import (
-    CommandQueue,
-    WorkerResources,
-    make_runner,
-    print_into,
-    serve,
-    tail_of,
-)
+from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, serve
+from sweeper.workers.worker_log import print_into, tail_of
 
 POLL_SECONDS = 1.0
 DRAIN_SECONDS = 5.0

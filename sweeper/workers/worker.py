@@ -5,34 +5,24 @@ Touches neither the study nor MLflow. Ends itself when its driver is gone.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import queue
 import shutil
-import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.errors import DoesNotFit, SweeperError, WorkerError
-from sweeper.core.outcome import (
-    ArmBaseline,
-    FrozenValue,
-    HeldOutLosses,
-    MemoryShortfall,
-    Outcome,
-    StopCause,
-    TrialSize,
-)
+from sweeper.core.outcome import ArmBaseline, HeldOutLosses, Outcome, StopCause, TrialSize
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
+from sweeper.core.value import FrozenValue, MemoryShortfall
 from sweeper.workers.devices import devices_of, see_only
 from sweeper.workers.protocol import (
     CheckCommand,
@@ -54,8 +44,6 @@ from sweeper.workers.protocol import (
 )
 
 TRACEBACK_LINES = 30
-LOG_TAIL_LINES = 15
-BEGINS = "--- worker "
 FULL_BYTES = 2**20
 FULL_DISK_WAIT_S = 2.0
 FULL_DISK_PATIENCE_S = 15 * 60.0
@@ -215,30 +203,6 @@ def make_runner(
     from sweeper.workers.followers import FollowerGroup
 
     return TransformersRunner(threads, FollowerGroup(others, threads, place.log).join)
-
-
-def print_into(log: Path) -> None:
-    """From now on everything this process prints goes into a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), sys.stdout.fileno())
-        os.dup2(file.fileno(), sys.stderr.fileno())
-
-
-def begin_log(log: Path, worker: int) -> None:
-    """Where a new process begins in a worker's log, so that nobody takes earlier lines for its own."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    # a full disk keeps nobody from starting a worker, which then waits for space
-    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
-        file.write(f"{BEGINS}{worker}, {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-
-
-def tail_of(log: Path) -> str:
-    """The last lines that a worker's latest process printed."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    _, mark, own = text.rpartition(BEGINS)
-    lines = own.splitlines()[1:] if mark else text.splitlines()
-    return redact("\n".join(lines[-LOG_TAIL_LINES:]))
 
 
 def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:

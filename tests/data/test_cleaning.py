@@ -80,7 +80,8 @@ def test_near_duplicates_agree_with_all_pairs_compared() -> None:
 def test_near_duplicates_do_not_depend_on_the_hash_seed() -> None:
     """Two interpreters with different hash seeds leave out the same rows."""
     code = (
-        "import random; from sweeper.data.duplicates import Seen; r = random.Random(0); s = Seen(0.6)\n"
+        "import random; from sweeper.data.duplicates import SeenTexts\n"
+        "r = random.Random(0); s = SeenTexts(0.6)\n"
         "for n in range(200):\n"
         "    t = ' '.join(r.choices(['alpha', 'beta', 'gamma', 'delta'], k=9))\n"
         "    print(s.kind(t), end=' '); s.add(t)"

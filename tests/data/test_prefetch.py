@@ -68,9 +68,9 @@ def python(tmp_path: Path, hub: Path) -> Sweeper:
 
 LOAD = """
 import json, sys
-from sweeper.config.settings import Data
+from sweeper.config.settings import DataSettings
 from sweeper.data.splits import load_splits
-splits = load_splits(Data.model_validate_json(sys.argv[1]))
+splits = load_splits(DataSettings.model_validate_json(sys.argv[1]))
 print(json.dumps([splits.counts, splits.examples["test"][0].row.where[:9]]))
 """
 

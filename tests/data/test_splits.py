@@ -136,7 +136,8 @@ def test_splits_do_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", rows)
     data = make_data(train=path, group_by="doc", balance_by="doc", max_samples=20)
     code = (
-        "import sys; from sweeper.config.settings import Data; from sweeper.data.splits import load_splits\n"
+        "import sys; from sweeper.config.settings import DataSettings as Data\n"
+        "from sweeper.data.splits import load_splits\n"
         "print(load_splits(Data.model_validate_json(sys.argv[1])).digest)"
     )
     digests = {

@@ -456,7 +456,7 @@ def test_a_damaged_record_is_named_with_the_way_out(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from sweeper.search import steering
+from sweeper.driver import steering
 from sweeper.search.study_plan import studies
 from sweeper.commands.run_study import run_study
 moment, arguments = sys.argv[1], sys.argv[2:]
@@ -465,7 +465,7 @@ if moment == 'before it is written down':
     queue = steering.queue
     steering.queue = lambda *given: (queue(*given), die())
 else:
-    steering.Inbox.answer = die
+    steering.CommandInbox.answer = die
 run_study(studies(arguments)[0])
 """
 

@@ -21,10 +21,10 @@ EXTRA_MIB = 200
 MAIN = ("-m", "sweeper")
 READ = (
     "-c",
-    "import sys; from sweeper.data.row_files import *; from sweeper.data.examples import Ledger\n"
+    "import sys; from sweeper.data.row_files import *; from sweeper.data.examples import DropCounts\n"
     "from sweeper.core.errors import SweeperError\n"
-    "ledger, name = Ledger(), sys.argv[1]\n"
-    "try: read_file(File(name, lambda: open(name, 'rb')), ledger)\n"
+    "ledger, name = DropCounts(), sys.argv[1]\n"
+    "try: read_file(RowFile(name, lambda: open(name, 'rb')), ledger)\n"
     "except SweeperError as error: sys.exit(str(error))\n"
     "print(ledger)",
 )

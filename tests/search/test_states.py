@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 
 from sweeper.core.outcome import Cause, Outcome
 from sweeper.core.paths import StudyFolder
+from sweeper.driver.device_time import spent_seconds
 from sweeper.search.states import STATES, counts, feasible, tell
-from sweeper.search.study import spent_seconds
 
 BASE = 4.5
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from sweeper.core.outcome import FrozenValue
+from sweeper.core.value import FrozenValue
 from sweeper.workers.protocol import CloseCommand, StopCommand, SubmitCommand, WorkerCommand
 from sweeper.workers.worker import CommandQueue
 from tests.conftest import make_settings

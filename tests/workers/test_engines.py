@@ -29,7 +29,7 @@ from sweeper.workers.protocol import (
     SubmitCommand,
     WorkerEvent,
 )
-from sweeper.workers.worker import begin_log, tail_of
+from sweeper.workers.worker_log import begin_log, tail_of
 from tests.conftest import make_settings
 from tests.workers.conftest import make_workers
 

@@ -12,8 +12,9 @@ import pytest
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import StudyError
-from sweeper.core.outcome import ArmBaseline, FrozenValue, HeldOutKind, HeldOutLosses, Outcome
+from sweeper.core.outcome import ArmBaseline, HeldOutKind, HeldOutLosses, Outcome
 from sweeper.core.paths import TrialFolder
+from sweeper.core.value import FrozenValue
 from sweeper.training.observer import TrialObserver
 from sweeper.workers import worker
 from sweeper.workers.protocol import CloseCommand, EndedEvent, SubmitCommand, WaitingEvent
