@@ -26,7 +26,7 @@ class PruningAudit:
     def __str__(self) -> str:
         return (
             f"pruner audit: {self.audited} trials that the pruner would have stopped ran to their end. "
-            f"{self.wrong} of them ({self.wrong / self.audited:.0%}) beat the median of the other trials, "
+            f"{self.wrong} of them ({self.wrong / self.audited:.0%}) beat the median of the others, "
             f"{self.costly} beat the best"
         )
 

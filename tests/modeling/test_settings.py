@@ -19,7 +19,7 @@ def test_every_quantization_has_the_name_of_its_group_choice(kind: str) -> None:
     ("overrides", "sentence"),
     [
         (["quantization.load_in_8bit=true"], "load_in_4bit and load_in_8bit are both true"),
-        (["adapter=none"], r"quantized base \(nf4\) does not allow; add quantization=none"),
+        (["adapter=none"], r"quantized base \(nf4\) does not allow. Add quantization=none"),
         (
             ["adapter=none", "quantization=int8"],
             r"quantized base \(int8\) does not allow",
