@@ -26,7 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Patience = Annotated[
     float, typer.Option("--timeout", min=0, help="Seconds to wait for the driver's answer.")
 ]
-OneArm = Annotated[str | None, typer.Option("--arm", help="Name of the arm. Default: the first one.")]
+OneArm = Annotated[
+    str | None, typer.Option("--arm", help="Name of the arm. Default: the first one.")
+]
 Number = Annotated[int, typer.Argument(min=0, help="The earlier trial's number.")]
 Values = Annotated[list[str], typer.Argument(help="KEY=VALUE of searched keys.")]
 

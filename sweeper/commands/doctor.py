@@ -1,8 +1,8 @@
 """`sweeper doctor`: checks of devices, packages, disk, tokens, MLflow and the study's database.
 
 Each check is a function that returns findings. No check writes a file or shows a secret. The checks
-run
-in parallel, because the slowest (torch in its own process) takes as long as all others together.
+run in parallel, because the slowest (torch in its own process) takes as long as all others
+together.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ Level = Literal["ok", "warning", "failure"]
 STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 TIMEOUT_S = 5
 DEVICE_TIMEOUT_S = 120
-"""Seconds for the process that imports torch, which a cold file system or a busy machine slows
-down.
-"""
+"""Seconds for the process that imports torch, which a cold file system or a busy machine slows down."""
 FULL_GIB, TIGHT_GIB = 1.0, 10.0
 MIB_OF_GIB = 1024
 

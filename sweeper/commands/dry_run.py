@@ -1,9 +1,8 @@
 """`dry_run=true`: show what a command would do, without training, storing or tracking anything.
 
 The plan is the real one. The points come from the real sampler, on a study in memory. A process
-with
-torch counts parameters. A forecast of time needs earlier trials of the same study and is refused
-without them.
+with torch counts parameters. A forecast of time needs earlier trials of the same study and is
+refused without them.
 """
 
 from __future__ import annotations
@@ -240,9 +239,7 @@ def _show_arm(
 def _show_points(
     console: Console, arm: ArmPlan, found: ArmDraft, sizes: list[TrialFootprint], repeats: int
 ) -> None:
-    """Print the first points, and the disk space if all trials were as large as the largest of
-    them.
-    """
+    """Print the first points, and the disk space if all trials were as large as the largest of them."""
     console.print(points_sheet(found, sizes).draw())
     known = [size.artifact_mib for size in sizes if size.artifact_mib is not None]
     largest = max(known) if known and len(known) == len(sizes) else None

@@ -50,8 +50,7 @@ def side_by_side(
     """Answer every prompt greedily with the untuned base and with each adapter.
 
     The base is loaded once, with the quantization of the first adapter's trial. Each adapter
-    receives
-    the prompts in the template that it was trained with.
+    receives the prompts in the template that it was trained with.
 
     Args:
         paths: folders of trials, or the adapter/ in them.

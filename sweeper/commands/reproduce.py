@@ -1,9 +1,8 @@
 """`sweeper reproduce`: train a stored trial again and compare its figure with the record.
 
 Needs only the trial's config, provenance and outcome, no study and no database. Differences from
-the
-record (code, packages, machine, data, base) are reported before training. Different data or another
-base end the command there, because their figure would answer another question.
+the record (code, packages, machine, data, base) are reported before training. Different data or
+another base end the command there, because their figure would answer another question.
 """
 
 from __future__ import annotations
@@ -111,8 +110,7 @@ def find_record(run: str, output_dir: Path, store: TrackingStore | None) -> Reco
 
     Args:
         run: a trial's folder, the id of its MLflow run, STUDY/ARM/NUMBER (the number of a further
-            seed
-            is 7_seed_1), or STUDY or STUDY/ARM for the winner.
+            seed is 7_seed_1), or STUDY or STUDY/ARM for the winner.
         output_dir: the folder that contains the studies.
         store: the MLflow store in which run ids are looked up, None without MLflow.
 

@@ -1,13 +1,11 @@
 """Retention of weights: which weights of a study are kept. Its figures are never deleted.
 
 The policy applies at the end of every study, to `sweeper clean` and to nights. Kept are the weights
-that
-a report refers to (each arm's best trial, its finalists with their seeds, a Pareto front, a
-registry's
-champion, a fork's trials) and the best `adapters` adapters. Every other adapter, full fine-tune's
-weights, merged model and archive is deleted, as is the resume state of trials that ended. Optuna's
-storage, metrics, logs, configs and reports stay: they are small, and a trial without weights can be
-trained again from its config.yaml.
+that a report refers to (each arm's best trial, its finalists with their seeds, a Pareto front, a
+registry's champion, a fork's trials) and the best `adapters` adapters. Every other adapter, full
+fine-tune's weights, merged model and archive is deleted, as is the resume state of trials that
+ended. Optuna's storage, metrics, logs, configs and reports stay: they are small, and a trial
+without weights can be trained again from its config.yaml.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Look at studies and send them commands, from another terminal than their drivers'.
 
 Reads the files that drivers write, and puts commands into their inboxes. Opens no database, and
-writes
-nothing else of a study.
+writes nothing else of a study.
 """
 
 from __future__ import annotations

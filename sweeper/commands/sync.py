@@ -1,8 +1,8 @@
 """`sweeper sync`: record in MLflow what an outage kept back, from the studies' folders.
 
 Runs whose driver was killed get their final state first: Optuna's, if the study's database is in
-its
-folder, else the worker's own outcome, else KILLED. A study that is resumed later reopens its runs.
+its folder, else the worker's own outcome, else KILLED. A study that is resumed later reopens its
+runs.
 """
 
 from __future__ import annotations

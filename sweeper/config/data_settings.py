@@ -34,9 +34,7 @@ class DataSource(SettingsSection):
 
     path: str = Field(min_length=1)
     split: str | None = None
-    """Split of a folder or a hub data set. null: the one named like the key: train, validation,
-    test.
-    """
+    """Split of a folder or a hub data set. null: the one named like the key: train, validation, test."""
     name: str | None = None
     """Configuration name of a hub data set."""
     revision: str | None = None
@@ -69,9 +67,7 @@ Sources = Annotated[
 
 
 def sources(given: Sources | None) -> list[DataSource]:
-    """Return sources as a tuple, however they were written: one path, one source, or a list of
-    both.
-    """
+    """Return sources as a tuple, however they were written: one path, one source, or a list of both."""
     items = given if isinstance(given, list) else [] if given is None else [given]
     return [DataSource(path=item) if isinstance(item, str) else item for item in items]
 

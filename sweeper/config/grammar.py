@@ -1,8 +1,7 @@
 """Hydra's override grammar as the language of search spaces: from text to domains and back.
 
 `interval`, `int`, `tag(log, …)`, `choice`, lists and `range` mean the same in YAML and on the
-command
-line. The module knows what a domain is (sweeper.config.space), but not what its key means.
+command line. The module knows what a domain is (sweeper.config.space), but not what its key means.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def parse_space(
     """Read a whole search space.
 
     A mapping is a choice between branches, `KEY: {VALUE: {KEY: text, …}, …}`: VALUE is drawn first,
-    and its
-    own keys are searched only if it is drawn. A KEY that is no setting and has no dot is a label.
+    and its own keys are searched only if it is drawn. A KEY that is no setting and has no dot is a
+    label.
 
     Returns:
         The searched keys, the keys with one fixed value, and the problems found.
@@ -93,8 +92,8 @@ def parse_domain(key: str, words: object) -> Domain | Scalar:
 
     Args:
         key: the setting, for messages.
-        words: the text in the YAML or after `key=` on the command line: `interval(a,b)`,
-            `tag(log, interval(a,b))`, `int(interval(a,b))`, `choice(...)`, `a,b,c`, a YAML list, or
+        words: the text in the YAML or after `key=` on the command line: `interval(a,b)`, `tag(log,
+            interval(a,b))`, `int(interval(a,b))`, `choice(...)`, `a,b,c`, a YAML list, or
             `range(start, stop[, step])` with the stop excluded, as everywhere in Hydra.
 
     Raises:

@@ -78,8 +78,7 @@ class LoraAdapter(SettingsSection):
     """PEFT's LoraConfig.
 
     The rank is given as r, or as a target number of trainable parameters, but not both. Alpha is
-    given as a
-    number or as a ratio to r, but not both.
+    given as a number or as a ratio to r, but not both.
     """
 
     method: Literal["lora"]
@@ -174,8 +173,7 @@ class NoAdapter(SettingsSection):
     """Full fine-tuning: every weight of the base is trained.
 
     LoRA's keys are accepted and ignored, because Hydra merges an experiment's values over the group
-    that is
-    chosen: an experiment that sets them keeps them under `adapter=none`.
+    that is chosen: an experiment that sets them keeps them under `adapter=none`.
     """
 
     method: Literal["none"]

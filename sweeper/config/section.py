@@ -13,9 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def _steps(value: object) -> float | Literal["epoch"]:
-    """Validate a step count with one message, where pydantic would report every member of the
-    union.
-    """
+    """Validate a step count with one message, where pydantic would report every member of the union."""
     if value == "epoch":
         return "epoch"
     number = float(value) if isinstance(value, int | float) else 0.0

@@ -3,12 +3,9 @@
 Knows neither Hydra (sweeper.config.grammar parses the text) nor Optuna (sweeper.search draws).
 
 A space maps setting keys to domains. It has two views of one trial's values. A *point* has one
-value
-per setting key, as the configuration sees it. A *draw* has one value per parameter, as the sampler
-sees
-it. They differ only inside branches, where one key may have several domains. There a parameter is
-named
-by the path to it ("adapter.use_dora=true/adapter.r").
+value per setting key, as the configuration sees it. A *draw* has one value per parameter, as the
+sampler sees it. They differ only inside branches, where one key may have several domains. There a
+parameter is named by the path to it ("adapter.use_dora=true/adapter.r").
 """
 
 from __future__ import annotations
@@ -88,6 +85,7 @@ class Interval:
         """Return the bounds, and for real numbers a value between them that is not whole."""
         if self.integer or self.step is not None:
             return self.low, self.high
+        # 0.382 is no round fraction, so the probe is not a whole number by accident.
         return self.low, self.high, self.low + 0.382 * (self.high - self.low)
 
     def steps(self) -> tuple[Scalar, ...]:
@@ -193,8 +191,7 @@ def locate(space: Space, point: Mapping[str, Scalar], way: str = "") -> Draw | N
     """Return the draw that leads to a (possibly partial) point, or None if the point is outside.
 
     If several branches fit, the one that decides most of the point's keys and adds fewest others is
-    taken.
-    A label may be part of the point.
+    taken. A label may be part of the point.
     """
     draw: Draw = {}
     for key, domain in space.items():
@@ -265,9 +262,7 @@ def conditional(space: Space) -> bool:
 
 
 def decided_twice(space: Space) -> set[str]:
-    """Return the keys that stand both in a branch and outside it, which makes their value
-    ambiguous.
-    """
+    """Return the keys that stand both in a branch and outside it, which makes their value ambiguous."""
     twice: set[str] = set()
     seen: set[str] = set()
     for key, domain in space.items():

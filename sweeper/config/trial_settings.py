@@ -77,9 +77,7 @@ class TrialSettings(SettingsSection):
         return self
 
     def with_rank(self, rank: int | None) -> Self:
-        """Return the trial with its adapter's rank set, or the trial itself if it has no rank to
-        set.
-        """
+        """Return the trial with its adapter's rank set, or the trial itself if it has no rank to set."""
         if rank is None or isinstance(self.adapter, NoAdapter):
             return self
         return self.model_copy(update={"adapter": self.adapter.with_rank(rank)})
@@ -116,9 +114,7 @@ SIZED = {
 
 
 def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:
-    """Return the reason why this adapter cannot be trained on a base with this quantization, or
-    None.
-    """
+    """Return the reason why this adapter cannot be trained on a base with this quantization, or None."""
     if kind != "none" and isinstance(adapter, NoAdapter):
         return (
             f"adapter=none trains every weight, which a quantized base "

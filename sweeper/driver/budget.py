@@ -1,11 +1,9 @@
 """Limits of a study besides n_trials: wall-clock time, device time, and a plateau of results.
 
 - No trial is started that would exceed a limit, judged by the median duration of the ended trials.
-A
-  running trial always runs to its end. Ctrl-C stops at once.
+  A running trial always runs to its end. Ctrl-C stops at once.
 - Arms run one after the other. Each gets the share of the remaining budget that its open trials
-have
-  among all open trials. Otherwise the baseline, which comes last, would never be trained.
+  have among all open trials. Otherwise the baseline, which comes last, would never be trained.
 - wall_clock counts from the start of this command, pauses excluded. `until` is a time of day.
   device_hours are counted over all runs of the study.
 
@@ -31,6 +29,8 @@ Clock = Callable[[], float]
 
 def steady() -> float:
     """Return steady seconds that include time asleep. Changes of time or zone do not affect them."""
+    # CLOCK_MONOTONIC stops while a Linux machine sleeps, and wall_clock=6h means six hours of the
+    # night.
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -38,8 +38,7 @@ def next_time(text: str, now: float, zone: ZoneInfo | None = None) -> float:
     """Return the next moment (seconds since 1970) at which clocks of a zone show "HH:MM".
 
     A time that a change of daylight saving skips is taken as the moment after the gap. A time that
-    comes
-    twice is taken as its first occurrence. zone=None is the local zone.
+    comes twice is taken as its first occurrence. zone=None is the local zone.
     """
     today = datetime.fromtimestamp(now, zone).date()
     clock = time_of_day.fromisoformat(text)

@@ -1,10 +1,8 @@
 """Locks that keep a study to one driver, also across folders and machines that share a database.
 
 The lock in the study's folder (sweeper.commands.run_study) separates drivers of one folder. The
-locks
-here belong to the storage: an advisory lock in PostgreSQL, a lock file next to an SQLite file.
-Without
-them, two drivers on one database would reattach each other's running trials.
+locks here belong to the storage: an advisory lock in PostgreSQL, a lock file next to an SQLite
+file. Without them, two drivers on one database would reattach each other's running trials.
 """
 
 from __future__ import annotations
@@ -65,6 +63,7 @@ class LockFile:
 
     def __init__(self, database: str, study_name: str) -> None:
         self._study_name = study_name
+        # Not the database file itself, whose locks belong to SQLite.
         self._lock = FileLock(f"{database}.{study_name}.lock", timeout=0)
 
     def hold(self) -> None:
@@ -85,15 +84,16 @@ class AdvisoryLock:
     """A session-level advisory lock of PostgreSQL on a connection of its own.
 
     The server frees the lock when the driver's connection ends, also after a restart or a network
-    failure.
-    `hold` then takes the lock again, or reports that another driver was faster.
+    failure. `hold` then takes the lock again, or reports that another driver was faster.
     """
 
     def __init__(self, url: str, study_name: str) -> None:
         self._study_name = study_name
         digest = hashlib.sha256(f"sweeper study {study_name}".encode()).digest()
+        # Advisory locks are named by a signed 64-bit integer.
         self._key = int.from_bytes(digest[:8], signed=True)
         settings = " ".join(f"-c {name}={value}" for name, value in KEEPALIVE.items())
+        # PostgreSQL cuts application names at 63 bytes.
         name = f"sweeper {socket.gethostname()} process {os.getpid()}"
         options = {"options": settings, "application_name": name[:63]}
         self._engine = create_engine(url, poolclass=NullPool, connect_args=options)
@@ -104,6 +104,7 @@ class AdvisoryLock:
         if self._connection is not None and self._alive(self._connection):
             return
         self.release()
+        # Without AUTOCOMMIT the connection would sit in an open transaction for the whole study.
         connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         taken = text("select pg_try_advisory_lock(:key)")
         if not connection.execute(taken, {"key": self._key}).scalar_one():
@@ -126,9 +127,7 @@ class AdvisoryLock:
         return True
 
     def _holder(self, connection: Connection) -> str:
-        """Return the application name of the lock's holder, which names the driver's process and
-        host.
-        """
+        """Return the application name of the lock's holder, which names its process and host."""
         query = text(
             "select application_name from pg_locks join pg_stat_activity using (pid) "
             "where locktype = 'advisory' and granted and objsubid = 1 "

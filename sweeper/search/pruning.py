@@ -1,12 +1,9 @@
 """Pruners that respect a trial's schedule.
 
 The step reported to Optuna is the per-mille of the trial's own schedule. Guarded pruners are asked
-at
-fixed rungs of that schedule only, so trials are compared at the same fraction of their training
-even
-when its length is searched. A trial need not be evaluated exactly at a rung: its best value so far
-is
-interpolated linearly between the evaluations before and after the rung.
+at fixed rungs of that schedule only, so trials are compared at the same fraction of their training
+even when its length is searched. A trial need not be evaluated exactly at a rung: its best value so
+far is interpolated linearly between the evaluations before and after the rung.
 """
 
 from __future__ import annotations
@@ -53,10 +50,14 @@ def make_pruner(settings: PrunerSettings) -> BasePruner:
         case "none":
             return NopPruner()
         case "median" | "percentile":
+            # n_min_trials follows n_startup_trials: with Optuna's default of 1, the second trial
+            # at a rung would be compared with a single one.
             percentile = settings.percentile or 50.0
             return PercentilePruner(percentile, enough, n_min_trials=max(1, enough))
         case "successive_halving":
             assert settings.reduction_factor is not None
+            # The first rung is given explicitly. Optuna's "auto" derives it from the first
+            # report, which then passes several rungs at once.
             return SuccessiveHalvingPruner(settings.rungs[0], settings.reduction_factor)
         case "optuna":
             assert settings.class_name is not None
@@ -93,10 +94,9 @@ def as_told(objective: Objective, value: float) -> float:
     """Return a value of the pruning metric with the sign that Optuna's study expects.
 
     An Optuna study has one direction for intermediate and final values. Where the objective's
-    direction
-    differs from the pruning metric's (ROUGE is maximised, the loss that prunes it is minimised),
-    the value
-    is negated. Higher is then better for both, and rungs and medians need no second rule.
+    direction differs from the pruning metric's (ROUGE is maximised, the loss that prunes it is
+    minimised), the value is negated. Higher is then better for both, and rungs and medians need no
+    second rule.
     """
     return value if objective.pruning_direction == objective.direction else -value
 
@@ -113,8 +113,7 @@ class ContinuedTrial:
     """A guard that first replays the values of earlier attempts, without deciding on them.
 
     Without the replay, a trial whose best value came before an interruption would be compared by
-    the
-    values after the interruption only.
+    the values after the interruption only.
     """
 
     def __init__(self, watch: PruningGuard, measured: Sequence[tuple[int, float]]) -> None:
@@ -143,6 +142,7 @@ class OpenGuard:
         if at in self._reported:
             return False
         self._reported.add(at)
+        # Optuna keeps the first value reported at a step and warns about a second one.
         self._trial.report(value, at)
         return self._trial.should_prune() and step < total_steps
 
@@ -151,8 +151,7 @@ class RungGuard:
     """A guard that asks the pruner at every rung and follows it after warm-up only.
 
     An evaluation may pass several rungs at once. Only the newest rung decides: a trial that has
-    caught up
-    since an older rung is not stopped for it.
+    caught up since an older rung is not stopped for it.
     """
 
     def __init__(
@@ -167,12 +166,11 @@ class RungGuard:
         self._trial = trial
         self._reported = set(reported)
         self._last: tuple[float, float] | None = None
-        """Position of the last evaluation in the schedule (per-mille), and the best value until
-        then.
-        """
+        """Position of the last evaluation in the schedule (per-mille), and the best value until then."""
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
         """See PruningGuard."""
+        # The best value so far, not the latest: the kept checkpoint is the best one.
         here = (WHOLE * step / total_steps, self._best(value))
         verdicts = [
             self._ask(rung, at)
@@ -192,11 +190,12 @@ class RungGuard:
 
     def _ask(self, rung: int, value: float) -> bool:
         """Ask Optuna's pruner. Asked even when its answer is ignored, because successive halving
-        records
-        the rung while it answers.
+        records the rung while it answers.
         """
         if rung in self._reported:
             return False
+        # Optuna's successive halving prunes the first trials at a rung without any competitor, so
+        # its answer counts only once enough others have passed (see _enough).
         self._reported.add(rung)
         self._trial.report(value, rung)
         return self._trial.should_prune()
@@ -204,6 +203,7 @@ class RungGuard:
     def _enough(self, rung: int) -> bool:
         """Return True if enough other trials have passed this rung."""
         trials = self._trial.study.get_trials(deepcopy=False)
+        # Minus one for this trial, whose own value has just been reported.
         there = sum(rung in other.intermediate_values for other in trials) - 1
         return there >= self._settings.n_startup_trials
 
@@ -228,6 +228,7 @@ def value_at(
         counts.
     """
     place, value = here
+    # Less than half a per-mille apart counts as exactly at the rung.
     if abs(place - rung) < 0.5:
         return value
     if before is None or not before[0] + 0.5 <= rung < place:

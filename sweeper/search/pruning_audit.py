@@ -1,5 +1,4 @@
-"""The pruner's error rate, measured on trials that ran on although the pruner would have stopped
-them.
+"""The pruner's error rate, measured on trials that ran on although the pruner would have stopped them.
 
 A *wrong kill* is an audited trial whose final value is better than the median of the trials that
 finished without an audit. It is *costly* if it is better than the best of them: pruning would have

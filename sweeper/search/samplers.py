@@ -28,13 +28,16 @@ def make_sampler(settings: SamplerSettings, space: Space, n_trials: int, drawn: 
     """Return the sampler of an arm.
 
     A sampler's random state is not stored. The seed therefore moves with the number of values drawn
-    so
-    far. With a fixed seed a resumed study would repeat its first draws.
+    so far. With a fixed seed a resumed study would repeat its first draws.
 
     Raises:
         ConfigError: Optuna has no such class, or the class does not take these arguments.
     """
+    # Counting trials instead of values would repeat a point: an orphan's values may be drawn by
+    # one run and a new trial asked by the next.
     seed = settings.seed + drawn
+    # A fifth of the trials, because Optuna's fixed default of 10 would leave a study of 12 to
+    # random search.
     startup = settings.n_startup_trials or max(4, n_trials // 5)
     match settings.name:
         case "tpe":
@@ -49,6 +52,7 @@ def make_sampler(settings: SamplerSettings, space: Space, n_trials: int, drawn: 
 
 def _tpe(startup: int, seed: int, group: bool) -> TPESampler:
     """Return a multivariate TPE sampler, grouped by branch where the space has branches."""
+    # Grouping is experimental in Optuna, so it is used only where branches need it.
     if not group:
         return TPESampler(n_startup_trials=startup, seed=seed)
     with warnings.catch_warnings():

@@ -31,8 +31,8 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 STARTS = 10
 """Attempts to open an empty database while other processes create its tables."""
 PATIENCE_S = 15 * 60.0
-"""Seconds to wait for the database. A restart takes seconds, a fail-over minutes. After that a
-person has to look.
+"""Seconds to wait for the database. A restart takes seconds, a fail-over minutes. After that a person
+has to look.
 """
 
 OUTAGES = (OperationalError, InterfaceError, PendingRollbackError)
@@ -59,10 +59,8 @@ class KeptJournal(sqlite3.Connection):
     """An SQLite connection whose rollback journal is overwritten, not deleted, at every commit.
 
     As durable as SQLite's default and several times faster, because a commit changes no directory.
-    The
-    write-ahead log was rejected: its index is shared memory, so other machines could not read a
-    study on
-    a network file system.
+    The write-ahead log was rejected: its index is shared memory, so other machines could not read a
+    study on a network file system.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -70,6 +68,7 @@ class KeptJournal(sqlite3.Connection):
         self.execute("PRAGMA journal_mode = PERSIST").close()
 
 
+# Optuna's own retries cover heartbeats only, which ask and tell do not use.
 class PatientStorage(RDBStorage):
     """An RDBStorage whose public calls are repeated while the database cannot be reached.
 
@@ -132,8 +131,7 @@ def patient(
     """Return a call that is repeated with growing pauses while the database is unreachable.
 
     If the first try was stored although it failed, the repeated call finds the trial finished,
-    which
-    counts as success.
+    which counts as success.
     """
 
     @functools.wraps(call)
@@ -145,6 +143,8 @@ def patient(
             try:
                 return call(*arguments, **options)
             except UpdateFinishedTrialError:
+                # A first call that finds the trial finished is a real mistake, a repeated one was
+                # stored.
                 if tries == 1 or call.__name__ != "set_trial_state_values":
                     raise
                 return True  # type: ignore[return-value]  # what set_trial_state_values answers
@@ -179,6 +179,7 @@ def _claiming(call: Callable[..., Result]) -> Callable[..., Result]:
 
 for _name in (*sorted(BaseStorage.__abstractmethods__), *CACHED):
     _call = getattr(RDBStorage, _name)
+    # A loop instead of thirty methods: a method that Optuna adds to the interface is covered too.
     setattr(PatientStorage, _name, patient(_claiming(_call) if _name in CLAIMS else _call))
 
 

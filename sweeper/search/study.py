@@ -101,6 +101,7 @@ def open_study(
         load_if_exists=True,
     )
     _check_question(study, plan, arm, facts)
+    # After load_if_exists, because the seed depends on the values drawn so far.
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     return study
@@ -133,6 +134,7 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
 
 def ask(study: optuna.Study) -> Trial:
     """Ask for the next trial: points queued by a user first, then the queue, then the sampler."""
+    # study.ask() would take the oldest queued trial, and a prior is older than a user's request.
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     first = next((trial for trial in waiting if QUEUED_BY in trial.user_attrs), None)
     if first is None:
@@ -161,11 +163,13 @@ def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.St
     if name not in optuna.get_all_study_names(storage):
         return None
     study = optuna.load_study(study_name=name, storage=storage)
+    # A driver killed between creating the study and describing it leaves a name without content.
     return study if "facts" in study.user_attrs else None
 
 
 def is_taken(trial: FrozenTrial) -> bool:
     """Return True if a trial's point must not be proposed again."""
+    # A failed trial may be proposed again unless it trained a step or a user dropped it.
     return trial.state is not TrialState.FAIL or counts(trial) or DROPPED in trial.user_attrs
 
 
@@ -191,6 +195,7 @@ def _suggest(trial: BaseTrial, name: str, domain: Domain) -> Scalar:
     if isinstance(domain, Choice):
         return trial.suggest_categorical(name, domain.values)
     if domain.integer:
+        # Optuna refuses step=None for integers.
         step = int(domain.step or 1)
         return trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log, step=step)
     return trial.suggest_float(name, domain.low, domain.high, log=domain.log, step=domain.step)
@@ -198,6 +203,7 @@ def _suggest(trial: BaseTrial, name: str, domain: Domain) -> Scalar:
 
 def point_of(trial: FrozenTrial) -> Point:
     """Return the values of the searched settings that a trial tried."""
+    # Parameters inside branches carry the branch in their names. The point has the settings' own.
     point: Point = trial.user_attrs.get("point", trial.params)
     return point
 
@@ -221,6 +227,8 @@ def _decided_rank(trial: FrozenTrial) -> int | None:
 
 def adopt(study: optuna.Study) -> list[Trial]:
     """Return the trials that a dead driver left RUNNING as trials that can be told."""
+    # Trial(study, id) is the only way to tell a trial that another process asked for. Optuna
+    # advises against it, so the version is pinned and the cases are tested.
     orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return [Trial(study, orphan._trial_id) for orphan in orphans]
 
@@ -241,6 +249,8 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> dict[str, str
 
     The number of trials, the sampler and package versions are not part of the question.
     """
+    # The value under a searched key is overwritten by every trial, so it is no part of the
+    # question.
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",

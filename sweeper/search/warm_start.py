@@ -1,5 +1,4 @@
-"""Reuse of earlier studies: their winners as first points, or all of their trials that fit (a
-fork).
+"""Reuse of earlier studies: their winners as first points, or all of their trials that fit (a fork).
 
 The earlier study is read from the same output_dir, or the same storage URL, and never changed.
 """
@@ -96,10 +95,8 @@ def fork(
     """Copy the finished trials of the study `fork_of` that answer this question too.
 
     A trial fits if the settings it was trained with equal this arm's where those are fixed, and lie
-    in
-    this arm's space where they are searched. A copy carries the user attribute `forked_from`, and
-    its
-    folder is a link to the original. A repeated call copies nothing twice.
+    in this arm's space where they are searched. A copy carries the user attribute `forked_from`,
+    and its folder is a link to the original. A repeated call copies nothing twice.
 
     Raises:
         StudyMismatch: there is no such study, or its objective, data or base model differ.
@@ -212,6 +209,7 @@ def _link(new: Path, old: Path) -> None:
         new.symlink_to(os.path.relpath(old, new.parent), target_is_directory=True)
 
 
+# Spaces may differ in a fork; what makes values comparable may not.
 def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
     then, now = old.user_attrs["question"], question(plan, arm, facts)
     changed = [
