@@ -24,9 +24,9 @@ from sweeper.config import compose
 from sweeper.config.settings import RunSettings, TrialSettings, flatten
 from sweeper.config.space import Branches, Choice, Point, Space
 from sweeper.core.errors import ConfigError, WorkerError
-from sweeper.core.outcome import FrozenValue
+from sweeper.core.outcome import Footprint
 from sweeper.core.paths import StudyFolder
-from sweeper.reporting.console import make_console
+from sweeper.reporting.console import make_console, say
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
 from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.text_table import TextTable, duration, number
@@ -40,21 +40,6 @@ SHOWN = ("model", "data", "quantization", "adapter", "training", "evaluation", "
 """Sections of the configuration that decide what is computed."""
 
 
-class TrialFootprint(FrozenValue):
-    """How large a trial would be."""
-
-    trainable: int | None
-    total: int | None
-    artifact_mib: float | None
-    peak_mib: float | None
-    """Device memory; None while nobody estimates it."""
-    problem: str | None
-    """Why nothing is known: the model cannot be had, or the adapter does not fit it."""
-
-
-UNKNOWN = TrialFootprint(trainable=None, total=None, artifact_mib=None, peak_mib=None, problem=None)
-
-
 @dataclass(frozen=True)
 class ArmDraft:
     """An arm's first points: the settings of the possible ones, and for each why it is impossible."""
@@ -64,10 +49,10 @@ class ArmDraft:
     problems: tuple[str | None, ...]
 
 
-Estimator = Callable[[Sequence[TrialSettings]], list[TrialFootprint]]
+Estimator = Callable[[Sequence[TrialSettings]], list[Footprint]]
 
 
-def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
+def estimate(settings: Sequence[TrialSettings]) -> list[Footprint]:
     """Have a process with torch count the parameters of trials, one footprint each.
 
     Raises:
@@ -84,7 +69,7 @@ def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     if answer.returncode != 0:
         raise WorkerError(f"the process that counts parameters died:\n{answer.stderr.strip()}")
     documents = json.loads(answer.stdout.splitlines()[-1])
-    return [TrialFootprint.model_validate(document) for document in documents]
+    return [Footprint.model_validate(document) for document in documents]
 
 
 def show(plans: Sequence[StudyPlan | RunSettings]) -> None:
@@ -192,7 +177,7 @@ def disk(settings: RunSettings, artifacts_mib: Sequence[float | None]) -> str:
     return f"disk:       {sum(known):,.1f} MiB of artifacts, {free:,.0f} MiB free{short}"
 
 
-def describe(found: TrialFootprint) -> str:
+def describe(found: Footprint) -> str:
     """A footprint in words."""
     if found.problem is not None:
         return f"unknown: {found.problem}"
@@ -235,7 +220,7 @@ def _show_arm(
 
 
 def _show_points(
-    console: Console, arm: ArmPlan, found: ArmDraft, sizes: list[TrialFootprint], repeats: int
+    console: Console, arm: ArmPlan, found: ArmDraft, sizes: list[Footprint], repeats: int
 ) -> None:
     """The first points, and the disk they would need if all trials were like the largest of them."""
     console.print(points_sheet(found, sizes).draw())
@@ -259,7 +244,7 @@ def draft(arm: ArmPlan) -> ArmDraft:
     return ArmDraft(tuple(points), tuple(settings), tuple(problems))
 
 
-def points_sheet(found: ArmDraft, sizes: Sequence[TrialFootprint]) -> TextTable:
+def points_sheet(found: ArmDraft, sizes: Sequence[Footprint]) -> TextTable:
     """The first points with what is known of each; columns in which nothing is known are left out."""
     keys = list(dict.fromkeys(key for point in found.points for key in point))
     names = [key.rsplit(".", 1)[-1] for key in keys]
@@ -267,7 +252,7 @@ def points_sheet(found: ArmDraft, sizes: Sequence[TrialFootprint]) -> TextTable:
     rows = []
     for place, (point, problem) in enumerate(zip(found.points, found.problems, strict=True)):
         shown = short_names(point)
-        size = UNKNOWN if problem else next(of_possible)
+        size = Footprint() if problem else next(of_possible)
         cells = (number(size.trainable), number(size.peak_mib, "{:,.0f} MiB"))
         values = (shown.get(name, "") for name in names)
         rows.append((str(place), *values, *cells, problem or size.problem or ""))
@@ -305,4 +290,4 @@ def _existing(path: Path) -> Path:
 
 def _line(console: Console, *texts: str) -> None:
     for text in texts:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)
