@@ -13,6 +13,7 @@ from typing import Any
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import SweeperError
+from sweeper.core.outcome import TrialFootprint
 from sweeper.modeling.hardware import device
 from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.modeling.model_source import load_config
@@ -24,7 +25,7 @@ LONGEST_ROW = 4096
 """Tokens that `data.max_length=auto` never passes (sweeper.data.encode)."""
 
 
-def footprint(settings: TrialSettings) -> dict[str, Any]:
+def footprint(settings: TrialSettings) -> TrialFootprint:
     """Parameters, memory and artifact of one trial, whose trained weights are kept in fp32.
 
     The memory is that of a batch of the longest rows that data.max_length allows.
@@ -34,22 +35,20 @@ def footprint(settings: TrialSettings) -> dict[str, Any]:
     """
     size = ModelChecks().size(settings, device())
     ranked = settings.with_rank(size.rank)
-    return {
-        "trainable": size.trainable,
-        "total": size.total,
-        "artifact_mib": size.trainable * BYTES_OF_FP32 / MIB,
-        "peak_mib": estimate_trial(ranked, device(), length=_longest_row(settings)).total,
-        "problem": None,
-    }
+    return TrialFootprint(
+        trainable=size.trainable,
+        total=size.total,
+        artifact_mib=size.trainable * BYTES_OF_FP32 / MIB,
+        peak_mib=estimate_trial(ranked, device(), length=_longest_row(settings)).total,
+    )
 
 
-def answer(document: Mapping[str, Any]) -> dict[str, Any]:
+def answer(document: Mapping[str, Any]) -> TrialFootprint:
     """The footprint of settings, or why there is none."""
     try:
         return footprint(TrialSettings.model_validate(document))
     except SweeperError as error:
-        none = dict.fromkeys(("trainable", "total", "artifact_mib", "peak_mib"))
-        return {**none, "problem": str(error)}
+        return TrialFootprint(problem=str(error))
 
 
 def _longest_row(settings: TrialSettings) -> int:
@@ -60,4 +59,4 @@ def _longest_row(settings: TrialSettings) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps([answer(document) for document in json.load(sys.stdin)]))
+    print(json.dumps([answer(document).model_dump() for document in json.load(sys.stdin)]))

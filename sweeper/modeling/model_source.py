@@ -26,7 +26,7 @@ from sweeper.builtin import stand_ins
 from sweeper.builtin.embedded import BASE_DIR
 from sweeper.builtin.stand_in_models import model_folder
 from sweeper.config.settings import EMBEDDED, ModelSettings
-from sweeper.core.errors import ModelError
+from sweeper.core.errors import ModelError, first_line
 
 CONFIG = ("config.json", "adapter_config.json")
 MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
@@ -88,8 +88,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 def one_line(where: str, error: BaseException) -> str:
     """A library's error as one line about what the user named."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{where}: {lines[0]}"
+    return f"{where}: {first_line(error)}"
 
 
 def weights_digest(folder: Path) -> str:
@@ -192,8 +191,9 @@ def _why_not(error: Exception, settings: ModelSettings) -> str:
                 "(HF_HOME), or give a folder: model.base_model=/path/to/folder"
             )
         case _:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return f"could not be fetched from the hub ({type(error).__name__}: {reason})"
+            return (
+                f"could not be fetched from the hub ({type(error).__name__}: {first_line(error)})"
+            )
 
 
 def refuse_foreign(folder: Path, where: str) -> None:

@@ -52,11 +52,9 @@ class RunEnding(FrozenValue):
 
     def or_same(self, *others: RunEnding | None) -> RunEnding:
         """This end, or an earlier one that says the same: its time is what makes it another."""
-        same = (other for other in others if other is not None and self._agrees(other))
-        return next(same, self)
-
-    def _agrees(self, other: RunEnding) -> bool:
-        return self == other.model_copy(update={"time_ms": self.time_ms})
+        now = {"time_ms": self.time_ms}
+        known = (other for other in others if other is not None)
+        return next((other for other in known if other.model_copy(update=now) == self), self)
 
 
 def ending(

@@ -53,7 +53,8 @@ class PreparedData:
     @cached_property
     def held_out(self) -> HeldOutPrompts | None:
         """The validation examples as prompts with their references."""
-        return HeldOutPrompts.of(encode_prompts(self._validation, self.tokenizer, self.settings))
+        examples = self.splits.examples["validation"]
+        return HeldOutPrompts.of(encode_prompts(examples, self.tokenizer, self.settings))
 
     def judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
         """The judge of the whole validation split."""
@@ -127,10 +128,6 @@ class PreparedData:
             for prompt in asked
         ]
         return encode_prompts(examples, self.tokenizer, self.settings)
-
-    @property
-    def _validation(self) -> list[Example]:
-        return self.splits.examples["validation"]
 
 
 def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:

@@ -81,11 +81,6 @@ class TrialCosts:
         self._charge()
         return self._seconds[name]
 
-    def cpu_seconds(self, name: Stage) -> float:
-        """CPU seconds of this process, all threads, charged to a stage up to now."""
-        self._charge()
-        return self._cpu_seconds[name]
-
     def saw(
         self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor, devices: int
     ) -> None:
