@@ -35,8 +35,10 @@ LAYERS = (
     {"workers"},
     {"search"},
     {"reporting"},
+    {"driver"},
     {
         "session",
+        "study_conclusion",
         "single",
         "sync",
         "retention",
@@ -117,6 +119,20 @@ def test_foreign_library_has_one_seam(library: str) -> None:
     assert users == SEAMS[library]
 
 
+def test_one_loop_listens_to_workers() -> None:
+    """`next_event` has one caller outside the engines: the dispatcher."""
+    callers = [
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "next_event"
+    ]
+    # the limits are themselves an engine, around another one
+    assert sorted(callers) == ["sweeper/driver/dispatcher.py", "sweeper/workers/time_limits.py"]
+
+
 def test_every_module_has_a_layer() -> None:
     """A new package must be given its place."""
     names = {path.stem for path in (ROOT / "sweeper").glob("*.py")} | {
@@ -128,7 +144,15 @@ def test_every_module_has_a_layer() -> None:
 def test_orchestration_imports_no_torch() -> None:
     """Search, session, tracking, reporting and the engines load without torch and transformers."""
     modules = [
-        *("compose", "session", "cli", "search.driver", "search.plan", "search.study", "single"),
+        *(
+            "compose",
+            "session",
+            "cli",
+            "driver.dispatcher",
+            "search.plan",
+            "search.study",
+            "single",
+        ),
         *("doctor", "dry_run", "sync", "steer", "nightly.run", "retention"),
         *(
             "tracking.mlflow_tracker",

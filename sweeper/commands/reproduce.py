@@ -24,9 +24,9 @@ from sweeper.config.settings import RunSettings, TrialSettings, metric_words, va
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, FrozenValue, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
-from sweeper.reporting.finalist_results import COMPLETE
 from sweeper.reporting.results import load_results
 from sweeper.reporting.winner import find_winner
+from sweeper.search.states import STATES
 from sweeper.tracking.provenance import origin, provenance
 from sweeper.tracking.store import TrackingStore
 
@@ -151,7 +151,7 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
         if not path.exists():
             raise StudyError(f"{name}: {path} is not there, so nothing can be held against it")
     outcome = Outcome.model_validate_json(folder.outcome.read_text(encoding="utf-8"))
-    if outcome.cause not in COMPLETE or outcome.best_value is None:
+    if not STATES[outcome.cause].complete or outcome.best_value is None:
         raise StudyError(
             f"{name} ended as {outcome.cause} after {outcome.steps} steps: only a trial that ran to its "
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"

@@ -134,6 +134,8 @@ class FakeTrainer(SettingsSection):
     steps: Positive
     plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
     finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
+    requests: dict[Literal["probe", "check", "judge"], Literal["hang", "crash"]]
+    """Requests of the driver that are not answered: the worker hangs or dies."""
     free_mib: Annotated[float, Field(gt=0)] | None
     """What a trial may need, as far as that is known before it is trained."""
     room_mib: Annotated[float, Field(gt=0)] | None
@@ -149,6 +151,8 @@ class WorkerSettings(SettingsSection):
     """The Ray cluster: HOST:PORT, auto (this node's), or null to start one here."""
     trial_timeout_s: Seconds | None
     stall_timeout_s: Seconds | None
+    probe_timeout_s: Seconds | None
+    """Limit of a probe, a check or a judgement, which report no progress."""
     fake: FakeTrainer
 
     @model_validator(mode="after")

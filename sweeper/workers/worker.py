@@ -1,4 +1,4 @@
-"""The worker's side: take commands from a channel, run trials, send events.
+"""The worker's side: takes commands from a channel, runs trials, sends events.
 
 Touches neither the study nor MLflow. Ends itself when its driver is gone.
 """
@@ -50,6 +50,8 @@ from sweeper.workers.protocol import (
     SubmitCommand,
     TrialRunner,
     WaitingEvent,
+    Work,
+    WorkAnswer,
     WorkerCommand,
 )
 
@@ -59,26 +61,28 @@ BEGINS = "--- worker "
 FULL_BYTES = 2**20
 FULL_DISK_WAIT_S = 2.0
 FULL_DISK_PATIENCE_S = 15 * 60.0
-"""As long as the driver waits for its database, which often lies on the same disk."""
+"""The driver waits as long for its database, which often lies on the same disk."""
 
 
 class WorkerChannel(Protocol):
     """One end of a two-way line to the driver."""
 
     def send(self, message: FrozenValue) -> None:
-        """Send an event; never blocks for long."""
+        """Send an event without blocking for long."""
 
     def receive(self) -> WorkerCommand:
-        """Wait for a command; raises EOFError when the driver is gone."""
+        """Wait for a command and return it.
+
+        Raises:
+            EOFError: the driver is gone.
+        """
 
 
 @dataclass
 class CommandQueue:
-    """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
+    """Commands from a reader thread: work waits its turn, stops take effect at once."""
 
-    work: queue.Queue[SubmitCommand | JudgeCommand | ProbeCommand | CheckCommand | CloseCommand] = (
-        field(default_factory=queue.Queue)
-    )
+    work: queue.Queue[Work | CloseCommand] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
 
     @classmethod
@@ -89,17 +93,17 @@ class CommandQueue:
         return orders
 
     def _read(self, channel: WorkerChannel) -> None:
-        """Read for ever; a driver that is gone leaves no reason to go on computing."""
+        """Read commands for ever, and end the process when the driver is gone."""
         try:
             while True:
                 command = channel.receive()
                 if isinstance(command, StopCommand):
-                    self.stops[command.trial] = command.cause
+                    self.stops[command.job] = command.cause
                 else:
                     if isinstance(
                         command, SubmitCommand
                     ):  # an older stop was for an earlier attempt
-                        self.stops.pop(command.trial, None)
+                        self.stops.pop(command.job, None)
                     self.work.put(command)
                     if isinstance(command, CloseCommand):
                         return
@@ -116,14 +120,14 @@ class RemoteObserver:
 
     channel: WorkerChannel
     orders: CommandQueue
-    trial: str
+    job: str
     attempt: int
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
         """See Observer."""
         self.channel.send(
             ProgressEvent(
-                trial=self.trial,
+                job=self.job,
                 attempt=self.attempt,
                 step=step,
                 total_steps=total_steps,
@@ -135,7 +139,7 @@ class RemoteObserver:
         """See Observer."""
         self.channel.send(
             EvaluatedEvent(
-                trial=self.trial,
+                job=self.job,
                 attempt=self.attempt,
                 step=step,
                 total_steps=total_steps,
@@ -145,19 +149,19 @@ class RemoteObserver:
 
     def stop_cause(self) -> StopCause | None:
         """See Observer."""
-        return self.orders.stops.get(self.trial)
+        return self.orders.stops.get(self.job)
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What a worker has been given."""
+    """The resources of a worker."""
 
     log: Path
     devices: int = 1
 
 
 class ExitReason(Enum):
-    """Why a worker ended by itself."""
+    """The reason for which a worker ended by itself."""
 
     CLOSED = "closed"
     MEMORY = "its successor starts with clean memory"
@@ -166,7 +170,7 @@ class ExitReason(Enum):
 def serve(
     channel: WorkerChannel, orders: CommandQueue, runner: TrialRunner, worker: int
 ) -> ExitReason:
-    """Run commands one after the other until told to close, or until memory ran out or is lost.
+    """Run commands one after the other until Close, or until memory ran out or is worn out.
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """
@@ -176,17 +180,11 @@ def serve(
         command = orders.work.get()
         if isinstance(command, CloseCommand):
             return ExitReason.CLOSED
-        if isinstance(command, ProbeCommand):
-            channel.send(_probed(command, runner))
-            continue
-        if isinstance(command, CheckCommand):
-            channel.send(_checked(command, runner, worker))
-            continue
-        if isinstance(command, JudgeCommand):
-            channel.send(_tested(command, runner))
+        if not isinstance(command, SubmitCommand):
+            channel.send(_answer(command, runner))
             continue
         outcome = _outcome(command, runner, channel, orders, patience)
-        channel.send(EndedEvent(trial=command.trial, attempt=command.attempt, outcome=outcome))
+        channel.send(EndedEvent(job=command.job, attempt=command.attempt, outcome=outcome))
         if outcome.cause == "oom" or runner.worn_out:
             return ExitReason.MEMORY
 
@@ -194,13 +192,13 @@ def serve(
 def make_runner(
     workers: WorkerSettings, worker: int, threads: int, place: WorkerResources
 ) -> TrialRunner:
-    """The runner of `workers.trainer`; heavy imports happen here, in the worker.
+    """Return the runner of `workers.trainer`, after its heavy imports.
 
     Args:
-        workers: who trains.
-        worker: its number.
+        workers: the settings that name the trainer.
+        worker: the worker's number.
         threads: CPU threads of each of its processes.
-        place: its devices, and where their followers print.
+        place: its devices and its log.
     """
     # OpenMP threads that spin while they wait make a trial several times slower when anything else runs
     # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
@@ -218,7 +216,7 @@ def make_runner(
 
 
 def print_into(log: Path) -> None:
-    """From now on everything this process prints goes into a file."""
+    """Redirect everything that this process prints into a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
@@ -226,19 +224,29 @@ def print_into(log: Path) -> None:
 
 
 def begin_log(log: Path, worker: int) -> None:
-    """Where a new process begins in a worker's log, so that nobody takes earlier lines for its own."""
+    """Mark the start of a new process in a worker's log, so that `tail_of` reads no earlier lines."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    # a full disk keeps nobody from starting a worker, which then waits for space
+    # a worker starts on a full disk too, and waits for space
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
         file.write(f"{BEGINS}{worker}, {datetime.now():%Y-%m-%d %H:%M:%S}\n")
 
 
 def tail_of(log: Path) -> str:
-    """The last lines that a worker's latest process printed."""
+    """Return the last lines that a worker's latest process printed."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     _, mark, own = text.rpartition(BEGINS)
     lines = own.splitlines()[1:] if mark else text.splitlines()
     return redact("\n".join(lines[-LOG_TAIL_LINES:]))
+
+
+def _answer(command: JudgeCommand | ProbeCommand | CheckCommand, runner: TrialRunner) -> WorkAnswer:
+    match command:
+        case ProbeCommand():
+            return _probed(command, runner)
+        case CheckCommand():
+            return _checked(command, runner)
+        case JudgeCommand():
+            return _judged(command, runner)
 
 
 def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:
@@ -252,10 +260,12 @@ def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return ProbedEvent(arm=command.arm, facts=facts, message=message, misfit=misfit)
+    return ProbedEvent(
+        job=command.job, attempt=command.attempt, facts=facts, message=message, misfit=misfit
+    )
 
 
-def _checked(command: CheckCommand, runner: TrialRunner, worker: int) -> CheckedEvent:
+def _checked(command: CheckCommand, runner: TrialRunner) -> CheckedEvent:
     size: TrialSize | None = None
     refusal: Outcome | None = None
     try:
@@ -264,10 +274,10 @@ def _checked(command: CheckCommand, runner: TrialRunner, worker: int) -> Checked
         refusal = Outcome(cause="refused", message=str(error))
     except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
         refusal = Outcome(cause="error", message=_traceback())
-    return CheckedEvent(worker=worker, size=size, refusal=refusal)
+    return CheckedEvent(job=command.job, attempt=command.attempt, size=size, refusal=refusal)
 
 
-def _tested(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
+def _judged(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
     losses: HeldOutLosses | None = None
     message: str | None = None
     try:
@@ -277,22 +287,22 @@ def _tested(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return JudgedEvent(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
+    return JudgedEvent(job=command.job, attempt=command.attempt, losses=losses, message=message)
 
 
 @dataclass
 class DiskPatience:
-    """How long a worker has waited for a disk that stays full, over all the trials it was given."""
+    """Measures how long a worker has waited for a full disk, over all its trials."""
 
     waited_s: float = 0.0
 
     @property
     def exhausted(self) -> bool:
-        """Whether the next trial would wait in vain as well."""
+        """True if the next trial would wait in vain as well."""
         return self.waited_s > FULL_DISK_PATIENCE_S
 
     def wait(self) -> None:
-        """For a moment."""
+        """Wait for a moment."""
         time.sleep(FULL_DISK_WAIT_S)
         self.waited_s += FULL_DISK_WAIT_S
 
@@ -304,10 +314,10 @@ def _outcome(
     orders: CommandQueue,
     patience: DiskPatience,
 ) -> Outcome:
-    """Run a trial; on a full disk it waits, and then continues from its newest whole checkpoint."""
-    observer = RemoteObserver(channel, orders, command.trial, command.attempt)
+    """Run a trial. On a full disk, wait and continue from the newest whole checkpoint."""
+    observer = RemoteObserver(channel, orders, command.job, command.attempt)
     folder = TrialFolder(command.folder)
-    told = False
+    announced = False
     while True:
         try:
             outcome = _run(command, runner, folder, observer)
@@ -319,12 +329,10 @@ def _outcome(
         else:
             patience.waited_s = 0.0
             return outcome
-        if not told:
+        if not announced:
             message = f"the disk of {folder.path} is full; waiting for space"
-            channel.send(
-                WaitingEvent(trial=command.trial, attempt=command.attempt, message=message)
-            )
-            told = True
+            channel.send(WaitingEvent(job=command.job, attempt=command.attempt, message=message))
+            announced = True
         if patience.exhausted:
             return Outcome(cause="error", message=f"the disk stays full: {folder.path}")
         patience.wait()
@@ -341,7 +349,7 @@ def _run(
 
 
 def disk_full(error: Exception, folder: Path) -> bool:
-    """Whether a trial failed for want of space; safetensors and torch have errors of their own."""
+    """Return True if a trial failed on a full disk, for which libraries raise errors of their own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return shutil.disk_usage(folder if folder.exists() else folder.parent).free < FULL_BYTES
