@@ -32,9 +32,9 @@ from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
 from sweeper.core.value import FrozenValue
 from sweeper.reporting.console import say
-from sweeper.reporting.finalist_results import COMPLETE
 from sweeper.reporting.results import load_results
 from sweeper.reporting.winner import find_winner
+from sweeper.search.states import STATES
 from sweeper.tracking.provenance import origin, provenance
 from sweeper.tracking.store import TrackingStore
 
@@ -163,7 +163,7 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
         if not path.exists():
             raise StudyError(f"{name}: {path} is not there, so nothing can be held against it")
     outcome = Outcome.model_validate_json(folder.outcome.read_text(encoding="utf-8"))
-    if outcome.cause not in COMPLETE or outcome.best_value is None:
+    if not STATES[outcome.cause].complete or outcome.best_value is None:
         raise StudyError(
             f"{name} ended as {outcome.cause} after {outcome.steps} steps: only a trial that ran to its "
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"

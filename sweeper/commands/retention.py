@@ -21,6 +21,7 @@ from sweeper.core.errors import StudyLocked
 from sweeper.core.outcome import Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, size_mib
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, load_results
+from sweeper.search.states import STATES
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def _ended(trial: TrialFolder) -> bool:
     if not trial.outcome.exists():
         return False
     outcome = Outcome.model_validate_json(trial.outcome.read_text(encoding="utf-8"))
-    return outcome.cause != "cancelled"
+    return not STATES[outcome.cause].open
 
 
 def _existing(path: Path, why: str) -> Iterator[Removal]:

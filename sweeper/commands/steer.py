@@ -1,7 +1,7 @@
-"""Look at studies and send them commands, from another terminal than their drivers'.
+"""The verbs' side of a running study: reads its status and sends it commands.
 
-Reads the files that drivers write, and puts commands into their inboxes. Opens no database, and
-writes nothing else of a study.
+Reads the files that drivers write, and puts commands into their inboxes. Opens no database, and writes
+nothing else of a study.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOOK_AGAIN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class CommandReply:
-    """Result of a command."""
+    """The result of a command."""
 
     exit_code: int
     text: str
@@ -51,7 +51,7 @@ def study_folder(name: str, output_dir: Path) -> StudyFolder:
     """Return the folder of a study that a driver has opened.
 
     Raises:
-        CommandRefused: the text is no study name, or there is no such study. Lists those there are.
+        CommandRefused: there is no study of this name. The message lists those that there are.
     """
     folder = StudyFolder(output_dir / name)
     if not _is_name(name) or not folder.standing.exists():
@@ -62,7 +62,7 @@ def study_folder(name: str, output_dir: Path) -> StudyFolder:
 
 
 def standing(folder: StudyFolder) -> StudyStatus:
-    """Return a study's status. A study whose driver vanished counts as killed.
+    """Return the status of a study: "killed" if its driver is gone without a final status.
 
     Raises:
         CommandRefused: the status file cannot be read.
@@ -71,8 +71,8 @@ def standing(folder: StudyFolder) -> StudyStatus:
         found = StudyStatus.model_validate_json(folder.standing.read_bytes())
     except ValidationError:
         raise CommandRefused(
-            f"{folder.standing} was written by another version of sweeper. Run the study's command "
-            "again: it is written anew"
+            f"{folder.standing} was written by another version of sweeper; run the study's command "
+            "again to write a new one"
         ) from None
     if found.state not in ENDED and not is_driven(folder):
         return found.model_copy(update={"state": "killed", "running": ()})
@@ -80,7 +80,7 @@ def standing(folder: StudyFolder) -> StudyStatus:
 
 
 def standings(output_dir: Path) -> list[StudyStatus]:
-    """Return the status of all studies under an output_dir by name, unreadable ones left out."""
+    """Return the status of all studies under an output_dir whose files can be read, by name."""
     found = []
     for folder in _studies(output_dir):
         try:
@@ -97,7 +97,7 @@ def silent(output_dir: Path) -> list[str]:
 
 
 def values_of(texts: Sequence[str]) -> dict[str, str]:
-    """Parse KEY=VALUE arguments.
+    """Return KEY=VALUE arguments as a mapping.
 
     Raises:
         CommandRefused: an argument has another form, or a key comes twice.
@@ -111,19 +111,22 @@ def values_of(texts: Sequence[str]) -> dict[str, str]:
             raise CommandRefused(f"{key}: given twice")
         values[key] = value
     if sum(map(len, texts)) > MAX_BYTES // 2:
-        raise CommandRefused("these values are longer than anybody writes")
+        raise CommandRefused(f"the values are longer than {MAX_BYTES // 2} characters in all")
     return values
 
 
 def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> CommandReply:
-    """Send a command and wait for the driver's answer, for a limited time."""
+    """Send a command and wait at most `timeout_s` seconds for the driver's answer."""
     driven = is_driven(folder)
     if not driven and isinstance(command, TO_A_DRIVER):
-        return CommandReply(REFUSED, f"it is not running: there is nothing to {command.verb}")
+        return CommandReply(
+            REFUSED, f"the study is not running, so there is nothing to {command.verb}"
+        )
     identity = send(folder, command)
     if not driven:
         return CommandReply(
-            KEPT, f"no driver runs. Kept until it is started again:{_start(folder)}"
+            KEPT,
+            f"the study is not running; the command is kept for its next start:{_start(folder)}",
         )
     answer = _wait(folder, identity, timeout_s)
     if answer is not None:
@@ -131,19 +134,19 @@ def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> Comma
     if is_driven(folder):
         return CommandReply(
             KEPT,
-            f"no answer within {timeout_s:g} s (a driver that loads a model or waits for its database "
-            "answers later). The command is kept, and obeyed as soon as it is read",
+            f"no answer within {timeout_s:g} s (a driver that waits for its database answers later); "
+            "the command is kept, and obeyed as soon as it is read",
         )
     if isinstance(command, TO_A_DRIVER):
         withdraw(folder, identity)
-        return CommandReply(REFUSED, "its driver ended before it read the command")
+        return CommandReply(REFUSED, "the study's driver ended before it read the command")
     return CommandReply(
-        KEPT, f"its driver has ended. Kept until it is started again:{_start(folder)}"
+        KEPT, f"the driver has ended; the command is kept for the next start:{_start(folder)}"
     )
 
 
 def _is_name(text: str) -> bool:
-    """Return True if a text can be a study's name. A path cannot."""
+    """Return True if a study can have this name. A path is no name."""
     try:
         TypeAdapter(StudyName).validate_python(text)
     except ValidationError:
@@ -152,7 +155,7 @@ def _is_name(text: str) -> bool:
 
 
 def _wait(folder: StudyFolder, identity: str, timeout_s: float) -> CommandAnswer | None:
-    """Return the answer, or None after a timeout or when the driver ended."""
+    """Return the answer, or None when the time is over or the driver gone."""
     end = time.monotonic() + timeout_s
     look = time.monotonic() + LOOK_AGAIN_SECONDS
     while time.monotonic() < end:

@@ -135,6 +135,8 @@ class FakeTrainer(SettingsSection):
     steps: Positive
     plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
     finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
+    requests: dict[Literal["probe", "check", "judge"], Literal["hang", "crash"]]
+    """Requests of the driver that are not answered: the worker hangs or dies."""
     free_mib: Annotated[float, Field(gt=0)] | None
     """MiB that a trial may need before training. A larger one is refused."""
     room_mib: Annotated[float, Field(gt=0)] | None
@@ -150,6 +152,8 @@ class WorkerSettings(SettingsSection):
     """Address of the Ray cluster: HOST:PORT, auto (this node's), or null to start a cluster here."""
     trial_timeout_s: Seconds | None
     stall_timeout_s: Seconds | None
+    probe_timeout_s: Seconds | None
+    """Limit of a probe, a check or a judgement, which report no progress."""
     fake: FakeTrainer
 
     @model_validator(mode="after")

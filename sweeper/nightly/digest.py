@@ -27,11 +27,10 @@ from sweeper.nightly.night_record import (
 )
 from sweeper.nightly.nightly_set import NightlySet
 from sweeper.reporting.text_table import DASH, TextTable, duration, number
+from sweeper.search.states import STATES
 
 UNFINISHED = "not finished"
 """Of a night that was stopped; the next firing within its window goes on."""
-FINE = frozenset({"finished", "early_stopped", "pruned", "duplicate"})
-"""Ends of trials that are no failures."""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -166,7 +165,7 @@ def _failures(record: NightRecord) -> Iterator[str]:
         if entry.message is not None:
             yield f"- {entry.name}: {_one_line(entry.message)}"
         for cause, count in sorted(entry.causes.items()):
-            if cause not in FINE:
+            if cause not in STATES or not STATES[cause].comparable:
                 yield f"- {entry.name}: {count} trials ended as {cause}"
 
 

@@ -26,13 +26,7 @@ from sweeper.reporting.result_tables import (
     pareto_front,
 )
 from sweeper.reporting.results import StudyResults
-from sweeper.reporting.study_progress import (
-    OPEN,
-    StudyProgress,
-    StudyView,
-    TrialProgress,
-    format_scalar,
-)
+from sweeper.reporting.study_progress import StudyProgress, StudyView, TrialProgress, format_scalar
 from sweeper.reporting.text_table import duration
 from sweeper.reporting.verdict import judge
 
@@ -178,11 +172,10 @@ def board_table(board: StudyProgress) -> Group:
     for trial in trials[-MAX_ROWS:]:
         table.add_row(*_cells(trial, keys, best=trial is board.best))
     # above the table, for a title would be as narrow as its table
-    return Group(Text(_headline(board, trials), style="bold"), table)
+    return Group(Text(_headline(board), style="bold"), table)
 
 
-def _headline(board: StudyProgress, trials: list[TrialProgress]) -> str:
-    done = sum(trial.state not in OPEN for trial in trials)
+def _headline(board: StudyProgress) -> str:
     base = "" if board.base_value is None else f"   untuned base {board.base_value:.4f}"
     best = (
         "" if board.best is None else f"   best {board.best.best:.4f} (trial {board.best.number})"
@@ -191,7 +184,7 @@ def _headline(board: StudyProgress, trials: list[TrialProgress]) -> str:
         "" if board.seconds_left is None else f"   about {duration(board.seconds_left)} left"
     )
     left = "".join(f"   {words}" for words in (board.left, board.note) if words)
-    return f"{board.arm}: {done} of {board.wanted} trials{base}{best}{time_left}{left}"
+    return f"{board.arm}: {board.done} of {board.wanted} trials{base}{best}{time_left}{left}"
 
 
 def _evaluation(trial: TrialProgress, board: StudyProgress) -> str:

@@ -59,7 +59,7 @@ class TrialResult:
     @property
     def complete(self) -> bool:
         """Whether it ran to its own end, so that it can be the best."""
-        return self.outcome.cause in ("finished", "early_stopped")
+        return STATES[self.outcome.cause].complete
 
     def metric(self, name: str) -> float | None:
         """A figure of the trial, if it has it."""

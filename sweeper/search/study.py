@@ -33,9 +33,9 @@ from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
-from sweeper.search.states import counts
 from sweeper.search.storage import PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.search.telling import counts
 
 DIGESTED = ("model.base_model", "model.revision", "data.train", "data.validation", "data.test")
 """Settings that name things whose content has a digest. A data source may be a mapping of its own."""

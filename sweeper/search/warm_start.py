@@ -21,7 +21,7 @@ from sweeper.config.space import Draw, Point, keys, locate
 from sweeper.core.errors import StudyMismatch
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
-from sweeper.search.states import counts
+from sweeper.search.states import STATES
 from sweeper.search.study import (
     open_storage,
     optuna_name,
@@ -31,6 +31,7 @@ from sweeper.search.study import (
     suggest,
 )
 from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.search.telling import counts
 
 SAME = ("objective.metric", "objective.direction", "costs", "data digest", "base model digest")
 """Parts of the question in which a study and the study it forks must agree."""
@@ -83,7 +84,7 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
     done = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get("cause") in ("finished", "early_stopped")
+        if (cause := trial.user_attrs.get("cause")) in STATES and STATES[cause].complete
     ]
     best = max if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else min
     return best(done, key=lambda trial: trial.values[0]) if done else None

@@ -21,10 +21,12 @@ PACKAGES = (
     *("hydra-core", "optuna", "mlflow"),
 )
 
+GIT_SECONDS = 10
+
 
 def provenance(command: str) -> dict[str, str]:
     """Flat facts about this process: versions (without importing anything), git state, machine."""
-    versions = {f"package.{name}": metadata.version(name) for name in PACKAGES}
+    versions = {f"package.{name}": _version(name) for name in PACKAGES}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": redact(f"python -m sweeper {command}".strip()),
@@ -51,6 +53,13 @@ def origin(process: Mapping[str, str], facts: ArmBaseline) -> dict[str, str]:
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a stripped installation; training does without it
+        return "unknown: no metadata installed"
+
+
 def _cpu() -> str:
     """The processor's name: another one may add numbers in another order."""
     try:
@@ -63,10 +72,13 @@ def _cpu() -> str:
 
 def _git(folder: Path) -> dict[str, str]:
     """Commit and dirty flag of the working copy the user stands in; nothing outside one."""
-    commit = _ask_git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return {"git.commit": "none: not a git working copy"}
-    dirty = _ask_git(folder, "status", "--porcelain", "--untracked-files=no")
+    try:
+        commit = _ask_git(folder, "rev-parse", "HEAD")
+        if commit is None:
+            return {"git.commit": "none: not a git working copy"}
+        dirty = _ask_git(folder, "status", "--porcelain", "--untracked-files=no")
+    except subprocess.TimeoutExpired:  # a slow network disk must not keep anything from training
+        return {"git.commit": f"unknown: git did not answer within {GIT_SECONDS} s"}
     return {"git.commit": commit, "git.dirty": str(bool(dirty)).lower()}
 
 
@@ -75,6 +87,10 @@ def _ask_git(folder: Path, *words: str) -> str | None:
     if git is None:
         return None
     answer = subprocess.run(
-        [git, "-C", str(folder), *words], capture_output=True, text=True, check=False, timeout=10
+        [git, "-C", str(folder), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=GIT_SECONDS,
     )
     return answer.stdout.strip() if answer.returncode == 0 else None

@@ -204,7 +204,7 @@ def test_a_used_up_budget_leaves_seeds_out(
     """Device-hours are spent by the search: no further seed, one seed judged on the test split."""
     results = _run(tmp_path, ONLY_LORA, *TWO_BY_THREE, "hydra.sweeper.budget.device_hours=1e-9")
     assert not _trained(tmp_path)
-    assert "of its finalists' seeds left out: the device-hours are used up" in (
+    assert "further seeds of its finalists left out: the device-hours are used up" in (
         capsys.readouterr().out
     )
     final = results.arms[0].final

@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.commands.run_study import run_study
 from sweeper.reporting.results import ArmResult
-from sweeper.search.states import counts
 from sweeper.search.study_plan import studies
+from sweeper.search.telling import counts
 
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),
