@@ -20,7 +20,13 @@ from rich.console import Console
 
 from sweeper.commands.run_trial import train_single
 from sweeper.config.compose import compose, key_of, read_yaml
-from sweeper.config.settings import RunSettings, TrialSettings, metric_words, validate
+from sweeper.config.settings import (
+    RunSettings,
+    TrialSettings,
+    metric_words,
+    stored_settings,
+    validate,
+)
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, FrozenValue, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
@@ -157,7 +163,7 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"
         )
     kept = {key: str(value) for key, value in read_json(folder.provenance).items()}
-    settings = validate(TrialSettings, _trial_part(read_yaml(folder.config)))
+    settings = stored_settings(read_yaml(folder.config))
     commit = kept.get("base.commit")
     if commit is not None and settings.model.revision is None:
         pinned = settings.model.model_copy(update={"revision": commit})
@@ -305,8 +311,3 @@ def describe(found: Reproduction) -> str:
 def to_json(found: Reproduction) -> str:
     """For a program."""
     return json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False)
-
-
-def _trial_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config that may hold the machinery of its day as well."""
-    return {key: value for key, value in config.items() if key in TrialSettings.model_fields}

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -363,7 +362,7 @@ class StudySession:
         if self._finals is None:
             return results
         untested = None if self._plan.study.finalists.test else LEFT_ALONE
-        return settle(replace(results, untested=untested), self._finals)
+        return settle(results.model_copy(update={"untested": untested}), self._finals)
 
     def _write_results(self) -> None:
         """After a trial, so that a report can be read while the study runs or after a crash.

@@ -48,6 +48,7 @@ from sweeper.config.section import (
     flatten,
     parse_duration,
 )
+from sweeper.config.settings.added_settings import changed_parts, stored_settings, stored_text
 from sweeper.config.study_settings import (
     ArmSettings,
     BudgetSettings,
@@ -127,10 +128,13 @@ __all__ = [
     "TrainingSettings",
     "TrialSettings",
     "WorkerSettings",
+    "changed_parts",
     "describe",
     "flatten",
     "metric_words",
     "parse_duration",
     "sources",
+    "stored_settings",
+    "stored_text",
     "validate",
 ]

@@ -160,7 +160,7 @@ def _anew(results: StudyResults, arm: ArmResult, suffix: str, key: str, words: s
 
 
 def _best_at(arm: ArmResult, rank: int) -> TrialResult:
-    return next(trial for trial in arm.trials if trial.complete and trial.point.get(RANK) == rank)
+    return next(trial for trial in arm.trials if trial.complete and trial.params.get(RANK) == rank)
 
 
 def _signed(gain: float | None) -> str:

@@ -72,7 +72,7 @@ def finalists(results: StudyResults) -> TextTable | None:
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
     """An arm's trials, the best first."""
-    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
+    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.params))
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
     columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
@@ -84,13 +84,13 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
 def pareto_front(arm: ArmResult) -> TextTable:
     """The trials that no other beats in value and in every cost, the best value first."""
     front = [trial for trial in arm.trials if trial.number in arm.front]
-    keys = list(dict.fromkeys(key for trial in front for key in trial.point))
+    keys = list(dict.fromkeys(key for trial in front for key in trial.params))
     judged = metric_words(arm.objective.metric)
     columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), judged, *arm.costs)
     rows = [
         (
             str(trial.number),
-            *(short_names(trial.point).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+            *(short_names(trial.params).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
             number(trial.value, "{:.4f}"),
             *(number(trial.metric(cost), "{:,.4g}") for cost in arm.costs),
         )
@@ -211,7 +211,7 @@ def _weights(arm: ArmResult) -> str:
 
 
 def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
-    shown = short_names(trial.point)
+    shown = short_names(trial.params)
     return (
         str(place),
         str(trial.number),

@@ -12,7 +12,13 @@ from pathlib import Path
 
 from sweeper.builtin import stand_ins
 from sweeper.config.compose import read_yaml, to_yaml
-from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
+from sweeper.config.settings import (
+    EMBEDDED,
+    LoraAdapter,
+    TrialSettings,
+    metric_words,
+    stored_settings,
+)
 from sweeper.core.errors import StudyError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import StudyFolder, TrialFolder
@@ -44,7 +50,7 @@ class WinningTrial:
         path = self.folder.config
         if not path.exists():
             raise StudyError(f"{path}: no such file; the trial's folder was removed or moved")
-        return validate(TrialSettings, read_yaml(path))
+        return stored_settings(read_yaml(path))
 
     @cached_property
     def artifact(self) -> Path:
@@ -67,7 +73,7 @@ class WinningTrial:
     def words(self) -> str:
         """Which trial it is, and how good."""
         point = ", ".join(
-            f"{name}={value}" for name, value in short_names(self.trial.point).items()
+            f"{name}={value}" for name, value in short_names(self.trial.params).items()
         )
         loss = (
             ""

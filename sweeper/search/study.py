@@ -15,7 +15,7 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
-from sweeper.config.settings import TrialSettings, flatten
+from sweeper.config.settings import TrialSettings, changed_parts, flatten, stored_text
 from sweeper.config.space import (
     Choice,
     Domain,
@@ -28,7 +28,7 @@ from sweeper.config.space import (
     locate,
     walk,
 )
-from sweeper.core.errors import StudyMismatch
+from sweeper.core.errors import StudyError, StudyMismatch
 from sweeper.core.outcome import ArmBaseline, Outcome, device_seconds
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.finalist_results import finalists_seconds
@@ -56,6 +56,9 @@ WITHOUT_EFFECT = (
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
+FORMAT = 1
+"""Version of an arm's study in Optuna's storage: its attributes, and those of its trials. It rises only
+when an older program would misread them; a setting that is added is a line of ADDED_SETTINGS instead."""
 QUEUED_BY = "queued_by"
 """Attribute of a trial that a person queued while the study ran: the command's id."""
 CLONE_OF = "clone_of"
@@ -92,6 +95,7 @@ def open_study(
 
     Raises:
         StudyMismatch: the study of this name has other spaces, settings, data or base model.
+        StudyError: a newer version stored it.
     """
     costs: list[Literal["minimize", "maximize"]] = ["minimize"] * len(plan.study.costs)
     study = optuna.create_study(
@@ -101,10 +105,27 @@ def open_study(
         pruner=make_pruner(plan.study.pruner),
         load_if_exists=True,
     )
+    require_readable(study)
     _check_question(study, plan, arm, facts)
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     return study
+
+
+def require_readable(study: optuna.Study) -> None:
+    """Refuse a study that a newer version stored.
+
+    Raises:
+        StudyError: names both formats, and how its answer is kept.
+    """
+    found = study.user_attrs.get("format", 1)  # the first format had no number
+    if found > FORMAT:
+        name = study.study_name.partition("/")[0]
+        raise StudyError(
+            f"study {name!r} is of format {found}, this version reads up to format {FORMAT}: continue "
+            "it with the version that stored it, or start a new study: "
+            f"hydra.sweeper.study_name={name}_2"
+        )
 
 
 def drawn(study: optuna.Study) -> int:
@@ -161,6 +182,7 @@ def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.St
     if name not in optuna.get_all_study_names(storage):
         return None
     study = optuna.load_study(study_name=name, storage=storage)
+    require_readable(study)
     return study if "facts" in study.user_attrs else None
 
 
@@ -279,13 +301,13 @@ def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: A
     asked = question(plan, arm, facts)
     before = study.user_attrs.get("question")
     if before is None:
+        study.set_user_attr("format", FORMAT)
         study.set_user_attr("question", asked)
         return
-    changed = [key for key in {**before, **asked} if before.get(key) != asked.get(key)]
-    if changed:
+    if changed := changed_parts(before, asked):
         name = plan.study.study_name
         lines = [
-            f"    {key}: {before.get(key, 'absent')} then, {asked.get(key, 'absent')} now"
+            f"    {key}: {stored_text(before, key) or 'absent'} then, {asked.get(key, 'absent')} now"
             for key in changed
         ]
         raise StudyMismatch(

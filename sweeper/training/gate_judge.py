@@ -18,7 +18,12 @@ from peft import PeftModel
 from pydantic import Field
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import DataSettings, GeneralTextSettings, TrialSettings, validate
+from sweeper.config.settings import (
+    DataSettings,
+    GeneralTextSettings,
+    TrialSettings,
+    stored_settings,
+)
 from sweeper.core.errors import ArtifactError, DataError, SweeperError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import FrozenValue
@@ -122,9 +127,7 @@ def _tokens(losses: Mapping[str, Sequence[LossSum]]) -> list[int] | None:
 
 def settings_of(folder: Path) -> TrialSettings:
     """The settings that the trial in a folder was trained with."""
-    fields = set(TrialSettings.model_fields)
-    config = read_yaml(TrialFolder(folder).config)
-    return validate(TrialSettings, {key: value for key, value in config.items() if key in fields})
+    return stored_settings(read_yaml(TrialFolder(folder).config))
 
 
 def _seen(settings: Sequence[TrialSettings]) -> list[Example]:
