@@ -120,7 +120,7 @@ def trial(
     """Train a trial again by hand, from the config.yaml of an earlier one."""
     from sweeper.commands.run_trial import run_single
     from sweeper.config.compose import compose, read_yaml
-    from sweeper.config.settings import RunSettings, validate
+    from sweeper.config.settings import RunSettings, stored_settings, validate
     from sweeper.core.errors import StudyError
     from sweeper.core.paths import TrialFolder
 
@@ -129,7 +129,9 @@ def trial(
         raise StudyError(
             f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007"
         )
-    settings = validate(RunSettings, {**compose([]).config, **read_yaml(source)})
+    stored = read_yaml(source)
+    trial = stored_settings(stored).model_dump(mode="json")
+    settings = validate(RunSettings, {**compose([]).config, **stored, **trial})
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
 
 

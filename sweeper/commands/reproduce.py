@@ -24,7 +24,7 @@ from sweeper.config.settings import (
     RunSettings,
     TrialSettings,
     metric_words,
-    trial_settings,
+    stored_settings,
     validate,
 )
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
@@ -169,7 +169,7 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"
         )
     kept = {key: str(value) for key, value in read_json(folder.provenance).items()}
-    settings = trial_settings(read_yaml(folder.config))
+    settings = stored_settings(read_yaml(folder.config))
     commit = kept.get("base.commit")
     if commit is not None and settings.model.revision is None:
         pinned = settings.model.model_copy(update={"revision": commit})

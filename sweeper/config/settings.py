@@ -6,6 +6,7 @@ starts. Names are those of PEFT, transformers and Optuna wherever these have one
 """
 
 # One import place for all sections, so that callers need not know which file holds which.
+from sweeper.config.added_settings import changed_parts, stored_settings, stored_text
 from sweeper.config.data_settings import (
     EMBEDDED,
     SPLIT_KEYS,
@@ -32,7 +33,12 @@ from sweeper.config.model_settings import (
     NoAdapter,
     QuantizationSettings,
 )
-from sweeper.config.section import Positive, SettingsSection, flatten, parse_duration
+from sweeper.config.section import (
+    Positive,
+    SettingsSection,
+    flatten,
+    parse_duration,
+)
 from sweeper.config.study_settings import (
     ArmSettings,
     BudgetSettings,
@@ -52,7 +58,7 @@ from sweeper.config.trial_settings import (
     TrialSettings,
     WorkerSettings,
 )
-from sweeper.config.validation import describe, trial_settings, validate
+from sweeper.config.validation import describe, validate
 
 __all__ = [
     "DIRECTIONS",
@@ -90,11 +96,13 @@ __all__ = [
     "TrainingSettings",
     "TrialSettings",
     "WorkerSettings",
+    "changed_parts",
     "describe",
     "flatten",
     "metric_words",
     "parse_duration",
     "sources",
-    "trial_settings",
+    "stored_settings",
+    "stored_text",
     "validate",
 ]

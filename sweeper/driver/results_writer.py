@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from sweeper.core.paths import StudyFolder, write_atomic, write_json
 from sweeper.core.value import MemoryShortfall
@@ -52,7 +52,7 @@ class ResultsWriter:
         if self.finals is None:
             return results
         untested = None if plan.study.finalists.test else LEFT_ALONE
-        return settle(replace(results, untested=untested), self.finals)
+        return settle(results.model_copy(update={"untested": untested}), self.finals)
 
     def on_trial_finished(self) -> None:
         """Write the results, so that a report can be read while the study runs or after a crash.

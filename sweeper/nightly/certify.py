@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import trial_settings
+from sweeper.config.settings import stored_settings
 from sweeper.core.errors import DataError, SweeperError, TrackingError
 from sweeper.core.outcome import ExampleLosses, HeldOutKind, HeldOutLosses
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
@@ -79,7 +79,7 @@ def judge_here(trial: TrialFolder) -> tuple[HeldOutLosses, HeldOutLosses]:
     """
     from sweeper.training.trial_runner import TransformersRunner
 
-    settings = trial_settings(read_yaml(trial.config))
+    settings = stored_settings(read_yaml(trial.config))
     general = settings.evaluation.general_text.source is not None
     kinds: Sequence[HeldOutKind] = ("test", "general") if general else ("test",)
     runner = TransformersRunner(threads=os.cpu_count() or 1)
@@ -92,7 +92,7 @@ def digest_today(trial: TrialFolder) -> str:
     Raises:
         DataError: they cannot be read any more.
     """
-    return load_splits(trial_settings(read_yaml(trial.config)).data).digest
+    return load_splits(stored_settings(read_yaml(trial.config)).data).digest
 
 
 def certify(

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from sweeper.config.settings import changed_parts
 from sweeper.core.paths import StudyFolder
 from sweeper.driver.device_time import spent_seconds
-from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord, changed
+from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord
 from sweeper.nightly.nightly_set import LoadedSet, SetEntry
 from sweeper.nightly.study_identity import identity, question_of
 from sweeper.search.study import counted, find_study, open_storage
@@ -115,9 +116,9 @@ def _choose(entry: SetEntry, parts: dict[str, str], last: EntryRecord | None) ->
     if entry.policy == "fresh":
         return "new", "a new study every night"
     if entry.policy == "continue":
-        differ = changed(question_of(before), question_of(parts))
+        differ = changed_parts(question_of(before), question_of(parts))
         return ("new", _in_words(differ)) if differ else ("continue", "nothing changed")
-    differ = changed(before, parts)
+    differ = changed_parts(before, parts)
     if differ:
         return "new", _in_words(differ)
     if last.status != "done":

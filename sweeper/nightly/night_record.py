@@ -5,15 +5,15 @@ Frozen values, written whole after every step; a night that was cut short goes o
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from sweeper.config.settings import Objective
+from sweeper.config.settings import Objective, stored_text
 from sweeper.config.space import Scalar
+from sweeper.core.errors import StudyError
 from sweeper.core.paths import NightFolder, NightsFolder, write_atomic
 from sweeper.core.value import FrozenValue
 from sweeper.nightly.champion import ChampionDecision
@@ -26,6 +26,9 @@ Result = Literal["no change", "new champion", "regression", "failure"]
 ENDED: frozenset[Status] = frozenset({"done", "cut_short", "failed", "skipped"})
 
 
+FORMAT = 1
+"""Version of night.json: it cannot be made again, and the next night decides from it. It rises only when
+an older program would misread it; a new key has a default instead."""
 JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.max_samples")
 """Parts of an identity without which two values do not compare."""
 
@@ -85,6 +88,7 @@ class EntryRecord(FrozenValue):
 class NightRecord(FrozenValue):
     """One night of a set."""
 
+    format: int = FORMAT
     set_name: str
     date: date
     began: datetime
@@ -108,25 +112,55 @@ def write_record(folder: NightFolder, record: NightRecord) -> None:
 
 
 def read_record(folder: NightFolder) -> NightRecord | None:
-    """A night's record; None if it left none that this version can read."""
+    """Return a night's record; None if the night left none.
+
+    Raises:
+        StudyError: this version cannot read the record; says how the answers of its studies are read.
+    """
     try:
-        return NightRecord.model_validate_json(folder.record.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValidationError, json.JSONDecodeError):
+        text = folder.record.read_bytes()
+    except FileNotFoundError:
         return None
+    try:
+        found = _Numbered.model_validate_json(
+            text
+        ).format  # before keys that only a newer one knows
+        if found > FORMAT:
+            words = f"it is of format {found}, this version reads up to format {FORMAT}"
+            raise StudyError(_unread(folder, words))
+        return NightRecord.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, problem["loc"])) or "the file"
+        raise StudyError(_unread(folder, f"{place}: {problem['msg']}")) from None
 
 
-def earlier(nights: NightsFolder, set_name: str, on: date) -> Iterator[NightRecord]:
-    """The records of the nights before a date, the latest first."""
+class _Numbered(BaseModel):
+    """The format of a record, whatever else is in it."""
+
+    format: int = 1
+
+
+def _unread(folder: NightFolder, reason: str) -> str:
+    return (
+        f"{folder.record} is not read ({reason}): no night continues from it; its studies stay: "
+        "python -m sweeper study list"
+    )
+
+
+def earlier(nights: NightsFolder, set_name: str, on: date) -> tuple[list[NightRecord], list[str]]:
+    """Return the records of the nights before a date, the latest first, and why others are not read."""
+    found: list[NightRecord] = []
+    problems: list[str] = []
     for day in nights.dates(set_name):
         if day < on.isoformat():
-            record = read_record(nights.night(set_name, day))
-            if record is not None:
-                yield record
-
-
-def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The parts of two identities that differ."""
-    return [part for part in {**before, **now} if before.get(part) != now.get(part)]
+            try:
+                record = read_record(nights.night(set_name, day))
+            except StudyError as error:
+                problems.append(str(error))
+                continue
+            found += [record] if record is not None else []
+    return found, problems
 
 
 def last_of(name: str, history: Sequence[NightRecord]) -> EntryRecord | None:
@@ -140,7 +174,7 @@ def comparable(entry: EntryRecord, last: EntryRecord) -> bool:
     if entry.decided is None or last.decided is None:
         return False
     then, now = last.decided.identity, entry.decided.identity
-    return all(then.get(part) == now[part] for part in now if part.endswith(JUDGED_ON))
+    return all(stored_text(then, part) == now[part] for part in now if part.endswith(JUDGED_ON))
 
 
 def regressed(entry: EntryRecord, last: EntryRecord | None, tolerance: float) -> bool:

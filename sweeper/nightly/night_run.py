@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sweeper.commands.run_study import run_study
-from sweeper.core.errors import SweeperError
+from sweeper.core.errors import StudyError, SweeperError
 from sweeper.core.paths import NightFolder, write_atomic
 from sweeper.core.redaction import redact
 from sweeper.nightly.challenge import GateJudge, challenge, judge_apart
@@ -147,12 +147,17 @@ class NightRun:
         self._nightly = nightly = loaded.settings
         self._clock = clock
         self._folder: NightFolder = nightly.folder.night(claim.set_name, claim.date.isoformat())
-        self._history = list(earlier(nightly.folder, claim.set_name, claim.date))
+        self._history, unread = earlier(nightly.folder, claim.set_name, claim.date)
         new = NightRecord(
             set_name=claim.set_name, date=claim.date, began=claim.began, starts=claim.starts
         )
-        found = read_record(self._folder) or new
+        try:
+            found = read_record(self._folder) or new
+        except StudyError as error:
+            found, unread = new, [str(error), *unread]
         self._record = found.model_copy(update={"starts": claim.starts})
+        for problem in unread:
+            self._problem(problem)
         limit = timedelta(seconds=nightly.budget.wall_clock or nightly.window)
         self._deadline = min(night.ends, claim.began + limit)
 
@@ -395,7 +400,7 @@ def _best(arm: ArmResult) -> BestTrial | None:
         value=found.value,
         base_value=arm.base_value,
         objective=arm.objective,
-        point=dict(found.point),
+        point=dict(found.params),
     )
 
 

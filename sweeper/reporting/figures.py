@@ -70,7 +70,7 @@ def rate_figure(results: StudyResults) -> ReportFigure:
         (place, trial, rate, trial.value)
         for place, arm in enumerate(results.arms)
         for trial in arm.trials[:MOST_MARKS]
-        if trial.value is not None and isinstance(rate := trial.point.get(RATE), int | float)
+        if trial.value is not None and isinstance(rate := trial.params.get(RATE), int | float)
     ]
     if len({rate for _, _, rate, _ in measured}) < 2:
         return ReportFigure(title, None, "No two trials were measured at different learning rates.")
@@ -141,10 +141,10 @@ def target_figure(results: StudyResults) -> ReportFigure:
     title = "Target modules"
     objective = results.objective
     measured = [
-        (place, trial, str(trial.point[TARGETS]), trial.value)
+        (place, trial, str(trial.params[TARGETS]), trial.value)
         for place, arm in enumerate(results.arms)
         for trial in arm.trials[:MOST_MARKS]
-        if trial.complete and trial.value is not None and TARGETS in trial.point
+        if trial.complete and trial.value is not None and TARGETS in trial.params
     ]
     groups = list(dict.fromkeys(group for _, _, group, _ in measured))
     if len(groups) < 2:
@@ -226,7 +226,7 @@ def parallel_figure(arm: ArmResult) -> ReportFigure:
     """Every trial as a line across its settings to its loss."""
     title = f"{arm.name}: all settings at once"
     keys = _varied(arm)
-    measured = [t for t in arm.trials if t.value is not None and set(keys) <= set(t.point)]
+    measured = [t for t in arm.trials if t.value is not None and set(keys) <= set(t.params)]
     trials = measured[:MOST_LINES]
     if len(trials) < 2:
         return ReportFigure(
@@ -243,7 +243,7 @@ def parallel_figure(arm: ArmResult) -> ReportFigure:
     lines = []
     for rank, trial in enumerate(trials):
         points = [
-            (index, _on_axis(trial.point[key], places[index], _is_number(key, trials)))
+            (index, _on_axis(trial.params[key], places[index], _is_number(key, trials)))
             for index, key in enumerate(keys)
         ]
         points.append((len(keys), trial.value or 0.0))
@@ -257,7 +257,7 @@ def parallel_figure(arm: ArmResult) -> ReportFigure:
 
 def _axis(key: str, trials: Sequence[TrialResult]) -> ChartAxis:
     name = key.rsplit(".", 1)[-1]
-    values = [trial.point[key] for trial in trials]
+    values = [trial.params[key] for trial in trials]
     if not _is_number(key, trials):
         return word_axis(name, sorted({format_scalar(value) for value in values}))
     numbers = [float(value) for value in values if isinstance(value, int | float)]
@@ -268,7 +268,7 @@ def _axis(key: str, trials: Sequence[TrialResult]) -> ChartAxis:
 
 def _is_number(key: str, trials: Sequence[TrialResult]) -> bool:
     return all(
-        isinstance(trial.point[key], int | float) and not isinstance(trial.point[key], bool)
+        isinstance(trial.params[key], int | float) and not isinstance(trial.params[key], bool)
         for trial in trials
     )
 
@@ -283,9 +283,9 @@ def _on_axis(value: object, places: dict[str, float], number: bool) -> float:
 
 def _varied(arm: ArmResult) -> list[str]:
     """The settings that differ between an arm's trials and that all of them have, in their order."""
-    keys = dict.fromkeys(key for trial in arm.trials for key in trial.point)
-    everywhere = [key for key in keys if all(key in trial.point for trial in arm.trials)]
-    return [key for key in everywhere if len({trial.point[key] for trial in arm.trials}) > 1]
+    keys = dict.fromkeys(key for trial in arm.trials for key in trial.params)
+    everywhere = [key for key in keys if all(key in trial.params for trial in arm.trials)]
+    return [key for key in everywhere if len({trial.params[key] for trial in arm.trials}) > 1]
 
 
 def _names(results: StudyResults) -> list[str]:
@@ -299,4 +299,4 @@ def _metric(objective: Objective) -> str:
 def _words(trial: TrialResult) -> str:
     """The tooltip of a trial's mark."""
     loss = "" if trial.value is None else f" {trial.value:.4f},"
-    return f"{trial.arm} {trial.number}:{loss} {trial.outcome.cause}; {point_words(trial.point)}"
+    return f"{trial.arm} {trial.number}:{loss} {trial.outcome.cause}; {point_words(trial.params)}"

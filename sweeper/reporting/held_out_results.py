@@ -6,7 +6,6 @@ Makes contrasts of what the finalists were judged to lose; knows no study and no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -31,30 +30,31 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
     Where `results.untested` says why nobody may read it, they are held against their bases alone.
     """
     arms = tuple(
-        replace(arm, final=finals[arm.name].final) if arm.name in finals else arm
+        arm.model_copy(update={"final": finals[arm.name].final}) if arm.name in finals else arm
         for arm in results.arms
     )
     forgotten = [_forgotten(name, final) for name, final in finals.items()]
     forgetting = tuple(found for found in forgotten if found is not None)
-    settled = replace(results, arms=arms, forgetting=forgetting)
+    settled = results.model_copy(update={"arms": arms, "forgetting": forgetting})
     if results.untested is not None:
         return settled
     compared = [arm for arm in arms if arm.best is not None]
     if any(not arm.facts.rows.get("test", 0) for arm in compared):
-        return replace(settled, untested=NO_TEST_SPLIT)
+        return settled.model_copy(update={"untested": NO_TEST_SPLIT})
     judged = (finals[arm.name] for arm in compared)
     if not all(final.losses("test") and final.untuned.test is not None for final in judged):
-        return replace(settled, untested=NO_FIGURES)
+        return settled.model_copy(update={"untested": NO_FIGURES})
     reference = reference_arm(settled)
     if reference is None:
         return settled
     rivals = [arm.name for arm in compared if arm.name != reference.name]
     contrasts = [_contrast(name, reference.name, finals) for name in rivals]
     found = tuple(each for each in contrasts if each is not None)
-    return replace(
-        settled,
-        contrasts=found,
-        untested=OTHER_EXAMPLES if len(found) < len(rivals) else None,
+    return settled.model_copy(
+        update={
+            "contrasts": found,
+            "untested": OTHER_EXAMPLES if len(found) < len(rivals) else None,
+        }
     )
 
 

@@ -123,7 +123,7 @@ def rank_ladder(arm: ArmResult, noise: float | None) -> RankLadder | None:
         return None
     found: dict[int, list[TrialResult]] = {}
     for trial in arm.trials:
-        rank = trial.point.get(RANK)
+        rank = trial.params.get(RANK)
         if isinstance(rank, int | float) and trial.complete and trial.value is not None:
             found.setdefault(int(rank), []).append(trial)
     rungs: list[RankStep] = []

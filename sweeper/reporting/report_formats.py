@@ -48,7 +48,7 @@ def as_csv(results: Sequence[StudyResults], _: Path) -> str:
             "value": trial.value,
             "best_step": trial.outcome.best_step,
             "steps": trial.outcome.steps,
-            **trial.point,
+            **trial.params,
             **trial.outcome.metrics,
         }
         for found in results

@@ -72,7 +72,7 @@ def finalists(results: StudyResults) -> TextTable | None:
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
     """An arm's trials, the best first."""
-    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
+    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.params))
     columns = ("#", "trial", *_short(keys), "trainable")
     columns += (metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
@@ -84,7 +84,7 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
 def pareto_front(arm: ArmResult) -> TextTable:
     """The trials that no other beats in value and in every cost, the best value first."""
     front = [trial for trial in arm.trials if trial.number in arm.front]
-    keys = list(dict.fromkeys(key for trial in front for key in trial.point))
+    keys = list(dict.fromkeys(key for trial in front for key in trial.params))
     judged = metric_words(arm.objective.metric)
     columns = ("trial", *_short(keys), judged, *arm.costs)
     rows = [
@@ -210,7 +210,7 @@ def _short(keys: list[str]) -> list[str]:
 
 
 def _point_cells(trial: TrialResult, keys: list[str]) -> list[str]:
-    point = trial.point
+    point = trial.params
     return [format_scalar(point[key]) if key in point else DASH for key in keys]
 
 

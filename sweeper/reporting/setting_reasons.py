@@ -48,7 +48,7 @@ def reason_sheet(arm: ArmResult, importances: Mapping[str, float]) -> TextTable 
     if arm.best is None:
         return None
     rows = [
-        *(_searched(arm, arm.best, key, importances) for key in arm.best.point),
+        *(_searched(arm, arm.best, key, importances) for key in arm.best.params),
         *_fixed(arm, arm.best),
     ]
     columns = ("setting", "value", "why")
@@ -72,19 +72,19 @@ def _searched(
     if ranged is not None and ranged.continuous:
         words = f"searched from {ranged.values[0]:.3g} to {ranged.values[-1]:.3g}"
     else:
-        tried = dict.fromkeys(format_scalar(t.point[key]) for t in arm.trials if key in t.point)
+        tried = dict.fromkeys(format_scalar(t.params[key]) for t in arm.trials if key in t.params)
         listed = ", ".join(sorted(tried)[:MOST_VALUES]) + ", …" * (len(tried) > MOST_VALUES)
         words = f"searched; tried: {listed}"
     if key in importances:
         words += f"; decides {importances[key]:.0%} of being among the best"
-    return key, format_scalar(best.point[key]), words
+    return key, format_scalar(best.params[key]), words
 
 
 def _fixed(arm: ArmResult, best: TrialResult) -> Iterator[tuple[str, str, str]]:
     """Settings that a reason is known of, or that are no default."""
     for key in RUN_PARAMS:
         value = arm.trained_with.get(key)
-        if key in best.point or value is None:
+        if key in best.params or value is None:
             continue
         known = [found for found in defaults().get(key, ()) if _same(found.value, value)]
         if not known:

@@ -255,7 +255,7 @@ def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
 def _point(arm: ArmResult, best: TrialResult) -> str:
     if arm.adopted is not None:
         return f"adopted from MLflow run {arm.adopted.run_id}"
-    return point_words(best.point)
+    return point_words(best.params)
 
 
 def _duel(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmComparison:
@@ -334,7 +334,7 @@ def _budgets(results: StudyResults) -> Iterator[VerdictDoubt]:
         return
     largest = max(searched, key=lambda arm: _spent(arm, rule.equal))
     for arm in searched:
-        if arm.tried >= arm.wanted and (arm.exhaustive or arm.best is None):
+        if arm.tried >= arm.n_trials and (arm.exhaustive or arm.best is None):
             continue  # nothing new to try, or nothing that more trials would mend
         spent, most = _spent(arm, rule.equal), _spent(largest, rule.equal)
         if arm.finished < rule.min_finished:
@@ -372,9 +372,9 @@ def _spent(arm: ArmResult, unit: str) -> float:
 
 def _extended(results: StudyResults, arm: ArmResult, factor: float) -> str:
     """The study's command with as many more trials for an arm, never fewer than one more."""
-    count = max(math.ceil(arm.wanted * factor), arm.wanted + 1)
-    if arm.tried < arm.wanted:
-        count = max(arm.wanted, math.ceil(arm.tried * factor))  # it has not even had its own
+    count = max(math.ceil(arm.n_trials * factor), arm.n_trials + 1)
+    if arm.tried < arm.n_trials:
+        count = max(arm.n_trials, math.ceil(arm.tried * factor))  # it has not even had its own
     where = "hydra.sweeper" if arm.name == "lora" else f"hydra.sweeper.arms.{arm.name}"
     return with_override(results.command, f"{where}.n_trials", str(count))
 

@@ -17,7 +17,7 @@ from sweeper.config.settings import (
     LoraAdapter,
     TrialSettings,
     metric_words,
-    trial_settings,
+    stored_settings,
 )
 from sweeper.core.errors import StudyError
 from sweeper.core.manifest import verify_manifest
@@ -50,7 +50,7 @@ class WinningTrial:
         path = self.folder.config
         if not path.exists():
             raise StudyError(f"{path}: no such file; the trial's folder was removed or moved")
-        return trial_settings(read_yaml(path))
+        return stored_settings(read_yaml(path))
 
     @cached_property
     def artifact(self) -> Path:
@@ -77,7 +77,7 @@ class WinningTrial:
             if self.trial.value is None
             else f", {metric_words(self.arm.objective.metric)} {self.trial.value:.4f}"
         )
-        point = point_words(self.trial.point)
+        point = point_words(self.trial.params)
         return f"{label(self.arm)} of {self.study_name}: trial {self.trial.number}{loss} ({point})"
 
 

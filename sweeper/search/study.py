@@ -15,7 +15,7 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
-from sweeper.config.settings import TrialSettings, flatten
+from sweeper.config.settings import TrialSettings, changed_parts, flatten, stored_text
 from sweeper.config.space import (
     Choice,
     Domain,
@@ -28,7 +28,7 @@ from sweeper.config.space import (
     locate,
     walk,
 )
-from sweeper.core.errors import StudyMismatch
+from sweeper.core.errors import StudyError, StudyMismatch
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
 from sweeper.search.pruning import make_pruner
@@ -55,6 +55,9 @@ WITHOUT_EFFECT = (
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
+FORMAT = 1
+"""Version of an arm's study in Optuna's storage: its attributes, and those of its trials. It rises only
+when an older program would misread them; a setting that is added is a line of ADDED_SETTINGS instead."""
 QUEUED_BY = "queued_by"
 """User attribute of a trial that a command queued: the command's id."""
 CLONE_OF = "clone_of"
@@ -90,7 +93,8 @@ def open_study(
     """Create or resume the Optuna study of an arm.
 
     Raises:
-        StudyMismatch: the study of this name has another space, settings, data or base model.
+        StudyMismatch: the study of this name has other spaces, settings, data or base model.
+        StudyError: a newer version stored it.
     """
     costs: list[Literal["minimize", "maximize"]] = ["minimize"] * len(plan.study.costs)
     study = optuna.create_study(
@@ -100,11 +104,28 @@ def open_study(
         pruner=make_pruner(plan.study.pruner),
         load_if_exists=True,
     )
+    require_readable(study)
     _check_question(study, plan, arm, facts)
     # After load_if_exists, because the seed depends on the values drawn so far.
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     return study
+
+
+def require_readable(study: optuna.Study) -> None:
+    """Refuse a study that a newer version stored.
+
+    Raises:
+        StudyError: names both formats, and how its answer is kept.
+    """
+    found = study.user_attrs.get("format", 1)  # the first format had no number
+    if found > FORMAT:
+        name = study.study_name.partition("/")[0]
+        raise StudyError(
+            f"study {name!r} is of format {found}, this version reads up to format {FORMAT}: continue "
+            "it with the version that stored it, or start a new study: "
+            f"hydra.sweeper.study_name={name}_2"
+        )
 
 
 def drawn(study: optuna.Study) -> int:
@@ -164,6 +185,7 @@ def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.St
         return None
     study = optuna.load_study(study_name=name, storage=storage)
     # A driver killed between creating the study and describing it leaves a name without content.
+    require_readable(study)
     return study if "facts" in study.user_attrs else None
 
 
@@ -276,13 +298,13 @@ def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: A
     asked = question(plan, arm, facts)
     before = study.user_attrs.get("question")
     if before is None:
+        study.set_user_attr("format", FORMAT)
         study.set_user_attr("question", asked)
         return
-    changed = [key for key in {**before, **asked} if before.get(key) != asked.get(key)]
-    if changed:
+    if changed := changed_parts(before, asked):
         name = plan.study.study_name
         lines = [
-            f"    {key}: {before.get(key, 'absent')} then, {asked.get(key, 'absent')} now"
+            f"    {key}: {stored_text(before, key) or 'absent'} then, {asked.get(key, 'absent')} now"
             for key in changed
         ]
         raise StudyMismatch(

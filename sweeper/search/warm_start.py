@@ -16,7 +16,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from sweeper.config import compose, grammar
-from sweeper.config.settings import flatten
+from sweeper.config.settings import flatten, stored_text
 from sweeper.config.space import Draw, Point, keys, locate
 from sweeper.core.errors import StudyMismatch
 from sweeper.core.outcome import ArmBaseline
@@ -27,6 +27,7 @@ from sweeper.search.study import (
     optuna_name,
     point_of,
     question,
+    require_readable,
     settings_as_json,
     suggest,
 )
@@ -144,7 +145,8 @@ def _fitting(
             continue
         decided = {*point, *groups}
         open_keys = [key for key in unsearched if decided.isdisjoint((key, key.split(".")[0]))]
-        if all(json.dumps(settings.get(key)) == unsearched[key] for key in open_keys):
+        texts = {key: json.dumps(value) for key, value in settings.items()}
+        if all(stored_text(texts, key) == unsearched[key] for key in open_keys):
             yield trial, point, draw
 
 
@@ -212,7 +214,8 @@ def _link(new: Path, old: Path) -> None:
 
 # Spaces may differ in a fork; what makes values comparable may not.
 def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
-    then, now = old.user_attrs["question"], question(plan, arm, facts)
+    before, now = old.user_attrs["question"], question(plan, arm, facts)
+    then = {key: stored_text(before, key) for key in SAME}
     changed = [
         f"    {key}: {then[key]} then, {now[key]} now" for key in SAME if then[key] != now[key]
     ]
@@ -230,6 +233,7 @@ def _earlier(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage, name: str) -> 
     study = optuna.load_study(
         study_name=optuna_name(name, arm.name), storage=_storage(plan, storage, name)
     )
+    require_readable(study)
     return study if "facts" in study.user_attrs else None
 
 

@@ -17,7 +17,12 @@ from pathlib import Path
 from peft import PeftModel
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import DataSettings, GeneralTextSettings, TrialSettings, trial_settings
+from sweeper.config.settings import (
+    DataSettings,
+    GeneralTextSettings,
+    TrialSettings,
+    stored_settings,
+)
 from sweeper.core.errors import ArtifactError, DataError, SweeperError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest
@@ -46,7 +51,7 @@ def judge_on_gate(request: GateRequest) -> GateFigures:
         ArtifactError: an adapter is missing or not what was stored.
     """
     settings = {
-        name: trial_settings(read_yaml(TrialFolder(folder).config))
+        name: stored_settings(read_yaml(TrialFolder(folder).config))
         for name, folder in request.trials.items()
     }
     first = next(iter(settings.values()))

@@ -51,7 +51,7 @@ def test_a_study_runs_every_arm_to_its_total(tmp_path: Path) -> None:
     results = _run(tmp_path)
     lora, full = results.arms
     assert len(lora.trials) == 12
-    assert sorted(trial.point["training.learning_rate"] for trial in full.trials) == [
+    assert sorted(trial.params["training.learning_rate"] for trial in full.trials) == [
         *(3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     ]
     losses = [trial.value for trial in lora.trials if trial.complete]
@@ -281,7 +281,7 @@ def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     _, full = _run(tmp_path, *few).arms
     finished = [trial for trial in full.trials if trial.complete]
-    rates = sorted(trial.point["training.learning_rate"] for trial in finished)
+    rates = sorted(trial.params["training.learning_rate"] for trial in finished)
     assert rates == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
     assert full.tried == 5
 

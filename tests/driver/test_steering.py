@@ -189,7 +189,7 @@ def test_a_paused_trial_goes_on_where_it_was_and_what_was_asked_comes_next(tmp_p
     assert (second.params["adapter.r"], second.params["training.learning_rate"]) == (32, 2e-3)
     assert third.params == {**first.params, "training.learning_rate": 1e-2}
     assert third.user_attrs["clone_of"] == 0
-    assert _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2").arms[0].wanted == 3
+    assert _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2").arms[0].n_trials == 3
 
 
 def test_pause_and_resume_in_a_hurry_lose_nothing(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ def test_target_presets_are_compared_at_equal_size(tmp_path: Path) -> None:
         folder = TrialFolder(tmp_path / "s" / "lora" / f"trial_{trial.number:04d}")
         adapter = read_json(folder.config)["adapter"]  # the fake runner writes JSON
         assert (adapter["r"], adapter["trainable_parameters"]) == (20, None)
-    assert {trial.point["adapter.r"] for trial in arm.trials} == {20}
+    assert {trial.params["adapter.r"] for trial in arm.trials} == {20}
     assert {"r", "trainable"} < set(leaderboard(arm).columns)
     assert rank_ladders(results) == []
     configs = sorted((tmp_path / "s" / "lora" / "finalists").glob("trial_*/config.yaml"))

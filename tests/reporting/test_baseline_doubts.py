@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def _arm(params: dict[str, str], *overrides: str) -> ArmResult:
     )
     settings = flatten(make_settings(*FULL, *overrides).trial.model_dump(mode="json"))
     arm = make_arm("full", [make_trial("full", 0, "finished", 4.0, FULL_COSTS)], "full fine-tuning")
-    return replace(arm, settings=settings, adopted=adopted)
+    return arm.model_copy(update={"settings": settings, "adopted": adopted})
 
 
 def _params(*overrides: str) -> dict[str, str]:

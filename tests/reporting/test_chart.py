@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -137,9 +136,8 @@ def _targets(objective: Objective) -> StudyResults:
     """Attention gives 0.2 and 0.5 with ever more parameters, mlp gives 0.3 and 0.4."""
     found = (("attention", 0.2), ("mlp", 0.3), ("mlp", 0.4), ("attention", 0.5))
     trials = [
-        replace(
-            make_trial("lora", number, "finished", value, {TRAINABLE: 10.0 * (number + 1)}),
-            point={TARGETS: name},
+        make_trial("lora", number, "finished", value, {TRAINABLE: 10.0 * (number + 1)}).model_copy(
+            update={"params": {TARGETS: name}}
         )
         for number, (name, value) in enumerate(found)
     ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from sweeper.core.outcome import ExampleLosses, HeldOutLosses, Outcome
@@ -94,7 +92,9 @@ def test_without_a_test_split_there_is_nothing_to_compare_on() -> None:
     """rows["test"] is 0."""
     lora, full = two_arms(4.05, 4.0).arms
     none = lora.facts.model_copy(update={"rows": {"train": 10, "validation": 2, "test": 0}})
-    results = make_results(replace(lora, facts=none), replace(full, facts=none))
+    results = make_results(
+        lora.model_copy(update={"facts": none}), full.model_copy(update={"facts": none})
+    )
     final = ArmConclusion(_final(4.1).final.model_copy(update={"test_losses": {}}))
     assert settle(results, {"lora": final, "full": final}).untested == NO_TEST_SPLIT
 

@@ -177,12 +177,3 @@ def test_report_names_the_studies_that_exist(tmp_path: Path) -> None:
     assert load_results("mine", tmp_path).study_name == "mine"
     with pytest.raises(StudyError, match=r"no results of a study 'other'.*mine"):
         load_results("other", tmp_path)
-
-
-def test_results_of_another_version_say_what_to_do(tmp_path: Path) -> None:
-    """A results.json without this version's format is refused with the way to renew it."""
-    document = to_document(two_arms(4.0, None))
-    del document["format"]
-    write_json(StudyFolder(tmp_path / "old").results, document)
-    with pytest.raises(StudyError, match=r"another version of sweeper; run the study's command"):
-        load_results("old", tmp_path)

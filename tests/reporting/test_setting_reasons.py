@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from sweeper.config.compose import conf_dir
 from sweeper.config.settings import flatten
@@ -19,7 +18,7 @@ def _reasons(*overrides: str) -> dict[str, tuple[str, str]]:
         make_trial("lora", 1, "finished", 4.2, LORA_COSTS, learning_rate=2e-3, r=16),
     ]
     settings = flatten(make_settings(*overrides).trial.model_dump(mode="json"))
-    arm = replace(make_arm("lora", trials, rates=(1e-4, 1e-2)), settings=settings)
+    arm = make_arm("lora", trials, rates=(1e-4, 1e-2)).model_copy(update={"settings": settings})
     sheet = reason_sheet(arm, {"training.learning_rate": 0.7})
     assert sheet is not None
     return {setting: (value, why) for setting, value, why in sheet.rows}

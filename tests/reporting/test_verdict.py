@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 
@@ -159,9 +158,10 @@ def test_the_share_has_one_zero_line() -> None:
     """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
     results = two_arms(4.05, 4.0)
     worse = FACTS.model_copy(update={"base_metrics": {"eval/loss": 4.9, "eval/perplexity": 134.0}})
-    lora = dataclasses.replace(results.arms[0], facts=worse)
+    lora = results.arms[0].model_copy(update={"facts": worse})
     assert (
-        "retains 90.0 %" in judge(dataclasses.replace(results, arms=(lora, results.arms[1]))).words
+        "retains 90.0 %"
+        in judge(results.model_copy(update={"arms": (lora, results.arms[1])})).words
     )
 
 
@@ -212,7 +212,7 @@ def test_a_best_rate_at_the_edge_makes_the_verdict_provisional() -> None:
     """The first word is PROVISIONAL, the reason names the range, the command widens that arm's."""
     rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     results = make_results(_lora(5), _full(rates, best=3e-3))
-    verdict = judge(dataclasses.replace(results, command=LR_RANK_SWEEP))
+    verdict = judge(results.model_copy(update={"command": LR_RANK_SWEEP}))
     assert verdict.words.startswith(
         "PROVISIONAL: the best learning rate of full fine-tuning (0.003)"
     )
@@ -228,7 +228,9 @@ def test_a_best_rate_at_the_edge_makes_the_verdict_provisional() -> None:
 
 def test_the_lora_arms_range_is_widened_by_its_own_key() -> None:
     """Its command-line override replaces the range of the lora arm and of no other."""
-    verdict = judge(dataclasses.replace(make_results(_lora(5, best=3.2e-4)), command=LR_RANK_SWEEP))
+    verdict = judge(
+        make_results(_lora(5, best=3.2e-4)).model_copy(update={"command": LR_RANK_SWEEP})
+    )
     (doubt,) = verdict.doubts
     lora, full = studies(shlex.split(doubt.command)[:-1])[0].arms
     assert lora.space[RATE] == Interval(3e-5, 3e-2, log=True)
@@ -256,7 +258,7 @@ def test_ranges_widen_by_a_decade() -> None:
 
 def _budgets(results: StudyResults, **rule: object) -> Verdict:
     fairness = FairnessRules.model_validate({**FAIRNESS.model_dump(), **rule})
-    return judge(dataclasses.replace(results, fairness=fairness, command=LR_RANK_SWEEP))
+    return judge(results.model_copy(update={"fairness": fairness, "command": LR_RANK_SWEEP}))
 
 
 def test_an_arm_with_a_smaller_budget_makes_the_verdict_provisional() -> None:
@@ -272,7 +274,7 @@ def test_a_grid_walked_to_its_end_lacks_no_budget() -> None:
     """More trials of a complete grid would find nothing new; an unfinished grid lacks the rest."""
     full = _full((1e-4, 2e-4, 3e-4, 4e-4, 5e-3), best=3e-4)
     assert not _budgets(make_results(_lora(12), full)).provisional
-    assert _budgets(make_results(_lora(12), dataclasses.replace(full, wanted=9))).provisional
+    assert _budgets(make_results(_lora(12), full.model_copy(update={"n_trials": 9}))).provisional
 
 
 def test_budgets_count_in_the_unit_of_the_rule() -> None:
