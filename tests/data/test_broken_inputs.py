@@ -48,7 +48,7 @@ def parquet(folder: Path) -> bytes:
 
 
 SKIPPED = {
-    # name: (content, the ledger's reason, what the message shows of it)
+    # name: (content, the drops's reason, what the message shows of it)
     "truncated_object.jsonl": (
         jsonl(b'{"prompt": "a", '),
         "broken JSON",
@@ -68,7 +68,7 @@ SKIPPED = {
     "null.jsonl": (jsonl(b"null"), "a NoneType, not a JSON object", ":3"),
     "twice.jsonl": (
         jsonl(b'{"prompt": "a", "prompt": "b"}'),
-        "a key stands twice in an object",
+        "duplicate key in an object",
         ":3",
     ),
     "nan.jsonl": (
@@ -129,7 +129,7 @@ SKIPPED = {
 def test_a_bad_row_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Within the tolerance the rest is used and the ledger says what and where; beyond it, one error."""
+    """Within the tolerance the rest is used and the drops says what and where; beyond it, one error."""
     if name == "long_line.jsonl":
         monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 1024)
     content, reason, shown = SKIPPED[name]

@@ -12,7 +12,7 @@ import pytest
 
 from sweeper.core.errors import DataError
 from sweeper.data.examples import Example
-from sweeper.data.mixture import shape, shares
+from sweeper.data.mixture import shape_train, shares
 from sweeper.data.partition import partition
 from sweeper.data.splits import load_splits
 from tests.data.samples import example, make_data, pairs, text_example, write_rows
@@ -262,9 +262,9 @@ def test_max_samples_limits_training_only(forty: str) -> None:
 def test_balance_makes_tasks_equally_frequent() -> None:
     """Tasks are sampled down and repeated up to one size; the number of rows stays."""
     rows = [example(str(n), "x", task="a" if n < 90 else "b") for n in range(100)]
-    shaped = shape([rows], None, make_data(balance_by="task"))
+    shaped = shape_train([rows], None, make_data(balance_by="task"))
     assert Counter(item.row.values["task"] for item in shaped) == {"a": 50, "b": 50}
-    assert shaped == shape([rows], None, make_data(balance_by="task"))
+    assert shaped == shape_train([rows], None, make_data(balance_by="task"))
 
 
 def test_curriculum_orders_train_by_a_column_or_by_length() -> None:
@@ -272,12 +272,12 @@ def test_curriculum_orders_train_by_a_column_or_by_length() -> None:
     rows = [
         example("p", "x" * size, level=level) for size, level in ((3, "10"), (1, "9"), (2, "9"))
     ]
-    assert answers(shape([rows], None, make_data(order_by="level"))) == ["x", "xx", "xxx"]
-    assert answers(shape([rows], None, make_data(order_by="length"))) == ["x", "xx", "xxx"]
+    assert answers(shape_train([rows], None, make_data(order_by="level"))) == ["x", "xx", "xxx"]
+    assert answers(shape_train([rows], None, make_data(order_by="length"))) == ["x", "xx", "xxx"]
     words = [example("p", level, level=level) for level in ("hard", "easy")]
-    assert answers(shape([words], None, make_data(order_by="level"))) == ["easy", "hard"]
+    assert answers(shape_train([words], None, make_data(order_by="level"))) == ["easy", "hard"]
     with pytest.raises(DataError, match=r"nothing in the column 'gone' \(data\.order_by\)"):
-        shape([words], None, make_data(order_by="gone"))
+        shape_train([words], None, make_data(order_by="gone"))
 
 
 def test_an_ordered_split_says_so(forty: str) -> None:
