@@ -99,7 +99,10 @@ def test_columns_are_mapped_for_detection_and_reading() -> None:
 
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"completion": "x"}, "reads no such column"), ({"output": "x"}, "no row has that column")],
+    [
+        ({"completion": "x"}, "does not read such a column"),
+        ({"output": "x"}, "no row has this column"),
+    ],
 )
 def test_wrong_column_mapping_is_an_error(columns: dict[str, str], message: str) -> None:
     """A mapping that can do nothing is refused, and says what there is."""
@@ -161,7 +164,7 @@ DEFECTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "messages",
         _messages(("user", "a"), ("tool", "b"), ("assistant", "c")),
-        "a tool turn; conversations with tools are not supported",
+        "a tool turn (conversations with tools are not supported)",
     ),
     ("ultrachat", {"data": ["a", 3]}, "a turn of data is not text"),
 ]

@@ -214,7 +214,7 @@ def test_auto_length_is_the_99th_percentile_in_eights_capped_by_the_model() -> N
 
 def test_max_length_beyond_the_model_is_an_error() -> None:
     """It says how many positions there are."""
-    with pytest.raises(DataError, match="max_length=128: the model has 64 positions"):
+    with pytest.raises(DataError, match="max_length=128: the model has only 64 positions"):
         encode_train([SHORT], BYTES, _data(max_length=128), 64)
 
 
@@ -223,7 +223,7 @@ def test_evaluation_rows_are_never_cut_or_dropped_for_length() -> None:
     examples = [SHORT, LONG_ANSWER]
     encoded = encode_evaluation(examples, BYTES, _data(max_length=32), None, 32)
     assert len(encoded.rows) == 2
-    with pytest.raises(DataError, match=r"task:1: an evaluation row of \d+ tokens"):
+    with pytest.raises(DataError, match=r"task:1: this evaluation row has \d+ tokens"):
         encode_evaluation(examples, BYTES, _data(max_length=32), 64, 32)
 
 
@@ -232,9 +232,9 @@ def test_refused_conversations_are_counted_and_an_empty_split_is_an_error() -> N
     tokenizer = byte_level(chat_template=GEMMA)
     good, bad = talk("Hi?", "Yes."), talk("Hi?", "Yes.", system="Be.")
     encoded = encode_train([good, bad], tokenizer, _data(), None)
-    reason = "the template chat refuses it: System role not supported"
+    reason = "the template chat rejects the row: System role not supported"
     assert encoded.drops.counts["encode"] == {reason: 1}
-    with pytest.raises(DataError, match="2 × the template chat refuses it"):
+    with pytest.raises(DataError, match="2 × the template chat rejects the row"):
         encode_train([bad, bad], tokenizer, _data(), None)
 
 
