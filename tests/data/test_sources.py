@@ -190,9 +190,11 @@ def test_paths_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
     assert first == (
         f"data.train={tmp_path}/train.json: no such file or folder. Did you mean {tmp_path}/train.jsonl?"
     )
-    assert second.startswith(f"data.train={tmp_path}/a.xlsx: unknown file ending .xlsx. Use .jsonl, ")
+    assert second.startswith(
+        f"data.train={tmp_path}/a.xlsx: unknown file ending .xlsx. Use .jsonl, "
+    )
     assert third == (
-        "data.validation=gone: no such file or folder; a hub data set is named org/name"
+        "data.validation=gone: no such file or folder. A hub data set is named org/name."
     )
 
 
