@@ -24,7 +24,7 @@ from sweeper.config.settings import metric_words
 from sweeper.core.errors import StudyError, StudyLocked, TrackingError, WorkerError
 from sweeper.core.outcome import ArmBaseline, BaselineRun
 from sweeper.core.paths import StudyFolder, size_mib, write_atomic, write_json
-from sweeper.core.quiet import hush
+from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import StopSignal, deferred_interrupt
 from sweeper.core.value import MemoryShortfall
 from sweeper.driver.arm_search import POLL_SECONDS, ArmDriver
@@ -79,7 +79,7 @@ def run_study(plan: StudyPlan) -> StudyResults:
         KeyboardInterrupt: the user stopped it; the same command resumes it.
     """
     if plan.settings.verbosity != "verbose":
-        hush()
+        silence_libraries()
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:

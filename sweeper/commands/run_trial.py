@@ -11,7 +11,7 @@ from sweeper.config.settings import RunSettings, TrialSettings, metric_words
 from sweeper.core.errors import StudyError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome, TrialSize
 from sweeper.core.paths import TrialFolder
-from sweeper.core.quiet import hush
+from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import StopSignal, deferred_interrupt
 from sweeper.driver.arm_search import POLL_SECONDS
 from sweeper.driver.trial_sizes import recorded
@@ -45,7 +45,7 @@ def run_single(settings: RunSettings, folder: TrialFolder, command: str) -> Outc
         KeyboardInterrupt: the user stopped it.
     """
     if settings.verbosity != "verbose":
-        hush()
+        silence_libraries()
     console = make_console()
     quiet = settings.verbosity == "quiet"
     outcome = train_single(settings, folder, command, Console(quiet=True) if quiet else console)

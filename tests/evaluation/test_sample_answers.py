@@ -33,7 +33,9 @@ TEMPLATE = "### Instruction:\n{}\n\n### Input:\n\n\n### Response:\n"
 def test_a_prompt_in_training_is_found(text: str) -> None:
     """Alone, within a template, in other white space, case or Unicode form."""
     assert seen_in_training([HAIKU, AI], ["something else", text]) == [HAIKU]
-    with pytest.raises(DataError, match=r"1 of 2 prompts occur in the training split.*creative: 'Write"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 prompts occur in the training split.*creative: 'Write"
+    ):
         require_unseen([HAIKU, AI], [text])
 
 
