@@ -27,6 +27,7 @@ from sweeper.builtin.stand_in_data import pairs
 from sweeper.builtin.stand_ins import PREFIX, built
 from sweeper.core.errors import ModelError
 
+# Small enough to train in seconds on a CPU.
 VOCABULARY = 1024
 POSITIONS = 1024
 WIDTH, LAYERS, HEADS, KEY_VALUE_HEADS = 64, 4, 4, 2
@@ -87,7 +88,7 @@ def _tokenizer(family: StandInFamily) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(family.specials),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: any text round-trips
         show_progress=False,
     )
     texts = [text for row in pairs() for text in row.values()]

@@ -37,6 +37,7 @@ def built(kind: str, name: str, build: Callable[[Path], None]) -> Path:
     kept = Path(platformdirs.user_cache_dir("sweeper"))
     target = kept / "stand_ins" / f"{kind}-{name}-{key}"
     if not target.is_dir():
+        # Built under another name and renamed, so that a killed build leaves no half-filled folder.
         partial = target.with_name(f".{target.name}.{uuid4().hex}")
         partial.mkdir(parents=True)
         build(partial)

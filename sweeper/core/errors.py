@@ -41,6 +41,7 @@ class ConfigError(SweeperError):
     exit_code = 2
 
     def __init__(self, problems: Sequence[str]) -> None:
+        # All problems at once, so that a user need not run the command once per mistake.
         self.problems = tuple(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
@@ -67,7 +68,7 @@ class DoesNotFit(ModelError):
 
     def __init__(self, misfit: MemoryShortfall) -> None:
         self.misfit = misfit
-        super().__init__(f"it does not fit: {misfit}")
+        super().__init__(f"the training does not fit: {misfit}")
 
 
 class StudyError(SweeperError):

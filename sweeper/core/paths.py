@@ -20,12 +20,15 @@ from pydantic_core import to_json
 def write_atomic(path: Path, text: str) -> None:
     """Write a file so that readers see the old or the new content, never a part, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
     partial = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with partial.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(
+                file.fileno()
+            )  # without it a power cut could leave the new name with no content
         partial.replace(path)
     except BaseException:  # also on Ctrl-C, which must not leave a partial file
         partial.unlink(missing_ok=True)
@@ -160,6 +163,7 @@ class TrialFolder:
 
     def clear_results(self) -> None:
         """Remove the files of an earlier attempt except its checkpoints."""
+        # The outcome goes first: without it no reader takes the folder for complete.
         written = (self.outcome, self.log_text, self.log_json, self.data_card, self.samples)
         for path in (*written, self.samples.with_suffix(".json"), *self.path.glob("*.zip")):
             path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ def silence_libraries() -> None:
 
     Worker processes do not call this: their output goes unfiltered into log files of their own.
     """
+    # Their output would mix with the live table and the study's own lines.
     warnings.filterwarnings("ignore", module=r"(?!sweeper)")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ NO_SECRETS = re.compile(r"(_PATH|_FILE|_DIR|_NAME|PARALLELISM)$")
 """Variables that are not secret although their names match (TOKENIZERS_PARALLELISM=false)."""
 MIN_LENGTH = 6
 """Minimum length of a secret. Shorter values occur as ordinary words in any text."""
+# Addresses of PostgreSQL and MLflow may contain a password, and occur in their error messages.
 URL_PASSWORD = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/:@'\"]*):([^\s/@'\"]+)@", re.IGNORECASE)
 
 

@@ -29,6 +29,7 @@ class StopRequested(KeyboardInterrupt):
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
+        # 128 + number is the shell's exit code of a process that a signal ended (130 for Ctrl-C).
         self.exit_code = TEMPORARY_FAILURE if number in NOTICES else 128 + number
 
 
@@ -61,7 +62,7 @@ def deferred_interrupt() -> Iterator[StopSignal]:
     interrupt = StopSignal()
 
     def request(number: int, _: object) -> None:
-        if interrupt.number is not None:
+        if interrupt.number is not None:  # the second signal: the user does not want to wait
             _exit_soon(StopRequested(interrupt.number).exit_code)
             raise StopRequested(interrupt.number)
         interrupt.number = signal.Signals(number)
@@ -84,5 +85,5 @@ def _exit_soon(exit_code: int) -> None:
         os._exit(exit_code)
 
     timer = threading.Timer(HURRY_SECONDS, leave)
-    timer.daemon = True
+    timer.daemon = True  # a clean exit before the time is up must not wait for the timer
     timer.start()

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 class FrozenValue(BaseModel):
     """Base of every value that is stored or sent between processes."""
 
+    # NaN is refused because JSON cannot hold it, and unknown keys because they hide misspelt ones.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 

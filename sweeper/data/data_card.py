@@ -187,12 +187,13 @@ def show(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
         text = str(tokenizer.decode(row["input_ids"][:end], skip_special_tokens=False))
         added, before = text[len(before) :], text
         shown += f"{OPENS}{added}{CLOSES}" if is_target else added
-    cut = len(shown) > SHOWN_CHARS
+    cut = len(shown) > SHOWN_CHARS  # multiplied with a text below: "" if False
     return shown[:SHOWN_CHARS] + f"… ({len(shown):,} characters)" * cut
 
 
 def _chosen(rows: Sequence[Tokens]) -> list[Tokens]:
     """Return the first, the middle and the last row."""
+    # A set, because fewer than three rows give the same place several times.
     places = sorted({round(at * (len(rows) - 1) / (SHOWN - 1)) for at in range(SHOWN)})
     return [rows[place] for place in places]
 
@@ -214,12 +215,14 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     if not lines:
         return ""
     rule = ["---"] * len(head)
+    # Pipes and line breaks in a cell would end the cell or the row.
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells))
 
 
 def _fenced(text: str) -> str:
     """Return a Markdown code block whose fence is longer than any fence in the text."""
+    # Training rows may contain fences, and would otherwise break the card's layout.
     fence = "```"
     while fence in text:
         fence += "`"

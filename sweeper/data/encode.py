@@ -106,7 +106,7 @@ def encode_train(
     made = fitted + _blocks(documents, max_length, setup)
     if not made:
         raise DataError(f"no training row is left: {_reasons(drops, max_length)}")
-    if settings.packing:
+    if settings.packing:  # after dropping and cutting, because a pack holds only rows that fit
         made = pack(made, max_length)
     return EncodedSplit(made, len(examples), lengths, max_length, truncated, drops)
 
@@ -135,6 +135,7 @@ def encode_evaluation(
     rows = [
         row for row in _conversations(examples, setup, settings, drops) if _is_target(row, drops)
     ]
+    # A cut or dropped evaluation row would change what the metric measures without notice.
     for row, example in rows:
         if limit is not None and len(row["input_ids"]) > limit:
             raise DataError(
@@ -168,6 +169,7 @@ def encode_prompts(
         try:
             prompts.append(encode_prompt(example, setup, templates[example.format]))
         except UnusableRow as reason:
+            # Prompts and references must pair up, so a prompt cannot be dropped here.
             raise DataError(f"{example.row.where}: {reason}") from None
     return prompts
 

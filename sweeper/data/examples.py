@@ -63,6 +63,7 @@ class Example:
 class DropCounts:
     """Counts of dropped rows by stage and reason, with the places of a few of them."""
 
+    # Reasons are counted by stage because data.max_bad_fraction applies to some stages only.
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     places: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 

@@ -52,6 +52,7 @@ def general_rows(
             f"{GENERAL_TEXT}.window={settings.window}: the model has only {limit} positions. Use "
             f"{limit} or less."
         )
+    # Text that the task teaches would measure the task, not forgetting.
     answers = {normalised(example.completion) for example in task}
     texts = [
         text
@@ -59,7 +60,7 @@ def general_rows(
         if answers.isdisjoint((normalised(text), normalised(first_sentence(text))))
     ]
     rows = encode_text(texts, tokenizer, settings.window, settings.tokens)
-    # Windows of equal length make the losses before and after tuning comparable position by position.
+    # Full windows only, so that every window's loss is a sum over the same number of tokens.
     whole = [row for row in rows if len(row["input_ids"]) == settings.window]
     kept = whole[: settings.tokens // settings.window]
     if len(kept) < MIN_WINDOWS:

@@ -93,7 +93,7 @@ def _by_value(examples: Sequence[Example], name: str) -> dict[str, list[Example]
         found[str(column(example, name, "balance_by"))].append(example)
     return dict(
         sorted(found.items())
-    )  # sorted, so that the draw does not depend on the rows' order
+    )  # sorted: the draw must not depend on which value comes first
 
 
 def _in_order(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:

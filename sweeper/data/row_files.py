@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 from sweeper.core.errors import DataError
@@ -214,6 +215,7 @@ def _json(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
         return
     if not isinstance(records, list):
         raise DataError(f"{name}: the file holds a {type(records).__name__}, not a list of rows")
+    # Lines are not known after parsing, so rows of a JSON list are named by their number.
     for number, record in enumerate(records, start=1):
         where = f"{name}: row {number}"
         try:
@@ -222,16 +224,8 @@ def _json(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
             drops.drop(STAGE, bad.reason, where + bad.shown)
 
 
-def _comma(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
-    return _separated(stream, name, drops, ",")
-
-
-def _tab(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
-    return _separated(stream, name, drops, "\t")
-
-
 def _separated(stream: BinaryIO, name: str, drops: DropCounts, delimiter: str) -> Iterator[RawRow]:
-    csv.field_size_limit(MAX_LINE_BYTES)
+    csv.field_size_limit(MAX_LINE_BYTES)  # the default of 128 KiB is too small for documents
     # Bytes that are not UTF-8 become lone surrogates here, so that only their row is dropped below.
     lines = (
         (line or b"").decode("utf-8", errors="surrogateescape") for _, line in _lines(stream, name)
@@ -314,8 +308,8 @@ READERS: dict[str, Callable[[BinaryIO, str, DropCounts], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _comma,
-    ".tsv": _tab,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
     ".parquet": _parquet,
     ".txt": _text,
     ".md": _text,
@@ -394,7 +388,7 @@ def _parsed(text: str) -> Any:
         raise BadRow("broken JSON", f"{place}: {shown}") from None
     except RecursionError:
         raise BadRow(f"nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # Python refuses numbers of more than 4300 digits
+    except ValueError as error:  # Python rejects integers of more than 4300 digits
         raise BadRow("broken JSON", str(error).split(";")[0]) from None
 
 

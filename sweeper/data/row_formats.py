@@ -78,6 +78,7 @@ def detect_format(row: RawRow, columns: Mapping[str, str]) -> str:
     for name, kind in FORMATS.items():
         if any(present.issuperset(required) for required in kind.known_by):
             return name
+    # Preference data is common, and "no known format" would not tell the user why it is refused.
     if present >= {"chosen", "rejected"}:
         raise DataError(
             f"{row.where}: chosen/rejected is preference data, which needs another trainer (DPO). To "
@@ -119,6 +120,7 @@ def to_examples(
 
 def _require_columns(rows: Sequence[RawRow], format_name: str, columns: Mapping[str, str]) -> None:
     valid = FORMATS[format_name].columns
+    # A mapping without effect is refused, because its author expects one.
     for ours, theirs in columns.items():
         if ours not in valid:
             raise DataError(
@@ -198,6 +200,7 @@ def _answer(values: Values, column: str) -> ChatMessage:
 def _conversation(column: str, values: Values) -> tuple[ChatMessage, ...]:
     """Convert turns of role/content (OpenAI) or from/value (ShareGPT) under either column."""
     turns = [_turn(item) for item in _list(values, column)]
+    # Some data sets keep the system prompt in a column of its own.
     if isinstance(values.get("system"), str):
         turns = [ChatMessage("system", values["system"]), *turns]
     return _checked(turns)
@@ -299,7 +302,11 @@ def _oasst(records: Sequence[Record], drops: DropCounts) -> Iterator[Example]:
     """Yield the best-ranked path of every tree. Messages may be rows, or nested in one row."""
     for root in _trees(records, drops):
         try:
-            yield Example(_checked([_turn(_renamed(node)) for node in _best_path(root)]), root.row)
+            turns = [
+                _turn({"role": node.values.get("role"), "content": node.values.get("text")})
+                for node in _best_path(root)
+            ]
+            yield Example(_checked(turns), root.row)
         except UnusableRow as reason:
             drops.drop(STAGE, str(reason), root.row.where)
 
@@ -361,6 +368,7 @@ def _count_unused(nodes: Iterable[_Node], roots: Sequence[_Node], drops: DropCou
 
 
 def _all_nodes(root: _Node) -> Iterator[_Node]:
+    # A loop instead of recursion: linked rows may form a chain of any length.
     waiting = [root]
     while waiting:
         node = waiting.pop()
@@ -381,10 +389,6 @@ def _rank(node: _Node) -> tuple[float, bool]:
     # wins.
     rank = node.values.get("rank")
     return (float(rank) if isinstance(rank, int | float) else math.inf, not node.replies)
-
-
-def _renamed(node: _Node) -> dict[str, Any]:
-    return {"role": node.values.get("role"), "content": node.values.get("text")}
 
 
 def _of_rows(messages: Callable[[Values], tuple[ChatMessage, ...]]) -> Examples:

@@ -154,6 +154,7 @@ def _embedded(data: DataSettings, reading: _Reading) -> tuple[Pools, str]:
     pairs = docstring_pairs()
     source = f"docstring pairs of {platform.python_implementation()} {platform.python_version()}"
     for reason, count in pairs.dropped.items():
+        # Counted under cleaning, so that the data card reads like that of a file.
         if count:
             reading.drops.counts[cleaning.STAGE][reason.replace("_", " ")] += count
     reading.formats["alpaca"] = None

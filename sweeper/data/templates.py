@@ -156,6 +156,7 @@ class JinjaTemplate:
         return str(text)
 
     def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
+        # transformers needs a fast tokenizer for the assistant mask.
         if not GENERATION_MARK.search(self.source) or not self.tokenizer.is_fast:
             return []
         found = self._apply(
@@ -184,6 +185,7 @@ class JinjaTemplate:
 
     def _variables(self, message: ChatMessage) -> dict[str, str]:
         variables = {"role": message.role, "content": turn_text(message)}
+        # Only a user's file gets the Alpaca columns: chat templates are written for role and content.
         apart = {"instruction": message.content, "input": message.input}
         return variables if self.owns_tokens else {**variables, **apart}
 

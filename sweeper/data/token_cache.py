@@ -100,11 +100,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     parts = [
-        # The ids of a sample text cover settings such as add_bos_token that `rules` may not show.
         rules,
         tokenizer.special_tokens_map,
         tokenizer.chat_template,
-        tokenizer("a")["input_ids"],
+        tokenizer("a")["input_ids"],  # shows add_bos_token, which the rules may not contain
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 

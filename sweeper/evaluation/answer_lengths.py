@@ -16,6 +16,7 @@ def length_metrics(
     A word is a run of characters other than white space. `eos` is the share of answers that the model
     ended itself, `limit` the share that was cut at max_new_tokens.
     """
+    # Words, not tokens: lengths must be comparable between tokenizers.
     responses = [_words(answer.text) for answer in answers]
     expected = [_words(reference) for reference in references]
     return {

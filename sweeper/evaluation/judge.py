@@ -127,7 +127,9 @@ class ModelJudge:
         return judgement if self.held_out is None else self._with_answers(model, judgement)
 
     def _with_answers(self, model: PreTrainedModel | PeftModel, judgement: Judgement) -> Judgement:
-        from sweeper.evaluation.rouge import rouge
+        from sweeper.evaluation.rouge import (
+            rouge,
+        )  # imports nltk, which only generated answers need
 
         held_out, settings = self.held_out, self.settings
         assert held_out is not None
@@ -232,6 +234,7 @@ def make_judge(
 
 def loss_metrics(loss: LossSum) -> dict[str, float]:
     """Return the loss metrics of a split by name. Bits per byte need targets with text."""
+    # bits_per_byte would divide by zero if all targets were special tokens.
     metrics = {"eval/loss": loss.mean, "eval/perplexity": loss.perplexity}
     return {**metrics, "eval/bits_per_byte": loss.bits_per_byte} if loss.bytes else metrics
 

@@ -87,4 +87,5 @@ def _cell(text: str) -> str:
     """Return a model's text with pipes, line breaks and HTML escaped for a Markdown table."""
     for mark, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
         text = text.replace(mark, shown)
+    # Pipes and line breaks would break the table, and a model may write HTML.
     return "<br>".join(text.strip().splitlines())

@@ -212,7 +212,7 @@ def evaluate_examples(
         model.train(was_training)
     counts = [None] * len(rows) if row_bytes is None else row_bytes
     return [
-        LossSum(sums[index], _targets(row), count)
+        LossSum(sums[index], sum(label != IGNORED for label in row["labels"][1:]), count)
         for index, (row, count) in enumerate(zip(rows, counts, strict=True))
     ]
 
@@ -222,10 +222,6 @@ def autocast(on: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
     # Training and evaluation autocast alike. Otherwise a trial's loss and that of its stored adapter
     # would differ by the precision. The norms of a k-bit base are fp32, so LoRA needs autocast as well.
     return torch.autocast(on.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
-
-
-def _targets(row: Tokens) -> int:
-    return sum(label != IGNORED for label in row["labels"][1:])
 
 
 def _batches(rows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
