@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from sweeper.builtin.docstring_pairs import docstring_pairs
-from sweeper.builtin.stand_ins import PREFIX, built
+from sweeper.builtin.stand_ins import PREFIX, stand_in_folder
 from sweeper.builtin.stdlib_text import language_reference
 from sweeper.core.errors import DataError
 
@@ -34,7 +34,7 @@ def data_path(name: str) -> Path:
     if problem := unknown_stand_in(name):
         raise DataError(problem)
     data_set, _, inside = name.removeprefix(PREFIX).partition("/")
-    path = built("data", data_set, DATA[data_set]) / inside
+    path = stand_in_folder("data", data_set, DATA[data_set]) / inside
     if not path.exists():
         raise DataError(f"{name}: this stand-in has no file {inside}")
     return path

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from sweeper.builtin.stand_in_data import pairs
-from sweeper.builtin.stand_ins import PREFIX, built
+from sweeper.builtin.stand_ins import PREFIX, stand_in_folder
 from sweeper.core.errors import ModelError
 
 # Small enough to train in seconds on a CPU.
@@ -68,7 +68,7 @@ def model_folder(name: str) -> Path:
     if family not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ModelError(f"{name}: no such stand-in. Stand-ins for models are {known}.")
-    return built("model", family, lambda folder: _build(FAMILIES[family], folder))
+    return stand_in_folder("model", family, lambda folder: _build(FAMILIES[family], folder))
 
 
 def _build(family: StandInFamily, folder: Path) -> None:

@@ -23,7 +23,7 @@ VERSION = 1
 """Version of the stand-ins' contents. Raise it when they change, so that old builds are not reused."""
 
 
-def built(kind: str, name: str, build: Callable[[Path], None]) -> Path:
+def stand_in_folder(kind: str, name: str, build: Callable[[Path], None]) -> Path:
     """Return the folder of a stand-in, and build the stand-in if it is missing.
 
     Args:

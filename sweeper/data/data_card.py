@@ -128,7 +128,7 @@ class DataCard:
                 for (stage, reason), where in split_drops.places.items()
             ],
             splits={name: SplitCard.of(encoded) for name, encoded in splits.items()},
-            shown=[show(row, tokenizer) for row in _chosen(splits["train"].rows)],
+            shown=[show(row, tokenizer) for row in _sample_rows(splits["train"].rows)],
         )
 
     def document(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class DataCard:
         ]
 
 
-SPLIT_HEAD = ("split", "examples", "rows", "tokens", "with loss", "cut", "max_length")
+SPLIT_HEAD = ("split", "examples", "rows", "tokens", "with loss", "truncated", "max_length")
 LENGTH_HEAD = ("split", "min", "mean", "median", "p95", "p99", "max")
 DROP_HEAD = ("split", "stage", "reason", "count", "for example")
 
@@ -191,7 +191,7 @@ def show(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
     return shown[:SHOWN_CHARS] + f"… ({len(shown):,} characters)" * cut
 
 
-def _chosen(rows: Sequence[Tokens]) -> list[Tokens]:
+def _sample_rows(rows: Sequence[Tokens]) -> list[Tokens]:
     """Return the first, the middle and the last row."""
     # A set, because fewer than three rows give the same place several times.
     places = sorted({round(at * (len(rows) - 1) / (SHOWN - 1)) for at in range(SHOWN)})

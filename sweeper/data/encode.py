@@ -200,13 +200,13 @@ def encode_text(
     return _blocks(documents, length, setup)
 
 
-Made = tuple[Tokens, Example]
+EncodedRow = tuple[Tokens, Example]
 """A row and the example that it was made from."""
 
 
 def _conversations(
     examples: Sequence[Example], setup: TokenizerSetup, settings: DataSettings, drops: DropCounts
-) -> Iterator[Made]:
+) -> Iterator[EncodedRow]:
     templates = _templates(examples, setup, settings)
     for example in examples:
         if example.format == TEXT:
@@ -249,7 +249,7 @@ def quantile(values: Sequence[int], share: float) -> int:
 
 
 def _fit(
-    rows: Sequence[Made], max_length: int, settings: DataSettings, drops: DropCounts
+    rows: Sequence[EncodedRow], max_length: int, settings: DataSettings, drops: DropCounts
 ) -> tuple[list[Tokens], int]:
     """Return the rows that fit, and the number of rows that were cut to fit."""
     fitted, truncated = [], 0
@@ -269,7 +269,7 @@ def _fit(
     return fitted, truncated
 
 
-def _is_target(made: Made, drops: DropCounts, reason: str | None = None) -> bool:
+def _is_target(made: EncodedRow, drops: DropCounts, reason: str | None = None) -> bool:
     row, example = made
     if any(label != IGNORED for label in row["labels"]):
         return True

@@ -79,9 +79,9 @@ def read_file(file: RowFile, drops: DropCounts) -> list[RawRow]:
         DataError: The file as a whole cannot be read: an unknown ending, a truncated file, an encoding
             other than UTF-8, or a broken JSON list.
     """
-    kind, zipped = kind_of(file.name)
+    kind, zipped = file_kind(file.name)
     if kind is None:
-        raise DataError(f"{file.name}: {unknown_kind(file.name)}")
+        raise DataError(f"{file.name}: {unknown_kind_problem(file.name)}")
     try:
         with file.open() as stream:
             source = unzipped(stream, file.name) if zipped else stream
@@ -140,7 +140,7 @@ def unzipped(stream: BinaryIO, name: str) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(_BoundedGzip(stream, name), UNZIPPED_BYTES))
 
 
-def kind_of(name: str) -> tuple[str | None, bool]:
+def file_kind(name: str) -> tuple[str | None, bool]:
     """Return the kind of a file by its ending (None if unknown), and True if the file is gzipped."""
     plain = name.split("?")[0].lower()  # signed URLs carry a query after the name
     zipped = plain.endswith(".gz")
@@ -150,14 +150,14 @@ def kind_of(name: str) -> tuple[str | None, bool]:
     return (None if zipped and kind == ".parquet" else kind), zipped
 
 
-def unknown_kind(name: str) -> str:
+def unknown_kind_problem(name: str) -> str:
     """Describe why a file cannot be read, given its name with an unknown ending."""
     last = name.rstrip("/").rsplit("/", 1)[-1]
     fault = f"unknown file ending .{last.rsplit('.', 1)[1]}" if "." in last else "no file ending"
     return f"{fault}. Use {', '.join(READERS)} (all but .parquet also with .gz)"
 
 
-def checked(values: object) -> Mapping[str, Any]:
+def checked_values(values: object) -> Mapping[str, Any]:
     """Return a record as a row's values.
 
     Raises:
@@ -197,7 +197,7 @@ def _json_lines(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawR
         try:
             text = _decoded(line).strip()
             if text:
-                yield RawRow(checked(_parsed(text)), where)
+                yield RawRow(checked_values(_parsed(text)), where)
         except BadRow as bad:
             drops.drop(STAGE, bad.reason, where + bad.shown)
 
@@ -219,7 +219,7 @@ def _json(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
     for number, record in enumerate(records, start=1):
         where = f"{name}: row {number}"
         try:
-            yield RawRow(checked(record), where)
+            yield RawRow(checked_values(record), where)
         except BadRow as bad:
             drops.drop(STAGE, bad.reason, where + bad.shown)
 
@@ -265,7 +265,7 @@ def _header(reader: Iterator[list[str]], name: str) -> list[str]:
 
 def _checked_text(values: dict[str, str]) -> Mapping[str, Any]:
     try:
-        return checked(values)
+        return checked_values(values)
     except BadRow as bad:
         if "surrogate" in bad.reason:
             raise BadRow("invalid UTF-8") from None
@@ -283,7 +283,7 @@ def _parquet(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]
                 number += 1
                 where = f"{name}: row {number}"
                 try:
-                    yield RawRow(checked(values), where)
+                    yield RawRow(checked_values(values), where)
                 except BadRow as bad:
                     drops.drop(STAGE, bad.reason, where + bad.shown)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -299,7 +299,7 @@ def _text(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
         text = _decoded_whole(_whole(stream, name))
         if not text.strip():
             raise BadRow("an empty text")
-        yield RawRow(checked({"text": text.replace("\r\n", "\n")}), name)
+        yield RawRow(checked_values({"text": text.replace("\r\n", "\n")}), name)
     except BadRow as bad:
         drops.drop(STAGE, bad.reason, name + bad.shown)
 

@@ -35,10 +35,10 @@ from sweeper.data.row_files import (
     STAGE,
     BadRow,
     RowFile,
-    checked,
-    kind_of,
+    checked_values,
+    file_kind,
     read_file,
-    unknown_kind,
+    unknown_kind_problem,
 )
 
 GENERAL_TEXT = "evaluation.general_text"
@@ -78,7 +78,7 @@ def is_hub_id(path: str) -> bool:
     # A path whose folder exists is a misspelt local file. The hub is not asked for it.
     return (
         _HUB_ID.fullmatch(path) is not None
-        and kind_of(path)[0] is None
+        and file_kind(path)[0] is None
         and not local.exists()
         and not local.parent.is_dir()
     )
@@ -93,8 +93,8 @@ def path_problem(path: str) -> str | None:
     local = Path(path).expanduser()
     if not local.exists():
         return f"{path}: no such file or folder{_close_matches(local)}"
-    if local.is_file() and kind_of(local.name)[0] is None:
-        return f"{path}: {unknown_kind(path)}"
+    if local.is_file() and file_kind(local.name)[0] is None:
+        return f"{path}: {unknown_kind_problem(path)}"
     return None
 
 
@@ -137,10 +137,10 @@ def _files(source: DataSource, key: str) -> list[RowFile]:
     """Return the files of a path or URL. A folder gives the files of one split."""
     remote = "://" in source.path
     path = source.path if remote else str(Path(source.path).expanduser())
-    folder = kind_of(path)[0] is None if remote else Path(path).is_dir()
+    folder = file_kind(path)[0] is None if remote else Path(path).is_dir()
     _refuse_unused(source, folder)
     names = _folder_files(path.rstrip("/"), source, source.split or key) if folder else [path]
-    kinds = sorted({str(kind_of(name)[0]) for name in names})
+    kinds = sorted({str(file_kind(name)[0]) for name in names})
     if len(kinds) > 1:
         raise DataError(
             f"{path}: holds files of several kinds ({', '.join(kinds)}). Name the files or folders "
@@ -188,7 +188,7 @@ def _folder_files(folder: str, source: DataSource, split: str) -> list[str]:
             found |= {*resolve_pattern(pattern, folder, allowed_extensions=[*READERS, ".gz"])}
         except FileNotFoundError:  # a split has many patterns, most of which match nothing
             continue
-    found = {name for name in found if kind_of(name)[0] is not None}
+    found = {name for name in found if file_kind(name)[0] is not None}
     if not found:
         raise DataError(f"{folder}: contains no data files ({', '.join(READERS)})")
     if "://" in folder:
@@ -248,7 +248,7 @@ def _hub_rows(source: DataSource, split: str, drops: DropCounts) -> list[RawRow]
     for number, values in enumerate(hub_data(source, split), start=1):
         where = f"{source.path}[{split}]:{number}"
         try:
-            rows.append(RawRow(checked(values), where))
+            rows.append(RawRow(checked_values(values), where))
         except BadRow as bad:
             drops.drop(STAGE, bad.reason, where + bad.shown)
     return rows
