@@ -1,8 +1,8 @@
 """Make the embedded data set: (signature -> one-line docstring) rows, cleaned and split.
 
-Knows what a good row is and when two rows are too alike. Does not know where modules belong
-(`stdlib`), how rows become prompts, or anything about tokens and models; torch-free. The same
-Python build gives the same rows in the same order, whatever the hash seed.
+Decides which rows are usable and which are duplicates. Does not know which module belongs to which
+split (`stdlib_text`), prompts, tokens or models, and imports no torch. The same Python build gives the
+same rows in the same order.
 """
 
 import re
@@ -34,19 +34,20 @@ NEAR_DUPLICATE_JACCARD = 0.8
 _SHINGLE_CHARS = 5
 
 Row = dict[str, str]
-"""`instruction`, `input` (the signature) and `output` (the summary)."""
+"""One row: `instruction`, `input` (the signature) and `output` (the summary)."""
 
-_CALL = re.compile(r"[\w.]+\(.*\)(\s*(->|-->|:|=)|\.?$)")  # "fork() -> (pid, fd)": no summary
+_CALL = re.compile(r"[\w.]+\(.*\)(\s*(->|-->|:|=)|\.?$)")  # "fork() -> (pid, fd)" is no summary
 _SENTENCE_END = re.compile(r"(?<!e\.g\.)(?<!i\.e\.)(?<!etc\.)(?<!vs\.)(?<=[.!?])\s+(?=[A-Z])")
 
 
 @dataclass(frozen=True)
 class DocstringPairs:
-    """The cleaned data set and what cleaning removed.
+    """The cleaned data set and the counts of removed rows.
 
-    `rows` has one list for each of `SPLITS`. `dropped` counts the removed rows for each of
-    `DROP_REASONS`; a `leak` equals or nearly equals a row of another split: the copy in train
-    goes, and between validation and test the one in validation.
+    Attributes:
+        rows: Rows by split.
+        dropped: Number of removed rows by reason. A `leak` equals or nearly equals a row of another
+            split: train loses rows to validation and test, and validation to test.
     """
 
     rows: dict[str, list[Row]]
@@ -59,16 +60,17 @@ def docstring_pairs() -> DocstringPairs:
 
 
 def held_out_pairs() -> list[Row]:
-    """Clean rows of the modules that neither the splits nor the base's pre-training read."""
+    """Return clean rows of the modules that neither a split nor the base's pre-training uses."""
     raw = {split: list(_rows_of(HELD_OUT_MODULES)) if split == "test" else [] for split in SPLITS}
     return clean(raw).rows["test"]
 
 
 def clean(raw: dict[str, list[Row]]) -> DocstringPairs:
-    """Drop what is defective by itself, then what repeats an earlier row; order is kept."""
+    """Drop defective rows, then rows that repeat an earlier one, and keep the order of the others."""
     dropped = dict.fromkeys(DROP_REASONS, 0)
     sound: list[tuple[str, Row]] = []
-    for split in reversed(SPLITS):  # test claims its text first, train last
+    # Test comes first and train last, so that train loses the rows that the splits share.
+    for split in reversed(SPLITS):
         for row in raw[split]:
             if reason := _defect(row):
                 dropped[reason] += 1
@@ -84,23 +86,23 @@ def clean(raw: dict[str, list[Row]]) -> DocstringPairs:
 
 
 def first_sentence(docstring: str) -> str:
-    """First sentence of the docstring's first paragraph, on one line."""
+    """Return the first sentence of a docstring's first paragraph, on one line."""
     paragraph = re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0]
     return _SENTENCE_END.split(" ".join(paragraph.split()), maxsplit=1)[0]
 
 
 def normalised(text: str) -> str:
-    """Lower-case words and digits of `text`, single-spaced: what likeness is judged by."""
+    """Return the lower-case words and digits of a text, with single spaces, for comparisons."""
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def row_text(row: Row) -> str:
-    """Signature and summary of `row`, normalised: its identity among duplicates."""
+    """Return the normalised signature and summary of a row, by which duplicates are found."""
     return normalised(f"{row['input']} {row['output']}")
 
 
 def shingles(text: str) -> frozenset[str]:
-    """All runs of five characters in `text` (the text itself if it is shorter)."""
+    """Return all runs of five characters in a text (or the text itself if it is shorter)."""
     starts = range(max(1, len(text) - _SHINGLE_CHARS + 1))
     return frozenset(text[start : start + _SHINGLE_CHARS] for start in starts)
 
@@ -113,7 +115,7 @@ def _rows_of(modules: frozenset[str]) -> Iterator[Row]:
 
 
 def _defect(row: Row) -> str:
-    """Why `row` is no good by itself, or ""."""
+    """Return the reason why a row is defective regardless of other rows, or ""."""
     output = row["output"]
     if ">>>" in output:
         return "doctest"
@@ -129,12 +131,13 @@ def _defect(row: Row) -> str:
 
 
 def _repetitions(rows: Sequence[tuple[str, Row]]) -> Iterator[str]:
-    """Why each (split, row) repeats an earlier kept one, or "": Jaccard over shingles, exact.
+    """Yield for each (split, row) the reason why it repeats an earlier kept row, or "".
 
-    Two sets with Jaccard >= t share an element among the first |set| - ceil(t |set|) + 1 of each,
-    in any order common to both; with the rarest first, few rows share one (prefix filtering), so
-    that comparing all pairs costs well under a second.
+    Rows repeat each other if the exact Jaccard similarity of their shingles reaches the threshold.
     """
+    # Prefix filtering: two sets with Jaccard >= t share an element among the first
+    # |set| - ceil(t |set|) + 1 of each, in any common order. With the rarest shingles first, few rows
+    # share one, so all pairs are compared in well under a second and without another dependency.
     texts = [row_text(row) for _, row in rows]
     sets = [shingles(text) for text in texts]
     rarity = Counter(shingle for items in sets for shingle in items)
@@ -156,6 +159,6 @@ def _repetitions(rows: Sequence[tuple[str, Row]]) -> Iterator[str]:
 
 
 def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
-    """Shared share of two non-empty sets, 0 to 1."""
+    """Return the Jaccard similarity of two non-empty sets, 0 to 1."""
     shared = len(left & right)
     return shared / (len(left) + len(right) - shared)

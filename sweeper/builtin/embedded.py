@@ -7,6 +7,6 @@ package imports neither torch nor transformers.
 from pathlib import Path
 
 BASE_DIR: Path = Path(__file__).parent / "base"
-"""Hugging Face folder (config, weights, tokenizer, model card) of the embedded base model."""
+"""Folder of the embedded base model in Hugging Face layout: config, weights, tokenizer, model card."""
 
 __all__ = ["BASE_DIR"]

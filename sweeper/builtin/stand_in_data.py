@@ -1,6 +1,6 @@
-"""Data sets in the layouts of the real ones, made of the standard library's docstrings.
+"""Build stand-in data sets: layouts of well-known data sets, filled with the library's docstrings.
 
-Imports no torch: a study's plan asks for paths before any worker starts.
+Imports no torch, because the driver resolves their paths before any worker starts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from sweeper.builtin.docstring_pairs import docstring_pairs
-from sweeper.builtin.stand_ins import PREFIX, built
+from sweeper.builtin.stand_ins import PREFIX, stand_in_folder
 from sweeper.builtin.stdlib_text import language_reference
 from sweeper.core.errors import DataError
 
@@ -23,40 +23,41 @@ Pair = dict[str, str]
 
 
 def data_path(name: str) -> Path:
-    """The file or folder of a stand-in data set, built when it is not there yet.
+    """Return the file or folder of a stand-in data set, and build the data set if it is missing.
 
     Args:
-        name: with its prefix: `stand_in:finetome`, `stand_in:instruct/val.jsonl`.
+        name: Name with prefix: `stand_in:finetome`, `stand_in:instruct/val.jsonl`.
 
     Raises:
-        DataError: no such stand-in; lists those there are.
+        DataError: There is no such stand-in or file. The message lists the known stand-ins.
     """
     if problem := unknown_stand_in(name):
         raise DataError(problem)
     data_set, _, inside = name.removeprefix(PREFIX).partition("/")
-    path = built("data", data_set, DATA[data_set]) / inside
+    path = stand_in_folder("data", data_set, DATA[data_set]) / inside
     if not path.exists():
-        raise DataError(f"{name}: that stand-in has no {inside}")
+        raise DataError(f"{name}: this stand-in has no file {inside}")
     return path
 
 
 def unknown_stand_in(name: str) -> str | None:
-    """What is wrong with the name of a stand-in data set, without building it."""
+    """Return why a stand-in's name is invalid, or None. Nothing is built."""
     if name.removeprefix(PREFIX).partition("/")[0] in DATA:
         return None
-    return f"{name}: no such stand-in; there are {', '.join(sorted(DATA))}"
+    return f"{name}: no such stand-in. Stand-ins for data are {', '.join(sorted(DATA))}."
 
 
 def _alpaca(folder: Path) -> None:
-    """tatsu-lab/alpaca: Parquet with instruction, input, output and the rendered text."""
+    """Build tatsu-lab/alpaca: Parquet with instruction, input, output and the rendered text."""
     rows = [{**pair, "text": _rendered(pair)} for pair in pairs()]
     _hub_layout(folder, rows, "The columns of tatsu-lab/alpaca.")
 
 
 def _finetome(folder: Path) -> None:
-    """mlabonne/FineTome-100k: Parquet with conversations (from, value), source and score."""
+    """Build mlabonne/FineTome-100k: Parquet with conversations (from, value), source and score."""
     rows = []
     for number, (first, second) in enumerate(zip(pairs()[::2], pairs()[1::2], strict=False)):
+        # Some conversations have two answers, and some a system turn, as in the real data set.
         turns = _turns(first) + (_turns(second) if number % 3 == 0 else [])
         system = [{"from": "system", "value": "You document Python code."}]
         conversation = (system if number % 4 == 0 else []) + turns
@@ -65,14 +66,14 @@ def _finetome(folder: Path) -> None:
 
 
 def _instruct(folder: Path) -> None:
-    """Two JSON Lines files, train and val, with instruction, input and output."""
+    """Build two JSON Lines files, train and val, with instruction, input and output."""
     held_out = len(pairs()) // 10
     _json_lines(folder / "train.jsonl", pairs()[held_out:])
     _json_lines(folder / "val.jsonl", pairs()[:held_out])
 
 
 def _book(folder: Path) -> None:
-    """One plain-text file: the topics of Python's language reference, one after the other."""
+    """Build one plain-text file with the topics of Python's language reference."""
     (folder / "book.txt").write_text("\n\n".join(language_reference()), encoding="utf-8")
 
 
@@ -86,7 +87,7 @@ DATA: dict[str, Callable[[Path], None]] = {
 
 @cache
 def pairs() -> tuple[Pair, ...]:
-    """(instruction, input, output): what every stand-in is made of."""
+    """Return the rows (instruction, input, output) from which every stand-in is made."""
     return tuple(docstring_pairs().rows["train"])
 
 
@@ -107,8 +108,8 @@ def _json_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _hub_layout(folder: Path, rows: list[dict[str, Any]], what: str) -> None:
-    """What `git clone` of a hub data set gives: a card with its YAML head, and Parquet under data/."""
+def _hub_layout(folder: Path, rows: list[dict[str, Any]], description: str) -> None:
+    """Write rows as a clone of a hub data set: a README.md with YAML head, and Parquet under data/."""
     (folder / "data").mkdir()
     table = pyarrow.Table.from_pylist(rows)
     pyarrow.parquet.write_table(table, folder / "data" / "train-00000-of-00001.parquet")
@@ -121,6 +122,6 @@ configs:
     path: data/train-*
 ---
 
-{what} Made of docstrings of the Python standard library.
+{description} Made of docstrings of the Python standard library.
 """
     (folder / "README.md").write_text(card, encoding="utf-8")

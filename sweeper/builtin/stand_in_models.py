@@ -1,8 +1,8 @@
-"""Randomly initialised models of real architecture classes, with tokenizers of their kind.
+"""Build stand-in models: small, randomly initialised models of real architectures, with tokenizers.
 
-Four layers of width 64: every module name, the grouped attention heads, tied or untied embeddings and
-the chat template are those of the family, so that target-module presets, layer ranges, quantization
-and templates meet what they will meet on the real model.
+The models have four layers of width 64. Module names, grouped attention heads, tied or untied
+embeddings and chat template are those of the real family, so that target-module presets, layer ranges,
+quantization and templates behave as on the real model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from sweeper.builtin.stand_in_data import pairs
-from sweeper.builtin.stand_ins import PREFIX, built
+from sweeper.builtin.stand_ins import PREFIX, stand_in_folder
 from sweeper.core.errors import ModelError
 
+# Small enough to train in seconds on a CPU.
 VOCABULARY = 1024
 POSITIONS = 1024
 WIDTH, LAYERS, HEADS, KEY_VALUE_HEADS = 64, 4, 4, 2
@@ -47,7 +48,7 @@ LLAMA3 = (
 
 @dataclass(frozen=True)
 class StandInFamily:
-    """What a model family's members have in common on disk."""
+    """Configuration, special tokens and chat template of a model family."""
 
     config: Callable[[PreTrainedTokenizerFast], PreTrainedConfig]
     specials: tuple[str, ...]
@@ -58,20 +59,21 @@ class StandInFamily:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of a stand-in model (`stand_in:qwen3`), built when it is not there yet.
+    """Return the folder of a stand-in model (`stand_in:qwen3`), and build the model if it is missing.
 
     Raises:
-        ModelError: no such stand-in; lists those there are.
+        ModelError: There is no such stand-in. The message lists the known ones.
     """
     family = name.removeprefix(PREFIX)
     if family not in FAMILIES:
-        raise ModelError(f"{name}: no such stand-in; there are {', '.join(sorted(FAMILIES))}")
-    return built("model", family, lambda folder: _build(FAMILIES[family], folder))
+        known = ", ".join(sorted(FAMILIES))
+        raise ModelError(f"{name}: no such stand-in. Stand-ins for models are {known}.")
+    return stand_in_folder("model", family, lambda folder: _build(FAMILIES[family], folder))
 
 
 def _build(family: StandInFamily, folder: Path) -> None:
     tokenizer = _tokenizer(family)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # a worker's own random state must not change
         torch.manual_seed(SEED)
         model = AutoModelForCausalLM.from_config(family.config(tokenizer), dtype=torch.float32)
     model.save_pretrained(folder)
@@ -79,14 +81,14 @@ def _build(family: StandInFamily, folder: Path) -> None:
 
 
 def _tokenizer(family: StandInFamily) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2, Qwen and Llama 3 have it, trained on the stand-in text."""
+    """Train a byte-level BPE tokenizer (as of GPT-2, Qwen and Llama 3) on the stand-in text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=list(family.specials),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # all 256 bytes: any text round-trips
         show_progress=False,
     )
     texts = [text for row in pairs() for text in row.values()]
@@ -158,7 +160,7 @@ _LLAMA = (
 )
 _LLAMA_INSTRUCT = (_LLAMA, "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", LLAMA3)
 FAMILIES: dict[str, StandInFamily] = {
-    # name -> configuration, special tokens, bos, eos, pad, chat template; as in the real tokenizer
+    # name -> configuration, special tokens, bos, eos, pad, chat template, as in the real tokenizer
     "qwen3": StandInFamily(_qwen3, _QWEN, None, "<|endoftext|>", "<|endoftext|>", CHATML),
     "qwen2_5": StandInFamily(_qwen2, _QWEN, None, "<|im_end|>", "<|endoftext|>", CHATML),
     "llama3_2": StandInFamily(_llama3_2, *_LLAMA_INSTRUCT),

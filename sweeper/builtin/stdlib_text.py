@@ -1,8 +1,8 @@
-"""Read the running Python's standard library: which module is for what, and its docstrings.
+"""Read docstrings of the running Python's standard library, and assign its modules to splits.
 
-Knows one partition of the library's top-level modules: task modules (train, validation, test) and
-everything else, which is pre-training text. Does not know how rows are cleaned (`pairs`) or what a
-model is. Source is parsed, never imported or executed; torch-free.
+The library's top-level modules are partitioned into task modules (train, validation, test) and
+pre-training modules (all others). Does not know how rows are cleaned (`docstring_pairs`) and imports
+no torch. Source files are parsed, never imported or executed.
 """
 
 import ast
@@ -40,21 +40,21 @@ TASK_MODULES: dict[str, frozenset[str]] = {
     "validation": VALIDATION_MODULES,
     "test": TEST_MODULES,
 }
-"""Split -> top-level modules its rows come from.
+"""Top-level modules of each split's rows.
 
-The split is by module because a random one leaks: neighbouring functions share their wording. The
-lists are written down, not drawn, so that a module keeps its split in every Python build; a module
-that a build lacks is simply absent. They name public modules that exist from Python 3.10 on and
-that distributions do not package apart (as they do with tkinter, idlelib, distutils and lib2to3),
-with short docstrings, so that the long prose stays on the pre-training side.
+The lists name public modules with short docstrings that exist from Python 3.10 on and that Linux
+distributions do not package separately (as they do tkinter, idlelib, distutils and lib2to3). A module
+that a Python build lacks is skipped.
 """
+# The split is by module because a random split leaks: neighbouring functions share their wording. The
+# lists are fixed, not drawn, so that a module has the same split in every Python build.
 
 HELD_OUT_MODULES: frozenset[str] = _names(
     """
     gzip ipaddress optparse shutil socketserver uuid
     """
 )
-"""Pre-training modules kept out of the training stream, to measure the base's loss on."""
+"""Pre-training modules that the base was not trained on, to measure its loss and its forgetting."""
 
 _NOT_LIBRARY = frozenset({"__pycache__", "idle_test", "test", "tests"})
 
@@ -64,10 +64,13 @@ _BLOCKS = (ast.stmt, ast.ExceptHandler, ast.match_case)
 
 @dataclass(frozen=True)
 class DocumentedObject:
-    """One documented object of the standard library, in source order.
+    """One documented module, class or function of the standard library.
 
-    `signature` is source-like text without a trailing colon; a method carries its class on a line
-    of its own, and a module has none (""). `docstring` is as written, indentation cleaned.
+    Attributes:
+        module: Name of the top-level module.
+        signature: Source-like text without a trailing colon. A method's signature starts with its class
+            on a separate line. A module's signature is "".
+        docstring: Docstring with cleaned indentation.
     """
 
     module: str
@@ -76,18 +79,21 @@ class DocumentedObject:
 
 
 def library_modules(root: Path | None = None) -> list[str]:
-    """Names of the top-level pure-Python modules under `root` (default: the running Python's)."""
+    """Return the names of the top-level pure-Python modules under `root` (by default, the library)."""
     return sorted({path.stem for path in _root(root).iterdir() if _is_module(path)})
 
 
 def pretraining_modules(root: Path | None = None) -> list[str]:
-    """Names of all modules outside the task, held-out ones included."""
+    """Return the names of all modules that no split uses, including the held-out ones."""
     task = frozenset().union(*TASK_MODULES.values())
     return [module for module in library_modules(root) if module not in task]
 
 
 def documented(modules: Iterable[str], root: Path | None = None) -> Iterator[DocumentedObject]:
-    """Every documented object of `modules`, by module name, file and line; absent modules skip."""
+    """Yield every documented object of the modules, ordered by module, file and line.
+
+    Modules that do not exist are skipped.
+    """
     base = _root(root)
     for module in sorted(modules):
         for file in _files(base, module):
@@ -95,8 +101,8 @@ def documented(modules: Iterable[str], root: Path | None = None) -> Iterator[Doc
 
 
 def language_reference() -> list[str]:
-    """Plain text of the language reference's topics, as `help()` shows them, by topic name."""
-    from pydoc_data.topics import topics  # half a megabyte: only when asked for
+    """Return the topics of the language reference as `help()` shows them, ordered by name."""
+    from pydoc_data.topics import topics  # half a megabyte, so loaded only when needed
 
     return [topics[name].strip() for name in sorted(topics)]
 
@@ -105,8 +111,8 @@ def _root(root: Path | None) -> Path:
     found = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not (found / "ast.py").is_file():
         raise FileNotFoundError(
-            f"the standard library must be installed as source files, none at {str(found)!r}; "
-            "use a Python with its .py files (not a zipped or frozen one)"
+            f"the standard library has no source files at {str(found)!r}. "
+            "Use a Python installation with its .py files (not a zipped or frozen one)."
         )
     return found
 
@@ -126,7 +132,7 @@ def _files(root: Path, module: str) -> list[Path]:
 
 def _parse(file: Path) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in old modules are not ours to report
+        warnings.simplefilter("ignore")  # old modules contain invalid escape sequences
         return ast.parse(file.read_bytes())
 
 
@@ -143,7 +149,7 @@ def _documented(
 
 
 def _definitions(node: ast.AST) -> Iterator[_Definition]:
-    """Definitions directly inside `node`, also those under an `if`, `try` or `with`."""
+    """Yield the definitions directly inside a node, including those under `if`, `try` or `with`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _Definition):
             yield child

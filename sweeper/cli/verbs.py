@@ -161,14 +161,14 @@ def reproduce(
     from sweeper.commands import reproduce as again
     from sweeper.config.settings import TrackingSettings, validate
     from sweeper.core.paths import TrialFolder
-    from sweeper.core.quiet import hush
+    from sweeper.core.quiet import silence_libraries
     from sweeper.reporting.console import make_console
     from sweeper.tracking.tracker_factory import make_store
 
     machine = again.machinery(overrides or [])
     store = make_store(validate(TrackingSettings, machine["tracking"], "tracking"))
     record = again.find_record(run, output_dir, store)
-    hush()
+    silence_libraries()
     folder = TrialFolder(into or again.new_folder(output_dir, record))
     console = make_console(stderr=as_json)
     found = again.reproduce(record, machine, folder, console, tolerance)
@@ -363,9 +363,9 @@ def rollback(model: Model, overrides: Where = None) -> None:
 
 def _quiet() -> None:
     """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
-    from sweeper.core.quiet import hush
+    from sweeper.core.quiet import silence_libraries
 
-    hush()
+    silence_libraries()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -18,7 +18,7 @@ from rich.console import Console
 from sweeper.commands.study_conclusion import StudyConclusion
 from sweeper.core.errors import StudyLocked
 from sweeper.core.paths import StudyFolder, write_atomic
-from sweeper.core.quiet import hush
+from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import StopSignal, deferred_interrupt
 from sweeper.driver.budget import StudyBudget
 from sweeper.driver.command_files import CommandInbox
@@ -55,7 +55,7 @@ def run_study(plan: StudyPlan) -> StudyResults:
         KeyboardInterrupt: the user stopped the study. The same command resumes it.
     """
     if plan.settings.verbosity != "verbose":
-        hush()
+        silence_libraries()
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:

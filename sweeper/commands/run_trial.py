@@ -10,7 +10,7 @@ from sweeper.config.settings import RunSettings
 from sweeper.core.errors import StudyError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import TrialFolder
-from sweeper.core.quiet import hush
+from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import deferred_interrupt
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.single_trial import SingleTrial
@@ -33,7 +33,7 @@ def run_single(settings: RunSettings, folder: TrialFolder, command: str) -> Outc
         KeyboardInterrupt: the user stopped it.
     """
     if settings.verbosity != "verbose":
-        hush()
+        silence_libraries()
     console = make_console()
     quiet = settings.verbosity == "quiet"
     outcome = train_single(settings, folder, command, Console(quiet=True) if quiet else console)

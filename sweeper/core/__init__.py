@@ -1,1 +1,1 @@
-"""Words and files that every room shares: errors, outcomes, paths, signals."""
+"""Shared by all packages: errors, trial outcomes, file paths, signals."""

@@ -1,18 +1,19 @@
-"""Every error a user can meet. Foreign errors are turned into one of these at the seam, nowhere else.
+"""Errors that a user can see. Errors of other libraries are converted where the library is called.
 
 SweeperError
 ├── ConfigError        a setting, key, group or search space is wrong (exit 2)
-├── DataError          a data file cannot be read as what it claims to be
-├── ModelError         the base model cannot be loaded, or the adapter does not fit it
-│   └── DoesNotFit     a training is larger than the device
+├── DataError          a data file cannot be read in its format
+├── ModelError         the base model cannot be loaded, or the adapter does not suit it
+│   └── DoesNotFit     a training needs more memory than the device has
 ├── StudyError         the study cannot be opened, resumed or found
-│   ├── StudyLocked    another driver runs it
-│   └── StudyMismatch  its name stands for a different question
-├── Refused            a command to a running study cannot be obeyed (exit 2)
-├── ArtifactError      stored weights are not what their manifest says
+│   ├── StudyLocked    another driver is running the study
+│   └── StudyMismatch  the study's name is taken by a study with another configuration
+├── CommandRefused     a command to a running study cannot be carried out (exit 2)
+├── TrialFailed        a single trial ended without a result
+├── ArtifactError      stored weights differ from their manifest
 ├── TrackingError      MLflow does not answer, or has no such run or model
 ├── WorkerError        workers cannot be started
-└── Diverged           the loss or the gradient is not finite, or far off (a trial's outcome)
+└── TrialDiverged      the loss or the gradient is not finite, or far too high (a trial's outcome)
 """
 
 from __future__ import annotations
@@ -25,17 +26,22 @@ if TYPE_CHECKING:
 
 
 class SweeperError(Exception):
-    """Base of all: its message is written for the user and is printed without a traceback."""
+    """Base of all errors whose message is for the user and is printed without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(SweeperError):
-    """All that is wrong with a configuration, at once."""
+    """A configuration is wrong. The message lists all of its problems.
+
+    Args:
+        problems: One message for each problem, each naming its key and value.
+    """
 
     exit_code = 2
 
     def __init__(self, problems: Sequence[str]) -> None:
+        # All problems at once, so that a user need not run the command once per mistake.
         self.problems = tuple(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
@@ -44,19 +50,23 @@ class ConfigError(SweeperError):
 
 
 class DataError(SweeperError):
-    """A data file cannot be read as what it claims to be."""
+    """A data file cannot be read in its format, or its rows cannot be used."""
 
 
 class ModelError(SweeperError):
-    """The base model cannot be loaded, or the adapter does not fit it."""
+    """The base model cannot be loaded, or the adapter does not suit the model."""
 
 
 class DoesNotFit(ModelError):
-    """A training is larger than the device, whatever its batch; `misfit` says by how much."""
+    """A training needs more memory than the device has, at any batch size.
+
+    Args:
+        misfit: Memory needed and memory available.
+    """
 
     def __init__(self, misfit: MemoryShortfall) -> None:
         self.misfit = misfit
-        super().__init__(f"it does not fit: {misfit}")
+        super().__init__(f"the training does not fit: {misfit}")
 
 
 class StudyError(SweeperError):
@@ -64,25 +74,25 @@ class StudyError(SweeperError):
 
 
 class StudyLocked(StudyError):
-    """Another driver runs this study."""
+    """Another driver is running this study."""
 
 
 class StudyMismatch(StudyError):
-    """The study of this name answers a different question."""
+    """The study of this name was started with another configuration."""
 
 
 class CommandRefused(SweeperError):
-    """A command to a running study cannot be obeyed as it was given."""
+    """A command to a running study cannot be carried out."""
 
     exit_code = 2
 
 
 class TrialFailed(SweeperError):
-    """A single trial ended without a result (in a study that is an outcome, not an error)."""
+    """A single trial ended without a result. (Inside a study that is an outcome, not an error.)"""
 
 
 class ArtifactError(SweeperError):
-    """Stored weights are not what their manifest says."""
+    """Stored weights differ from their manifest."""
 
 
 class TrackingError(SweeperError):
@@ -90,11 +100,11 @@ class TrackingError(SweeperError):
 
 
 class WorkerError(SweeperError):
-    """Workers cannot be started, or die before they can do anything."""
+    """Workers cannot be started, or die before their first command."""
 
 
 class TrialDiverged(SweeperError):
-    """The loss or the gradient norm is no longer finite, or the loss is far off for good."""
+    """The loss or the gradient norm is no longer finite, or the loss stays far too high."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
-"""manifest.json: the sha256 and size of every file of an artifact, and the check against it.
+"""Write and verify manifest.json: the sha256 and size of every file of an artifact.
 
-Knows no torch; whoever receives an adapter can verify it without loading it.
+Imports no torch, so an adapter can be verified without being loaded.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from sweeper.core.errors import ArtifactError
 from sweeper.core.paths import read_json, write_json
 
 MANIFEST = "manifest.json"
+# The manifest is inside the artifact's own folder, so that zip files, MLflow and copies include it.
 
 
 def write_manifest(folder: Path) -> None:
-    """Write `folder`/manifest.json over all other files below it."""
+    """Write manifest.json of all other files in the folder and its subfolders."""
     write_json(folder / MANIFEST, {"files": _entries(folder)})
 
 
@@ -24,15 +25,17 @@ def verify_manifest(folder: Path) -> None:
     """Check that a folder holds exactly the files of its manifest, unchanged.
 
     Raises:
-        ArtifactError: names every file that is missing, changed or not in the manifest.
+        ArtifactError: The manifest is missing or unreadable, or the files differ. The message names
+            every file that is missing, changed or not in the manifest.
     """
     path = folder / MANIFEST
     try:
         listed = dict(read_json(path)["files"])
     except FileNotFoundError:
-        raise ArtifactError(f"{path}: missing; it was not written to its end") from None
+        # The manifest is written last.
+        raise ArtifactError(f"{path}: missing, so the folder was not written completely") from None
     except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise ArtifactError(f"{path}: no manifest that can be read ({error})") from None
+        raise ArtifactError(f"{path}: cannot be read as a manifest ({error})") from None
     found = _entries(folder)
     problems = [
         *(f"{name}: missing" for name in listed if name not in found),
@@ -40,7 +43,7 @@ def verify_manifest(folder: Path) -> None:
         *(f"{name}: changed" for name in listed if name in found and listed[name] != found[name]),
     ]
     if problems:
-        raise ArtifactError(f"{folder} is not what was stored:\n  " + "\n  ".join(problems))
+        raise ArtifactError(f"{folder} differs from its manifest:\n  " + "\n  ".join(problems))
 
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""What workers tell about a trial: the vocabulary shared by the worker's and the driver's side.
+"""Values that describe a trial's result, a trial's size and an arm's baseline.
 
-Plain frozen values that travel as JSON; no torch, no Optuna, no MLflow.
+Workers send them to the driver as JSON. Imports no torch, Optuna or MLflow.
 """
 
 from __future__ import annotations
@@ -28,99 +28,103 @@ Cause = Literal[
     "refused",
     "duplicate",
 ]
-"""Why a trial ended."""
+"""Reason why a trial ended."""
 
 StopCause = Literal["pruned", "cancelled"]
-"""Why the driver may ask a worker to stop a trial."""
+"""Reason for which the driver may stop a trial."""
 
 
 def device_seconds(metrics: Mapping[str, float]) -> float:
-    """Device time of a trial: its seconds times its devices (one, where that was not recorded yet)."""
+    """Return the device time of a trial in seconds: wall time times the number of devices."""
+    # Trials stored before devices were recorded used one device.
     return metrics.get("cost/device_seconds", metrics.get("cost/seconds", 0.0))
 
 
 class Outcome(FrozenValue):
-    """How a trial ended. Names in `metrics` carry their unit; all values are finite."""
+    """Result of a trial. Metrics carry their unit in their name, and all values are finite."""
 
     cause: Cause
     best_value: float | None = None
-    """The objective's value of the kept checkpoint, on the whole validation split."""
+    """Objective value of the kept checkpoint on the whole validation split."""
     best_step: int | None = None
+    """Optimizer step of the kept checkpoint."""
     steps: int = 0
-    """Optimiser steps that were trained."""
+    """Number of optimizer steps that were trained."""
     metrics: dict[str, float] = Field(default_factory=dict)
     message: str | None = None
-    """For people: why it failed, or the traceback of a code error."""
+    """Reason of a failure for people, or the traceback of a code error."""
 
     @property
     def spent(self) -> dict[str, float]:
-        """Its metrics, to sum costs from: none of a duplicate, whose figures are its twin's."""
+        """Metrics to sum costs from. Empty for a duplicate trial."""
+        # A duplicate copies the metrics of the trial that it repeats. Its costs must not count twice.
         return {} if self.cause == "duplicate" else self.metrics
 
 
 class ExampleLosses(FrozenValue):
-    """The loss of one model on each example of a split, in the split's order."""
+    """Loss of one model on each example of a split, in the order of the split."""
 
     nll: tuple[float, ...]
     """Summed negative log-likelihood of each example's target tokens, in nats."""
     tokens: tuple[int, ...]
-    """How many target tokens each sum is over."""
+    """Number of target tokens of each example."""
 
     @property
     def loss(self) -> float:
-        """Nats per target token."""
+        """Mean loss in nats per target token."""
         return math.fsum(self.nll) / sum(self.tokens)
 
 
 HeldOutKind = Literal["test", "general"]
-"""A field of Unseen."""
+"""Name of a field of HeldOutLosses."""
 
 
 class HeldOutLosses(FrozenValue):
-    """What one model loses on texts that no search sees."""
+    """Losses of one model on texts that the search never uses."""
 
     test: ExampleLosses | None = None
-    """On each example of the test split; None if the data have none."""
+    """Losses on the examples of the test split, or None if there is no test split."""
     general: ExampleLosses | None = None
-    """On each window of general text; None if none is named (evaluation.general_text)."""
+    """Losses on the windows of general text, or None without evaluation.general_text."""
 
 
 class BaselineRun(FrozenValue):
-    """An earlier full fine-tune that stands in for an arm's own search, and what is known of it."""
+    """An earlier full fine-tune, recorded in MLflow, that replaces an arm's own search."""
 
     run_id: str
-    """MLflow's."""
+    """Id of the MLflow run."""
     model: Path
-    """Its weights in transformers' layout, on this machine."""
+    """Folder of the weights in transformers' layout, on this machine."""
     params: dict[str, str]
-    """As its run recorded them."""
+    """Parameters that the run recorded."""
     costs: dict[str, float]
-    """Of its training, as its run recorded them."""
+    """Costs of the training that the run recorded."""
     data_digest: str | None
+    """Digest of the training data, or None if the run did not record one."""
     base_digest: str | None
-    """Of what it was trained on; None where its run does not say."""
+    """Digest of the base model, or None if the run did not record one."""
     trials: int
-    """Finished trials of the search it came from; 0 where no search is known."""
+    """Finished trials of the search that found the run, or 0 if no search is known."""
     rates: tuple[float, ...]
-    """Learning rates that the search tried, in rising order."""
+    """Learning rates that the search tried, in ascending order."""
     best_rate: float | None
-    """The one that the search's own objective found best."""
+    """Learning rate that was best by the search's own objective."""
     seconds: float
-    """Worker time of that search."""
+    """Worker time of the search in seconds."""
 
     @property
     def short(self) -> str:
-        """Enough of the run's id to tell it by."""
+        """First eight characters of the run's id, for messages."""
         return self.run_id[:8]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its run says of its settings, as they were before MLflow made them texts."""
-        return {key: _untexted(text) for key, text in self.params.items()}
+        """Settings that the run recorded, converted back from MLflow's texts."""
+        return {key: _parsed_param(text) for key, text in self.params.items()}
 
 
-def _untexted(text: str) -> int | float | bool | str:
-    """What str() made this text of."""
+def _parsed_param(text: str) -> int | float | bool | str:
+    """Return the bool or number that a text represents, or the text itself."""
     if text in ("True", "False"):
         return text == "True"
     for kind in (int, float):
@@ -132,58 +136,63 @@ def _untexted(text: str) -> int | float | bool | str:
 
 
 class TrialSize(FrozenValue):
-    """How large a trial is on its model, known before a weight is loaded."""
+    """Parameters and memory of a trial, known before any weights are loaded."""
 
     trainable: int
-    """Parameters that are trained, as PEFT counts them."""
+    """Number of trainable parameters, as PEFT counts them."""
     total: int
+    """Number of all parameters, base and adapter."""
     rank: int | None
-    """The adapter's r, also where it follows from adapter.trainable_parameters; None without one."""
+    """Rank r of the adapter, also if derived from adapter.trainable_parameters. None without adapter."""
     held_mib: float
-    """Weights, gradients and optimizer states: what it needs whatever its batch."""
+    """MiB of weights, gradients and optimizer states, which are needed at any batch size."""
 
 
 class ArmBaseline(FrozenValue):
-    """What is known of an arm before its first trial."""
+    """Facts about an arm's base model, data and device, measured before its first trial."""
 
     base_digest: str
     base_commit: str | None
-    """The hub's commit, where the base comes from a hub."""
+    """Commit of the base model on the hub, or None if the base is not from the hub."""
     base_metrics: dict[str, float]
-    """The untuned base, as this arm holds it, under the same judge as every trial."""
+    """Metrics of the untuned base, quantized as in this arm, by the same judge as every trial."""
+    # Quantization alone changes the base's loss (NF4 by 0.014 nats on the embedded base), so every arm
+    # is compared with its own base.
     base_parameters: int
     data_digest: str
     data_source: str
     data_format: str
     rows: dict[str, int]
-    """Examples by split, after dropping."""
+    """Number of examples by split, after dropping."""
     dropped: dict[str, int]
+    """Number of dropped rows by reason."""
     target_tokens: int
-    """Target tokens of the validation split: what the loss is a mean over."""
+    """Number of target tokens of the validation split, over which the loss is a mean."""
     device: str
-    """A GPU's name; a CPU's, and ", 2 threads"."""
+    """Name of the GPU, or name of the CPU followed by ", 2 threads"."""
     dtype: str
     general_digest: str | None = None
-    """Of the windows of general text; None if none is named."""
+    """Digest of the windows of general text, or None without general text."""
 
     @property
     def repeatable(self) -> bool:
-        """Whether the device computes the same bits again: a GPU's kernels add in any order."""
+        """True if the device computes the same bits again, as a CPU does."""
+        # GPU kernels add in varying order.
         return self.device.endswith(" threads")
 
     def base_value(self, metric: str) -> float:
-        """The untuned base's value of a metric: what every trial is held against.
+        """Return the untuned base's value of a metric, which every trial is compared with.
 
         Raises:
-            StudyError: the base was not judged by it, or its value is not finite.
+            StudyError: The metric was not measured on the base, or its value is not finite.
         """
         if metric not in self.base_metrics:
             known = ", ".join(
                 name for name in sorted(self.base_metrics) if name.startswith("eval/")
             )
             raise StudyError(
-                f"objective.metric={metric}: the untuned base has no finite value of it; "
-                f"it has {known}"
+                f"objective.metric={metric}: the untuned base has no finite value of this metric. "
+                f"It has {known}."
             )
         return self.base_metrics[metric]
 

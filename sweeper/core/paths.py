@@ -1,6 +1,6 @@
-"""Every file name under outputs/, in one place, and the one way to write a file: whole or not at all.
+"""Names of all files under outputs/, and functions that write files atomically.
 
-Knows nothing about what is in the files.
+Does not know the contents of the files.
 """
 
 from __future__ import annotations
@@ -18,23 +18,32 @@ from pydantic_core import to_json
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader (or a crash) sees the old file or the new one, never a part."""
+    """Write a file so that readers see the old or the new content, never a part, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
     partial = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with partial.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(
+                file.fileno()
+            )  # without it a power cut could leave the new name with no content
         partial.replace(path)
-    except BaseException:  # Ctrl-C too leaves no half-written file behind
+    except BaseException:  # also on Ctrl-C, which must not leave a partial file
         partial.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write one JSON document atomically; NaN and infinity are refused (they are not JSON)."""
-    json.dumps(value, allow_nan=False)  # refuses; with an indent it would take ten times as long
+    """Write one JSON document atomically.
+
+    Raises:
+        ValueError: A value is NaN or infinite, which JSON cannot hold.
+    """
+    # json.dumps only checks: with an indent it runs in Python, not in C, and would take most of the
+    # driver's CPU time. pydantic's serializer is fast, but accepts NaN.
+    json.dumps(value, allow_nan=False)
     write_atomic(path, to_json(value, indent=2).decode() + "\n")
 
 
@@ -47,111 +56,114 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrialFolder:
-    """The folder of one trial: what a worker writes and everybody else only reads."""
+    """The folder of one trial, which only the trial's worker writes."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """The composed config the trial was trained with; `sweeper trial` runs it again."""
+        """Composed configuration of the trial, which `sweeper trial` runs again."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: step, time (Unix seconds) and metrics by name."""
+        """Observations, one JSON object per line: step, time (Unix seconds) and metrics by name."""
         return self.path / "metrics.jsonl"
 
     @property
     def outcome(self) -> Path:
-        """How the trial ended; written last, so its presence means the folder is complete."""
+        """Result of the trial, written last: if the file exists, the folder is complete."""
         return self.path / "outcome.json"
 
     @property
     def provenance(self) -> Path:
-        """Code, packages, machine, data and base digests."""
+        """Record of code, packages, machine, data digest and base digest."""
         return self.path / "provenance.json"
 
     @property
     def log_text(self) -> Path:
-        """The training log for people."""
+        """Training log for people."""
         return self.path / "training_log.txt"
 
     @property
     def log_json(self) -> Path:
-        """The training log for machines."""
+        """Training log for programs."""
         return self.path / "training_log.json"
 
     @property
     def adapter(self) -> Path:
-        """The best adapter, in PEFT's layout."""
+        """Adapter of the best checkpoint, in PEFT's layout."""
         return self.path / "adapter"
 
     @property
     def model(self) -> Path:
-        """The best weights of a full fine-tune, in transformers' layout."""
+        """Weights of the best checkpoint of a full fine-tune, in transformers' layout."""
         return self.path / "model"
 
     @property
     def merged(self) -> Path:
-        """Base and adapter as one model, where artifacts.merged asks for it."""
+        """Base and adapter merged into one model, if artifacts.merged is set."""
         return self.path / "merged"
 
     @property
     def data_card(self) -> Path:
-        """What the trial was trained on: counts, lengths, rows with their loss mask (Markdown)."""
+        """Summary of the trial's data: counts, lengths, sample rows with their loss mask (Markdown)."""
         return self.path / "data_card.md"
 
     @property
     def samples(self) -> Path:
-        """Answers to the qualitative prompts, untuned and tuned (Markdown; JSON beside it)."""
+        """Answers to the qualitative prompts, untuned and tuned (Markdown, and JSON with it)."""
         return self.path / "samples.md"
 
     @property
     def archive(self) -> Path:
-        """The adapter (or the weights) as one file, where artifacts.zip asks for it."""
+        """Zip file of the adapter (or of the weights), if artifacts.zip is set."""
         return self.path / f"{(self.artifact or self.adapter).name}.zip"
 
     @property
     def checkpoints(self) -> Path:
-        """Resume state while the trial runs; removed when it ends."""
+        """Checkpoints to resume from, removed when the trial ends."""
         return self.path / "checkpoints"
 
     @property
     def lock(self) -> Path:
-        """Held by the worker that trains here."""
+        """Lock file held by the worker that trains in this folder."""
         return self.path / ".lock"
 
     @property
     def tracking(self) -> Path:
-        """What is to be recorded of a trial without a study (sweeper.tracking.tracking_ledger)."""
+        """MLflow ledger of a trial without a study (sweeper.tracking.tracking_ledger)."""
         return self.path / ".tracking"
 
     @property
     def spent(self) -> Path:
-        """What the trial's attempts had cost when the newest checkpoint was written."""
+        """Costs of all attempts of the trial up to the newest checkpoint."""
         return self.checkpoints / "spent.json"
 
     @property
     def artifact(self) -> Path | None:
-        """What the trial is kept for: the adapter or the full model, if it got that far."""
+        """Folder of the trained adapter or full model, or None if neither was written."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
 
     def forget_checkpoints(self) -> None:
-        """Remove the resume state of a trial that is never continued."""
+        """Remove the checkpoints of a trial that will not be resumed."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def continue_from(self, earlier: TrialFolder) -> None:
-        """Take over a cancelled trial's resume state, if it left any: its checkpoints and its spool."""
+        """Take over the checkpoints and metrics.jsonl of a cancelled trial, if it left checkpoints."""
+        # Existing checkpoints mean that an earlier attempt has taken them over already.
         if not earlier.checkpoints.is_dir() or self.checkpoints.exists():
             return
         self.path.mkdir(parents=True, exist_ok=True)
         if earlier.metrics.exists():
             shutil.copy2(earlier.metrics, self.metrics)
         earlier.checkpoints.replace(self.checkpoints)
-        self.spent.unlink(missing_ok=True)  # the cancelled trial's outcome has told it
+        # The cancelled trial's outcome already counts its costs, so this trial starts at zero.
+        self.spent.unlink(missing_ok=True)
 
     def clear_results(self) -> None:
-        """Remove what an earlier attempt wrote, keeping its checkpoints."""
+        """Remove the files of an earlier attempt except its checkpoints."""
+        # The outcome goes first: without it no reader takes the folder for complete.
         written = (self.outcome, self.log_text, self.log_json, self.data_card, self.samples)
         for path in (*written, self.samples.with_suffix(".json"), *self.path.glob("*.zip")):
             path.unlink(missing_ok=True)
@@ -161,155 +173,156 @@ class TrialFolder:
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """The folder of one study_name: its database, its lock, its arms' trials, its answer."""
+    """The folder of one study: its database, lock, trials by arm, and results."""
 
     path: Path
 
     @property
     def database(self) -> Path:
-        """Optuna's storage, one study per arm."""
+        """Optuna's SQLite storage, with one Optuna study per arm."""
         return self.path / "study.db"
 
     @property
     def lock(self) -> Path:
-        """Held by the one driver."""
+        """Lock file held by the study's driver."""
         return self.path / "driver.lock"
 
     @property
     def inbox(self) -> Path:
-        """Commands to the driver, one JSON file each; renamed into it, so that each is whole."""
+        """Folder of commands to the driver, one JSON file each, moved in by rename when complete."""
         return self.path / "inbox"
 
     @property
     def outbox(self) -> Path:
-        """The driver's answers, until whoever asked has read them."""
+        """Folder of the driver's answers, each kept until the sender of the command has read it."""
         return self.path / "outbox"
 
     @property
     def steering(self) -> Path:
-        """Every command that was obeyed or refused, and the totals that commands have raised."""
+        """Record of all handled commands, and the values of n_trials raised by commands."""
         return self.path / "steering.json"
 
     @property
     def standing(self) -> Path:
-        """Where the study stands, written anew every few seconds by its driver."""
+        """Status of the study, rewritten by its driver every few seconds."""
         return self.path / "standing.json"
 
     @property
     def tracking(self) -> Path:
-        """Entries and marks of the study's runs at MLflow (sweeper.tracking.tracking_ledger)."""
+        """MLflow ledger of the study's runs (sweeper.tracking.tracking_ledger)."""
         return self.path / ".tracking"
 
     @property
     def results(self) -> Path:
-        """The answer, for machines."""
+        """Results of the study for programs (JSON)."""
         return self.path / "results.json"
 
     @property
     def report(self) -> Path:
-        """The answer, for people (Markdown)."""
+        """Report of the study (Markdown)."""
         return self.path / "report.md"
 
     @property
     def page(self) -> Path:
-        """The whole answer with its figures, for people: one HTML file."""
+        """Report of the study with its figures, as one HTML file."""
         return self.path / "report.html"
 
     @property
     def figures(self) -> Path:
-        """The page's pictures, one SVG file each."""
+        """Folder of the report's figures, one SVG file each."""
         return self.path / "figures"
 
     @property
     def answers(self) -> tuple[Path, ...]:
-        """The answer in all its forms."""
+        """Paths of the results in all their forms."""
         return self.results, self.report, self.page, self.figures
 
     def worker_log(self, worker: int) -> Path:
-        """What worker number `worker` printed."""
+        """Return the file that receives the output of a worker, by its number."""
         return self.path / f"worker_{worker}.log"
 
     def trial(self, arm: str, number: int) -> TrialFolder:
-        """The folder of trial `number` of an arm."""
+        """Return the folder of trial `number` of an arm."""
         return TrialFolder(self.path / arm / f"trial_{number:04d}")
 
     def finalist(self, arm: str, number: int, seed: int) -> TrialFolder:
-        """The folder of trial `number` of an arm, trained again with another seed."""
+        """Return the folder of trial `number` of an arm, trained again with another seed."""
         return TrialFolder(self.finalists(arm) / f"trial_{number:04d}_seed_{seed}")
 
     def finalists(self, arm: str) -> Path:
-        """Where an arm's repeats over seeds and their figures on the test split are kept."""
+        """Return the folder of an arm's finalists: repeats over seeds and losses on held-out texts."""
         return self.path / arm / "finalists"
 
     def adopted(self, arm: str) -> Path:
-        """Where the model of an earlier run is fetched to, if it lies on a server."""
+        """Return the folder for the downloaded model of an arm's baseline run."""
         return self.path / arm / "adopted"
 
     def test_examples(self, arm: str, name: str) -> Path:
-        """What a model lost on each example of the test split; `name` says which model."""
+        """Return the file of a model's losses on the test split, given the model's name."""
         return self.finalists(arm) / "test" / f"{name}.json"
 
     def general_examples(self, arm: str, digest: str, name: str) -> Path:
-        """What a model lost on each window of the general text of this digest."""
+        """Return the file of a model's losses on the general text with this digest."""
+        # The digest is part of the path, so that losses on another text are measured, not reused.
         return self.finalists(arm) / "general" / digest[:12] / f"{name}.json"
 
 
 @dataclass(frozen=True)
 class NightsFolder:
-    """The nights of all sets under one output_dir."""
+    """The folder of the nightly runs of all sets under one output_dir."""
 
     path: Path
 
     @classmethod
     def under(cls, output_dir: Path) -> NightsFolder:
-        """Beside the studies that the nights train."""
+        """Return the folder for nightly runs in an output_dir."""
         return cls(output_dir / "nightly")
 
     @property
     def database(self) -> Path:
-        """Which nights were run: one row per set and local date."""
+        """SQLite database of the nights that were run: one row per set and local date."""
         return self.path / "nights.db"
 
     def lock(self, set_name: str) -> Path:
-        """Held by the process that runs the set."""
+        """Return the lock file that the process running the set holds."""
         return self.path / f"{set_name}.lock"
 
     def holder(self, set_name: str) -> Path:
-        """Who holds the lock, and for which night."""
+        """Return the file that names the lock's holder and the night being run."""
         return self.path / f"{set_name}.running.json"
 
     def night(self, set_name: str, date: str) -> NightFolder:
-        """The folder of one night, by its local date."""
+        """Return the folder of one night, given its local date."""
         return NightFolder(self.path / set_name / date)
 
     def dates(self, set_name: str) -> list[str]:
-        """The nights of a set that left a record, the latest first."""
+        """Return the dates of a set's recorded nights, latest first."""
         records = (self.path / set_name).glob("*/night.json")
         return sorted((record.parent.name for record in records), reverse=True)
 
 
 @dataclass(frozen=True)
 class NightFolder:
-    """What one night leaves behind."""
+    """The folder of one night's record and summary."""
 
     path: Path
 
     @property
     def record(self) -> Path:
-        """What was decided and what came of it; a night that was cut short goes on from here."""
+        """Decisions and results of the night. An interrupted night continues from this file."""
         return self.path / "night.json"
 
     @property
     def digest(self) -> Path:
-        """The morning's page (Markdown)."""
+        """Summary of the night (Markdown)."""
         return self.path / "digest.md"
 
     @property
     def page(self) -> Path:
-        """The same as a web page."""
+        """Summary of the night (HTML)."""
         return self.path / "digest.html"
 
 
 def size_mib(folder: Path) -> float:
-    """Size of all files under a folder, in MiB."""
+    """Return the size of all files under a folder in MiB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20

@@ -1,4 +1,4 @@
-"""What other libraries print, kept off the terminal: their words would stand between a study's own."""
+"""Silence other libraries' warnings and logs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import warnings
 LOGGERS = ("bitsandbytes", "mlflow", "alembic", "optuna", "accelerate")
 
 
-def hush() -> None:
-    """For the rest of the process: no warnings but sweeper's, no log lines but errors.
+def silence_libraries() -> None:
+    """Hide other libraries' warnings, and their log lines below ERROR, for the rest of the process.
 
-    A worker's process prints into its own log instead, where everything stays.
+    Worker processes do not call this: their output goes unfiltered into log files of their own.
     """
+    # Their output would mix with the live table and the study's own lines.
     warnings.filterwarnings("ignore", module=r"(?!sweeper)")
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Signals as a request that is looked at where it is safe to stop.
+"""Turn stop signals into a request that the program checks where stopping is safe.
 
-An exception raised anywhere could fall between a result's arrival and its being told, or tear a message
-in two. The second signal does raise at once, and ends the process soon after, whatever is still to be
-closed: somebody is in a hurry.
+An exception raised at an arbitrary line could lose a result between its arrival and its recording, or
+cut a message in two. A second signal does raise at once and ends the process shortly after, even if
+something is still closing.
 """
 
 from __future__ import annotations
@@ -17,35 +17,37 @@ from dataclasses import dataclass
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
-"""What a batch system sends before it takes the machine away (Slurm: --signal=B:USR1@120)."""
+"""Signals that a batch system sends before it takes the machine away (Slurm: --signal=B:USR1@120)."""
 TEMPORARY_FAILURE = 75
-"""EX_TEMPFAIL of sysexits.h: run the same command again."""
+"""Exit code that asks the batch system to run the same command again (EX_TEMPFAIL of sysexits.h)."""
 HURRY_SECONDS = 1.5
+"""Seconds between a second signal and the end of the process."""
 
 
 class StopRequested(KeyboardInterrupt):
-    """Somebody asked this process to stop."""
+    """A user or a batch system asked this process to stop."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
+        # 128 + number is the shell's exit code of a process that a signal ended (130 for Ctrl-C).
         self.exit_code = TEMPORARY_FAILURE if number in NOTICES else 128 + number
 
 
 @dataclass
 class StopSignal:
-    """Whether the user, or the batch system, asked to stop."""
+    """The stop signal that this process has received, if any."""
 
     number: signal.Signals | None = None
 
     def request(self) -> None:
-        """Ask for a stop as Ctrl-C does."""
+        """Request a stop as Ctrl-C does."""
         self.number = self.number or signal.SIGINT
 
     def check(self) -> None:
-        """Called where stopping is safe.
+        """Raise if a stop was requested. Call this where stopping is safe.
 
         Raises:
-            Stopped: a stop was asked for.
+            StopRequested: A stop was requested.
         """
         if self.number is not None:
             raise StopRequested(self.number)
@@ -53,20 +55,20 @@ class StopSignal:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[StopSignal]:
-    """Turn stop signals and notices into a request; main thread only.
+    """Turn stop signals and notices into a request while the context is open (main thread only).
 
-    A signal that the process was started to ignore (SIGHUP under nohup) stays ignored.
+    A signal that the process ignored from its start (SIGHUP under nohup) stays ignored.
     """
     interrupt = StopSignal()
 
     def request(number: int, _: object) -> None:
-        if interrupt.number is not None:
-            _leave_soon(StopRequested(interrupt.number).exit_code)
+        if interrupt.number is not None:  # the second signal: the user does not want to wait
+            _exit_soon(StopRequested(interrupt.number).exit_code)
             raise StopRequested(interrupt.number)
         interrupt.number = signal.Signals(number)
 
-    heard = [number for number in (*STOPS, *NOTICES) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, request) for number in heard}
+    handled = [each for each in (*STOPS, *NOTICES) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {number: signal.signal(number, request) for number in handled}
     try:
         yield interrupt
     finally:
@@ -74,13 +76,14 @@ def deferred_interrupt() -> Iterator[StopSignal]:
             signal.signal(number, handler)
 
 
-def _leave_soon(exit_code: int) -> None:
-    """Closing may wait for a server or a worker; workers end by themselves when the driver is gone."""
+def _exit_soon(exit_code: int) -> None:
+    """Exit the process after HURRY_SECONDS, even if closing waits for a server or a worker."""
 
+    # os._exit is safe here: workers end on their own when the driver's process is gone.
     def leave() -> None:
         sys.stdout.flush()
         os._exit(exit_code)
 
     timer = threading.Timer(HURRY_SECONDS, leave)
-    timer.daemon = True
+    timer.daemon = True  # a clean exit before the time is up must not wait for the timer
     timer.start()

@@ -1,4 +1,4 @@
-"""The base of every stored or sent value, and the one value that an error carries."""
+"""Base class of all stored or sent values, and the value that `DoesNotFit` carries."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenValue(BaseModel):
-    """Base of everything that travels or is stored."""
+    """Base of every value that is stored or sent between processes."""
 
+    # NaN is refused because JSON cannot hold it, and unknown keys because they hide misspelt ones.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class MemoryShortfall(FrozenValue):
-    """A training that is larger than the device, whatever its batch."""
+    """Amount by which a training exceeds the device's memory at any batch size."""
 
     need_mib: float
     have_mib: float
     what: str = "weights, gradients and optimizer states"
-    """What needs it, as the subject of a sentence in the plural."""
+    """Name of the things that need the memory, in the plural: the subject of the message."""
 
     def __str__(self) -> str:
         return (
-            f"{self.what} need {self.need_mib:,.0f} MiB, and the device "
+            f"{self.what} need {self.need_mib:,.0f} MiB, but the device "
             f"has {self.have_mib:,.0f} MiB"
         )

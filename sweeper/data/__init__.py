@@ -1,1 +1,1 @@
-"""Rows to batches, in stages of one shape: read, split, render, tokenize, batch."""
+"""Turn data files into batches of tokens: read, format, clean, split, render, tokenize, batch."""

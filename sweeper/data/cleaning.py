@@ -1,7 +1,7 @@
-"""Clean: leave out examples that teach nothing or repeat others, each with its reason in the ledger.
+"""Drop training examples that are defective, low in quality or duplicates, and count the reasons.
 
-Every rule is stated here, in numbers; none guesses at meaning. Knows no tokens. Redaction changes text
-instead of leaving it out, and is the one step that validation and test files go through as well.
+Every rule is a number or a pattern given in this module. Works on text and does not know tokens.
+Redaction replaces text instead of dropping examples, and also applies to validation and test files.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ PLACEHOLDERS = frozenset(
         *("placeholder", "xxx", "lorem ipsum", "<nooutput>", "<noinput>", "-", "…", "..."),
     }
 )
-"""Answers that stand for a missing one, as they are after `normalised` and without a last full stop."""
+"""Placeholders for a missing answer, as `normalised` returns them, without a trailing full stop."""
 
 JUDGED_CHARS = 20
-"""Shorter answers are not judged by their characters: `42` and `3 + 4` are answers."""
+"""Characters from which the character rules apply. Shorter answers such as `3 + 4` are legitimate."""
 MAX_SHARE_OF_ONE_CHARACTER = 0.5
 MIN_SHARE_OF_TEXT = 0.1
-"""Letters and digits among the characters; JSON and tables of figures have about a quarter."""
+"""Minimum share of letters and digits. JSON and tables of numbers have about 0.25."""
 JUDGED_LINES = 5
 MIN_SHARE_OF_DISTINCT_LINES = 0.5
 
 REDACTIONS = {
     "email": (re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"), "[EMAIL]"),
-    # +49 30 1234567, (030) 1234-567, 555-123-4567: groups, so that plain numbers stay
+    # +49 30 1234567, (030) 1234-567, 555-123-4567: grouped digits only, so that plain numbers
+    # are kept
     "phone": (
         re.compile(
             r"(?<![\w.+])(?:\+\d{1,3}[ .-]?(?:\(\d+\)[ .-]?)?\d{2,}(?:[ .-]?\d{2,})+"
@@ -49,31 +50,37 @@ REDACTIONS = {
 
 
 def clean(
-    examples: Iterable[Example], rules: CleaningSettings, seen: SeenTexts, ledger: DropCounts
+    examples: Iterable[Example], rules: CleaningSettings, seen: SeenTexts, drops: DropCounts
 ) -> list[Example]:
-    """The examples that pass every rule; the first of several duplicates stays.
+    """Return the examples that pass every rule. Of several duplicates the first is kept.
 
     Args:
-        examples: of one source.
-        rules: which rules apply, with their limits.
-        seen: what earlier sources held; it remembers these examples too.
-        ledger: where the others are counted.
+        examples: The examples of one source.
+        rules: Rules that apply, with their limits.
+        seen: Texts of earlier sources. The texts of `examples` are added to it.
+        drops: Counter of the dropped examples.
     """
     kept = []
     for example in examples:
         reason = _defect(example, rules)
         if reason is None and rules.deduplicate != "none":
             reason = seen.kind(example.text)
+            # Dropped duplicates are added as well: a third text may be close to this one only.
             seen.add(example.text)
         if reason is None:
             kept.append(example)
         else:
-            ledger.drop(STAGE, reason, example.row.where)
+            drops.drop(STAGE, reason, example.row.where)
     return kept
 
 
 def redact(examples: Sequence[Example], kinds: Sequence[str]) -> list[Example]:
-    """The examples with e-mail addresses and telephone numbers replaced by [EMAIL] and [PHONE]."""
+    """Return the examples with e-mail addresses and phone numbers replaced by [EMAIL] and [PHONE].
+
+    Args:
+        examples: Examples of any split.
+        kinds: Keys of REDACTIONS.
+    """
     if not kinds:
         return list(examples)
     return [
@@ -94,14 +101,15 @@ def redact(examples: Sequence[Example], kinds: Sequence[str]) -> list[Example]:
 
 def _redacted(text: str, kinds: Sequence[str]) -> str:
     for kind in kinds:
-        pattern, word = REDACTIONS[kind]
-        text = pattern.sub(word, text)
+        pattern, replacement = REDACTIONS[kind]
+        text = pattern.sub(replacement, text)
     return text
 
 
 def _defect(example: Example, rules: CleaningSettings) -> str | None:
-    """Why an example is no good by itself."""
+    """Return the first rule that an example breaks regardless of other examples, or None."""
     answer = example.completion.strip()
+    # The cheap rules come first. The order also decides which reason is counted.
     if len(answer) < rules.min_completion_chars:
         return f"answer shorter than {rules.min_completion_chars} characters"
     if rules.max_chars is not None and len(example.text) > rules.max_chars:
@@ -116,17 +124,19 @@ def _defect(example: Example, rules: CleaningSettings) -> str | None:
 def _is_json(text: str) -> bool:
     try:
         json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # deeply nested JSON exceeds Python's recursion limit
         return False
     return True
 
 
 def _low_quality(example: Example, answer: str) -> str | None:
-    said = normalised(answer)
-    if said.rstrip(".") in PLACEHOLDERS or said in PLACEHOLDERS:
+    compared = normalised(answer)
+    if compared.rstrip(".") in PLACEHOLDERS or compared in PLACEHOLDERS:
         return "placeholder answer"
-    asked = [text for turn in example.messages[:-1] for text in (turn.content, turn.input) if text]
-    if any(said == normalised(text) for text in asked):
+    prompts = [
+        text for turn in example.messages[:-1] for text in (turn.content, turn.input) if text
+    ]
+    if any(compared == normalised(text) for text in prompts):
         return "answer repeats the prompt"
     if _repeats_lines(answer):
         return "mostly repeated lines"
@@ -145,8 +155,9 @@ def _repeats_lines(answer: str) -> bool:
 
 
 def _is_text(characters: str) -> bool:
-    """Whether letters, digits and the marks that many scripts write vowels with are enough of it."""
-    wanted = MIN_SHARE_OF_TEXT * len(characters)
-    if sum(map(str.isalnum, characters)) >= wanted:
+    """Return True if letters, digits and combining marks are a large enough share of the text."""
+    required = MIN_SHARE_OF_TEXT * len(characters)
+    if sum(map(str.isalnum, characters)) >= required:
         return True
-    return sum(unicodedata.category(character)[0] in "LNM" for character in characters) >= wanted
+    # Many scripts write vowels as combining marks (category M), which isalnum does not count.
+    return sum(unicodedata.category(character)[0] in "LNM" for character in characters) >= required

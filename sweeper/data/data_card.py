@@ -1,7 +1,7 @@
-"""Data card: what a trial was trained and judged on, counted and shown.
+"""Data card: counts, lengths and sample rows of the data a trial was trained and evaluated on.
 
-For people as Markdown, for machines as a dict. Three rows of every trained split are shown as the model
-sees them, the text it learns to write between « and ».
+The card is written as Markdown for people and as a dict for programs. Three training rows are shown as
+the model sees them, with « and » around the text that carries loss.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 SHOWN = 3
 SHOWN_CHARS = 4000
-"""Of a shown row; a packed row or a block of a book goes on for pages."""
+"""Characters shown of one row. A packed row or a block of a book would fill pages."""
 ALL = "all"
-"""In place of a split's name: left out before there were splits."""
+"""Stand-in for a split's name: rows dropped before the data was split."""
 OPENS, CLOSES = "«", "»"
 
 
 @dataclass(frozen=True)
 class LengthSummary:
-    """Tokens a row."""
+    """Distribution of the number of tokens per row."""
 
     min: int
     mean: float
@@ -40,7 +40,7 @@ class LengthSummary:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> LengthSummary:
-        """Quantiles are nearest ranks: lengths that occur."""
+        """Summarise row lengths. Quantiles are nearest ranks, so each is a length that occurs."""
         return cls(
             min=quantile(lengths, 0),
             mean=fmean(lengths) if lengths else 0.0,
@@ -53,7 +53,7 @@ class LengthSummary:
 
 @dataclass(frozen=True)
 class SplitCard:
-    """One split: from the examples that came in to the rows that the model sees."""
+    """Counts of one split, from the examples that came in to the rows that the model sees."""
 
     examples: int
     rows: int
@@ -62,14 +62,15 @@ class SplitCard:
     truncated: int
     max_length: int
     made: LengthSummary
-    """Before the length policy."""
+    """Row lengths before the length policy (data.over_length)."""
     kept: LengthSummary
+    """Row lengths after dropping, cutting and packing."""
     dropped: dict[str, dict[str, int]]
-    """Stage -> reason -> count."""
+    """Counts of dropped rows: stage -> reason -> count."""
 
     @classmethod
     def of(cls, encoded: EncodedSplit) -> SplitCard:
-        """Count a split."""
+        """Summarise a tokenized split."""
         return cls(
             examples=encoded.examples,
             rows=len(encoded.rows),
@@ -79,81 +80,81 @@ class SplitCard:
             max_length=encoded.max_length,
             made=LengthSummary.of(encoded.lengths),
             kept=LengthSummary.of([len(row["input_ids"]) for row in encoded.rows]),
-            dropped=_counts(encoded.ledger),
+            dropped=_counts(encoded.drops),
         )
 
     @property
     def target_share(self) -> float:
-        """Of all tokens, those that carry loss."""
+        """Share of all tokens that carry loss, 0 to 1."""
         return self.target_tokens / self.tokens if self.tokens else 0.0
 
 
 @dataclass(frozen=True)
 class DataCard:
-    """The data of a trial or a study."""
+    """Summary of the data of a trial or a study."""
 
     source: str
     dropped: dict[str, dict[str, int]]
-    """Before tokenization: stage -> reason -> count."""
+    """Counts of rows dropped before tokenization: stage -> reason -> count."""
     places: list[tuple[str, str, str, list[str]]]
-    """Split (or `all`), stage, reason, and a few of the files and lines."""
+    """Split (or `all`), stage, reason, and the file and line of a few dropped rows."""
     splits: dict[str, SplitCard]
     shown: list[str]
-    """Training rows with « » around what carries loss."""
+    """Sample training rows with « » around the text that carries loss."""
 
     @classmethod
     def of(
         cls,
         splits: Mapping[str, EncodedSplit],
-        ledger: DropCounts,
+        drops: DropCounts,
         tokenizer: PreTrainedTokenizerBase,
         source: str,
     ) -> DataCard:
-        """Make the card.
+        """Build the card.
 
         Args:
-            splits: by name; rows are shown from `train`.
-            ledger: what reading, formats and cleaning left out.
-            tokenizer: turns the shown rows back into text.
-            source: where the data came from, in words.
+            splits: Tokenized splits by name. The sample rows come from `train`.
+            drops: Rows dropped while reading, formatting, cleaning and splitting.
+            tokenizer: Tokenizer that decodes the sample rows.
+            source: Description of the data's origin for people.
         """
-        ledgers = {ALL: ledger, **{name: encoded.ledger for name, encoded in splits.items()}}
+        drops_by_split = {ALL: drops, **{name: encoded.drops for name, encoded in splits.items()}}
         return cls(
             source=source,
-            dropped=_counts(ledger),
+            dropped=_counts(drops),
             places=[
                 (name, stage, reason, list(where))
-                for name, one in ledgers.items()
-                for (stage, reason), where in one.places.items()
+                for name, split_drops in drops_by_split.items()
+                for (stage, reason), where in split_drops.places.items()
             ],
             splits={name: SplitCard.of(encoded) for name, encoded in splits.items()},
-            shown=[show(row, tokenizer) for row in _chosen(splits["train"].rows)],
+            shown=[show(row, tokenizer) for row in _sample_rows(splits["train"].rows)],
         )
 
     def document(self) -> dict[str, Any]:
-        """The card for machines."""
+        """Return the card as a dict that JSON can hold."""
         document = asdict(self)
         for name, card in self.splits.items():
             document["splits"][name]["target_share"] = card.target_share
         return document
 
     def markdown(self) -> str:
-        """The card for people."""
+        """Return the card as Markdown."""
         sections = [
             f"# Data card\n\nSource: {self.source}",
             "## Splits\n\n" + _table(SPLIT_HEAD, [_line(*item) for item in self.splits.items()]),
-            "## Tokens a row\n\n" + _table(LENGTH_HEAD, self._length_lines()),
-            "## Left out\n\n" + (_table(DROP_HEAD, self._drop_lines()) or "Nothing."),
-            f"## Training rows\n\nThe model learns to write what stands between {OPENS} and {CLOSES}.",
+            "## Tokens per row\n\n" + _table(LENGTH_HEAD, self._length_lines()),
+            "## Dropped\n\n" + (_table(DROP_HEAD, self._drop_lines()) or "No rows were dropped."),
+            f"## Training rows\n\nThe model learns to write the text between {OPENS} and {CLOSES}.",
             *(f"### Row {number}\n\n{_fenced(text)}" for number, text in enumerate(self.shown, 1)),
         ]
         return "\n\n".join(sections) + "\n"
 
     def _length_lines(self) -> list[list[str]]:
         kinds = [
-            (f"{name}, {what}", lengths)
+            (f"{name}, {stage}", lengths)
             for name, card in self.splits.items()
-            for what, lengths in (("as tokenized", card.made), ("as used", card.kept))
+            for stage, lengths in (("as tokenized", card.made), ("as used", card.kept))
         ]
         return [
             [name, *(f"{value:,.0f}" for value in asdict(lengths).values())]
@@ -171,34 +172,34 @@ class DataCard:
         ]
 
 
-SPLIT_HEAD = ("split", "examples", "rows", "tokens", "with loss", "cut", "max_length")
+SPLIT_HEAD = ("split", "examples", "rows", "tokens", "with loss", "truncated", "max_length")
 LENGTH_HEAD = ("split", "min", "mean", "median", "p95", "p99", "max")
 DROP_HEAD = ("split", "stage", "reason", "count", "for example")
 
 
 def show(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A row as text, « » around every run of tokens that carries loss.
-
-    Runs are decoded as what they add to all that stands before: alone, some tokenizers lose spaces.
-    """
+    """Return a row as text, with « » around every run of tokens that carries loss."""
     shown, end, before = "", 0, ""
+    # Each run is decoded together with everything before it, because some tokenizers drop leading
+    # spaces when a run is decoded alone.
     for is_target, run in groupby(row["labels"], key=lambda label: label != IGNORED):
         end += len(list(run))
         text = str(tokenizer.decode(row["input_ids"][:end], skip_special_tokens=False))
         added, before = text[len(before) :], text
         shown += f"{OPENS}{added}{CLOSES}" if is_target else added
-    cut = len(shown) > SHOWN_CHARS
+    cut = len(shown) > SHOWN_CHARS  # multiplied with a text below: "" if False
     return shown[:SHOWN_CHARS] + f"… ({len(shown):,} characters)" * cut
 
 
-def _chosen(rows: Sequence[Tokens]) -> list[Tokens]:
-    """The first row, the middle one and the last."""
+def _sample_rows(rows: Sequence[Tokens]) -> list[Tokens]:
+    """Return the first, the middle and the last row."""
+    # A set, because fewer than three rows give the same place several times.
     places = sorted({round(at * (len(rows) - 1) / (SHOWN - 1)) for at in range(SHOWN)})
     return [rows[place] for place in places]
 
 
-def _counts(ledger: DropCounts) -> dict[str, dict[str, int]]:
-    return {stage: dict(counts) for stage, counts in ledger.counts.items() if counts}
+def _counts(drops: DropCounts) -> dict[str, dict[str, int]]:
+    return {stage: dict(counts) for stage, counts in drops.counts.items() if counts}
 
 
 def _line(name: str, card: SplitCard) -> list[str]:
@@ -214,12 +215,14 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     if not lines:
         return ""
     rule = ["---"] * len(head)
+    # Pipes and line breaks in a cell would end the cell or the row.
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells))
 
 
 def _fenced(text: str) -> str:
-    """A code block whose fence is longer than any in the text."""
+    """Return a Markdown code block whose fence is longer than any fence in the text."""
+    # Training rows may contain fences, and would otherwise break the card's layout.
     fence = "```"
     while fence in text:
         fence += "`"

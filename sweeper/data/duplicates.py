@@ -1,8 +1,9 @@
-"""Duplicates: whether a text was seen before, word for word or nearly.
+"""Find exact and near duplicates among texts.
 
-Exact means equal but for letter case and white space. Near means a Jaccard similarity of five-character
-shingles of at least the threshold: MinHash finds candidates (Broder 1997, by datasketch), the
-similarity itself is computed. Deterministic: fixed permutations, no hash seed.
+Exact duplicates are equal except for letter case and white space. Near duplicates have a Jaccard
+similarity of five-character shingles of at least the threshold: MinHash finds candidates (Broder 1997,
+implemented by datasketch), and their similarity is then computed exactly. The result is deterministic:
+permutations and hash function are fixed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any
 from sweeper.builtin.docstring_pairs import jaccard, shingles
 
 PERMUTATIONS = 128
+# At 128 permutations 10,000 rows of 600 characters take 11 CPU seconds. Exact duplicates alone are
+# found in 100,000 rows in 9.
 
 
 class SeenTexts:
-    """The texts met so far.
+    """Set of texts that answers whether another text duplicates one of them.
 
     Args:
-        near_threshold: Jaccard similarity from which two texts count as the same; None compares
-            exactly only.
+        near_threshold: Jaccard similarity, 0 to 1, from which two texts are near duplicates. With None
+            only exact duplicates are found.
     """
 
     def __init__(self, near_threshold: float | None) -> None:
@@ -29,7 +32,7 @@ class SeenTexts:
         self._near = None if near_threshold is None else _NearIndex(near_threshold)
 
     def kind(self, text: str) -> str | None:
-        """`duplicate`, `near duplicate`, or None for a text that is new."""
+        """Return `duplicate`, `near duplicate`, or None for a new text."""
         key = normalised(text)
         if key in self._exact:
             return "duplicate"
@@ -38,7 +41,7 @@ class SeenTexts:
         return None
 
     def add(self, text: str) -> None:
-        """Remember a text."""
+        """Add a text to the set."""
         key = normalised(text)
         if key in self._exact:
             return
@@ -48,14 +51,14 @@ class SeenTexts:
 
 
 class _NearIndex:
-    """MinHash signatures in a locality-sensitive index."""
+    """Locality-sensitive index of MinHash signatures."""
 
     def __init__(self, threshold: float) -> None:
-        from datasketch import MinHash, MinHashLSH  # brings scipy: seconds that most need not pay
+        from datasketch import MinHash, MinHashLSH  # imports scipy, which takes seconds
 
         self._threshold = threshold
         self._empty = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=zlib.crc32)
-        # recall is weighed above precision: candidates are compared exactly anyway
+        # Recall weighs more than precision because candidates are compared exactly afterwards.
         self._index = MinHashLSH(threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
         self._texts: list[str] = []
         self._last: tuple[str, Any] = ("", None)
@@ -72,7 +75,8 @@ class _NearIndex:
         self._texts.append(text)
 
     def _signature(self, text: str) -> Any:
-        """The MinHash of a text; the last one is kept, as a text is asked for and then added."""
+        """Return the MinHash of a text."""
+        # The last signature is kept: callers look a text up and then add the same text.
         if self._last[1] is None or self._last[0] != text:
             signature = self._empty.copy()
             signature.update_batch([shingle.encode() for shingle in shingles(text)])
@@ -81,5 +85,6 @@ class _NearIndex:
 
 
 def normalised(text: str) -> str:
-    """In one Unicode form and letter case, white space single: what equality is judged by."""
+    """Return the text in NFC and case-folded, with single spaces: the form that is compared."""
+    # Punctuation is kept, unlike in docstring_pairs: `3 + 4` and `3 - 4` are different rows.
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())

@@ -1,7 +1,7 @@
-"""Encode: a split's examples into rows of tokens that fit the model, and an account of what did not.
+"""Encode a split's examples as rows of tokens that fit the model, and count the rows that do not.
 
-Training rows may be left out or cut for their length, as the configuration says, and are counted.
-Evaluation rows never are. Knows no files.
+Over-long training rows are dropped or cut, as data.over_length says. Evaluation rows never are: an
+evaluation row that is too long is an error. Does not know files.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ STAGE = "encode"
 TEXT = "text"
 AUTO_QUANTILE = 0.99
 AUTO_MULTIPLE = 8
-"""Lengths of whole multiples use the matrix units of GPUs fully."""
+"""Tokens to whose multiple `auto` rounds up, because GPU matrix units work on multiples of 8."""
 AUTO_CAP = 4096
-"""What `auto` never passes: activations grow with the length, and one outlier would set it."""
+"""Upper limit of `auto` in tokens. Without it a few outliers could set the activation memory."""
 MOST_CHARS = 32
-"""Of a token, in the mean over a text: a longer text than that holds enough tokens."""
+"""Upper bound of the mean number of characters per token of a text."""
 SHORTEST_BLOCK = 2
-"""A block of one token predicts nothing."""
+"""Minimum tokens of a block. The first token carries no loss, so one token predicts nothing."""
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A tokenized split, and what became of the rest.
+    """A tokenized split and the counts of its dropped and truncated rows.
 
     Attributes:
-        rows: what the model sees.
-        examples: how many examples came in.
-        lengths: tokens of every row before the length policy (of plain texts: of every document).
-        max_length: the longest a row may be.
-        truncated: rows that lost their end.
-        ledger: examples and rows left out, by reason.
+        rows: Rows as the model sees them.
+        examples: Number of examples that came in.
+        lengths: Tokens of every row before the length policy (for plain text: of every document).
+        max_length: Upper limit of a row's length in tokens.
+        truncated: Number of rows whose end was cut off.
+        drops: Dropped examples and rows by reason.
     """
 
     rows: list[Tokens]
@@ -60,21 +60,21 @@ class EncodedSplit:
     lengths: list[int] = field(default_factory=list)
     max_length: int = 0
     truncated: int = 0
-    ledger: DropCounts = field(default_factory=DropCounts)
+    drops: DropCounts = field(default_factory=DropCounts)
 
     @property
     def dropped(self) -> int:
-        """Examples and rows left out, whatever the reason."""
-        return sum(self.ledger.total.values())
+        """Number of dropped examples and rows, over all reasons."""
+        return sum(self.drops.total.values())
 
     @property
     def tokens(self) -> int:
-        """All positions."""
+        """Number of tokens over all rows."""
         return sum(len(row["input_ids"]) for row in self.rows)
 
     @property
     def target_tokens(self) -> int:
-        """Positions that carry loss."""
+        """Number of tokens that carry loss."""
         return sum(label != IGNORED for row in self.rows for label in row["labels"])
 
 
@@ -84,30 +84,31 @@ def encode_train(
     settings: DataSettings,
     limit: int | None,
 ) -> EncodedSplit:
-    """Tokenize the training split: too long rows as `over_length` says, packed if asked for.
+    """Tokenize the training split, apply data.over_length, and pack rows if data.packing is set.
 
     Args:
-        examples: the split.
-        tokenizer: the base's.
-        settings: template, train_on, max_length, over_length and packing are read.
-        limit: the model's positions, or None where it has no limit.
+        examples: Examples of the split.
+        tokenizer: Tokenizer of the base model.
+        settings: Data settings: template, train_on, max_length, over_length and packing.
+        limit: Number of positions of the model in tokens, or None if it has no limit.
 
     Raises:
-        DataError: max_length is beyond the model, the template does not fit, or no row is left.
+        DataError: max_length exceeds the model's positions, the template does not suit the format, or
+            no row is left.
     """
-    ledger = DropCounts()
-    codec = TokenizerSetup(tokenizer)
-    rows = list(_conversations(examples, codec, settings, ledger))
-    documents = _documents(examples, codec)
+    drops = DropCounts()
+    setup = TokenizerSetup(tokenizer)
+    rows = list(_conversations(examples, setup, settings, drops))
+    documents = _documents(examples, setup)
     lengths = [len(row["input_ids"]) for row, _ in rows] + [len(ids) for ids in documents]
     max_length = _max_length(settings, lengths, limit)
-    fitted, truncated = _fit(rows, max_length, settings, ledger)
-    made = fitted + _blocks(documents, max_length, codec)
+    fitted, truncated = _fit(rows, max_length, settings, drops)
+    made = fitted + _blocks(documents, max_length, setup)
     if not made:
-        raise DataError(f"no training row is left: {_reasons(ledger, max_length)}")
-    if settings.packing:
+        raise DataError(f"no training row is left: {_reasons(drops, max_length)}")
+    if settings.packing:  # after dropping and cutting, because a pack holds only rows that fit
         made = pack(made, max_length)
-    return EncodedSplit(made, len(examples), lengths, max_length, truncated, ledger)
+    return EncodedSplit(made, len(examples), lengths, max_length, truncated, drops)
 
 
 def encode_evaluation(
@@ -117,55 +118,58 @@ def encode_evaluation(
     limit: int | None,
     block_length: int,
 ) -> EncodedSplit:
-    """Tokenize a split that models are judged on: nothing is cut, left out for its length, or packed.
+    """Tokenize an evaluation split without cutting, packing, or dropping rows for their length.
 
     Args:
-        examples: the split.
-        tokenizer: the base's.
-        settings: template and train_on are read.
-        limit: the model's positions, or None where it has no limit.
-        block_length: the training rows' max_length, for plain texts.
+        examples: Examples of the split.
+        tokenizer: Tokenizer of the base model.
+        settings: Data settings: template and train_on.
+        limit: Number of positions of the model in tokens, or None if it has no limit.
+        block_length: Tokens per block of plain text: max_length of the training split.
 
     Raises:
-        DataError: a row is longer than the model's positions, or no row is left.
+        DataError: A row is longer than the model's positions, or no row is left.
     """
-    ledger = DropCounts()
-    codec = TokenizerSetup(tokenizer)
+    drops = DropCounts()
+    setup = TokenizerSetup(tokenizer)
     rows = [
-        row for row in _conversations(examples, codec, settings, ledger) if _is_target(row, ledger)
+        row for row in _conversations(examples, setup, settings, drops) if _is_target(row, drops)
     ]
+    # A cut or dropped evaluation row would change what the metric measures without notice.
     for row, example in rows:
         if limit is not None and len(row["input_ids"]) > limit:
             raise DataError(
-                f"{example.row.where}: an evaluation row of {len(row['input_ids'])} tokens, and the "
-                f"model has {limit} positions; shorten or remove it (evaluation never truncates)"
+                f"{example.row.where}: this evaluation row has {len(row['input_ids'])} tokens and "
+                f"the model {limit} positions. Shorten or remove the row (evaluation rows are never "
+                "truncated)."
             )
-    documents = _documents(examples, codec)
-    made = [row for row, _ in rows] + _blocks(documents, block_length, codec)
+    documents = _documents(examples, setup)
+    made = [row for row, _ in rows] + _blocks(documents, block_length, setup)
     if not made:
-        raise DataError(f"no evaluation row is left: {_reasons(ledger, block_length)}")
+        raise DataError(f"no evaluation row is left: {_reasons(drops, block_length)}")
     lengths = [len(row["input_ids"]) for row, _ in rows] + [len(ids) for ids in documents]
     longest = max(len(row["input_ids"]) for row in made)
-    return EncodedSplit(made, len(examples), lengths, longest, 0, ledger)
+    return EncodedSplit(made, len(examples), lengths, longest, 0, drops)
 
 
 def encode_prompts(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: DataSettings
 ) -> list[EncodedPrompt]:
-    """What generations of these examples start from; plain texts have no prompt and are left out.
+    """Return the prompts to generate answers from. Plain texts have no prompt and are skipped.
 
     Raises:
-        DataError: the template cannot print one of them.
+        DataError: The template cannot render one of the examples.
     """
-    codec = TokenizerSetup(tokenizer)
-    templates = _templates(examples, codec, settings)
+    setup = TokenizerSetup(tokenizer)
+    templates = _templates(examples, setup, settings)
     prompts = []
     for example in examples:
         if example.format == TEXT:
             continue
         try:
-            prompts.append(encode_prompt(example, codec, templates[example.format]))
+            prompts.append(encode_prompt(example, setup, templates[example.format]))
         except UnusableRow as reason:
+            # Prompts and references must pair up, so a prompt cannot be dropped here.
             raise DataError(f"{example.row.where}: {reason}") from None
     return prompts
 
@@ -173,60 +177,65 @@ def encode_prompts(
 def encode_text(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, tokens: int
 ) -> list[Tokens]:
-    """Plain texts, joined and cut into windows of `length` tokens (the last one may be shorter).
+    """Join plain texts and cut them into windows of `length` tokens (the last may be shorter).
 
-    No more texts are read than hold so many `tokens`.
+    Args:
+        texts: Documents, read only until they hold `tokens` tokens.
+        tokenizer: Tokenizer of the base model.
+        length: Tokens per window.
+        tokens: Number of tokens after which no more documents are read.
 
     Raises:
-        DataError: several texts, and no end-of-text token to part them.
+        DataError: There are several texts, and the tokenizer has no end-of-text token to separate them.
     """
-    codec = TokenizerSetup(tokenizer)
+    setup = TokenizerSetup(tokenizer)
     documents: list[list[int]] = []
     left = tokens
     for text in texts:
         if left <= 0:
             break
-        documents.append(codec.ids(text[: left * MOST_CHARS]))
+        # Tokenizing only a prefix keeps a book of many MiB cheap. It still holds `left` tokens.
+        documents.append(setup.ids(text[: left * MOST_CHARS]))
         left -= len(documents[-1])
-    return _blocks(documents, length, codec)
+    return _blocks(documents, length, setup)
 
 
-Made = tuple[Tokens, Example]
-"""A row, and the example it was made of."""
+EncodedRow = tuple[Tokens, Example]
+"""A row and the example that it was made from."""
 
 
 def _conversations(
-    examples: Sequence[Example], codec: TokenizerSetup, settings: DataSettings, ledger: DropCounts
-) -> Iterator[Made]:
-    templates = _templates(examples, codec, settings)
+    examples: Sequence[Example], setup: TokenizerSetup, settings: DataSettings, drops: DropCounts
+) -> Iterator[EncodedRow]:
+    templates = _templates(examples, setup, settings)
     for example in examples:
         if example.format == TEXT:
             continue
         try:
-            rows = tokenize(example, codec, templates[example.format], settings.train_on)
+            rows = tokenize(example, setup, templates[example.format], settings.train_on)
         except UnusableRow as reason:
-            ledger.drop(STAGE, str(reason), example.row.where)
+            drops.drop(STAGE, str(reason), example.row.where)
         else:
             yield from ((row, example) for row in rows)
 
 
 def _templates(
-    examples: Sequence[Example], codec: TokenizerSetup, settings: DataSettings
+    examples: Sequence[Example], setup: TokenizerSetup, settings: DataSettings
 ) -> dict[str, PromptTemplate]:
     formats = {example.format for example in examples}
-    return {name: choose_template(settings.template, name, codec.tokenizer) for name in formats}
+    return {name: choose_template(settings.template, name, setup.tokenizer) for name in formats}
 
 
-def _documents(examples: Sequence[Example], codec: TokenizerSetup) -> list[list[int]]:
-    return [codec.ids(example.completion) for example in examples if example.format == TEXT]
+def _documents(examples: Sequence[Example], setup: TokenizerSetup) -> list[list[int]]:
+    return [setup.ids(example.completion) for example in examples if example.format == TEXT]
 
 
 def _max_length(settings: DataSettings, lengths: Sequence[int], limit: int | None) -> int:
     if settings.max_length != "auto":
         if limit is not None and settings.max_length > limit:
             raise DataError(
-                f"data.max_length={settings.max_length}: the model has {limit} positions; give "
-                f"{limit} or less, or auto"
+                f"data.max_length={settings.max_length}: the model has only {limit} positions. Use "
+                f"{limit} or less, or auto."
             )
         return settings.max_length
     cap = AUTO_CAP if limit is None else min(limit, AUTO_CAP)
@@ -234,55 +243,56 @@ def _max_length(settings: DataSettings, lengths: Sequence[int], limit: int | Non
 
 
 def quantile(values: Sequence[int], share: float) -> int:
-    """The smallest value that at least this share of the values does not exceed (nearest rank)."""
+    """Return the nearest-rank quantile: the smallest value that `share` of the values do not exceed."""
     ordered = sorted(values) or [0]
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def _fit(
-    rows: Sequence[Made], max_length: int, settings: DataSettings, ledger: DropCounts
+    rows: Sequence[EncodedRow], max_length: int, settings: DataSettings, drops: DropCounts
 ) -> tuple[list[Tokens], int]:
-    """The rows that fit, and how many were cut to do so.
-
-    Cutting takes the end: the prompt's start holds the system turn and the begin-of-text token. A cut
-    answer keeps no end-of-text token, so nobody learns to stop in the middle of a sentence.
-    """
+    """Return the rows that fit, and the number of rows that were cut to fit."""
     fitted, truncated = [], 0
     for row, example in rows:
         too_long = len(row["input_ids"]) > max_length
         if too_long and settings.over_length == "drop":
-            ledger.drop(STAGE, "longer than max_length", example.row.where)
+            drops.drop(STAGE, "longer than max_length", example.row.where)
             continue
+        # The end is cut because the start holds the system turn and the begin-of-text token. A cut
+        # answer gets no end-of-text token, so that no model learns to stop in mid-sentence.
         cut = {name: values[:max_length] for name, values in row.items()}
         if _is_target(
-            (cut, example), ledger, "its answer lies beyond max_length" if too_long else None
+            (cut, example), drops, "its answer lies beyond max_length" if too_long else None
         ):
             fitted.append(cut)
             truncated += too_long
     return fitted, truncated
 
 
-def _is_target(made: Made, ledger: DropCounts, reason: str | None = None) -> bool:
+def _is_target(made: EncodedRow, drops: DropCounts, reason: str | None = None) -> bool:
     row, example = made
     if any(label != IGNORED for label in row["labels"]):
         return True
-    ledger.drop(STAGE, reason or "no token carries loss", example.row.where)
+    drops.drop(STAGE, reason or "no token carries loss", example.row.where)
     return False
 
 
-def _blocks(documents: Sequence[list[int]], length: int, codec: TokenizerSetup) -> list[Tokens]:
-    """Contiguous blocks of the documents, joined by the end-of-text token; loss is on every token.
+def _blocks(documents: Sequence[list[int]], length: int, setup: TokenizerSetup) -> list[Tokens]:
+    """Return contiguous blocks of the documents, with loss on every token but a block's first.
 
-    Every block opens as the tokenizer opens a text: some models cannot do without their begin-of-text
-    token. A last block of fewer than two tokens is left out.
+    Args:
+        documents: Token ids of each document. The end-of-text token is put between two documents.
+        length: Tokens per block. A last block of fewer than two tokens is dropped.
+        setup: Tokenizer of the base model.
 
     Raises:
-        DataError: several documents, and no token to part them.
+        DataError: There are several documents, and the tokenizer has no token to separate them.
     """
-    stream = _joined(documents, codec)
-    step = length - len(codec.opening)
+    stream = _joined(documents, setup)
+    # Some models need their begin-of-text token, so every block starts with the opening tokens.
+    step = length - len(setup.opening)
     pieces = [stream[start : start + step] for start in range(0, len(stream), step)]
-    rows = [codec.opening + piece for piece in pieces]
+    rows = [setup.opening + piece for piece in pieces]
     return [
         {"input_ids": row, "labels": [IGNORED, *row[1:]]}
         for row in rows
@@ -290,12 +300,12 @@ def _blocks(documents: Sequence[list[int]], length: int, codec: TokenizerSetup) 
     ]
 
 
-def _joined(documents: Sequence[list[int]], codec: TokenizerSetup) -> list[int]:
-    end = codec.tokenizer.eos_token_id
+def _joined(documents: Sequence[list[int]], setup: TokenizerSetup) -> list[int]:
+    end = setup.tokenizer.eos_token_id
     if len(documents) > 1 and end is None:
         raise DataError(
-            f"{len(documents)} texts to join, and the tokenizer has no end-of-text token to put "
-            "between them; set eos_token in the model's tokenizer_config.json"
+            f"{len(documents)} texts must be joined, but the tokenizer has no end-of-text token to "
+            "separate them. Set eos_token in the model's tokenizer_config.json."
         )
     stream: list[int] = []
     for index, ids in enumerate(documents):
@@ -303,6 +313,6 @@ def _joined(documents: Sequence[list[int]], codec: TokenizerSetup) -> list[int]:
     return stream
 
 
-def _reasons(ledger: DropCounts, max_length: int) -> str:
-    counted = [f"{count} × {reason}" for reason, count in ledger.total.items()]
+def _reasons(drops: DropCounts, max_length: int) -> str:
+    counted = [f"{count} × {reason}" for reason, count in drops.total.items()]
     return f"{'; '.join(counted) or 'the split is empty'} (max_length {max_length})"

@@ -1,9 +1,9 @@
-"""What travels between the stages: rows, examples, and the count of what was left out.
+"""Values passed between the data stages: rows, examples, and the counts of dropped ones.
 
     read → rows → format → examples → clean → split → render → tokenize → batch
 
-Every stage takes rows (or examples) and a `Ledger`, and returns those it lets through; what it drops,
-it writes into the ledger with the reason, the file and the line.
+Every stage takes rows (or examples) and a `DropCounts`, returns those it keeps, and counts the others
+in the `DropCounts` with the reason, the file and the line.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant"]
 
 SHOWN_PER_REASON = 3
-"""How many of the dropped rows a ledger keeps to show for each reason."""
+"""Number of dropped rows whose places are kept for each reason."""
 
 
 @dataclass(frozen=True)
 class RawRow:
-    """One record as it was read, and where it stands, for messages to people."""
+    """One record as it was read, with its place for messages."""
 
     values: Mapping[str, Any]
     where: str
-    """`train.jsonl:17`: the file and the line, or the record's number."""
+    """File and line, or the record's number: `train.jsonl:17`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ChatMessage:
     role: Role
     content: str
     input: str = ""
-    """Alpaca's input: a section of its own in the instruction template, appended elsewhere."""
+    """Alpaca's `input`: a section of its own in the instruction template, else appended to `content`."""
 
 
 @dataclass(frozen=True)
@@ -45,35 +45,37 @@ class Example:
     messages: tuple[ChatMessage, ...]
     row: RawRow
     format: str = "messages"
-    """The format it was read in (a key of formats.FORMATS): `template=auto` chooses by it."""
+    """Format of the row, a key of row_formats.FORMATS. data.template=auto chooses by the format."""
 
     @property
     def completion(self) -> str:
-        """The last assistant turn: what generations are compared with."""
+        """The last assistant turn: the reference that generated answers are compared with."""
         return self.messages[-1].content
 
     @property
     def text(self) -> str:
-        """All that was said, for digests, duplicate search and length rules."""
+        """Text of all turns, for duplicate search and length rules."""
         parts = (part for turn in self.messages for part in (turn.content, turn.input) if part)
         return "\n".join(parts)
 
 
 @dataclass
 class DropCounts:
-    """What was dropped, by stage and reason, with a few of the places."""
+    """Counts of dropped rows by stage and reason, with the places of a few of them."""
 
+    # Reasons are counted by stage because data.max_bad_fraction applies to some stages only.
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     places: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def drop(self, stage: str, reason: str, where: str) -> None:
         """Count one dropped row or example."""
         self.counts[stage][reason] += 1
+        # Only a few places are kept: a file may hold millions of bad rows.
         if len(shown := self.places[stage, reason]) < SHOWN_PER_REASON:
             shown.append(where)
 
     def add(self, other: DropCounts) -> None:
-        """Take over what another ledger counted."""
+        """Add the counts and places of another instance."""
         for stage, counts in other.counts.items():
             self.counts[stage].update(counts)
         for key, places in other.places.items():
@@ -81,7 +83,7 @@ class DropCounts:
 
     @property
     def total(self) -> dict[str, int]:
-        """Dropped by reason, over all stages."""
+        """Counts by reason, summed over the stages."""
         total: Counter[str] = Counter()
         for counts in self.counts.values():
             total.update(counts)

@@ -1,7 +1,7 @@
-"""General text: what a model could before it was tuned, to measure what tuning makes it forget.
+"""General text: plain text unrelated to the task, to measure what fine-tuning makes a model forget.
 
-Plain text that is not about the task, packed into windows of one length, with loss on every token but
-a window's first. Knows where the text lies and what the task's rows say; judges nothing.
+The text is packed into windows of one length, with loss on every token but a window's first. This
+module reads the text and excludes the task's own answers. It computes no loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_WINDOWS = 8
-"""Of fewer no interval is worth its name."""
+"""Minimum number of windows. With fewer, a confidence interval would be meaningless."""
 
 
 def general_rows(
@@ -34,23 +34,25 @@ def general_rows(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
 ) -> list[Tokens]:
-    """The first whole windows of the general text, at most `tokens` of it.
+    """Return the first full windows of the general text, at most `settings.tokens` tokens.
 
     Args:
-        settings: with a source.
-        task: examples of every split; a document that one of them gives as its answer, or whose first
-            sentence it gives, is left out.
-        tokenizer: the base's.
-        limit: the model's positions, or None where it has no limit.
+        settings: General-text settings with a source.
+        task: Examples of every split. A document is excluded if it, or its first sentence, is the
+            answer of one of them.
+        tokenizer: Tokenizer of the base model.
+        limit: Number of positions of the model in tokens, or None if it has no limit.
 
     Raises:
-        DataError: the source cannot be read, is no text or too short, or the window does not fit.
+        DataError: The source cannot be read, holds no text or too little, or the window exceeds the
+            model's positions.
     """
     if limit is not None and settings.window > limit:
         raise DataError(
-            f"{GENERAL_TEXT}.window={settings.window}: the model has {limit} positions; give {limit} "
-            "or less"
+            f"{GENERAL_TEXT}.window={settings.window}: the model has only {limit} positions. Use "
+            f"{limit} or less."
         )
+    # Text that the task teaches would measure the task, not forgetting.
     answers = {normalised(example.completion) for example in task}
     texts = [
         text
@@ -58,18 +60,19 @@ def general_rows(
         if answers.isdisjoint((normalised(text), normalised(first_sentence(text))))
     ]
     rows = encode_text(texts, tokenizer, settings.window, settings.tokens)
+    # Full windows only, so that every window's loss is a sum over the same number of tokens.
     whole = [row for row in rows if len(row["input_ids"]) == settings.window]
     kept = whole[: settings.tokens // settings.window]
     if len(kept) < MIN_WINDOWS:
         raise DataError(
-            f"{GENERAL_TEXT}: {len(kept)} windows of {settings.window} tokens, and at least "
-            f"{MIN_WINDOWS} are needed; give a longer text, more tokens or a smaller window"
+            f"{GENERAL_TEXT}: the text fills {len(kept)} windows of {settings.window} tokens, and at "
+            f"least {MIN_WINDOWS} are needed. Use a longer text, more tokens or a smaller window."
         )
     return kept
 
 
 def digest(rows: Sequence[Tokens]) -> str:
-    """sha256 over the windows' tokens: losses on windows of one digest compare."""
+    """Return the sha256 over the windows' tokens. Losses are comparable if their digests are equal."""
     ids = [row["input_ids"] for row in rows]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
@@ -78,22 +81,22 @@ def _documents(settings: GeneralTextSettings) -> list[str]:
     (source,) = sources(settings.source)
     if source.path == EMBEDDED:
         return embedded_documents()
-    ledger = DropCounts()
-    rows = read_source(source, GENERAL_SPLIT, ledger)
-    examples = to_examples(rows, "text", source.columns or {}, ledger)
+    drops = DropCounts()
+    rows = read_source(source, GENERAL_SPLIT, drops)
+    examples = to_examples(rows, "text", source.columns or {}, drops)
     if not examples:
-        reasons = "; ".join(f"{count} × {why}" for why, count in ledger.total.items())
+        reasons = "; ".join(f"{count} × {why}" for why, count in drops.total.items())
         raise DataError(
-            f"{GENERAL_TEXT}.source={source.path}: holds no text ({reasons or 'no rows'}); give plain "
-            "text, or rows with a column `text`"
+            f"{GENERAL_TEXT}.source={source.path}: holds no text ({reasons or 'no rows'}). Use plain "
+            "text, or rows with a column `text`."
         )
     return [example.completion for example in examples]
 
 
 def embedded_documents() -> list[str]:
-    """Docstrings of the running Python's modules that the embedded base was not pre-trained on.
+    """Return docstrings of the standard-library modules that the embedded base did not train on.
 
-    They are of the kind it was pre-trained on, and in no split of the embedded data set, which takes
-    its rows from other modules.
+    The modules were held out of pre-training to measure the base. The embedded data set takes its rows
+    from other modules, so no split contains these docstrings.
     """
     return list(dict.fromkeys(found.docstring for found in documented(HELD_OUT_MODULES)))

@@ -1,7 +1,8 @@
-"""Shape the training split: shares of sources or tasks, how many rows, and in which order.
+"""Sample, balance and order the rows of the training split.
 
-Runs after the split, on train only, so that no repeated row can stand on both sides. Knows columns and
-lengths, no tokens.
+Runs after the split and on train only, so that a repeated row cannot appear in two splits, and runs with
+different data.max_samples are evaluated on the same rows. Works on columns and text lengths and does
+not know tokens.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from sweeper.core.errors import DataError
 from sweeper.data.examples import Example
 
 BY_LENGTH = "length"
-"""The word in `order_by` that means the characters of an example rather than a column."""
+"""Value of data.order_by that orders by the characters of an example instead of by a column."""
 
 
-def shape(
+def shape_train(
     pools: Sequence[Sequence[Example]], weights: Sequence[float] | None, data: DataSettings
 ) -> list[Example]:
-    """The training rows: mixed, limited, ordered.
+    """Return the training rows mixed by weight, limited to data.max_samples, and ordered.
 
     Args:
-        pools: train of every source.
-        weights: share of each source; None = all rows as they are.
-        data: max_samples, balance_by, order_by, split_seed.
+        pools: Training examples of each source.
+        weights: Relative share of each source, or None to take all rows as they are.
+        data: Data settings: max_samples, balance_by, order_by and split_seed.
 
     Raises:
-        DataError: a row lacks the column that is balanced or ordered by.
+        DataError: A row lacks the column of data.balance_by or data.order_by.
     """
     rng = random.Random(data.split_seed)
     everything = [example for pool in pools for example in pool]
@@ -48,21 +49,22 @@ def shape(
 
 
 def column(example: Example, name: str, key: str) -> object:
-    """A row's value in a column that the configuration names under `data.<key>`.
+    """Return a row's value in the column that the configuration names under `data.<key>`.
 
     Raises:
-        DataError: the row has no such column, or nothing in it.
+        DataError: The row has no such column, or no value in it.
     """
     if (value := example.row.values.get(name)) is None:
         raise DataError(
-            f"{example.row.where}: nothing in the column {name!r} (data.{key}); "
-            f"its columns: {', '.join(example.row.values)}"
+            f"{example.row.where}: no value in the column {name!r} (data.{key}={name}). "
+            f"The row's columns are {', '.join(example.row.values)}."
         )
     return value
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in the proportion of the weights that sum to `total` (largest remainders)."""
+    """Split `total` into whole numbers proportional to the weights (largest-remainder method)."""
+    # Fractions are exact: with floats, equal weights could get different counts.
     exact = [Fraction(weight) * total / sum(map(Fraction, weights)) for weight in weights]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
@@ -74,11 +76,11 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 def _mixed(
     pools: Sequence[Sequence[Example]], weights: Sequence[float], total: int, rng: random.Random
 ) -> list[Example]:
-    """Each pool in its share: a sample of one that is too large, repeats of one that is too small."""
+    """Return each pool in its share: large pools are sampled, small pools are repeated."""
     mixed: list[Example] = []
     for pool, count in zip(pools, shares(weights, total), strict=True):
         if not pool:
-            continue  # every row of it was left out: the ledger says why
+            continue  # every row of this source was dropped, and `drops` holds the reasons
         whole, rest = divmod(count, len(pool))
         mixed += [*pool] * whole + _in_order(pool, rng.sample(range(len(pool)), rest))
     rng.shuffle(mixed)
@@ -89,7 +91,9 @@ def _by_value(examples: Sequence[Example], name: str) -> dict[str, list[Example]
     found: defaultdict[str, list[Example]] = defaultdict(list)
     for example in examples:
         found[str(column(example, name, "balance_by"))].append(example)
-    return dict(sorted(found.items()))
+    return dict(
+        sorted(found.items())
+    )  # sorted: the draw must not depend on which value comes first
 
 
 def _in_order(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:
@@ -97,13 +101,13 @@ def _in_order(examples: Sequence[Example], indices: Sequence[int]) -> list[Examp
 
 
 def _ordered(examples: Sequence[Example], name: str) -> list[Example]:
-    """From the smallest value to the largest; numbers written as text count as numbers."""
+    """Return the examples in ascending order of a column. Numbers written as text sort as numbers."""
     if name == BY_LENGTH:
         return sorted(examples, key=lambda example: len(example.text))
     texts = [str(column(example, name, "order_by")) for example in examples]
     try:
         values: Sequence[float | str] = [float(text) for text in texts]
-    except ValueError:
+    except ValueError:  # one value that is not a number makes the whole column text
         values = texts
     order = sorted(range(len(examples)), key=lambda index: values[index])
     return [examples[index] for index in order]

@@ -1,9 +1,12 @@
-"""Packing: several short rows in one, each as if it stood alone.
+"""Pack several short rows into one, with attention confined to each of them.
 
 Packed rows have `position_ids` that restart with every example, and no attention mask: from these,
 transformers builds a block-diagonal causal mask for sdpa and eager attention, and sequence bounds for
-flash attention. Whether a model takes them is proven, not believed (`require_isolation`).
+flash attention. Some model classes ignore them, so `require_isolation` tests the loaded model.
 """
+
+# A 4D mask built here would be used by every layer as it is and so break sliding-window attention.
+# transformers' own mask respects each layer's kind of attention.
 
 from __future__ import annotations
 
@@ -24,26 +27,27 @@ if TYPE_CHECKING:
 
 
 def pack(rows: Sequence[Tokens], max_length: int) -> list[Tokens]:
-    """Put every row into the fullest pack that still has room for it (best fit, in the rows' order).
+    """Put every row into the fullest pack that still has space for it (online best fit).
 
-    Packs stand in the order they were begun in, so that an ordered training split stays ordered. The
-    same rows give the same packs.
+    The same rows always give the same packs.
 
     Args:
-        rows: each of at most `max_length` tokens, its first label IGNORED.
-        max_length: how long a pack may be.
+        rows: Rows of at most `max_length` tokens each, with the first label IGNORED.
+        max_length: Maximum tokens of a pack.
     """
+    # Rows are taken in their order and packs stay in the order they were opened, so that an ordered
+    # training split (data.order_by) stays ordered. Best fit decreasing would sort it by length.
     packs: list[list[Tokens]] = []
-    room: list[tuple[int, int]] = []  # of each pack that has some: tokens left, index; sorted
+    space: list[tuple[int, int]] = []  # (tokens left, index) of each pack with space, sorted
     for row in rows:
         length = len(row["input_ids"])
-        at = bisect_left(room, (length, 0))
-        left, index = room.pop(at) if at < len(room) else (max_length, len(packs))
+        at = bisect_left(space, (length, 0))
+        left, index = space.pop(at) if at < len(space) else (max_length, len(packs))
         if index == len(packs):
             packs.append([])
         packs[index].append(row)
         if left > length:
-            insort(room, (left - length, index))
+            insort(space, (left - length, index))
     return [_joined(pack) for pack in packs]
 
 
@@ -56,7 +60,7 @@ def _joined(rows: Sequence[Tokens]) -> Tokens:
 
 
 def unpack(row: Tokens) -> Iterator[Tokens]:
-    """The rows that a pack was made of; a row that is no pack is its own."""
+    """Yield the rows that a pack was made from. A row that is not packed is yielded unchanged."""
     length = len(row["input_ids"])
     starts = [at for at, position in enumerate(row.get("position_ids", [0])) if position == 0]
     for start, end in pairwise([*starts, length]):
@@ -65,15 +69,15 @@ def unpack(row: Tokens) -> Iterator[Tokens]:
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Pad packs on the right; the padding is a sequence of its own, without loss.
+    """Pad packs on the right. The padding counts as one more packed sequence, without loss.
 
-    There is no `attention_mask`: with one, transformers ignores where the positions restart.
+    The batch has no `attention_mask`: given one, transformers ignores where the positions restart.
     """
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Packs into `input_ids`, `position_ids` and `labels`, each [batch, length]."""
+        """Return `input_ids`, `position_ids` and `labels`, each [batch, length]."""
         longest = max(len(row["input_ids"]) for row in rows)
         positions = [
             row["position_ids"] + list(range(longest - len(row["position_ids"]))) for row in rows
@@ -86,13 +90,13 @@ class PackedCollator:
 
 
 class FlatCollator:
-    """A batch as one row without padding, for flash attention: packs, or rows as they are."""
+    """Concatenate a batch into one row without padding, for flash attention."""
 
     def __init__(self) -> None:
         self._flatten = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Rows into `input_ids`, `position_ids` and `labels`, each [1, all tokens], and their bounds."""
+        """Return `input_ids`, `position_ids` and `labels`, each [1, all tokens], and sequence bounds."""
         flat: dict[str, Any] = self._flatten([part for row in rows for part in unpack(row)])
         return flat
 
@@ -101,45 +105,49 @@ PackingCollator = PackedCollator | FlatCollator
 
 
 def packing_collator(attn_implementation: str, pad_token_id: int) -> PackingCollator:
-    """The collator for packed training rows under an attention implementation."""
+    """Return the collator for packed training rows that suits an attention implementation."""
     if attn_implementation == "flash_attention_2":
         return FlatCollator()
     return PackedCollator(pad_token_id)
 
 
 PROBE_TOKENS = (5, 9)
-"""Lengths of the two sequences that the proof packs."""
+"""Lengths in tokens of the two sequences that `require_isolation` packs."""
 LEAK_SHARE = 0.2
-"""Of what reading the neighbour does to the logits: above bf16's noise, far below a leak."""
+"""Largest tolerated change of the logits, relative to a sequence that does attend to its neighbour.
+
+The value is above the rounding noise of bfloat16 and far below a real leak (1).
+"""
 
 
 @torch.no_grad()
 def require_isolation(model: PreTrainedModel) -> None:
-    """Prove that a packed sequence computes what it computes alone (three forwards of 14 tokens).
+    """Check that a packed sequence gives the logits that it gives alone (three forwards of 14 tokens).
 
     Raises:
-        ModelError: it does not; packing would let examples read each other.
+        ModelError: The logits differ, so packed examples would attend to each other.
     """
     was_training = model.training
     model.eval()
     try:
         isolated = _leak_share(model) <= LEAK_SHARE
-    except TypeError:  # its forward takes no position_ids
+    except TypeError:  # the model's forward takes no position_ids
         isolated = False
     finally:
         model.train(was_training)
     if not isolated:
         raise ModelError(
             f"data.packing=true: {type(model).__name__} with "
-            f"{model.config._attn_implementation} attention lets packed examples read each other; "
-            "give data.packing=false"
+            f"{model.config._attn_implementation} attention lets packed examples attend to each "
+            "other. Use data.packing=false."
         )
 
 
 def _leak_share(model: PreTrainedModel) -> float:
-    """How far a packed sequence's logits move, relative to a sequence that reads its neighbour."""
+    """Return the change of a packed sequence's logits, relative to one that attends to its neighbour."""
     first, second = PROBE_TOKENS
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    # Multiples of a large prime spread the token ids over the vocabulary.
     ids = torch.arange(1, first + second + 1, device=model.device)[None] * 7919 % vocabulary
     restarting = torch.cat([torch.arange(first), torch.arange(second)])[None].to(model.device)
 

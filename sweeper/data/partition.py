@@ -1,7 +1,7 @@
-"""Partition: validation and test come off train, so that neighbours and relatives stay together.
+"""Split validation and test off the training examples without separating related rows.
 
-By row at random, by the values of a column (groups never straddle), or, for plain texts, as the last
-contiguous parts. The same seed gives the same parts, whatever the hash seed. Knows no files.
+Rows are drawn at random, or whole groups of equal values in a column are, or, for plain text, the last
+contiguous parts are taken. The same split_seed gives the same parts. Does not know files.
 """
 
 from __future__ import annotations
@@ -15,24 +15,25 @@ from sweeper.data.examples import Example, RawRow
 from sweeper.data.mixture import column
 
 Pools = dict[str, list[list[Example]]]
-"""Split -> the examples of every source."""
+"""Examples by split and source: split -> one list for each source."""
 
 
 def partition(pools: Pools, data: DataSettings) -> Pools:
-    """Take validation and test off train where nothing else brings them.
+    """Split validation and test off train unless they have sources of their own.
 
     Args:
-        pools: train of every source, and validation and test where they have sources of their own.
-        data: validation_ratio, test_ratio, split_seed, group_by.
+        pools: Examples of train by source, and of validation and test if they have their own sources.
+        data: Data settings: validation_ratio, test_ratio, split_seed and group_by.
 
     Raises:
-        DataError: a row lacks the column that is grouped by.
+        DataError: A row lacks the column of data.group_by.
     """
     ratios = {"validation": data.validation_ratio, "test": data.test_ratio}
     missing = {name: ratio for name, ratio in ratios.items() if name not in pools}
     result: Pools = {**{name: [] for name in SPLIT_KEYS}, **pools, "train": []}
     groups = _groups(pools["train"], missing, data)
     rng = random.Random(data.split_seed)
+    # Small ratios round to no row. The largest source then gives one, so that validation is not empty.
     largest = max(pools["train"], key=len)
     for pool in pools["train"]:
         if groups is not None:
@@ -62,7 +63,11 @@ def _at_random(
 def _groups(
     pools: Iterable[Sequence[Example]], ratios: Mapping[str, float], data: DataSettings
 ) -> dict[str, str] | None:
-    """Group -> split, so that each split gets about its share of the rows; None = not grouped."""
+    """Assign each group to a split so that every split gets about its share of the rows.
+
+    Returns:
+        Group -> split, or None if rows are not grouped.
+    """
     if data.group_by is None or not ratios:
         return None
     sizes: dict[str, int] = {}
@@ -70,19 +75,18 @@ def _groups(
         for example in pool:
             name = str(column(example, data.group_by, "group_by"))
             sizes[name] = sizes.get(name, 0) + 1
-    names = sorted(sizes)
+    names = sorted(sizes)  # the order of rows must not change the split
     random.Random(data.split_seed).shuffle(names)
-    wanted = {name: ratio * sum(sizes.values()) for name, ratio in ratios.items()}
+    targets = {name: ratio * sum(sizes.values()) for name, ratio in ratios.items()}
     filled = dict.fromkeys(ratios, 0)
     groups = {}
     for name in names:
-        needy = [split for split in ratios if filled[split] + sizes[name] / 2 <= wanted[split]]
-        groups[name] = needy[0] if needy else "train"
-        if needy:
-            filled[needy[0]] += sizes[name]
-    if (
-        filled.get("validation") == 0 and len(names) > 1
-    ):  # few large groups: the smallest one judges
+        unfilled = [split for split in ratios if filled[split] + sizes[name] / 2 <= targets[split]]
+        groups[name] = unfilled[0] if unfilled else "train"
+        if unfilled:
+            filled[unfilled[0]] += sizes[name]
+    # With few large groups none may fit the validation share, but validation must not be empty.
+    if filled.get("validation") == 0 and len(names) > 1:
         groups[min(names, key=lambda name: (sizes[name], name))] = "validation"
     return groups
 
@@ -98,25 +102,24 @@ def _by_group(
 
 
 def _is_text(pool: Sequence[Example]) -> bool:
-    """Whether a source is plain text: one assistant turn, and nothing asked."""
+    """Return True if a source is plain text: every example is a single assistant turn."""
     return bool(pool) and all(len(example.messages) == 1 for example in pool)
 
 
 def _contiguous(pool: Sequence[Example], ratios: Mapping[str, float]) -> dict[str, list[Example]]:
-    """Texts in their order: train first, the last parts of the whole for validation and test.
-
-    Windows of one text drawn at random would put neighbours, which share sentences, on both sides.
-    """
+    """Split texts in their order: the start is train, the last parts are validation and test."""
+    # Windows of one text drawn at random would put neighbours, which share sentences, into different
+    # splits. Such leaks give a book a validation perplexity near 1.
     total = sum(len(example.completion) for example in pool)
     parts: dict[str, list[Example]] = {}
     left = list(pool)
-    for name, ratio in reversed(list(ratios.items())):  # test is the very end
+    for name, ratio in reversed(list(ratios.items())):  # test takes the end of the text
         left, parts[name] = _cut(left, round(total * ratio)) if ratio else (left, [])
     return {**parts, "train": left}
 
 
 def _cut(pool: Sequence[Example], size: int) -> tuple[list[Example], list[Example]]:
-    """What comes before and within the last `size` characters, cut at a paragraph where there is one."""
+    """Split texts into a head and a tail of about `size` characters, preferably at a paragraph."""
     tail: list[Example] = []
     for index in range(len(pool) - 1, -1, -1):
         text = pool[index].completion
@@ -135,9 +138,9 @@ def _cut(pool: Sequence[Example], size: int) -> tuple[list[Example], list[Exampl
 
 
 def _border(text: str, near: int) -> int:
-    """The start of the last paragraph, line, sentence or word at or before a place, in that order.
+    """Return where to cut a text near a position: at a paragraph, else a line, sentence or word.
 
-    A border counts as long as it moves the cut by less than half of the smaller side.
+    A boundary is used only if it moves the cut by less than half of the smaller side.
     """
     reach = max(0, near - min(near, len(text) - near) // 2)
     for mark in ("\n\n", "\n", ". ", " "):

@@ -1,7 +1,7 @@
-"""Prefetch: fill the hub's cache with models and data sets, so that workers need no network.
+"""Download models and data sets into the hub's cache, so that workers need no network.
 
-Knows where the hub's clients keep things, and loads neither models nor rows into the program. What is
-local, embedded or read by URL is named, so that nobody wonders about it.
+Loads neither models nor rows into memory. Sources that are local, embedded or read by URL are listed
+too, with the reason why nothing is downloaded for them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from sweeper.data.sources import all_sources, hub_data, is_hub_id
 
 WEIGHTS = "*.safetensors"
 OLDER_WEIGHTS = "*.bin"
-"""Fetched only where a model has no safetensors."""
+"""PyTorch pickle files, fetched only if a model has no safetensors files."""
 OTHER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 COPIES = ("original/*", "consolidated*", "onnx/*")
-"""The same weights once more, in forms that transformers does not load."""
+"""Copies of the weights in formats that transformers does not load."""
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class FetchedItem:
-    """One thing that a configuration needs, and where it is now."""
+    """A model or data set that a configuration needs, and its location."""
 
     what: str
     where: str
     bytes: int | None
-    """None = nothing had to be fetched."""
+    """Size in bytes, or None if nothing had to be fetched."""
 
     def __str__(self) -> str:
         size = "" if self.bytes is None else f"  {self.bytes / MIB:,.1f} MiB"
@@ -39,26 +39,26 @@ class FetchedItem:
 
 
 def prefetch(settings: Sequence[TrialSettings]) -> Iterator[FetchedItem]:
-    """Fetch every model and data set of some configurations, each once.
+    """Fetch every model and data set of the configurations, each once.
 
     Raises:
-        ModelError: a model is not on the hub, gated, or cannot be reached.
-        DataError: the same of a data set.
+        ModelError: A model is not on the hub or gated, or the hub cannot be reached.
+        DataError: A data set is not on the hub or gated, or the hub cannot be reached.
     """
     models = {(item.model.base_model, item.model.revision): item.model for item in settings}
     yield from (_model(model) for model in models.values())
-    wanted = {
+    needed = {
         (key, source.model_dump_json()): (key, split, source)
         for item in settings
         for key, split, source in all_sources(item.data, item.evaluation.general_text)
     }
-    yield from (_data(*found) for found in wanted.values())
+    yield from (_data(*item) for item in needed.values())
 
 
 def _data(key: str, default_split: str, source: DataSource) -> FetchedItem:
     what = f"{key} {source.path}"
     if not is_hub_id(source.path):
-        kind = "read by URL at every start" if "://" in source.path else "local"
+        kind = "read from its URL at every start" if "://" in source.path else "local"
         return FetchedItem(what, f"{kind}, nothing to fetch", None)
     split = source.split or default_split
     files = [Path(item["filename"]) for item in hub_data(source, split).cache_files]
@@ -70,11 +70,11 @@ def _data(key: str, default_split: str, source: DataSource) -> FetchedItem:
 
 def _model(model: ModelSettings) -> FetchedItem:
     what = f"model {model.base_model}"
-    made_here = model.base_model == EMBEDDED or model.base_model.startswith(stand_ins.PREFIX)
-    if made_here or Path(model.base_model).expanduser().exists():
+    shipped = model.base_model == EMBEDDED or model.base_model.startswith(stand_ins.PREFIX)
+    if shipped or Path(model.base_model).expanduser().exists():
         return FetchedItem(what, "local, nothing to fetch", None)
     folder = _snapshot(model, WEIGHTS)
-    if not any(folder.glob(WEIGHTS)):
+    if not any(folder.glob(WEIGHTS)):  # an older model without safetensors
         folder = _snapshot(model, OLDER_WEIGHTS)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return FetchedItem(what, str(folder), size)
@@ -94,22 +94,23 @@ def _snapshot(model: ModelSettings, weights: str) -> Path:
         )
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"{name}: access is gated; accept its licence at {page}, then `hf auth login` or set "
-            "HF_TOKEN"
+            f"{name}: access is gated. Accept the licence at {page}, then run `hf auth login` or set "
+            "HF_TOKEN."
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        # The hub answers a request for a private model as if the model did not exist.
         raise ModelError(
-            f"{name}: no such model on the hub, or a private one (then `hf auth login`); "
-            "it is no local folder either"
+            f"{name}: not a local folder, and not a public model on the hub. Check the name, or run "
+            "`hf auth login` if the model is private."
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(
-            f"{name}: no revision {model.revision!r}; see {page}/commits/main"
+            f"{name}: no revision {model.revision!r}. See {page}/commits/main"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         raise ModelError(
-            f"{name}: the hub cannot be reached ({reason}); run this where there is a network, "
-            "without HF_HUB_OFFLINE"
+            f"{name}: the hub cannot be reached ({reason}). Run the command on a machine with network "
+            "access and without HF_HUB_OFFLINE."
         ) from error
     return Path(found)

@@ -1,8 +1,7 @@
-"""Read: the bytes of one file into rows; a broken row is left out and counted, with file and line.
+"""Read the rows of one file, and drop and count broken rows with their file and line.
 
-Knows the kinds of files (JSON lines, JSON, CSV, TSV, Parquet, plain text; the text kinds also gzipped),
-not where files lie (`sources`) and not what their columns mean (`formats`). datasets' own JSON reader
-names neither file nor line, so text is read here.
+Reads JSON lines, JSON, CSV, TSV, Parquet and plain text, the text formats also gzipped. Does not know
+where files are stored (`sources`) or what their columns mean (`row_formats`).
 """
 
 from __future__ import annotations
@@ -16,39 +15,47 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 from sweeper.core.errors import DataError
 from sweeper.data.examples import DropCounts, RawRow
 
+# datasets' JSON and CSV readers stop at the first bad line and name neither the file nor the line, so
+# text formats are read by this module. pyarrow reads Parquet without a second copy in a cache.
+
 STAGE = "read"
 MIB = 2**20
 MAX_LINE_BYTES = 16 * MIB
-"""A longer line is a bad row; it is skipped in pieces and never held in memory."""
+"""Maximum bytes of a line. A longer line is a bad row, skipped in pieces and never held in memory."""
 MAX_SKIPPED_BYTES = 256 * MIB
-"""After that much without a line break a file is not read on."""
+"""Bytes without a line break after which reading the file fails."""
 MAX_FILE_BYTES = 512 * MIB
-"""A .json, .txt or .md file is read whole, up to this size."""
+"""Maximum bytes of a .json, .txt or .md file, which are read whole."""
 MAX_EXPANSION = 300
-"""Times its size that a gzip file may unpack to; text reaches 20, and only zeros a thousand."""
+"""Maximum ratio of unpacked to packed bytes of a gzip file. Text reaches 20, all zeros about 1,000."""
 FREE_BYTES = MIB
-"""Unpacked without a look at the expansion: small files may be very regular."""
+"""Unpacked bytes below which the ratio is not checked, because small files may be very regular."""
 PACKED_BYTES, UNZIPPED_BYTES = 8 * 1024, 4 * MIB
-"""Of a gzip file, read and unpacked at a time: expanded MAX_EXPANSION times, the one is less than the
-other, so that a bomb is seen before its first line is read."""
+"""Packed bytes read, and unpacked bytes buffered, at a time."""
+# PACKED_BYTES times MAX_EXPANSION is less than UNZIPPED_BYTES, so a gzip bomb is detected before its
+# first line is returned.
 MAX_KEYS = 10_000
-"""Of all objects in one row."""
+"""Maximum number of keys of all objects in one row."""
 MAX_DEPTH = 100
-"""Lists and objects inside each other in one row."""
+"""Maximum nesting of lists and objects in one row."""
 SHOWN_CHARS = 80
 
 _UNUSABLE = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\ud800-\udfff]")
-"""What no tokenizer should meet: control characters but for tab, line breaks, form feed and escape
-(terminal logs), and halves of surrogate pairs, which cannot be written as UTF-8."""
+"""Characters that make a row unusable.
+
+These are control characters except tab, line breaks, form feed and escape (which occurs in terminal
+logs), and lone surrogates, which cannot be encoded as UTF-8.
+"""
 
 
 class BadRow(Exception):
-    """Why one row is left out; `shown` is what people need to find it."""
+    """Reason for dropping one row. `shown` is the detail that helps people find the fault."""
 
     def __init__(self, reason: str, shown: str = "") -> None:
         super().__init__(reason)
@@ -58,32 +65,35 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class RowFile:
-    """A file to read, wherever it lies."""
+    """A local or remote file to read."""
 
     name: str
-    """As the user knows it; its ending says what kind it is."""
+    """Path or URL for messages. Its ending determines the kind of file."""
     open: Callable[[], BinaryIO]
 
 
-def read_file(file: RowFile, ledger: DropCounts) -> list[RawRow]:
-    """All sound rows of one file.
+def read_file(file: RowFile, drops: DropCounts) -> list[RawRow]:
+    """Return all usable rows of one file, and count the bad ones in `drops`.
 
     Raises:
-        DataError: the file as a whole cannot be read: another kind, truncated, not UTF-8, a broken list.
+        DataError: The file as a whole cannot be read: an unknown ending, a truncated file, an encoding
+            other than UTF-8, or a broken JSON list.
     """
-    kind, zipped = kind_of(file.name)
+    kind, zipped = file_kind(file.name)
     if kind is None:
-        raise DataError(f"{file.name}: {unknown_kind(file.name)}")
+        raise DataError(f"{file.name}: {unknown_kind_problem(file.name)}")
     try:
         with file.open() as stream:
             source = unzipped(stream, file.name) if zipped else stream
-            return list(READERS[kind](source, file.name, ledger))
+            return list(READERS[kind](source, file.name, drops))
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{file.name}: not a whole gzip file ({error}); fetch it again") from None
+        raise DataError(
+            f"{file.name}: the gzip file is truncated or damaged ({error}). Download it again."
+        ) from None
 
 
 class _SmallReads(io.RawIOBase):
-    """A stream that is read a little at a time, however much is asked for."""
+    """Stream that reads at most PACKED_BYTES at a time."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -98,7 +108,7 @@ class _SmallReads(io.RawIOBase):
 
 
 class _BoundedGzip(io.RawIOBase):
-    """What a gzip file unpacks to, unless it is far more than any text would."""
+    """Unpacked content of a gzip file, with a limit on the expansion."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream
@@ -115,45 +125,47 @@ class _BoundedGzip(io.RawIOBase):
         packed = max(1, self._stream.tell())
         if self._count > FREE_BYTES and self._count > MAX_EXPANSION * packed:
             raise DataError(
-                f"{self._name}: unpacks to more than {MAX_EXPANSION} times its size, as no data does; "
-                "if it is yours, give it unpacked"
+                f"{self._name}: unpacks to more than {MAX_EXPANSION} times its size, which is typical "
+                "of a gzip bomb. If you trust the file, unpack it first."
             )
         return count
 
 
 def unzipped(stream: BinaryIO, name: str) -> BinaryIO:
-    """A gzip file's content.
+    """Return a stream of a gzip file's content.
 
     Raises:
-        DataError: from reading it, if it is a bomb.
+        DataError: The content expands far more than text does. Raised while reading the stream.
     """
     return cast(BinaryIO, io.BufferedReader(_BoundedGzip(stream, name), UNZIPPED_BYTES))
 
 
-def kind_of(name: str) -> tuple[str | None, bool]:
-    """The kind of a file by its ending (None: none that is read here), and whether it is gzipped."""
-    plain = name.split("?")[0].lower()
+def file_kind(name: str) -> tuple[str | None, bool]:
+    """Return the kind of a file by its ending (None if unknown), and True if the file is gzipped."""
+    plain = name.split("?")[0].lower()  # signed URLs carry a query after the name
     zipped = plain.endswith(".gz")
     plain = plain.removesuffix(".gz")
     kind = next((suffix for suffix in READERS if plain.endswith(suffix)), None)
+    # Parquet is compressed inside and needs random access, which a gzip stream does not offer.
     return (None if zipped and kind == ".parquet" else kind), zipped
 
 
-def unknown_kind(name: str) -> str:
-    """What is wrong with the ending of a file's name."""
+def unknown_kind_problem(name: str) -> str:
+    """Describe why a file cannot be read, given its name with an unknown ending."""
     last = name.rstrip("/").rsplit("/", 1)[-1]
-    ending = "." + last.rsplit(".", 1)[1] if "." in last else "nameless"
-    return f"a {ending} file; give {', '.join(READERS)} (all but .parquet also with .gz)"
+    fault = f"unknown file ending .{last.rsplit('.', 1)[1]}" if "." in last else "no file ending"
+    return f"{fault}. Use {', '.join(READERS)} (all but .parquet also with .gz)"
 
 
-def checked(values: object) -> Mapping[str, Any]:
-    """A record as a row's values.
+def checked_values(values: object) -> Mapping[str, Any]:
+    """Return a record as a row's values.
 
     Raises:
-        BadRow: no object, nested too deeply, or text that no tokenizer should meet.
+        BadRow: The record is not an object, is nested too deeply, or holds unusable characters.
     """
     if not isinstance(values, dict):
         raise BadRow(f"a {type(values).__name__}, not a JSON object")
+    # Levels are walked in a loop: recursion would hit Python's limit on a nesting bomb.
     level: list[object] = [values]
     count = 0
     for _ in range(MAX_DEPTH):
@@ -179,48 +191,42 @@ def _inside(node: object) -> Iterator[object]:
         yield from node
 
 
-def _json_lines(stream: BinaryIO, name: str, ledger: DropCounts) -> Iterator[RawRow]:
+def _json_lines(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
     for number, line in _lines(stream, name):
         where = f"{name}:{number}"
         try:
             text = _decoded(line).strip()
             if text:
-                yield RawRow(checked(_parsed(text)), where)
+                yield RawRow(checked_values(_parsed(text)), where)
         except BadRow as bad:
-            ledger.drop(STAGE, bad.reason, where + bad.shown)
+            drops.drop(STAGE, bad.reason, where + bad.shown)
 
 
-def _json(stream: BinaryIO, name: str, ledger: DropCounts) -> Iterator[RawRow]:
-    """One list of objects; many files of this name hold one object a line, and are read as such."""
+def _json(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
+    """Read a JSON list of objects, or JSON lines, which many .json files hold."""
     content = _whole(stream, name)
     try:
         records = _parsed(_decoded_whole(content))
     except BadRow as bad:
+        # JSON lines start with `{` and are not one JSON document.
         if bad.reason != "broken JSON" or not content.lstrip().startswith(b"{"):
             raise DataError(f"{name}: {bad.reason}{bad.shown}") from None
-        yield from _json_lines(io.BytesIO(content), name, ledger)
+        yield from _json_lines(io.BytesIO(content), name, drops)
         return
     if not isinstance(records, list):
-        raise DataError(f"{name}: a {type(records).__name__}, not a list of rows")
+        raise DataError(f"{name}: the file holds a {type(records).__name__}, not a list of rows")
+    # Lines are not known after parsing, so rows of a JSON list are named by their number.
     for number, record in enumerate(records, start=1):
         where = f"{name}: row {number}"
         try:
-            yield RawRow(checked(record), where)
+            yield RawRow(checked_values(record), where)
         except BadRow as bad:
-            ledger.drop(STAGE, bad.reason, where + bad.shown)
+            drops.drop(STAGE, bad.reason, where + bad.shown)
 
 
-def _comma(stream: BinaryIO, name: str, ledger: DropCounts) -> Iterator[RawRow]:
-    return _separated(stream, name, ledger, ",")
-
-
-def _tab(stream: BinaryIO, name: str, ledger: DropCounts) -> Iterator[RawRow]:
-    return _separated(stream, name, ledger, "\t")
-
-
-def _separated(stream: BinaryIO, name: str, ledger: DropCounts, delimiter: str) -> Iterator[RawRow]:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    # what is no UTF-8 arrives as half surrogate pairs, and its row is found to be bad below
+def _separated(stream: BinaryIO, name: str, drops: DropCounts, delimiter: str) -> Iterator[RawRow]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # the default of 128 KiB is too small for documents
+    # Bytes that are not UTF-8 become lone surrogates here, so that only their row is dropped below.
     lines = (
         (line or b"").decode("utf-8", errors="surrogateescape") for _, line in _lines(stream, name)
     )
@@ -238,11 +244,12 @@ def _separated(stream: BinaryIO, name: str, ledger: DropCounts, delimiter: str) 
         except StopIteration:
             return
         except csv.Error as error:
+            # An open quote swallows the rest of the file, so the remaining rows cannot be trusted.
             if "unexpected end" in str(error):
-                raise DataError(f"{where}: a quoted field opens and never closes") from None
-            ledger.drop(STAGE, "broken CSV", f"{where} ({error})")
+                raise DataError(f"{where}: a quoted field is never closed") from None
+            drops.drop(STAGE, "broken CSV", f"{where} ({error})")
         except BadRow as bad:
-            ledger.drop(STAGE, bad.reason, where + bad.shown)
+            drops.drop(STAGE, bad.reason, where + bad.shown)
 
 
 def _header(reader: Iterator[list[str]], name: str) -> list[str]:
@@ -252,20 +259,20 @@ def _header(reader: Iterator[list[str]], name: str) -> list[str]:
         raise DataError(f"{name}:1: broken CSV header ({error})") from None
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
-        raise DataError(f"{name}:1: the header names {', '.join(map(repr, twice))} twice")
+        raise DataError(f"{name}:1: duplicate column in the header: {', '.join(map(repr, twice))}")
     return header
 
 
 def _checked_text(values: dict[str, str]) -> Mapping[str, Any]:
     try:
-        return checked(values)
+        return checked_values(values)
     except BadRow as bad:
         if "surrogate" in bad.reason:
             raise BadRow("invalid UTF-8") from None
         raise
 
 
-def _parquet(stream: BinaryIO, name: str, ledger: DropCounts) -> Iterator[RawRow]:
+def _parquet(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -276,31 +283,33 @@ def _parquet(stream: BinaryIO, name: str, ledger: DropCounts) -> Iterator[RawRow
                 number += 1
                 where = f"{name}: row {number}"
                 try:
-                    yield RawRow(checked(values), where)
+                    yield RawRow(checked_values(values), where)
                 except BadRow as bad:
-                    ledger.drop(STAGE, bad.reason, where + bad.shown)
+                    drops.drop(STAGE, bad.reason, where + bad.shown)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).split("\n", 1)[0]
-        raise DataError(f"{name}: not a whole Parquet file ({reason}); fetch it again") from None
+        raise DataError(
+            f"{name}: the Parquet file is truncated or damaged ({reason}). Download it again."
+        ) from None
 
 
-def _text(stream: BinaryIO, name: str, ledger: DropCounts) -> Iterator[RawRow]:
-    """A plain text is one row, with the whole of it in the column `text`."""
+def _text(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
+    """Read a plain-text file as one row, with all of its text in the column `text`."""
     try:
         text = _decoded_whole(_whole(stream, name))
         if not text.strip():
             raise BadRow("an empty text")
-        yield RawRow(checked({"text": text.replace("\r\n", "\n")}), name)
+        yield RawRow(checked_values({"text": text.replace("\r\n", "\n")}), name)
     except BadRow as bad:
-        ledger.drop(STAGE, bad.reason, name + bad.shown)
+        drops.drop(STAGE, bad.reason, name + bad.shown)
 
 
 READERS: dict[str, Callable[[BinaryIO, str, DropCounts], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _comma,
-    ".tsv": _tab,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
     ".parquet": _parquet,
     ".txt": _text,
     ".md": _text,
@@ -308,7 +317,7 @@ READERS: dict[str, Callable[[BinaryIO, str, DropCounts], Iterator[RawRow]]] = {
 
 
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
-    """Lines with their numbers, from 1; None for one that is too long."""
+    """Yield the lines with their numbers, from 1. A line that is too long is yielded as None."""
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -321,8 +330,8 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
         while line and not line.endswith(b"\n"):
             if skipped > MAX_SKIPPED_BYTES:
                 raise DataError(
-                    f"{name}:{number}: {MAX_SKIPPED_BYTES // MIB} MiB without a line break; "
-                    "is this one row a line?"
+                    f"{name}:{number}: {MAX_SKIPPED_BYTES // MIB} MiB without a line break. "
+                    "The file must hold one row per line."
                 )
             line = stream.readline(MAX_LINE_BYTES)
             skipped += len(line)
@@ -330,9 +339,13 @@ def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _without_mark(start: bytes, name: str) -> bytes:
-    """Without the byte-order mark of UTF-8; that of another encoding is an error."""
+    """Return a file's first bytes without the byte-order mark of UTF-8.
+
+    Raises:
+        DataError: The mark is that of UTF-16 or UTF-32.
+    """
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{name}: UTF-16 or UTF-32; convert the file to UTF-8")
+        raise DataError(f"{name}: encoded as UTF-16 or UTF-32. Convert the file to UTF-8.")
     return start.removeprefix(codecs.BOM_UTF8)
 
 
@@ -349,7 +362,8 @@ def _whole(stream: BinaryIO, name: str) -> bytes:
     content = stream.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise DataError(
-            f"{name}: more than {MAX_FILE_BYTES // MIB} MiB; give rows as .jsonl, texts in several files"
+            f"{name}: larger than {MAX_FILE_BYTES // MIB} MiB. Store rows as .jsonl and split plain "
+            "text into several files."
         )
     return _without_mark(content, name)
 
@@ -374,14 +388,14 @@ def _parsed(text: str) -> Any:
         raise BadRow("broken JSON", f"{place}: {shown}") from None
     except RecursionError:
         raise BadRow(f"nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # a number of more than 4300 digits
+    except ValueError as error:  # Python rejects integers of more than 4300 digits
         raise BadRow("broken JSON", str(error).split(";")[0]) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise BadRow("a key stands twice in an object")
+        raise BadRow("duplicate key in an object")
     return values
 
 

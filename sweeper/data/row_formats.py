@@ -1,7 +1,7 @@
-"""Format: rows of known columns into examples, whatever file they came from.
+"""Convert rows with known columns into examples.
 
-A format is recognised by its columns. Knows nothing of templates and tokens. A row that is no example
-is counted with its reason, never repaired; what is left out without loss is said where it happens.
+A format is recognised by its columns, independently of the kind of file. A row that cannot be converted
+is dropped and counted with its reason, never repaired. Does not know templates or tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from sweeper.data.examples import ChatMessage, DropCounts, Example, RawRow, Role
 
 STAGE = "format"
 PATH_STAGE = "path"
-"""OASST messages beside the best-ranked path: left out by design, not defective."""
+"""Stage under which OASST messages outside the best-ranked path are counted: they are not defective."""
 
 Values = Mapping[str, Any]
 Record = tuple[Values, RawRow]
-"""A row's values under the format's column names, and the row itself."""
+"""A row's values under the format's column names, and the row."""
 Examples = Callable[[Sequence[Record], DropCounts], Iterable[Example]]
 
 ROLES: dict[str, Role] = {
@@ -39,14 +39,18 @@ TOOL_ROLES = frozenset({"tool", "function", "function_call", "observation", "ipy
 
 
 class UnusableRow(Exception):
-    """Why one row is no example: the ledger's reason."""
+    """Reason why a row cannot become an example, as counted in `DropCounts`."""
 
 
 @dataclass(frozen=True)
 class DataFormat:
-    """A data format: the columns it is known by, and how records become examples.
+    """A data format: the columns it is recognised by, and the function that makes examples.
 
-    `known_by` holds alternatives; `conversational` ones are printed with the model's chat template.
+    Attributes:
+        known_by: Alternative sets of columns, each sufficient to recognise the format.
+        examples: Function that converts records into examples and counts unusable ones.
+        optional: Columns that are read if present.
+        conversational: True if data.template=auto renders the format with the model's chat template.
     """
 
     known_by: tuple[tuple[str, ...], ...]
@@ -56,45 +60,50 @@ class DataFormat:
 
     @property
     def columns(self) -> set[str]:
-        """Every column the format reads."""
+        """Every column that the format reads."""
         return {*self.optional, *(column for columns in self.known_by for column in columns)}
 
 
 def detect_format(row: RawRow, columns: Mapping[str, str]) -> str:
-    """The name of the format whose columns a row has (`columns`: format's name -> file's name).
+    """Return the name of the format whose columns a row has.
+
+    Args:
+        row: Row to recognise.
+        columns: Column of a format -> column of the row, where they differ (data.columns).
 
     Raises:
-        DataError: no format, listing the columns found and those of every format.
+        DataError: No format has these columns. The message lists them and those of every format.
     """
     present = {*row.values, *(ours for ours, theirs in columns.items() if theirs in row.values)}
     for name, kind in FORMATS.items():
         if any(present.issuperset(required) for required in kind.known_by):
             return name
+    # Preference data is common, and "no known format" would not tell the user why it is refused.
     if present >= {"chosen", "rejected"}:
         raise DataError(
-            f"{row.where}: chosen/rejected is preference data, which needs another trainer (DPO); to "
-            "fine-tune on the chosen answers give data.columns={messages: chosen}"
+            f"{row.where}: chosen/rejected is preference data, which needs another trainer (DPO). To "
+            "fine-tune on the chosen answers use data.columns={messages: chosen}"
         )
     known = "; ".join(
         f"{name}: {' or '.join('+'.join(required) for required in kind.known_by)}"
         for name, kind in FORMATS.items()
     )
     raise DataError(
-        f"{row.where}: no known format has the columns {', '.join(row.values)} (known: {known}); "
-        "map yours with data.columns"
+        f"{row.where}: no known format has the columns {', '.join(row.values)} (known formats: "
+        f"{known}). Map your columns with data.columns."
     )
 
 
 def to_examples(
-    rows: Sequence[RawRow], format_name: str, columns: Mapping[str, str], ledger: DropCounts
+    rows: Sequence[RawRow], format_name: str, columns: Mapping[str, str], drops: DropCounts
 ) -> list[Example]:
-    """Every usable row as an example; the others go into the ledger with the reason.
+    """Return every usable row as an example, and count the others in `drops`.
 
     Args:
-        rows: as they were read.
-        format_name: a key of FORMATS.
-        columns: the format's column -> the column of the rows, where they differ.
-        ledger: where unusable rows are counted.
+        rows: Rows as they were read.
+        format_name: Key of FORMATS.
+        columns: Column of the format -> column of the rows, where they differ.
+        drops: Counter of unusable rows.
 
     Raises:
         DataError: `columns` names a column that the format does not read or that no row has.
@@ -105,43 +114,47 @@ def to_examples(
         ({**row.values, **{ours: row.values.get(column) for ours, column in columns.items()}}, row)
         for row in rows
     ]
-    made = kind.examples(records, ledger)
+    made = kind.examples(records, drops)
     return [Example(example.messages, example.row, format_name) for example in made]
 
 
 def _require_columns(rows: Sequence[RawRow], format_name: str, columns: Mapping[str, str]) -> None:
     valid = FORMATS[format_name].columns
+    # A mapping without effect is refused, because its author expects one.
     for ours, theirs in columns.items():
         if ours not in valid:
             raise DataError(
-                f"data.columns.{ours}: the format {format_name} reads no such column; "
-                f"it reads {', '.join(sorted(valid))}"
+                f"data.columns.{ours}: the format {format_name} does not read such a column. "
+                f"It reads {', '.join(sorted(valid))}."
             )
         if rows and not any(theirs in row.values for row in rows):
             raise DataError(
-                f"data.columns.{ours}={theirs}: no row has that column; {rows[0].where} has "
-                f"{', '.join(rows[0].values)}"
+                f"data.columns.{ours}={theirs}: no row has this column. The columns of "
+                f"{rows[0].where} are {', '.join(rows[0].values)}."
             )
 
 
 def _row_by_row(
     messages: Callable[[Values], tuple[ChatMessage, ...]],
     records: Sequence[Record],
-    ledger: DropCounts,
+    drops: DropCounts,
 ) -> Iterator[Example]:
     for values, row in records:
         try:
             yield Example(messages(values), row)
         except UnusableRow as reason:
-            ledger.drop(STAGE, str(reason), row.where)
+            drops.drop(STAGE, str(reason), row.where)
 
 
-# One question, one answer
+# Formats with one question and one answer
 
 
 def _alpaca(values: Values) -> tuple[ChatMessage, ...]:
-    given = _text(values, "input") if values.get("input") is not None else ""
-    return (ChatMessage("user", _said(values, "instruction"), given), _answer(values, "output"))
+    extra = _text(values, "input") if values.get("input") is not None else ""
+    return (
+        ChatMessage("user", _non_empty(values, "instruction"), extra),
+        _answer(values, "output"),
+    )
 
 
 def _prompt_completion(values: Values) -> tuple[ChatMessage, ...]:
@@ -149,12 +162,12 @@ def _prompt_completion(values: Values) -> tuple[ChatMessage, ...]:
 
 
 def _question_answer(values: Values) -> tuple[ChatMessage, ...]:
-    asked, answered = ("query", "response") if "query" in values else ("question", "answer")
-    return (ChatMessage("user", _said(values, asked)), _answer(values, answered))
+    question, answer = ("query", "response") if "query" in values else ("question", "answer")
+    return (ChatMessage("user", _non_empty(values, question)), _answer(values, answer))
 
 
 def _flan(values: Values) -> tuple[ChatMessage, ...]:
-    return (ChatMessage("user", _said(values, "inputs")), _answer(values, "targets"))
+    return (ChatMessage("user", _non_empty(values, "inputs")), _answer(values, "targets"))
 
 
 def _plain_text(values: Values) -> tuple[ChatMessage, ...]:
@@ -170,7 +183,7 @@ def _text(values: Values, column: str) -> str:
     return value
 
 
-def _said(values: Values, column: str) -> str:
+def _non_empty(values: Values, column: str) -> str:
     text = _text(values, column)
     if not text.strip():
         raise UnusableRow(f"{column} is empty")
@@ -178,22 +191,23 @@ def _said(values: Values, column: str) -> str:
 
 
 def _answer(values: Values, column: str) -> ChatMessage:
-    return ChatMessage("assistant", _said(values, column))
+    return ChatMessage("assistant", _non_empty(values, column))
 
 
 # Conversations
 
 
 def _conversation(column: str, values: Values) -> tuple[ChatMessage, ...]:
-    """OpenAI's role/content and ShareGPT's from/value, under either column."""
+    """Convert turns of role/content (OpenAI) or from/value (ShareGPT) under either column."""
     turns = [_turn(item) for item in _list(values, column)]
+    # Some data sets keep the system prompt in a column of its own.
     if isinstance(values.get("system"), str):
         turns = [ChatMessage("system", values["system"]), *turns]
     return _checked(turns)
 
 
 def _alternating(values: Values) -> tuple[ChatMessage, ...]:
-    """UltraChat's first release: texts, the user's and the assistant's in turn."""
+    """Convert UltraChat's first release: texts of user and assistant in alternation."""
     turns = _list(values, "data")
     if not all(isinstance(turn, str) for turn in turns):
         raise UnusableRow("a turn of data is not text")
@@ -215,7 +229,7 @@ def _turn(item: Any) -> ChatMessage:
         raise UnusableRow(f"a turn is a {type(item).__name__}, not an object")
     role = item.get("role", item.get("from"))
     if role in TOOL_ROLES or item.get("tool_calls") or item.get("function_call"):
-        raise UnusableRow("a tool turn; conversations with tools are not supported")
+        raise UnusableRow("a tool turn (conversations with tools are not supported)")
     if not isinstance(role, str) or role not in ROLES:
         raise UnusableRow(f"unknown role {role!r}")
     return ChatMessage(ROLES[role], _content(item.get("content", item.get("value")), ROLES[role]))
@@ -240,11 +254,13 @@ def _part(part: Any, role: Role) -> str:
 
 
 def _checked(turns: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """A conversation: an optional system turn, then user and assistant in turn, ending with an answer.
+    """Return a valid conversation: an optional system turn, then alternating user and assistant turns.
 
-    An empty system turn says nothing and is left out; so are turns after the last answer, which no
-    loss is ever computed on.
+    Raises:
+        UnusableRow: A turn is empty, the roles do not alternate, or there is no assistant turn.
     """
+    # An empty system turn and turns after the last answer are left out without being counted, because
+    # no loss would be computed on them.
     kept = list(turns)
     if kept and kept[0].role == "system" and not kept[0].content.strip():
         kept = kept[1:]
@@ -270,36 +286,40 @@ FOLLOWS: dict[str, tuple[Role, ...]] = {
 }
 
 
-# OASST: trees of messages
+# OASST: trees of messages, from which the best-ranked conversation is taken
 
 
 @dataclass
 class _Node:
-    """One message of a tree and its replies."""
+    """One message of a conversation tree and its replies."""
 
     values: Values
     row: RawRow
     replies: list[_Node] = field(default_factory=list)
 
 
-def _oasst(records: Sequence[Record], ledger: DropCounts) -> Iterator[Example]:
-    """The best-ranked path of every tree, whether its messages are rows or nested in one row."""
-    for root in _trees(records, ledger):
+def _oasst(records: Sequence[Record], drops: DropCounts) -> Iterator[Example]:
+    """Yield the best-ranked path of every tree. Messages may be rows, or nested in one row."""
+    for root in _trees(records, drops):
         try:
-            yield Example(_checked([_turn(_renamed(node)) for node in _best_path(root)]), root.row)
+            turns = [
+                _turn({"role": node.values.get("role"), "content": node.values.get("text")})
+                for node in _best_path(root)
+            ]
+            yield Example(_checked(turns), root.row)
         except UnusableRow as reason:
-            ledger.drop(STAGE, str(reason), root.row.where)
+            drops.drop(STAGE, str(reason), root.row.where)
 
 
-def _trees(records: Sequence[Record], ledger: DropCounts) -> list[_Node]:
+def _trees(records: Sequence[Record], drops: DropCounts) -> list[_Node]:
     if not any("prompt" in values for values, _ in records):
-        return _linked(records, ledger)
+        return _linked(records, drops)
     roots = []
     for values, row in records:
         try:
             roots.append(_nested(values.get("prompt"), row))
         except UnusableRow as reason:
-            ledger.drop(STAGE, str(reason), row.where)
+            drops.drop(STAGE, str(reason), row.where)
     return roots
 
 
@@ -312,19 +332,19 @@ def _nested(values: Any, row: RawRow) -> _Node:
     return _Node(values, row, [_nested(reply, row) for reply in replies])
 
 
-def _linked(records: Sequence[Record], ledger: DropCounts) -> list[_Node]:
-    """Trees of rows that name their parent."""
+def _linked(records: Sequence[Record], drops: DropCounts) -> list[_Node]:
+    """Return the roots of the trees, given one row per message with its parent's id."""
     nodes: dict[str, _Node] = {}
     for values, row in records:
         if reason := _node_defect(values, nodes):
-            ledger.drop(STAGE, reason, row.where)
+            drops.drop(STAGE, reason, row.where)
         else:
             nodes[values["message_id"]] = _Node(values, row)
     for node in nodes.values():
         if parent := nodes.get(str(node.values.get("parent_id"))):
             parent.replies.append(node)
     roots = [node for node in nodes.values() if node.values.get("parent_id") is None]
-    _count_left_out(nodes.values(), roots, ledger)
+    _count_unused(nodes.values(), roots, drops)
     return roots
 
 
@@ -337,17 +357,18 @@ def _node_defect(values: Values, nodes: Mapping[str, _Node]) -> str | None:
     return "message_id seen before" if identity in nodes else None
 
 
-def _count_left_out(nodes: Iterable[_Node], roots: Sequence[_Node], ledger: DropCounts) -> None:
+def _count_unused(nodes: Iterable[_Node], roots: Sequence[_Node], drops: DropCounts) -> None:
     reached = {id(node) for root in roots for node in _all_nodes(root)}
     taken = {id(node) for root in roots for node in _best_path(root)}
     for node in nodes:
         if id(node) not in reached:
-            ledger.drop(STAGE, "its tree has no root", node.row.where)
+            drops.drop(STAGE, "its tree has no root", node.row.where)
         elif id(node) not in taken:
-            ledger.drop(PATH_STAGE, "a better-ranked reply was taken", node.row.where)
+            drops.drop(PATH_STAGE, "a better-ranked reply was taken", node.row.where)
 
 
 def _all_nodes(root: _Node) -> Iterator[_Node]:
+    # A loop instead of recursion: linked rows may form a chain of any length.
     waiting = [root]
     while waiting:
         node = waiting.pop()
@@ -356,7 +377,7 @@ def _all_nodes(root: _Node) -> Iterator[_Node]:
 
 
 def _best_path(root: _Node) -> list[_Node]:
-    """From the root always to the best reply: rank 0 is best, unranked last, then one that goes on."""
+    """Return the path from the root to a leaf that follows the best reply at each message."""
     path = [root]
     while replies := path[-1].replies:
         path.append(min(replies, key=_rank))
@@ -364,12 +385,10 @@ def _best_path(root: _Node) -> list[_Node]:
 
 
 def _rank(node: _Node) -> tuple[float, bool]:
+    # Rank 0 is the best reply and unranked replies come last. Of equal ranks a reply that was answered
+    # wins.
     rank = node.values.get("rank")
     return (float(rank) if isinstance(rank, int | float) else math.inf, not node.replies)
-
-
-def _renamed(node: _Node) -> dict[str, Any]:
-    return {"role": node.values.get("role"), "content": node.values.get("text")}
 
 
 def _of_rows(messages: Callable[[Values], tuple[ChatMessage, ...]]) -> Examples:
@@ -377,7 +396,8 @@ def _of_rows(messages: Callable[[Values], tuple[ChatMessage, ...]]) -> Examples:
 
 
 FORMATS: dict[str, DataFormat] = {
-    # the first that fits is taken: conversations before the columns that often stand beside them
+    # detect_format takes the first match. Conversations come first because such rows often have
+    # prompt, question or text columns as well.
     "messages": DataFormat(
         (("messages",),), _of_rows(partial(_conversation, "messages")), ("system",), True
     ),
@@ -399,4 +419,4 @@ FORMATS: dict[str, DataFormat] = {
     "ultrachat": DataFormat((("data",),), _of_rows(_alternating), (), True),
     "text": DataFormat((("text",),), _of_rows(_plain_text)),
 }
-"""By name, as `data.format` says it. CodeAlpaca is alpaca; MetaMath is question_answer."""
+"""Formats by the name used in data.format. CodeAlpaca is alpaca, and MetaMath is question_answer."""

@@ -1,9 +1,9 @@
-"""Sources: files, folders, URLs and hub data sets into rows.
+"""Read rows from files, folders, URLs and hub data sets.
 
-Knows where rows lie and how they get here; the only user of `datasets` and fsspec. Local and remote
-files are read by `rows`, so that a broken row costs one row; a hub data set comes through
-`datasets.load_dataset`, from its cache where there is no network. Folders follow the hub's layout: a
-README.md with a YAML card, or splits by the names of files and folders.
+This is the only module that uses `datasets` and fsspec. Local and remote files are read by `row_files`,
+so that a broken row costs only that row. A hub data set is loaded by `datasets.load_dataset`, or from
+its cache without a network. Folders follow the hub's layout: a README.md with a YAML card, or splits by
+the names of files and folders.
 """
 
 from __future__ import annotations
@@ -35,56 +35,57 @@ from sweeper.data.row_files import (
     STAGE,
     BadRow,
     RowFile,
-    checked,
-    kind_of,
+    checked_values,
+    file_kind,
     read_file,
-    unknown_kind,
+    unknown_kind_problem,
 )
 
 GENERAL_TEXT = "evaluation.general_text"
 GENERAL_SPLIT = "test"
-"""Of general text that names no split: its publishers kept it apart, too."""
+"""Default split of general text: its publishers kept this split out of training as well."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def read_source(source: DataSource, key: str, ledger: DropCounts) -> list[RawRow]:
-    """All sound rows of one source; broken ones are counted in the ledger.
+def read_source(source: DataSource, key: str, drops: DropCounts) -> list[RawRow]:
+    """Return all usable rows of one source, and count the bad ones in `drops`.
 
     Args:
-        source: a file, a folder, a URL or a hub id.
-        key: train, validation or test: the split taken where the source names none.
-        ledger: where broken rows are counted.
+        source: A file, a folder, a URL or a hub id.
+        key: Split to read if the source names none: train, validation or test.
+        drops: Counter of bad rows.
 
     Raises:
-        DataError: nothing is there, or it cannot be reached, or it is not what it claims to be.
+        DataError: The source does not exist, cannot be reached, or cannot be read as a whole.
     """
     if problem := path_problem(source.path):
         raise DataError(f"data.{key}={problem}")
     if source.path.startswith(stand_ins.PREFIX):
         source = source.model_copy(update={"path": str(data_path(source.path))})
     if is_hub_id(source.path):
-        return _hub_rows(source, source.split or key, ledger)
+        return _hub_rows(source, source.split or key, drops)
     rows = []
     with _reaching(source.path):
         for file in _files(source, key):
-            rows += read_file(file, ledger)
+            rows += read_file(file, drops)
     return rows
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path means a data set on the Hugging Face hub: org/name that is nothing local."""
+    """Return True if a path is a hub data set: it has the form org/name and nothing local matches."""
     local = Path(path).expanduser()
+    # A path whose folder exists is a misspelt local file. The hub is not asked for it.
     return (
         _HUB_ID.fullmatch(path) is not None
-        and kind_of(path)[0] is None
+        and file_kind(path)[0] is None
         and not local.exists()
         and not local.parent.is_dir()
     )
 
 
 def path_problem(path: str) -> str | None:
-    """Why a path cannot be a source, as far as that is known without opening it."""
+    """Return why a path cannot be a source, or None. Nothing is opened."""
     if path == EMBEDDED or "://" in path or is_hub_id(path):
         return None
     if path.startswith(stand_ins.PREFIX):
@@ -92,15 +93,15 @@ def path_problem(path: str) -> str | None:
     local = Path(path).expanduser()
     if not local.exists():
         return f"{path}: no such file or folder{_close_matches(local)}"
-    if local.is_file() and kind_of(local.name)[0] is None:
-        return f"{path}: {unknown_kind(path)}"
+    if local.is_file() and file_kind(local.name)[0] is None:
+        return f"{path}: {unknown_kind_problem(path)}"
     return None
 
 
 def all_sources(
     data: DataSettings, general: GeneralTextSettings
 ) -> Iterator[tuple[str, str, DataSource]]:
-    """Each source of a configuration: its key, the split taken where it names none, and itself."""
+    """Yield each source of a configuration as (key, default split, source)."""
     for key in SPLIT_KEYS:
         yield from ((f"data.{key}", key, source) for source in sources(getattr(data, key)))
     for source in sources(general.source):
@@ -108,13 +109,13 @@ def all_sources(
 
 
 def path_problems(data: DataSettings, general: GeneralTextSettings) -> list[str]:
-    """What is wrong with the paths of a configuration, by key, without opening them."""
+    """Return a message for each invalid path of a configuration. Nothing is opened."""
     found = [(key, path_problem(source.path)) for key, _, source in all_sources(data, general)]
     return [f"{key}={problem}" for key, problem in found if problem]
 
 
 def describe_sources(data: DataSettings) -> str:
-    """Where the training rows come from, in one line for people."""
+    """Return the origin of the training rows in one line for people."""
     return " + ".join(_described(source) for source in sources(data.train))
 
 
@@ -128,73 +129,75 @@ def _described(source: DataSource) -> str:
 def _close_matches(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     if close := difflib.get_close_matches(path.name, names, n=3):
-        return f"; close: {', '.join(str(path.parent / name) for name in close)}"
-    return "" if len(path.parts) > 1 else "; a hub data set is named org/name"
+        return f". Did you mean {', '.join(str(path.parent / name) for name in close)}?"
+    return "" if len(path.parts) > 1 else ". A hub data set is named org/name."
 
 
 def _files(source: DataSource, key: str) -> list[RowFile]:
-    """The files of a path or URL; those of one split in a folder."""
+    """Return the files of a path or URL. A folder gives the files of one split."""
     remote = "://" in source.path
     path = source.path if remote else str(Path(source.path).expanduser())
-    folder = kind_of(path)[0] is None if remote else Path(path).is_dir()
+    folder = file_kind(path)[0] is None if remote else Path(path).is_dir()
     _refuse_unused(source, folder)
     names = _folder_files(path.rstrip("/"), source, source.split or key) if folder else [path]
-    kinds = sorted({str(kind_of(name)[0]) for name in names})
+    kinds = sorted({str(file_kind(name)[0]) for name in names})
     if len(kinds) > 1:
         raise DataError(
-            f"{path}: holds files of several kinds ({', '.join(kinds)}); name the files or folders "
+            f"{path}: holds files of several kinds ({', '.join(kinds)}). Name the files or folders "
             f"one by one: data.{key}=[a.jsonl,b.csv]"
         )
     return [RowFile(name, partial(_open, name)) for name in names]
 
 
 def _refuse_unused(source: DataSource, folder: bool) -> None:
-    """What a file or folder does not have must not be asked for in vain."""
-    given = [word for word in ("name", "split", "revision") if getattr(source, word) is not None]
-    if unused := [word for word in given if word == "revision" or not folder]:
+    """Raise if keys are given that a file or folder cannot honour."""
+    given = [key for key in ("name", "split", "revision") if getattr(source, key) is not None]
+    if unused := [key for key in given if key == "revision" or not folder]:
         raise DataError(
-            f"{source.path}: {' and '.join(unused)} given for a {'folder' if folder else 'file'}; "
-            "a folder has splits and configurations (split, name), only a hub data set a revision"
+            f"{source.path}: {' and '.join(unused)} cannot be given for a "
+            f"{'folder' if folder else 'file'}. A folder takes split and name. Only a hub data set "
+            "takes a revision."
         )
 
 
 def _open(path: str) -> BinaryIO:
     import fsspec
 
-    # remote files have a readline without a limit; the buffer has one that honours it
+    # fsspec's remote files ignore the limit of readline. BufferedReader honours it.
     return io.BufferedReader(fsspec.open(path, "rb").open())
 
 
 def _folder_files(folder: str, source: DataSource, split: str) -> list[str]:
-    """The data files of one split of a folder, sorted, as the hub would find them."""
+    """Return the data files of one split of a folder, sorted."""
+    # datasets' own rules decide, so that a downloaded copy of a hub data set reads as on the hub.
     from datasets.data_files import DEFAULT_PATTERNS_ALL, resolve_pattern
 
     splits = _folder_splits(folder, source)
     if list(splits.items()) == [(str(name), list(p)) for name, p in DEFAULT_PATTERNS_ALL.items()]:
-        patterns = next(iter(splits.values()))  # no file is named after a split: all are meant
+        patterns = next(iter(splits.values()))  # no file is named after a split, so all are used
     elif split in splits:
         patterns = splits[split]
     else:
         raise DataError(
-            f"{folder}: has no split {split!r}; it has {', '.join(splits)}: give "
+            f"{folder}: no split {split!r}. Its splits are {', '.join(splits)}. Choose one with "
             f"{{path: {source.path}, split: …}}"
         )
     found: set[str] = set()
     for pattern in patterns:
         try:
             found |= {*resolve_pattern(pattern, folder, allowed_extensions=[*READERS, ".gz"])}
-        except FileNotFoundError:  # a split has many patterns; most match nothing
+        except FileNotFoundError:  # a split has many patterns, most of which match nothing
             continue
-    found = {name for name in found if kind_of(name)[0] is not None}
+    found = {name for name in found if file_kind(name)[0] is not None}
     if not found:
-        raise DataError(f"{folder}: holds no data files ({', '.join(READERS)})")
+        raise DataError(f"{folder}: contains no data files ({', '.join(READERS)})")
     if "://" in folder:
         return sorted(found)
     return sorted(str(Path(folder, os.path.relpath(name, folder))) for name in found)
 
 
 def _folder_splits(folder: str, source: DataSource) -> dict[str, list[str]]:
-    """Split -> file patterns: by the YAML card of README.md, else by the names of the files."""
+    """Return the file patterns by split, from the YAML card of README.md or from the file names."""
     import fsspec
     from datasets.data_files import get_data_patterns, sanitize_patterns
     from datasets.utils.metadata import MetadataConfigs
@@ -209,8 +212,8 @@ def _folder_splits(folder: str, source: DataSource) -> dict[str, list[str]]:
     if (name is not None and name not in configs) or (name is None and configs):
         known = ", ".join(configs) or "none"
         raise DataError(
-            f"{folder}: {'needs a configuration' if name is None else f'no configuration {name!r}'}; "
-            f"its README.md names {known}: give {{path: {source.path}, name: …}}"
+            f"{folder}: {'needs a configuration' if name is None else f'no configuration {name!r}'}. "
+            f"Its README.md names {known}. Choose one with {{path: {source.path}, name: …}}"
         )
     if name is not None and (files := configs[name].get("data_files")):
         return dict(sanitize_patterns(files))
@@ -219,19 +222,19 @@ def _folder_splits(folder: str, source: DataSource) -> dict[str, list[str]]:
 
 @contextmanager
 def _reaching(path: str) -> Iterator[None]:
-    """Turn what file systems and networks raise into errors for people."""
+    """Turn errors of file systems and networks into DataError."""
     try:
         yield
     except SweeperError:
         raise
     except ImportError as error:
         raise DataError(
-            f"{path}: needs a package that is not installed ({error}); "
-            "for s3:// and gs://: pip install 'sweeper[remote]'"
+            f"{path}: needs a package that is not installed ({error}). "
+            "For s3:// and gs://: pip install 'sweeper[remote]'"
         ) from error
     except FileNotFoundError as error:
-        raise DataError(f"{path}: nothing there ({_first_line(error)})") from error
-    except Exception as error:  # every remote file system has errors of its own
+        raise DataError(f"{path}: not found ({_first_line(error)})") from error
+    except Exception as error:  # every remote file system raises its own exception types
         raise DataError(f"{path}: cannot be read ({_first_line(error)})") from error
 
 
@@ -240,22 +243,23 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _hub_rows(source: DataSource, split: str, ledger: DropCounts) -> list[RawRow]:
+def _hub_rows(source: DataSource, split: str, drops: DropCounts) -> list[RawRow]:
     rows = []
     for number, values in enumerate(hub_data(source, split), start=1):
         where = f"{source.path}[{split}]:{number}"
         try:
-            rows.append(RawRow(checked(values), where))
+            rows.append(RawRow(checked_values(values), where))
         except BadRow as bad:
-            ledger.drop(STAGE, bad.reason, where + bad.shown)
+            drops.drop(STAGE, bad.reason, where + bad.shown)
     return rows
 
 
 def hub_data(source: DataSource, split: str) -> Any:
-    """One split of a hub data set (a datasets.Dataset), from the cache where there is no network.
+    """Return one split of a hub data set as a datasets.Dataset, from the cache without a network.
 
     Raises:
-        DataError: not there, gated, not reachable and not cached, or no such split or configuration.
+        DataError: The data set does not exist, is gated, is neither reachable nor cached, or has no such
+            split or configuration.
     """
     import datasets
 
@@ -267,14 +271,14 @@ def hub_data(source: DataSource, split: str) -> Any:
         raise DataError(_not_on_hub(source, error)) from error
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(
-            f"{source.path}: neither on a hub that can be reached nor in its cache "
-            f"({_first_line(error)}); where there is a network, fill the cache with "
-            f"`sweeper prefetch data.train={source.path}`, or give a local file or folder"
+            f"{source.path}: the hub cannot be reached, and the data set is not in the local cache "
+            f"({_first_line(error)}). On a machine with network access, fill the cache with "
+            f"`sweeper prefetch data.train={source.path}`, or use a local file or folder."
         ) from error
-    except Exception as error:  # wrong names are ValueErrors, broken files may be anything
-        words = " ".join(str(error).split())[:300]
+    except Exception as error:  # wrong names raise ValueError, broken files raise anything
+        message = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{source.path} [{split}]: {words} (keys of a source: name, split, revision)"
+            f"{source.path} [{split}]: {message} (keys of a source: name, split, revision)"
         ) from error
     _check_revision(source, data)
     return data
@@ -284,24 +288,25 @@ def _not_on_hub(source: DataSource, error: Exception) -> str:
     page = f"https://huggingface.co/datasets/{source.path}"
     if "gated" in str(error):
         return (
-            f"{source.path}: access is gated; accept its terms at {page}, "
-            "then `hf auth login` or set HF_TOKEN"
+            f"{source.path}: access is gated. Accept the terms at {page}, "
+            "then run `hf auth login` or set HF_TOKEN."
         )
     if source.revision is not None and "Revision" in str(error):
-        return f"{source.path}: no revision {source.revision!r}; see {page}/commits/main"
+        return f"{source.path}: no revision {source.revision!r}. See {page}/commits/main"
     return (
-        f"{source.path}: no such data set on the hub, or a private one (then `hf auth login`); "
-        "it is no local path either"
+        f"{source.path}: not a local path, and not a public data set on the hub. Check the name, or run "
+        "`hf auth login` if the data set is private."
     )
 
 
 def _check_revision(source: DataSource, data: Any) -> None:
-    """Without a network datasets takes the newest cached version, whatever was asked for."""
+    """Raise if the loaded rows are not of the pinned commit."""
+    # Without a network datasets takes the newest cached version and ignores the revision.
     pinned = source.revision
     cached = {Path(item["filename"]).parent.name for item in data.cache_files}
     commits = {name for name in cached if _COMMIT.fullmatch(name)}
     if pinned is not None and _COMMIT.fullmatch(pinned) and commits - {pinned}:
         raise DataError(
-            f"{source.path}: the cache holds revision {', '.join(sorted(commits))}, not {pinned}; "
-            f"run `sweeper prefetch` for it where there is a network"
+            f"{source.path}: the cache holds revision {', '.join(sorted(commits))}, not {pinned}. "
+            "Run `sweeper prefetch` with this revision on a machine with network access."
         )

@@ -1,7 +1,7 @@
-"""Split: where train, validation and test come from, what they hold, and a digest of it all.
+"""Load the train, validation and test examples of a data configuration, and their digest.
 
-Every stage takes examples by source and a ledger. The judges' rows come first: test and validation are
-settled before train is shaped, and what train shares with them leaves train. Knows no tokenizer.
+Test and validation are fixed first, and train loses every row that it shares with them. Only then is
+train sampled and ordered. Does not know tokenizers.
 """
 
 from __future__ import annotations
@@ -20,52 +20,54 @@ from sweeper.data import row_files as rows
 from sweeper.data import row_formats as formats
 from sweeper.data.duplicates import SeenTexts
 from sweeper.data.examples import DropCounts, Example, RawRow
-from sweeper.data.mixture import shape
+from sweeper.data.mixture import shape_train
 from sweeper.data.partition import Pools, partition
 from sweeper.data.row_formats import FORMATS, detect_format, to_examples
 from sweeper.data.sources import describe_sources, read_source
 
 STAGE = "split"
 DETECTION_ROWS = 100
-"""How many rows are tried before their columns count as unknown: the first may be a broken one."""
+"""Number of rows tried to detect the format, because the first ones may be broken."""
 
 
 @dataclass(frozen=True)
 class DataSplits:
-    """Examples by split (train, validation, test), and what there is to say about them."""
+    """Examples by split (train, validation, test), with their origin and the counts of dropped rows."""
 
     examples: dict[str, list[Example]]
     formats: tuple[str, ...]
-    """Each format that occurs, once."""
+    """Names of the formats that occur, without duplicates."""
     source: str
-    ledger: DropCounts
-    """What was left out on the way, by stage and reason."""
+    """Origin of the training rows for people."""
+    drops: DropCounts
+    """Dropped rows by stage and reason."""
     passed: dict[str, int]
-    """Rows that came out of each stage, in order; from `train` on they are train's."""
+    """Rows that each stage let through, in order. From `train` on the counts are of train only."""
     ordered: bool
-    """Train stands in the order it is to be trained in (data.order_by): do not shuffle it."""
+    """True if train is in its training order (data.order_by) and must not be shuffled."""
 
     @property
     def format(self) -> str:
-        """The formats in one word for people."""
+        """The formats as text for people."""
         return ", ".join(self.formats)
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Rows left out by reason, over all stages."""
-        return self.ledger.total
+        """Dropped rows by reason, over all stages."""
+        return self.drops.total
 
     @property
     def counts(self) -> dict[str, int]:
-        """Examples by split."""
+        """Number of examples by split."""
         return {name: len(found) for name, found in self.examples.items()}
 
     @property
     def digest(self) -> str:
-        """sha256 over the examples of all splits, in order."""
+        """The sha256 over the examples of all splits, in order."""
         digest = hashlib.sha256()
         for name, examples in sorted(self.examples.items()):
             for example in examples:
+                # Only texts are hashed, so that moved files give the same digest.
                 turns = [[turn.role, turn.content, turn.input] for turn in example.messages]
                 digest.update(json.dumps([name, turns], ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()
@@ -73,18 +75,18 @@ class DataSplits:
 
 @dataclass
 class _Reading:
-    """What the sources of a configuration have given so far."""
+    """Running totals while the sources of a configuration are read."""
 
-    ledger: DropCounts
+    drops: DropCounts
     formats: dict[str, None]  # a set that keeps its order
     read: int = 0
 
 
 def load_splits(data: DataSettings) -> DataSplits:
-    """The examples of a data configuration.
+    """Return the examples of a data configuration.
 
     Raises:
-        DataError: a source is missing or broken, too many rows are unusable, or a split is empty.
+        DataError: A source is missing or broken, too many rows are unusable, or a split is empty.
     """
     reading = _Reading(DropCounts(), {})
     passed: dict[str, int] = {}
@@ -93,26 +95,32 @@ def load_splits(data: DataSettings) -> DataSplits:
     else:
         source = describe_sources(data)
         pools = _files(data, reading, passed)
-    _remove_leaks(pools, seen_texts(data, near=False), reading.ledger)
+    # Near duplicates were removed before validation was split off train. A later exact check suffices.
+    _remove_leaks(pools, seen_texts(data, near=False), reading.drops)
     passed["train"] = _size(pools["train"])
     weights = [item.weight for item in sources(data.train) if item.weight is not None]
     examples = {
         name: [example for pool in found for example in pool] for name, found in pools.items()
     }
-    examples["train"] = shape(pools["train"], weights or None, data)
+    examples["train"] = shape_train(pools["train"], weights or None, data)
     passed["train as shaped"] = len(examples["train"])
-    _refuse_empty(examples, source, reading.ledger)
+    _refuse_empty(examples, source, reading.drops)
     ordered = data.order_by is not None
-    return DataSplits(examples, tuple(reading.formats), source, reading.ledger, passed, ordered)
+    return DataSplits(examples, tuple(reading.formats), source, reading.drops, passed, ordered)
 
 
 def load_examples(path: str, data: DataSettings) -> list[Example]:
-    """The usable examples of one more source, in the format of `data`: a split that no stage shapes.
+    """Return the usable examples of an additional source (a night's gate) in the format of `data`.
 
-    `embedded` is pairs of modules that no split of the embedded pairs takes its rows from.
+    The examples are neither cleaned, sampled nor ordered.
+
+    Args:
+        path: A path, URL or hub id. `embedded` means docstring pairs of the held-out modules, which no
+            split of the embedded data set uses.
+        data: Data settings: format, columns, max_bad_fraction and redaction.
 
     Raises:
-        DataError: it is missing or broken, or holds too many unusable rows.
+        DataError: The source is missing or broken, or has too many unusable rows.
     """
     if path == EMBEDDED:
         rows = [
@@ -123,29 +131,32 @@ def load_examples(path: str, data: DataSettings) -> list[Example]:
 
 
 def _refuse_empty(
-    examples: Mapping[str, Sequence[Example]], source: str, ledger: DropCounts
+    examples: Mapping[str, Sequence[Example]], source: str, drops: DropCounts
 ) -> None:
     for name in ("train", "validation"):
         if not examples[name]:
-            reasons = ", ".join(f"{count} {why}" for why, count in ledger.total.items())
+            reasons = ", ".join(f"{count} {why}" for why, count in drops.total.items())
             raise DataError(
-                f"{source}: the {name} split is empty; give more rows or a source of its own "
-                f"(data.{name}=FILE)" + (f"; left out: {reasons}" if reasons else "")
+                f"{source}: the {name} split is empty. Use more rows, or give the split a source of "
+                f"its own (data.{name}=FILE)." + (f" Dropped: {reasons}." if reasons else "")
             )
 
 
 def _embedded(data: DataSettings, reading: _Reading) -> tuple[Pools, str]:
-    """The pairs bring their own splits, by module, already clean."""
+    """Return the examples of the embedded docstring pairs and the name of their source."""
+    # The pairs come already cleaned and split by module, so partition and cleaning are skipped.
     for name in ("validation", "test"):
         if getattr(data, name) is not None:
             raise DataError(
-                f"data.{name} needs data.train=FILE; the embedded pairs bring their own"
+                f"data.{name} needs data.train=FILE, because the embedded data set has its own "
+                f"{name} split"
             )
     pairs = docstring_pairs()
     source = f"docstring pairs of {platform.python_implementation()} {platform.python_version()}"
     for reason, count in pairs.dropped.items():
+        # Counted under cleaning, so that the data card reads like that of a file.
         if count:
-            reading.ledger.counts[cleaning.STAGE][reason.replace("_", " ")] += count
+            reading.drops.counts[cleaning.STAGE][reason.replace("_", " ")] += count
     reading.formats["alpaca"] = None
     pools: Pools = {}
     for name, records in pairs.rows.items():
@@ -153,7 +164,7 @@ def _embedded(data: DataSettings, reading: _Reading) -> tuple[Pools, str]:
             RawRow(values, f"{source}: {name} row {number}")
             for number, values in enumerate(records, start=1)
         ]
-        pools[name] = [to_examples(found, "alpaca", {}, reading.ledger)]
+        pools[name] = [to_examples(found, "alpaca", {}, reading.drops)]
     return pools, source
 
 
@@ -166,36 +177,38 @@ def _files(data: DataSettings, reading: _Reading, passed: dict[str, int]) -> Poo
     passed["read"] = reading.read
     passed["usable"] = sum(_size(found) for found in pools.values())
     seen = seen_texts(data)
-    # the judges' own files stay whole: what they hold is what the user wants to be good at
+    # Validation and test files are not cleaned: their rows define what the user wants to be good at.
     pools["train"] = [
-        cleaning.clean(pool, data.cleaning, seen, reading.ledger) for pool in pools["train"]
+        cleaning.clean(pool, data.cleaning, seen, reading.drops) for pool in pools["train"]
     ]
     passed["clean"] = sum(_size(found) for found in pools.values())
-    if len(pools) > 1:  # before a test split could be drawn from rows of a validation file
-        _remove_leaks(pools, seen_texts(data), reading.ledger)
+    if len(pools) > 1:
+        # Leaks are removed before the partition, or a test split drawn from train could hold rows of
+        # the validation file.
+        _remove_leaks(pools, seen_texts(data), reading.drops)
     passed["disjoint"] = sum(_size(found) for found in pools.values())
     return partition(pools, data)
 
 
 def _examples(source: DataSource, key: str, data: DataSettings, reading: _Reading) -> list[Example]:
-    """The usable, redacted examples of one source.
+    """Return the usable, redacted examples of one source.
 
     Raises:
-        DataError: the source cannot be read, or more than max_bad_fraction of its rows are bad.
+        DataError: The source cannot be read, or more than data.max_bad_fraction of its rows are bad.
     """
     if source.path == EMBEDDED:
-        raise DataError(f"data.{key}: {EMBEDDED} stands alone, it cannot be one of several sources")
-    ledger = DropCounts()
-    found = read_source(source, key, ledger)
+        raise DataError(f"data.{key}: {EMBEDDED} cannot be combined with other sources")
+    drops = DropCounts()
+    found = read_source(source, key, drops)
     columns = data.columns if source.columns is None else source.columns
     examples: list[Example] = []
-    read = len(found) + sum(ledger.total.values())
+    read = len(found) + sum(drops.total.values())
     if found:
         format_name = _format(source.format or data.format, found, columns)
         reading.formats[format_name] = None
-        examples = to_examples(found, format_name, columns, ledger)
-    _tolerate(source, ledger, read, data.max_bad_fraction)
-    reading.ledger.add(ledger)
+        examples = to_examples(found, format_name, columns, drops)
+    _tolerate(source, drops, read, data.max_bad_fraction)
+    reading.drops.add(drops)
     reading.read += read
     return cleaning.redact(examples, data.cleaning.redact)
 
@@ -203,29 +216,29 @@ def _examples(source: DataSource, key: str, data: DataSettings, reading: _Readin
 def _format(name: str, found: Sequence[RawRow], columns: Mapping[str, str]) -> str:
     if name != "auto":
         if name not in FORMATS:
-            raise DataError(f"format={name}: no such format; formats: auto, {', '.join(FORMATS)}")
+            raise DataError(f"format={name}: no such format. Use auto, {', '.join(FORMATS)}")
         return name
     problem: DataError | None = None
     for row in found[:DETECTION_ROWS]:
         try:
             return detect_format(row, columns)
         except DataError as error:
-            problem = problem or error
+            problem = problem or error  # the first row's columns are the most useful to report
     assert problem is not None
     raise problem
 
 
-def _tolerate(source: DataSource, ledger: DropCounts, read: int, limit: float) -> None:
-    """Stop where more rows are bad than data.max_bad_fraction allows, with all that is known."""
-    counts_by_stage = {stage: ledger.counts[stage] for stage in (rows.STAGE, formats.STAGE)}
+def _tolerate(source: DataSource, drops: DropCounts, read: int, limit: float) -> None:
+    """Raise if more rows are bad than data.max_bad_fraction allows, with all reasons and some places."""
+    counts_by_stage = {stage: drops.counts[stage] for stage in (rows.STAGE, formats.STAGE)}
     bad = sum(counts.total() for counts in counts_by_stage.values())
     if read == 0:
-        raise DataError(f"{source.path}: holds no rows")
+        raise DataError(f"{source.path}: contains no rows")
     if bad <= limit * read:
         return
     lines = [
-        f"  {count} × {reason}: {', '.join(ledger.places[stage, reason])}"
-        + (", …" if count > len(ledger.places[stage, reason]) else "")
+        f"  {count} × {reason}: {', '.join(drops.places[stage, reason])}"
+        + (", …" if count > len(drops.places[stage, reason]) else "")
         for stage, counts in counts_by_stage.items()
         for reason, count in counts.most_common()
     ]
@@ -235,17 +248,17 @@ def _tolerate(source: DataSource, ledger: DropCounts, read: int, limit: float) -
                 f"{source.path}: {bad} of {read} rows cannot be used, more than the "
                 f"{limit:.3%} that data.max_bad_fraction allows:",
                 *lines,
-                "mend or delete them, or raise data.max_bad_fraction to skip and count them",
+                "Fix or delete these rows, or raise data.max_bad_fraction to skip them.",
             ]
         )
     )
 
 
-def _remove_leaks(pools: Pools, seen: SeenTexts, ledger: DropCounts) -> None:
-    """Out of train what validation or test holds as well, out of validation what test holds."""
+def _remove_leaks(pools: Pools, seen: SeenTexts, drops: DropCounts) -> None:
+    """Remove from train the rows of validation and test, and from validation the rows of test."""
     for name in ("test", "validation", "train"):
         if name in pools and name != "test":
-            pools[name] = [_without(pool, seen, f"{name} leak", ledger) for pool in pools[name]]
+            pools[name] = [_without(pool, seen, f"{name} leak", drops) for pool in pools[name]]
         if name in pools and name != "train":
             for pool in pools[name]:
                 for example in pool:
@@ -253,19 +266,24 @@ def _remove_leaks(pools: Pools, seen: SeenTexts, ledger: DropCounts) -> None:
 
 
 def _without(
-    pool: Sequence[Example], seen: SeenTexts, reason: str, ledger: DropCounts
+    pool: Sequence[Example], seen: SeenTexts, reason: str, drops: DropCounts
 ) -> list[Example]:
     kept = []
     for example in pool:
         if (kind := seen.kind(example.text)) is None:
             kept.append(example)
         else:
-            ledger.drop(STAGE, f"{reason} ({kind})", example.row.where)
+            drops.drop(STAGE, f"{reason} ({kind})", example.row.where)
     return kept
 
 
 def seen_texts(data: DataSettings, *, near: bool = True) -> SeenTexts:
-    """Compares as data.cleaning says; near duplicates are gone once the pools are disjoint."""
+    """Return an empty set of texts that compares as data.cleaning says.
+
+    Args:
+        data: Data settings: cleaning.deduplicate and cleaning.near_threshold.
+        near: False to find exact duplicates only.
+    """
     near = near and data.cleaning.deduplicate == "near"
     return SeenTexts(data.cleaning.near_threshold if near else None)
 

@@ -1,8 +1,8 @@
-"""Templates: how a conversation is printed as text, and which part of the text is an answer.
+"""Render conversations as text, and find the spans of the text that are answers.
 
-Where an answer stands is found by printing the conversation up to it with the generation prompt, and
-again with the answer: what the second print adds is what the model learns to write. No marker strings,
-so it holds for every template, the model's own chat template included. Knows nothing of token ids.
+An answer's span is found by rendering the conversation up to the answer with the generation prompt, and
+again with the answer: the text that the second rendering adds is the answer. This works for every
+template, including the model's chat template, without marker strings. Does not know token ids.
 """
 
 from __future__ import annotations
@@ -24,64 +24,66 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["completions", "last_completion", "everything"]
 Span = tuple[int, int]
-"""First character and the one behind the last."""
+"""Start and end of a part of a text in characters, the end exclusive."""
 
 NAMES = ("auto", "instruction", "instruction_input", "chat", "plain")
 VERBATIM = ("prompt_completion", "text")
-"""Formats whose authors wrote the prompt as it shall stand."""
+"""Formats whose prompts are complete and must not be wrapped in a template."""
 
 LLAMA_DATE = "26 Jul 2024"
-"""Llama 3.1+ prints today's date; its own fallback is pinned, or a study would change at midnight."""
+"""Date passed to chat templates: the fallback date of Llama 3.1's own template."""
+# Llama 3.1+ templates print today's date, so without a fixed date a study's data would change at
+# midnight.
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class PromptTemplate(Protocol):
-    """Prints messages."""
+    """Protocol of the templates that render messages as text."""
 
     @property
     def name(self) -> str:
-        """As `data.template` says it."""
+        """Name used in data.template."""
 
     @property
     def source(self) -> str:
-        """All that decides the print, for fingerprints."""
+        """Text that determines the rendering, for fingerprints."""
 
     @property
     def owns_tokens(self) -> bool:
-        """The text holds every special token and is tokenized whole, as apply_chat_template does."""
+        """True if the text holds every special token and is tokenized whole, as a chat template's is."""
 
     def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
-        """The messages as text; the generation prompt is what an answer is written behind."""
+        """Render the messages, followed by the generation prompt if asked."""
 
     def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
-        """The spans that the template itself marks as generated ({% generation %})."""
+        """Return the spans that the template itself marks as generated ({% generation %})."""
 
 
 @dataclass(frozen=True)
 class RenderedText:
-    """A printed conversation: the text, and the spans of it that carry loss."""
+    """A rendered conversation: its text and the spans of the text that carry loss."""
 
     text: str
     spans: tuple[Span, ...]
 
 
-def said(message: ChatMessage) -> str:
-    """A turn's whole text: Alpaca's input stands below its instruction."""
+def turn_text(message: ChatMessage) -> str:
+    """Return a turn's whole text: the content and, below a blank line, Alpaca's input."""
     return "\n\n".join(part for part in (message.content, message.input) if part)
 
 
 @dataclass(frozen=True)
 class InstructionTemplate:
-    """Alpaca's short form: ### Instruction, ### Input where there is one, ### Response.
+    """Alpaca's short form: the sections ### Instruction, ### Input (if there is one) and ### Response.
 
-    A system turn stands above, as Alpaca's preamble does; further turns follow below, each answer ended
-    by the end-of-text token.
+    A system turn precedes them, like Alpaca's preamble. Further turns follow as further sections. Every
+    answer ends with the end-of-text token.
     """
 
     eos: str
     always_input: bool = False
-    """Print the Input section where it is empty, too."""
+    """True to render the Input section even if the input is empty."""
     owns_tokens: bool = False
 
     @property
@@ -106,9 +108,9 @@ class InstructionTemplate:
         return "\n\n".join(sections)
 
     def _question(self, message: ChatMessage) -> list[str]:
-        asked = f"### Instruction:\n{message.content}"
-        given = f"### Input:\n{message.input}"
-        return [asked, given] if message.input or self.always_input else [asked]
+        instruction = f"### Instruction:\n{message.content}"
+        extra = f"### Input:\n{message.input}"
+        return [instruction, extra] if message.input or self.always_input else [instruction]
 
     def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
         return []
@@ -116,7 +118,7 @@ class InstructionTemplate:
 
 @dataclass(frozen=True)
 class PlainTemplate:
-    """Turns as they stand, with nothing between them but the end-of-text token behind each answer."""
+    """Turns without any decoration. Every answer is followed by the end-of-text token."""
 
     eos: str
     name: str = "plain"
@@ -128,7 +130,7 @@ class PlainTemplate:
 
     def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
         return "".join(
-            said(message) + (self.eos if message.role == "assistant" else "")
+            turn_text(message) + (self.eos if message.role == "assistant" else "")
             for message in messages
         )
 
@@ -138,10 +140,10 @@ class PlainTemplate:
 
 @dataclass(frozen=True)
 class JinjaTemplate:
-    """A chat template: the tokenizer's own, or a user's file, in transformers' sandbox.
+    """A chat template, either the tokenizer's own or a user's file, rendered in transformers' sandbox.
 
-    Variables are those of Hugging Face chat templates; a user's file also gets each message's
-    `instruction` and `input` apart from `content`.
+    The variables are those of Hugging Face chat templates. A user's file also gets each message's
+    `instruction` and `input` in addition to `content`.
     """
 
     name: str
@@ -154,6 +156,7 @@ class JinjaTemplate:
         return str(text)
 
     def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
+        # transformers needs a fast tokenizer for the assistant mask.
         if not GENERATION_MARK.search(self.source) or not self.tokenizer.is_fast:
             return []
         found = self._apply(
@@ -162,6 +165,7 @@ class JinjaTemplate:
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
+        # transformers returns a mask over tokens. Their offsets give the spans of the text.
         marked = zip(found["assistant_masks"], found["offset_mapping"], strict=True)
         return _joined([tuple(offsets) for is_target, offsets in marked if is_target])
 
@@ -176,10 +180,12 @@ class JinjaTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"data.template={self.name}: line {error.lineno}: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise UnusableRow(f"the template {self.name} refuses it: {first_line(error)}") from None
+            reason = first_line(error)
+            raise UnusableRow(f"the template {self.name} rejects the row: {reason}") from None
 
     def _variables(self, message: ChatMessage) -> dict[str, str]:
-        variables = {"role": message.role, "content": said(message)}
+        variables = {"role": message.role, "content": turn_text(message)}
+        # Only a user's file gets the Alpaca columns: chat templates are written for role and content.
         apart = {"instruction": message.content, "input": message.input}
         return variables if self.owns_tokens else {**variables, **apart}
 
@@ -195,29 +201,32 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def template_problem(name: str) -> str | None:
-    """What is wrong with a `data.template`, as far as that is known without a tokenizer."""
+    """Return why a value of data.template is invalid, or None. Needs no tokenizer."""
     if name in NAMES or Path(name).expanduser().is_file():
         return None
-    return f"data.template={name}: no such file, and none of {', '.join(NAMES)}"
+    return f"data.template={name}: not one of {', '.join(NAMES)}, and no such file"
 
 
 def choose_template(
     name: str, format_name: str, tokenizer: PreTrainedTokenizerBase
 ) -> PromptTemplate:
-    """The template for examples of a format.
+    """Return the template for the examples of a format.
 
-    `auto`: conversations get the tokenizer's chat template if it has one; prompts with their completions
-    and plain texts stand as they are; everything else gets the instruction template.
+    Args:
+        name: Value of data.template. `auto` selects the tokenizer's chat template for conversations (if
+            the tokenizer has one), `plain` for prompt_completion and text, and `instruction` otherwise.
+        format_name: Key of row_formats.FORMATS.
+        tokenizer: Tokenizer of the base model.
 
     Raises:
-        DataError: no such template, or it cannot print that format.
+        DataError: There is no such template, or the template cannot render the format.
     """
     if name == "auto":
         name = _automatic(format_name, tokenizer)
     if format_name == "text" and name != "plain":
         raise DataError(
-            f"data.template={name} prints questions and answers, and data.format=text has none; "
-            "give data.template=auto or plain"
+            f"data.template={name} renders questions and answers, and data.format=text has none. "
+            "Use data.template=auto or plain."
         )
     eos = tokenizer.eos_token or ""
     if name in ("instruction", "instruction_input"):
@@ -240,6 +249,8 @@ def _automatic(format_name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return "plain"
     if FORMATS[format_name].conversational and tokenizer.chat_template is not None:
         return "chat"
+    # Alpaca-like formats get Alpaca's template even on a chat model, because published results that
+    # fine-tune on Alpaca use it.
     return "instruction"
 
 
@@ -249,21 +260,22 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     except ValueError:
         raise DataError(
             "data.template=chat: the model's tokenizer has no chat template (base models often have "
-            "none); give data.template=instruction, a Jinja file (data.template=FILE), or the model's "
-            "instruct version"
+            "none). Use data.template=instruction, a Jinja file (data.template=FILE), or the instruct "
+            "version of the model."
         ) from None
 
 
 def render(example: Example, template: PromptTemplate, train_on: TrainOn) -> list[RenderedText]:
-    """Print an example: one text, or one per answer where the template prints history differently.
+    """Render an example as one text, or as one text per answer if the template rewrites earlier turns.
 
-    Some chat templates change earlier answers once the conversation goes on (Qwen3 strips their
-    thinking, Mistral moves the system prompt). There every answer gets a text of its own, which is how
-    it is generated.
+    Args:
+        example: Conversation to render.
+        template: Template of the example's format.
+        train_on: Turns that carry loss: all answers, the last answer, or everything.
 
     Raises:
-        Unusable: the template refuses the conversation, or prints an answer that does not begin with
-            its own generation prompt.
+        UnusableRow: The template rejects the conversation, or renders an answer that does not begin with
+            the template's own generation prompt.
     """
     messages = example.messages
     text = template.text(messages)
@@ -274,22 +286,24 @@ def render(example: Example, template: PromptTemplate, train_on: TrainOn) -> lis
         turns = turns[-1:]
     if spans := _spans(text, messages, turns, template):
         return [RenderedText(text, tuple(spans))]
+    # Some chat templates change earlier answers when more turns follow (Qwen3 strips their thinking,
+    # Mistral moves the system prompt). Each answer then gets a text of its own, as in generation.
     parts = [messages[: turn + 1] for turn in turns]
     return [render_last(part, template) for part in parts]
 
 
 def render_last(messages: Sequence[ChatMessage], template: PromptTemplate) -> RenderedText:
-    """Print a conversation that ends with an answer, with that answer's span.
+    """Render a conversation that ends with an answer, with the span of this answer.
 
     Raises:
-        Unusable: as `render`.
+        UnusableRow: The same cases as in `render`.
     """
     text = template.text(messages)
     spans = _spans(text, messages, [len(messages) - 1], template)
     if not spans:
         raise UnusableRow(
-            f"the template {template.name} prints a generation prompt that its answers do not begin "
-            "with, and marks no {% generation %}; give data.template=instruction or a Jinja file"
+            f"the template {template.name} renders a generation prompt that its answers do not begin "
+            "with, and has no {% generation %} marks. Use data.template=instruction or a Jinja file"
         )
     return RenderedText(text, tuple(spans))
 
@@ -297,7 +311,7 @@ def render_last(messages: Sequence[ChatMessage], template: PromptTemplate) -> Re
 def _spans(
     text: str, messages: Sequence[ChatMessage], turns: Sequence[int], template: PromptTemplate
 ) -> list[Span] | None:
-    """The spans of the answers at `turns`, or None where the template does not tell."""
+    """Return the spans of the answers at `turns`, or None if they cannot be located in the text."""
     spans = []
     for turn in turns:
         prompt = template.text(messages[:turn], add_generation_prompt=True)
@@ -311,6 +325,7 @@ def _spans(
 def _marked(
     messages: Sequence[ChatMessage], turns: Sequence[int], template: PromptTemplate
 ) -> list[Span] | None:
+    # Only with one mark per answer is it known which mark belongs to which answer.
     answers = sum(message.role == "assistant" for message in messages)
     marked = template.marked(messages)
     return marked[-len(turns) :] if len(marked) == answers else None

@@ -1,8 +1,8 @@
-"""Cache of tokenized splits on disk, by a fingerprint of all that decides them.
+"""Cache tokenized splits on disk under a fingerprint of everything that determines them.
 
-A wrong hit would train a model on another one's tokens, so the fingerprint holds the text of every
-example, the template, the tokenizer, the options and the version of this code. Files are read only if
-their checksum fits; any other is built again.
+A wrong hit would train a model on another model's tokens, so the fingerprint covers the text of every
+example, the template, the tokenizer, the options and the version of this code. A file whose checksum is
+wrong is built again.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CODE_VERSION = 2
-"""Raised by whoever changes what encode, tokens, templates or packing make of the same input."""
+"""Version of the encoding. Raise it when encode, tokens, templates or packing change their output."""
 KEPT_BYTES = 4 * 2**30
-"""The cache's size; what was used longest ago goes first."""
+"""Maximum size of the cache in bytes. Least recently used files are removed first."""
 OPTIONS = ("template", "train_on", "max_length", "over_length", "packing")
 
 log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where the platform keeps caches: $XDG_CACHE_HOME/sweeper or ~/.cache/sweeper on Linux."""
+    """Return the cache's folder: below $XDG_CACHE_HOME/sweeper or ~/.cache/sweeper on Linux."""
     return Path(platformdirs.user_cache_dir("sweeper")) / "tokens"
 
 
@@ -52,14 +52,16 @@ def fingerprint(
     settings: DataSettings,
     **options: int | str | None,
 ) -> str:
-    """sha256 over all that decides what encoding makes of a split.
+    """Return the sha256 over everything that determines the encoding of a split.
 
     Args:
-        examples: the split.
-        tokenizer: the base's.
-        settings: its rendering and length keys are read.
-        options: what else the encoding was given: the split's kind, the model's limit, block lengths.
+        examples: Examples of the split.
+        tokenizer: Tokenizer of the base model.
+        settings: Data settings: the keys in OPTIONS.
+        options: Other inputs of the encoding: the split's kind, the model's positions, block lengths.
     """
+    # File names and times are not included: the content decides. datasets' own cache keys miss changes
+    # in imported functions.
     formats = sorted({example.format for example in examples})
     templates = [choose_template(settings.template, name, tokenizer) for name in formats]
     sources = [template.source for template in templates]
@@ -78,7 +80,7 @@ def fingerprint(
 
 
 def _day(sources: Iterable[str]) -> str:
-    """Today, where a template prints it."""
+    """Return today's date if a template prints it, else an empty string."""
     printed = any("strftime_now" in source for source in sources)
     return datetime.date.today().isoformat() if printed else ""
 
@@ -90,9 +92,10 @@ def _lines(examples: Iterable[Example]) -> Iterable[bytes]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of a tokenizer: its vocabulary, rules and special tokens, not where it was loaded from."""
+    """Return the sha256 of a tokenizer's vocabulary, rules and special tokens, but not of its path."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Truncation and padding are set by the last caller and do not change the ids of this module.
         rules = {name: rules[name] for name in rules if name not in ("truncation", "padding")}
     else:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
@@ -100,27 +103,27 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         rules,
         tokenizer.special_tokens_map,
         tokenizer.chat_template,
-        tokenizer("a")["input_ids"],
+        tokenizer("a")["input_ids"],  # shows add_bos_token, which the rules may not contain
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def cached(key: str, build: Callable[[], EncodedSplit], folder: Path) -> EncodedSplit:
-    """The split stored under a fingerprint, or built and stored now.
+    """Return the split stored under a fingerprint, or build and store the split.
 
-    A file that is torn or altered is built again. Where the folder cannot be written the split is built
-    each time, with a warning.
+    A damaged file is built again. If the folder cannot be written, the split is built every time and a
+    warning is logged.
     """
     path = folder / f"{key}.safetensors"
     if (stored := _read(path)) is not None:
-        os.utime(path)  # used now: the last to be evicted
+        os.utime(path)  # marks the file as used now, so that it is evicted last
         return stored
     encoded = build()
     try:
         _write(path, encoded)
         _evict(folder)
     except OSError as error:
-        log.warning("the token cache %s cannot be written: %s", folder, error)
+        log.warning("cannot write the token cache %s: %s", folder, error)
     return encoded
 
 
@@ -131,11 +134,12 @@ def _read(path: Path) -> EncodedSplit | None:
         with safe_open(str(path), framework="numpy") as file:
             about = json.loads(file.metadata()["about"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # Flipped bits in token ids would train without any error.
         if about["sha256"] != _checksum(arrays):
-            raise ValueError("its checksum is wrong")
+            raise ValueError("wrong checksum")
         return _decoded(arrays, about)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("%s is damaged (%s) and is built again", path, error)
+        log.warning("%s is damaged (%s) and will be built again", path, error)
         return None
 
 
@@ -143,6 +147,7 @@ def _write(path: Path, encoded: EncodedSplit) -> None:
     arrays = _arrays(encoded)
     about = json.dumps({**_about(encoded), "sha256": _checksum(arrays)})
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Several workers may write the same split at once: each writes its own file and renames it.
     partial = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with partial.open("xb") as file:
@@ -169,7 +174,7 @@ Arrays = dict[str, "NDArray[np.int32]"]
 
 
 def _arrays(encoded: EncodedSplit) -> Arrays:
-    """Columns end to end, the rows' lengths beside them."""
+    """Return the rows as one array per column, with an array of the row lengths."""
     names = list(encoded.rows[0]) if encoded.rows else []
     columns = {
         f"column.{name}": _flat(token for row in encoded.rows for token in row[name])
@@ -188,24 +193,24 @@ def _about(encoded: EncodedSplit) -> dict[str, Any]:
         "examples": encoded.examples,
         "max_length": encoded.max_length,
         "truncated": encoded.truncated,
-        "counts": {stage: dict(counts) for stage, counts in encoded.ledger.counts.items()},
-        "places": [[*key, shown] for key, shown in encoded.ledger.places.items()],
+        "counts": {stage: dict(counts) for stage, counts in encoded.drops.counts.items()},
+        "places": [[*key, shown] for key, shown in encoded.drops.places.items()],
     }
 
 
 def _decoded(arrays: Arrays, about: Mapping[str, Any]) -> EncodedSplit:
-    ledger = DropCounts()
+    drops = DropCounts()
     for stage, counts in about["counts"].items():
-        ledger.counts[stage].update(counts)
+        drops.counts[stage].update(counts)
     for stage, reason, shown in about["places"]:
-        ledger.places[stage, reason] = list(shown)
+        drops.places[stage, reason] = list(shown)
     return EncodedSplit(
         rows=_rows(arrays),
         examples=about["examples"],
         lengths=arrays["lengths"].tolist(),
         max_length=about["max_length"],
         truncated=about["truncated"],
-        ledger=ledger,
+        drops=drops,
     )
 
 

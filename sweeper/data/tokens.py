@@ -1,7 +1,8 @@
-"""Tokenize and pad: examples into token ids with the loss mask, ids into tensors.
+"""Tokenize examples with their loss mask, and pad token ids to tensors.
 
-The mask follows the spans of the rendered text. Prompt tokens are exactly those that generation starts
-from: a token never reaches from a prompt into its answer. Knows nothing of files and lengths.
+The mask follows the spans of the rendered text. The prompt tokens of a training row are exactly those
+that generation starts from: no token spans the boundary of a prompt and its answer. Does not know files
+or length limits.
 """
 
 from __future__ import annotations
@@ -23,183 +24,187 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-"""The label of a position without loss (torch.nn.functional.cross_entropy's ignore_index)."""
+"""Label of a position without loss: ignore_index of torch.nn.functional.cross_entropy."""
 
 Tokens = dict[str, list[int]]
-"""One row: `input_ids` and `labels`, of one length; labels are IGNORED where there is no loss.
+"""One row: `input_ids` and `labels` of equal length. Labels are IGNORED where there is no loss.
 
-The first label is always IGNORED: nothing stands before it to predict it from. Packed rows also have
-`position_ids`.
+The first label is always IGNORED, because no token precedes it to predict it from. Packed rows also
+have `position_ids`.
 """
 
 
 @dataclass(frozen=True)
 class TokenizerSetup:
-    """A tokenizer, and what is asked of it for every row but never changes."""
+    """A tokenizer with the properties that are computed once and used for every row."""
 
     tokenizer: PreTrainedTokenizerBase
 
     def ids(self, text: str) -> list[int]:
-        """A text's ids, with nothing put before or behind it."""
+        """Return a text's token ids without added special tokens."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     @cached_property
     def opening(self) -> list[int]:
-        """What the tokenizer itself puts before a text: the begin-of-text token, or nothing."""
+        """Ids that the tokenizer puts before every text: the begin-of-text token, or none."""
         special = set(self.tokenizer.convert_tokens_to_ids(list(self.special)))
-        dressed: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
-        return list(takewhile(special.__contains__, dressed))
+        complete: list[int] = self.tokenizer("a", add_special_tokens=True)["input_ids"]
+        return list(takewhile(special.__contains__, complete))
 
     @cached_property
     def special(self) -> tuple[str, ...]:
-        """Every token that is no text, as it is written."""
+        """Text of every special token."""
         added = self.tokenizer.added_tokens_decoder.values()
         names = {token.content for token in added if token.special}
         return tuple(names.union(self.tokenizer.all_special_tokens))
 
     @cached_property
-    def swallowing(self) -> frozenset[int]:
-        """Ids of added tokens that take the blanks behind them along (rstrip: Phi-3's <|end|>)."""
+    def absorbing(self) -> frozenset[int]:
+        """Ids of added tokens that absorb the white space after them (rstrip, as in Phi-3's <|end|>)."""
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(number for number, token in added if token.rstrip)
 
 
 def tokenize(
-    example: Example, codec: TokenizerSetup, template: PromptTemplate, train_on: TrainOn
+    example: Example, setup: TokenizerSetup, template: PromptTemplate, train_on: TrainOn
 ) -> list[Tokens]:
-    """The rows of one example: one, or one per answer where `render` prints them apart.
+    """Return the rows of one example: one row for each text that `render` returns.
 
     Raises:
-        Unusable: the template cannot print it.
-        DataError: nothing ends the answer, and the tokenizer has no end-of-text token.
+        UnusableRow: The template cannot render the example.
+        DataError: No special token ends the answer, and the tokenizer has no end-of-text token.
     """
     rendered = render(example, template, train_on)
-    return [_row(text, codec, whole=template.owns_tokens) for text in rendered]
+    return [_row(text, setup, whole=template.owns_tokens) for text in rendered]
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What a generation starts from, and what it is compared with."""
+    """The prompt of one generated answer, and the reference to compare the answer with."""
 
     input_ids: list[int]
     text: str
     reference: str
     end_token_id: int
-    """What ends an answer: chat templates often end it with another token than the tokenizer's own."""
+    """Id of the token that ends the answer. Chat templates often use another one than the tokenizer."""
 
 
 def encode_prompt(
-    example: Example, codec: TokenizerSetup, template: PromptTemplate
+    example: Example, setup: TokenizerSetup, template: PromptTemplate
 ) -> EncodedPrompt:
-    """Everything before the last answer, ending with the generation prompt; the answer is the reference.
+    """Return everything before the last answer, ending with the generation prompt, and the answer.
 
-    For one question and its answer, the ids are the first ids of the row that `tokenize` makes.
+    For one question and its answer, the ids are the first ids of the row that `tokenize` returns.
 
     Raises:
-        Unusable: the template cannot print it.
+        UnusableRow: The template cannot render the example.
     """
-    rendered = ended(render_last(example.messages, template), codec)
-    ids, borders = _ids(rendered, codec, whole=template.owns_tokens)
+    rendered = with_answer_end(render_last(example.messages, template), setup)
+    ids, borders = _ids(rendered, setup, whole=template.owns_tokens)
     start, end = rendered.spans[-1]
-    before = ids[: borders[start]] or codec.opening
+    # An empty prompt still needs one token to generate from.
+    before = ids[: borders[start]] or setup.opening
     return EncodedPrompt(before, rendered.text[:start], example.completion, ids[borders[end] - 1])
 
 
-def _row(rendered: RenderedText, codec: TokenizerSetup, *, whole: bool) -> Tokens:
-    text = ended(rendered, codec)
-    ids, borders = _ids(text, codec, whole=whole)
+def _row(rendered: RenderedText, setup: TokenizerSetup, *, whole: bool) -> Tokens:
+    text = with_answer_end(rendered, setup)
+    ids, borders = _ids(text, setup, whole=whole)
     labels = [IGNORED] * len(ids)
     for start, end in text.spans:
         labels[borders[start] : borders[end]] = ids[borders[start] : borders[end]]
+    # With a first label a packed row would predict it from the last token of its neighbour.
     labels[:1] = [IGNORED]
     return {"input_ids": ids, "labels": labels}
 
 
-def ended(rendered: RenderedText, codec: TokenizerSetup) -> RenderedText:
-    """The text with every answer's end in the loss, and nothing behind it: a model must learn to stop.
+def with_answer_end(rendered: RenderedText, setup: TokenizerSetup) -> RenderedText:
+    """Return the text with the end token of every answer in the loss, and nothing after that token.
 
-    An answer ends with a special token of the template's. A text that no special token ends gets the
-    tokenizer's end-of-text token. The line break that many chat templates print behind it is never
-    generated and carries no loss.
+    An answer ends with a special token of the template. A text that does not end with a special token
+    gets the tokenizer's end-of-text token.
+
+    Raises:
+        DataError: An end-of-text token is needed, and the tokenizer has none.
     """
+    # A model must learn to stop. The line break that many chat templates print after the end token is
+    # never generated: as a token that is always right it would only lower the loss.
     text = rendered.text
-    if not text.rstrip().endswith(codec.special):
-        if codec.tokenizer.eos_token is None:
+    if not text.rstrip().endswith(setup.special):
+        if setup.tokenizer.eos_token is None:
             raise DataError(NO_END)
-        text += codec.tokenizer.eos_token
+        text += setup.tokenizer.eos_token
     *others, (start, end) = rendered.spans
     reaches_the_end = not rendered.text[end:].strip()
     spans = [*others, (start, len(text) if reaches_the_end else end)]
     return RenderedText(
-        text, tuple((first, _stop(text, first, last, codec)) for first, last in spans)
+        text, tuple((first, _span_end(text, first, last, setup)) for first, last in spans)
     )
 
 
 NO_END = (
-    "the tokenizer has no end-of-text token, and the template ends answers with no other: they could "
-    "never end; set eos_token in the model's tokenizer_config.json, or give a template that ends "
-    "answers with a special token"
+    "the tokenizer has no end-of-text token, and the template does not end answers with a special "
+    "token, so that a model could not learn to stop. Set eos_token in the model's "
+    "tokenizer_config.json, or use a template that ends answers with a special token."
 )
 
 
-def _stop(text: str, start: int, end: int, codec: TokenizerSetup) -> int:
+def _span_end(text: str, start: int, end: int, setup: TokenizerSetup) -> int:
     stripped = text[start:end].rstrip()
-    return start + len(stripped) if stripped.endswith(codec.special) else end
+    return start + len(stripped) if stripped.endswith(setup.special) else end
 
 
 def _ids(
-    rendered: RenderedText, codec: TokenizerSetup, *, whole: bool
+    rendered: RenderedText, setup: TokenizerSetup, *, whole: bool
 ) -> tuple[list[int], dict[int, int]]:
-    """The ids of a text, and for each border of its spans the number of tokens before it."""
+    """Return the ids of a text, and for each boundary of its spans the number of tokens before it."""
     borders = sorted({0, *(border for span in rendered.spans for border in span)})
-    if whole and codec.tokenizer.is_fast:
-        return _whole(rendered.text, borders, codec)
-    ids, counts = _cut(rendered.text, borders, codec)
-    before = codec.opening
-    if whole or ids[: len(before)] == before:  # the template has printed it
+    if whole and setup.tokenizer.is_fast:
+        return _whole(rendered.text, borders, setup)
+    ids, counts = _cut(rendered.text, borders, setup)
+    before = setup.opening
+    if whole or ids[: len(before)] == before:  # the template has rendered the opening tokens
         return ids, counts
     shifted = {border: count + len(before) * (border > 0) for border, count in counts.items()}
     return before + ids, shifted
 
 
 def _whole(
-    text: str, borders: Sequence[int], codec: TokenizerSetup
+    text: str, borders: Sequence[int], setup: TokenizerSetup
 ) -> tuple[list[int], dict[int, int]]:
-    """The ids of apply_chat_template; a token that reaches over a border belongs to the answer.
-
-    Almost all chat templates put a special token or a line break there, which no token reaches over.
-    Otherwise the answer's first characters would be left without loss.
-    """
-    found = codec.tokenizer(
+    """Return the ids that apply_chat_template gives. A token across a boundary belongs to the answer."""
+    # A chat template's text is never cut. Almost all templates put a special token or a line break at
+    # the boundary, which no token crosses. Where one does, its loss is kept, or the first characters
+    # of the answer would carry none.
+    found = setup.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids: list[int] = found["input_ids"]
     places = zip(ids, found["offset_mapping"], strict=True)
-    ends = [_end(text, place, token, codec) for token, place in places]  # they never decrease
+    ends = [_end(text, place, token, setup) for token, place in places]  # they never decrease
     return ids, {border: bisect_right(ends, border) for border in borders}
 
 
-def _end(text: str, place: Span, token: int, codec: TokenizerSetup) -> int:
-    """Where a token's own text ends: the blanks it has swallowed draw it over no border."""
+def _end(text: str, place: Span, token: int, setup: TokenizerSetup) -> int:
+    """Return the end of a token's own text, without the white space that an rstrip token absorbs."""
     start, end = place
-    return start + len(text[start:end].rstrip()) if token in codec.swallowing else end
+    return start + len(text[start:end].rstrip()) if token in setup.absorbing else end
 
 
 def _cut(
-    text: str, borders: Sequence[int], codec: TokenizerSetup
+    text: str, borders: Sequence[int], setup: TokenizerSetup
 ) -> tuple[list[int], dict[int, int]]:
-    """The ids of the whole text where they begin with those of every head, else of its pieces.
-
-    The whole is preferred because some tokenizers put a space before every text they get.
-    """
-    ids = codec.ids(text)
-    heads = {border: codec.ids(text[:border]) for border in borders if 0 < border < len(text)}
+    """Return the ids of the whole text if no token crosses a boundary, else those of its pieces."""
+    # The whole text is preferred because tokenizers like Llama 2's put a space before every text that
+    # they get, so also before every piece.
+    ids = setup.ids(text)
+    heads = {border: setup.ids(text[:border]) for border in borders if 0 < border < len(text)}
     if all(ids[: len(head)] == head for head in heads.values()):
         counts = {border: len(head) for border, head in heads.items()}
         return ids, {0: 0, **counts, len(text): len(ids)}
     ends = [*borders[1:], len(text)]
-    pieces = [codec.ids(text[start:end]) for start, end in zip(borders, ends, strict=True)]
+    pieces = [setup.ids(text[start:end]) for start, end in zip(borders, ends, strict=True)]
     totals = accumulate(map(len, pieces), initial=0)
     return list(chain.from_iterable(pieces)), dict(zip([*borders, len(text)], totals, strict=True))
 
@@ -208,13 +213,14 @@ def _cut(
 class PaddingCollator:
     """Pad a batch on the right to its longest row.
 
-    Padding is masked by position, not by token id: many tokenizers pad with the end-of-text token.
+    Padding is masked by position, not by token id, because many tokenizers pad with the end-of-text
+    token.
     """
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Rows of `Tokens` into `input_ids`, `attention_mask` and `labels`, each [batch, length]."""
+        """Return `input_ids`, `attention_mask` and `labels` of the rows, each [batch, length]."""
         return {
             "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
             "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
@@ -223,6 +229,6 @@ class PaddingCollator:
 
 
 def padded(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-    """Rows of different lengths as one tensor, filled up on the right: [batch, longest]."""
+    """Return rows of different lengths as one tensor [batch, longest], padded on the right."""
     length = max(len(row) for row in rows)
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])

@@ -1,1 +1,1 @@
-"""One evaluator for the untuned base, LoRA and full fine-tuning."""
+"""Evaluate the untuned base, LoRA and full fine-tunes with the same metrics, computed the same way."""

@@ -1,4 +1,4 @@
-"""How long answers are beside their references, and how they end."""
+"""Metrics of the length and the ending of generated answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from sweeper.evaluation.generation import GeneratedAnswer
 def length_metrics(
     answers: Sequence[GeneratedAnswer], references: Sequence[str]
 ) -> dict[str, float]:
-    """Words (runs of non-blank characters) and shares of the answers, between 0 and 1."""
+    """Return the lengths of answers and references in words, and shares of the answers (0 to 1).
+
+    A word is a run of characters other than white space. `eos` is the share of answers that the model
+    ended itself, `limit` the share that was cut at max_new_tokens.
+    """
+    # Words, not tokens: lengths must be comparable between tokenizers.
     responses = [_words(answer.text) for answer in answers]
     expected = [_words(reference) for reference in references]
     return {

@@ -1,8 +1,11 @@
-"""What stands between a model's hidden states and its logits, so that the head can be applied in parts.
+"""Apply a model's output head to chosen positions only, so that the logits can be computed in chunks.
 
-Knows how transformers' causal language models end; knows nothing of losses. A class that is not named
-here keeps its own forward: its logits are asked for at the wanted positions and exist whole.
+Knows how transformers' causal language models turn hidden states into logits, and nothing of losses. A
+class that is not listed in FINISHES runs its own forward, which computes all chosen logits at once.
 """
+
+# At a vocabulary of 128,000 and 2,048 targets, chunks of 256 cut the peak memory of a training step
+# from 3,016 to 392 MiB (benchmarks/chunked_cross_entropy.json).
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 Head = Callable[[Tensor], Tensor]
-"""States [n, hidden] into logits [n, vocabulary]."""
+"""Function from hidden states [n, hidden] to logits [n, vocabulary]."""
 
 Finish = Callable[[Tensor, Any], Tensor]
-"""What a model does to the logits of its linear head, given its config."""
+"""Function that a model applies to the logits of its linear head, given its config."""
 
 
 def _plain(logits: Tensor, _: Any) -> Tensor:
@@ -67,38 +70,42 @@ FINISHES: dict[str, Finish] = {
     **dict.fromkeys(("Cohere2ForCausalLM", "CohereForCausalLM"), _multiplied),
     **dict.fromkeys(("GraniteForCausalLM", "GraniteMoeForCausalLM"), _divided),
 }
-"""transformers' classes with logits = finish(lm_head(last hidden state)); a test reads their source."""
+"""Classes of transformers in which logits = finish(lm_head(last hidden state)).
+
+A test checks each entry against the class's source in the installed transformers.
+"""
 
 
 def states_at(
     model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor
 ) -> tuple[Tensor, Head]:
-    """The states at some positions, and the head that turns them into logits.
+    """Return the hidden states at the given positions, and the head that turns them into logits.
 
-    For a class without an entry in FINISHES the states are its logits already and the head is the
-    identity. The body is called without the model's own forward, so what is wrapped around that forward
-    (accelerate's autocast) does not reach it: callers autocast themselves.
+    For a class without an entry in FINISHES the returned states are already the logits, and the head is
+    the identity. The model's own forward is not called, so accelerate's autocast around that forward
+    does not apply and callers must autocast.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one.
-        inputs: what its forward takes (`input_ids`, `attention_mask`, …), each [batch, length].
-        positions: boolean [batch, length].
+        model: A causal language model of transformers, or a PEFT model around one.
+        inputs: Inputs of the model's forward (`input_ids`, `attention_mask`, …), each [batch, length].
+        positions: Boolean mask [batch, length] of the positions to predict from.
 
     Returns:
-        States [positions.sum(), hidden], rows first, and the head.
+        States [positions.sum(), hidden] in row-major order, and the head.
     """
     base = _unwrapped(model)
     finish = FINISHES.get(_architecture(base) or "")
     if finish is None:
         return _logits_at(model, inputs, positions), _identity
+    # transformers' logits_to_keep takes the union of the rows' positions. Here each row has its own.
     states = base.base_model(**inputs, use_cache=False).last_hidden_state[positions]
-    output = base.get_output_embeddings()  # with PEFT's layers around it, where it has any
+    output = base.get_output_embeddings()  # includes PEFT's layers if the head has an adapter
     return states, lambda part: finish(output(part), base.config)
 
 
 def _logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     base = _unwrapped(model)
-    if _architecture(base):  # since 5.23 a mask selects positions of each row
+    if _architecture(base):  # since transformers 5.23 a mask selects positions of each row
         logits: Tensor = model(**inputs, logits_to_keep=positions, use_cache=False).logits
         return logits
     whole: Tensor = model(**inputs, use_cache=False).logits
@@ -106,15 +113,14 @@ def _logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    """transformers' model itself; PEFT's layers are inside it."""
+    """Return the transformers model inside a PEFT model. PEFT's layers stay in place."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _architecture(base: nn.Module) -> str | None:
-    """The name of transformers' class; None for code from a model's own repository.
-
-    That may end otherwise under the same name. FSDP derives a class from itself and the model's.
-    """
+    """Return the name of a transformers class, or None for code from a model's own repository."""
+    # Remote code may have a class of the same name with another head. FSDP replaces the model's class
+    # by one derived from FSDPModule and the original class.
     derived = type(base).__mro__
     own = derived[2] if isinstance(base, FSDPModule) else derived[0]
     return own.__name__ if own.__module__.startswith("transformers.models.") else None

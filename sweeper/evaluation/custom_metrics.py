@@ -1,4 +1,4 @@
-"""The user's own metrics: named functions of (prompts, predictions, references) that return a number."""
+"""User-defined metrics: named functions of (prompts, predictions, references) that return a number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Function = Callable[[list[str], list[str], list[str]], float]
 
 @dataclass(frozen=True)
 class CustomMetric:
-    """One function, as `evaluation.metrics` names it; its value is the metric `eval/<name>`."""
+    """One function named in `evaluation.metrics`. Its value is recorded as the metric `eval/<name>`."""
 
     name: str
     target: str
@@ -24,17 +24,20 @@ class CustomMetric:
     def __call__(
         self, prompts: Sequence[str], predictions: Sequence[str], references: Sequence[str]
     ) -> float:
-        """Judge the answers.
+        """Return the metric's value for the answers.
 
         Raises:
-            ConfigError: the function fails, or gives something other than a finite number.
+            ConfigError: The function raises an exception, or returns anything but a finite number.
         """
         try:
+            # Fresh lists, so that a function that changes its arguments affects no other metric.
             value = float(self.function(list(prompts), list(predictions), list(references)))
-        except Exception as error:  # whatever a user's function raises is the user's to read
+        except Exception as error:  # a user's function may raise anything
             raise self._problem(f"failed with {type(error).__name__}: {error}") from error
         if not math.isfinite(value):
-            raise self._problem(f"gave {value} for {len(predictions)} answers, no finite number")
+            raise self._problem(
+                f"returned {value} for {len(predictions)} answers, which is not a finite number"
+            )
         return value
 
     def _problem(self, text: str) -> ConfigError:
@@ -42,11 +45,12 @@ class CustomMetric:
 
 
 def custom_metrics(settings: EvaluationSettings) -> dict[str, CustomMetric]:
-    """Import what `evaluation.metrics` names; the settings have checked the list of allowed modules.
+    """Import the functions named in `evaluation.metrics`.
 
     Raises:
-        ConfigError: modules that cannot be imported and names that are no functions, all at once.
+        ConfigError: Modules cannot be imported or names are not functions. The error lists all of them.
     """
+    # The settings have already checked the modules against the allowed ones.
     problems: list[str] = []
     found: dict[str, CustomMetric] = {}
     for name, target in settings.metrics.items():

@@ -1,6 +1,6 @@
-"""The one evaluator: the same figures, computed the same way, for base, LoRA, merged and full models.
+"""Evaluate base, LoRA, merged and full models on held-out rows and prompts, with the same metrics.
 
-Knows how a model is judged; knows neither where it comes from nor what is done with the figures.
+Does not know where a model comes from or what the metrics are used for.
 """
 
 from __future__ import annotations
@@ -25,22 +25,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IMPLAUSIBLE_PERPLEXITY = 1.5
-"""Llama 2 70B has 3.32 a token on WikiText-2 (Lin et al. 2023, AWQ, table 4); well below, look again."""
+"""Perplexity per token below which a leak between the splits is more likely than a good model.
+
+For comparison: Llama 2 70B has 3.32 on WikiText-2 (Lin et al. 2023, AWQ, table 4).
+"""
 
 
 @dataclass(frozen=True)
 class HeldOutPrompts:
-    """Prompts to be answered and what was expected, of one length and order."""
+    """Prompts to answer and their references, as sequences of equal length and order."""
 
     prompts: Sequence[str]
     prompt_ids: Sequence[Sequence[int]]
     references: Sequence[str]
     end_token_ids: frozenset[int] = frozenset()
-    """What ends an answer besides the model's and the tokenizer's own end tokens."""
+    """Ids that end an answer in addition to the end tokens of model and tokenizer."""
 
     @classmethod
     def of(cls, encoded: Sequence[EncodedPrompt]) -> HeldOutPrompts | None:
-        """From what the data stages encoded; None if there is nothing to answer (plain texts)."""
+        """Collect encoded prompts. Return None if there are none, as for plain text."""
         if not encoded:
             return None
         return cls(
@@ -51,7 +54,7 @@ class HeldOutPrompts:
         )
 
     def sample(self, count: int, seed: int) -> HeldOutPrompts | None:
-        """At most `count` of them, drawn by the seed; None if that is none at all."""
+        """Draw at most `count` prompts with a seed. Return None if no prompt is drawn."""
         kept = _sample(len(self.prompts), count, seed)
         if not kept:
             return None
@@ -65,30 +68,33 @@ class HeldOutPrompts:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one model is worth on one set of examples."""
+    """Metrics of one model on one set of examples."""
 
     metrics: Mapping[str, float]
-    """Flat, by name: eval/loss, eval/rougeL, eval/<the user's>, …"""
+    """Metrics by name: eval/loss, eval/rougeL, eval/<name of a user-defined metric>, …"""
     examples: Sequence[LossSum]
-    """The loss of each judged row, for paired comparisons of two models."""
+    """Loss of each row, for paired comparisons of two models."""
     answers: Sequence[GeneratedAnswer] = ()
     warnings: Sequence[str] = ()
 
     def value(self, metric: str) -> float:
-        """The objective's value.
+        """Return the value of the objective's metric.
 
         Raises:
-            ConfigError: the metric was not measured; no other stands in for it.
+            ConfigError: The metric was not measured.
         """
+        # No other metric is substituted: a study would silently optimise something else.
         if metric not in self.metrics:
             known = ", ".join(sorted(self.metrics))
-            raise ConfigError([f"objective.metric={metric}: not measured; measured were {known}"])
+            raise ConfigError(
+                [f"objective.metric={metric}: not measured. The measured metrics are {known}."]
+            )
         return self.metrics[metric]
 
 
 @dataclass(frozen=True)
 class ModelJudge:
-    """Judges any model of one tokenizer on fixed rows and, if there are any, fixed prompts."""
+    """Evaluate models of one tokenizer on fixed rows and, if there are any, fixed prompts."""
 
     tokenizer: PreTrainedTokenizerBase
     rows: Sequence[Tokens]
@@ -101,10 +107,10 @@ class ModelJudge:
     chunk_size: int | None = None
 
     def __call__(self, model: PreTrainedModel | PeftModel) -> Judgement:
-        """Judge a model as it stands; its mode and configs are left as they were.
+        """Evaluate a model without changing its mode or configs.
 
         Raises:
-            ConfigError: prompts do not fit the model, or a metric of the user's fails.
+            ConfigError: The prompts do not fit the model's positions, or a user-defined metric fails.
         """
         examples = evaluate_examples(
             model,
@@ -119,7 +125,9 @@ class ModelJudge:
         return judgement if self.held_out is None else self._with_answers(model, judgement)
 
     def _with_answers(self, model: PreTrainedModel | PeftModel, judgement: Judgement) -> Judgement:
-        from sweeper.evaluation.rouge import rouge
+        from sweeper.evaluation.rouge import (
+            rouge,
+        )  # imports nltk, which only generated answers need
 
         held_out, settings = self.held_out, self.settings
         assert held_out is not None
@@ -152,13 +160,13 @@ class ModelJudge:
         )
 
     def within_trial(self, metrics: Collection[str]) -> ModelJudge:
-        """The judge of the looks inside a trial: capped rows, and answers only if a metric needs them.
+        """Return the judge for evaluations during training, which must be cheap.
 
-        Itself, if that is the whole of it.
+        The rows are limited to evaluation.max_samples, and answers are generated only if one of the
+        metrics needs them. If that changes nothing, this judge itself is returned.
 
         Args:
-            metrics: what those looks are asked for: what pruning, early stopping and the choice of
-                the checkpoint go by.
+            metrics: Metrics that pruning, early stopping and the choice of the checkpoint use.
         """
         held_out = None if set(metrics) <= set(LOSS_METRICS) else self.held_out
         kept = _sample(len(self.rows), self.settings.max_samples, self.seed)
@@ -171,12 +179,13 @@ class ModelJudge:
             held_out=held_out,
         )
 
-    def sees_all_of(self, other: ModelJudge) -> bool:
-        """Whether it judges another one's very rows and prompts, in batches of whatever size."""
+    def judges_same_examples(self, other: ModelJudge) -> bool:
+        """Return True if both judges have the same rows and prompts. Batch sizes may differ."""
         return self.rows is other.rows and self.held_out is other.held_out
 
     def halved(self) -> ModelJudge | None:
-        """The same judge in batches half the size, which change no figure; None below one example."""
+        """Return this judge with half the batch size, or None if the batch is one example already."""
+        # A smaller batch changes no metric, so evaluation can shrink the batch when memory runs out.
         smaller = self.settings.halved()
         return None if smaller is None else replace(self, settings=smaller)
 
@@ -190,14 +199,20 @@ def make_judge(
     compute_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
 ) -> ModelJudge:
-    """A judge on the whole split, with `generation.num_examples` of the held-out prompts.
+    """Return a judge on the whole split, with `generation.num_examples` of the held-out prompts.
 
     Args:
-        seed: of the draws of examples, not of a trial (data.split_seed): every trial of a study, and
-            every repeat of it, is judged on the same ones.
+        tokenizer: Tokenizer of the base model.
+        rows: Tokenized rows of the split.
+        held_out: Prompts of the split, or None if there are none.
+        settings: Evaluation settings.
+        seed: Seed for drawing examples: data.split_seed, not the trial's seed, so that all trials and
+            their repeats over seeds are evaluated on the same examples.
+        compute_dtype: Data type of autocast. torch.float32 disables autocast.
+        chunk_size: Number of tokens whose logits are computed at a time, or None for all at once.
 
     Raises:
-        ConfigError: a metric of the user's cannot be imported.
+        ConfigError: A user-defined metric cannot be imported.
     """
     return ModelJudge(
         tokenizer,
@@ -213,23 +228,25 @@ def make_judge(
 
 
 def loss_metrics(loss: LossSum) -> dict[str, float]:
-    """A split's loss under the names it is recorded by; targets without text have no bits per byte."""
+    """Return the loss metrics of a split by name. Bits per byte need targets with text."""
+    # bits_per_byte would divide by zero if all targets were special tokens.
     metrics = {"eval/loss": loss.mean, "eval/perplexity": loss.perplexity}
     return {**metrics, "eval/bits_per_byte": loss.bits_per_byte} if loss.bytes else metrics
 
 
 def plausibility_warning(perplexity: float) -> str | None:
-    """Words for the user if a perplexity is too good for text the model has not seen."""
+    """Return a warning if a perplexity is too low for text that the model has not seen, else None."""
     if perplexity >= IMPLAUSIBLE_PERPLEXITY:
         return None
     return (
-        f"a validation perplexity of {perplexity:.4f} is implausibly low for running text: the "
+        f"a validation perplexity of {perplexity:.4f} is implausibly low for running text. The "
         "validation split probably overlaps the training split (overlapping windows of one book, "
-        "duplicates); check the data before trusting this figure"
+        "duplicates). Check the data before you trust this figure."
     )
 
 
 def _sample(count: int, limit: int | None, seed: int) -> list[int]:
     if limit is None or limit >= count:
         return list(range(count))
+    # Sorted, so that the sample keeps the order of the split.
     return sorted(random.Random(seed).sample(range(count), limit))

@@ -27,35 +27,35 @@ _UNICODE_TOKEN = re.compile(rf"[{_SPACELESS}]|[^\W{_SPACELESS}]+")
 
 @dataclass(frozen=True)
 class RougeScores:
-    """Scores of each example by kind, each between 0 and 1."""
+    """ROUGE scores (0 to 1) of each example by kind."""
 
     examples: Mapping[str, Sequence[float]]
     empty_references: int
-    """References in which the tokenizer finds no token; their examples score 0 whatever is answered."""
+    """Number of references without any token. Their examples score 0 for every answer."""
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean F-measure over examples, by kind."""
+        """Mean F-measure over the examples, by kind."""
         return {kind: math.fsum(scores) / len(scores) for kind, scores in self.examples.items()}
 
     @property
     def warning(self) -> str | None:
-        """Words for the user if scores of 0 say nothing about the answers."""
+        """Warning that some examples score 0 for every answer, or None if there are no such examples."""
         if not self.empty_references:
             return None
         count = len(self.examples[KINDS[0]])
         return (
-            f"ROUGE is 0 on {self.empty_references} of {count} examples because their references hold "
-            "no token that the tokenizer knows (ascii knows a-z and 0-9 only); for other scripts set "
-            "evaluation.rouge_tokenizer=unicode"
+            f"ROUGE is 0 for {self.empty_references} of {count} examples, because the tokenizer finds "
+            "no token in their references (ascii knows a-z and 0-9 only). For other scripts set "
+            "evaluation.rouge_tokenizer=unicode."
         )
 
 
 class UnicodeTokenizer(Tokenizer):  # type: ignore[misc]
-    """Words of any script in lower case; Chinese and Japanese characters one by one."""
+    """Tokenizer for any script: words in lower case, and single Chinese and Japanese characters."""
 
     def tokenize(self, text: str) -> list[str]:
-        """Called by rouge_score."""
+        """Return the tokens of a text, as rouge_score asks of a tokenizer."""
         return _UNICODE_TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
 
 

@@ -1,4 +1,7 @@
-"""Qualitative prompts: proven absent from the training split, and answered side by side."""
+"""Pair the base's and the tuned model's answers to the qualitative prompts (evaluation.prompts).
+
+The prompts must not occur in the training split, or their answers would show memorised text.
+"""
 
 from __future__ import annotations
 
@@ -20,57 +23,59 @@ class SampleAnswer:
     tuned: str
 
 
-def pair(
+def pair_answers(
     prompts: Sequence[QualitativePrompt], base: Sequence[str], tuned: Sequence[str]
 ) -> list[SampleAnswer]:
-    """Prompts with both models' answers, in the order of prompts."""
+    """Return the prompts with both models' answers, in the order of the prompts."""
     rows = zip(prompts, base, tuned, strict=True)
-    return [SampleAnswer(asked.category, asked.prompt, *answers) for asked, *answers in rows]
+    return [SampleAnswer(prompt.category, prompt.prompt, *answers) for prompt, *answers in rows]
 
 
 def seen_in_training(
     prompts: Sequence[QualitativePrompt], training: Iterable[str]
 ) -> list[QualitativePrompt]:
-    """The prompts whose text occurs in a training text, alone or inside a template.
+    """Return the prompts whose text occurs in a training text, alone or inside a template.
 
-    Compared after Unicode normalisation, in lower case, with white space as single blanks.
+    Texts are compared after Unicode normalisation, in lower case, with single spaces.
     """
-    unseen = {asked.prompt: normalised(asked.prompt) for asked in prompts}
+    unseen = {item.prompt: normalised(item.prompt) for item in prompts}
     for text in training:
-        given = normalised(text)
-        unseen = {prompt: words for prompt, words in unseen.items() if words not in given}
+        # Containment, not equality: a prompt inside a rendered template has been trained on as well.
+        row = normalised(text)
+        unseen = {prompt: form for prompt, form in unseen.items() if form not in row}
         if not unseen:
             break
-    return [asked for asked in prompts if asked.prompt not in unseen]
+    return [item for item in prompts if item.prompt not in unseen]
 
 
 def require_unseen(prompts: Sequence[QualitativePrompt], training: Iterable[str]) -> None:
-    """Prove that no qualitative prompt was trained on.
+    """Check that no qualitative prompt occurs in the training split.
 
     Raises:
-        DataError: names those that were.
+        DataError: Some prompts do. The message lists them.
     """
     seen = seen_in_training(prompts, training)
     if seen:
-        listed = "; ".join(f"{asked.category}: {asked.prompt!r}" for asked in seen)
+        listed = "; ".join(f"{item.category}: {item.prompt!r}" for item in seen)
         raise DataError(
-            f"evaluation.prompts: {len(seen)} of {len(prompts)} occur in the training split, so "
-            f"their answers prove nothing ({listed}); change them or remove their training rows"
+            f"evaluation.prompts: {len(seen)} of {len(prompts)} prompts occur in the training split, "
+            f"so their answers would show memorised text ({listed}). Change these prompts or remove "
+            "the training rows."
         )
 
 
 def normalised(text: str) -> str:
-    """Text as the comparison sees it."""
+    """Return the text in NFKC and case-folded, with single spaces: the form that is compared."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def as_json(samples: Sequence[SampleAnswer]) -> list[dict[str, str]]:
-    """For machines: a list of objects with category, prompt, base and tuned."""
+    """Return the samples as a list of objects with category, prompt, base and tuned."""
     return [asdict(sample) for sample in samples]
 
 
 def as_markdown(samples: Sequence[SampleAnswer]) -> str:
-    """For people: one row per prompt."""
+    """Return the samples as a Markdown table with one row per prompt."""
     lines = ["| category | prompt | base | tuned |", "|---|---|---|---|"]
     for sample in samples:
         cells = (sample.category, sample.prompt, sample.base, sample.tuned)
@@ -79,7 +84,8 @@ def as_markdown(samples: Sequence[SampleAnswer]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Model output is shown as it is: neither a pipe, a line break nor HTML may break the table."""
+    """Return a model's text with pipes, line breaks and HTML escaped for a Markdown table."""
     for mark, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
         text = text.replace(mark, shown)
+    # Pipes and line breaks would break the table, and a model may write HTML.
     return "<br>".join(text.strip().splitlines())

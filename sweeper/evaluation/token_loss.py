@@ -1,7 +1,8 @@
-"""Token-weighted loss: sum of negative log-likelihood over sum of target tokens.
+"""Token-weighted loss: the sum of negative log-likelihoods over the number of target tokens.
 
-transformers' own eval_loss is a mean of batch means: on one model and one split it moves by 0.18 nats
-with the batch size alone (transformers issue 39241), more than most things a study compares.
+transformers' own eval_loss is a mean of batch means. On one model and one split that mean changes by
+0.18 nats with the batch size alone (transformers issue 39241), more than most differences between the
+configurations of a study. A nat is the unit of a negative natural logarithm: 1 nat = 1.44 bits.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossSum:
-    """The negative log-likelihood of an example or a split, in nats, and what it is spread over."""
+    """Summed negative log-likelihood, in nats, of an example or a split, and its target tokens."""
 
     nll: float
     tokens: int
     bytes: int | None = None
-    """UTF-8 bytes of the target text; None where nobody counted them."""
+    """UTF-8 bytes of the target text, or None if they were not counted."""
 
     @property
     def mean(self) -> float:
@@ -42,28 +43,30 @@ class LossSum:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean); infinite when that leaves the range of a float."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
+        """Perplexity per target token: exp(mean), or infinity beyond the range of a float."""
+        return math.exp(self.mean) if self.mean < 700 else math.inf  # exp(710) overflows
 
     @property
     def bits_per_byte(self) -> float:
-        """nll / (ln 2 · bytes): comparable between models of different tokenizers."""
+        """Bits per byte, nll / (ln 2 · bytes), which is comparable between tokenizers."""
         assert self.bytes, "count the bytes (target_bytes) before asking for bits per byte"
         return self.nll / (math.log(2) * self.bytes)
 
 
 def total(losses: Sequence[LossSum]) -> LossSum:
-    """The loss of a split from those of its examples."""
+    """Return the loss of a split, given those of its examples."""
     counts = [loss.bytes for loss in losses if loss.bytes is not None]
     return LossSum(
         math.fsum(loss.nll for loss in losses),
         sum(loss.tokens for loss in losses),
+        # A split has bytes only if every example has: a partial sum would be wrong.
         sum(counts) if losses and len(counts) == len(losses) else None,
     )
 
 
 def target_bytes(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """UTF-8 bytes of each row's targets as text; special tokens (end of text) have none."""
+    """Return the UTF-8 bytes of each row's target text. Special tokens (end of text) have none."""
+    # Bytes are counted on decoded targets, so that no earlier stage has to pass texts along.
     return [_bytes_of(row["labels"], tokenizer) for row in rows]
 
 
@@ -80,9 +83,9 @@ def _bytes_of(labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
 def target_nll(
     model: torch.nn.Module, batch: Mapping[str, Tensor], chunk_size: int | None = None
 ) -> Tensor:
-    """Summed negative log-likelihood, in nats, of a batch's target tokens (a scalar with gradient).
+    """Return the summed negative log-likelihood, in nats, of a batch's target tokens.
 
-    Arguments as for `token_nll`.
+    The result is a scalar with a gradient. The arguments are those of `token_nll`.
     """
     return token_nll(model, batch, chunk_size).sum()
 
@@ -90,21 +93,24 @@ def target_nll(
 def token_nll(
     model: torch.nn.Module, batch: Mapping[str, Tensor], chunk_size: int | None = None
 ) -> Tensor:
-    """Negative log-likelihood, in nats, of each target token: [targets], rows first.
+    """Return the negative log-likelihood, in nats, of each target token.
 
-    The output head is applied only where a row has a target: prompts are most of a batch, and the
-    logits of a large vocabulary are most of its memory.
+    The output head is applied only to positions with a target, because prompts are most of a batch and
+    the logits of a large vocabulary are most of its memory.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one. Its own forward is
-            not called where its head is known (`evaluation.head`), so the caller autocasts.
-        batch: `labels` [batch, length] and what the model takes (`input_ids`, `attention_mask`, …), on
-            the model's device. The label of a position is predicted from the position before it.
-        chunk_size: at most so many tokens' logits exist at a time, in the backward as well, which
-            computes them a second time; None computes all at once. A sharded model has its own
-            (`compute_loss_in_forward`).
+        model: A causal language model of transformers, or a PEFT model around one. For a class listed in
+            `chunked_head` the model's own forward is not called, so the caller must autocast.
+        batch: `labels` [batch, length] and the model's inputs (`input_ids`, `attention_mask`, …), on the
+            model's device. The label of a position is predicted from the position before it.
+        chunk_size: Number of tokens whose logits exist at a time, or None for all at once. The backward
+            pass computes the logits of a chunk again. Ignored for a sharded model, which got its chunk
+            size in `compute_loss_in_forward`.
+
+    Returns:
+        Losses [targets] in row-major order.
     """
-    if isinstance(model, FSDPModule):  # its weights are whole inside its outermost forward only
+    if isinstance(model, FSDPModule):  # its weights are gathered inside its outermost forward only
         nll: Tensor = model(**batch)
         return nll
     return _token_nll(model, batch, chunk_size)
@@ -116,6 +122,7 @@ def _token_nll(
     labels = batch["labels"][:, 1:]
     is_target = labels != IGNORED
     inputs = {name: values for name, values in batch.items() if name != "labels"}
+    # The last position predicts nothing, so the mask is padded by one on the right.
     states, head = states_at(model, inputs, pad(is_target, (0, 1)))
     targets = labels[is_target].to(states.device)
     if chunk_size is None or len(targets) <= chunk_size:
@@ -125,11 +132,12 @@ def _token_nll(
 
 
 def compute_loss_in_forward(model: torch.nn.Module, chunk_size: int | None) -> None:
-    """Have a model's forward, given labels, return the loss of each target token (`token_nll`).
+    """Replace a model's forward by one that returns `token_nll` when given labels.
 
-    DistributedDataParallel learns from the outermost forward which gradients to expect, FSDP gathers
-    weights there, and `token_nll` by itself goes around it. Without labels (generation) nothing changes.
+    Without labels (generation) the model's own forward runs.
     """
+    # DistributedDataParallel learns from the outermost forward which gradients to expect, and FSDP
+    # gathers weights there. `token_nll` on its own would bypass that forward.
     plain = model.forward
 
     @functools.wraps(plain)  # generate() reads the signature
@@ -140,11 +148,12 @@ def compute_loss_in_forward(model: torch.nn.Module, chunk_size: int | None) -> N
 
 
 def _nll(head: Head, states: Tensor, targets: Tensor) -> Tensor:
+    # The softmax is computed in fp32: bfloat16 keeps fewer than three significant digits.
     return cross_entropy(head(states).float(), targets, reduction="none")
 
 
 def _recomputed_nll(head: Head, states: Tensor, targets: Tensor) -> Tensor:
-    """As `_nll`, without keeping the logits for the backward."""
+    """Return the same as `_nll`, but compute the logits again in the backward pass."""
     nll = checkpoint(_nll, head, states, targets, use_reentrant=False)
     assert isinstance(nll, Tensor)
     return nll
@@ -160,13 +169,19 @@ def evaluate_examples(
     chunk_size: int | None = None,
     row_bytes: Sequence[int] | None = None,
 ) -> list[LossSum]:
-    """The loss of each row, in the order of rows; in fp32 the same to 1e-5 for every batch size.
+    """Return the loss of each row, in the order of the rows.
 
-    Leaves the model in the mode (train or eval) it was in. Tokens are added up in float64. A
-    `compute_dtype` below fp32 is autocast to, as in training, whoever calls.
+    In fp32 the losses are the same to 1e-5 for every batch size. The model's mode (train or eval) is
+    restored afterwards.
 
     Args:
-        row_bytes: what `target_bytes` counted, if bits per byte are wanted.
+        model: Causal language model.
+        rows: Tokenized rows.
+        collator: Collator that pads a batch.
+        batch_size: Number of rows per batch.
+        compute_dtype: Data type of autocast, as in training. torch.float32 disables autocast.
+        chunk_size: Number of tokens whose logits exist at a time, or None for all at once.
+        row_bytes: Result of `target_bytes`, needed for bits per byte.
     """
     was_training = model.training
     model.eval()
@@ -178,27 +193,26 @@ def evaluate_examples(
             with autocast(model.device, compute_dtype):
                 nll = token_nll(model, batch, chunk_size)
             per_row = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+            # Tokens are summed in float64, so that the batch size does not change the rounding.
             parts = torch.split_with_sizes(nll.double(), per_row)
             sums |= {index: part.sum().item() for index, part in zip(indices, parts, strict=True)}
     finally:
         model.train(was_training)
     counts = [None] * len(rows) if row_bytes is None else row_bytes
     return [
-        LossSum(sums[index], _targets(row), count)
+        LossSum(sums[index], sum(label != IGNORED for label in row["labels"][1:]), count)
         for index, (row, count) in enumerate(zip(rows, counts, strict=True))
     ]
 
 
 def autocast(on: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision for dtypes below fp32, nothing for fp32."""
+    """Return an autocast context for a dtype below fp32, and one without effect for fp32."""
+    # Training and evaluation autocast alike. Otherwise a trial's loss and that of its stored adapter
+    # would differ by the precision. The norms of a k-bit base are fp32, so LoRA needs autocast as well.
     return torch.autocast(on.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32)
 
 
-def _targets(row: Tokens) -> int:
-    return sum(label != IGNORED for label in row["labels"][1:])
-
-
 def _batches(rows: Sequence[Tokens], size: int) -> Iterator[list[int]]:
-    """Indices of rows of similar length: the order changes no sum, and short rows pad less."""
+    """Return batches of indices of rows of similar length, so that little padding is computed."""
     ordered = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
     return (ordered[start : start + size] for start in range(0, len(ordered), size))

@@ -48,7 +48,7 @@ class PreparedData:
     def card(self) -> DataCard:
         """What the data are, and what became of the rest."""
         splits = {"train": self.train, "validation": self.validation}
-        return DataCard.of(splits, self.splits.ledger, self.tokenizer, self.splits.source)
+        return DataCard.of(splits, self.splits.drops, self.tokenizer, self.splits.source)
 
     @cached_property
     def held_out(self) -> HeldOutPrompts | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sweeper.config.settings import TrialSettings
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.evaluation.generation import generate
-from sweeper.evaluation.sample_answers import as_json, as_markdown, pair
+from sweeper.evaluation.sample_answers import as_json, as_markdown, pair_answers
 from sweeper.training.prepared_data import PreparedData
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class PromptAnswers:
         """Keep both models' answers in the trial's folder, for people and for machines."""
         if not self._prompts:
             return
-        samples = pair(self._evaluation.prompts, untuned, tuned)
+        samples = pair_answers(self._evaluation.prompts, untuned, tuned)
         write_atomic(folder.samples, as_markdown(samples))
         text = json.dumps(as_json(samples), indent=2, ensure_ascii=False)
         write_atomic(folder.samples.with_suffix(".json"), text + "\n")

@@ -224,7 +224,7 @@ def _judge_kept(
     step = trainer.state.best_global_step
     if trainer.state.best_metric is None or trainer.trained is None:
         return None
-    if looks.judge.sees_all_of(whole) and step in trainer.judgements:
+    if looks.judge.judges_same_examples(whole) and step in trainer.judgements:
         return trainer.judgements[step]
     with meter.stage("eval"):
         return BatchHalvingJudge(whole, meter)(trainer.model)

@@ -489,7 +489,7 @@ class TransformersRunner:
             data_source=splits.source,
             data_format=splits.format,
             rows={**splits.counts, "train": len(prepared.train.rows)},
-            dropped={**splits.dropped, **prepared.train.ledger.total},
+            dropped={**splits.dropped, **prepared.train.drops.total},
             target_tokens=prepared.validation.target_tokens,
             device=f"{report.name}, {torch.get_num_threads()} threads"
             if device().type == "cpu"

@@ -198,7 +198,7 @@ def test_documented_reads_a_library_in_order(tmp_path: Path) -> None:
 
 def test_library_without_source_is_refused(tmp_path: Path) -> None:
     """A Python without .py files gets a message, not an empty data set."""
-    with pytest.raises(FileNotFoundError, match="installed as source files"):
+    with pytest.raises(FileNotFoundError, match="has no source files"):
         stdlib_text.library_modules(tmp_path)
 
 

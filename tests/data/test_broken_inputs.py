@@ -48,7 +48,7 @@ def parquet(folder: Path) -> bytes:
 
 
 SKIPPED = {
-    # name: (content, the ledger's reason, what the message shows of it)
+    # name: (content, the drops's reason, what the message shows of it)
     "truncated_object.jsonl": (
         jsonl(b'{"prompt": "a", '),
         "broken JSON",
@@ -68,7 +68,7 @@ SKIPPED = {
     "null.jsonl": (jsonl(b"null"), "a NoneType, not a JSON object", ":3"),
     "twice.jsonl": (
         jsonl(b'{"prompt": "a", "prompt": "b"}'),
-        "a key stands twice in an object",
+        "duplicate key in an object",
         ":3",
     ),
     "nan.jsonl": (
@@ -129,7 +129,7 @@ SKIPPED = {
 def test_a_bad_row_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Within the tolerance the rest is used and the ledger says what and where; beyond it, one error."""
+    """Within the tolerance the rest is used and the drops says what and where; beyond it, one error."""
     if name == "long_line.jsonl":
         monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 1024)
     content, reason, shown = SKIPPED[name]
@@ -150,35 +150,38 @@ def test_a_bad_row_is_skipped_and_counted(
 
 TWO_ROWS = "\n".join(sound_lines(2)).encode()
 REFUSED: dict[str, tuple[bytes | Callable[[Path], bytes], str]] = {
-    "empty.jsonl": (b"", "holds no rows"),
-    "blank.jsonl": (b"\n \n\r\n", "holds no rows"),
+    "empty.jsonl": (b"", "contains no rows"),
+    "blank.jsonl": (b"\n \n\r\n", "contains no rows"),
     "empty.json": (b"", r"broken JSON \(Expecting value"),
-    "empty_list.json": (b"[]", "holds no rows"),
+    "empty_list.json": (b"[]", "contains no rows"),
     "object.json": (b'{"prompt": "a"}', "a dict, not a list of rows"),
     "truncated.json": (b'[{"prompt": "a"},\n{"prompt": ', r"broken JSON \(.* at line 2 column"),
     "latin1.json": ('[\n"é"]'.encode("latin-1"), r"latin1\.json: invalid UTF-8 \(line 2\)"),
-    "utf16.jsonl": (TWO_ROWS.decode().encode("utf-16"), "UTF-16 or UTF-32; convert the file"),
-    "empty.csv": (b"", "holds no rows"),
-    "header_only.csv": (b"prompt,completion\n", "holds no rows"),
+    "utf16.jsonl": (TWO_ROWS.decode().encode("utf-16"), "UTF-16 or UTF-32. Convert the file"),
+    "empty.csv": (b"", "contains no rows"),
+    "header_only.csv": (b"prompt,completion\n", "contains no rows"),
     "open_quote.csv": (
         b'prompt,completion\na,b\n"c,d\ne,f\n',
-        r":3: a quoted field opens and never",
+        r":3: a quoted field is never closed",
     ),
-    "same_column.csv": (b"prompt,prompt\na,b\n", "the header names 'prompt' twice"),
-    "truncated.parquet": (lambda folder: parquet(folder)[:-100], "not a whole Parquet file"),
-    "text.parquet": (b"hello", "not a whole Parquet file"),
-    "truncated.jsonl.gz": (gzip.compress(TWO_ROWS)[:-12], "not a whole gzip file"),
-    "plain.jsonl.gz": (TWO_ROWS, "not a whole gzip file"),
+    "same_column.csv": (b"prompt,prompt\na,b\n", "duplicate column in the header: 'prompt'"),
+    "truncated.parquet": (
+        lambda folder: parquet(folder)[:-100],
+        "the Parquet file is truncated or damaged",
+    ),
+    "text.parquet": (b"hello", "the Parquet file is truncated or damaged"),
+    "truncated.jsonl.gz": (gzip.compress(TWO_ROWS)[:-12], "the gzip file is truncated or damaged"),
+    "plain.jsonl.gz": (TWO_ROWS, "the gzip file is truncated or damaged"),
     "empty.txt": (b" \n", "an empty text"),
     "latin1.txt": ("one\ntwo é".encode("latin-1"), r"invalid UTF-8: .*latin1\.txt \(line 2\)"),
     "binary.txt": (b"a\x00b", "control characters"),
-    "table.xlsx": (b"PK", r"a \.xlsx file; give \.jsonl, "),
-    "model.bin.gz": (gzip.compress(b"x"), r"a \.gz file; give"),
+    "table.xlsx": (b"PK", r"unknown file ending \.xlsx\. Use \.jsonl, "),
+    "model.bin.gz": (gzip.compress(b"x"), r"unknown file ending \.gz\. Use"),
     "unknown_columns.jsonl": (
         b'{"headline": "a", "body": "b"}\n' * 3,
         "no known format has the columns",
     ),
-    "one_row.jsonl": (sound_lines(1)[0].encode(), "the train split is empty; give more rows"),
+    "one_row.jsonl": (sound_lines(1)[0].encode(), "the train split is empty. Use more rows"),
 }
 
 

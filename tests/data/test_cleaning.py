@@ -18,10 +18,10 @@ from tests.data.samples import example, make_data
 def cleaned(*examples: Example, **rules: object) -> tuple[list[str], dict[str, int]]:
     """The answers that stay, and the reasons of the others."""
     settings = make_data(cleaning=rules).cleaning
-    ledger = DropCounts()
+    drops = DropCounts()
     near = settings.near_threshold if settings.deduplicate == "near" else None
-    kept = clean(examples, settings, SeenTexts(near), ledger)
-    return [item.completion for item in kept], ledger.total
+    kept = clean(examples, settings, SeenTexts(near), drops)
+    return [item.completion for item in kept], drops.total
 
 
 def test_exact_duplicates_differ_in_case_and_white_space_only() -> None:

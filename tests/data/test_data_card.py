@@ -20,13 +20,13 @@ def card() -> DataCard:
     settings = make_settings("data.max_length=32").data
     train = [*(task("Add.", "", str(number)) for number in range(4)), task("Add. " * 50, "", "3")]
     validation = [task("Add.", "", "7"), task("Add.", "", "88")]
-    ledger = DropCounts()
-    ledger.drop("format", "no output", "train.jsonl:3")
+    drops = DropCounts()
+    drops.drop("format", "no output", "train.jsonl:3")
     splits = {
         "train": encode_train(train, tokenizer, settings, 512),
         "validation": encode_evaluation(validation, tokenizer, settings, 512, 32),
     }
-    return DataCard.of(splits, ledger, tokenizer, "train.jsonl")
+    return DataCard.of(splits, drops, tokenizer, "train.jsonl")
 
 
 def test_card_counts_every_stage(card: DataCard) -> None:

@@ -64,7 +64,7 @@ def test_what_the_task_answers_is_no_general_text(
 @pytest.mark.parametrize(
     ("tokens", "window", "limit", "words"),
     [
-        (64, 512, 256, r"evaluation\.general_text\.window=512: the model has 256 positions"),
+        (64, 512, 256, r"evaluation\.general_text\.window=512: the model has only 256 positions"),
         (32, 8, None, r"4 windows of 8 tokens, and at least 8 are needed"),
     ],
 )

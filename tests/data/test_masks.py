@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sweeper.data.examples import DropCounts, Example, RawRow
 from sweeper.data.row_formats import FORMATS, to_examples
-from sweeper.data.templates import choose_template, said
+from sweeper.data.templates import choose_template, turn_text
 from sweeper.data.tokens import IGNORED, TokenizerSetup, Tokens, tokenize
 from tests.data.chat import CHATML, GEMMA, LLAMA3, MISTRAL, QWEN3, byte_level, metaspace, talk
 from tests.data.test_row_formats import SAMPLES
@@ -63,7 +63,7 @@ def test_every_format_under_every_template(name: str, template: str) -> None:
     assert run.strip() == thinking + example.completion + end
     text = tokenizer.decode(rows[0]["input_ids"])
     for turn in example.messages[:-1]:
-        assert all(part in text for part in said(turn).split("\n\n"))
+        assert all(part in text for part in turn_text(turn).split("\n\n"))
 
 
 TEXT = st.text(alphabet="ab .\n\té😀#:<|", min_size=1, max_size=8).filter(lambda text: text.strip())

@@ -93,17 +93,21 @@ def test_what_was_prefetched_is_used_without_a_network(tmp_path: Path, python: S
 
 
 REFUSED = {
-    "org/gated-7b: access is gated; accept its licence at https://huggingface.co/org/gated-7b": {
+    "org/gated-7b: access is gated. Accept the licence at https://huggingface.co/org/gated-7b": {
         "model": {"base_model": "org/gated-7b"}
     },
-    "org/none: no such model on the hub, or a private one": {"model": {"base_model": "org/none"}},
-    "org/tiny: no revision 'v9'; see https://huggingface.co/org/tiny/commits/main": {
+    "org/none: not a local folder, and not a public model on the hub": {
+        "model": {"base_model": "org/none"}
+    },
+    "org/tiny: no revision 'v9'. See https://huggingface.co/org/tiny/commits/main": {
         "model": {"base_model": "org/tiny", "revision": "v9"}
     },
-    "accept its terms at https://huggingface.co/datasets/org/gated": {
+    "Accept the terms at https://huggingface.co/datasets/org/gated": {
         "data": {"train": "org/gated"}
     },
-    "org/none: no such data set on the hub, or a private one": {"data": {"train": "org/none"}},
+    "org/none: not a local path, and not a public data set on the hub": {
+        "data": {"train": "org/none"}
+    },
     "Should be one of ['train']": {"data": {"train": {"path": "org/pairs", "split": "dev"}}},
 }
 
@@ -143,7 +147,7 @@ def test_local_things_are_named(tmp_path: Path) -> None:
     assert [str(item) for item in prefetch([settings, settings])] == [
         "model embedded: local, nothing to fetch",
         f"data.train {path}: local, nothing to fetch",
-        "data.train s3://bucket/rows.jsonl: read by URL at every start, nothing to fetch",
+        "data.train s3://bucket/rows.jsonl: read from its URL at every start, nothing to fetch",
         "evaluation.general_text.source embedded: local, nothing to fetch",
     ]
     [_, data, general] = prefetch([make_settings().trial])

@@ -16,15 +16,15 @@ from sweeper.data.row_files import RowFile, read_file
 
 
 def read(name: str, content: bytes) -> tuple[list[RawRow], DropCounts]:
-    """Rows and ledger of a file that exists in memory only."""
-    ledger = DropCounts()
-    return read_file(RowFile(name, lambda: io.BytesIO(content)), ledger), ledger
+    """Rows and drops of a file that exists in memory only."""
+    drops = DropCounts()
+    return read_file(RowFile(name, lambda: io.BytesIO(content)), drops), drops
 
 
 def values(name: str, content: bytes) -> list[dict[str, Any]]:
     """The values of a file without bad rows."""
-    found, ledger = read(name, content)
-    assert ledger.total == {}
+    found, drops = read(name, content)
+    assert drops.total == {}
     return [dict(row.values) for row in found]
 
 
@@ -62,8 +62,8 @@ def test_parquet_rows_keep_lists_and_objects(tmp_path: Path) -> None:
     conversation = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"conversations": [conversation], "score": [0.5]}), path)
-    ledger = DropCounts()
-    [row] = read_file(RowFile(str(path), lambda: path.open("rb")), ledger)
+    drops = DropCounts()
+    [row] = read_file(RowFile(str(path), lambda: path.open("rb")), drops)
     assert row.values == {"conversations": conversation, "score": 0.5}
     assert row.where == f"{path}: row 1"
 
@@ -106,8 +106,8 @@ class Endless(io.RawIOBase):
 
 def test_a_line_that_is_too_long_is_skipped_in_pieces() -> None:
     """The line costs one bad row and never more memory than the limit; the next one is read."""
-    stream, ledger = Endless(200 * 2**20), DropCounts()
-    [row] = read_file(RowFile("a.jsonl", lambda: stream), ledger)  # type: ignore[arg-type,return-value]
+    stream, drops = Endless(200 * 2**20), DropCounts()
+    [row] = read_file(RowFile("a.jsonl", lambda: stream), drops)  # type: ignore[arg-type,return-value]
     assert row == RawRow({"a": "sound"}, "a.jsonl:2")
-    assert ledger.total == {"a line of more than 16 MiB": 1}
+    assert drops.total == {"a line of more than 16 MiB": 1}
     assert stream.largest <= row_files.MAX_LINE_BYTES + 1

@@ -17,9 +17,9 @@ ASKED, ANSWERED = ChatMessage("user", "Hi?"), ChatMessage("assistant", "Yes.")
 def _read(
     name: str, *values: Any, columns: dict[str, str] | None = None
 ) -> tuple[list[Any], DropCounts]:
-    ledger = DropCounts()
+    drops = DropCounts()
     rows = [RawRow(value, f"f.jsonl:{number}") for number, value in enumerate(values, 1)]
-    return to_examples(rows, name, columns or {}, ledger), ledger
+    return to_examples(rows, name, columns or {}, drops), drops
 
 
 def _turns(role: str, content: str, *pairs: tuple[str, str]) -> list[dict[str, str]]:
@@ -57,10 +57,10 @@ def test_format_is_found_by_its_columns_and_read(name: str) -> None:
     """A row of each published layout is recognised and becomes the right messages."""
     values, expected = SAMPLES[name]
     assert detect_format(RawRow(values, "f:1"), {}) == name
-    (example,), ledger = _read(name, values)
+    (example,), drops = _read(name, values)
     assert example.messages == expected
     assert example.format == name
-    assert ledger.total == {}
+    assert drops.total == {}
 
 
 def test_settings_know_every_format() -> None:
@@ -99,7 +99,10 @@ def test_columns_are_mapped_for_detection_and_reading() -> None:
 
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"completion": "x"}, "reads no such column"), ({"output": "x"}, "no row has that column")],
+    [
+        ({"completion": "x"}, "does not read such a column"),
+        ({"output": "x"}, "no row has this column"),
+    ],
 )
 def test_wrong_column_mapping_is_an_error(columns: dict[str, str], message: str) -> None:
     """A mapping that can do nothing is refused, and says what there is."""
@@ -161,7 +164,7 @@ DEFECTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "messages",
         _messages(("user", "a"), ("tool", "b"), ("assistant", "c")),
-        "a tool turn; conversations with tools are not supported",
+        "a tool turn (conversations with tools are not supported)",
     ),
     ("ultrachat", {"data": ["a", 3]}, "a turn of data is not text"),
 ]
@@ -172,18 +175,18 @@ def test_defective_row_is_counted_with_its_reason(
     name: str, values: dict[str, Any], reason: str
 ) -> None:
     """A row that is no example is left out, with reason, file and line; its neighbours stay."""
-    examples, ledger = _read(name, values, SAMPLES[name][0])
+    examples, drops = _read(name, values, SAMPLES[name][0])
     assert len(examples) == 1
-    assert ledger.counts["format"] == {reason: 1}
-    assert ledger.places["format", reason] == ["f.jsonl:1"]
+    assert drops.counts["format"] == {reason: 1}
+    assert drops.places["format", reason] == ["f.jsonl:1"]
 
 
 def test_what_no_loss_is_computed_on_is_left_out() -> None:
     """An empty system turn and a last question without an answer do not cost the conversation."""
     values = _messages(("system", ""), ("user", "Hi?"), ("assistant", "Yes."), ("user", "More?"))
-    (example,), ledger = _read("messages", values)
+    (example,), drops = _read("messages", values)
     assert example.messages == (ASKED, ANSWERED)
-    assert ledger.total == {}
+    assert drops.total == {}
 
 
 def _node(identity: str, parent: str | None, role: str, text: str, **more: Any) -> dict[str, Any]:
@@ -203,10 +206,10 @@ def test_oasst_rows_become_the_best_ranked_path() -> None:
         _node("d", "root", "assistant", "?", rank=0, deleted=True),
     ]
     assert detect_format(RawRow(rows[0], "f:1"), {}) == "oasst"
-    (example,), ledger = _read("oasst", *rows)
+    (example,), drops = _read("oasst", *rows)
     assert [turn.content for turn in example.messages] == ["Hi?", "Yes.", "Why?", "Because."]
-    assert ledger.counts["format"] == {"its tree has no root": 1, "deleted": 1}
-    assert ledger.counts["path"] == {"a better-ranked reply was taken": 2}
+    assert drops.counts["format"] == {"its tree has no root": 1, "deleted": 1}
+    assert drops.counts["path"] == {"a better-ranked reply was taken": 2}
 
 
 def test_oasst_nested_trees_are_read_too() -> None:
@@ -223,14 +226,14 @@ def test_oasst_nested_trees_are_read_too() -> None:
         },
     }
     assert detect_format(RawRow(tree, "f:1"), {}) == "oasst"
-    (example,), ledger = _read("oasst", tree, {"message_tree_id": "u", "prompt": 3})
+    (example,), drops = _read("oasst", tree, {"message_tree_id": "u", "prompt": 3})
     assert example.messages == (ASKED, ANSWERED)
-    assert ledger.counts["format"] == {"a message of the tree is a int, not an object": 1}
+    assert drops.counts["format"] == {"a message of the tree is a int, not an object": 1}
 
 
 def test_oasst_cycle_is_counted() -> None:
-    """Messages that are each other's parents end in the ledger, not in a loop."""
+    """Messages that are each other's parents end in the drops, not in a loop."""
     rows = [_node("a", "b", "prompter", "x"), _node("b", "a", "assistant", "y")]
-    examples, ledger = _read("oasst", *rows)
+    examples, drops = _read("oasst", *rows)
     assert examples == []
-    assert ledger.total == {"its tree has no root": 2}
+    assert drops.total == {"its tree has no root": 2}

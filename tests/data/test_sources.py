@@ -49,7 +49,10 @@ def test_a_folder_in_the_hubs_layout_has_splits(tmp_path: Path) -> None:
     assert prompts(tmp_path) == asked(1, 2)
     assert prompts(tmp_path, "test") == asked(3)
     assert prompts(tmp_path, "validation", split="test") == asked(3)
-    with pytest.raises(DataError, match=r"no split 'validation'; it has train, test: give \{path"):
+    with pytest.raises(
+        DataError,
+        match=r"no split 'validation'. Its splits are train, test. Choose one with \{path",
+    ):
         prompts(tmp_path, "validation")
 
 
@@ -73,10 +76,10 @@ def test_a_folders_card_names_configurations(tmp_path: Path) -> None:
     write_rows(tmp_path / "socratic" / "rows.jsonl", pairs([2]))
     assert prompts(tmp_path, name="main") == asked(1)
     assert prompts(tmp_path, name="socratic") == asked(2)
-    with pytest.raises(DataError, match=r"needs a configuration; its README.md names main, socra"):
+    with pytest.raises(DataError, match=r"needs a configuration. Its README.md names main, socra"):
         prompts(tmp_path)
     with pytest.raises(
-        DataError, match=r"no configuration 'x'; its README.md names main, socratic"
+        DataError, match=r"no configuration 'x'. Its README.md names main, socratic"
     ):
         prompts(tmp_path, name="x")
 
@@ -97,7 +100,7 @@ def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
     """Notes beside rows must not become training text unasked."""
     write_rows(tmp_path / "rows.jsonl", pairs([1]))
     (tmp_path / "notes.txt").write_text("remember")
-    with pytest.raises(DataError, match=r"several kinds \(\.jsonl, \.txt\); name the files"):
+    with pytest.raises(DataError, match=r"several kinds \(\.jsonl, \.txt\)\. Name the files"):
         prompts(tmp_path)
 
 
@@ -142,8 +145,8 @@ def test_a_file_on_a_web_server_is_read_in_pieces(tmp_path: Path, zipped: bool) 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"split": "test"}, "split given for a file"),
-        ({"name": "main", "revision": "v1"}, "name and revision given for a file"),
+        ({"split": "test"}, "split cannot be given for a file"),
+        ({"name": "main", "revision": "v1"}, "name and revision cannot be given for a file"),
     ],
 )
 def test_keys_that_mean_nothing_for_a_file_are_refused(
@@ -154,17 +157,17 @@ def test_keys_that_mean_nothing_for_a_file_are_refused(
     with pytest.raises(DataError, match=message):
         prompts(path, **more)
     if "revision" in more:
-        with pytest.raises(DataError, match="revision given for a folder"):
+        with pytest.raises(DataError, match="revision cannot be given for a folder"):
             prompts(tmp_path, revision="v1")
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("memory://bucket/gone.jsonl", r"memory://bucket/gone\.jsonl: nothing there"),
+        ("memory://bucket/gone.jsonl", r"memory://bucket/gone\.jsonl: not found"),
         ("abc://x/y.jsonl", r"abc://x/y\.jsonl: cannot be read \(ValueError: Protocol not known"),
         ("s3://bucket/a.jsonl", r"needs a package .*pip install 'sweeper\[remote\]'"),
-        ("http://127.0.0.1:9/a.jsonl", r"http://127\.0\.0\.1:9/a\.jsonl: .*(Connect|nothing)"),
+        ("http://127.0.0.1:9/a.jsonl", r"http://127\.0\.0\.1:9/a\.jsonl: .*(Connect|not found)"),
     ],
 )
 def test_an_unreachable_url_is_one_line(url: str, message: str) -> None:
@@ -185,11 +188,13 @@ def test_paths_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
     )
     first, second, third = path_problems(data, make_settings().evaluation.general_text)
     assert first == (
-        f"data.train={tmp_path}/train.json: no such file or folder; close: {tmp_path}/train.jsonl"
+        f"data.train={tmp_path}/train.json: no such file or folder. Did you mean {tmp_path}/train.jsonl?"
     )
-    assert second.startswith(f"data.train={tmp_path}/a.xlsx: a .xlsx file; give .jsonl, ")
+    assert second.startswith(
+        f"data.train={tmp_path}/a.xlsx: unknown file ending .xlsx. Use .jsonl, "
+    )
     assert third == (
-        "data.validation=gone: no such file or folder; a hub data set is named org/name"
+        "data.validation=gone: no such file or folder. A hub data set is named org/name."
     )
 
 
@@ -222,19 +227,19 @@ def test_sources_are_described_in_one_line() -> None:
     [
         (
             "DatasetNotFoundError: Dataset 'o/n' is a gated dataset on the Hub.",
-            r"accept its terms at https://huggingface\.co/datasets/o/n, then `hf auth login`",
+            r"Accept the terms at https://huggingface\.co/datasets/o/n, then run `hf auth login`",
         ),
         (
             "DatasetNotFoundError: Revision 'x' doesn't exist for dataset 'o/n' on the Hub.",
-            r"no revision 'x'; see .*/o/n/commits/main",
+            r"no revision 'x'\. See .*/o/n/commits/main",
         ),
         (
             "DatasetNotFoundError: Dataset 'o/n' doesn't exist on the Hub",
-            "no such data set on the hub, or a private one",
+            "not a local path, and not a public data set on the hub",
         ),
         (
             "ConnectionError: Couldn't reach 'o/n' on the Hub",
-            r"fill the cache with `sweeper prefetch data\.train=o/n`, or give a local file",
+            r"fill the cache with `sweeper prefetch data\.train=o/n`, or use a local file",
         ),
         (
             "ValueError: Unknown split \"train\". Should be one of ['test', 'dev'].",
@@ -284,7 +289,7 @@ def test_another_revision_in_the_cache_is_not_taken_in_silence(
 def test_embedded_stands_alone(tmp_path: Path) -> None:
     """The embedded pairs bring their own splits and cannot be mixed."""
     path = write_rows(tmp_path / "rows.jsonl", pairs(range(9)))
-    with pytest.raises(DataError, match="embedded stands alone"):
+    with pytest.raises(DataError, match="embedded cannot be combined with other sources"):
         load_splits(make_data(train=[path, "embedded"]))
     with pytest.raises(DataError, match=r"data\.test needs data\.train=FILE"):
         load_splits(make_data(test=path))

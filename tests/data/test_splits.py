@@ -12,7 +12,7 @@ import pytest
 
 from sweeper.core.errors import DataError
 from sweeper.data.examples import Example
-from sweeper.data.mixture import shape, shares
+from sweeper.data.mixture import shape_train, shares
 from sweeper.data.partition import partition
 from sweeper.data.splits import load_splits
 from tests.data.samples import example, make_data, pairs, text_example, write_rows
@@ -77,7 +77,7 @@ def test_a_validation_file_is_taken_whole_and_its_rows_leave_train(
     splits = load_splits(make_data(train=forty, validation=validation, test=test))
     assert splits.counts == {"train": 38, "validation": 2, "test": 2}
     assert splits.dropped == {"validation leak (duplicate)": 1, "train leak (duplicate)": 2}
-    with pytest.raises(DataError, match=r"train split is empty.*left out: 40 train leak"):
+    with pytest.raises(DataError, match=r"train split is empty.*Dropped: 40 train leak"):
         load_splits(make_data(train=forty, validation=forty))
 
 
@@ -125,7 +125,7 @@ def test_few_groups_still_give_a_validation_split(tmp_path: Path) -> None:
 def test_a_missing_group_column_is_named(forty: str) -> None:
     """The first row without the column is shown, with the columns it has."""
     with pytest.raises(
-        DataError, match=r":1: nothing in the column 'doc' \(data\.group_by\); its col"
+        DataError, match=r":1: no value in the column 'doc' \(data\.group_by=doc\)\. The row's col"
     ):
         load_splits(make_data(train=forty, group_by="doc"))
 
@@ -246,7 +246,7 @@ def test_sources_have_formats_and_columns_of_their_own(tmp_path: Path) -> None:
     assert splits.formats == ("alpaca", "question_answer")
     assert splits.source == f"{one} + {two}"
     assert splits.counts == {"train": 32, "validation": 4, "test": 4}
-    with pytest.raises(DataError, match=r"format=qa: no such format; formats: auto, .*alpaca"):
+    with pytest.raises(DataError, match=r"format=qa: no such format. Use auto, .*alpaca"):
         load_splits(make_data(train=[one, {"path": two, "format": "qa"}]))
 
 
@@ -262,9 +262,9 @@ def test_max_samples_limits_training_only(forty: str) -> None:
 def test_balance_makes_tasks_equally_frequent() -> None:
     """Tasks are sampled down and repeated up to one size; the number of rows stays."""
     rows = [example(str(n), "x", task="a" if n < 90 else "b") for n in range(100)]
-    shaped = shape([rows], None, make_data(balance_by="task"))
+    shaped = shape_train([rows], None, make_data(balance_by="task"))
     assert Counter(item.row.values["task"] for item in shaped) == {"a": 50, "b": 50}
-    assert shaped == shape([rows], None, make_data(balance_by="task"))
+    assert shaped == shape_train([rows], None, make_data(balance_by="task"))
 
 
 def test_curriculum_orders_train_by_a_column_or_by_length() -> None:
@@ -272,12 +272,12 @@ def test_curriculum_orders_train_by_a_column_or_by_length() -> None:
     rows = [
         example("p", "x" * size, level=level) for size, level in ((3, "10"), (1, "9"), (2, "9"))
     ]
-    assert answers(shape([rows], None, make_data(order_by="level"))) == ["x", "xx", "xxx"]
-    assert answers(shape([rows], None, make_data(order_by="length"))) == ["x", "xx", "xxx"]
+    assert answers(shape_train([rows], None, make_data(order_by="level"))) == ["x", "xx", "xxx"]
+    assert answers(shape_train([rows], None, make_data(order_by="length"))) == ["x", "xx", "xxx"]
     words = [example("p", level, level=level) for level in ("hard", "easy")]
-    assert answers(shape([words], None, make_data(order_by="level"))) == ["easy", "hard"]
-    with pytest.raises(DataError, match=r"nothing in the column 'gone' \(data\.order_by\)"):
-        shape([words], None, make_data(order_by="gone"))
+    assert answers(shape_train([words], None, make_data(order_by="level"))) == ["easy", "hard"]
+    with pytest.raises(DataError, match=r"no value in the column 'gone' \(data\.order_by=gone\)"):
+        shape_train([words], None, make_data(order_by="gone"))
 
 
 def test_an_ordered_split_says_so(forty: str) -> None:

@@ -225,7 +225,7 @@ def test_prompt_is_what_generation_starts_from(source: str) -> None:
 
 
 def test_template_that_refuses_is_a_reason() -> None:
-    """Gemma's exception for system turns becomes the ledger's reason."""
+    """Gemma's exception for system turns becomes the drops's reason."""
     with pytest.raises(UnusableRow, match="System role not supported"):
         _learned(WITH_SYSTEM, "chat", chat_template=GEMMA)
 

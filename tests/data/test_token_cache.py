@@ -138,7 +138,7 @@ def test_unwritable_folder_costs_the_cache_and_nothing_else(
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     built = encode_train(EXAMPLES, byte_level(), _data(), 512)
     assert cached("key", lambda: built, tmp_path / "file") is built
-    assert "cannot be written" in caplog.text
+    assert "cannot write the token cache" in caplog.text
 
 
 def test_oldest_files_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,8 +184,8 @@ def test_long_rows_are_dropped_and_counted() -> None:
     """over_length=drop: nothing is cut, and the count and the place say what is gone."""
     encoded = encode_train([SHORT, LONG_ANSWER], BYTES, _data(max_length=32), None)
     assert len(encoded.rows) == 1
-    assert encoded.ledger.counts["encode"] == {"longer than max_length": 1}
-    assert encoded.ledger.places["encode", "longer than max_length"] == ["task:1"]
+    assert encoded.drops.counts["encode"] == {"longer than max_length": 1}
+    assert encoded.drops.places["encode", "longer than max_length"] == ["task:1"]
     assert (encoded.examples, encoded.truncated, len(encoded.lengths)) == (2, 0, 2)
 
 
@@ -198,7 +198,7 @@ def test_truncated_rows_lose_their_end_and_are_counted() -> None:
     assert len(cut["input_ids"]) == 32
     assert BYTES.eos_token_id not in cut["input_ids"]
     assert encoded.truncated == 1
-    assert encoded.ledger.counts["encode"] == {"its answer lies beyond max_length": 1}
+    assert encoded.drops.counts["encode"] == {"its answer lies beyond max_length": 1}
 
 
 def test_auto_length_is_the_99th_percentile_in_eights_capped_by_the_model() -> None:
@@ -214,7 +214,7 @@ def test_auto_length_is_the_99th_percentile_in_eights_capped_by_the_model() -> N
 
 def test_max_length_beyond_the_model_is_an_error() -> None:
     """It says how many positions there are."""
-    with pytest.raises(DataError, match="max_length=128: the model has 64 positions"):
+    with pytest.raises(DataError, match="max_length=128: the model has only 64 positions"):
         encode_train([SHORT], BYTES, _data(max_length=128), 64)
 
 
@@ -223,7 +223,7 @@ def test_evaluation_rows_are_never_cut_or_dropped_for_length() -> None:
     examples = [SHORT, LONG_ANSWER]
     encoded = encode_evaluation(examples, BYTES, _data(max_length=32), None, 32)
     assert len(encoded.rows) == 2
-    with pytest.raises(DataError, match=r"task:1: an evaluation row of \d+ tokens"):
+    with pytest.raises(DataError, match=r"task:1: this evaluation row has \d+ tokens"):
         encode_evaluation(examples, BYTES, _data(max_length=32), 64, 32)
 
 
@@ -232,9 +232,9 @@ def test_refused_conversations_are_counted_and_an_empty_split_is_an_error() -> N
     tokenizer = byte_level(chat_template=GEMMA)
     good, bad = talk("Hi?", "Yes."), talk("Hi?", "Yes.", system="Be.")
     encoded = encode_train([good, bad], tokenizer, _data(), None)
-    reason = "the template chat refuses it: System role not supported"
-    assert encoded.ledger.counts["encode"] == {reason: 1}
-    with pytest.raises(DataError, match="2 × the template chat refuses it"):
+    reason = "the template chat rejects the row: System role not supported"
+    assert encoded.drops.counts["encode"] == {reason: 1}
+    with pytest.raises(DataError, match="2 × the template chat rejects the row"):
         encode_train([bad, bad], tokenizer, _data(), None)
 
 

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_infeasible(tmp_path: Path) -> None:
     outcomes = {t.params["adapter.r"]: t.user_attrs["outcome"] for t in _trials(tmp_path)}
     assert outcomes[8]["cause"] == "finished"
     assert outcomes[32]["cause"] == "refused"
-    assert "need 0 MiB, and the device has 0 MiB" in outcomes[32]["message"]
+    assert "need 0 MiB, but the device has 0 MiB" in outcomes[32]["message"]
 
 
 def test_an_error_in_a_check_stops_the_study_after_three(

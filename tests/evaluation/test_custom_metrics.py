@@ -92,7 +92,7 @@ def test_what_is_no_function_is_named(target: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("nothing", "gave nan for 1 answers"),
+        ("nothing", "returned nan for 1 answers"),
         ("broken", "failed with KeyError: 'label'"),
         ("text", "failed with ValueError"),
     ],

@@ -99,7 +99,8 @@ def test_base_lora_and_merged_are_judged_alike(base: LoadedBase) -> None:
 def test_a_metric_that_was_not_measured_is_an_error(base: LoadedBase) -> None:
     """Asked for ROUGE where nothing was generated, no other metric answers."""
     judgement = judge_of(base).within_trial(["eval/loss"])(base.model)
-    with pytest.raises(ConfigError, match=r"eval/rougeL: not measured; measured were .*eval/loss"):
+    message = r"eval/rougeL: not measured\. The measured metrics are .*eval/loss"
+    with pytest.raises(ConfigError, match=message):
         judgement.value("eval/rougeL")
 
 

@@ -10,7 +10,7 @@ from sweeper.evaluation.sample_answers import (
     SampleAnswer,
     as_json,
     as_markdown,
-    pair,
+    pair_answers,
     require_unseen,
     seen_in_training,
 )
@@ -33,7 +33,9 @@ TEMPLATE = "### Instruction:\n{}\n\n### Input:\n\n\n### Response:\n"
 def test_a_prompt_in_training_is_found(text: str) -> None:
     """Alone, within a template, in other white space, case or Unicode form."""
     assert seen_in_training([HAIKU, AI], ["something else", text]) == [HAIKU]
-    with pytest.raises(DataError, match=r"1 of 2 occur in the training split.*creative: 'Write"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 prompts occur in the training split.*creative: 'Write"
+    ):
         require_unseen([HAIKU, AI], [text])
 
 
@@ -52,7 +54,7 @@ def test_shipped_prompts_are_of_three_kinds() -> None:
 
 def test_answers_stand_beside_their_prompts() -> None:
     """Pairs keep the order of prompts; a missing answer is an error."""
-    samples = pair([HAIKU, AI], ["b1", "b2"], ["t1", "t2"])
+    samples = pair_answers([HAIKU, AI], ["b1", "b2"], ["t1", "t2"])
     assert samples[1] == SampleAnswer("explanation", "What is AI?", "b2", "t2")
     assert as_json(samples)[0] == {
         "category": "creative",
@@ -61,7 +63,7 @@ def test_answers_stand_beside_their_prompts() -> None:
         "tuned": "t1",
     }
     with pytest.raises(ValueError, match="shorter"):
-        pair([HAIKU, AI], ["b1", "b2"], ["t1"])
+        pair_answers([HAIKU, AI], ["b1", "b2"], ["t1"])
 
 
 def test_no_answer_breaks_the_table() -> None:

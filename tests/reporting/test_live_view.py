@@ -11,7 +11,7 @@ from rich.console import Console
 
 from sweeper.config.settings import Objective
 from sweeper.core.outcome import Outcome
-from sweeper.core.quiet import hush
+from sweeper.core.quiet import silence_libraries
 from sweeper.reporting.live_view import LiveView, PlainView, board_table, make_view
 from sweeper.reporting.study_progress import StudyProgress, TrialProgress
 from tests.reporting.studies import LOSS, ROUGE
@@ -133,7 +133,7 @@ def test_other_libraries_are_hushed() -> None:
     levels = {name: logging.getLogger(name).level for name in ("mlflow", "optuna", "alembic")}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        hush()
+        silence_libraries()
         for module in ("transformers.trainer", "sweeper.commands.run_study"):
             warnings.warn_explicit("old", FutureWarning, "file.py", 1, module=module)
     assert len(seen) == 1

@@ -46,8 +46,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (_truncate, "adapter_model.safetensors: changed"),
     "empty": (_empty, "optimizer.pt: changed"),
     "bit flipped": (_flip_a_bit, "adapter_model.safetensors: changed"),
-    "half written": (_half_written, "was not written to its end"),
-    "torn manifest": (_torn_manifest, "no manifest that can be read"),
+    "half written": (_half_written, "was not written completely"),
+    "torn manifest": (_torn_manifest, "cannot be read as a manifest"),
 }
 
 

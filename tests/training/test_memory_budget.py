@@ -45,9 +45,9 @@ def test_estimate_is_held_against_the_free_memory_of_a_gpu(
     ("on", "total", "held", "known", "message"),
     [
         ("cpu", 100.0, 99.0, True, None),
-        ("cpu", 100.0, 101.0, True, "states need 101 MiB, and the device has 100 MiB"),
+        ("cpu", 100.0, 101.0, True, "states need 101 MiB, but the device has 100 MiB"),
         ("cuda", 612.0, 99.0, False, None),  # the CUDA context takes 512
-        ("cuda", 612.0, 101.0, False, "states need 101 MiB, and the device has 100 MiB"),
+        ("cuda", 612.0, 101.0, False, "states need 101 MiB, but the device has 100 MiB"),
         ("cuda", 612.0, 1.0, True, None),
         ("cuda", 512.5, 0.1, True, "activations of one row need 1 MiB"),
         ("cuda", 512.5, 0.1, False, None),  # its data are not known yet

@@ -56,7 +56,7 @@ def test_a_prompt_that_was_trained_on_refuses_the_trial(run_tiny: RunTiny) -> No
     """Whatever its case and white space; the probe says so before any trial."""
     outcome, _, folder = run_tiny("t", TRAINED_ON)
     assert outcome.cause == "refused"
-    assert "1 of 1 occur in the training split" in (outcome.message or "")
+    assert "1 of 1 prompts occur in the training split" in (outcome.message or "")
     assert not folder.adapter.exists()
     assert not folder.samples.exists()
     document = json.loads(folder.log_json.read_text(encoding="utf-8"))

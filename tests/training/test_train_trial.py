@@ -219,7 +219,7 @@ def test_a_trial_larger_than_the_device_is_refused_before_a_weight_is_loaded(
     )
     outcome, _, folder = run_tiny("t", "adapter.r=null", "adapter.trainable_parameters=8k")
     assert (outcome.cause, outcome.steps) == ("refused", 0)
-    assert "it does not fit: weights, gradients and optimizer states need" in (
+    assert "the training does not fit: weights, gradients and optimizer states need" in (
         outcome.message or ""
     )
     assert folder.outcome.exists()
