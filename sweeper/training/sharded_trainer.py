@@ -119,7 +119,7 @@ class ShardedTrainer(JudgedTrainer):
         self.optimizer.state.clear()  # make room
         self.judgements.clear()  # shares in bfloat16 round otherwise than autocast: judged anew
         if self.args.should_save:
-            with self._meter.stage("load"):
+            with self._costs.stage("load"):
                 self.model = load_whole(Path(self.state.best_model_checkpoint), self.model)
 
     @property

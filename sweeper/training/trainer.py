@@ -18,7 +18,7 @@ from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.token_loss import autocast, compute_loss_in_forward, target_nll
 from sweeper.modeling.model_source import NO_CODE
 from sweeper.training.arguments import OBJECTIVE
-from sweeper.training.checkpoint import seal, thin_out
+from sweeper.training.checkpoint import remove_old, seal
 from sweeper.training.distributed import RankGroup
 from sweeper.training.optimizer import loraplus_optimizer
 from sweeper.training.trial_costs import TrialCosts
@@ -75,13 +75,13 @@ def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 class JudgedTrainer(Trainer):  # type: ignore[misc]
-    """The reference training loop, judged by `judge` and charged to `meter`."""
+    """The reference training loop, judged by `judge` and charged to `costs`."""
 
     def __init__(
         self,
         *,
         judging: Judging,
-        meter: TrialCosts,
+        costs: TrialCosts,
         settings: TrialSettings,
         compute_dtype: torch.dtype,
         ranks: RankGroup,
@@ -94,7 +94,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         self.judgements: dict[int, Judgement] = {}
         """By optimiser step; of earlier attempts there are none."""
         self._judging = judging
-        self._meter = meter
+        self._costs = costs
         self._objective = settings.objective.metric
         self._save_total_limit = settings.training.save_total_limit
         self._chunk_size = settings.training.loss_chunk_size
@@ -133,7 +133,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         """Called for each optimiser step: its micro-batches and the number of their targets."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         assert targets is not None, "transformers counts the labels of a step"
-        self._meter.saw(batches, targets, self._ranks.size)
+        self._costs.add_step(batches, targets, self._ranks.size)
         return batches, targets
 
     def compute_loss(
@@ -156,7 +156,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Called by the training loop; the best checkpoint follows the objective."""
-        with self._meter.stage("eval"):
+        with self._costs.stage("eval"):
             judgement = self._judging(self.model)
         self.judgements[self.state.global_step] = judgement
         metrics = {**judgement.metrics, OBJECTIVE: judgement.value(self._objective)}
@@ -178,14 +178,14 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         return best
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with self._meter.stage("save"):
+        with self._costs.stage("save"):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()  # each rank writes its own random state
             if self.args.should_save:
                 folder = Path(self.args.output_dir)
                 seal(folder / f"checkpoint-{self.state.global_step}")
-                thin_out(folder, self._save_total_limit, self.state.best_global_step)
-                write_json(TrialFolder(folder.parent).spent, self._meter.spent())
+                remove_old(folder, self._save_total_limit, self.state.best_global_step)
+                write_json(TrialFolder(folder.parent).spent, self._costs.spent())
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, num_train_epochs: int, *rest: Any
@@ -210,7 +210,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with self._meter.stage("load"):
+        with self._costs.stage("load"):
             if isinstance(self.model, PreTrainedModel):
                 self.model.load_state_dict(stored_weights(Path(self.state.best_model_checkpoint)))
             else:

@@ -22,14 +22,14 @@ def training_log(
     outcome: Outcome,
     folder: TrialFolder,
     started: float,
-    meter: TrialCosts,
+    costs: TrialCosts,
 ) -> tuple[str, dict[str, Any]]:
     """The log as text and as a JSON document; `started` is in Unix seconds."""
     document = {
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "settings": settings.model_dump(mode="json"),
-        "facts": meter.facts,
-        "advice": meter.advice,
+        "facts": costs.facts,
+        "advice": costs.advice,
         "outcome": outcome.model_dump(mode="json"),
         "artifact": _files(folder),
         "history": read_spool(folder.metrics),

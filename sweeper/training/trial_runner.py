@@ -53,8 +53,8 @@ from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
-from sweeper.training.baseline_model import keep, require_kin
-from sweeper.training.distributed import Join, RankGroup, alone
+from sweeper.training.baseline_model import require_same_architecture, store_model
+from sweeper.training.distributed import Join, RankGroup, single_process
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.memory_budget import MemoryBudget
 from sweeper.training.micro_batch import halved, out_of_memory, resolve
@@ -71,7 +71,7 @@ from sweeper.training.trial_costs import TrialCosts
 
 LOCK_SECONDS = 60
 """How long a trial's folder may still be held by the worker of a killed driver."""
-MOST_LOST_BYTES = 2 * 2**30
+MAX_UNFREEABLE_BYTES = 2 * 2**30
 """Of pages that only the end of the process frees; a worker of a large model is back within a minute."""
 Judges = Mapping[str, ModelJudge]
 """Of unseen texts, by the field of Unseen."""
@@ -80,7 +80,7 @@ Judges = Mapping[str, ModelJudge]
 class TransformersRunner:
     """Runs trials with transformers.Trainer on a warm base."""
 
-    def __init__(self, threads: int, join: Join = alone) -> None:
+    def __init__(self, threads: int, join: Join = single_process) -> None:
         """`join` gathers other processes for the trials that train on several devices."""
         # threads beyond the cores make every trial slower; torch's own number heeds OMP_NUM_THREADS
         torch.set_num_threads(min(threads, torch.get_num_threads()))
@@ -92,14 +92,14 @@ class TransformersRunner:
         """Of the warm base, as it was loaded."""
         self._prepared: dict[tuple[str, str], PreparedData] = {}
         self._checks = ModelChecks()
-        self._room = MemoryBudget()
+        self._memory = MemoryBudget()
         self._join = join
-        self._lost_bytes = 0
+        self._unfreeable_bytes = 0
 
     @property
     def worn_out(self) -> bool:
         """See Runner."""
-        return self._lost_bytes > MOST_LOST_BYTES
+        return self._unfreeable_bytes > MAX_UNFREEABLE_BYTES
 
     def probe(self, settings: TrialSettings, adopted: Path | None = None) -> ArmBaseline:
         """Load what an arm's trials share and judge the untuned base.
@@ -116,10 +116,10 @@ class TransformersRunner:
         """
         refuse_fp16_on_cpu(settings)
         if not isinstance(settings.adapter, LoraAdapter) and adopted is None:
-            self._require_room(settings)
+            self._require_free_memory(settings)
         base = self._base(settings)
         if adopted is not None and adopted.is_dir():  # once judged, it may have been cleaned away
-            require_kin(adopted, base)
+            require_same_architecture(adopted, base)
         prepared = self._data(settings, base)
         if settings.data.packing:
             require_isolation(base.model)
@@ -132,7 +132,7 @@ class TransformersRunner:
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
-        facts = self._facts(settings, base, prepared, judgement)
+        facts = self._arm_baseline(settings, base, prepared, judgement)
         return facts.model_copy(update={"general_digest": windows})
 
     def check(self, settings: TrialSettings) -> TrialSize:
@@ -146,7 +146,7 @@ class TransformersRunner:
         size = self._checks.size(settings, device())
         data = settings.data.model_dump_json()
         known = (found for (key, _), found in self._prepared.items() if key == data)
-        self._room.require(settings.with_rank(size.rank), size, next(known, None))
+        self._memory.require(settings.with_rank(size.rank), size, next(known, None))
         return size
 
     def run(
@@ -165,14 +165,14 @@ class TransformersRunner:
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
             folder.clear_results()
             write_json(folder.provenance, provenance)
-            started, meter = time.time(), TrialCosts.continued(folder.spent)
+            started, costs = time.time(), TrialCosts.continued(folder.spent)
             settings, refusal = self._checked(settings)
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
-            outcome = refusal or self._outcome(settings, folder, observer, meter)
+            outcome = refusal or self._outcome(settings, folder, observer, costs)
             outcome = self._on_clean_base(outcome)
-            metrics = {**outcome.metrics, **finite(meter.metrics())}
+            metrics = {**outcome.metrics, **finite(costs.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
-            text, document = training_log(settings, outcome, folder, started, meter)
+            text, document = training_log(settings, outcome, folder, started, costs)
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
@@ -201,27 +201,27 @@ class TransformersRunner:
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
             try:
-                outcome = self._adopted(settings, folder, model)
+                outcome = self._judge_baseline(settings, folder, model)
             except (ModelError, DataError, ConfigError, ArtifactError) as error:
                 outcome = Outcome(cause="refused", message=str(error))
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
         return outcome
 
-    def _adopted(self, settings: TrialSettings, folder: TrialFolder, model: Path) -> Outcome:
-        meter = TrialCosts()
-        with meter.stage("load"):
-            require_kin(model, self._base(settings))
-            keep(model, folder, self._base(settings).tokenizer)
-        with meter.stage("data"):
+    def _judge_baseline(self, settings: TrialSettings, folder: TrialFolder, model: Path) -> Outcome:
+        costs = TrialCosts()
+        with costs.stage("load"):
+            require_same_architecture(model, self._base(settings))
+            store_model(model, folder, self._base(settings).tokenizer)
+        with costs.stage("data"):
             judge = self._data(settings, self._base(settings)).judge(settings, self._base(settings))
-        with meter.stage("load"):
+        with costs.stage("load"):
             tuned = self._stored(settings, folder.model)
-        with meter.stage("eval"):
-            judgement = BatchHalvingJudge(judge, meter)(tuned)
+        with costs.stage("eval"):
+            judgement = BatchHalvingJudge(judge, costs)(tuned)
         metrics = {
             **best_figures((), judgement.metrics, best_step=0),
             **parameter_figures(count_parameters(tuned)),
-            **meter.metrics(),
+            **costs.metrics(),
             "cost/artifact_mib": size_mib(folder.model),
         }
         value = judgement.value(settings.objective.metric)
@@ -239,24 +239,24 @@ class TransformersRunner:
             ArtifactError: nothing is stored, or not what the manifest says.
             DataError: there is no such text.
         """
-        judges = self._unseen_judges(settings, kinds)
+        judges = self._held_out_judges(settings, kinds)
         if folder is None:
-            return _unseen(judges, self._base(settings).model)
+            return _held_out_losses(judges, self._base(settings).model)
         artifact = folder.artifact
         if artifact is None:
             raise ArtifactError(f"{folder.path} holds neither an adapter nor a model")
         verify_manifest(artifact)
         if isinstance(settings.adapter, LoraAdapter):
             return self._test_adapter(judges, settings, settings.adapter, artifact)
-        return _unseen(judges, self._stored(settings, artifact))
+        return _held_out_losses(judges, self._stored(settings, artifact))
 
     def _stored(self, settings: TrialSettings, folder: Path) -> PreTrainedModel:
         """The weights of a full fine-tune, held as they were trained."""
-        self._make_room()  # the stored model comes whole
+        self._release_base()  # the stored model comes whole
         stored = settings.model.model_copy(update={"base_model": str(folder), "revision": None})
         return load_base(stored, settings.quantization, trained=True).model
 
-    def _unseen_judges(self, settings: TrialSettings, kinds: Sequence[HeldOutKind]) -> Judges:
+    def _held_out_judges(self, settings: TrialSettings, kinds: Sequence[HeldOutKind]) -> Judges:
         """They hold no model."""
         base = self._base(settings)
         prepared = self._data(settings, base)
@@ -268,18 +268,18 @@ class TransformersRunner:
     ) -> HeldOutLosses:
         model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
         try:
-            return _unseen(judges, model)
+            return _held_out_losses(judges, model)
         finally:
             detach(model)
             if touches_base(adapter):
                 self._warm.clear()
 
-    def _require_room(self, settings: TrialSettings) -> None:
+    def _require_free_memory(self, settings: TrialSettings) -> None:
         """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit by now.
 
         Whoever else uses the device does not leave it for this study.
         """
-        self._make_room()
+        self._release_base()
         need, have = self.check(settings).held_mib, device_report(device()).free_mib
         if need > have:
             raise DoesNotFit(MemoryShortfall(need_mib=need, have_mib=have))
@@ -317,12 +317,12 @@ class TransformersRunner:
         settings: TrialSettings,
         folder: TrialFolder,
         observer: TrialObserver,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Outcome:
         try:
-            return self._train(settings, folder, observer, meter)
+            return self._train(settings, folder, observer, costs)
         except TrialDiverged as error:
-            return Outcome(cause="diverged", message=str(error), steps=meter.steps)
+            return Outcome(cause="diverged", message=str(error), steps=costs.steps)
         except (ModelError, DataError, ConfigError) as error:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
@@ -330,7 +330,7 @@ class TransformersRunner:
                 self._warm.clear()  # nobody knows what the error left of it
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            return Outcome(cause="oom", message=message, steps=meter.steps)
+            return Outcome(cause="oom", message=message, steps=costs.steps)
         except Exception:
             self._warm.clear()
             raise
@@ -340,24 +340,24 @@ class TransformersRunner:
         settings: TrialSettings,
         folder: TrialFolder,
         observer: TrialObserver,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Outcome:
         """Train, in micro-batches half the size after each time out of memory.
 
         Every attempt builds the model anew from the same seed and continues from the newest
         checkpoint, so that it computes what it would have computed with the smaller micro-batch.
         """
-        with meter.stage("load"):
+        with costs.stage("load"):
             self._base(settings)  # does not fit at all: no micro-batch would help
-        with meter.stage("data"):
+        with costs.stage("data"):
             # nothing here holds the base itself: it is dropped where its weights were trained
             prepared = self._data(settings, self._base(settings))
-            fits = self._room.fits(prepared)
-        with meter.stage("load"):
+            fits = self._memory.fits(prepared)
+        with costs.stage("load"):
             settings = resolve(settings, fits, on_gpu=device().type == "cuda")
         while True:
             try:
-                outcome = self._attempt(settings, folder, observer, meter)
+                outcome = self._attempt(settings, folder, observer, costs)
                 break
             except (MemoryError, RuntimeError) as error:
                 smaller = halved(settings)
@@ -365,14 +365,14 @@ class TransformersRunner:
                     raise
             # only here is the failed step's memory free: its traceback held it
             settings = smaller
-            meter.oom_retries += 1
-            _collect()
+            costs.oom_retries += 1
+            _free_unreferenced()
         if settings.artifacts.merged and folder.adapter.exists():
-            self._make_room()  # the merged model is loaded whole
-            with meter.stage("save"):
+            self._release_base()  # the merged model is loaded whole
+            with costs.stage("save"):
                 merged = export_merged(settings, folder)
-            with meter.stage("eval"):
-                meter.figures |= merged_figures(merged, prepared, settings)
+            with costs.stage("eval"):
+                costs.figures |= merged_figures(merged, prepared, settings)
         return outcome
 
     def _attempt(
@@ -380,25 +380,25 @@ class TransformersRunner:
         settings: TrialSettings,
         folder: TrialFolder,
         observer: TrialObserver,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Outcome:
-        with meter.stage("load"):
+        with costs.stage("load"):
             base = self._base(settings)
-        with meter.stage("data"):
+        with costs.stage("data"):
             prepared = self._data(settings, base)
-            self._take_note(settings, base, prepared, folder, meter)
-        asked = PromptAnswers(settings, prepared, base)
-        with meter.stage("eval"):
-            untuned = asked.answers(base.model)
+            self._record_facts(settings, base, prepared, folder, costs)
+        prompt_answers = PromptAnswers(settings, prepared, base)
+        with costs.stage("eval"):
+            untuned = prompt_answers.answers(base.model)
         with (
             self._join(settings, folder.checkpoints) as ranks,
-            self._inputs(settings, base, prepared, ranks, meter) as inputs,
+            self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
-            outcome, trained = train_trial(inputs, settings, folder, observer, meter)
+            outcome, trained = train_trial(inputs, settings, folder, observer, costs)
             if trained is not None:
-                with meter.stage("eval"):
-                    asked.write(untuned, asked.answers(trained), folder)
-        _warn(outcome, prepared, meter)
+                with costs.stage("eval"):
+                    prompt_answers.write(untuned, prompt_answers.answers(trained), folder)
+        _add_advice(outcome, prepared, costs)
         return outcome
 
     def follow(self, settings: TrialSettings, checkpoints: Path, ranks: RankGroup) -> None:
@@ -415,10 +415,10 @@ class TransformersRunner:
         base: LoadedBase,
         prepared: PreparedData,
         ranks: RankGroup,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Iterator[TrialInputs]:
         """What a trial trains, with its adapter on the warm base for as long as the context lasts."""
-        with meter.stage("load"):
+        with costs.stage("load"):
             set_seed(settings.seed)  # before the adapter: its initialisation is random
             model = self._trainable(settings, base)
         try:
@@ -433,7 +433,7 @@ class TransformersRunner:
                     ranks=ranks,
                 )
         finally:
-            self._lost_bytes += forget_states()
+            self._unfreeable_bytes += forget_states()
             if isinstance(model, PeftModel):
                 detach(model)
             if touches_base(settings.adapter):
@@ -455,15 +455,15 @@ class TransformersRunner:
         held = (settings.model.model_dump_json(), settings.quantization.model_dump_json())
         key = " ".join([*held, str(trained), str(liger)])
         if key not in self._warm:
-            self._make_room()  # one base at a time: memory is what it is all about
+            self._release_base()  # one base at a time: memory is what it is all about
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
             self._checksums = {key: checksums(self._warm[key].model)}
         return self._warm[key]
 
-    def _make_room(self) -> None:
+    def _release_base(self) -> None:
         """Let go of the base, and of what earlier trials left in cycles of references."""
         self._warm.clear()
-        _collect()
+        _free_unreferenced()
 
     def _data(self, settings: TrialSettings, base: LoadedBase) -> PreparedData:
         key = (settings.data.model_dump_json(), base.digest)
@@ -471,7 +471,7 @@ class TransformersRunner:
             self._prepared[key] = prepare(settings.data, base)
         return self._prepared[key]
 
-    def _facts(
+    def _arm_baseline(
         self,
         settings: TrialSettings,
         base: LoadedBase,
@@ -497,19 +497,19 @@ class TransformersRunner:
             dtype=dtype_name(base.compute_dtype),
         )
 
-    def _take_note(
+    def _record_facts(
         self,
         settings: TrialSettings,
         base: LoadedBase,
         prepared: PreparedData,
         folder: TrialFolder,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> None:
         """What the log and the outcome tell of the data and the machine."""
         training, report = settings.training, device_report(device())
         write_atomic(folder.data_card, prepared.card.markdown())
-        estimate = self._room.estimate_mib(settings, prepared)
-        meter.facts = {
+        estimate = self._memory.estimate_mib(settings, prepared)
+        costs.facts = {
             "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
             "Precision": f"{base.dtype_reason}; trained weights float32",
             "Checkpointing": "activations recomputed"
@@ -517,9 +517,9 @@ class TransformersRunner:
             else "activations kept",
         }
         if base.commit:
-            meter.facts["Base commit"] = base.commit
-        meter.advice = advice(settings, len(prepared.train.rows))
-        meter.figures |= {
+            costs.facts["Base commit"] = base.commit
+        costs.advice = advice(settings, len(prepared.train.rows))
+        costs.figures |= {
             "data/train_rows": float(len(prepared.train.rows)),
             "data/train_target_tokens": float(prepared.train.target_tokens),
             "data/train_truncated": float(prepared.train.truncated),
@@ -527,27 +527,27 @@ class TransformersRunner:
             "data/validation_rows": float(len(prepared.validation.rows)),
         }
         if estimate is not None:
-            meter.figures["cost/estimated_memory_mib"] = estimate
+            costs.figures["cost/estimated_memory_mib"] = estimate
 
 
-def _collect() -> None:
+def _free_unreferenced() -> None:
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _unseen(judges: Judges, model: PreTrainedModel | PeftModel) -> HeldOutLosses:
-    return HeldOutLosses(**{name: _examples(judge, model) for name, judge in judges.items()})
+def _held_out_losses(judges: Judges, model: PreTrainedModel | PeftModel) -> HeldOutLosses:
+    return HeldOutLosses(**{name: _example_losses(judge, model) for name, judge in judges.items()})
 
 
-def _examples(judge: ModelJudge, model: PreTrainedModel | PeftModel) -> ExampleLosses:
+def _example_losses(judge: ModelJudge, model: PreTrainedModel | PeftModel) -> ExampleLosses:
     losses = BatchHalvingJudge(judge, TrialCosts())(model).examples
     return ExampleLosses(
         nll=tuple(loss.nll for loss in losses), tokens=tuple(loss.tokens for loss in losses)
     )
 
 
-def _warn(outcome: Outcome, prepared: PreparedData, meter: TrialCosts) -> None:
+def _add_advice(outcome: Outcome, prepared: PreparedData, costs: TrialCosts) -> None:
     """A perplexity that no unseen text has earns a sentence in the log."""
     perplexity = outcome.metrics.get("best/eval_perplexity")
     if perplexity is not None and "text" in prepared.splits.formats:
-        meter.advice += [words for words in [plausibility_warning(perplexity)] if words]
+        costs.advice += [words for words in [plausibility_warning(perplexity)] if words]
