@@ -98,8 +98,8 @@ def test_log_holds_what_the_reports_logs_hold(run_tiny: RunTiny) -> None:
     rows = round(figures["data/train_rows"])
     left = rows - 16 * (math.ceil(rows / 16) - 1)
     for words in (
-        "8 × 2 accumulation = 16 examples a step\n",
-        f"{math.ceil(rows / 16)} an epoch, the last of {left} examples",
+        "8 × 2 accumulation = 16 examples per step\n",
+        f"{math.ceil(rows / 16)} per epoch, the last with {left} examples",
         "% of the total",
         "% of the base",
         *("Precision      float32: ", "; trained weights float32\n"),
