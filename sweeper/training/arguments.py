@@ -34,8 +34,7 @@ def training_arguments(
         schedule: lengths and intervals in optimiser steps.
         checkpoints: folder of the checkpoints.
         compute_dtype: dtype of the forward pass. float16 and bfloat16 are autocast to.
-        ordered: True if the rows are trained in their order (data.order_by), whatever the sampling
-            strategy.
+        ordered: True if the rows are trained in their order (data.order_by), not shuffled.
     """
     training = settings.training
     cuda = torch.cuda.is_available()
@@ -46,6 +45,8 @@ def training_arguments(
         lr_scheduler_type=training.lr_scheduler_type,
         lr_scheduler_kwargs=_scheduler_options(settings),
         warmup_steps=schedule.warmup_steps,
+        # transformers multiplies the effective batch by the devices. Ours is part of the settings and
+        # stays the same, so each device accumulates fewer micro-batches
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps
         // training.devices_per_trial,

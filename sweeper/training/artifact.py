@@ -57,7 +57,7 @@ def save_artifact(
     save_bpe(trained.tokenizer, partial)
     base_folder = Path(trained.model.config.name_or_path)
     write_atomic(partial / README, model_card(settings, figures, base_folder))
-    write_manifest(partial)
+    write_manifest(partial)  # in the artifact's folder, so that copies and archives contain it
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     if settings.artifacts.zip:

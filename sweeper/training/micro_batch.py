@@ -11,7 +11,7 @@ from collections.abc import Callable
 from sweeper.config.settings import TrialSettings
 
 Fits = Callable[[TrialSettings], bool | None]
-"""Tells if a trial with exactly these settings fits in the device's memory; None if unknown."""
+"""Returns True if a trial with exactly these settings fits in the device's memory, None if unknown."""
 
 
 def split_batch(effective: int, limit: int, devices: int = 1) -> tuple[int, int]:

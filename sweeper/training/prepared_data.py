@@ -146,6 +146,7 @@ def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
         name: str, build: Callable[[], EncodedSplit], block_length: int | None
     ) -> EncodedSplit:
         options = {"split": name, "limit": limit, "block_length": block_length}
+        # The key holds the contents of the examples, not file names or times, which say less
         key = fingerprint(examples[name], tokenizer, settings, **options)
         return cached(key, build, cache_folder())
 

@@ -1,7 +1,7 @@
-"""Train one trial on a loaded base: the reference path, transformers.Trainer.
+"""Train one trial on a loaded base with transformers.Trainer, the reference path.
 
-Writes the trial's folder and tells an observer; knows neither the study nor MLflow, and does not load
-models or data (sweeper.training.trial_runner does).
+Writes the trial's folder and reports to an observer. Has no access to the study or MLflow, and loads
+neither models nor data (sweeper.training.trial_runner does).
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from sweeper.training.trial_costs import TrialCosts
 
 @dataclass(frozen=True)
 class TrialInputs:
-    """What a trial is trained on and judged by."""
+    """The model, data and judge of one trial."""
 
     model: PreTrainedModel | PeftModel
-    """Ready to train; with training.fsdp its weights are spread over the ranks."""
+    """The model, ready to train. Its weights are spread over the ranks with training.fsdp."""
     tokenizer: PreTrainedTokenizerBase
     train: EncodedSplit
     judge: ModelJudge
-    """Of the whole validation split, for the checkpoint that is kept."""
+    """Judge of the whole validation split, for the best checkpoint."""
     ordered: bool = False
-    """The training rows stand in the order they are to be trained in."""
+    """True if the rows must be trained in their order (data.order_by)."""
     compute_dtype: torch.dtype = torch.float32
     ranks: RankGroup = SINGLE_PROCESS
 
@@ -72,25 +72,25 @@ def train_trial(
     observer: TrialObserver,
     costs: TrialCosts,
 ) -> tuple[Outcome, PreTrainedModel | PeftModel | None]:
-    """Train to the end of the schedule, to early stopping, or until the observer says stop.
+    """Train until the schedule ends, early stopping applies or the observer requests a stop.
 
-    The best checkpoint by the objective is what stays in the model and in the folder; its value on the
-    whole validation split is the outcome's `best_value`. An unfinished checkpoint of an earlier attempt
-    is continued.
+    Continue from the newest undamaged checkpoint of an earlier attempt. Store the best checkpoint by
+    the objective, not the last one. Its value on the whole validation split is the outcome's
+    `best_value`.
 
     Args:
-        inputs: model and data.
-        settings: resolved (sweeper.training.micro_batch.resolve).
-        folder: where everything is written.
-        observer: told of every step and evaluation, asked whether to stop.
+        inputs: model, data and judge.
+        settings: the trial, resolved (sweeper.training.micro_batch.resolve).
+        folder: the trial's folder.
+        observer: receives every step and evaluation, and can request a stop.
         costs: charged with what the trial uses.
 
     Returns:
-        The outcome and the model with the best weights; None where they were spread over devices and
-        never judged.
+        The outcome and the model with the best weights. The model is None if its weights are spread
+        over devices and were never evaluated.
 
     Raises:
-        Diverged: a loss or the gradient norm is not finite, or the loss is far off.
+        TrialDiverged: a loss or the gradient norm is not finite, or the loss is far above the first.
         ConfigError: the schedule does not fit the data, or the objective's metric is not measured.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
@@ -107,7 +107,7 @@ def train_trial(
     trial_judge = BatchHalvingJudge(inputs.judge.within_trial({objective.metric, reported}), costs)
 
     def judge(model: torch.nn.Module) -> Judgement:
-        # ranks that judge in step cannot try again alone
+        # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
         judgement = trial_judge.judge(model) if settings.training.fsdp else trial_judge(model)
         inputs.ranks.broadcast(dict(judgement.metrics))
         return judgement
@@ -125,30 +125,30 @@ def train_trial(
 
 
 def _find_resume_point(folder: TrialFolder, costs: TrialCosts) -> Checkpoint | None:
-    """Where an earlier attempt is continued from; what was passed over is said in the log."""
+    """Return the checkpoint to resume from, or None, and log the damaged ones."""
     resumed, damaged = fall_back(folder.checkpoints)
-    words = [f"from step {resumed.step}"] if resumed else ["from the beginning"] if damaged else []
-    if words:
-        costs.facts["Continued"] = "; ".join([*words, *damaged])
+    start = f"from step {resumed.step}" if resumed else "from the beginning"
+    if resumed or damaged:
+        reason = f", because {' and '.join(damaged)}" if damaged else ""
+        costs.facts["Continued"] = start + reason
     for remark in damaged:
-        print(f"{folder.path}: {remark}; continued {words[0]}", flush=True)
+        print(f"{folder.path}: {remark}. Continued {start}", flush=True)
     return resumed
 
 
 def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path) -> None:
-    """Take part in a trial that another rank leads: the same loop on this rank's share of the batches.
+    """Run the training loop on this rank's share of the batches of a trial that another rank leads.
 
     Args:
-        inputs: as the leader's.
-        settings: the leader's, resolved.
-        checkpoints: the leader's folder; resumed from where the leader does.
+        inputs: the same inputs as the leader's.
+        settings: the leader's resolved settings.
+        checkpoints: the leader's folder of checkpoints, which also decides where to resume.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
     resumed = newest_checkpoint(checkpoints)
-
     objective = settings.objective
     judged = {objective.metric, objective.judged_while_training}
-    # the leader cannot judge a model without its shares; the user's functions are called there alone
+    # All ranks must run the forward passes of a sharded model. Only the leader calls the user's metrics
     judge = replace(inputs.judge.within_trial(judged), custom={})
 
     def receive_judgement(model: torch.nn.Module) -> Judgement:
@@ -161,14 +161,14 @@ def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path
 
 
 class BatchHalvingJudge:
-    """The judge inside a trial, in the largest batches that memory allows (any give the same)."""
+    """A judge that halves its batches after out of memory. The metrics do not depend on the batch."""
 
     def __init__(self, judge: ModelJudge, costs: TrialCosts) -> None:
         self.judge = judge
         self._costs = costs
 
     def __call__(self, model: torch.nn.Module) -> Judgement:
-        """Judge a model; out of memory halves the batches, down to one example."""
+        """Evaluate a model, with smaller batches after each out of memory, down to one example."""
         while True:
             try:
                 return self.judge(model)
@@ -205,7 +205,7 @@ def _trainer(
         data_collator=_collator(inputs, settings),
         callbacks=[*callbacks, RankSyncCallback(inputs.ranks)],
     )
-    trainer.remove_callback(PrinterCallback)  # the spool has it all
+    trainer.remove_callback(PrinterCallback)  # it prints what the spool already contains
     return trainer
 
 
@@ -220,10 +220,14 @@ def _collator(inputs: TrialInputs, settings: TrialSettings) -> PaddingCollator |
 def _judge_best_checkpoint(
     trainer: JudgedTrainer, whole: ModelJudge, trial_judge: BatchHalvingJudge, costs: TrialCosts
 ) -> Judgement | None:
-    """The kept checkpoint, now in the model, on the whole split; None if none was ever judged."""
+    """Evaluate the best checkpoint, now in the model, on the whole validation split.
+
+    Return None if no checkpoint was ever evaluated.
+    """
     step = trainer.state.best_global_step
     if trainer.state.best_metric is None or trainer.trained is None:
         return None
+    # An evaluation during training counts only if it was on the whole split, not on a capped sample
     if trial_judge.judge.sees_all_of(whole) and step in trainer.judgements:
         return trainer.judgements[step]
     with costs.stage("eval"):

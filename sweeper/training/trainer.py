@@ -90,6 +90,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**options)
         self._ranks = ranks
         if ranks.size > 1:
+            # DDP averages gradients only if the loss is computed inside the outermost forward method
             compute_loss_in_forward(self.model, settings.training.loss_chunk_size)
         self.judgements: dict[int, Judgement] = {}
         """Evaluations of this attempt, by optimiser step."""
@@ -148,7 +149,8 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             "only Trainer's own evaluation, which is replaced, asks for outputs"
         )
         assert num_items_in_batch is not None, "transformers counts the labels of a step"
-        # accelerate autocasts the model's own forward method, which target_nll does not call
+        # accelerate autocasts the model's own forward method, which target_nll does not call. Training
+        # must autocast like the evaluation, or losses of trial and stored artifact would differ
         with autocast(self.args.device, self._compute_dtype):
             if self._ranks.size == 1:
                 return target_nll(model, inputs, self._chunk_size) / num_items_in_batch

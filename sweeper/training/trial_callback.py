@@ -78,6 +78,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         metrics: Mapping[str, float],
         **_: Any,
     ) -> None:
+        # Names without a slash are transformers' copies, such as the objective for the best checkpoint
         named = {name: value for name, value in metrics.items() if "/" in name}
         average = self.rules.add_evaluation(state.global_step, named)
         self.spool.write(state.global_step, {**named, "eval/loss_moving_average": average})

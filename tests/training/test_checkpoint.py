@@ -130,7 +130,7 @@ def test_a_trial_goes_on_from_the_whole_one_and_says_so(
     assert [step for step, _ in resumed] == [6, 8]
     assert resumed == [pytest.approx(item, abs=1e-6) for item in whole[2:]]
     text = folder.log_text.read_text(encoding="utf-8")
-    assert "Continued      from step 4; checkpoint-6 is damaged (adapter_model" in text
+    assert "Continued      from step 4, because checkpoint-6 is damaged (adapter_model" in text
     assert not folder.checkpoints.exists()
 
 

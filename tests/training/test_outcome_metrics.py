@@ -102,7 +102,7 @@ def test_log_holds_what_the_reports_logs_hold(run_tiny: RunTiny) -> None:
         f"{math.ceil(rows / 16)} per epoch, the last with {left} examples",
         "% of the total",
         "% of the base",
-        *("Precision      float32: ", "; trained weights float32\n"),
+        *("Precision      float32: ", ". Trained weights are float32\n"),
         f"{figures['train/mean_loss']:.4f} mean over the run",
         f"Best eval/loss {min(loss for _, loss in losses):.4f}",
         "Stored         adapter/adapter_model.safetensors, ",
