@@ -16,7 +16,7 @@ from sweeper.core.errors import ModelError
 from sweeper.core.manifest import MANIFEST, verify_manifest, write_manifest
 from sweeper.core.paths import TrialFolder
 from sweeper.modeling.base_model import LoadedBase
-from sweeper.modeling.model_source import MODEL, one_line, refuse_foreign
+from sweeper.modeling.model_source import MODEL, one_line, require_unquantized_base
 
 SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
@@ -34,7 +34,7 @@ def require_same_architecture(model: Path, base: LoadedBase) -> None:
         ArtifactError: the files differ from their manifest.
     """
     where = f"the baseline model {model}"
-    refuse_foreign(model, where)
+    require_unquantized_base(model, where)
     if (model / MANIFEST).exists():
         verify_manifest(model)
     try:

@@ -33,7 +33,7 @@ class MemoryBudget:
         self._estimates: dict[str, float] = {}
 
     def fits(self, prepared: PreparedData) -> Fits:
-        """Return a function that tells if a trial on these data fits, or None on a CPU."""
+        """Return `Fits` for trials on these data. On a CPU it answers None."""
         free = _available_mib()
 
         def fit(settings: TrialSettings) -> bool | None:

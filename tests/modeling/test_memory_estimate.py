@@ -20,7 +20,7 @@ from sweeper.modeling.memory_estimate import (
     quantized_weights,
     state_bytes,
 )
-from sweeper.modeling.step_memory import PeakBytes, StepWorkload, rehearse
+from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step
 from sweeper.modeling.trial_check import ModelChecks
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, GROUPED, HEADS, SIZE
@@ -132,7 +132,9 @@ def test_shares_are_a_part_of_all_until_the_whole_weights_count(
 
 def _rehearsed(workload: StepWorkload, attention: str = "sdpa", *overrides: str) -> PeakBytes:
     adapter = make_settings("quantization=none", *overrides).adapter
-    return rehearse(model_on_meta(DEEP, adapter, torch.float32, attention), workload, torch.float32)
+    return simulate_step(
+        model_on_meta(DEEP, adapter, torch.float32, attention), workload, torch.float32
+    )
 
 
 def _workload(*, checkpointing: bool = False, length: int = 32, **other: int) -> StepWorkload:

@@ -112,7 +112,7 @@ def test_advice_on_large_batches() -> None:
     assert not advice(make_settings(f"{batch}=32"), 1000)
     full = make_settings(f"{batch}=64", "adapter=none", "quantization=none")
     assert not advice(full, 1000)
-    assert "more than the 10 training rows" in advice(make_settings(f"{batch}=16"), 10)[0]
+    assert "larger than the 10 training rows" in advice(make_settings(f"{batch}=16"), 10)[0]
 
 
 def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
