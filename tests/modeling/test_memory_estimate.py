@@ -13,7 +13,7 @@ from sweeper.modeling import step_memory
 from sweeper.modeling.adapter import attach, count_parameters
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.memory_estimate import (
-    WORDS,
+    LABELS,
     estimate,
     estimate_trial,
     model_on_meta,
@@ -185,7 +185,7 @@ def test_every_architecture_is_estimated(name: str) -> None:
         attn_implementation="eager" if name in ("gptj", "gemma2") else "sdpa",
         on=CPU,
     )
-    parts = [getattr(found, part) for part in WORDS]
+    parts = [getattr(found, part) for part in LABELS]
     assert all(part >= 0 for part in parts)
     assert found.activations > 0
     assert found.total == pytest.approx(sum(parts))

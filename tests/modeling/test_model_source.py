@@ -192,7 +192,7 @@ def test_auto_on_a_cpu_is_fp32_and_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(hardware, "_cpu_bf16_units", lambda: ("AMX",))
     assert "model.dtype=bfloat16 would be faster" in str(choose_dtype("auto", CPU))
     assert choose_dtype("auto", CPU).dtype == torch.float32
-    assert choose_dtype("float16", CPU).reason == "model.dtype=float16 asks for it"
+    assert choose_dtype("float16", CPU).reason == "set by model.dtype=float16"
 
 
 def test_the_device_report_has_figures() -> None:
