@@ -125,7 +125,8 @@ class ModelRegistry(TrackingStore):
             if dry_run or not uri.startswith("sqlite:"):
                 command = f"mlflow gc --older-than {older} --backend-store-uri {redact(uri)}"
                 how = "would be removed by" if dry_run else "can be removed on the server with"
-                return f"MLflow: of {len(deleted)} deleted runs, those older than {older} {how}: {command}"
+                runs = f"of {len(deleted)} deleted runs, those older than {older}"
+                return f"MLflow: {runs} {how}: {command}"
             _run_gc(uri, older)
             removed = len(deleted) - len(_deleted_runs(client))
             return f"MLflow: {removed} of {len(deleted)} deleted runs permanently removed"

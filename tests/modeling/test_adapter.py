@@ -134,7 +134,7 @@ def test_a_target_that_matches_nothing_lists_what_exists() -> None:
     """A misspelt module is answered with the modules and the presets."""
     names = linear_modules(_on_meta(GPT2))
     with pytest.raises(
-        ModelError, match=r"no module named q_proj; .* c_attn, c_fc, c_proj. Presets"
+        ModelError, match=r"no module named q_proj\. .* c_attn, c_fc, c_proj\. Presets"
     ):
         resolve_targets(["c_attn", "q_proj"], names)
 
@@ -274,7 +274,7 @@ def test_a_tied_embedding_that_cannot_stay_tied_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("adapter.modules_to_save=[lm_haed]", "no module named lm_haed; its modules are .*lm_head"),
+        ("adapter.modules_to_save=[lm_haed]", "no module named lm_haed. Its modules are .*lm_head"),
         ("+adapter.rank_pattern.q_porj=4", "adapter.rank_pattern=.*no module named q_porj"),
         ("+adapter.alpha_pattern.q_porj=4", "adapter.alpha_pattern=.*no module named q_porj"),
     ],
