@@ -1,10 +1,11 @@
-"""The whole configuration as frozen, validated values.
+"""Frozen, validated settings of the whole configuration.
 
-Defaults live in conf/*.yaml, once; here is only what a setting may be. A missing key, an unknown
-key, a wrong type and a value out of range are all found in one pass, before any training second.
-Names are those of PEFT, transformers and Optuna wherever they have one.
+Defaults live in conf/*.yaml, once. This module only says what a setting may be. A missing key, an
+unknown key, a wrong type and a value out of range are all found in one pass, before training
+starts. Names are those of PEFT, transformers and Optuna wherever these have one.
 """
 
+# One import place for all sections, so that callers need not know which file holds which.
 from sweeper.config.data_settings import (
     EMBEDDED,
     SPLIT_KEYS,
