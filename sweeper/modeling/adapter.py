@@ -68,6 +68,7 @@ def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
     Raises:
         ModelError: see `attach`.
     """
+    # PEFT ignores patterns and modules that match nothing, so the names are checked here
     names = linear_modules(model)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     if transposed and settings.init_lora_weights == "olora":
@@ -133,6 +134,7 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
+        # Conv1D is GPT-2's linear layer, whose weights are transposed
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     ]
 
@@ -165,6 +167,7 @@ def _saves_tied_embeddings(model: PreTrainedModel, modules_to_save: list[str]) -
             f"adapter.modules_to_save={modules_to_save}: the model has no module named "
             f"{', '.join(missing)}. Its modules are {', '.join(known)}"
         )
+    # Embedding and head may be one tensor. PEFT then trains two copies unless told to tie them
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return False

@@ -85,7 +85,7 @@ def load_base(
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
-        device_map={"": device()},
+        device_map={"": device()},  # the whole model on one device, also when memory is short
         output_loading_info=True,
         use_safetensors=True,
         **NO_CODE,
@@ -118,6 +118,7 @@ def _quantized(
     if weights_bytes(folder) < quantized_cache.SMALLEST_BYTES:
         model = quantize()
     else:
+        # The full configuration, so a changed default of transformers changes the key
         decided = config.to_json_string(use_diff=False)
         key = quantized_cache.QuantizationKey(
             digest, decided, dtype_name(options["dtype"]), device().type

@@ -6,7 +6,8 @@ quantized weights and optimizer states follow bitsandbytes and torch. No formula
 architecture.
 
 The estimate counts tensors only. It leaves out the interpreter, the CUDA context (about 0.5 GiB),
-libraries' own buffers and fragmentation.
+libraries' own buffers and fragmentation. On a CPU the resident size of an fp32 LoRA trial was 1.7 times
+the estimate, because glibc keeps freed blocks (MALLOC_MMAP_THRESHOLD_=65536 returns them).
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.replace(out)
+    partial.replace(out)  # atomic, so `out` never holds half a model
 
 
 def _merged(base_folder: Path, adapter_folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -126,6 +126,7 @@ def _locate(settings: ModelSettings, patterns: Sequence[str]) -> ModelSource:
     if not path.is_dir():
         return _from_hub(settings, patterns)
     folder = path if (path / "config.json").exists() else _snapshot(path, settings)
+    # In the hub cache's layout the folder's name is the commit
     in_cache = folder.resolve().parent.name == "snapshots"
     return ModelSource(folder, folder.resolve().name if in_cache else None)
 

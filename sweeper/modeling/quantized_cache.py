@@ -135,6 +135,7 @@ def _store(model: PreTrainedModel, entry: Path) -> None:
     try:
         model.save_pretrained(partial)
         write_manifest(partial)
+        # Otherwise a power cut after the rename could leave an entry with empty files
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

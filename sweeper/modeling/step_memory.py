@@ -114,7 +114,7 @@ def _simulate(
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
     positions = workload.logit_positions
     labels = torch.zeros(workload.batch_size * positions, dtype=torch.long)
-    model.zero_grad()
+    model.zero_grad()  # gradients of the simulation at another depth
     alive = AliveBytes(known=[*model.parameters(), *model.buffers()])
     hooks = _register_hooks(model, alive)
     with alive:
@@ -188,7 +188,7 @@ class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._kinds:
+        if storage in self._kinds:  # a view of a storage that is already counted
             return
         kind, size = [self.kind], storage.nbytes()
         self._kinds[storage] = kind

@@ -85,7 +85,10 @@ def _arm_trials(client: MlflowClient, run: Any) -> list[Any]:
     query = f"tags.`{STUDY_TAG}` = '{study}' AND tags.arm = '{arm}' AND status = 'FINISHED'"
     trials = search_runs(client, run.info.experiment_id, query)
     return [
-        each for each in trials if "finalist" not in each.data.tags and RATE in each.data.params
+        # Further seeds of finalists are no part of the search
+        each
+        for each in trials
+        if "finalist" not in each.data.tags and RATE in each.data.params
     ]
 
 

@@ -73,6 +73,7 @@ class MlflowTracker:
             name=study.name,
             metric=study.objective.metric,
             direction=study.objective.direction,
+            # MLflow's parameters cannot change, so a resumed study keeps those of its first start
             params=as_texts(study.params) if before is None else before.params,
             tags=as_texts(study.tags),
             started_ms=now if before is None else before.started_ms,
@@ -109,6 +110,7 @@ class MlflowTracker:
     def keep(self, folders: Sequence[TrialFolder]) -> None:
         """Implement Tracker.keep."""
         chosen = {self._ledger.relative(folder.path) for folder in folders}
+        # A copy, because saving an entry changes the dictionary
         for trial in list(self._ledger.trials.values()):
             if trial.kept != (trial.folder in chosen):
                 self._save_entry(trial.model_copy(update={"kept": trial.folder in chosen}))
@@ -132,6 +134,7 @@ class MlflowTracker:
         """Implement Tracker.close_study."""
         study = self._ledger.study
         assert study is not None, "no study was opened"
+        # Marks belong to an end, so an end that equals the previous one ships nothing again
         names = tuple(self._ledger.relative(path) for path in artifacts)
         end = study_ending(status, metrics, params, note).or_equal(study.before)
         self._save_entry(study.model_copy(update={"ending": end, "artifacts": names}))
@@ -198,11 +201,12 @@ class MlflowTracker:
                 self._shipper.ship(key)
                 self._reasons.pop(key, None)
                 waits, failures = _waits(), 0
-            except TrackingError as refusal:
+            except TrackingError as refusal:  # permanent, so a retry would fail as well
                 self._reasons[key] = str(refusal)
             except StoreAway as away:
                 self._reasons[key] = str(away)
                 failures += 1
+                # While the study runs, the thread retries forever. At its end a user waits
                 if self._closing and (failures >= LAST_TRIES or not self._server.responds()):
                     return self._give_up()
                 self._retry_later(key, next(waits))
@@ -228,6 +232,7 @@ class MlflowTracker:
 
     def _wait_for_thread(self, hurry: bool) -> None:
         """Wait until all runs are shipped, or an unavailable server has accepted nothing for a while."""
+        # A slow store that still accepts parts is waited for. `steps` shows that it does
         limit = CLOSE_SECONDS if hurry or self._server.is_http else STORE_SECONDS
         steps, since = self._shipper.steps, time.monotonic()
         while self._thread.is_alive():

@@ -149,6 +149,7 @@ class ModelRegistry(TrackingStore):
             _require_adapter(client, run)
             if not client.search_registered_models(f"name = '{model}'"):
                 client.create_registered_model(model)
+            # Each version names the champion before it, so a rollback needs no other history
             before = _champion_number(client, model)
             origin = {STUDY_TAG: study, TRIAL_TAG: trial}
             origin[FOLDER_TAG] = run.data.tags.get(FOLDER_TAG, "")
@@ -177,6 +178,7 @@ class ModelRegistry(TrackingStore):
                 f"version {now.number} of {model!r} is its first champion, so there is no previous one"
             )
         with self._client() as client:
+            # Tagged first: if this process dies in between, no night promotes the version again
             client.set_model_version_tag(model, now.number, ROLLED_BACK_TAG, "true")
             client.set_registered_model_alias(model, ALIAS, now.previous)
             return _version(client, model, now.previous)

@@ -269,6 +269,7 @@ class RunShipment:
 
     def _use_existing(self, run: Any) -> str:
         status = None if run.info.status == "RUNNING" else run.info.status
+        # An earlier process may have sent metrics without marking them
         self._save(run=run.info.run_id, unsure=("metrics", "figures"), status=status)
         ending = self._entry.ending
         if ending is not None and status == ending.status and isinstance(self._entry, TrialEntry):
@@ -289,7 +290,7 @@ class RunShipment:
         with self._shipper.creating_run():
             run = self._client.create_run(
                 experiment,
-                entry.started_ms,
+                entry.started_ms,  # the start time by which `find_runs` finds the run again
                 {**source_tags(entry.tags), **entry.tags, **own},
                 run_name=name,
             )
@@ -350,6 +351,7 @@ class RunShipment:
         if part not in self._mark.unsure:
             self._save(unsure=(*self._mark.unsure, part))
             return set()
+        # An earlier try may have stored some of the points
         names = sorted({point.key for point in points})
         histories = [self._client.get_metric_history(run, name) for name in names]
         return {identity(point) for history in histories for point in history}
@@ -443,7 +445,7 @@ class RunShipment:
         try:
             work()
         except Exception as error:
-            if is_gone(error):
+            if is_gone(error):  # handled by RunShipper.ship, which creates the run again
                 raise
             ours = as_tracking_error(error, "MLflow")
             if isinstance(ours, StoreAway):

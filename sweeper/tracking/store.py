@@ -68,7 +68,9 @@ class TrackingStore:
         except StoreAway as away:
             raise TrackingError(f"MLflow: {away}") from None
         except Exception as error:
-            from mlflow.exceptions import MlflowException
+            from mlflow.exceptions import (
+                MlflowException,
+            )  # here, because the import takes two seconds
 
             if not isinstance(error, MlflowException | OSError):
                 raise

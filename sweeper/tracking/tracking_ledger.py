@@ -313,7 +313,7 @@ def pending(ledger: TrackingLedger, key: str, store: str) -> PendingCounts:
         files = len(files_of(ledger, entry)) if mark.done.get("files") != end.time_ms else 0
         if isinstance(entry, TrialEntry) and lacks_weights(entry, mark):
             files += len(weights_of(ledger.trial_folder(entry)))
-    elif points == 0 and is_open(entry, mark):
+    elif points == 0 and is_open(entry, mark):  # a running trial of which everything is shipped
         return PendingCounts()
     stated = end is None or mark.done.get(STATE) == end.time_ms
     return PendingCounts(1, points, files, 0 if stated else 1)

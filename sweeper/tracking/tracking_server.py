@@ -90,6 +90,7 @@ class TrackingServer:
                 os.environ.setdefault(name, value)
             import mlflow  # here, because the import takes two seconds and the first trial can start
 
+            # Their INFO lines about tables and migrations would break the study's live table
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.WARNING)
             try:
@@ -132,7 +133,7 @@ class TrackingServer:
         if self.is_http:
             self._ask_version()
             return make(self.uri)
-        if self.uri is not None:
+        if self.uri is not None:  # a database, which has no version to ask for
             return make(self.uri)
         self.root.mkdir(parents=True, exist_ok=True)
         with FileLock(self.root / ".mlflow.lock"):  # concurrent creation of the tables would fail

@@ -99,7 +99,7 @@ def process_group(rank: int, size: int, store: Store) -> Iterator[RankGroup]:
     distributed.init_process_group(
         backend, store=store, rank=rank, world_size=size, timeout=RANK_TIMEOUT
     )
-    try:
+    try:  # transformers and accelerate detect the group from torch and the variables
         yield RankGroup(rank, size)
     finally:
         distributed.destroy_process_group()

@@ -38,6 +38,7 @@ class PromptAnswers:
             generation.max_new_tokens,
             generation.batch_size,
             self._base.compute_dtype,
+            # Templates can end an answer with a token of their own, such as <|im_end|>
             {prompt.end_token_id for prompt in self._prompts},
         ).texts
 

@@ -124,6 +124,8 @@ class ShardedTrainer(JudgedTrainer):
         # FSDP's bfloat16 rounds differently from autocast, so these losses are not the artifact's
         self.judgements.clear()
         if self.args.should_save:
+            # Evaluating and storing one whole model needs no second code path. In exchange, the weights
+            # must fit one device
             with self._costs.stage("load"):
                 self.model = load_whole(Path(self.state.best_model_checkpoint), self.model)
 

@@ -191,6 +191,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
                 folder = Path(self.args.output_dir)
                 seal(folder / f"checkpoint-{self.state.global_step}")
                 remove_old(folder, self._save_total_limit, self.state.best_global_step)
+                # A next attempt adds these costs to its own. Those after the newest checkpoint are lost
                 write_json(TrialFolder(folder.parent).spent, self._costs.spent())
 
     def _init_training_state(

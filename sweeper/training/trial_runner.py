@@ -178,6 +178,7 @@ class TransformersRunner:
             folder.clear_results()
             write_json(folder.provenance, provenance)
             started, costs = time.time(), TrialCosts.continued(folder.spent)
+            # The stored config has the decided rank, so that this file alone trains the same trial again
             settings, refusal = self._checked(settings)
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             outcome = refusal or self._outcome(settings, folder, observer, costs)
@@ -361,7 +362,8 @@ class TransformersRunner:
         """Train, with micro-batches of half the size after each out of memory.
 
         Every attempt builds the model from the same seed and continues from the newest checkpoint, so
-        the losses are those of a trial that had the smaller micro-batch from the start.
+        the losses are those of a trial that had the smaller micro-batch from the start (with dropout
+        only in distribution, because masks depend on the micro-batch).
         """
         with costs.stage("load"):
             self._base(settings)  # outside the loop: if the base does not fit, no micro-batch helps
@@ -453,7 +455,7 @@ class TransformersRunner:
             self._unfreeable_bytes += forget_states()
             if isinstance(model, PeftModel):
                 detach(model)
-            if touches_base(settings.adapter):
+            if touches_base(settings.adapter):  # detach cannot restore the base's own weights
                 self._warm.clear()
 
     def _trainable(self, settings: TrialSettings, base: LoadedBase) -> PreTrainedModel | PeftModel:
