@@ -110,7 +110,6 @@ class MlflowTracker:
     def keep(self, folders: Sequence[TrialFolder]) -> None:
         """Implement Tracker.keep."""
         chosen = {self._ledger.relative(folder.path) for folder in folders}
-        # A copy, because saving an entry changes the dictionary
         for trial in list(self._ledger.trials.values()):
             if trial.kept != (trial.folder in chosen):
                 self._save_entry(trial.model_copy(update={"kept": trial.folder in chosen}))

@@ -43,7 +43,7 @@ def log_dataset(client: MlflowClient, run: str, data: DatasetRecord) -> None:
     """Record the data as the run's input."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    # The entity directly, because mlflow.data's constructors would read the data again
+    # The entity directly, because mlflow.data's constructors need the data in memory
     kind, source = dataset_source(data.sources)
     entity = Dataset(
         name=data.name[:NAME_CHARS],
