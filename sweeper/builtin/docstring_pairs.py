@@ -55,7 +55,7 @@ class DocstringPairs:
 
 def docstring_pairs() -> DocstringPairs:
     """Extract and clean the rows of the running Python's standard library (about 2 s)."""
-    return clean({split: list(_raw_rows(split)) for split in SPLITS})
+    return clean({split: list(_rows_of(TASK_MODULES[split])) for split in SPLITS})
 
 
 def held_out_pairs() -> list[Row]:
@@ -103,10 +103,6 @@ def shingles(text: str) -> frozenset[str]:
     """All runs of five characters in `text` (the text itself if it is shorter)."""
     starts = range(max(1, len(text) - _SHINGLE_CHARS + 1))
     return frozenset(text[start : start + _SHINGLE_CHARS] for start in starts)
-
-
-def _raw_rows(split: str) -> Iterator[Row]:
-    return _rows_of(TASK_MODULES[split])
 
 
 def _rows_of(modules: frozenset[str]) -> Iterator[Row]:

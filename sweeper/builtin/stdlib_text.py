@@ -2,7 +2,7 @@
 
 Knows one partition of the library's top-level modules: task modules (train, validation, test) and
 everything else, which is pre-training text. Does not know how rows are cleaned (`pairs`) or what a
-model is (`pretrain`). Source is parsed, never imported or executed; torch-free.
+model is. Source is parsed, never imported or executed; torch-free.
 """
 
 import ast

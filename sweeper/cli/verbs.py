@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 VERBS = (
     *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
-    *("sync", "nightly", "champion", "clean", "build-base"),
+    *("sync", "nightly", "champion", "clean"),
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -357,18 +357,6 @@ def rollback(model: Model, overrides: Where = None) -> None:
     """Give the champion's place back to the one before."""
     version = _registry(overrides or []).rollback(model)
     typer.echo(f"{model}: version {version.number} is the champion again")
-
-
-@app.command(name="build-base")
-def build_base(
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2_600_000,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-) -> None:
-    """Pre-train the embedded base model again from the standard library's text (minutes)."""
-    from sweeper.builtin.pretrain import build_base as build
-
-    build(out, tokens=tokens, seed=seed)
 
 
 def _quiet() -> None:

@@ -27,6 +27,7 @@ from rich.console import Console
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
 from sweeper.core.paths import StudyFolder
+from sweeper.reporting.console import say
 from sweeper.search.study_plan import single
 from sweeper.tracking.tracker_factory import LOCAL_STORE
 from sweeper.tracking.tracking_server import local_uri
@@ -78,9 +79,9 @@ def print_findings(findings: Sequence[DoctorFinding], console: Console) -> None:
     for finding in findings:
         mark = f"[{STYLES[finding.level]}]{finding.level:<8}[/]"
         console.print(f"{mark} {finding.check}: ", end="", highlight=False)
-        console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+        say(console, finding.text)
         if finding.advice:
-            console.print(" " * 9 + finding.advice, markup=False, highlight=False, soft_wrap=True)
+            say(console, " " * 9 + finding.advice)
 
 
 def to_json(findings: Sequence[DoctorFinding]) -> str:

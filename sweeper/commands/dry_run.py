@@ -24,9 +24,9 @@ from sweeper.config import compose
 from sweeper.config.settings import RunSettings, TrialSettings, flatten
 from sweeper.config.space import Branches, Choice, Point, Space
 from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.outcome import TrialFootprint
 from sweeper.core.paths import StudyFolder
-from sweeper.core.value import FrozenValue
-from sweeper.reporting.console import make_console
+from sweeper.reporting.console import make_console, say
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
 from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.text_table import TextTable, duration, number
@@ -38,21 +38,6 @@ from sweeper.search.study_plan import ArmPlan, StudyPlan
 POINTS = 5
 SHOWN = ("model", "data", "quantization", "adapter", "training", "evaluation", "seed")
 """Sections of the configuration that decide what is computed."""
-
-
-class TrialFootprint(FrozenValue):
-    """Parameters and memory of one trial."""
-
-    trainable: int | None
-    total: int | None
-    artifact_mib: float | None
-    peak_mib: float | None
-    """MiB of device memory at the peak, or None if not estimated."""
-    problem: str | None
-    """Reason why nothing is known: the model is unavailable, or the adapter does not fit it."""
-
-
-UNKNOWN = TrialFootprint(trainable=None, total=None, artifact_mib=None, peak_mib=None, problem=None)
 
 
 @dataclass(frozen=True)
@@ -269,7 +254,7 @@ def points_sheet(found: ArmDraft, sizes: Sequence[TrialFootprint]) -> TextTable:
     rows = []
     for place, (point, problem) in enumerate(zip(found.points, found.problems, strict=True)):
         shown = short_names(point)
-        size = UNKNOWN if problem else next(of_possible)
+        size = TrialFootprint() if problem else next(of_possible)
         cells = (number(size.trainable), number(size.peak_mib, "{:,.0f} MiB"))
         values = (shown.get(name, "") for name in names)
         rows.append((str(place), *values, *cells, problem or size.problem or ""))
@@ -307,4 +292,4 @@ def _existing(path: Path) -> Path:
 
 def _line(console: Console, *texts: str) -> None:
     for text in texts:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import DataSettings, TrialSettings, validate
+from sweeper.config.settings import DataSettings, TrialSettings, trial_settings
 from sweeper.core.errors import ModelError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import TrialFolder
@@ -98,7 +98,7 @@ def find_adapter(path: Path) -> StoredAdapter:
         )
     require_safetensors(folder.adapter, path.as_posix())
     verify_manifest(folder.adapter)
-    settings = validate(TrialSettings, read_yaml(folder.config))
+    settings = trial_settings(read_yaml(folder.config))
     return StoredAdapter(path.as_posix(), folder.adapter, settings)
 
 

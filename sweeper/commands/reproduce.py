@@ -20,11 +20,18 @@ from rich.console import Console
 
 from sweeper.commands.run_trial import train_single
 from sweeper.config.compose import compose, key_of, read_yaml
-from sweeper.config.settings import RunSettings, TrialSettings, metric_words, validate
+from sweeper.config.settings import (
+    RunSettings,
+    TrialSettings,
+    metric_words,
+    trial_settings,
+    validate,
+)
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
 from sweeper.core.value import FrozenValue
+from sweeper.reporting.console import say
 from sweeper.reporting.finalist_results import COMPLETE
 from sweeper.reporting.results import load_results
 from sweeper.reporting.winner import find_winner
@@ -162,7 +169,7 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"
         )
     kept = {key: str(value) for key, value in read_json(folder.provenance).items()}
-    settings = validate(TrialSettings, _trial_part(read_yaml(folder.config)))
+    settings = trial_settings(read_yaml(folder.config))
     commit = kept.get("base.commit")
     if commit is not None and settings.model.revision is None:
         pinned = settings.model.model_copy(update={"revision": commit})
@@ -260,7 +267,7 @@ def refuse_other_inputs(record: RecordedTrial, facts: ArmBaseline, console: Cons
     """
     differences = differing(record, facts)
     for found in differences:
-        console.print(f"differs    {found}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"differs    {found}")
     if not differences:
         console.print("differs    nothing: code, packages, machine, data and base are the record's")
     other = [found for found in differences if found.what in INPUTS]
@@ -310,8 +317,3 @@ def describe(found: Reproduction) -> str:
 def to_json(found: Reproduction) -> str:
     """Return the reproduction as JSON."""
     return json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False)
-
-
-def _trial_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the trial's part of a config that may also hold the machinery of its run."""
-    return {key: value for key, value in config.items() if key in TrialSettings.model_fields}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -71,7 +72,6 @@ class EvaluationSettings(SettingsSection):
     generation: GenerationSettings
     general_text: GeneralTextSettings
     rouge_tokenizer: Literal["ascii", "unicode"]
-    rouge_path: str | None
     prompts: list[QualitativePrompt]
     metrics: dict[
         Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")],
@@ -89,6 +89,14 @@ class EvaluationSettings(SettingsSection):
         smaller = generation.model_copy(update={"batch_size": max(1, generation.batch_size // 2)})
         changes = {"per_device_eval_batch_size": max(1, size // 2), "generation": smaller}
         return self.model_copy(update=changes)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_rouge_path(cls, section: object) -> object:
+        """Drop a key that trials of earlier versions have in their config.yaml; null was its default."""
+        if isinstance(section, Mapping) and section.get("rouge_path", ...) is None:
+            return {key: value for key, value in section.items() if key != "rouge_path"}
+        return section
 
     @model_validator(mode="after")
     def _metrics_are_allowed(self) -> EvaluationSettings:

@@ -13,9 +13,6 @@ from sweeper.config.data_settings import (
     DataSettings,
     DataSource,
     FormatName,
-    OnePath,
-    OneSource,
-    Sources,
     sources,
 )
 from sweeper.config.evaluation_settings import (
@@ -24,31 +21,18 @@ from sweeper.config.evaluation_settings import (
     ROUGE_METRICS,
     EvaluationSettings,
     GeneralTextSettings,
-    GenerationSettings,
     Objective,
     QualitativePrompt,
     metric_words,
 )
 from sweeper.config.model_settings import (
-    ADAPTER_METHODS,
-    INITS,
     LAYERS,
-    REFUSED_INITS,
     LoraAdapter,
     ModelSettings,
     NoAdapter,
     QuantizationSettings,
 )
-from sweeper.config.section import (
-    AutoBool,
-    Fraction,
-    Positive,
-    Seconds,
-    SettingsSection,
-    Steps,
-    flatten,
-    parse_duration,
-)
+from sweeper.config.section import Positive, SettingsSection, flatten, parse_duration
 from sweeper.config.study_settings import (
     ArmSettings,
     BudgetSettings,
@@ -56,38 +40,28 @@ from sweeper.config.study_settings import (
     FinalistSettings,
     PlateauRule,
     PrunerSettings,
-    RetentionSettings,
-    SamplerName,
     SamplerSettings,
     StudyName,
     StudySettings,
 )
-from sweeper.config.training_settings import ArtifactSettings, SchedulerOptions, TrainingSettings
+from sweeper.config.training_settings import TrainingSettings
 from sweeper.config.trial_settings import (
     FakeTrainer,
     RunSettings,
-    SpaceSettings,
-    StandInSettings,
     TrackingSettings,
     TrialSettings,
     WorkerSettings,
 )
-from sweeper.config.validation import TAGS, describe, validate
+from sweeper.config.validation import describe, trial_settings, validate
 
 __all__ = [
-    "ADAPTER_METHODS",
     "DIRECTIONS",
     "EMBEDDED",
-    "INITS",
     "LAYERS",
     "LOSS_METRICS",
-    "REFUSED_INITS",
     "ROUGE_METRICS",
     "SPLIT_KEYS",
-    "TAGS",
     "ArmSettings",
-    "ArtifactSettings",
-    "AutoBool",
     "BudgetSettings",
     "CleaningSettings",
     "DataSettings",
@@ -97,31 +71,19 @@ __all__ = [
     "FakeTrainer",
     "FinalistSettings",
     "FormatName",
-    "Fraction",
     "GeneralTextSettings",
-    "GenerationSettings",
     "LoraAdapter",
     "ModelSettings",
     "NoAdapter",
     "Objective",
-    "OnePath",
-    "OneSource",
     "PlateauRule",
     "Positive",
     "PrunerSettings",
     "QualitativePrompt",
     "QuantizationSettings",
-    "RetentionSettings",
     "RunSettings",
-    "SamplerName",
     "SamplerSettings",
-    "SchedulerOptions",
-    "Seconds",
     "SettingsSection",
-    "Sources",
-    "SpaceSettings",
-    "StandInSettings",
-    "Steps",
     "StudyName",
     "StudySettings",
     "TrackingSettings",
@@ -133,5 +95,6 @@ __all__ = [
     "metric_words",
     "parse_duration",
     "sources",
+    "trial_settings",
     "validate",
 ]

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from sweeper.config.data_settings import _ONE, _SEVERAL, _SOURCE, DataSource
 from sweeper.config.model_settings import ADAPTER_METHODS
 from sweeper.config.section import SettingsSection
+from sweeper.config.trial_settings import TrialSettings
 from sweeper.core.errors import ConfigError
 
 TAGS: dict[str, type[SettingsSection] | None] = {
@@ -38,6 +39,16 @@ def validate(kind: type[S], config: Mapping[str, Any], where: str = "") -> S:
         return kind.model_validate(config)
     except ValidationError as error:
         raise ConfigError(describe(error, kind, where)) from None
+
+
+def trial_settings(config: Mapping[str, Any]) -> TrialSettings:
+    """Return the trial's part of its config.yaml, which may hold the machinery of its run as well.
+
+    Raises:
+        ConfigError: the trial was written by a version with other settings.
+    """
+    fields = TrialSettings.model_fields
+    return validate(TrialSettings, {key: value for key, value in config.items() if key in fields})
 
 
 def describe(error: ValidationError, kind: type[SettingsSection], where: str = "") -> list[str]:

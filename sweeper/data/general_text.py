@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sweeper.builtin.docstring_pairs import first_sentence, normalised
 from sweeper.builtin.stdlib_text import HELD_OUT_MODULES, documented
-from sweeper.config.settings import EMBEDDED, DataSource, GeneralTextSettings, sources
+from sweeper.config.settings import EMBEDDED, GeneralTextSettings, sources
 from sweeper.core.errors import DataError
 from sweeper.data.encode import encode_text
 from sweeper.data.examples import DropCounts, Example
@@ -80,7 +80,7 @@ def _documents(settings: GeneralTextSettings) -> list[str]:
         return embedded_documents()
     ledger = DropCounts()
     rows = read_source(source, GENERAL_SPLIT, ledger)
-    examples = to_examples(rows, "text", _columns(source), ledger)
+    examples = to_examples(rows, "text", source.columns or {}, ledger)
     if not examples:
         reasons = "; ".join(f"{count} × {why}" for why, count in ledger.total.items())
         raise DataError(
@@ -88,10 +88,6 @@ def _documents(settings: GeneralTextSettings) -> list[str]:
             "text, or rows with a column `text`"
         )
     return [example.completion for example in examples]
-
-
-def _columns(source: DataSource) -> dict[str, str]:
-    return source.columns or {}
 
 
 def embedded_documents() -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jinja2
 
-from sweeper.core.errors import DataError
+from sweeper.core.errors import DataError, first_line
 from sweeper.data.examples import ChatMessage, Example
 from sweeper.data.row_formats import FORMATS, UnusableRow
 
@@ -176,8 +176,7 @@ class JinjaTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"data.template={self.name}: line {error.lineno}: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UnusableRow(f"the template {self.name} refuses it: {reason}") from None
+            raise UnusableRow(f"the template {self.name} refuses it: {first_line(error)}") from None
 
     def _variables(self, message: ChatMessage) -> dict[str, str]:
         variables = {"role": message.role, "content": said(message)}

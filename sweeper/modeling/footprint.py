@@ -14,6 +14,7 @@ from typing import Any
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import SweeperError
+from sweeper.core.outcome import TrialFootprint
 from sweeper.modeling.hardware import device
 from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.modeling.model_source import load_config
@@ -25,7 +26,7 @@ LONGEST_ROW = 4096
 """Upper limit of `data.max_length=auto` in tokens (sweeper.data.encode)."""
 
 
-def footprint(settings: TrialSettings) -> dict[str, Any]:
+def footprint(settings: TrialSettings) -> TrialFootprint:
     """Return parameters, peak memory and artifact size of one trial.
 
     The peak is that of a batch of the longest rows that data.max_length allows. The artifact's weights
@@ -36,22 +37,20 @@ def footprint(settings: TrialSettings) -> dict[str, Any]:
     """
     size = ModelChecks().size(settings, device())
     ranked = settings.with_rank(size.rank)
-    return {
-        "trainable": size.trainable,
-        "total": size.total,
-        "artifact_mib": size.trainable * BYTES_OF_FP32 / MIB,
-        "peak_mib": estimate_trial(ranked, device(), length=_longest_row(settings)).total,
-        "problem": None,
-    }
+    return TrialFootprint(
+        trainable=size.trainable,
+        total=size.total,
+        artifact_mib=size.trainable * BYTES_OF_FP32 / MIB,
+        peak_mib=estimate_trial(ranked, device(), length=_longest_row(settings)).total,
+    )
 
 
-def footprint_or_problem(document: Mapping[str, Any]) -> dict[str, Any]:
+def footprint_or_problem(document: Mapping[str, Any]) -> TrialFootprint:
     """Return the footprint of a trial's settings, or the reason for its absence under `problem`."""
     try:
         return footprint(TrialSettings.model_validate(document))
     except SweeperError as error:
-        none = dict.fromkeys(("trainable", "total", "artifact_mib", "peak_mib"))
-        return {**none, "problem": str(error)}
+        return TrialFootprint(problem=str(error))
 
 
 def _longest_row(settings: TrialSettings) -> int:
@@ -62,4 +61,5 @@ def _longest_row(settings: TrialSettings) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps([footprint_or_problem(document) for document in json.load(sys.stdin)]))
+    footprints = [footprint_or_problem(document) for document in json.load(sys.stdin)]
+    print(json.dumps([each.model_dump() for each in footprints]))

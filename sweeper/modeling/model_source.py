@@ -26,7 +26,7 @@ from sweeper.builtin import stand_ins
 from sweeper.builtin.embedded import BASE_DIR
 from sweeper.builtin.stand_in_models import model_folder
 from sweeper.config.settings import EMBEDDED, ModelSettings
-from sweeper.core.errors import ModelError
+from sweeper.core.errors import ModelError, first_line
 
 CONFIG = ("config.json", "adapter_config.json")
 MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
@@ -90,8 +90,7 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 def one_line(where: str, error: BaseException) -> str:
     """Return the first line of a library's error, prefixed with the setting or file it concerns."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{where}: {lines[0]}"
+    return f"{where}: {first_line(error)}"
 
 
 def weights_digest(folder: Path) -> str:
@@ -198,8 +197,9 @@ def _fetch_problem(error: Exception, settings: ModelSettings) -> str:
                 "(HF_HOME), or set a folder: model.base_model=/path/to/folder"
             )
         case _:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return f"could not be fetched from the hub ({type(error).__name__}: {reason})"
+            return (
+                f"could not be fetched from the hub ({type(error).__name__}: {first_line(error)})"
+            )
 
 
 def require_unquantized_base(folder: Path, where: str) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sweeper.config.compose import read_yaml
+from sweeper.config.settings import trial_settings
 from sweeper.core.errors import DataError, SweeperError, TrackingError
 from sweeper.core.outcome import ExampleLosses, HeldOutKind, HeldOutLosses
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
@@ -75,10 +77,9 @@ def judge_here(trial: TrialFolder) -> tuple[HeldOutLosses, HeldOutLosses]:
         ArtifactError: nothing is stored, or not what the manifest says.
         DataError: the data have no test split.
     """
-    from sweeper.training.gate_judge import settings_of
     from sweeper.training.trial_runner import TransformersRunner
 
-    settings = settings_of(trial.path)
+    settings = trial_settings(read_yaml(trial.config))
     general = settings.evaluation.general_text.source is not None
     kinds: Sequence[HeldOutKind] = ("test", "general") if general else ("test",)
     runner = TransformersRunner(threads=os.cpu_count() or 1)
@@ -91,9 +92,7 @@ def digest_today(trial: TrialFolder) -> str:
     Raises:
         DataError: they cannot be read any more.
     """
-    from sweeper.training.gate_judge import settings_of
-
-    return load_splits(settings_of(trial.path).data).digest
+    return load_splits(trial_settings(read_yaml(trial.config)).data).digest
 
 
 def certify(

@@ -5,8 +5,6 @@ Knows the registry and who judges; the decision itself is `sweeper.nightly.champ
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -15,12 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
 from sweeper.core.errors import WorkerError
+from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest
 from sweeper.core.paths import StudyFolder, size_mib, write_atomic
 from sweeper.core.redaction import redact
-from sweeper.core.value import FrozenValue
 from sweeper.nightly.champion import ChallengeEvidence, ChampionDecision, decide
 from sweeper.nightly.night_record import BestTrial
 from sweeper.nightly.nightly_set import ChampionRules, SetEntry
@@ -29,29 +26,7 @@ from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.registry import ROLLED_BACK_TAG, ModelRegistry, ModelVersion
 from sweeper.tracking.tracker_factory import make_registry
 
-CHALLENGER, CHAMPION, BASE = "challenger", "champion", "base"
-
-
-class GateFigures(FrozenValue):
-    """What a judge says: the same examples in the same order for every model."""
-
-    tokens: list[int]
-    nll: dict[str, list[float]]
-    left_out: int = 0
-    general_tokens: list[int] = Field(default_factory=list)
-    general: dict[str, list[float]] = Field(default_factory=dict)
-    problem: str | None = None
-
-    def of(self, name: str) -> SeedLosses:
-        """One model's figures, as of one seed."""
-        return SeedLosses(np.array([self.nll[name]]), np.array(self.tokens, dtype=np.float64))
-
-    def forgotten(self, name: str) -> float | None:
-        """Nats per token that one model is worse than the untuned base on general text."""
-        if not self.general_tokens:
-            return None
-        nll = math.fsum(self.general[name]) - math.fsum(self.general[BASE])
-        return nll / sum(self.general_tokens)
+CHALLENGER, CHAMPION = "challenger", "champion"
 
 
 GateJudge = Callable[[str, dict[str, Path]], GateFigures]
@@ -66,13 +41,19 @@ def judge_apart(gate: str, trials: dict[str, Path]) -> GateFigures:
     """
     with tempfile.TemporaryDirectory(prefix="sweeper-gate-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        write_atomic(request, _request(gate, trials))
+        folders = {name: path.resolve() for name, path in trials.items()}
+        write_atomic(request, GateRequest(gate=gate, trials=folders).model_dump_json())
         command = [sys.executable, "-m", "sweeper.training.gate_judge", str(request), str(answer)]
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0 or not answer.exists():
             raise WorkerError(f"the gate's judge died:\n{redact(done.stderr[-2000:])}")
         return GateFigures.model_validate_json(answer.read_text(encoding="utf-8"))
+
+
+def judged(found: GateFigures, name: str) -> SeedLosses:
+    """Return one model's losses on the gate, as of one seed."""
+    return SeedLosses(np.array([found.nll[name]]), np.array(found.tokens, dtype=np.float64))
 
 
 def challenge(
@@ -127,9 +108,9 @@ def _duel(
         return _undecided(entry, f"{study}/{trial}", name, found.problem)
     decision = decide(
         (entry.label, f"{study}/{trial}", name),
-        found.of(CHALLENGER),
-        None if champion is None else found.of(CHAMPION),
-        found.of(BASE),
+        judged(found, CHALLENGER),
+        None if champion is None else judged(found, CHAMPION),
+        judged(found, GATE_BASE),
         ChallengeEvidence(size_mib=size_mib(folder.adapter), forgotten=found.forgotten(CHALLENGER)),
         rules,
     )
@@ -149,8 +130,3 @@ def _undecided(entry: SetEntry, who: str, champion: str | None, reason: str) -> 
     return ChampionDecision(
         model=entry.label, challenger=who, champion=champion, verdict="undecided", reason=reason
     )
-
-
-def _request(gate: str, trials: dict[str, Path]) -> str:
-    resolved = {name: str(path.resolve()) for name, path in trials.items()}
-    return json.dumps({"gate": gate, "trials": resolved})

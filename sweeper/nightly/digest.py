@@ -78,17 +78,15 @@ def _in_short(record: NightRecord) -> str:
 
 def _ran(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
     columns = (
-        *(
-            "experiment",
-            "tonight",
-            "trials",
-            "metric",
-            "best",
-            "last night",
-            "untuned",
-            "time",
-            "ended",
-        ),
+        "experiment",
+        "tonight",
+        "trials",
+        "metric",
+        "best",
+        "last night",
+        "untuned",
+        "time",
+        "ended",
     )
     rows = [
         _row(record.entries.get(entry.label), entry.label, history) for entry in nightly.experiments

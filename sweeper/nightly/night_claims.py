@@ -127,16 +127,6 @@ class NightLog:
             ).fetchone()
         return None if row is None else row[0]
 
-    def last_before(self, set_name: str, on: date) -> date | None:
-        """The latest earlier night of a set that ran to its end."""
-        with self._database() as database:
-            row = database.execute(
-                "SELECT max(local_date) FROM nights "
-                "WHERE set_name = ? AND local_date < ? AND ended_at IS NOT NULL",
-                (set_name, on.isoformat()),
-            ).fetchone()
-        return date.fromisoformat(row[0]) if row[0] else None
-
     def _start(self, set_name: str, on: date, now: datetime) -> NightClaim:
         key = (set_name, on.isoformat())
         with self._database() as database:

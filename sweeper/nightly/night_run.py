@@ -173,7 +173,9 @@ class NightRun:
 
     def _run_entry(self, entry: SetEntry, record: EntryRecord) -> EntryRecord:
         try:
-            decided = record.decided or self._decide(entry)
+            decided = record.decided or decide(
+                self._loaded, entry, self._record.date, self._history
+            )
             record = record.model_copy(update={"decided": decided})
             self._keep(record)
             if decided.choice == "skip":
@@ -185,9 +187,6 @@ class NightRun:
         except (SweeperError, OSError) as error:
             return _failed(record, error)
         return self._train(plan, record, decided)
-
-    def _decide(self, entry: SetEntry) -> EntryDecision:
-        return decide(self._loaded, entry, self._record.date, self._history)
 
     def _train(self, plan: StudyPlan, record: EntryRecord, decided: EntryDecision) -> EntryRecord:
         _say(f"nightly: {record.name} ({decided.choice}: {decided.reason})")

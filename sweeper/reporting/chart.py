@@ -260,9 +260,9 @@ def _legend(rows: Sequence[Sequence[tuple[int, float, str]]]) -> list[str]:
     return parts
 
 
-def _linear_ticks(low: float, high: float, count: int = 5) -> tuple[tuple[float, str], ...]:
-    """Round numbers (1, 2 or 5 times a power of ten) between low and high."""
-    rough = (high - low) / count
+def _linear_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """About five round numbers (1, 2 or 5 times a power of ten) between low and high."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
     first, last = math.ceil(low / step), math.floor(high / step)

@@ -13,3 +13,8 @@ def make_console(stderr: bool = False) -> Console:
     """Wide enough for a table when it is no terminal."""
     file = sys.stderr if stderr else sys.stdout
     return Console(width=None if file.isatty() else PLAIN_COLUMNS, stderr=stderr)
+
+
+def say(console: Console, text: str) -> None:
+    """Print text as it is: nothing in it is markup, and long lines are left to the terminal."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

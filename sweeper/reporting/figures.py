@@ -22,7 +22,8 @@ from sweeper.reporting.chart import (
 from sweeper.reporting.rank_ladder import RankLadder, rank_ladders
 from sweeper.reporting.report_evidence import EVALUATOR, FEWEST_TRIALS, ReportEvidence
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
-from sweeper.reporting.study_progress import format_scalar, short_names
+from sweeper.reporting.study_progress import format_scalar
+from sweeper.reporting.text_table import point_words
 from sweeper.reporting.verdict import label
 
 TARGETS = "adapter.target_modules"
@@ -297,6 +298,5 @@ def _metric(objective: Objective) -> str:
 
 def _words(trial: TrialResult) -> str:
     """The tooltip of a trial's mark."""
-    values = ", ".join(f"{name}={value}" for name, value in short_names(trial.point).items())
     loss = "" if trial.value is None else f" {trial.value:.4f},"
-    return f"{trial.arm} {trial.number}:{loss} {trial.outcome.cause}; {values}"
+    return f"{trial.arm} {trial.number}:{loss} {trial.outcome.cause}; {point_words(trial.point)}"

@@ -42,7 +42,8 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
     compared = [arm for arm in arms if arm.best is not None]
     if any(not arm.facts.rows.get("test", 0) for arm in compared):
         return replace(settled, untested=NO_TEST_SPLIT)
-    if not all(_was_tested(finals[arm.name]) for arm in compared):
+    judged = (finals[arm.name] for arm in compared)
+    if not all(final.losses("test") and final.untuned.test is not None for final in judged):
         return replace(settled, untested=NO_FIGURES)
     reference = reference_arm(settled)
     if reference is None:
@@ -55,10 +56,6 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
         contrasts=found,
         untested=OTHER_EXAMPLES if len(found) < len(rivals) else None,
     )
-
-
-def _was_tested(final: ArmConclusion) -> bool:
-    return bool(final.losses("test")) and final.untuned.test is not None
 
 
 def _forgotten(arm: str, final: ArmConclusion) -> ArmContrast | None:

@@ -195,17 +195,18 @@ def _template() -> Template:
 def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
     """Of the first duel, or of the only arm."""
     for duel in verdict.duels[:1]:
-        side, reference = duel.side, duel.reference
+        ratios = duel.cost_ratios
         if duel.retained is not None:
-            yield f"{duel.retained.value:.1f} %", f"of {reference.label}'s improvement retained"
-        if side.trainable and reference.trainable:
-            share = 100 * side.trainable / reference.trainable
-            yield f"{share:.3g} %", "of the parameters trained"
-        if side.seconds_per_trial and reference.seconds_per_trial:
-            ratio = side.seconds_per_trial / reference.seconds_per_trial
-            yield f"{ratio:.2g}×", "the time a trial"
-        if side.artifact_mib and reference.artifact_mib:
-            yield f"{side.artifact_mib / reference.artifact_mib:.2g}×", "the disk space"
+            yield (
+                f"{duel.retained.value:.1f} %",
+                f"of {duel.reference.label}'s improvement retained",
+            )
+        if ratios.trainable:
+            yield f"{100 * ratios.trainable:.3g} %", "of the parameters trained"
+        if ratios.time:
+            yield f"{ratios.time:.2g}×", "the time a trial"
+        if ratios.artifact:
+            yield f"{ratios.artifact:.2g}×", "the disk space"
     if not verdict.duels:
         metric = metric_words(verdict.objective.metric)
         for side in verdict.sides[:1]:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.config.settings import metric_words
+from sweeper.reporting.console import say
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.result_tables import (
     comparison,
@@ -65,8 +66,7 @@ class PlainView:
 
     def event(self, text: str) -> None:
         """See View."""
-        line = f"{time.strftime('%H:%M:%S')}  {text}"
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, f"{time.strftime('%H:%M:%S')}  {text}")
 
     def update(self, board: StudyProgress) -> None:
         """See View."""
@@ -139,20 +139,20 @@ def print_results(results: StudyResults, console: Console) -> None:
         if arm.front:
             console.print(pareto_front(arm).draw())
         if arm.audit is not None:
-            console.print(f"{arm.name}: {arm.audit}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{arm.name}: {arm.audit}")
     for ladder in rank_ladders(results):
         console.print(rank_sheet(ladder).draw())
-        console.print(ladder.words, highlight=False, markup=False, soft_wrap=True)
+        say(console, ladder.words)
     console.print(comparison(results).draw())
     console.print(conditions(results).draw())
     if (found := finalists(results)) is not None:
         console.print(found.draw())
-    console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
+    say(console, judge(results).text)
 
 
 def print_answer(results: StudyResults, console: Console) -> None:
     """The verdict alone, in words."""
-    console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
+    say(console, judge(results).text)
 
 
 def picture(results: StudyResults) -> str:

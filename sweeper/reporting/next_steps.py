@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from sweeper.reporting.rank_ladder import RANK, rank_ladders
 from sweeper.reporting.report_evidence import Curve, ReportEvidence
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
-from sweeper.reporting.verdict import FULL, judge, label, with_override
+from sweeper.reporting.text_table import capital
+from sweeper.reporting.verdict import FULL, judge, label, searched_otherwise
 
 LARGE_GAP = 0.25
 """Share of the improvement over the base by which eval loss may lie above training loss."""
@@ -33,7 +34,7 @@ class NextStep:
 def next_steps(results: StudyResults, evidence: ReportEvidence) -> list[NextStep]:
     """What the figures suggest, the most pressing first; none is made up where they suggest nothing."""
     doubts = [
-        NextStep(_sentence(doubt.reason), f"python -m sweeper {doubt.command}")
+        NextStep(f"{capital(doubt.reason)}.", f"python -m sweeper {doubt.command}")
         for doubt in judge(results).doubts
     ]
     arms = [step for arm in results.arms for step in _of_arm(results, arm, evidence.curves)]
@@ -63,11 +64,10 @@ def _ranks(results: StudyResults) -> Iterator[NextStep]:
     for ladder in rank_ladders(results):
         arm, best, enough = arms[ladder.arm], ladder.best, ladder.enough
         if enough is not None and enough != best:
-            number = _best_at(arm, enough.r).number
             yield NextStep(
                 f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} {ladder.unit}) "
                 f"of the best rank, {best.r}, and smaller: use it.",
-                f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {number}",
+                f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {enough.trial}",
             )
         elif best == ladder.rungs[-1]:
             values = [rung.r for rung in ladder.rungs[-2:]]
@@ -145,27 +145,8 @@ def _repeat(results: StudyResults) -> Iterator[NextStep]:
 
 
 def _anew(results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str) -> str:
-    """The study's command under a new name, with a key searched otherwise.
-
-    A schedule is every arm's, or the arms would no longer be compared fairly.
-    """
-    name = f"{results.study_name}_{suffix}"
-    command = with_override(results.command, "hydra.sweeper.study_name", name)
-    if arm.name == "lora" or key.startswith("training."):
-        command = with_override(command, key, words)
-    else:
-        where = f"hydra.sweeper.arms.{arm.name}.params"
-        command = with_override(command, where, f'{{{key}: "{words}"}}')
-    return f"python -m sweeper {command}"
-
-
-def _best_at(arm: ArmResult, rank: int) -> TrialResult:
-    return next(trial for trial in arm.trials if trial.complete and trial.point.get(RANK) == rank)
+    return f"python -m sweeper {searched_otherwise(results, arm, suffix, key, words)}"
 
 
 def _signed(gain: float | None) -> str:
     return "–" if gain is None else f"{-gain:+.4f}"
-
-
-def _sentence(reason: str) -> str:
-    return f"{reason[:1].upper()}{reason[1:]}."

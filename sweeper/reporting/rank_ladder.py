@@ -23,6 +23,8 @@ class RankStep:
     """One rank: its best trial, and what it gains over the next smaller rank."""
 
     r: int
+    trial: int
+    """Number of the best finished trial at this rank."""
     value: float
     trials: int
     """Finished trials at this rank; the best of many is better than the best of one by luck alone."""
@@ -157,7 +159,7 @@ def _rung(
     best = trials[0]  # an arm has its trials with the best first
     assert best.value is not None
     trainable, seconds = best.metric("parameters/trainable"), best.metric("cost/seconds")
-    rung = RankStep(rank, best.value, len(trials), trainable, seconds)
+    rung = RankStep(rank, best.number, best.value, len(trials), trainable, seconds)
     if below is None:
         return rung
     gain = objective.gain(best.value, over=below.value)

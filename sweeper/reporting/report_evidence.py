@@ -17,6 +17,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.core.paths import StudyFolder
+from sweeper.core.spool import read_spool
 from sweeper.evaluation.sample_answers import SampleAnswer
 from sweeper.reporting.results import ArmResult, StudyResults
 from sweeper.search.study import open_storage, optuna_name
@@ -72,12 +73,9 @@ def gather(
 
 
 def read_curve(path: Path) -> Curve:
-    """The evaluations of a trial; a last line that is still being written is left out."""
-    if not path.exists():
-        return ()
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return tuple((int(row["step"]), float(row["eval/loss"])) for row in rows if "eval/loss" in row)
+    """The evaluations of a trial."""
+    rows = (row for row in read_spool(path) if "eval/loss" in row)
+    return tuple((int(row["step"]), float(row["eval/loss"])) for row in rows)
 
 
 def read_samples(folder: StudyFolder, arm: ArmResult) -> tuple[SampleAnswer, ...]:

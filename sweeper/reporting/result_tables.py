@@ -6,7 +6,7 @@ from sweeper.config.settings import metric_words
 from sweeper.core.outcome import ArmBaseline
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
-from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.study_progress import format_scalar
 from sweeper.reporting.text_table import DASH, TextTable, counted, duration, number
 from sweeper.reporting.verdict import Verdict, label
 
@@ -25,7 +25,7 @@ def comparison(results: StudyResults) -> TextTable:
     for arm in results.arms:
         if arm.final is not None and arm.final.test_loss is not None:
             tested[arm.name] = arm.final.test_loss
-    trained = trained_by_full(results)
+    trained = float(results.arms[0].facts.base_parameters)  # full fine-tuning trains all of them
     forgot = {found.arm: found.difference.value for found in results.forgetting}
     rows = [*_base_rows(results), *(_arm_row(arm, trained, tested, forgot) for arm in results.arms)]
     columns = (
@@ -73,8 +73,8 @@ def finalists(results: StudyResults) -> TextTable | None:
 def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
     """An arm's trials, the best first."""
     keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
-    columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
-    columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
+    columns = ("#", "trial", *_short(keys), "trainable")
+    columns += (metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
     title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in all"
     sheet = TextTable(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
@@ -86,11 +86,11 @@ def pareto_front(arm: ArmResult) -> TextTable:
     front = [trial for trial in arm.trials if trial.number in arm.front]
     keys = list(dict.fromkeys(key for trial in front for key in trial.point))
     judged = metric_words(arm.objective.metric)
-    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), judged, *arm.costs)
+    columns = ("trial", *_short(keys), judged, *arm.costs)
     rows = [
         (
             str(trial.number),
-            *(short_names(trial.point).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+            *_point_cells(trial, keys),
             number(trial.value, "{:.4f}"),
             *(number(trial.metric(cost), "{:,.4g}") for cost in arm.costs),
         )
@@ -133,11 +133,6 @@ def describe_data(facts: ArmBaseline) -> str:
         f"{facts.data_source} ({facts.data_format}): {counts} rows{lost}; "
         f"{facts.target_tokens:,} validation tokens; digest {facts.data_digest[:12]}"
     )
-
-
-def trained_by_full(results: StudyResults) -> float:
-    """How many parameters full fine-tuning trains: all of the base's, whether or not an arm does it."""
-    return float(results.arms[0].facts.base_parameters)
 
 
 def _base_rows(results: StudyResults) -> list[tuple[str, ...]]:
@@ -210,12 +205,20 @@ def _weights(arm: ArmResult) -> str:
     return f"{arm.base} + float32"
 
 
+def _short(keys: list[str]) -> list[str]:
+    return [key.rsplit(".", 1)[-1] for key in keys]
+
+
+def _point_cells(trial: TrialResult, keys: list[str]) -> list[str]:
+    point = trial.point
+    return [format_scalar(point[key]) if key in point else DASH for key in keys]
+
+
 def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
-    shown = short_names(trial.point)
     return (
         str(place),
         str(trial.number),
-        *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+        *_point_cells(trial, keys),
         number(trial.metric("parameters/trainable")),
         number(trial.value, "{:.4f}"),
         duration(trial.metric("cost/seconds")),

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from sweeper.config.settings import metric_words
-from sweeper.config.space import Scalar
-from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.console import say
 from sweeper.reporting.study_status import ENDED, ArmStatus, StudyStatus, TrialStatus
-from sweeper.reporting.text_table import DASH, TextTable, number
+from sweeper.reporting.text_table import DASH, TextTable, number, point_words
 
 MAX_QUEUE = 10
 
@@ -27,24 +26,23 @@ def studies_sheet(standings: Sequence[StudyStatus], title: str) -> TextTable:
 
 def print_standing(found: StudyStatus, console: Console) -> None:
     """One study in full."""
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    say(f"{found.study_name}: {found.state}, {_driver(found)}")
+    say(console, f"{found.study_name}: {found.state}, {_driver(found)}")
     if found.left and found.state not in ENDED:
-        say(f"budget: {found.left}")
+        say(console, f"budget: {found.left}")
     console.print(_arms_sheet(found).draw())
     for arm in found.arms:
         if arm.best is not None:
-            say(f"best of {arm.name}: trial {arm.best.trial}, {_point(arm.best.point)}")
+            say(
+                console,
+                f"best of {arm.name}: trial {arm.best.trial}, {point_words(arm.best.point)}",
+            )
     if found.running:
         console.print(_running_sheet(found).draw())
     for arm in found.arms:
         for line in _queue(arm):
-            say(line)
+            say(console, line)
     if found.state in ENDED:
-        say(f"Start again  python -m sweeper {found.command}")
+        say(console, f"Start again  python -m sweeper {found.command}")
 
 
 def _driver(found: StudyStatus) -> str:
@@ -90,7 +88,7 @@ def _running_sheet(found: StudyStatus) -> TextTable:
             trial.state,
             _progress(trial),
             _value(trial),
-            _point(trial.point),
+            point_words(trial.point),
         )
         for trial in found.running
     )
@@ -102,7 +100,7 @@ def _queue(arm: ArmStatus) -> list[str]:
     if not arm.queue:
         return []
     lines = [f"arm {arm.name} tries next:"]
-    lines += [f"    {_point(point)}" for point in arm.queue[:MAX_QUEUE]]
+    lines += [f"    {point_words(point)}" for point in arm.queue[:MAX_QUEUE]]
     more = len(arm.queue) - MAX_QUEUE
     return lines + ([f"    and {more} more"] if more > 0 else [])
 
@@ -117,7 +115,3 @@ def _progress(trial: TrialStatus) -> str:
 
 def _causes(causes: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {cause}" for cause, count in causes.items()) or DASH
-
-
-def _point(point: Mapping[str, Scalar]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in short_names(point).items())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rich import box
 from rich.table import Table
+
+from sweeper.config.space import Scalar
+from sweeper.reporting.study_progress import short_names
 
 DASH = "–"
 
@@ -57,6 +61,16 @@ def number(value: float | None, form: str = "{:,.0f}") -> str:
 def counted(count: float, noun: str) -> str:
     """1 trial, 2 trials."""
     return f"{count:,.0f} {noun}" + "s" * (count != 1)
+
+
+def capital(words: str) -> str:
+    """The words with a capital first letter; the others stay as they are."""
+    return words[:1].upper() + words[1:]
+
+
+def point_words(point: Mapping[str, Scalar]) -> str:
+    """A point's values by their short names: learning_rate=0.003, r=8."""
+    return ", ".join(f"{name}={value}" for name, value in short_names(point).items())
 
 
 def duration(seconds: float | None) -> str:

@@ -40,17 +40,17 @@ def _of_side(side: ArmSide) -> Iterator[tuple[str, float | None]]:
 
 
 def _of_duel(duel: ArmComparison) -> Iterator[tuple[str, float | None]]:
-    at, side, reference = f"verdict/{duel.side.arm}", duel.side, duel.reference
+    at, ratios = f"verdict/{duel.side.arm}", duel.cost_ratios
     yield f"{at}/compared_value", duel.values[0]
     yield f"{at}/reference_value", duel.values[1]
     yield from _estimate(f"{at}/difference", duel.difference)
     yield from _estimate(f"{at}/retained_percent", duel.retained)
     yield f"{at}/noise", duel.noise[0]
     yield f"{at}/reference_noise", duel.noise[1]
-    yield f"{at}/trainable_ratio", _ratio(side.trainable, reference.trainable)
-    yield f"{at}/time_ratio", _ratio(side.seconds_per_trial, reference.seconds_per_trial)
-    yield f"{at}/memory_ratio", _ratio(side.peak_memory_mib, reference.peak_memory_mib)
-    yield f"{at}/artifact_ratio", _ratio(side.artifact_mib, reference.artifact_mib)
+    yield f"{at}/trainable_ratio", ratios.trainable
+    yield f"{at}/time_ratio", ratios.time
+    yield f"{at}/memory_ratio", ratios.memory
+    yield f"{at}/artifact_ratio", ratios.artifact
 
 
 def _estimate(name: str, found: IntervalEstimate | None) -> Iterator[tuple[str, float | None]]:
@@ -58,7 +58,3 @@ def _estimate(name: str, found: IntervalEstimate | None) -> Iterator[tuple[str, 
         yield name, found.value
         yield f"{name}_low", found.low
         yield f"{name}_high", found.high
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None

@@ -20,8 +20,7 @@ from sweeper.core.value import MemoryShortfall
 from sweeper.reporting.baseline_doubts import OUTER, RATE, place_in_range, strangeness
 from sweeper.reporting.intervals import IntervalEstimate
 from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults, TrialResult
-from sweeper.reporting.study_progress import short_names
-from sweeper.reporting.text_table import counted
+from sweeper.reporting.text_table import capital, counted, point_words
 
 FULL = "full fine-tuning"
 HALF_DECADE = 10**0.5
@@ -55,6 +54,16 @@ class ArmSide:
 
 
 @dataclass(frozen=True)
+class CostRatios:
+    """What an arm takes, divided by what its reference takes; None where either is unknown."""
+
+    trainable: float | None
+    time: float | None
+    memory: float | None
+    artifact: float | None
+
+
+@dataclass(frozen=True)
 class ArmComparison:
     """An arm against its reference."""
 
@@ -83,6 +92,17 @@ class ArmComparison:
         """Whose value is better, be it by chance."""
         arm_leads = self.objective.gain(self.difference.value, over=0) > 0
         return self.side if arm_leads else self.reference
+
+    @property
+    def cost_ratios(self) -> CostRatios:
+        """The arm's costs over its reference's."""
+        side, reference = self.side, self.reference
+        return CostRatios(
+            trainable=_ratio(side.trainable, reference.trainable),
+            time=_ratio(side.seconds_per_trial, reference.seconds_per_trial),
+            memory=_ratio(side.peak_memory_mib, reference.peak_memory_mib),
+            artifact=_ratio(side.artifact_mib, reference.artifact_mib),
+        )
 
 
 @dataclass(frozen=True)
@@ -180,6 +200,27 @@ def with_override(command: str, key: str, value: str) -> str:
     return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
 
 
+def renamed(results: StudyResults, suffix: str) -> str:
+    """The study's command with a suffix on the study's name, for a search of other settings."""
+    name = f"{results.study_name}_{suffix}"
+    return with_override(results.command, "hydra.sweeper.study_name", name)
+
+
+def searched_otherwise(
+    results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str
+) -> str:
+    """The study's command under a new name, with one key of an arm given or searched otherwise.
+
+    A key of `training` that the arm does not search is set for every arm: with different schedules the
+    arms would no longer be compared fairly.
+    """
+    command = renamed(results, suffix)
+    for_all = key.startswith("training.") and key not in arm.ranges
+    if arm.name == "lora" or for_all:
+        return with_override(command, key, words)
+    return with_override(command, f"hydra.sweeper.arms.{arm.name}.params", f'{{{key}: "{words}"}}')
+
+
 def reference_arm(results: StudyResults) -> ArmResult | None:
     """Full fine-tuning if an arm did it, else the second arm with a result, if there is one."""
     compared = [arm for arm in results.arms if arm.best is not None]
@@ -214,7 +255,7 @@ def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
 def _point(arm: ArmResult, best: TrialResult) -> str:
     if arm.adopted is not None:
         return f"adopted from MLflow run {arm.adopted.run_id}"
-    return ", ".join(f"{name}={value}" for name, value in short_names(best.point).items())
+    return point_words(best.point)
 
 
 def _duel(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmComparison:
@@ -266,15 +307,7 @@ def _edges(results: StudyResults) -> Iterator[VerdictDoubt]:
             f"range ({low:.3g} to {high:.3g})"
         )
         words = wider(found, downwards=place < OUTER)
-        command = with_override(
-            results.command, "hydra.sweeper.study_name", f"{results.study_name}_wider"
-        )
-        if arm.name == "lora":
-            command = with_override(command, RATE, words)
-        else:
-            key = f"hydra.sweeper.arms.{arm.name}.params"
-            command = with_override(command, key, f'{{{RATE}: "{words}"}}')
-        yield VerdictDoubt(arm.name, reason, command)
+        yield VerdictDoubt(arm.name, reason, searched_otherwise(results, arm, "wider", RATE, words))
 
 
 def wider(found: SearchedRange, downwards: bool) -> str:
@@ -324,9 +357,9 @@ def _budgets(results: StudyResults) -> Iterator[VerdictDoubt]:
 
 def _adoptions(results: StudyResults) -> Iterator[VerdictDoubt]:
     """What keeps an adopted model from being a fair baseline; training one's own settles it."""
-    name = f"{results.study_name}_own_baseline"
-    command = with_override(results.command, "hydra.sweeper.study_name", name)
-    command = with_override(command, "hydra.sweeper.baseline.run_id", "null")
+    command = with_override(
+        renamed(results, "own_baseline"), "hydra.sweeper.baseline.run_id", "null"
+    )
     for arm in results.arms:
         if arm.best is not None:
             for reason in strangeness(arm, results.fairness):
@@ -360,7 +393,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     elif not verdict.duels:
         yield "There is no other arm with a finished trial to compare it with."
     for name, endings in verdict.failed:
-        yield f"{_capital(name)} has no finished trial ({endings})."
+        yield f"{capital(name)} has no finished trial ({endings})."
     for arm, misfit in verdict.misfits:
         yield f"Arm {arm} did not fit and was not run: {misfit}."
     yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
@@ -372,7 +405,7 @@ def _adoption_words(sides: Sequence[ArmSide]) -> Iterator[str]:
     for side in sides:
         if side.run_id is not None:
             yield (
-                f"{_capital(side.label)} was not trained here: it is MLflow run {side.run_id}, judged "
+                f"{capital(side.label)} was not trained here: it is MLflow run {side.run_id}, judged "
                 f"anew on this study's rows, of a search of {side.trials} finished trials."
             )
 
@@ -422,8 +455,8 @@ def _duel_words(duel: ArmComparison) -> Iterator[str]:
         share = _with_interval(duel.retained, "{:.1f}", " %")
         yield f"{name} retains {share} of {reference.label}'s improvement over the base ({values})."
     yield _who_is_ahead(duel)
-    if costs := _costs(side, reference):
-        yield f"{_capital(side.label)} {costs}."
+    if costs := _costs(duel.cost_ratios):
+        yield f"{capital(side.label)} {costs}."
 
 
 def _who_is_ahead(duel: ArmComparison) -> str:
@@ -432,14 +465,14 @@ def _who_is_ahead(duel: ArmComparison) -> str:
     if low is None or high is None:
         if f"{duel.difference.value:.4f}".lstrip("-") == "0.0000":
             return "The difference is below 0.0001, with no interval to tell whose it is."
-        leader = _capital(duel.better.label)
+        leader = capital(duel.better.label)
         return f"{leader} is ahead by {size}, with no interval to tell it from a tie."
     if duel.ahead is None:
         difference = _amount(duel.difference.value, "{:+.4f}", duel.objective)
         ends = f"95 % interval {low:+.4f} to {high:+.4f}"
         return f"It is a tie: the difference of {difference} may be zero ({ends})."
     near, far = sorted((abs(low), abs(high)))  # it does not reach zero
-    return f"{_capital(duel.ahead)} is ahead by {size} (95 % interval {near:.4f} to {far:.4f})."
+    return f"{capital(duel.ahead)} is ahead by {size} (95 % interval {near:.4f} to {far:.4f})."
 
 
 def _amount(value: float, form: str, objective: Objective) -> str:
@@ -454,26 +487,18 @@ def _with_interval(found: IntervalEstimate, form: str, unit: str) -> str:
     return f"{value} (95 % interval {form.format(found.low)} to {form.format(found.high)})"
 
 
-def _costs(side: ArmSide, reference: ArmSide) -> str:
-    """What the arm takes, as shares of what its reference takes."""
+def _costs(ratios: CostRatios) -> str:
+    """The known costs of an arm in words, as shares of its reference's; "" if none is known."""
     words = []
-    trained = _ratio(side.trainable, reference.trainable)
-    if trained is not None:
-        words.append(f"trains {100 * trained:.3g} % of the parameters")
-    time = _ratio(side.seconds_per_trial, reference.seconds_per_trial)
-    if time is not None:
-        words.append(f"takes {time:.2g}× the time a trial")
-    memory = _ratio(side.peak_memory_mib, reference.peak_memory_mib)
-    if memory is not None:
-        words.append(f"{memory:.2g}× the peak memory")
-    artifact = _ratio(side.artifact_mib, reference.artifact_mib)
-    if artifact is not None:
-        words.append(f"{artifact:.2g}× the disk space")
+    if ratios.trainable is not None:
+        words.append(f"trains {100 * ratios.trainable:.3g} % of the parameters")
+    if ratios.time is not None:
+        words.append(f"takes {ratios.time:.2g}× the time a trial")
+    if ratios.memory is not None:
+        words.append(f"{ratios.memory:.2g}× the peak memory")
+    if ratios.artifact is not None:
+        words.append(f"{ratios.artifact:.2g}× the disk space")
     return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + "".join(words[-1:])
-
-
-def _capital(name: str) -> str:
-    return name[:1].upper() + name[1:]
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -12,12 +12,18 @@ from pathlib import Path
 
 from sweeper.builtin import stand_ins
 from sweeper.config.compose import read_yaml, to_yaml
-from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
+from sweeper.config.settings import (
+    EMBEDDED,
+    LoraAdapter,
+    TrialSettings,
+    metric_words,
+    trial_settings,
+)
 from sweeper.core.errors import StudyError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
-from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.text_table import point_words
 from sweeper.reporting.verdict import label
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -44,7 +50,7 @@ class WinningTrial:
         path = self.folder.config
         if not path.exists():
             raise StudyError(f"{path}: no such file; the trial's folder was removed or moved")
-        return validate(TrialSettings, read_yaml(path))
+        return trial_settings(read_yaml(path))
 
     @cached_property
     def artifact(self) -> Path:
@@ -66,14 +72,12 @@ class WinningTrial:
     @property
     def words(self) -> str:
         """Which trial it is, and how good."""
-        point = ", ".join(
-            f"{name}={value}" for name, value in short_names(self.trial.point).items()
-        )
         loss = (
             ""
             if self.trial.value is None
             else f", {metric_words(self.arm.objective.metric)} {self.trial.value:.4f}"
         )
+        point = point_words(self.trial.point)
         return f"{label(self.arm)} of {self.study_name}: trial {self.trial.number}{loss} ({point})"
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper.core.errors import SweeperError, TrackingError
+from sweeper.core.errors import SweeperError, TrackingError, first_line
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
 from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG
@@ -74,5 +74,4 @@ class TrackingStore:
 
             if not isinstance(error, MlflowException | OSError):
                 raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrackingError(f"MLflow: {redact(first)}") from None
+            raise TrackingError(f"MLflow: {redact(first_line(error))}") from None

@@ -53,11 +53,9 @@ class RunEnding(FrozenValue):
     def or_equal(self, *others: RunEnding | None) -> RunEnding:
         """Return the first of `others` that equals this end except for the time, else this end."""
         # A resumed study that changes nothing keeps the old time, so nothing is shipped again
-        same = (other for other in others if other is not None and self._agrees(other))
-        return next(same, self)
-
-    def _agrees(self, other: RunEnding) -> bool:
-        return self == other.model_copy(update={"time_ms": self.time_ms})
+        now = {"time_ms": self.time_ms}
+        known = (other for other in others if other is not None)
+        return next((other for other in known if other.model_copy(update=now) == self), self)
 
 
 def ending(

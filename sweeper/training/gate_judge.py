@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
-from pydantic import Field
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import DataSettings, GeneralTextSettings, TrialSettings, validate
+from sweeper.config.settings import DataSettings, GeneralTextSettings, TrialSettings, trial_settings
 from sweeper.core.errors import ArtifactError, DataError, SweeperError
 from sweeper.core.manifest import verify_manifest
+from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest
 from sweeper.core.paths import TrialFolder, write_atomic
-from sweeper.core.value import FrozenValue
 from sweeper.data.encode import encode_evaluation
 from sweeper.data.examples import Example
 from sweeper.data.general_text import general_rows
@@ -33,38 +32,11 @@ from sweeper.evaluation.token_loss import LossSum
 from sweeper.modeling.base_model import load_base
 from sweeper.training.prepared_data import positions
 
-BASE = "base"
-"""Whose figures the untuned base's are."""
 MIN_EXAMPLES = 20
 """Of fewer no interval is worth its name."""
 
 
-class GateRequest(FrozenValue):
-    """What is judged on what."""
-
-    gate: str
-    """A file, a folder or a hub id, read as the first trial's `data` section says."""
-    trials: dict[str, Path]
-    """Folders of trials by name; the untuned base is the first one's."""
-
-
-class GateAnswer(FrozenValue):
-    """Figures of the same examples in the same order, or why there are none."""
-
-    tokens: list[int] = Field(default_factory=list)
-    """Target tokens of each example."""
-    nll: dict[str, list[float]] = Field(default_factory=dict)
-    """Summed negative log-likelihood of each example in nats, by name; `base` among them."""
-    left_out: int = 0
-    """Rows of the gate that stand in another split of a model."""
-    general_tokens: list[int] = Field(default_factory=list)
-    """Target tokens of each window of general text; empty if the first trial names none."""
-    general: dict[str, list[float]] = Field(default_factory=dict)
-    """As nll, of those windows."""
-    problem: str | None = None
-
-
-def judge_on_gate(request: GateRequest) -> GateAnswer:
+def judge_on_gate(request: GateRequest) -> GateFigures:
     """Judge every trial's adapter, and the first one's untuned base.
 
     General text is what the first trial's settings name, for all of them.
@@ -73,7 +45,10 @@ def judge_on_gate(request: GateRequest) -> GateAnswer:
         DataError: the gate or the general text cannot be read, or too little of the gate is unseen.
         ArtifactError: an adapter is missing or not what was stored.
     """
-    settings = {name: settings_of(folder) for name, folder in request.trials.items()}
+    settings = {
+        name: trial_settings(read_yaml(TrialFolder(folder).config))
+        for name, folder in request.trials.items()
+    }
     first = next(iter(settings.values()))
     examples = load_examples(request.gate, first.data)
     seen = _seen(list(settings.values()))
@@ -85,7 +60,7 @@ def judge_on_gate(request: GateRequest) -> GateAnswer:
         )
     texts = GateTexts(unseen, seen, first.evaluation.general_text)
     losses, general = {}, {}
-    losses[BASE], general[BASE] = _losses(first, None, texts)
+    losses[GATE_BASE], general[GATE_BASE] = _losses(first, None, texts)
     for name, folder in request.trials.items():
         losses[name], general[name] = _losses(settings[name], TrialFolder(folder), texts)
     tokens, general_tokens = _tokens(losses), _tokens(general)
@@ -94,7 +69,7 @@ def judge_on_gate(request: GateRequest) -> GateAnswer:
             f"{', '.join(request.trials)}: their templates or tokenizers differ, so that their losses "
             "are means over other tokens and do not compare"
         )
-    return GateAnswer(
+    return GateFigures(
         tokens=tokens,
         nll={name: [loss.nll for loss in found] for name, found in losses.items()},
         left_out=len(examples) - len(unseen),
@@ -118,13 +93,6 @@ def _tokens(losses: Mapping[str, Sequence[LossSum]]) -> list[int] | None:
     """Target tokens of each text; None if they differ from model to model."""
     counts = {tuple(loss.tokens for loss in found) for found in losses.values()}
     return list(counts.pop()) if len(counts) == 1 else None
-
-
-def settings_of(folder: Path) -> TrialSettings:
-    """The settings that the trial in a folder was trained with."""
-    fields = set(TrialSettings.model_fields)
-    config = read_yaml(TrialFolder(folder).config)
-    return validate(TrialSettings, {key: value for key, value in config.items() if key in fields})
 
 
 def _seen(settings: Sequence[TrialSettings]) -> list[Example]:
@@ -184,7 +152,7 @@ def main(request: str, answer: str) -> None:
     try:
         found = judge_on_gate(asked)
     except SweeperError as error:
-        found = GateAnswer(problem=str(error))
+        found = GateFigures(problem=str(error))
     write_atomic(Path(answer), found.model_dump_json())
 
 

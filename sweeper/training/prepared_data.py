@@ -50,7 +50,8 @@ class PreparedData:
     @cached_property
     def held_out(self) -> HeldOutPrompts | None:
         """The validation examples as prompts with reference answers, or None if there are none."""
-        return HeldOutPrompts.of(encode_prompts(self._validation, self.tokenizer, self.settings))
+        examples = self.splits.examples["validation"]
+        return HeldOutPrompts.of(encode_prompts(examples, self.tokenizer, self.settings))
 
     def judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
         """Return the judge of the whole validation split."""
@@ -126,10 +127,6 @@ class PreparedData:
             for prompt in prompts
         ]
         return encode_prompts(examples, self.tokenizer, self.settings)
-
-    @property
-    def _validation(self) -> list[Example]:
-        return self.splits.examples["validation"]
 
 
 def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:

@@ -86,11 +86,6 @@ class TrialCosts:
         self._charge()
         return self._seconds[name]
 
-    def cpu_seconds(self, name: Stage) -> float:
-        """Return the CPU seconds of this process, all threads, charged to a stage so far."""
-        self._charge()
-        return self._cpu_seconds[name]
-
     def add_step(
         self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor, devices: int
     ) -> None:

@@ -298,6 +298,7 @@ def test_rank_and_alpha_patterns_reach_the_modules() -> None:
         _lora("adapter.r=4", "adapter.alpha_over_r=2", "+adapter.rank_pattern.q_proj=8"),
     )
     found = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    assert {name.rsplit(".", 1)[-1] for name in found} > {"q_proj"}
     for name, module in found.items():
         assert module.r["default"] == (8 if name.endswith("q_proj") else 4)
         assert module.scaling["default"] == 2

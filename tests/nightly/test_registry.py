@@ -13,7 +13,8 @@ import yaml
 from mlflow import MlflowClient
 
 from sweeper.core.errors import TrackingError
-from sweeper.nightly.challenge import GateFigures, challenge
+from sweeper.core.outcome import GateFigures
+from sweeper.nightly.challenge import challenge
 from sweeper.nightly.night_record import BestTrial, NightRecord
 from sweeper.nightly.night_run import run_night
 from sweeper.nightly.nightly_set import load_set

@@ -93,25 +93,31 @@ def test_nothing_to_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "results",
+    ("results", "suffix"),
     [
-        ranks(4.2, 4.1, 4.0),
-        replace(make_results(_alone(best__eval_minus_train_loss=0.2)), command=COMMAND),
-        replace(make_results(_alone("oom")), command=COMMAND),
-        replace(
-            make_results(
-                make_arm("lora", [make_trial("lora", 0, "finished", 4.0)], rates=(1e-3, 1e-1))
+        (ranks(4.2, 4.1, 4.0), "ranks"),
+        (
+            replace(make_results(_alone(best__eval_minus_train_loss=0.2)), command=COMMAND),
+            "dropout",
+        ),
+        (replace(make_results(_alone("oom")), command=COMMAND), "memory"),
+        (
+            replace(
+                make_results(
+                    make_arm("lora", [make_trial("lora", 0, "finished", 4.0)], rates=(1e-3, 1e-1))
+                ),
+                command=COMMAND,
             ),
-            command=COMMAND,
+            "wider",
         ),
     ],
     ids=["ranks", "gap", "memory", "edge"],
 )
-def test_commands_are_studies_under_a_new_name(results: StudyResults) -> None:
+def test_commands_are_studies_under_a_new_name(results: StudyResults, suffix: str) -> None:
     """What is proposed composes into a valid plan, and resumes no study that asks another question."""
-    for step in next_steps(results, ReportEvidence()):
-        words = shlex.split(step.command)
-        assert words[:3] == ["python", "-m", "sweeper"]
-        plan = studies([word for word in words[3:] if word != "-m"])[0]
-        assert plan.study.study_name.startswith("mine_")
-        assert RATE in plan.arms[0].space
+    (step,) = next_steps(results, ReportEvidence())
+    words = shlex.split(step.command)
+    assert words[:3] == ["python", "-m", "sweeper"]
+    plan = studies([word for word in words[3:] if word != "-m"])[0]
+    assert plan.study.study_name == f"mine_{suffix}"
+    assert RATE in plan.arms[0].space
