@@ -109,10 +109,10 @@ def _limits() -> Iterator[float]:
 
 
 def _control_groups(
-    of: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[Path]:
     """Return the files with the memory limits of this process's control group and its parents."""
-    lines = of.read_text(encoding="ascii").splitlines() if of.is_file() else []
+    lines = membership.read_text(encoding="ascii").splitlines() if membership.is_file() else []
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
     if own is None:
         return []

@@ -434,11 +434,11 @@ class RunShipment:
         done = self._mark.done if self._refused else {**self._mark.done, STATE: ending.time_ms}
         self._save(status=ending.status, done=done)
 
-    def _ship_part(self, name: str, of: int, work: Callable[[], None]) -> None:
-        if self._mark.done.get(name) == of:
+    def _ship_part(self, name: str, end_ms: int, work: Callable[[], None]) -> None:
+        if self._mark.done.get(name) == end_ms:
             return
         if self._try(name, work):
-            self._save(done={**self._mark.done, name: of})
+            self._save(done={**self._mark.done, name: end_ms})
 
     def _try(self, name: str, work: Callable[[], None]) -> bool:
         """Return True if the store accepted a part. A refusal is recorded and stops no other part."""

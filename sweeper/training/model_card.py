@@ -113,14 +113,15 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
                 f"# {describe_method(settings)}",
                 f"Trained on `{base}`{revision} by sweeper {sweeper.__version__}.",
                 "## Figures",
-                "The stored checkpoint, evaluated on the validation split that was used to choose it.",
+                "The stored checkpoint, evaluated on the validation split that was used to choose it. "
+                "Perplexity is exp(loss).",
                 _table({label: f"{value:.4f}" for label, value in metrics.items()}),
                 "## Training",
                 _table({label: value for label, value in trained.items() if value}),
                 "## Data",
                 f"{describe_sources(settings.data)}{counted}.",
                 "## Use",
-                _use(settings),
+                _usage(settings),
                 "## Licence",
                 f"{terms}. Check the terms of the training data as well.",
             ]
@@ -136,7 +137,7 @@ def _count(figures: Mapping[str, float]) -> str:
     return f"{figures['parameters/trainable']:,.0f} ({share:.4g} % of all)"
 
 
-def _use(settings: TrialSettings) -> str:
+def _usage(settings: TrialSettings) -> str:
     base = settings.model.base_model
     if not isinstance(settings.adapter, LoraAdapter):
         lines = [

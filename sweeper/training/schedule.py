@@ -48,7 +48,7 @@ def plan_schedule(training: TrainingSettings, rows: int) -> TrialSchedule:
         last_batch=rows - effective * (per_epoch - 1),
         warmup_steps=training.warmup_length(total),
         eval_every=every,
-        save_every=_save_every(training, every, per_epoch),
+        save_every=every * int(_saves_per_evaluation(training, every, per_epoch)),
     )
 
 
@@ -94,10 +94,6 @@ def _save_problems(training: TrainingSettings, every: int, per_epoch: int) -> li
         f"training.eval_steps={training.eval_steps} (every checkpoint needs an evaluation). "
         "Set save_steps=null to save at every evaluation"
     ]
-
-
-def _save_every(training: TrainingSettings, every: int, per_epoch: int) -> int:
-    return every * int(_saves_per_evaluation(training, every, per_epoch))
 
 
 def _saves_per_evaluation(training: TrainingSettings, every: int, per_epoch: int) -> float:

@@ -102,9 +102,11 @@ def train_trial(
     rules = StopRules(settings.training, objective, schedule.total_steps)
     spool = MetricsSpool(folder.metrics, resumed.step if resumed else 0)
     rules.replay(read_spool(folder.metrics))
-    reported = objective.judged_while_training
-    callback = TrialCallback(observer, spool, rules, costs, schedule.total_steps, reported)
-    trial_judge = BatchHalvingJudge(inputs.judge.within_trial({objective.metric, reported}), costs)
+    pruning_metric = objective.judged_while_training
+    callback = TrialCallback(observer, spool, rules, costs, schedule.total_steps, pruning_metric)
+    trial_judge = BatchHalvingJudge(
+        inputs.judge.within_trial({objective.metric, pruning_metric}), costs
+    )
 
     def judge(model: torch.nn.Module) -> Judgement:
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch

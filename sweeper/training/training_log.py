@@ -50,7 +50,7 @@ def _lines(settings: TrialSettings, outcome: Outcome, document: Mapping[str, Any
     return [
         f"Training log, started {document['started']}",
         "",
-        *_question(settings, document["facts"]),
+        *_settings_lines(settings, document["facts"]),
         *(f"Advice         {sentence}" for sentence in document["advice"]),
         "",
         *_batches(figures),
@@ -63,12 +63,12 @@ def _lines(settings: TrialSettings, outcome: Outcome, document: Mapping[str, Any
         "",
         *(f"{name:<40} {value:,.6g}" for name, value in sorted(figures.items())),
         "",
-        "step      eval/loss  moving average   (nats per target token)",
+        "step      eval/loss  moving average   (mean negative log-likelihood in nats per target token)",
         *_curve(document["history"]),
     ]
 
 
-def _question(settings: TrialSettings, facts: Mapping[str, str]) -> list[str]:
+def _settings_lines(settings: TrialSettings, facts: Mapping[str, str]) -> list[str]:
     training = settings.training
     base = settings.model.base_model
     revision = f", revision {settings.model.revision}" if settings.model.revision else ""

@@ -35,7 +35,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
     rules: StopRules
     costs: TrialCosts
     total_steps: int
-    reported: str
+    pruning_metric: str
     """Name of the metric used for pruning."""
     stopped: StopCause | None = None
     """Cause of a stop that the observer requested."""
@@ -83,7 +83,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         average = self.rules.add_evaluation(state.global_step, named)
         self.spool.write(state.global_step, {**named, "eval/loss_moving_average": average})
         self._raise_if_diverged()
-        self.observer.evaluated(state.global_step, self.total_steps, named[self.reported])
+        self.observer.evaluated(state.global_step, self.total_steps, named[self.pruning_metric])
         self._pass_on_stop(control)
 
     def _pass_on_stop(self, control: TrainerControl) -> None:
