@@ -30,8 +30,8 @@ from sweeper.tracking.tracking_ledger import (
     RunEnding,
     TrackingLedger,
     TrialEntry,
+    count_pending,
     ending,
-    left,
     study_ending,
 )
 
@@ -86,13 +86,13 @@ def _sync(name: str, path: Path, tracking: TrackingSettings, *, dry_run: bool) -
         if not dry_run:
             _settle(folder, ledger, endings)
     server = destination(tracking, ledger)
-    missing = left(ledger, server.name)
+    missing = count_pending(ledger, server.name)
     if dry_run:
         orphans = f"; {len(endings)} runs of a killed driver would end" if endings else ""
         words = f"{missing} not recorded" if missing else WHOLE
         return SyncedStudy(name, words + orphans, whole=not missing)
     problems = MlflowTracker(server, folder.tracking).close()
-    if left(ledger, server.name):
+    if count_pending(ledger, server.name):
         return SyncedStudy(name, "not recorded: " + "; ".join(problems), whole=False)
     words = f"recorded {missing}" if missing else WHOLE
     return SyncedStudy(name, "; ".join([words, *problems]), whole=True)
@@ -148,7 +148,7 @@ def _told(folder: StudyFolder) -> Mapping[str, Outcome]:
 def _settle(folder: StudyFolder, ledger: TrackingLedger, endings: Mapping[str, RunEnding]) -> None:
     """Record the endings, and the parent run's ending with the report as far as the study came."""
     for key, end in endings.items():
-        ledger.keep(ledger.trials[key].model_copy(update={"ending": end}))
+        ledger.save_entry(ledger.trials[key].model_copy(update={"ending": end}))
     study = ledger.study
     if study is None or study.ending is not None:
         return
@@ -159,4 +159,4 @@ def _settle(folder: StudyFolder, ledger: TrackingLedger, endings: Mapping[str, R
     note = folder.report.read_text(encoding="utf-8") if folder.report.exists() else ""
     end = study_ending("KILLED", metrics, best, note)
     names = tuple(ledger.relative(path) for path in folder.answers if path.exists())
-    ledger.keep(study.model_copy(update={"ending": end, "artifacts": names}))
+    ledger.save_entry(study.model_copy(update={"ending": end, "artifacts": names}))

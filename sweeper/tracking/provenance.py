@@ -1,4 +1,4 @@
-"""Where a result comes from: code, packages, machine, command."""
+"""Describe the provenance of a result: code, packages, machine and command."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ GIT_SECONDS = 10
 
 
 def provenance(command: str) -> dict[str, str]:
-    """Flat facts about this process: versions (without importing anything), git state, machine."""
+    """Return the provenance of this process: versions, git state, machine and command."""
+    # Package metadata instead of imports, because the driver must not import torch.
     versions = {f"package.{name}": _version(name) for name in PACKAGES}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -41,7 +42,7 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def origin(process: Mapping[str, str], facts: ArmBaseline) -> dict[str, str]:
-    """Where a trial's result comes from: `provenance` of the process, then data, base and device."""
+    """Return a trial's provenance: that of the process, plus data, base and device."""
     commit = {} if facts.base_commit is None else {"base.commit": facts.base_commit}
     return {
         **process,
@@ -61,7 +62,7 @@ def _version(package: str) -> str:
 
 
 def _cpu() -> str:
-    """The processor's name: another one may add numbers in another order."""
+    """Return the processor's name, because results differ in the last bits between processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -71,18 +72,18 @@ def _cpu() -> str:
 
 
 def _git(folder: Path) -> dict[str, str]:
-    """Commit and dirty flag of the working copy the user stands in; nothing outside one."""
+    """Return commit and dirty flag of the git working copy that contains `folder`."""
     try:
-        commit = _ask_git(folder, "rev-parse", "HEAD")
+        commit = _git_output(folder, "rev-parse", "HEAD")
         if commit is None:
             return {"git.commit": "none: not a git working copy"}
-        dirty = _ask_git(folder, "status", "--porcelain", "--untracked-files=no")
+        dirty = _git_output(folder, "status", "--porcelain", "--untracked-files=no")
     except subprocess.TimeoutExpired:  # a slow network disk must not keep anything from training
         return {"git.commit": f"unknown: git did not answer within {GIT_SECONDS} s"}
     return {"git.commit": commit, "git.dirty": str(bool(dirty)).lower()}
 
 
-def _ask_git(folder: Path, *words: str) -> str | None:
+def _git_output(folder: Path, *words: str) -> str | None:
     git = shutil.which("git")
     if git is None:
         return None

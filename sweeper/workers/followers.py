@@ -23,7 +23,13 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import ConfigError, WorkerError
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
-from sweeper.training.distributed import ALONE, RankGroup, find_meeting, joined, open_meeting
+from sweeper.training.distributed import (
+    SINGLE_PROCESS,
+    RankGroup,
+    join_rendezvous,
+    open_rendezvous,
+    process_group,
+)
 from sweeper.training.micro_batch import out_of_memory
 from sweeper.training.trial_runner import TransformersRunner
 from sweeper.workers.devices import see_only
@@ -101,18 +107,22 @@ class FollowerGroup:
         """
         size = settings.training.devices_per_trial
         if size == 1:
-            yield ALONE
+            yield SINGLE_PROCESS
             return
         if size > len(self._devices) + 1:
             raise ConfigError([_too_many(size, len(self._devices) + 1)])
-        meeting = open_meeting(size)
+        rendezvous = open_rendezvous(size)
         for rank in range(1, size):
             follow = FollowCommand(
-                settings=settings, checkpoints=checkpoints, rank=rank, size=size, port=meeting.port
+                settings=settings,
+                checkpoints=checkpoints,
+                rank=rank,
+                size=size,
+                port=rendezvous.port,
             )
             self._follower(rank).connection.send_bytes(follow.model_dump_json().encode())
         try:
-            with joined(0, size, meeting) as ranks:
+            with process_group(0, size, rendezvous) as ranks:
                 yield ranks
             self._hear_all(size)
         except BaseException as error:
@@ -196,8 +206,8 @@ def _main(connection: Connection, device: str | None, threads: int, log: str) ->
     while True:
         follow = work.get()
         try:
-            meeting = find_meeting(follow.size, follow.port)
-            with joined(follow.rank, follow.size, meeting) as ranks:
+            rendezvous = join_rendezvous(follow.size, follow.port)
+            with process_group(follow.rank, follow.size, rendezvous) as ranks:
                 runner.follow(follow.settings, follow.checkpoints, ranks)
         except BaseException as error:  # noqa: BLE001 - said to the leader, who decides
             traceback.print_exc()

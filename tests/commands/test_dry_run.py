@@ -24,7 +24,7 @@ from sweeper.config.settings import TrialSettings
 from sweeper.config.space import Choice, Interval
 from sweeper.core.outcome import TrialFootprint
 from sweeper.core.paths import StudyFolder, write_json
-from sweeper.modeling.footprint import answer, footprint
+from sweeper.modeling.footprint import footprint, footprint_or_problem
 from sweeper.reporting.results import to_document
 from sweeper.search.study_plan import StudyPlan, single, studies
 from tests.conftest import Program, make_settings
@@ -163,7 +163,7 @@ def test_footprint_counts_what_training_counts() -> None:
 def test_footprint_of_nothing_says_why() -> None:
     """A model that cannot be had is a finding, not a stack trace."""
     document = make_settings("model.base_model=/no/such/folder").trial.model_dump(mode="json")
-    found = answer(document)
+    found = footprint_or_problem(document)
     assert found.trainable is None
     assert "neither a local folder nor a hub id" in (found.problem or "")
 

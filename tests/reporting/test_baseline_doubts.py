@@ -11,7 +11,7 @@ from sweeper.core.outcome import BaselineRun
 from sweeper.driver.trial_sizes import recorded
 from sweeper.reporting.baseline_doubts import strangeness
 from sweeper.reporting.results import ArmResult
-from sweeper.tracking.tracking_ledger import texts
+from sweeper.tracking.tracking_ledger import as_texts
 from tests.conftest import make_settings
 from tests.reporting.studies import FACTS, FAIRNESS, FULL_COSTS, make_arm, make_trial
 
@@ -40,7 +40,7 @@ def _arm(params: dict[str, str], *overrides: str) -> ArmResult:
 def _params(*overrides: str) -> dict[str, str]:
     """What a run of ours says."""
     rate = "training.learning_rate=1e-3"
-    return texts(recorded(make_settings(*FULL, rate, *overrides).trial))
+    return as_texts(recorded(make_settings(*FULL, rate, *overrides).trial))
 
 
 def _doubts(params: dict[str, str], *overrides: str) -> list[str]:

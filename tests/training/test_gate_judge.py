@@ -114,7 +114,7 @@ def test_rows_of_other_splits_but_for_case_are_left_out(
 
 def test_gate_of_trained_rows_is_refused(trial: TrialFolder, rows_file: Path) -> None:
     """The training file itself is no gate."""
-    with pytest.raises(DataError, match="0 of its 40 rows stand in no other split"):
+    with pytest.raises(DataError, match="0 of its 40 rows occur in no other split"):
         judge_on_gate(GateRequest(gate=str(rows_file), trials={CHALLENGER: trial.path}))
 
 
