@@ -1,7 +1,8 @@
-"""Charts as SVG text: dots, lines, bars and parallel axes. Knows numbers and words, and no study.
+"""Charts as SVG text: dots, lines, bars and parallel axes, drawn from plain numbers and labels.
 
-A series is told apart by its shape and its dash as well as by its colour. Colours are classes (s0 … s5)
-that the page's stylesheet fills in, for light and for dark. Every mark carries its words as a tooltip.
+Series differ in shape and dash as well as in colour, so that they can be told apart in black and white.
+Colours are CSS classes (s0 … s5) that the page's stylesheet fills in for light and dark themes. Every
+mark has a tooltip.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, BOTTOM = 62, 14, 46
 LEGEND_ROW = 20
 LETTER = 7.2
-"""Width of a letter, roughly, in the units of the viewBox."""
+"""Approximate width of a letter in units of the viewBox, for the layout of labels."""
 SERIES = 6
-"""How many series have a colour of their own; the next ones begin again."""
+"""Number of series colours. Further series reuse them from the first."""
 
 
 @dataclass(frozen=True)
 class ChartAxis:
-    """One axis: its words, its ends, and where it is marked."""
+    """One axis: its label, its ends, and its ticks as pairs of value and text."""
 
     label: str
     low: float
@@ -33,7 +34,7 @@ class ChartAxis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies: 0 at the low end, 1 at the high end."""
+        """Return the position of a value on the axis: 0 at the low end, 1 at the high end."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -41,7 +42,7 @@ class ChartAxis:
 
 @dataclass(frozen=True)
 class ChartDot:
-    """One point; `hollow` where it did not run to its end."""
+    """One point with its tooltip `words`. `hollow` marks a trial that was stopped early."""
 
     x: float
     y: float
@@ -52,7 +53,7 @@ class ChartDot:
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A line through points; `cut` ends it in a cross, `strong` puts it in front."""
+    """A line through points. `cut` ends the line in a cross, `strong` draws it thick and in front."""
 
     points: tuple[tuple[float, float], ...]
     words: str
@@ -62,10 +63,10 @@ class ChartLine:
 
 
 def number_axis(label: str, values: Iterable[float], log: bool = False) -> ChartAxis:
-    """An axis on which all values have a place, with round ticks.
+    """Return an axis that covers all values, with round ticks.
 
     Raises:
-        ValueError: there is no value, or one at or below zero on a log axis.
+        ValueError: there is no value, or a log axis has one at or below zero.
     """
     found = list(values)
     if not found or (log and min(found) <= 0):
@@ -80,14 +81,14 @@ def number_axis(label: str, values: Iterable[float], log: bool = False) -> Chart
 
 
 def step_axis(label: str, values: Iterable[float], log: bool = False) -> ChartAxis:
-    """An axis that is marked at the values themselves, as there are only a few."""
+    """Return an axis with one tick at each of a few values."""
     found = sorted(set(values))
     axis = number_axis(label, found, log)
     return replace(axis, ticks=tuple((value, _short(value)) for value in found))
 
 
 def word_axis(label: str, words: Sequence[str]) -> ChartAxis:
-    """An axis with one place for each word: the word's index."""
+    """Return an axis of categories. The position of a word is its index."""
     ticks = tuple((float(place), word) for place, word in enumerate(words))
     return ChartAxis(label, -0.5, len(words) - 0.5, ticks)
 
@@ -100,7 +101,7 @@ def plot(
     lines: Sequence[ChartLine] = (),
     legend: Sequence[str] = (),
 ) -> str:
-    """Dots and lines over two axes; the legend names the series in order."""
+    """Return a chart of dots and lines over two axes. `legend` names the series in order."""
     rows = _legend_rows(legend)
     frame = _Frame(axes, top=14 + LEGEND_ROW * len(rows))
     ordered = sorted(lines, key=lambda line: line.strong)
@@ -114,7 +115,7 @@ def plot(
 
 
 def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars from zero; rows are (name, length, words beside the bar)."""
+    """Return a chart of horizontal bars. Rows are (name, length, text right of the bar)."""
     step, left = 28, 12 + LETTER * max(len(name) for name, _, _ in rows)
     longest = max(length for _, length, _ in rows) or 1.0
     room = WIDTH - left - 70
@@ -133,7 +134,7 @@ def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -
 def parallel(
     title: str, description: str, axes: Sequence[ChartAxis], lines: Sequence[ChartLine]
 ) -> str:
-    """Parallel coordinates: each line's points are (index of the axis, value on it)."""
+    """Return a chart of parallel coordinates. Points of a line are (index of the axis, value on it)."""
     width, height, top, bottom = 960, 340, 34, 24
     gap = (width - 150) / max(len(axes) - 1, 1)
 
@@ -160,14 +161,14 @@ def parallel(
 
 
 class _Frame:
-    """The area between two axes."""
+    """The plotting area between two axes."""
 
     def __init__(self, axes: tuple[ChartAxis, ChartAxis], top: int) -> None:
         self._x, self._y = axes
         self._top = top
 
     def grid(self) -> list[str]:
-        """Ticks, grid lines and the names of the axes."""
+        """Return the grid lines, the tick labels and the names of the axes."""
         right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
         parts = []
         for value, words in self._x.ticks:
@@ -188,13 +189,13 @@ class _Frame:
         ]
 
     def dot(self, dot: ChartDot) -> str:
-        """A dot with its tooltip."""
+        """Return a dot with its tooltip."""
         kind = "h" if dot.hollow else "f"
         words = f"<title>{escape(dot.words)}</title>"
         return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, words)
 
     def line(self, line: ChartLine) -> str:
-        """A line with its tooltip, and the cross where it was cut."""
+        """Return a line with its tooltip, and a cross at its end if it is cut."""
         placed = [(self._across(x), self._up(y)) for x, y in line.points]
         points = " ".join(f"{x},{y}" for x, y in placed)
         kind = "l strong" if line.strong else "l"
@@ -222,7 +223,7 @@ def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "ti
 
 
 def _shape(x: float, y: float, series: int, kind: str, inside: str = "") -> str:
-    """The mark of a series: circle, square, triangle, diamond, and again."""
+    """Return the mark of a series: circle, square, triangle or diamond, in turn."""
     name = f'class="{kind} s{series % SERIES}"'
     match series % 4:
         case 0:
@@ -237,7 +238,7 @@ def _shape(x: float, y: float, series: int, kind: str, inside: str = "") -> str:
 
 
 def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
-    """Names of series as (series, x, name), row by row; no legend for a single series."""
+    """Return rows of (series, x, name) for the legend, or no row for a single series."""
     rows: list[list[tuple[int, float, str]]] = []
     x = math.inf
     for series, name in enumerate(names if len(names) > 1 else ()):
@@ -261,7 +262,7 @@ def _legend(rows: Sequence[Sequence[tuple[int, float, str]]]) -> list[str]:
 
 
 def _linear_ticks(low: float, high: float, count: int = 5) -> tuple[tuple[float, str], ...]:
-    """Round numbers (1, 2 or 5 times a power of ten) between low and high."""
+    """Return about `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
@@ -271,7 +272,7 @@ def _linear_ticks(low: float, high: float, count: int = 5) -> tuple[tuple[float,
 
 
 def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    """Powers of ten between low and high; also twos and fives where they are few."""
+    """Return powers of ten from low to high, with twos and fives if there are few of them."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
     values = [float(f"{factor}e{power}") for power in powers for factor in factors]
@@ -279,7 +280,7 @@ def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
 
 
 def _short(value: float) -> str:
-    """10k and 2M rather than 10000 and 2e+06; small numbers as they are."""
+    """Return a number in short form: 10k, 2M, 0.003."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             unit = 1e3 if letter == "k" else size
@@ -288,18 +289,18 @@ def _short(value: float) -> str:
 
 
 def picture_style() -> str:
-    """The colours of a picture, for light, dark and paper."""
+    """Return the stylesheet of pictures, for light and dark screens and for paper."""
     return (ASSETS / "picture.css").read_text(encoding="utf-8")
 
 
 def standalone(svg: str) -> str:
-    """A picture with its own colours, as a file that any viewer of SVG shows."""
+    """Return a picture that carries its colours, as a file for any SVG viewer."""
     ground = "svg { background: var(--paper); }"
     return svg.replace("><title>", f"><style>{picture_style()}{ground}</style><title>", 1) + "\n"
 
 
 def _svg(title: str, description: str, width: int, height: int, parts: Sequence[str]) -> str:
-    """A picture with words for those who do not see it."""
+    """Return an SVG element with a title and a description for screen readers."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(title)}"><title>{escape(title)}</title>'

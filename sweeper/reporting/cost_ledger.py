@@ -1,4 +1,4 @@
-"""The ledger: what a study's trials cost, what pruning saved, and what failed of which cause."""
+"""Cost tables: device time by outcome, the time that pruning saved, and failures by cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MESSAGE_CHARS = 160
 
 
 def cost_sheet(results: StudyResults) -> TextTable:
-    """One row an arm: device time by what became of it, and what pruning saved."""
+    """Return one row per arm: trials by outcome, device time, and the time that pruning saved."""
     columns = (
         "method",
         "trials",
@@ -26,14 +26,14 @@ def cost_sheet(results: StudyResults) -> TextTable:
         "saved by pruning",
     )
     rows = [_cost_row(arm) for arm in results.arms]
-    return TextTable("What it cost", columns, tuple(rows), frozenset({"method"}))
+    return TextTable("Cost", columns, tuple(rows), frozenset({"method"}))
 
 
 def saved_seconds(arm: ArmResult) -> float | None:
-    """Device seconds that the pruned trials would still have taken; None without one to go by.
+    """Return the device seconds that pruned trials would still have needed, or None if none finished.
 
-    A pruned trial is taken to go on at its own pace for as many steps as the median finished trial had:
-    its training seconds · (steps of a finished trial - its steps) / its steps.
+    The estimate lets each pruned trial continue at the same pace to the number of steps of the median
+    finished trial: training seconds * (steps of a finished trial - own steps) / own steps.
     """
     steps = [trial.outcome.steps for trial in arm.trials if trial.outcome.cause == "finished"]
     if not steps:
@@ -47,7 +47,7 @@ def saved_seconds(arm: ArmResult) -> float | None:
 
 
 def failure_sheet(results: StudyResults) -> TextTable | None:
-    """One row for each arm and cause of failure, with the first message; None if nothing failed."""
+    """Return one row per arm and cause of failure with the first message, or None if nothing failed."""
     rows = [
         (label(arm), cause, str(count), _message(arm, cause))
         for arm in results.arms
@@ -58,7 +58,7 @@ def failure_sheet(results: StudyResults) -> TextTable | None:
         return None
     columns = ("method", "cause", "trials", "first message")
     return TextTable(
-        "What failed", columns, tuple(rows), frozenset({"method", "cause", "first message"})
+        "Failures", columns, tuple(rows), frozenset({"method", "cause", "first message"})
     )
 
 

@@ -1,4 +1,4 @@
-"""The report's figures: what a study found, drawn; or words that say why there is nothing to draw."""
+"""The report's figures, each with its caption, or with the reason why there is nothing to draw."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from sweeper.reporting.verdict import label
 TARGETS = "adapter.target_modules"
 TRAINABLE = "parameters/trainable"
 MOST_CURVES = 60
-"""Loss curves in one picture; beyond that nobody can follow one."""
+"""Loss curves in one picture. With more of them no single curve can be followed."""
 MOST_MARKS = 1000
-"""Dots in one picture, so that a page stays below its size."""
+"""Dots in one picture, which keeps a page below 2 MB."""
 MOST_LINES = 300
-"""Lines across parallel axes; beyond that they are a plane."""
+"""Lines across parallel axes. More of them would merge into an area."""
 FEW = 6
-"""Different values of a setting that are marked one by one."""
+"""Distinct values of a setting up to which each one gets a tick."""
 BEST_SHARE, MOST_BEST = 0.1, 10
-"""Of the trials, drawn in front across parallel axes: a tenth of them, and no more than ten."""
+"""Share and largest number of the best trials that are drawn thick across parallel axes."""
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A picture and what it says; `svg` is None where there is nothing to draw."""
+    """A picture and its caption `words`. `svg` is None if there is nothing to draw."""
 
     title: str
     svg: str | None
@@ -50,7 +50,7 @@ class ReportFigure:
 
 
 def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigure]:
-    """All figures of a study, in the order in which they are read."""
+    """Return all figures of a study in reading order."""
     return [
         rate_figure(results),
         curve_figure(results, evidence),
@@ -63,7 +63,7 @@ def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigur
 
 
 def rate_figure(results: StudyResults) -> ReportFigure:
-    """Learning rate against loss, by arm."""
+    """Return the plot of the objective over the learning rate, by arm."""
     title = "Learning rate against loss"
     measured = [
         (place, trial, rate, trial.value)
@@ -72,7 +72,7 @@ def rate_figure(results: StudyResults) -> ReportFigure:
         if trial.value is not None and isinstance(rate := trial.point.get(RATE), int | float)
     ]
     if len({rate for _, _, rate, _ in measured}) < 2:
-        return ReportFigure(title, None, "No two trials were measured at different learning rates.")
+        return ReportFigure(title, None, "All measured trials used the same learning rate.")
     dots = [
         ChartDot(rate, loss, _words(trial), place, not trial.complete)
         for place, trial, rate, loss in measured
@@ -81,12 +81,12 @@ def rate_figure(results: StudyResults) -> ReportFigure:
         number_axis("learning rate (log)", [dot.x for dot in dots], log=True),
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
-    words = "One mark a trial; hollow marks were stopped early by the pruner."
+    words = "One mark per trial. Hollow: stopped early by the pruner."
     return ReportFigure(title, plot(title, words, axes, dots, legend=_names(results)), words)
 
 
 def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigure:
-    """Evaluation loss over steps, with a cross where a trial was pruned."""
+    """Return the plot of the evaluation loss over steps, with a cross where a trial was pruned."""
     title = "Loss curves"
     best = {(arm.name, arm.best.number) for arm in results.arms if arm.best is not None}
     trials = [
@@ -96,8 +96,12 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
         if (arm.name, trial.number) in evidence.curves
     ]
     if not trials:
-        return ReportFigure(title, None, "No trial's metrics.jsonl with an evaluation was found.")
-    trials.sort(key=lambda found: found[1].value is None)  # of each arm the best come first
+        return ReportFigure(
+            title, None, "No metrics.jsonl with an evaluation was found in the trials' folders."
+        )
+    trials.sort(
+        key=lambda found: found[1].value is None
+    )  # within an arm the best trials stay first, the sort is stable
     lines = [
         ChartLine(
             evidence.curves[trial.arm, trial.number],
@@ -113,14 +117,14 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
         number_axis("optimiser step", [0, *(step for step, _ in points)]),
         number_axis("eval loss", [loss for _, loss in points]),
     )
-    words = "Thick: the best trial of each arm. A cross: the pruner stopped it there."
+    words = "Thick: the best trial of each arm. Cross: the pruner stopped the trial there."
     if len(trials) > MOST_CURVES:
-        words += f" Shown are the best {MOST_CURVES} of {len(trials)} trials."
+        words += f" The best {MOST_CURVES} of {len(trials)} trials are shown."
     return ReportFigure(title, plot(title, words, axes, lines=lines, legend=_names(results)), words)
 
 
 def rank_figure(ladder: RankLadder) -> ReportFigure:
-    """What each rank brings: the best loss at each."""
+    """Return the plot of the best value at each rank."""
     title = f"{ladder.arm}: loss by rank"
     points = [(float(rung.r), rung.value) for rung in ladder.rungs]
     axes = (
@@ -131,12 +135,12 @@ def rank_figure(ladder: RankLadder) -> ReportFigure:
         ChartDot(r, loss, f"r={r:g}: {loss:.4f} (best of {rung.trials})")
         for (r, loss), rung in zip(points, ladder.rungs, strict=True)
     ]
-    lines = [ChartLine(tuple(points), "best loss by rank", strong=True)]
+    lines = [ChartLine(tuple(points), f"best {_metric(ladder.objective)} by rank", strong=True)]
     return ReportFigure(title, plot(title, ladder.words, axes, dots, lines), ladder.words)
 
 
 def target_figure(results: StudyResults) -> ReportFigure:
-    """The objective by which modules got an adapter."""
+    """Return the plot of the objective by choice of target modules."""
     title = "Target modules"
     objective = results.objective
     measured = [
@@ -147,7 +151,9 @@ def target_figure(results: StudyResults) -> ReportFigure:
     ]
     groups = list(dict.fromkeys(group for _, _, group, _ in measured))
     if len(groups) < 2:
-        return ReportFigure(title, None, "No two choices of target modules have a finished trial.")
+        return ReportFigure(
+            title, None, "Fewer than two choices of target modules have a finished trial."
+        )
     best = {
         name: min((value for _, _, group, value in measured if group == name), key=objective.order)
         for name in groups
@@ -163,14 +169,14 @@ def target_figure(results: StudyResults) -> ReportFigure:
     )
     found = ", ".join(f"{name} {best[name]:.4f}" for name in groups)
     words = (
-        f"Best {_metric(objective)} by choice, over all other settings: {found}. One mark a finished "
-        "trial."
+        f"Best {_metric(objective)} of each choice, over all other settings: {found}. One mark per "
+        "finished trial."
     )
     return ReportFigure(title, plot(title, words, axes, dots), words)
 
 
 def pareto_figure(results: StudyResults) -> ReportFigure:
-    """The objective against trainable parameters, and the trials that no other beats in both."""
+    """Return the plot of the objective over trainable parameters, with the Pareto front."""
     title = "Loss against trainable parameters"
     measured = [
         (place, trial, size, trial.value)
@@ -180,7 +186,7 @@ def pareto_figure(results: StudyResults) -> ReportFigure:
     ]
     if len({size for _, _, size, _ in measured}) < 2:
         return ReportFigure(
-            title, None, "No two finished trials differ in their trainable parameters."
+            title, None, "All finished trials have the same number of trainable parameters."
         )
     dots = [ChartDot(size, loss, _words(trial), place) for place, trial, size, loss in measured]
     front = pareto([(dot.x, dot.y) for dot in dots], results.objective)
@@ -188,7 +194,9 @@ def pareto_figure(results: StudyResults) -> ReportFigure:
         number_axis("trainable parameters (log)", [dot.x for dot in dots], log=True),
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
-    words = "The line joins the finished trials that no other beats in both: the Pareto front."
+    words = (
+        "The line is the Pareto front: finished trials that no other trial beats in both respects."
+    )
     lines = [ChartLine(tuple(front), "Pareto front", SERIES - 1, strong=True)]
     return ReportFigure(title, plot(title, words, axes, dots, lines, _names(results)), words)
 
@@ -196,7 +204,7 @@ def pareto_figure(results: StudyResults) -> ReportFigure:
 def pareto(
     points: Sequence[tuple[float, float]], objective: Objective
 ) -> list[tuple[float, float]]:
-    """The points of size and value that none is both smaller and better than, from left to right."""
+    """Return the points (size, value) that no other point beats in both, sorted by size."""
     front: list[tuple[float, float]] = []
     for point in sorted(set(points), key=lambda each: (each[0], objective.order(each[1]))):
         if not front or objective.gain(point[1], over=front[-1][1]) > 0:
@@ -205,31 +213,33 @@ def pareto(
 
 
 def importance_figure(arm: ArmResult, evidence: ReportEvidence) -> ReportFigure:
-    """How much each searched setting decides."""
+    """Return the bar chart of each searched setting's importance."""
     title = f"{arm.name}: which settings matter"
     shares = evidence.importances.get(arm.name)
     if shares is None:
-        words = f"Left out: it needs the study's database and {FEWEST_TRIALS} finished trials."
+        words = (
+            f"Importances need the study's database and at least {FEWEST_TRIALS} finished trials."
+        )
         return ReportFigure(title, None, words)
     rows = [
         (key.rsplit("/", 1)[-1].rsplit(".", 1)[-1], share, f"{share:.0%}")
         for key, share in shares.items()
     ]
-    words = f"Share of being among the best that a setting decides, by {EVALUATOR}."
+    words = f"Share that each setting has in being among the best trials, by {EVALUATOR}."
     if len(arm.trials) < 50:
-        words += f" From {len(arm.trials)} trials: a hint, no more."
+        words += f" From only {len(arm.trials)} trials, so no more than a hint."
     return ReportFigure(title, bars(title, words, rows), words)
 
 
 def parallel_figure(arm: ArmResult) -> ReportFigure:
-    """Every trial as a line across its settings to its loss."""
+    """Return the parallel plot with one line per trial, across its settings to its value."""
     title = f"{arm.name}: all settings at once"
     keys = _varied(arm)
     measured = [t for t in arm.trials if t.value is not None and set(keys) <= set(t.point)]
     trials = measured[:MOST_LINES]
     if len(trials) < 2:
         return ReportFigure(
-            title, None, "Fewer than two trials were measured at every searched setting."
+            title, None, "Fewer than two trials have a value and all searched settings."
         )
     axes = [_axis(key, trials) for key in keys]
     axes.append(
@@ -248,9 +258,9 @@ def parallel_figure(arm: ArmResult) -> ReportFigure:
         points.append((len(keys), trial.value or 0.0))
         lines.append(ChartLine(tuple(points), _words(trial), 0, strong=rank < count))
     best = "the best trial" if count == 1 else f"the best {count} trials"
-    words = f"One line a trial, from its settings to its loss; thick: {best}."
+    words = f"One line per trial, from its settings to its {_metric(arm.objective)}. Thick: {best}."
     if len(measured) > MOST_LINES:
-        words += f" Shown are the first {MOST_LINES} of {len(measured)} by rank."
+        words += f" The best {MOST_LINES} of {len(measured)} trials are shown."
     return ReportFigure(title, parallel(title, words, axes, lines), words, wide=True)
 
 
@@ -281,7 +291,7 @@ def _on_axis(value: object, places: dict[str, float], number: bool) -> float:
 
 
 def _varied(arm: ArmResult) -> list[str]:
-    """The settings that differ between an arm's trials and that all of them have, in their order."""
+    """Return the settings that all trials of an arm have and that differ between them."""
     keys = dict.fromkeys(key for trial in arm.trials for key in trial.point)
     everywhere = [key for key in keys if all(key in trial.point for trial in arm.trials)]
     return [key for key in everywhere if len({trial.point[key] for trial in arm.trials}) > 1]
@@ -296,7 +306,7 @@ def _metric(objective: Objective) -> str:
 
 
 def _words(trial: TrialResult) -> str:
-    """The tooltip of a trial's mark."""
+    """Return the tooltip of a trial's mark."""
     values = ", ".join(f"{name}={value}" for name, value in short_names(trial.point).items())
     loss = "" if trial.value is None else f" {trial.value:.4f},"
     return f"{trial.arm} {trial.number}:{loss} {trial.outcome.cause}; {values}"

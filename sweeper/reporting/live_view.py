@@ -1,6 +1,6 @@
-"""What the terminal shows while a study runs: a live table, or plain lines where there is none.
+"""Terminal output of a study: a live table or plain lines while it runs, tables and verdict after.
 
-The driver fills the board; a view only draws it.
+The driver updates StudyProgress, and a view only draws it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.config.settings import metric_words
+from sweeper.reporting.glossary import FOOTNOTE
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.result_tables import (
     comparison,
@@ -52,7 +53,7 @@ STYLES = {
 
 
 class PlainView:
-    """One line an event: for logs, pipes and NO_COLOR."""
+    """A view that prints one line per event, for logs, pipes and NO_COLOR."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -64,30 +65,30 @@ class PlainView:
         pass
 
     def event(self, text: str) -> None:
-        """See View."""
+        """Print an event with the time of day."""
         line = f"{time.strftime('%H:%M:%S')}  {text}"
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, board: StudyProgress) -> None:
-        """See View."""
+        """Draw nothing: plain output has no table."""
 
 
 class QuietView(PlainView):
-    """Nothing until the answer."""
+    """A view that prints nothing before the verdict."""
 
     def event(self, text: str) -> None:
-        """See View."""
+        """Print nothing."""
 
 
 class VerboseView(PlainView):
-    """One line an event, and one an evaluation."""
+    """A view that prints one line per event and per evaluation."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._shown: dict[str, float] = {}
 
     def update(self, board: StudyProgress) -> None:
-        """See View."""
+        """Print the evaluations that are new since the last update."""
         for trial in board.current():
             if trial.value is None or trial.state != "running":
                 continue
@@ -97,7 +98,7 @@ class VerboseView(PlainView):
 
 
 class LiveView(PlainView):
-    """The same lines, and under them a table that is drawn again while it changes."""
+    """A view that prints events above a table of the running arm, refreshed four times a second."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -114,7 +115,7 @@ class LiveView(PlainView):
         self._live.stop()
 
     def update(self, board: StudyProgress) -> None:
-        """See View."""
+        """Show the given progress from the next refresh on."""
         self._board = board
 
     def _draw(self) -> Group | Text:
@@ -122,7 +123,7 @@ class LiveView(PlainView):
 
 
 def make_view(console: Console, verbosity: Verbosity = "normal") -> StudyView:
-    """The live table on a terminal with colours, plain lines everywhere else."""
+    """Return a live table for a terminal with colours, and plain lines for anything else."""
     if verbosity == "quiet":
         return QuietView(console)
     if verbosity == "verbose":
@@ -133,7 +134,7 @@ def make_view(console: Console, verbosity: Verbosity = "normal") -> StudyView:
 
 
 def print_results(results: StudyResults, console: Console) -> None:
-    """Leaderboards, the gain of each rank, then the comparison, then the verdict in words."""
+    """Print leaderboards, gains by rank, the comparison of the arms, the terms and the verdict."""
     for arm in results.arms:
         console.print(leaderboard(arm, LEADERBOARD_ROWS).draw())
         if arm.front:
@@ -147,16 +148,17 @@ def print_results(results: StudyResults, console: Console) -> None:
     console.print(conditions(results).draw())
     if (found := finalists(results)) is not None:
         console.print(found.draw())
+    console.print(FOOTNOTE, style="dim", highlight=False, markup=False, soft_wrap=True)
     console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_answer(results: StudyResults, console: Console) -> None:
-    """The verdict alone, in words."""
+    """Print the verdict alone."""
     console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
 
 
 def picture(results: StudyResults) -> str:
-    """The comparison and the verdict as SVG, for a README or a slide."""
+    """Return the comparison and the verdict as SVG, for a README or a slide."""
     console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
     console.print(comparison(results).draw())
     console.print(judge(results).words, highlight=False)
@@ -164,7 +166,7 @@ def picture(results: StudyResults) -> str:
 
 
 def board_table(board: StudyProgress) -> Group:
-    """A headline, and the running arm's trials, the newest last."""
+    """Return a headline and a table of the running arm's trials, the newest last."""
     trials = board.current()
     keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
     table = Table(box=None)
@@ -177,7 +179,7 @@ def board_table(board: StudyProgress) -> Group:
         table.add_column(name, justify="right")
     for trial in trials[-MAX_ROWS:]:
         table.add_row(*_cells(trial, keys, best=trial is board.best))
-    # above the table, for a title would be as narrow as its table
+    # a line above the table, because rich wraps a title to the width of its table
     return Group(Text(_headline(board, trials), style="bold"), table)
 
 

@@ -1,4 +1,4 @@
-"""Where studies stand, as tables for a terminal."""
+"""The status of running and past studies as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from sweeper.reporting.text_table import DASH, TextTable, number
 MAX_QUEUE = 10
 
 
-def studies_sheet(standings: Sequence[StudyStatus], title: str) -> TextTable:
-    """One row a study."""
+def status_sheet(statuses: Sequence[StudyStatus], title: str) -> TextTable:
+    """Return one row per study."""
     return TextTable(
         title,
-        ("study", "state", "trials", "ended as", "best", "metric", "left"),
-        tuple(_study_row(found) for found in standings),
-        frozenset({"study", "state", "ended as", "metric", "left"}),
+        ("study", "state", "trials", "ended as", "best", "metric", "budget left"),
+        tuple(_study_row(found) for found in statuses),
+        frozenset({"study", "state", "ended as", "metric", "budget left"}),
     )
 
 
-def print_standing(found: StudyStatus, console: Console) -> None:
-    """One study in full."""
+def print_status(found: StudyStatus, console: Console) -> None:
+    """Print the status of one study: its arms, open trials and queues."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     say(f"{found.study_name}: {found.state}, {_driver(found)}")
     if found.left and found.state not in ENDED:
-        say(f"budget: {found.left}")
+        say(f"budget left: {found.left}")
     console.print(_arms_sheet(found).draw())
     for arm in found.arms:
         if arm.best is not None:
@@ -94,14 +94,14 @@ def _running_sheet(found: StudyStatus) -> TextTable:
         )
         for trial in found.running
     )
-    columns = ("trial", "state", "step", "value", "point")
-    return TextTable("Open trials", columns, rows, frozenset({"trial", "state", "point"}))
+    columns = ("trial", "state", "step", "value", "settings")
+    return TextTable("Open trials", columns, rows, frozenset({"trial", "state", "settings"}))
 
 
 def _queue(arm: ArmStatus) -> list[str]:
     if not arm.queue:
         return []
-    lines = [f"arm {arm.name} tries next:"]
+    lines = [f"queued in arm {arm.name}, in this order:"]
     lines += [f"    {_point(point)}" for point in arm.queue[:MAX_QUEUE]]
     more = len(arm.queue) - MAX_QUEUE
     return lines + ([f"    and {more} more"] if more > 0 else [])

@@ -150,10 +150,13 @@ def _targets(objective: Objective) -> StudyResults:
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
-        (LOSS, "Best eval loss by choice, over all other settings: attention 0.2000, mlp 0.3000."),
+        (
+            LOSS,
+            "Best eval loss of each choice, over all other settings: attention 0.2000, mlp 0.3000.",
+        ),
         (
             ROUGE,
-            "Best eval rougeL by choice, over all other settings: attention 0.5000, mlp 0.4000.",
+            "Best eval rougeL of each choice, over all other settings: attention 0.5000, mlp 0.4000.",
         ),
     ],
 )
