@@ -1,6 +1,6 @@
-"""Put a night's best before the champion: have both judged on the gate, decide, move the alias.
+"""Challenge of the champion by a night's best trial: evaluate both, decide, move the alias.
 
-Knows the registry and who judges; the decision itself is `sweeper.nightly.champion`.
+The rule of the decision is in `sweeper.nightly.champion`.
 """
 
 from __future__ import annotations
@@ -33,21 +33,26 @@ CHALLENGER, CHAMPION, BASE = "challenger", "champion", "base"
 
 
 class GateFigures(FrozenValue):
-    """What a judge says: the same examples in the same order for every model."""
+    """Losses on the gate split, with the same examples in the same order for every model."""
 
     tokens: list[int]
+    """Number of target tokens of each example."""
     nll: dict[str, list[float]]
+    """Summed negative log-likelihood of each example in nats, by model."""
     left_out: int = 0
+    """Number of gate rows that occur in another split and were not used."""
     general_tokens: list[int] = Field(default_factory=list)
     general: dict[str, list[float]] = Field(default_factory=dict)
+    """The same as `nll` for windows of general text."""
     problem: str | None = None
+    """Reason why nothing could be evaluated."""
 
-    def of(self, name: str) -> SeedLosses:
-        """One model's figures, as of one seed."""
+    def losses(self, name: str) -> SeedLosses:
+        """Return one model's losses as those of a single seed."""
         return SeedLosses(np.array([self.nll[name]]), np.array(self.tokens, dtype=np.float64))
 
     def forgotten(self, name: str) -> float | None:
-        """Nats per token that one model is worse than the untuned base on general text."""
+        """Return a model's loss on general text minus the untuned base's in nats per token, or None."""
         if not self.general_tokens:
             return None
         nll = math.fsum(self.general[name]) - math.fsum(self.general[BASE])
@@ -55,14 +60,17 @@ class GateFigures(FrozenValue):
 
 
 GateJudge = Callable[[str, dict[str, Path]], GateFigures]
-"""Judges trials' folders by name on a gate source; `base` is the first one's untuned base."""
+"""Function that evaluates trials' folders, given by name, on a gate source.
+
+Its result also holds `base`, the untuned base of the first trial.
+"""
 
 
-def judge_apart(gate: str, trials: dict[str, Path]) -> GateFigures:
-    """Judge in a process of its own: the night imports no torch, and its memory is free afterwards.
+def judge_in_subprocess(gate: str, trials: dict[str, Path]) -> GateFigures:
+    """Evaluate in a subprocess, so that the night imports no torch and frees the memory afterwards.
 
     Raises:
-        WorkerError: the process died.
+        WorkerError: the subprocess failed.
     """
     with tempfile.TemporaryDirectory(prefix="sweeper-gate-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -71,14 +79,26 @@ def judge_apart(gate: str, trials: dict[str, Path]) -> GateFigures:
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0 or not answer.exists():
-            raise WorkerError(f"the gate's judge died:\n{redact(done.stderr[-2000:])}")
+            raise WorkerError(
+                f"the process that evaluates the gate split failed:\n{redact(done.stderr[-2000:])}"
+            )
         return GateFigures.model_validate_json(answer.read_text(encoding="utf-8"))
 
 
 def challenge(
     entry: SetEntry, plan: StudyPlan, best: BestTrial, rules: ChampionRules, judge: GateJudge
 ) -> ChampionDecision | None:
-    """Decide about the night's best, and move the alias if it won; None where nothing is tracked.
+    """Decide about the night's best trial, and move the alias if the trial won.
+
+    Args:
+        entry: the experiment of the set.
+        plan: the study that was run.
+        best: the best trial so far.
+        rules: the limits for a promotion.
+        judge: function that evaluates on the gate split.
+
+    Returns:
+        The decision, or None without tracking.
 
     Raises:
         SweeperError: the registry or the judge fails.
@@ -91,17 +111,18 @@ def challenge(
     champion = registry.champion(entry.label)
     name = None if champion is None else f"version {champion.number}"
     if champion is not None and (champion.study, champion.trial) == (study, trial):
-        return _undecided(entry, who, name, "it is the champion already")
+        return _undecided(entry, who, name, "it is already the champion")
     by_hand = f"promote by hand: sweeper champion promote {entry.label} {study} {trial}"
     taken_back = _rolled_back(registry.versions(entry.label), study, trial)
-    if taken_back is not None:  # whoever did it knows what no gate shows
-        words = (
-            f"it was rolled back by hand (version {taken_back.number}); to have it back, {by_hand}"
+    # A person who rolled back knows something that no gate measures.
+    if taken_back is not None:
+        reason = (
+            f"it was rolled back by hand (version {taken_back.number}). To restore it, {by_hand}"
         )
-        return _undecided(entry, who, name, words)
+        return _undecided(entry, who, name, reason)
     if entry.gate is None:
-        words = f"no gate split: name one (experiments[].gate=FILE), or {by_hand}"
-        return _undecided(entry, who, name, words)
+        reason = f"no gate split is set. Set one (experiments[].gate=FILE), or {by_hand}"
+        return _undecided(entry, who, name, reason)
     return _duel(entry, plan, best, champion, rules, judge, registry)
 
 
@@ -127,9 +148,9 @@ def _duel(
         return _undecided(entry, f"{study}/{trial}", name, found.problem)
     decision = decide(
         (entry.label, f"{study}/{trial}", name),
-        found.of(CHALLENGER),
-        None if champion is None else found.of(CHAMPION),
-        found.of(BASE),
+        found.losses(CHALLENGER),
+        None if champion is None else found.losses(CHAMPION),
+        found.losses(BASE),
         ChallengeEvidence(size_mib=size_mib(folder.adapter), forgotten=found.forgotten(CHALLENGER)),
         rules,
     )
@@ -140,7 +161,7 @@ def _duel(
 
 
 def _rolled_back(versions: Sequence[ModelVersion], study: str, trial: str) -> ModelVersion | None:
-    """The version of a trial that a person took back, if there is one."""
+    """Return the version of a trial that a person rolled back, or None."""
     own = (each for each in versions if (each.study, each.trial) == (study, trial))
     return next((each for each in own if ROLLED_BACK_TAG in each.tags), None)
 

@@ -1,6 +1,6 @@
-"""The morning's page: what ran, what is new, what got worse, what failed, and what it cost.
+"""The morning digest: experiments, changes, regressions, failures, champions and costs of a night.
 
-From a night's record and those before it; trains nothing, and asks the disk only how full it is.
+The digest is computed from the records of this night and of earlier ones.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from sweeper.nightly.night_record import (
     EntryRecord,
     NightRecord,
     comparable,
-    last_of,
+    latest_entry,
     regressed,
 )
 from sweeper.nightly.nightly_set import NightlySet
-from sweeper.reporting.text_table import DASH, TextTable, duration, number
+from sweeper.reporting.glossary import terms_in
+from sweeper.reporting.text_table import DASH, TextTable, counted, duration, number
 
+CHOICES = {"new": "new study", "continue": "study continued", "skip": "skipped"}
+"""Text for each choice of an entry."""
 UNFINISHED = "not finished"
-"""Of a night that was stopped; the next firing within its window goes on."""
+"""Result of a night that was stopped. The next start within its window continues the night."""
 FINE = frozenset({"finished", "early_stopped", "pruned", "duplicate"})
-"""Ends of trials that are no failures."""
+"""Outcomes of trials that are no failures."""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -46,25 +49,27 @@ code {{ background: #f4f4f4; padding: .1rem .3rem }}
 
 
 def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
-    """The page as Markdown."""
+    """Return the digest as Markdown."""
     head = f"# Nightly {record.set_name}, {record.date}: {record.result or UNFINISHED}"
     sections = (
-        ("What ran", [_ran(record, nightly, history)]),
-        ("What is new", list(_new(record, history))),
+        ("Experiments", [_ran(record, nightly, history)]),
+        ("Changes", list(_new(record, history))),
         ("Regressions", list(_regressions(record, nightly, history))),
         ("Failures", list(_failures(record))),
         ("Champions", list(_champions(record, history))),
         ("Cost", list(_cost(record, nightly))),
         ("Deleted", [f"- {line}" for line in record.tidied]),
-        ("Not done", [f"- {problem}" for problem in record.problems]),
-        ("Look closer", list(_commands(record, nightly))),
+        ("Problems", [f"- {problem}" for problem in record.problems]),
+        ("Reports", list(_commands(record, nightly))),
     )
     parts = [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections if lines]
-    return "\n\n".join([head, _in_short(record), *parts]) + "\n"
+    text = "\n\n".join([head, _in_short(record), *parts])
+    terms = "\n".join(f"- **{term}**: {meaning}" for term, meaning in terms_in(text))
+    return f"{text}\n\n## Terms\n\n{terms}\n"
 
 
 def page(markdown: str, title: str) -> str:
-    """The Markdown as a web page on its own; what others wrote into it stays text."""
+    """Return the digest as a web page. Raw HTML in the Markdown stays text."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return PAGE.format(title=escape(title), body=body)
 
@@ -72,35 +77,35 @@ def page(markdown: str, title: str) -> str:
 def _in_short(record: NightRecord) -> str:
     statuses = Counter(entry.status.replace("_", " ") for entry in record.entries.values())
     words = ", ".join(f"{count} {status}" for status, count in statuses.items()) or "nothing ran"
-    again = f"; started {record.starts} times" if record.starts > 1 else ""
-    return f"Experiments: {words}{again}."
+    again = f" The night was started {record.starts} times." if record.starts > 1 else ""
+    return f"Experiments: {words}.{again}"
 
 
 def _ran(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
     columns = (
         *(
             "experiment",
-            "tonight",
+            "study",
             "trials",
             "metric",
             "best",
-            "last night",
-            "untuned",
+            "previous night",
+            "untuned base",
             "time",
-            "ended",
+            "status",
         ),
     )
     rows = [
         _row(record.entries.get(entry.label), entry.label, history) for entry in nightly.experiments
     ]
-    words = frozenset({"experiment", "tonight", "metric", "ended"})
+    words = frozenset({"experiment", "study", "metric", "status"})
     return TextTable("", columns, tuple(rows), words).markdown()
 
 
 def _row(entry: EntryRecord | None, name: str, history: Sequence[NightRecord]) -> tuple[str, ...]:
     if entry is None:
         return (name, *[DASH] * 7, "not reached")
-    last = last_of(name, history)
+    last = latest_entry(name, history)
     before = last.best if last and last.best and comparable(entry, last) else None
     best = entry.best
     return (
@@ -123,8 +128,9 @@ def _value(best: BestTrial | None) -> str:
 def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
     for entry in record.entries.values():
         if entry.decided is not None:
-            yield f"- {entry.name}: {entry.decided.choice}, {_one_line(entry.decided.reason)}"
-        last = last_of(entry.name, history)
+            choice = CHOICES[entry.decided.choice]
+            yield f"- {entry.name}: {choice} ({_one_line(entry.decided.reason)})"
+        last = latest_entry(entry.name, history)
         before = last.best if last and comparable(entry, last) else None
         if entry.best is None or entry.status == "skipped":
             continue
@@ -133,7 +139,7 @@ def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
             gain = (
                 ""
                 if before is None
-                else f", {entry.best.gain(over=before):.4f} better than the last"
+                else f", {entry.best.gain(over=before):.4f} better than on the previous night"
             )
             yield (
                 f"- {entry.name}: best {entry.best.value:.4f}{gain} "
@@ -141,8 +147,8 @@ def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
             )
         if last is not None and before is None:
             yield (
-                f"- {entry.name}: last night's value does not compare, it was measured on other "
-                "data, another base model or by another metric"
+                f"- {entry.name}: not comparable with the previous night, because the data, the base "
+                "model or the metric changed"
             )
 
 
@@ -154,12 +160,12 @@ def _regressions(
     record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]
 ) -> Iterator[str]:
     for entry in record.entries.values():
-        last = last_of(entry.name, history)
+        last = latest_entry(entry.name, history)
         if regressed(entry, last, nightly.regression) and entry.best and last and last.best:
             yield (
                 f"- {entry.name}: best {entry.best.value:.4f}, "
-                f"{-entry.best.gain(over=last.best):.4f} worse than the last one "
-                f"({last.best.value:.4f}; tolerance {nightly.regression:g})"
+                f"{-entry.best.gain(over=last.best):.4f} worse than on the previous night "
+                f"({last.best.value:.4f}, tolerance {nightly.regression:g})"
             )
 
 
@@ -169,7 +175,7 @@ def _failures(record: NightRecord) -> Iterator[str]:
             yield f"- {entry.name}: {_one_line(entry.message)}"
         for cause, count in sorted(entry.causes.items()):
             if cause not in FINE:
-                yield f"- {entry.name}: {count} trials ended as {cause}"
+                yield f"- {entry.name}: {counted(count, 'trial')} ended as {cause}"
 
 
 def _champions(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
@@ -177,16 +183,16 @@ def _champions(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[
         if entry.champion is not None:
             found = entry.champion
             yield f"- {found.model}: {found.verdict} ({found.challenger}): {_one_line(found.reason)}"
-            looks = sum(_looked(night.entries.get(entry.name)) for night in (record, *history))
-            if looks:
-                times = "once" if looks == 1 else f"{looks} times"
+            uses = sum(_used_gate(night.entries.get(entry.name)) for night in (record, *history))
+            if uses:
+                times = "once" if uses == 1 else f"{uses} times"
                 yield (
-                    f"- {found.model}: these nights looked at the gate {times}; every look makes "
-                    "its verdicts a little less honest, so renew it now and then"
+                    f"- {found.model}: the gate split has been evaluated {times}. Each evaluation "
+                    "makes decisions on it more optimistic, so replace its examples now and then."
                 )
 
 
-def _looked(entry: EntryRecord | None) -> bool:
+def _used_gate(entry: EntryRecord | None) -> bool:
     return bool(entry and entry.champion and entry.champion.contrast)
 
 
@@ -204,7 +210,7 @@ def _cost(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
     names = {entry.decided.study_name for entry in record.entries.values() if entry.decided}
     used = sum(size_mib(StudyFolder(output / name).path) for name in names)
     free = shutil.disk_usage(output if output.exists() else Path.cwd()).free / 2**30
-    yield f"- Disk: these studies hold {used:.0f} MiB; {free:.1f} GiB are free"
+    yield f"- Disk: these studies use {used:.0f} MiB, and {free:.1f} GiB are free"
 
 
 def _commands(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
@@ -217,5 +223,5 @@ def _commands(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
 
 
 def _one_line(words: str) -> str:
-    """Others' messages, without what Markdown would take for its own."""
+    """Return a message on one line, because line breaks would end a Markdown list item."""
     return " ".join(words.split())[:500]
