@@ -126,6 +126,7 @@ def certify(
         ArtifactError: the champion's weights are missing or were changed.
         DataError: the data have no test split, or changed since the champion was trained.
     """
+    # The champion is read once, so that a promotion in the meantime changes nothing.
     champion = registry.champion(model)
     if champion is None:
         raise TrackingError(f"model {model!r} has no champion to certify")
@@ -137,9 +138,11 @@ def certify(
         )
     digest = str(read_json(trial.provenance).get("data.digest", "unknown"))
     _require_same_data(champion, digest, digest_now(trial))
+    # Counted per data digest: another test split has not been used yet.
     look = 1 + len(certificates(registry.versions(model), digest))
     tuned, untuned = judge(trial)
     certificate = _certificate(champion, digest, tuned, untuned, look)
+    # Certificates are stored as tags, so that all machines count the same evaluations.
     registry.tag(champion, f"{CERTIFIED_TAG}{look}", certificate.model_dump_json())
     return certificate
 
@@ -190,6 +193,7 @@ def _certificate(
     assert tuned.test is not None
     assert untuned.test is not None
     base = _judged(untuned.test)
+    # The untuned base is both the reference and the zero line here.
     found = contrast(("champion", "untuned"), _judged(tuned.test), base, base)
     forgetting = None
     if tuned.general is not None and untuned.general is not None:

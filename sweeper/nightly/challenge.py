@@ -76,6 +76,7 @@ def judge_in_subprocess(gate: str, trials: dict[str, Path]) -> GateFigures:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
         write_atomic(request, _request(gate, trials))
         command = [sys.executable, "-m", "sweeper.training.gate_judge", str(request), str(answer)]
+        # Spinning OpenMP threads slow down other processes on the machine.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0 or not answer.exists():
@@ -110,6 +111,7 @@ def challenge(
     who = f"{study}/{trial}"
     champion = registry.champion(entry.label)
     name = None if champion is None else f"version {champion.number}"
+    # A study that continues over nights often keeps its best trial.
     if champion is not None and (champion.study, champion.trial) == (study, trial):
         return _undecided(entry, who, name, "it is already the champion")
     by_hand = f"promote by hand: sweeper champion promote {entry.label} {study} {trial}"
@@ -139,6 +141,7 @@ def _duel(
     folder = StudyFolder(Path(plan.settings.output_dir) / study).trial(best.arm, best.number)
     trials = {CHALLENGER: folder.path}
     if champion is not None:
+        # Both are evaluated again on the same examples, since the gate may have changed.
         trials[CHAMPION] = champion.folder
     name = None if champion is None else f"version {champion.number}"
     trial = f"{best.arm}/{best.number:04d}"
@@ -156,6 +159,7 @@ def _duel(
     )
     if decision.verdict == "promoted":
         tags = {"sweeper.reason": decision.reason, "sweeper.decision": decision.model_dump_json()}
+        # Older MLflow servers limit a tag value to 5,000 characters.
         registry.promote(entry.label, study, trial, {key: tags[key][:5000] for key in tags})
     return decision
 

@@ -102,10 +102,12 @@ def decide(
 def _margin(rules: ChampionRules, found: ArmContrast) -> float:
     if rules.margin is not None:
         return rules.margin
+    # Champion and challenger usually have one seed each, and then the spread is unknown.
     return SEED_SPREADS * max((spread for spread in found.noise if spread is not None), default=0.0)
 
 
 def _broken_limits(evidence: ChallengeEvidence, rules: ChampionRules) -> list[str]:
+    # There is no limit on latency: merged adapters all answer at the speed of their base.
     broken = []
     if rules.max_size_mib is not None and evidence.size_mib > rules.max_size_mib:
         limit = f"{rules.max_size_mib:g}"

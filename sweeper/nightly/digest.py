@@ -70,6 +70,7 @@ def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightReco
 
 def page(markdown: str, title: str) -> str:
     """Return the digest as a web page. Raw HTML in the Markdown stays text."""
+    # Messages of other programs may contain HTML.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return PAGE.format(title=escape(title), body=body)
 
@@ -106,6 +107,7 @@ def _row(entry: EntryRecord | None, name: str, history: Sequence[NightRecord]) -
     if entry is None:
         return (name, *[DASH] * 7, "not reached")
     last = latest_entry(name, history)
+    # A value on other data must not stand in the same row.
     before = last.best if last and last.best and comparable(entry, last) else None
     best = entry.best
     return (
@@ -209,6 +211,7 @@ def _cost(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
     output = Path(nightly.output_dir)
     names = {entry.decided.study_name for entry in record.entries.values() if entry.decided}
     used = sum(size_mib(StudyFolder(output / name).path) for name in names)
+    # The folder does not exist if every entry failed before its study began.
     free = shutil.disk_usage(output if output.exists() else Path.cwd()).free / 2**30
     yield f"- Disk: these studies use {used:.0f} MiB, and {free:.1f} GiB are free"
 
@@ -224,4 +227,5 @@ def _commands(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
 
 def _one_line(words: str) -> str:
     """Return a message on one line, because line breaks would end a Markdown list item."""
+    # A traceback would make the page unreadable. night.json holds the whole message.
     return " ".join(words.split())[:500]

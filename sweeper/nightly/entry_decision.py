@@ -41,6 +41,7 @@ class StudySoFar:
 def progress(plan: StudyPlan) -> StudySoFar:
     """Return the progress of a study from its storage. A study that never ran has made none."""
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
+    # Opening the storage would create the database of a study that may never run.
     if plan.study.storage is None and not folder.database.exists():
         missing = sum(arm.n_trials for arm in plan.arms)
         return StudySoFar(0, missing, 0.0, {arm.name: [] for arm in plan.arms})
@@ -86,9 +87,11 @@ def decide(
     else:
         name = f"{loaded.name}_{entry.label}_{on}"
     earlier_studies = [each.decided.study_name for each in past if each.decided is not None]
+    # A continued study already knows its own winners.
     winners = () if choice == "continue" else tuple(dict.fromkeys(earlier_studies))[:WINNERS]
     before = progress(loaded.plan(entry, name))
     first = entry.n_trials or plan.study.n_trials
+    # n_trials is a total, so a night adds to the trials that already count.
     grown = before.counted + (entry.extend_by or 0)
     return EntryDecision(
         choice="continue" if choice == "continue" else "new",
@@ -115,11 +118,14 @@ def _choose(entry: SetEntry, parts: dict[str, str], last: EntryRecord | None) ->
     if entry.policy == "fresh":
         return "new", "policy fresh starts a study every night"
     if entry.policy == "continue":
+        # Program versions do not matter here: a study may outlive an upgrade.
         differ = changed(question_of(before), question_of(parts))
         return ("new", _changes(differ)) if differ else ("continue", "nothing changed")
+    # Program versions count here: running again is cheap compared with skipping wrongly.
     differ = changed(before, parts)
     if differ:
         return "new", _changes(differ)
+    # A night that failed or was cut short did not answer its question.
     if last.status != "done":
         return "new", f"the last study did not finish ({last.status.replace('_', ' ')})"
     return "skip", f"nothing changed since study {last.decided.study_name}"

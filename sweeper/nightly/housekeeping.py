@@ -39,6 +39,7 @@ def tidy(
     """
     lines: list[str] = []
     if policy.keep_adapters is not None:
+        # Read before anything is deleted: if a registry is away, nothing is deleted.
         champions = [found.folder for registry in registries for found in registry.champions()]
         for name in studies:
             lines += _clean(name, output_dir, policy.keep_adapters, champions, policy.dry_run)

@@ -84,6 +84,7 @@ class NightLog:
         Raises:
             NightTaken: another process runs the set, or this night has already run.
         """
+        # The lock is per set: nights of one set must not overlap, other sets may run.
         lock = FileLock(self._folder.lock(set_name), timeout=wait_seconds)
         try:
             lock.acquire()
@@ -95,12 +96,14 @@ class NightLog:
             write_json(self._folder.holder(set_name), held)
             yield claim
         finally:
+            # The holder file goes before the lock, or it could delete the next holder's.
             self._folder.holder(set_name).unlink(missing_ok=True)
             lock.release()
 
     def holder(self, set_name: str) -> LockHolder | None:
         """Return the process that runs a set. None if there is none, or its file is not written yet."""
         try:
+            # A holder file may be left by a killed process, so the lock decides.
             with FileLock(self._folder.lock(set_name), timeout=0):
                 return None
         except Timeout:
@@ -142,6 +145,7 @@ class NightLog:
         key = (set_name, on.isoformat())
         with self._database() as database:
             row = database.execute(
+                # One statement decides: a new row, one more start of an unfinished night, or no row.
                 "INSERT INTO nights (set_name, local_date, starts, started_at) VALUES (?, ?, 1, ?) "
                 "ON CONFLICT DO UPDATE SET starts = starts + 1 WHERE ended_at IS NULL "
                 "RETURNING starts, started_at",

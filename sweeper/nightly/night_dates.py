@@ -40,6 +40,7 @@ class NightTimes:
 
     def night(self, on: date) -> Night:
         """Return the night that begins on a local date."""
+        # astimezone takes the first of two equal wall-clock times, and moves a skipped one an hour on.
         begins = datetime.combine(on, self.begins, self.time_zone).astimezone(UTC)
         return Night(on, begins, begins + self.window)
 
@@ -56,5 +57,6 @@ class NightTimes:
     def next_after(self, now: datetime) -> Night:
         """Return the first night that begins after a given time."""
         today = now.astimezone(self.time_zone).date()
+        # Tonight may already have begun, and a clock change may shift it to another day.
         nights = (self.night(today + timedelta(days=ahead)) for ahead in range(3))
         return next(night for night in nights if night.begins > now)

@@ -111,6 +111,7 @@ def read_record(folder: NightFolder) -> NightRecord | None:
     """Return a night's record, or None if there is none that this version can read."""
     try:
         return NightRecord.model_validate_json(folder.record.read_text(encoding="utf-8"))
+    # A record that is unreadable must not keep tonight from running.
     except (FileNotFoundError, ValidationError, json.JSONDecodeError):
         return None
 
@@ -140,6 +141,7 @@ def comparable(entry: EntryRecord, last: EntryRecord) -> bool:
     if entry.decided is None or last.decided is None:
         return False
     then, now = last.decided.identity, entry.decided.identity
+    # A changed space or sampler finds another best, but measures it in the same way.
     return all(then.get(part) == now[part] for part in now if part.endswith(JUDGED_ON))
 
 

@@ -53,6 +53,7 @@ TEST_SPLIT_UNREAD = "hydra.sweeper.finalists.test=false"
 split. `champion certify` evaluates it instead."""
 OWN_RETENTION = "hydra.sweeper.retention.adapters=null"
 """Override of every night's study: the set's nightly.retention deletes weights after the whole night."""
+# A new champion and a regression are no failures. Codes from 10 on are free in shells.
 EXIT_CODES: Mapping[Result, int] = {
     "no change": 0,
     "failure": 1,
@@ -91,6 +92,7 @@ def run_night(
     loaded = load_set(name, overrides)
     nightly = loaded.settings
     now = clock()
+    # Schedulers may start the command every hour: the set itself knows its hours.
     night = nightly.rhythm.at(now)
     if night is None:
         following = nightly.rhythm.next_after(now)
@@ -134,6 +136,7 @@ def _seconds_to_wait(
             f"nightly {name}: stopping the night of {holder.date} (process {holder.process})"
         )
         with suppress(ProcessLookupError):  # the process has just ended
+            # SIGTERM lets the other night write its record and its digest.
             os.kill(holder.process, signal.SIGTERM)
     return (night.ends - now).total_seconds()
 
@@ -158,8 +161,10 @@ class NightRun:
         new = NightRecord(
             set_name=claim.set_name, date=claim.date, began=claim.began, starts=claim.starts
         )
+        # A restarted night continues from its record, so nothing is decided or extended twice.
         found = read_record(self._folder) or new
         self._record = found.model_copy(update={"starts": claim.starts})
+        # Counted from the first start, so that a crash does not renew the night's time.
         limit = timedelta(seconds=nightly.budget.wall_clock or nightly.window)
         self._deadline = min(night.ends, claim.began + limit)
 
@@ -183,6 +188,7 @@ class NightRun:
             decided = record.decided or self._decide(entry)
             record = record.model_copy(update={"decided": decided})
             self._keep(record)
+            # The decision is stored before training, so that a restart repeats it.
             if decided.choice == "skip":
                 return record.model_copy(update={"status": "skipped"})
             limits = self._limits(entry, decided)
@@ -262,6 +268,7 @@ class NightRun:
             self._problem(f"{self._folder.record}: {error}")
 
     def _problem(self, words: str) -> None:
+        # The same file may fail after every step.
         if words not in self._record.problems:
             problems = (*self._record.problems, redact(words))
             self._record = self._record.model_copy(update={"problems": problems})
@@ -271,6 +278,7 @@ class NightRun:
         result = _result(self._record, self._nightly.regression, self._history)
         if self._all_ended:
             self._tidy()
+            # A night that was stopped has no result yet: the next start continues it.
             ended = {"ended": self._clock(), "result": result}
             self._record = self._record.model_copy(update=ended)
         self._store()
@@ -293,13 +301,14 @@ class NightRun:
         try:
             lines = tidy(self._nightly.retention, list(studies), output_dir, self._registries())
         except (SweeperError, OSError) as error:
-            self._problem(f"the cleanup after this night stopped: {error}")
+            self._problem(f"nothing more was deleted after this night: {error}")
             return
         self._record = self._record.model_copy(update={"tidied": tuple(lines)})
 
     def _registries(self) -> list[ModelRegistry]:
         """Return one registry for each MLflow server or store of the set's experiments."""
         trackings = [plan.settings.tracking for plan in self._loaded.plans.values()]
+        # Experiments usually share one server, which is asked once.
         different = {each.model_dump_json(): each for each in trackings}
         return list(filter(None, map(make_registry, different.values())))
 
@@ -316,7 +325,7 @@ class NightRun:
         try:
             registry.log_night(name, tags, [self._folder.digest, self._folder.page])
         except (SweeperError, OSError) as error:
-            self._problem(f"the digest was not recorded in MLflow: {error}")
+            self._problem(f"the digest was not recorded: {error}")
             self._write_digest(self._text())
 
     def _text(self) -> str:

@@ -120,6 +120,7 @@ class NightlySet(SettingsSection):
     @field_validator("window")
     @classmethod
     def _nights_apart(cls, value: float) -> float:
+        # Two nights at once would compete for the same devices and studies.
         if timedelta(seconds=value) > LONGEST_WINDOW:
             hours = LONGEST_WINDOW / timedelta(hours=1)
             raise ValueError(
@@ -195,6 +196,7 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
     plans: dict[str, StudyPlan] = {}
     for entry in found.experiments:
         try:
+            # All experiments are checked now, so that an error shows in the evening, not at 3 a.m.
             plans[entry.label] = plan_of(found, entry)
         except ConfigError as error:
             problems += [f"nightly/{name}, {entry.label}: {words}" for words in error.problems]

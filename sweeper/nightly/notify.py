@@ -21,6 +21,7 @@ def notify(urls: Sequence[str | None], title: str, text: str) -> list[str]:
         return [
             "no notification sent: apprise is not installed. Run: pip install 'sweeper[nightly]'"
         ]
+    # apprise's own log lines may contain the URL.
     logging.getLogger("apprise").setLevel(logging.CRITICAL)
     return [
         problem

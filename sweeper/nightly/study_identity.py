@@ -37,6 +37,7 @@ def identity(plan: StudyPlan) -> dict[str, str]:
     for arm in plan.arms:
         data = arm.settings.data
         key = data.model_dump_json()
+        # Arms usually share their data, and reading them takes long.
         digests[key] = digests.get(key) or load_splits(data).digest
         parts[f"{arm.name}: data digest"] = digests[key]
         parts[f"{arm.name}: adopted run"] = arm.run_id or "none"

@@ -37,6 +37,7 @@ def baseline_doubts(arm: ArmResult, rule: FairnessRules) -> Iterator[str]:
     adopted = arm.adopted
     if adopted is None:
         return
+    # Data are compared by digest, because a path says nothing about its rows.
     if adopted.data_digest is None:
         yield "does not record its training data, so it may have seen this study's evaluation rows"
     elif adopted.data_digest != arm.facts.data_digest:
@@ -58,6 +59,7 @@ def _other_training(arm: ArmResult, adopted: BaselineRun) -> Iterator[str]:
     """Yield the differences between the run's settings and those that this study would have used."""
     own, run = _conditions(arm.settings), _conditions(adopted.settings)
     for name in own:
+        # Other examples, another length or another batch size make another training.
         if name in run and run[name] != own[name]:
             yield f"was trained with {run[name]}, not {own[name]}"
     if missing := [name for name in own if name not in run]:
@@ -75,6 +77,7 @@ def _conditions(settings: Mapping[str, Any]) -> dict[str, str]:
         if _is_positive(settings.get(key)):
             known["length"] = f"{key}={settings[key]:.10g}"
             break
+    # Only the product matters: 8 x 2 and 4 x 4 are the same step.
     shares = [settings[key] for key in BATCH if _is_positive(settings.get(key))]
     if len(shares) == len(BATCH):
         known["effective batch"] = f"{math.prod(shares)} examples per step"

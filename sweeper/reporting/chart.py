@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
+# Own SVG instead of matplotlib or plotly: matplotlib takes seconds to import and fixes the colours,
+# and plotly.js alone is larger than the 2 MB that a page may have.
 ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, BOTTOM = 62, 14, 46
@@ -73,6 +75,7 @@ def number_axis(label: str, values: Iterable[float], log: bool = False) -> Chart
         raise ValueError(f"no axis {label!r} for {found[:3]}")
     low, high = min(found), max(found)
     if log:
+        # A single value gets a range around it, so that its mark is not on the frame.
         low, high = (low / 1.5, high * 1.5) if low < high else (low / 3, high * 3)
         return ChartAxis(label, low, high, _log_ticks(low, high), log=True)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
@@ -104,6 +107,7 @@ def plot(
     """Return a chart of dots and lines over two axes. `legend` names the series in order."""
     rows = _legend_rows(legend)
     frame = _Frame(axes, top=14 + LEGEND_ROW * len(rows))
+    # Later elements are drawn on top in SVG, so thick lines come last.
     ordered = sorted(lines, key=lambda line: line.strong)
     parts = [
         *frame.grid(),
@@ -122,6 +126,7 @@ def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -
     parts = []
     for place, (name, length, words) in enumerate(rows):
         y = 8 + step * place
+        # A bar of zero length would be invisible.
         width = max(room * length / longest, 1.0)
         parts += [
             _text(left - 6, y + 14, name, "end"),
@@ -190,6 +195,7 @@ class _Frame:
 
     def dot(self, dot: ChartDot) -> str:
         """Return a dot with its tooltip."""
+        # The CSS classes h and f draw a hollow and a filled shape.
         kind = "h" if dot.hollow else "f"
         words = f"<title>{escape(dot.words)}</title>"
         return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, words)
@@ -263,6 +269,7 @@ def _legend(rows: Sequence[Sequence[tuple[int, float, str]]]) -> list[str]:
 
 def _linear_ticks(low: float, high: float, count: int = 5) -> tuple[tuple[float, str], ...]:
     """Return about `count` round numbers (1, 2 or 5 times a power of ten) from low to high."""
+    # The step is the smallest of 1, 2, 5 and 10 times a power of ten with at most `count` ticks.
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
@@ -275,6 +282,7 @@ def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
     """Return powers of ten from low to high, with twos and fives if there are few of them."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
+    # float("5e-4") is exact to the last digit, 5 * 10.0 ** -4 is not.
     values = [float(f"{factor}e{power}") for power in powers for factor in factors]
     return tuple((value, _short(value)) for value in values if low <= value <= high)
 
@@ -283,6 +291,7 @@ def _short(value: float) -> str:
     """Return a number in short form: 10k, 2M, 0.003."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
+            # Thousands are shortened from 10,000 on, where the digits stop fitting an axis.
             unit = 1e3 if letter == "k" else size
             return f"{value / unit:g}{letter}"
     return f"{value:g}"

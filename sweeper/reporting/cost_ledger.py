@@ -66,6 +66,7 @@ def _cost_row(arm: ArmResult) -> tuple[str, ...]:
     ends = Counter(trial.outcome.cause for trial in arm.trials)
     failed = sum(ends[cause] for cause in FAILURES)
     saved = saved_seconds(arm) if ends["pruned"] else None
+    # The share is that of the time which all trials would have taken without pruning.
     share = None if not saved else 100 * saved / (saved + arm.seconds)
     return (
         *(label(arm), str(len(arm.trials)), str(arm.finished), str(ends["pruned"]), str(failed)),
@@ -75,11 +76,13 @@ def _cost_row(arm: ArmResult) -> tuple[str, ...]:
 
 
 def _training_seconds(trial: TrialResult) -> float:
+    # Loading happens once, so only training time is extrapolated.
     return trial.metric("cost/train_seconds") or trial.metric("cost/seconds") or 0.0
 
 
 def _message(arm: ArmResult, cause: Cause) -> str:
     messages = (trial.outcome.message for trial in arm.trials if trial.outcome.cause == cause)
     first = next((message for message in messages if message), DASH).strip()
+    # The last line of a traceback names the error.
     last_line = first.splitlines()[-1]
     return last_line[:MESSAGE_CHARS] + "…" * (len(last_line) > MESSAGE_CHARS)

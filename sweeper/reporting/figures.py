@@ -71,6 +71,7 @@ def rate_figure(results: StudyResults) -> ReportFigure:
         for trial in arm.trials[:MOST_MARKS]
         if trial.value is not None and isinstance(rate := trial.point.get(RATE), int | float)
     ]
+    # A chart over one learning rate has no axis to read.
     if len({rate for _, _, rate, _ in measured}) < 2:
         return ReportFigure(title, None, "All measured trials used the same learning rate.")
     dots = [
@@ -118,6 +119,7 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
         number_axis("eval loss", [loss for _, loss in points]),
     )
     words = "Thick: the best trial of each arm. Cross: the pruner stopped the trial there."
+    # The caption states what is left out, or the picture would look complete.
     if len(trials) > MOST_CURVES:
         words += f" The best {MOST_CURVES} of {len(trials)} trials are shown."
     return ReportFigure(title, plot(title, words, axes, lines=lines, legend=_names(results)), words)
@@ -158,6 +160,7 @@ def target_figure(results: StudyResults) -> ReportFigure:
         name: min((value for _, _, group, value in measured if group == name), key=objective.order)
         for name in groups
     }
+    # Sorted by their best trial, since other settings decide the rest.
     groups.sort(key=lambda name: objective.order(best[name]))
     dots = [
         ChartDot(groups.index(group), value, _words(trial), place)
@@ -226,6 +229,7 @@ def importance_figure(arm: ArmResult, evidence: ReportEvidence) -> ReportFigure:
         for key, share in shares.items()
     ]
     words = f"Share that each setting has in being among the best trials, by {EVALUATOR}."
+    # Importances of few trials are unstable.
     if len(arm.trials) < 50:
         words += f" From only {len(arm.trials)} trials, so no more than a hint."
     return ReportFigure(title, bars(title, words, rows), words)
@@ -270,6 +274,7 @@ def _axis(key: str, trials: Sequence[TrialResult]) -> ChartAxis:
     if not _is_number(key, trials):
         return word_axis(name, sorted({format_scalar(value) for value in values}))
     numbers = [float(value) for value in values if isinstance(value, int | float)]
+    # Rates and ranks span decades, and a linear axis would crowd all small values together.
     wide = min(numbers) > 0 and max(numbers) / min(numbers) >= 8
     make = step_axis if len(set(numbers)) <= FEW else number_axis
     return make(name, numbers, log=wide)
@@ -277,6 +282,7 @@ def _axis(key: str, trials: Sequence[TrialResult]) -> ChartAxis:
 
 def _is_number(key: str, trials: Sequence[TrialResult]) -> bool:
     return all(
+        # bool is a subclass of int in Python.
         isinstance(trial.point[key], int | float) and not isinstance(trial.point[key], bool)
         for trial in trials
     )
@@ -293,6 +299,7 @@ def _on_axis(value: object, places: dict[str, float], number: bool) -> float:
 def _varied(arm: ArmResult) -> list[str]:
     """Return the settings that all trials of an arm have and that differ between them."""
     keys = dict.fromkeys(key for trial in arm.trials for key in trial.point)
+    # A key of a conditional branch is missing from some trials, whose lines would have gaps.
     everywhere = [key for key in keys if all(key in trial.point for trial in arm.trials)]
     return [key for key in everywhere if len({trial.point[key] for trial in arm.trials}) > 1]
 

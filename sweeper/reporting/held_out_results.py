@@ -41,6 +41,7 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
     forgotten = [_forgetting(name, final) for name, final in finals.items()]
     forgetting = tuple(found for found in forgotten if found is not None)
     settled = replace(results, arms=arms, forgetting=forgetting)
+    # General text does not belong to the test split, so its contrasts are kept.
     if results.untested is not None:
         return settled
     compared = [arm for arm in arms if arm.best is not None]
@@ -80,9 +81,11 @@ def _contrast(arm: str, reference: str, finals: Mapping[str, ArmConclusion]) -> 
     Both improvements count from the base in the reference's precision, so that a base that quantization
     made worse does not flatter its arm. The result is None if examples or tokenizers differ.
     """
+    # The reference's base is the zero line of both improvements.
     base = finals[reference].untuned.test
     assert base is not None
     one, other = _judged(finals[arm]), _judged(finals[reference])
+    # Other token counts mean other examples or another tokenizer.
     if not np.array_equal(one.tokens, other.tokens):
         return None
     return contrast((arm, reference), one, other, _rows([base]))

@@ -175,6 +175,7 @@ def write_page(
 def write_figures(drawn: Sequence[ReportFigure], folder: Path) -> None:
     """Write each picture as an SVG file, and delete pictures that only an earlier report had."""
     names = {f"{_file_name(figure.title)}.svg": figure.svg for figure in drawn if figure.svg}
+    # A later report may lack a figure, and its old picture would be taken for a current one.
     for stale in folder.glob("*.svg"):
         if stale.name not in names:
             stale.unlink()
@@ -188,6 +189,7 @@ def _file_name(title: str) -> str:
 
 @cache
 def _template() -> Template:
+    # Model answers and rows may hold HTML, and StrictUndefined turns a misspelt name into an error.
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -221,6 +223,7 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
 
 def _board(arm: ArmResult, folder: StudyFolder) -> PageLeaderboard:
     sheet = leaderboard(arm, MOST_ROWS)
+    # The sheet is cut to the same number of rows, so both stay aligned.
     trials = arm.trials[:MOST_ROWS]
     rows = [
         (*row, _again(trial, folder.trial(arm.name, trial.number).path))
@@ -285,6 +288,7 @@ def _render(markdown: str) -> str:
     tokens = parser.parse(markdown)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
+            # A card's h1 becomes h3, below the page's headings.
             token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
         elif token.type == "th_open":
             token.attrSet("scope", "col")

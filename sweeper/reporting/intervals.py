@@ -127,6 +127,7 @@ def contrast(
         np.array_equal(arm.tokens, reference.tokens) and np.array_equal(arm.tokens, base.tokens)
     ):
         raise ValueError(f"{names[0]}, {names[1]} and the base were judged on different examples")
+    # One set of draws serves both figures, so that difference and share agree.
     draws = _stretched(_draws((arm, reference, base), seed, resamples), arm, reference)
     value = arm.loss - reference.loss
     return ArmContrast(
@@ -165,6 +166,7 @@ def _retained(arm: float, reference: float, base: float, draws: Floats) -> Inter
 
 def _draws(judged: tuple[SeedLosses, ...], seed: int, resamples: int) -> Floats:
     """Return each model's mean loss in each resample, [models, resamples]."""
+    # A fixed seed gives the same interval whenever a report is written again.
     random = np.random.default_rng(seed)
     tokens = judged[0].tokens
     nll = np.concatenate([one.nll for one in judged])
@@ -172,6 +174,7 @@ def _draws(judged: tuple[SeedLosses, ...], seed: int, resamples: int) -> Floats:
         count @ nll.T / (count @ tokens)[:, None]
         for count in _counts(tokens.size, resamples, random)
     ]
+    # Every model is evaluated on the same resampled examples, which pairs the comparison.
     losses = np.concatenate(parts)
     ends = np.cumsum([len(one.nll) for one in judged])[:-1]
     return np.stack([_seed_means(block, random) for block in np.split(losses, ends, axis=1)])
@@ -179,6 +182,7 @@ def _draws(judged: tuple[SeedLosses, ...], seed: int, resamples: int) -> Floats:
 
 def _counts(examples: int, resamples: int, random: np.random.Generator) -> Iterator[Floats]:
     """Yield how often each example was drawn, in chunks [resamples of the chunk, examples]."""
+    # All counts at once would take gigabytes for large test splits.
     size = max(1, CHUNK // examples)
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
@@ -189,6 +193,7 @@ def _counts(examples: int, resamples: int, random: np.random.Generator) -> Itera
 def _seed_means(losses: Floats, random: np.random.Generator) -> Floats:
     """Return the mean over n - 1 of n seeds, drawn with replacement for each resample, [resamples]."""
     resamples, seeds = losses.shape
+    # One seed has no spread, so the interval covers examples only.
     if seeds == 1:
         return losses[:, 0]
     drawn = random.integers(0, seeds, (resamples, seeds - 1))
@@ -202,10 +207,12 @@ def _stretched(draws: Floats, arm: SeedLosses, reference: SeedLosses) -> Floats:
 
     variances = [one.losses.var(ddof=1) / n for one in (arm, reference) if (n := len(one.nll)) > 1]
     freedoms = [len(one.nll) - 1 for one in (arm, reference) if len(one.nll) > 1]
+    # The variance of the difference is that of the seeds plus that of the examples.
     of_all = float((draws[0] - draws[1]).var())
     of_examples = max(of_all - sum(variances), 0.0)
     terms = [*zip(variances, freedoms, strict=True), (of_examples, max(arm.tokens.size - 1, 1))]
     spread = sum(variance**2 / freedom for variance, freedom in terms)
+    # Without any variance the t distribution has no degrees of freedom.
     if spread == 0:
         return draws
     freedom = sum(variance for variance, _ in terms) ** 2 / spread

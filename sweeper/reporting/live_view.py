@@ -92,6 +92,7 @@ class VerboseView(PlainView):
         for trial in board.current():
             if trial.value is None or trial.state != "running":
                 continue
+            # The driver updates several times per evaluation.
             if self._shown.get(trial.key) != trial.value:
                 self._shown[trial.key] = trial.value
                 self.event(_evaluation(trial, board))
@@ -128,6 +129,7 @@ def make_view(console: Console, verbosity: Verbosity = "normal") -> StudyView:
         return QuietView(console)
     if verbosity == "verbose":
         return VerboseView(console)
+    # A live table needs cursor control, which pipes and dumb terminals lack.
     if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         return LiveView(console)
     return PlainView(console)
@@ -159,6 +161,7 @@ def print_answer(results: StudyResults, console: Console) -> None:
 
 def picture(results: StudyResults) -> str:
     """Return the comparison and the verdict as SVG, for a README or a slide."""
+    # An in-memory file keeps the recorded output off the terminal.
     console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
     console.print(comparison(results).draw())
     console.print(judge(results).words, highlight=False)
@@ -177,6 +180,7 @@ def board_table(board: StudyProgress) -> Group:
     best_of = "best" if judged == valued else metric_words(valued)
     for name in ("progress", "left", "tokens/s", metric_words(judged), best_of, "state"):
         table.add_column(name, justify="right")
+    # A table higher than the terminal cannot be redrawn in place.
     for trial in trials[-MAX_ROWS:]:
         table.add_row(*_cells(trial, keys, best=trial is board.best))
     # a line above the table, because rich wraps a title to the width of its table

@@ -37,6 +37,7 @@ def next_steps(results: StudyResults, evidence: ReportEvidence) -> list[NextStep
         for doubt in judge(results).doubts
     ]
     arms = [step for arm in results.arms for step in _of_arm(results, arm, evidence.curves)]
+    # Two reasons may lead to the same command. The first one is kept.
     steps = {step.command: step for step in reversed([*doubts, *_ranks(results), *arms])}
     return list(reversed(steps.values())) or list(_repeat(results))
 
@@ -49,10 +50,12 @@ def _of_arm(
     if best is None or best.value is None:
         return
     gain = arm.objective.gain(best.value, over=arm.base_value)
+    # Thresholds are shares of the improvement, which must be positive.
     if gain <= 0:
         return
     yield from _overfitting(results, arm, best, gain)
     curve = curves.get((arm.name, best.number), ())
+    # Two points do not tell whether a curve flattens.
     if len(curve) > 2:
         yield from _length(results, arm, curve, gain)
 
@@ -62,6 +65,7 @@ def _ranks(results: StudyResults) -> Iterator[NextStep]:
     arms = {arm.name: arm for arm in results.arms}
     for ladder in rank_ladders(results):
         arm, best, enough = arms[ladder.arm], ladder.best, ladder.enough
+        # A smaller rank as good as the best needs less memory and disk space.
         if enough is not None and enough != best:
             number = _best_at(arm, enough.r).number
             yield NextStep(
@@ -90,6 +94,7 @@ def _overfitting(
         f"{label(arm)}: the best trial's eval loss is {gap:.4f} nats above its training loss, "
         f"{gap / gain:.0%} of its improvement over the untuned base. It memorises training rows"
     )
+    # Full fine-tuning has no adapter whose dropout could be raised.
     if arm.method == FULL:
         epochs = float(arm.setting("training.num_train_epochs") or 1.0)
         command = _anew(results, arm, "shorter", "training.num_train_epochs", f"{epochs / 2:g}")
@@ -122,6 +127,7 @@ def _length(results: StudyResults, arm: ArmResult, curve: Curve, gain: float) ->
 def _memory(results: StudyResults, arm: ArmResult) -> Iterator[NextStep]:
     """Suggest activation checkpointing if many trials ran out of memory."""
     count = sum(trial.outcome.cause == "oom" for trial in arm.trials)
+    # A single trial out of memory is what a search is expected to find.
     if count and count >= OFTEN * len(arm.trials):
         yield NextStep(
             f"{label(arm)}: {count} of {len(arm.trials)} trials ran out of memory: recompute "

@@ -83,6 +83,7 @@ class RankLadder:
     def _trend(self) -> str:
         """Return text on diminishing returns up to the best rank, and on the lack of gains beyond it."""
         gains = [rung.per_doubling for rung in self.rungs if rung.per_doubling is not None]
+        # Past the best rank there are no gains that could diminish.
         climbing = gains[: self.rungs.index(self.best)]
         falling = all(after < before for before, after in itertools.pairwise(climbing))
         words = ", with diminishing returns" if len(climbing) > 1 and falling else ""
@@ -118,6 +119,7 @@ def rank_ladder(arm: ArmResult, noise: float | None) -> RankLadder | None:
         arm: the arm with its trials.
         noise: standard deviation of the objective over seeds, or None.
     """
+    # With a fixed number of parameters a larger rank means fewer target modules.
     if equal_size(arm):
         return None
     found: dict[int, list[TrialResult]] = {}
@@ -144,6 +146,7 @@ def rank_sheet(ladder: RankLadder) -> TextTable:
 
 
 def _noise(results: StudyResults, name: str) -> float | None:
+    # Seeds are only repeated for finalists, so the noise is known only for compared arms.
     for found in results.decisive:
         if found.arm == name:
             return found.noise[0]
@@ -173,6 +176,7 @@ def _rung(
 
 def _per(gain: float, above: float | None, below: float | None, unit: float) -> float | None:
     """Return the gain per added unit, or None if nothing was added."""
+    # A larger rank on fewer modules may add no parameters.
     if above is None or below is None or above <= below:
         return None
     return gain / (above - below) * unit

@@ -77,6 +77,7 @@ def read_curve(path: Path) -> Curve:
     if not path.exists():
         return ()
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    # A running trial may have written half of its last line.
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return tuple((int(row["step"]), float(row["eval/loss"])) for row in rows if "eval/loss" in row)
 
@@ -99,6 +100,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
     Source: Watanabe et al. 2023, PED-ANOVA, arXiv:2304.10255.
     """
+    # A database of a cancelled study may hold running trials, which have no value.
     count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
     if count < FEWEST_TRIALS:
         return {}
@@ -118,6 +120,7 @@ def _first_value(study: optuna.Study) -> Callable[[FrozenTrial], float] | None:
     """Return a reader of the objective with lower as better, or None for a single objective."""
     if len(study.directions) == 1:
         return None
+    # The evaluator ranks low values as good whatever the study's direction.
     sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
     return lambda trial: sign * trial.values[0]
 
@@ -125,6 +128,7 @@ def _first_value(study: optuna.Study) -> Callable[[FrozenTrial], float] | None:
 def _importances(
     results: StudyResults, storage: optuna.storages.BaseStorage
 ) -> dict[str, dict[str, float]]:
+    # An arm that never started has no study in the storage.
     there = optuna.get_all_study_names(storage)
     names = {arm.name: optuna_name(results.study_name, arm.name) for arm in results.arms}
     found = {

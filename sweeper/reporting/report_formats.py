@@ -33,6 +33,7 @@ def as_markdown(results: Sequence[StudyResults], _: Path) -> str:
 
 def as_json(results: Sequence[StudyResults], _: Path) -> str:
     """Return a JSON list with the results and the verdict of each study."""
+    # Always a list, so that scripts need not know how many studies were named.
     documents = [{**to_document(r), "verdict": judge(r).document()} for r in results]
     return json.dumps(documents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -55,6 +56,7 @@ def as_csv(results: Sequence[StudyResults], _: Path) -> str:
         for arm in found.arms
         for trial in arm.trials
     ]
+    # Arms search different keys, and a column exists for each of them.
     names = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -92,5 +94,6 @@ def _study(results: StudyResults, output_dir: Path) -> PageStudy:
 
 def _cell(value: object) -> object:
     """Return a cell with an apostrophe before text that a spreadsheet would run as a formula."""
+    # Excel and LibreOffice run such cells as formulas (CSV injection).
     risky = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
     return f"'{value}" if risky else value

@@ -35,6 +35,7 @@ def comparison(results: StudyResults) -> TextTable:
         *("test loss", "forgetting", "time/trial", "memory", "artifact"),
     )
     sheet = TextTable("Arms side by side", columns, tuple(rows), frozenset({"method"}))
+    # Columns without a single value are left out.
     sheet = sheet if tested else sheet.without("test loss")
     return sheet if results.forgetting else sheet.without("forgetting")
 
@@ -73,12 +74,14 @@ def finalists(results: StudyResults) -> TextTable | None:
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
     """Return an arm's trials, the best first."""
+    # Conditional keys are missing from some trials, so all trials are asked.
     keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
     columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
     columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
     title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in total"
     sheet = TextTable(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    # With adapter.trainable_parameters the count may differ from the request by up to 10 %.
     return sheet if equal_size(arm) else sheet.without("trainable")
 
 
@@ -145,6 +148,7 @@ def trained_by_full(results: StudyResults) -> float:
 
 def _base_rows(results: StudyResults) -> list[tuple[str, ...]]:
     """Return one row per precision of the untuned base: quantization changes its loss."""
+    # Arms in the same precision share their untuned base.
     bases = {arm.base: arm for arm in results.arms}
     tested = {
         arm.base: arm.final.untuned_test_loss for arm in results.arms if arm.final is not None
@@ -167,6 +171,7 @@ def _arm_row(
         return (label(arm), *([DASH] * 12))
     assert best.value is not None
     trainable = best.metric("parameters/trainable")
+    # Measured against the base without its adapter, which is what full fine-tuning trains.
     fewer = None if trainable is None or not trained else 100 * (1 - trainable / trained)
     return (
         label(arm),
@@ -191,6 +196,7 @@ def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
     micro = arm.setting("training.per_device_train_batch_size")
     accumulated = arm.setting("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
+    # An adopted arm was searched by an earlier study, whose rates are shown.
     rates = searched.values if searched is not None else arm.adopted.rates if arm.adopted else ()
     return (
         label(arm),
@@ -209,6 +215,7 @@ def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
 def _weights(arm: ArmResult) -> str:
     """Return the precision of the base and of the trained weights, which are fp32 in every arm."""
     if arm.setting("adapter.method") == "none":
+        # Full fine-tuning trains all weights, which are kept in fp32 under autocast.
         return "float32"
     return f"{arm.base} + float32"
 

@@ -84,10 +84,12 @@ def _searched(
 
 def _fixed(arm: ArmResult, best: TrialResult) -> Iterator[tuple[str, str, str]]:
     """Yield fixed settings with a documented default or a value that is no default."""
+    # These keys are the ones that runs in MLflow show, so page and tracking agree.
     for key in RUN_PARAMS:
         value = arm.trained_with.get(key)
         if key in best.point or value is None:
             continue
+        # A value that no file of conf/ gives was set by the experiment or by the user.
         known = [found for found in defaults().get(key, ()) if _same(found.value, value)]
         if not known:
             yield key, _shown(value), SET
@@ -119,10 +121,12 @@ def _why(comments: list[str]) -> str | None:
 
 def _same(written: str, value: Any) -> bool:
     """Return True if a YAML scalar denotes this value: 5e-3 equals 0.005."""
+    # bool comes first, because True == 1 in Python.
     if isinstance(value, bool) or value is None:
         return written == WORDS[value]
     if isinstance(value, int | float):
         try:
+            # YAML 1.1 reads 5e-3 as text, so numbers are compared as floats.
             return float(written) == value
         except ValueError:
             return False

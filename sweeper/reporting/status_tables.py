@@ -57,6 +57,7 @@ def _study_row(found: StudyStatus) -> tuple[str, ...]:
     for arm in found.arms:
         for cause, count in arm.trials.items():
             causes[cause] = causes.get(cause, 0) + count
+    # The first arm is the one that users search, others are baselines.
     best = found.arms[0].best
     return (
         found.study_name,

@@ -30,6 +30,7 @@ class TextTable:
             collapse_padding=True,
         )
         for column in self.columns:
+            # no_wrap keeps each row on one line.
             left = column in self.left
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row in self.rows:
@@ -63,6 +64,7 @@ def duration(seconds: float | None) -> str:
     """Return a duration as a cell in seconds, minutes or hours, or a dash for None."""
     if seconds is None:
         return DASH
+    # Up to two minutes, seconds are shown: 100 s says more than 1.7 min.
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = seconds / 60

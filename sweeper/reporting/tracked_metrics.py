@@ -32,6 +32,7 @@ def verdict_metrics(verdict: Verdict) -> dict[str, float]:
         found |= dict(_of_side(side))
     for duel in verdict.duels:
         found |= dict(_of_duel(duel))
+    # MLflow rejects None.
     return {name: value for name, value in found.items() if value is not None}
 
 

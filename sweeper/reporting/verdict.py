@@ -76,6 +76,7 @@ class ArmComparison:
     @property
     def ahead(self) -> str | None:
         """Label of the side that is ahead. None for a tie, and None without an interval."""
+        # Zero within the interval is a tie: the data do not tell who is better.
         if self.difference.low is None or self.difference.has(0):
             return None
         return self.better.label
@@ -152,6 +153,7 @@ def judge(results: StudyResults) -> Verdict:
     arm's budget is below the rule in conf/hydra/sweeper/study.yaml (fairness), or if an adopted arm was
     trained differently or its search is unknown.
     """
+    # An arm without a finished trial has nothing to compare and is listed as failed.
     sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
     reference = reference_arm(results)
     duels = [
@@ -160,6 +162,7 @@ def judge(results: StudyResults) -> Verdict:
         if reference is not None and reference.name in sides and name != reference.name
     ]
     failed = [(label(arm), _endings(arm)) for arm in results.arms if arm.best is None]
+    # Without any result there is no answer that could change.
     doubts = [*_edges(results), *_budgets(results), *_adoptions(results)] if sides else []
     return Verdict(
         results.objective,
@@ -181,6 +184,7 @@ def label(arm: ArmResult) -> str:
 
 def with_override(command: str, key: str, value: str) -> str:
     """Return a command with one override set or replaced, before its final -m."""
+    # The flag -m ends every study's command, so the override goes before it.
     words = [word for word in shlex.split(command) if not word.startswith(f"{key}=")]
     return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
 
@@ -188,6 +192,7 @@ def with_override(command: str, key: str, value: str) -> str:
 def reference_arm(results: StudyResults) -> ArmResult | None:
     """Return the full fine-tuning arm, else the second arm with a result, else None."""
     compared = [arm for arm in results.arms if arm.best is not None]
+    # Adapters are usually measured by full fine-tuning.
     full = [arm for arm in compared if arm.method == FULL]
     return next(iter(full or compared[1:]), None)
 
@@ -225,6 +230,7 @@ def _point(arm: ArmResult, best: TrialResult) -> str:
 def _duel(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmComparison:
     """Compare two arms on the test split if both were evaluated there, else on the validation split."""
     objective, found = results.objective, results.contrast(side.arm)
+    # The validation split selected the winners, so the test split is preferred.
     if found is not None and found.reference == reference.arm:
         return ArmComparison(
             side=side,
@@ -262,6 +268,7 @@ def _endings(arm: ArmResult) -> str:
 def _edges(results: StudyResults) -> Iterator[VerdictDoubt]:
     """Yield a doubt for each arm whose best learning rate is near an end of its range (log scale)."""
     for arm in results.arms:
+        # Methods differ most in their best learning rate, so its range is checked.
         found = arm.ranges.get(RATE)
         if arm.best is None or found is None:
             continue
@@ -289,6 +296,7 @@ def _edges(results: StudyResults) -> Iterator[VerdictDoubt]:
 def wider(found: SearchedRange, downwards: bool) -> str:
     """Return the search-space text for a range that reaches a decade further at one end."""
     low, high = found.values[0], found.values[-1]
+    # Sampled ranges grow at one end. Grids get two more values, half a decade apart.
     if found.continuous:
         ends = (low / 10, high) if downwards else (low, high * 10)
         return f"tag(log, interval({ends[0]:.3g}, {ends[1]:.3g}))"
@@ -302,6 +310,7 @@ def wider(found: SearchedRange, downwards: bool) -> str:
 def _budgets(results: StudyResults) -> Iterator[VerdictDoubt]:
     """Yield a doubt for each arm with too few finished trials or too small a share of the budget."""
     rule = results.fairness
+    # Adopted arms used no budget here. Their search is judged by the baseline's doubts.
     searched = [arm for arm in results.arms if arm.adopted is None]
     if not searched:
         return
@@ -443,6 +452,7 @@ def _who_is_ahead(duel: ArmComparison) -> str:
     size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
     low, high = duel.difference.low, duel.difference.high
     if low is None or high is None:
+        # A leader with a shown difference of 0.0000 would look like an error.
         if f"{duel.difference.value:.4f}".lstrip("-") == "0.0000":
             return "The difference is below 0.0001, too small to name a winner without an interval."
         leader = _capital(duel.better.label)

@@ -60,6 +60,7 @@ class WinningTrial:
                 "the study ended (hydra.sweeper.retention.adapters=null keeps all) or never stored. "
                 f"Train the trial again: sweeper trial {self.folder.path} --into FOLDER"
             )
+        # A damaged adapter would load without an error and answer badly.
         verify_manifest(self.folder.artifact)
         return self.folder.artifact
 
@@ -177,8 +178,10 @@ def _serving(winner: WinningTrial, path: str) -> str:
     """Return vLLM's command for the adapter, or for the merged model with the reason."""
     adapter = winner.settings.adapter
     assert isinstance(adapter, LoraAdapter)
+    # rank_pattern may give single modules a higher rank than r.
     largest = max(adapter.rank, *adapter.rank_pattern.values(), 0)
     rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    # vLLM loads plain LoRA weights only.
     reasons = {
         "DoRA": adapter.use_dora,
         "trained biases": adapter.bias != "none",

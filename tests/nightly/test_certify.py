@@ -126,5 +126,5 @@ def test_what_cannot_be_certified_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="has no champion to certify"):
         certify("mine", Models())  # type: ignore[arg-type]
     away = ModelVersion("mine", "1", "s", "lora/0000", tmp_path / "gone", None, {})
-    with pytest.raises(TrackingError, match="not on this machine. Certify it on"):
+    with pytest.raises(TrackingError, match=r"not on this machine\. Certify it on"):
         certify("mine", Models(away))  # type: ignore[arg-type]
