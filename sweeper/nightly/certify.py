@@ -178,12 +178,12 @@ def evaluation_by_study(champion: ModelVersion, output_dir: Path) -> str | None:
         results = load_results(champion.study, output_dir)
     except (SweeperError, OSError, json.JSONDecodeError):
         return None
-    judged = [arm.name for arm in results.arms if arm.final is not None and arm.final.test_losses]
-    if not judged:
+    arms = [arm.name for arm in results.arms if arm.final is not None and arm.final.test_losses]
+    if not arms:
         return None
     return (
         f"Its study {StudyFolder(output_dir / champion.study).path} also evaluated the winners of "
-        f"{', '.join(judged)} on the test split (finalists.test)."
+        f"{', '.join(arms)} on the test split (finalists.test)."
     )
 
 
@@ -192,9 +192,9 @@ def _certificate(
 ) -> Certificate:
     assert tuned.test is not None
     assert untuned.test is not None
-    base = _judged(untuned.test)
+    base = _as_one_seed(untuned.test)
     # The untuned base is both the reference and the zero line here.
-    found = contrast(("champion", "untuned"), _judged(tuned.test), base, base)
+    found = contrast(("champion", "untuned"), _as_one_seed(tuned.test), base, base)
     forgetting = None
     if tuned.general is not None and untuned.general is not None:
         forgetting = tuned.general.loss - untuned.general.loss
@@ -212,5 +212,5 @@ def _certificate(
     )
 
 
-def _judged(examples: ExampleLosses) -> SeedLosses:
+def _as_one_seed(examples: ExampleLosses) -> SeedLosses:
     return SeedLosses(np.array([examples.nll]), np.array(examples.tokens, dtype=np.float64))

@@ -125,10 +125,10 @@ def challenge(
     if entry.gate is None:
         reason = f"no gate split is set. Set one (experiments[].gate=FILE), or {by_hand}"
         return _undecided(entry, who, name, reason)
-    return _duel(entry, plan, best, champion, rules, judge, registry)
+    return _evaluate_and_decide(entry, plan, best, champion, rules, judge, registry)
 
 
-def _duel(
+def _evaluate_and_decide(
     entry: SetEntry,
     plan: StudyPlan,
     best: BestTrial,

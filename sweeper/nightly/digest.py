@@ -205,9 +205,9 @@ def _cost(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
         took = (record.ended - record.began).total_seconds()
         yield f"- From the first start to the end: {duration(took)}{of_limit}"
     hours = sum(entry.seconds for entry in record.entries.values()) / 3600
-    whole = nightly.budget.device_hours
-    of_whole = "" if whole is None else f" of {whole:g}"
-    yield f"- Device-hours of tonight's trials: {hours:.2f}{of_whole}"
+    limit_hours = nightly.budget.device_hours
+    of_hours = "" if limit_hours is None else f" of {limit_hours:g}"
+    yield f"- Device-hours of tonight's trials: {hours:.2f}{of_hours}"
     output = Path(nightly.output_dir)
     names = {entry.decided.study_name for entry in record.entries.values() if entry.decided}
     used = sum(size_mib(StudyFolder(output / name).path) for name in names)

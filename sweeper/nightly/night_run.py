@@ -234,8 +234,8 @@ class NightRun:
         own = self._loaded.plan(entry).study.budget
         walls = (seconds, entry.budget.wall_clock, own.wall_clock)
         others = [other for other in self._nightly.experiments if other.label != entry.label]
-        whole = self._nightly.budget.device_hours
-        left = whole and max(0.0, whole - sum(map(self._seconds_tonight, others)) / 3600)
+        limit = self._nightly.budget.device_hours
+        left = limit and max(0.0, limit - sum(map(self._seconds_tonight, others)) / 3600)
         tonight = _least(left, entry.budget.device_hours)
         if tonight is not None and tonight * 3600 <= self._seconds_tonight(entry):
             return "the night's device-hours are used up"

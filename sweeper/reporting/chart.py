@@ -44,11 +44,11 @@ class ChartAxis:
 
 @dataclass(frozen=True)
 class ChartDot:
-    """One point with its tooltip `words`. `hollow` marks a trial that was stopped early."""
+    """One point with its tooltip. `hollow` marks a trial that was stopped early."""
 
     x: float
     y: float
-    words: str
+    tooltip: str
     series: int = 0
     hollow: bool = False
 
@@ -58,7 +58,7 @@ class ChartLine:
     """A line through points. `cut` ends the line in a cross, `strong` draws it thick and in front."""
 
     points: tuple[tuple[float, float], ...]
-    words: str
+    tooltip: str
     series: int = 0
     strong: bool = False
     cut: bool = False
@@ -124,14 +124,14 @@ def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -
     longest = max(length for _, length, _ in rows) or 1.0
     room = WIDTH - left - 70
     parts = []
-    for place, (name, length, words) in enumerate(rows):
+    for place, (name, length, text) in enumerate(rows):
         y = 8 + step * place
         # A bar of zero length would be invisible.
         width = max(room * length / longest, 1.0)
         parts += [
             _text(left - 6, y + 14, name, "end"),
             f'<rect class="f s0" x="{left:.0f}" y="{y}" width="{width:.1f}" height="18"/>',
-            _text(left + width + 6, y + 14, words),
+            _text(left + width + 6, y + 14, text),
         ]
     return _svg(title, description, WIDTH, 16 + step * len(rows), parts)
 
@@ -151,17 +151,17 @@ def parallel(
     for line in sorted(lines, key=lambda line: line.strong):
         points = " ".join(at(*point) for point in line.points)
         kind = "l strong" if line.strong else "l faint"
-        words = f"<title>{escape(line.words)}</title>"
+        tooltip = f"<title>{escape(line.tooltip)}</title>"
         parts.append(
-            f'<polyline class="{kind} s{line.series}" points="{points}">{words}</polyline>'
+            f'<polyline class="{kind} s{line.series}" points="{points}">{tooltip}</polyline>'
         )
     for index, axis in enumerate(axes):
         x = 60 + gap * index
         parts.append(f'<path class="axis" d="M{x:.0f} {top}V{height - bottom}"/>')
         parts.append(_text(x, 18, axis.label, "middle", "name"))
-        for value, words in axis.ticks:
+        for value, text in axis.ticks:
             y = float(at(index, value).split(",")[1])
-            parts.append(_text(x + 5, y + 4, words, kind="halo"))
+            parts.append(_text(x + 5, y + 4, text, kind="halo"))
     return _svg(title, description, width, height, parts)
 
 
@@ -176,14 +176,14 @@ class _Frame:
         """Return the grid lines, the tick labels and the names of the axes."""
         right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
         parts = []
-        for value, words in self._x.ticks:
+        for value, text in self._x.ticks:
             x = self._across(value)
             parts.append(f'<path class="grid" d="M{x} {self._top}V{bottom}"/>')
-            parts.append(_text(x, bottom + 17, words, "middle"))
-        for value, words in self._y.ticks:
+            parts.append(_text(x, bottom + 17, text, "middle"))
+        for value, text in self._y.ticks:
             y = self._up(value)
             parts.append(f'<path class="grid" d="M{LEFT} {y}H{right}"/>')
-            parts.append(_text(LEFT - 6, y + 4, words, "end"))
+            parts.append(_text(LEFT - 6, y + 4, text, "end"))
         middle = (self._top + bottom) / 2
         return [
             *parts,
@@ -197,18 +197,16 @@ class _Frame:
         """Return a dot with its tooltip."""
         # The CSS classes h and f draw a hollow and a filled shape.
         kind = "h" if dot.hollow else "f"
-        words = f"<title>{escape(dot.words)}</title>"
-        return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, words)
+        tooltip = f"<title>{escape(dot.tooltip)}</title>"
+        return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, tooltip)
 
     def line(self, line: ChartLine) -> str:
         """Return a line with its tooltip, and a cross at its end if it is cut."""
         placed = [(self._across(x), self._up(y)) for x, y in line.points]
         points = " ".join(f"{x},{y}" for x, y in placed)
         kind = "l strong" if line.strong else "l"
-        words = f"<title>{escape(line.words)}</title>"
-        drawn = (
-            f'<polyline class="{kind} s{line.series % SERIES}" points="{points}">{words}</polyline>'
-        )
+        tooltip = f"<title>{escape(line.tooltip)}</title>"
+        drawn = f'<polyline class="{kind} s{line.series % SERIES}" points="{points}">{tooltip}</polyline>'
         if not line.cut:
             return drawn
         x, y = placed[-1]
@@ -223,9 +221,9 @@ class _Frame:
         return round(bottom - self._y.place(value) * (bottom - self._top), 1)
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "tick") -> str:
+def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> str:
     at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text class="{kind}" {at}>{escape(words)}</text>'
+    return f'<text class="{kind}" {at}>{escape(text)}</text>'
 
 
 def _shape(x: float, y: float, series: int, kind: str, inside: str = "") -> str:

@@ -38,9 +38,9 @@ def saved_seconds(arm: ArmResult) -> float | None:
     steps = [trial.outcome.steps for trial in arm.trials if trial.outcome.cause == "finished"]
     if not steps:
         return None
-    whole = statistics.median(steps)
+    full_length = statistics.median(steps)
     return sum(
-        _training_seconds(trial) * max(0.0, whole - trial.outcome.steps) / trial.outcome.steps
+        _training_seconds(trial) * max(0.0, full_length - trial.outcome.steps) / trial.outcome.steps
         for trial in arm.trials
         if trial.outcome.cause == "pruned" and trial.outcome.steps
     )

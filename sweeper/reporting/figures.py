@@ -41,11 +41,11 @@ BEST_SHARE, MOST_BEST = 0.1, 10
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A picture and its caption `words`. `svg` is None if there is nothing to draw."""
+    """A picture and its caption. `svg` is None if there is nothing to draw."""
 
     title: str
     svg: str | None
-    words: str
+    caption: str
     wide: bool = False
 
 
@@ -75,15 +75,15 @@ def rate_figure(results: StudyResults) -> ReportFigure:
     if len({rate for _, _, rate, _ in measured}) < 2:
         return ReportFigure(title, None, "All measured trials used the same learning rate.")
     dots = [
-        ChartDot(rate, loss, _words(trial), place, not trial.complete)
+        ChartDot(rate, loss, _tooltip(trial), place, not trial.complete)
         for place, trial, rate, loss in measured
     ]
     axes = (
         number_axis("learning rate (log)", [dot.x for dot in dots], log=True),
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
-    words = "One mark per trial. Hollow: stopped early by the pruner."
-    return ReportFigure(title, plot(title, words, axes, dots, legend=_names(results)), words)
+    caption = "One mark per trial. Hollow: stopped early by the pruner."
+    return ReportFigure(title, plot(title, caption, axes, dots, legend=_names(results)), caption)
 
 
 def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigure:
@@ -106,7 +106,7 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
     lines = [
         ChartLine(
             evidence.curves[trial.arm, trial.number],
-            _words(trial),
+            _tooltip(trial),
             place,
             strong=(trial.arm, trial.number) in best,
             cut=trial.outcome.cause == "pruned",
@@ -118,11 +118,13 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
         number_axis("optimiser step", [0, *(step for step, _ in points)]),
         number_axis("eval loss", [loss for _, loss in points]),
     )
-    words = "Thick: the best trial of each arm. Cross: the pruner stopped the trial there."
+    caption = "Thick: the best trial of each arm. Cross: the pruner stopped the trial there."
     # The caption states what is left out, or the picture would look complete.
     if len(trials) > MOST_CURVES:
-        words += f" The best {MOST_CURVES} of {len(trials)} trials are shown."
-    return ReportFigure(title, plot(title, words, axes, lines=lines, legend=_names(results)), words)
+        caption += f" The best {MOST_CURVES} of {len(trials)} trials are shown."
+    return ReportFigure(
+        title, plot(title, caption, axes, lines=lines, legend=_names(results)), caption
+    )
 
 
 def rank_figure(ladder: RankLadder) -> ReportFigure:
@@ -163,7 +165,7 @@ def target_figure(results: StudyResults) -> ReportFigure:
     # Sorted by their best trial, since other settings decide the rest.
     groups.sort(key=lambda name: objective.order(best[name]))
     dots = [
-        ChartDot(groups.index(group), value, _words(trial), place)
+        ChartDot(groups.index(group), value, _tooltip(trial), place)
         for place, trial, group, value in measured
     ]
     axes = (
@@ -171,11 +173,11 @@ def target_figure(results: StudyResults) -> ReportFigure:
         number_axis(f"best {_metric(objective)}", [dot.y for dot in dots]),
     )
     found = ", ".join(f"{name} {best[name]:.4f}" for name in groups)
-    words = (
+    caption = (
         f"Best {_metric(objective)} of each choice, over all other settings: {found}. One mark per "
         "finished trial."
     )
-    return ReportFigure(title, plot(title, words, axes, dots), words)
+    return ReportFigure(title, plot(title, caption, axes, dots), caption)
 
 
 def pareto_figure(results: StudyResults) -> ReportFigure:
@@ -191,17 +193,17 @@ def pareto_figure(results: StudyResults) -> ReportFigure:
         return ReportFigure(
             title, None, "All finished trials have the same number of trainable parameters."
         )
-    dots = [ChartDot(size, loss, _words(trial), place) for place, trial, size, loss in measured]
+    dots = [ChartDot(size, loss, _tooltip(trial), place) for place, trial, size, loss in measured]
     front = pareto([(dot.x, dot.y) for dot in dots], results.objective)
     axes = (
         number_axis("trainable parameters (log)", [dot.x for dot in dots], log=True),
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
-    words = (
+    caption = (
         "The line is the Pareto front: finished trials that no other trial beats in both respects."
     )
     lines = [ChartLine(tuple(front), "Pareto front", SERIES - 1, strong=True)]
-    return ReportFigure(title, plot(title, words, axes, dots, lines, _names(results)), words)
+    return ReportFigure(title, plot(title, caption, axes, dots, lines, _names(results)), caption)
 
 
 def pareto(
@@ -220,19 +222,19 @@ def importance_figure(arm: ArmResult, evidence: ReportEvidence) -> ReportFigure:
     title = f"{arm.name}: which settings matter"
     shares = evidence.importances.get(arm.name)
     if shares is None:
-        words = (
+        caption = (
             f"Importances need the study's database and at least {FEWEST_TRIALS} finished trials."
         )
-        return ReportFigure(title, None, words)
+        return ReportFigure(title, None, caption)
     rows = [
         (key.rsplit("/", 1)[-1].rsplit(".", 1)[-1], share, f"{share:.0%}")
         for key, share in shares.items()
     ]
-    words = f"Share that each setting has in being among the best trials, by {EVALUATOR}."
+    caption = f"Share that each setting has in being among the best trials, by {EVALUATOR}."
     # Importances of few trials are unstable.
     if len(arm.trials) < 50:
-        words += f" From only {len(arm.trials)} trials, so no more than a hint."
-    return ReportFigure(title, bars(title, words, rows), words)
+        caption += f" From only {len(arm.trials)} trials, so no more than a hint."
+    return ReportFigure(title, bars(title, caption, rows), caption)
 
 
 def parallel_figure(arm: ArmResult) -> ReportFigure:
@@ -260,12 +262,14 @@ def parallel_figure(arm: ArmResult) -> ReportFigure:
             for index, key in enumerate(keys)
         ]
         points.append((len(keys), trial.value or 0.0))
-        lines.append(ChartLine(tuple(points), _words(trial), 0, strong=rank < count))
+        lines.append(ChartLine(tuple(points), _tooltip(trial), 0, strong=rank < count))
     best = "the best trial" if count == 1 else f"the best {count} trials"
-    words = f"One line per trial, from its settings to its {_metric(arm.objective)}. Thick: {best}."
+    caption = (
+        f"One line per trial, from its settings to its {_metric(arm.objective)}. Thick: {best}."
+    )
     if len(measured) > MOST_LINES:
-        words += f" The best {MOST_LINES} of {len(measured)} trials are shown."
-    return ReportFigure(title, parallel(title, words, axes, lines), words, wide=True)
+        caption += f" The best {MOST_LINES} of {len(measured)} trials are shown."
+    return ReportFigure(title, parallel(title, caption, axes, lines), caption, wide=True)
 
 
 def _axis(key: str, trials: Sequence[TrialResult]) -> ChartAxis:
@@ -312,7 +316,7 @@ def _metric(objective: Objective) -> str:
     return metric_words(objective.metric)
 
 
-def _words(trial: TrialResult) -> str:
+def _tooltip(trial: TrialResult) -> str:
     """Return the tooltip of a trial's mark."""
     values = ", ".join(f"{name}={value}" for name, value in short_names(trial.point).items())
     loss = "" if trial.value is None else f" {trial.value:.4f},"

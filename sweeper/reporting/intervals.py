@@ -164,19 +164,19 @@ def _retained(arm: float, reference: float, base: float, draws: Floats) -> Inter
         return _estimate(value, 100 * (draws[2] - draws[0]) / gains)
 
 
-def _draws(judged: tuple[SeedLosses, ...], seed: int, resamples: int) -> Floats:
+def _draws(models: tuple[SeedLosses, ...], seed: int, resamples: int) -> Floats:
     """Return each model's mean loss in each resample, [models, resamples]."""
     # A fixed seed gives the same interval whenever a report is written again.
     random = np.random.default_rng(seed)
-    tokens = judged[0].tokens
-    nll = np.concatenate([one.nll for one in judged])
+    tokens = models[0].tokens
+    nll = np.concatenate([one.nll for one in models])
     parts = [
         count @ nll.T / (count @ tokens)[:, None]
         for count in _counts(tokens.size, resamples, random)
     ]
     # Every model is evaluated on the same resampled examples, which pairs the comparison.
     losses = np.concatenate(parts)
-    ends = np.cumsum([len(one.nll) for one in judged])[:-1]
+    ends = np.cumsum([len(one.nll) for one in models])[:-1]
     return np.stack([_seed_means(block, random) for block in np.split(losses, ends, axis=1)])
 
 

@@ -89,8 +89,8 @@ def pareto_front(arm: ArmResult) -> TextTable:
     """Return the trials that no other trial beats in value and in every cost, the best value first."""
     front = [trial for trial in arm.trials if trial.number in arm.front]
     keys = list(dict.fromkeys(key for trial in front for key in trial.point))
-    judged = metric_words(arm.objective.metric)
-    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), judged, *arm.costs)
+    metric = metric_words(arm.objective.metric)
+    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), metric, *arm.costs)
     rows = [
         (
             str(trial.number),
@@ -100,7 +100,7 @@ def pareto_front(arm: ArmResult) -> TextTable:
         )
         for trial in front
     ]
-    title = f"{arm.name}: Pareto front of {judged} and {', '.join(arm.costs)}"
+    title = f"{arm.name}: Pareto front of {metric} and {', '.join(arm.costs)}"
     return TextTable(title, columns, tuple(rows), frozenset({"target_modules"}))
 
 

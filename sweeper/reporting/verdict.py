@@ -157,13 +157,17 @@ def judge(results: StudyResults) -> Verdict:
     sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
     reference = reference_arm(results)
     duels = [
-        _duel(results, sides[name], sides[reference.name])
+        _compare(results, sides[name], sides[reference.name])
         for name in sides
         if reference is not None and reference.name in sides and name != reference.name
     ]
-    failed = [(label(arm), _endings(arm)) for arm in results.arms if arm.best is None]
+    failed = [(label(arm), _outcomes(arm)) for arm in results.arms if arm.best is None]
     # Without any result there is no answer that could change.
-    doubts = [*_edges(results), *_budgets(results), *_adoptions(results)] if sides else []
+    doubts = (
+        [*_range_doubts(results), *_budget_doubts(results), *_adoption_doubts(results)]
+        if sides
+        else []
+    )
     return Verdict(
         results.objective,
         tuple(sides.values()),
@@ -227,7 +231,7 @@ def _point(arm: ArmResult, best: TrialResult) -> str:
     return ", ".join(f"{name}={value}" for name, value in short_names(best.point).items())
 
 
-def _duel(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmComparison:
+def _compare(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmComparison:
     """Compare two arms on the test split if both were evaluated there, else on the validation split."""
     objective, found = results.objective, results.contrast(side.arm)
     # The validation split selected the winners, so the test split is preferred.
@@ -244,7 +248,7 @@ def _duel(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmCompar
         )
     # Both gains count from the reference's base: a base that NF4 made worse must not flatter QLoRA.
     base = reference.base_value
-    gain, whole = (objective.gain(one.value, over=base) for one in (side, reference))
+    gain, reference_gain = (objective.gain(one.value, over=base) for one in (side, reference))
     return ArmComparison(
         side=side,
         reference=reference,
@@ -252,12 +256,14 @@ def _duel(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmCompar
         split="validation",
         values=(side.value, reference.value),
         difference=IntervalEstimate(value=side.value - reference.value),
-        retained=IntervalEstimate(value=100 * gain / whole) if whole > 0 else None,
+        retained=IntervalEstimate(value=100 * gain / reference_gain)
+        if reference_gain > 0
+        else None,
         noise=(None, None),
     )
 
 
-def _endings(arm: ArmResult) -> str:
+def _outcomes(arm: ArmResult) -> str:
     causes = Counter(trial.outcome.cause for trial in arm.trials)
     return (
         ", ".join(f"{count} {cause}" for cause, count in causes.most_common())
@@ -265,7 +271,7 @@ def _endings(arm: ArmResult) -> str:
     )
 
 
-def _edges(results: StudyResults) -> Iterator[VerdictDoubt]:
+def _range_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
     """Yield a doubt for each arm whose best learning rate is near an end of its range (log scale)."""
     for arm in results.arms:
         # Methods differ most in their best learning rate, so its range is checked.
@@ -307,7 +313,7 @@ def wider(found: SearchedRange, downwards: bool) -> str:
     return f"choice({', '.join(f'{value:.3g}' for value in values)})"
 
 
-def _budgets(results: StudyResults) -> Iterator[VerdictDoubt]:
+def _budget_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
     """Yield a doubt for each arm with too few finished trials or too small a share of the budget."""
     rule = results.fairness
     # Adopted arms used no budget here. Their search is judged by the baseline's doubts.
@@ -335,10 +341,10 @@ def _budgets(results: StudyResults) -> Iterator[VerdictDoubt]:
             )
         else:
             continue
-        yield VerdictDoubt(arm.name, reason, _extended(results, arm, factor))
+        yield VerdictDoubt(arm.name, reason, _command_with_more_trials(results, arm, factor))
 
 
-def _adoptions(results: StudyResults) -> Iterator[VerdictDoubt]:
+def _adoption_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
     """Yield the doubts about adopted models, with the command that trains a baseline in this study."""
     name = f"{results.study_name}_own_baseline"
     command = with_override(results.command, "hydra.sweeper.study_name", name)
@@ -353,7 +359,7 @@ def _spent(arm: ArmResult, unit: str) -> float:
     return {"trials": arm.tried, "tokens": arm.tokens, "device_seconds": arm.seconds}[unit]
 
 
-def _extended(results: StudyResults, arm: ArmResult, factor: float) -> str:
+def _command_with_more_trials(results: StudyResults, arm: ArmResult, factor: float) -> str:
     """Return the study's command with `factor` times the trials for an arm, at least one more."""
     count = max(math.ceil(arm.wanted * factor), arm.wanted + 1)
     if arm.tried < arm.wanted:
@@ -369,25 +375,25 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield "PROVISIONAL: another run could change this answer."
         yield from (f"{_capital(doubt.reason)}." for doubt in verdict.doubts)
     for duel in verdict.duels:
-        yield from _duel_words(duel)
+        yield from _comparison_sentences(duel)
     if not verdict.duels:
-        yield from (_alone(side, verdict.objective) for side in verdict.sides)
-    yield from _adoption_words(verdict.sides)
-    yield from _forgetting_words(verdict.sides)
+        yield from (_single_arm_sentence(side, verdict.objective) for side in verdict.sides)
+    yield from _adoption_sentences(verdict.sides)
+    yield from _forgetting_sentences(verdict.sides)
     if not verdict.sides:
         yield "No trial has finished, so there is nothing to compare."
     elif not verdict.duels:
         yield "There is no other arm with a finished trial to compare it with."
-    for name, endings in verdict.failed:
-        yield f"{_capital(name)} has no finished trial ({endings})."
+    for name, outcomes in verdict.failed:
+        yield f"{_capital(name)} has no finished trial ({outcomes})."
     for arm, misfit in verdict.misfits:
         yield f"Arm {arm} does not fit the device and was not run: {misfit}."
-    yield from dict.fromkeys(_seed_words(duel) for duel in verdict.duels)
+    yield from dict.fromkeys(_seed_sentence(duel) for duel in verdict.duels)
     if verdict.sides and verdict.untested is not None:
         yield f"Not evaluated on the test split: {verdict.untested}."
 
 
-def _adoption_words(sides: Sequence[ArmSide]) -> Iterator[str]:
+def _adoption_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
     for side in sides:
         if side.run_id is not None:
             yield (
@@ -397,7 +403,7 @@ def _adoption_words(sides: Sequence[ArmSide]) -> Iterator[str]:
             )
 
 
-def _forgetting_words(sides: Sequence[ArmSide]) -> Iterator[str]:
+def _forgetting_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
     """Yield the change of the loss on general text, which is not about the task."""
     found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
     if found:
@@ -405,7 +411,7 @@ def _forgetting_words(sides: Sequence[ArmSide]) -> Iterator[str]:
         yield f"Forgetting (loss on general text minus the untuned base's): {', '.join(each)} nats."
 
 
-def _alone(side: ArmSide, objective: Objective) -> str:
+def _single_arm_sentence(side: ArmSide, objective: Objective) -> str:
     gain = objective.gain(side.value, over=side.base_value)
     if gain <= 0:
         return f"The best {side.label} ({side.point}) is no better than the untuned base."
@@ -425,7 +431,7 @@ def _alone(side: ArmSide, objective: Objective) -> str:
     )
 
 
-def _duel_words(duel: ArmComparison) -> Iterator[str]:
+def _comparison_sentences(duel: ArmComparison) -> Iterator[str]:
     side, reference = duel.side, duel.reference
     name = f"The best {side.label} ({side.point})"
     metric = duel.objective.metric.removeprefix("eval/")
@@ -443,12 +449,12 @@ def _duel_words(duel: ArmComparison) -> Iterator[str]:
             f"{name} retains {share} of {reference.label}'s improvement over the untuned base "
             f"({values})."
         )
-    yield _who_is_ahead(duel)
+    yield _lead_sentence(duel)
     if costs := _costs(side, reference):
         yield f"{_capital(side.label)} {costs}."
 
 
-def _who_is_ahead(duel: ArmComparison) -> str:
+def _lead_sentence(duel: ArmComparison) -> str:
     size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
     low, high = duel.difference.low, duel.difference.high
     if low is None or high is None:
@@ -503,7 +509,7 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _seed_words(duel: ArmComparison) -> str:
+def _seed_sentence(duel: ArmComparison) -> str:
     seeds = (duel.side.seeds, duel.reference.seeds)
     if duel.difference.low is None:
         return "One seed each, on the split that selected it. Small differences may be chance."

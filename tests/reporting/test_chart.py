@@ -162,7 +162,7 @@ def _targets(objective: Objective) -> StudyResults:
 )
 def test_target_modules_stand_with_their_best_trial(objective: Objective, words: str) -> None:
     """The best group first, whichever way the objective goes."""
-    assert target_figure(_targets(objective)).words.startswith(words)
+    assert target_figure(_targets(objective)).caption.startswith(words)
 
 
 def test_the_front_of_a_maximised_objective_joins_the_best() -> None:
