@@ -52,8 +52,8 @@ def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightReco
     """Return the digest as Markdown."""
     head = f"# Nightly {record.set_name}, {record.date}: {record.result or UNFINISHED}"
     sections = (
-        ("Experiments", [_ran(record, nightly, history)]),
-        ("Changes", list(_new(record, history))),
+        ("Experiments", [_experiments(record, nightly, history)]),
+        ("Changes", list(_changes(record, history))),
         ("Regressions", list(_regressions(record, nightly, history))),
         ("Failures", list(_failures(record))),
         ("Champions", list(_champions(record, history))),
@@ -63,7 +63,7 @@ def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightReco
         ("Reports", list(_commands(record, nightly))),
     )
     parts = [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections if lines]
-    text = "\n\n".join([head, _in_short(record), *parts])
+    text = "\n\n".join([head, _summary(record), *parts])
     terms = "\n".join(f"- **{term}**: {meaning}" for term, meaning in terms_in(text))
     return f"{text}\n\n## Terms\n\n{terms}\n"
 
@@ -75,14 +75,14 @@ def page(markdown: str, title: str) -> str:
     return PAGE.format(title=escape(title), body=body)
 
 
-def _in_short(record: NightRecord) -> str:
+def _summary(record: NightRecord) -> str:
     statuses = Counter(entry.status.replace("_", " ") for entry in record.entries.values())
     words = ", ".join(f"{count} {status}" for status, count in statuses.items()) or "nothing ran"
     again = f" The night was started {record.starts} times." if record.starts > 1 else ""
     return f"Experiments: {words}.{again}"
 
 
-def _ran(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
+def _experiments(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
     columns = (
         *(
             "experiment",
@@ -127,7 +127,7 @@ def _value(best: BestTrial | None) -> str:
     return number(best.value if best else None, "{:.4f}")
 
 
-def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
+def _changes(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
     for entry in record.entries.values():
         if entry.decided is not None:
             choice = CHOICES[entry.decided.choice]

@@ -77,7 +77,7 @@ def decide(
     """
     plan = loaded.plan(entry)
     parts = identity(plan)
-    past = _past(entry, history)
+    past = _trained_nights(entry, history)
     last = past[0] if past else None
     choice, reason = _choose(entry, parts, last)
     if choice == "skip" and last is not None and last.decided is not None:
@@ -105,7 +105,7 @@ def decide(
     )
 
 
-def _past(entry: SetEntry, history: Sequence[NightRecord]) -> list[EntryRecord]:
+def _trained_nights(entry: SetEntry, history: Sequence[NightRecord]) -> list[EntryRecord]:
     """Return the entry's earlier nights on which trials were trained, the latest first."""
     found = (night.entries.get(entry.label) for night in history)
     return [each for each in found if each and each.decided and each.status != "skipped"]

@@ -206,12 +206,13 @@ class _Frame:
         points = " ".join(f"{x},{y}" for x, y in placed)
         kind = "l strong" if line.strong else "l"
         tooltip = f"<title>{escape(line.tooltip)}</title>"
-        drawn = f'<polyline class="{kind} s{line.series % SERIES}" points="{points}">{tooltip}</polyline>'
+        series = line.series % SERIES
+        drawn = f'<polyline class="{kind} s{series}" points="{points}">{tooltip}</polyline>'
         if not line.cut:
             return drawn
         x, y = placed[-1]
         cross = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
-        return f'{drawn}<path class="l strong s{line.series % SERIES}" d="{cross}"/>'
+        return f'{drawn}<path class="l strong s{series}" d="{cross}"/>'
 
     def _across(self, value: float) -> float:
         return round(LEFT + self._x.place(value) * (WIDTH - LEFT - RIGHT), 1)

@@ -17,7 +17,7 @@ from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.verdict import reference_arm
 
-SWITCHED_OFF = "finalists.top=0"
+SWITCHED_OFF = "finalists.top=0 selects no finalists"
 LEFT_ALONE = "finalists.test=false keeps the test split unread"
 NOT_ENDED = "the study has not finished"
 NO_TEST_SPLIT = "the data have no test split (set data.test, or data.test_ratio above 0)"

@@ -91,9 +91,9 @@ class PageStudy:
         return [*ladders, *(pareto_front(arm) for arm in self.results.arms if arm.front)]
 
     @cached_property
-    def boards(self) -> list[PageLeaderboard]:
+    def leaderboards(self) -> list[PageLeaderboard]:
         """One leaderboard per arm."""
-        return [_board(arm, self.folder) for arm in self.results.arms]
+        return [_page_leaderboard(arm, self.folder) for arm in self.results.arms]
 
     @cached_property
     def costs(self) -> TextTable:
@@ -221,12 +221,12 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
             yield f"{side.base_value:.4f}", f"{metric} of the untuned base"
 
 
-def _board(arm: ArmResult, folder: StudyFolder) -> PageLeaderboard:
+def _page_leaderboard(arm: ArmResult, folder: StudyFolder) -> PageLeaderboard:
     sheet = leaderboard(arm, MOST_ROWS)
     # The sheet is cut to the same number of rows, so both stay aligned.
     trials = arm.trials[:MOST_ROWS]
     rows = [
-        (*row, _again(trial, folder.trial(arm.name, trial.number).path))
+        (*row, _retrain_command(trial, folder.trial(arm.name, trial.number).path))
         for row, trial in zip(sheet.rows, trials, strict=True)
     ]
     left = sheet.left | {"train again"}
@@ -237,7 +237,7 @@ def _board(arm: ArmResult, folder: StudyFolder) -> PageLeaderboard:
     )
 
 
-def _again(trial: TrialResult, folder: Path) -> str:
+def _retrain_command(trial: TrialResult, folder: Path) -> str:
     """Return the command that trains a trial again, and compares it if the trial was complete."""
     path = shlex.quote(folder.as_posix())
     return f"sweeper reproduce {path}" if trial.complete else f"sweeper trial {path} --into again"
@@ -255,12 +255,12 @@ def _answers(results: StudyResults, evidence: ReportEvidence) -> TextTable | Non
         found = [answers.get((name, prompt)) for name in names]
         base = next(sample.base for sample in found if sample is not None)
         tuned = [DASH if sample is None else sample.tuned for sample in found]
-        rows.append((prompt, *(_cut(text) for text in (base, *tuned))))
+        rows.append((prompt, *(_shorten(text) for text in (base, *tuned))))
     columns = ("prompt", "untuned", *names)
     return TextTable("The same prompts, side by side", columns, tuple(rows), frozenset(columns))
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     return text[:ANSWER_CHARS] + "…" * (len(text) > ANSWER_CHARS)
 
 

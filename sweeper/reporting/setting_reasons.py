@@ -21,7 +21,7 @@ from sweeper.reporting.verdict import label
 from sweeper.tracking.tracker import RUN_PARAMS
 
 DEFAULT = re.compile(r"^(?P<key>\w+): +(?P<value>[^#]*?) *(?:# ?(?P<comment>.*))?$")
-GOES_ON = re.compile(r"^ +# ?(?P<comment>.*)$")
+CONTINUATION = re.compile(r"^ +# ?(?P<comment>.*)$")
 WHY = "why: "
 SET = "set by the experiment or on the command line"
 WORDS = {True: "true", False: "false", None: "null"}
@@ -103,18 +103,18 @@ def _defaults_in(path: Path) -> Iterator[tuple[str, DefaultReason]]:
     current: tuple[str, str, list[str]] | None = None
     for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
         # a comment after a mapping's key describes the keys below it, so it continues no reason
-        if current is not None and all(current) and (more := GOES_ON.match(line)):
+        if current is not None and all(current) and (more := CONTINUATION.match(line)):
             current[2].append(more["comment"])
             continue
         if current is not None:
             key, value, comments = current
-            yield f"{group}.{key}", DefaultReason(choice, value, _why(comments))
+            yield f"{group}.{key}", DefaultReason(choice, value, _reason(comments))
         found = DEFAULT.match(line)
         comments = [found["comment"]] if found is not None and found["comment"] else []
         current = None if found is None else (found["key"], found["value"], comments)
 
 
-def _why(comments: list[str]) -> str | None:
+def _reason(comments: list[str]) -> str | None:
     text = " ".join(comment.strip() for comment in comments)
     return text.partition(WHY)[2].strip() or None if WHY in text else None
 

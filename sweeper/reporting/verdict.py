@@ -438,8 +438,9 @@ def _comparison_sentences(duel: ArmComparison) -> Iterator[str]:
     values = f"{duel.split} {metric} {duel.values[0]:.4f} against {duel.values[1]:.4f}"
     if duel.retained is None:
         yield (
-            f"{name} cannot be given as a share of {reference.label}'s improvement, because "
-            f"{reference.label} is no better than the untuned base ({values})."
+            f"The improvement of the best {side.label} ({side.point}) cannot be given as a share of "
+            f"{reference.label}'s, because {reference.label} is no better than the untuned base "
+            f"({values})."
         )
     elif duel.retained.value <= 0:
         yield f"{name} is no better than the untuned base ({values})."
