@@ -87,6 +87,8 @@ def judge_here(trial: TrialFolder) -> tuple[HeldOutLosses, HeldOutLosses]:
         DataError: the data have no test split.
     """
     from sweeper.training.gate_judge import settings_of
+
+    # Imported here, because it loads torch, which no other command of the registry needs.
     from sweeper.training.trial_runner import TransformersRunner
 
     settings = settings_of(trial.path)
@@ -137,6 +139,7 @@ def certify(
             "machine. Certify it on the machine that has the folder."
         )
     digest = str(read_json(trial.provenance).get("data.digest", "unknown"))
+    # Checked before anything is evaluated, so that a refusal uses up nothing.
     _require_same_data(champion, digest, digest_now(trial))
     # Counted per data digest: another test split has not been used yet.
     look = 1 + len(certificates(registry.versions(model), digest))
@@ -176,6 +179,7 @@ def evaluation_by_study(champion: ModelVersion, output_dir: Path) -> str | None:
     """Return a note if the champion's own study evaluated its finalists on the test split, else None."""
     try:
         results = load_results(champion.study, output_dir)
+    # The note is optional: the study may be deleted or on another machine.
     except (SweeperError, OSError, json.JSONDecodeError):
         return None
     arms = [arm.name for arm in results.arms if arm.final is not None and arm.final.test_losses]

@@ -78,10 +78,12 @@ def decide(
     """
     model, who, holder = names
     rival = "the untuned base" if champion is None else f"champion {holder}"
+    # Without a champion the base is both the rival and the zero line.
     found = contrast((who, holder or "base"), challenger, champion or base, base, SPLIT)
     margin = _margin(rules, found)
     broken = _broken_limits(evidence, rules)
     high = found.difference.high
+    # A challenger that is better by chance would otherwise replace a champion every few nights.
     ahead = high is not None and high < -margin
     interval = (
         f"{found.difference.value:+.4f} nats against {rival} "

@@ -136,6 +136,7 @@ def _changes(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[st
         before = last.best if last and comparable(entry, last) else None
         if entry.best is None or entry.status == "skipped":
             continue
+        # An unchanged best is in the table and is no news.
         if before is None or entry.best.gain(over=before) > 0:
             point = ", ".join(f"{key}={_short(value)}" for key, value in entry.best.point.items())
             gain = (
@@ -210,6 +211,7 @@ def _cost(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
     yield f"- Device-hours of tonight's trials: {hours:.2f}{of_hours}"
     output = Path(nightly.output_dir)
     names = {entry.decided.study_name for entry in record.entries.values() if entry.decided}
+    # Sizes are read at the end, after the cleanup.
     used = sum(size_mib(StudyFolder(output / name).path) for name in names)
     # The folder does not exist if every entry failed before its study began.
     free = shutil.disk_usage(output if output.exists() else Path.cwd()).free / 2**30

@@ -23,6 +23,7 @@ from sweeper.core.paths import NightsFolder, read_json, write_json
 BUSY_SECONDS = 60.0
 """Seconds to wait for another process's transaction."""
 
+# A database row is safe against two starts at once, which a file would have to be locked for.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS nights (
     set_name TEXT NOT NULL,
@@ -118,6 +119,7 @@ class NightLog:
         """Record that a night has finished, so that it never runs again."""
         with self._database() as database:
             database.execute(
+                # A row with an end is never started again, whatever a scheduler does.
                 "UPDATE nights SET ended_at = ?, result = ? WHERE set_name = ? AND local_date = ?",
                 (_text(now), result, claim.set_name, claim.date.isoformat()),
             )
@@ -163,4 +165,5 @@ class NightLog:
 
 
 def _text(instant: datetime) -> str:
+    # One time zone makes the texts comparable.
     return instant.astimezone(UTC).isoformat(timespec="seconds")

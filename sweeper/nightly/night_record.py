@@ -25,6 +25,7 @@ Result = Literal["no change", "new champion", "regression", "failure"]
 
 ENDED: frozenset[Status] = frozenset({"done", "cut_short", "failed", "skipped"})
 """Statuses of entries that need no further work tonight."""
+# Suffixes, because each part begins with the name of its arm.
 JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.max_samples")
 """Suffixes of the identity parts that must be equal for two values to be comparable."""
 
@@ -104,6 +105,7 @@ class NightRecord(FrozenValue):
 
 def write_record(folder: NightFolder, record: NightRecord) -> None:
     """Write night.json atomically."""
+    # A night may be killed at any time, and a half-written record would be lost.
     write_atomic(folder.record, record.model_dump_json(indent=2) + "\n")
 
 
@@ -118,6 +120,7 @@ def read_record(folder: NightFolder) -> NightRecord | None:
 
 def earlier(nights: NightsFolder, set_name: str, on: date) -> Iterator[NightRecord]:
     """Yield the records of the nights before a date, the latest first."""
+    # ISO dates sort like the days that they name.
     for day in nights.dates(set_name):
         if day < on.isoformat():
             record = read_record(nights.night(set_name, day))
@@ -127,6 +130,7 @@ def earlier(nights: NightsFolder, set_name: str, on: date) -> Iterator[NightReco
 
 def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the names of the parts in which two identities differ."""
+    # A part that only one identity has counts as changed.
     return [part for part in {**before, **now} if before.get(part) != now.get(part)]
 
 

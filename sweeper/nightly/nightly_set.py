@@ -131,6 +131,7 @@ class NightlySet(SettingsSection):
     @model_validator(mode="after")
     def _names_differ(self) -> NightlySet:
         labels = [entry.label for entry in self.experiments]
+        # Names are keys of night.json and of the model registry.
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
             raise ValueError(
@@ -186,7 +187,9 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
         raise ConfigError(
             [f"{name!r} is no valid name of a set. Sets are files conf/nightly/NAME.yaml."]
         )
+    # A user's conf/nightly/ in the current folder is searched as well.
     given = compose.with_user_conf(list(overrides), Path.cwd())
+    # `written` holds unresolved values, in which a reference still looks like one.
     values, written = compose.compose_group("nightly", name, given)
     problems = _literal_urls(written)
     try:
@@ -200,6 +203,7 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
             plans[entry.label] = plan_of(found, entry)
         except ConfigError as error:
             problems += [f"nightly/{name}, {entry.label}: {words}" for words in error.problems]
+            # All errors are collected, so that one edit can mend them all.
             continue
         problems += _unmeasurable_limit(found, entry, plans[entry.label])
     if problems:
@@ -212,6 +216,7 @@ def _unmeasurable_limit(nightly: NightlySet, entry: SetEntry, plan: StudyPlan) -
     # A limit that no night can check would keep every champion from moving.
     limit = nightly.champion.max_forgetting
     named = plan.settings.evaluation.general_text.source is not None
+    # Without a gate no champion moves, so no limit is needed.
     if entry.gate is None or limit is None or named:
         return []
     return [

@@ -248,6 +248,7 @@ def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
     x = math.inf
     for series, name in enumerate(names if len(names) > 1 else ()):
         width = 26 + LETTER * len(name)
+        # Names that do not fit start a new row.
         if x + width > WIDTH - RIGHT:
             rows.append([])
             x = float(LEFT)

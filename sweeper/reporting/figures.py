@@ -57,6 +57,7 @@ def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigur
         *(rank_figure(ladder) for ladder in rank_ladders(results)),
         target_figure(results),
         pareto_figure(results),
+        # With a single searched setting there is nothing to weigh.
         *(importance_figure(arm, evidence) for arm in results.arms if len(_varied(arm)) > 1),
         *(parallel_figure(arm) for arm in results.arms if len(_varied(arm)) > 1),
     ]
@@ -254,6 +255,7 @@ def parallel_figure(arm: ArmResult) -> ReportFigure:
         )
     )
     places = [{word: place for place, word in axis.ticks} for axis in axes]
+    # At least one line is thick, even of two trials.
     count = min(MOST_BEST, max(1, round(BEST_SHARE * len(trials))))
     lines = []
     for rank, trial in enumerate(trials):

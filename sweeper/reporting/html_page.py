@@ -76,6 +76,7 @@ class PageStudy:
     def reasons(self) -> list[TextTable]:
         """Tables of the settings of each arm's winner, with reasons."""
         shares = self.evidence.importances
+        # An arm without a finished trial has no winner to explain.
         sheets = (reason_sheet(arm, shares.get(arm.name, {})) for arm in self.results.arms)
         return [sheet for sheet in sheets if sheet is not None]
 
@@ -151,6 +152,7 @@ def page(studies: Sequence[PageStudy]) -> str:
         studies=studies,
         terms=terms_in("\n".join(markdown_report(s.results, s.verdict) for s in studies)),
         overview=_overview(studies) if len(studies) > 1 else None,
+        # The page must work offline and when mailed, so style and script are part of it.
         css=Markup(picture_style() + (ASSETS / "page.css").read_text(encoding="utf-8")),
         script=Markup((ASSETS / "page.js").read_text(encoding="utf-8")),
     )
@@ -214,6 +216,7 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
             yield f"{ratio:.2g}×", "the time a trial"
         if side.artifact_mib and reference.artifact_mib:
             yield f"{side.artifact_mib / reference.artifact_mib:.2g}×", "the disk space"
+    # A single arm is compared with its untuned base.
     if not verdict.duels:
         metric = metric_words(verdict.objective.metric)
         for side in verdict.sides[:1]:
@@ -253,6 +256,7 @@ def _answers(results: StudyResults, evidence: ReportEvidence) -> TextTable | Non
     rows = []
     for prompt in dict.fromkeys(prompt for _, prompt in answers):
         found = [answers.get((name, prompt)) for name in names]
+        # The untuned base answers the same in every arm of the same precision.
         base = next(sample.base for sample in found if sample is not None)
         tuned = [DASH if sample is None else sample.tuned for sample in found]
         rows.append((prompt, *(_shorten(text) for text in (base, *tuned))))

@@ -176,6 +176,7 @@ def board_table(board: StudyProgress) -> Group:
     for name in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
         table.add_column(name, justify="right" if name == "trial" else "left")
     objective = board.objective
+    # Pruning may go by another metric than the objective, and then both are shown.
     judged, valued = objective.judged_while_training, objective.metric
     best_of = "best" if judged == valued else metric_words(valued)
     for name in ("progress", "left", "tokens/s", metric_words(judged), best_of, "state"):
@@ -210,6 +211,7 @@ def _evaluation(trial: TrialProgress, board: StudyProgress) -> str:
 
 
 def _cells(trial: TrialProgress, keys: list[str], best: bool) -> list[Text | ProgressBar]:
+    # States without an entry are failures.
     style = STYLES.get(trial.state, "red")
     running = trial.state == "running"
     bar: Text | ProgressBar = Text("")
@@ -218,6 +220,7 @@ def _cells(trial: TrialProgress, keys: list[str], best: bool) -> list[Text | Pro
     elif trial.seconds is not None:
         bar = Text(f"{trial.seconds:.0f} s")
     speed = f"{trial.tokens_per_second:,.0f}" if running and trial.tokens_per_second else ""
+    # An ended trial keeps its last progress, which is no longer of interest.
     left = trial.seconds_left() if running else None
     return [
         Text(str(trial.number)),

@@ -56,6 +56,7 @@ class RankLadder:
     @property
     def best(self) -> RankStep:
         """The rank with the best value, or the smaller of two equal ones."""
+        # Of two equal ranks the smaller one is cheaper.
         return min(self.rungs, key=lambda rung: (self.objective.order(rung.value), rung.r))
 
     @property
@@ -122,6 +123,7 @@ def rank_ladder(arm: ArmResult, noise: float | None) -> RankLadder | None:
     # With a fixed number of parameters a larger rank means fewer target modules.
     if equal_size(arm):
         return None
+    # Pruned trials did not see the end of their schedule and are left out.
     found: dict[int, list[TrialResult]] = {}
     for trial in arm.trials:
         rank = trial.point.get(RANK)

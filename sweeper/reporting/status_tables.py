@@ -48,6 +48,7 @@ def print_status(found: StudyStatus, console: Console) -> None:
 
 
 def _driver(found: StudyStatus) -> str:
+    # The process of an ended study is gone, and its number may belong to another one.
     begun = "last started" if found.state in ENDED else "since"
     return f"{begun} {found.since} (process {found.process} on {found.host})"
 
@@ -104,6 +105,7 @@ def _queue(arm: ArmStatus) -> list[str]:
         return []
     lines = [f"queued in arm {arm.name}, in this order:"]
     lines += [f"    {_point(point)}" for point in arm.queue[:MAX_QUEUE]]
+    # A grid may queue hundreds of points.
     more = len(arm.queue) - MAX_QUEUE
     return lines + ([f"    and {more} more"] if more > 0 else [])
 
@@ -113,6 +115,7 @@ def _value(trial: TrialStatus | None) -> str:
 
 
 def _progress(trial: TrialStatus) -> str:
+    # The length of a trial is known only after its data are loaded.
     return f"{trial.step} of {trial.total_steps}" if trial.total_steps else DASH
 
 

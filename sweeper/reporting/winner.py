@@ -126,6 +126,7 @@ def usage(winner: WinningTrial) -> str:
     path = winner.artifact.as_posix()
     parts = [winner.words, f"in {path}", _loading(winner, path)]
     name = winner.study_name
+    # The trial is named, so that the command still means it after further trials.
     which = f"{name} --arm {winner.arm.name} --trial {winner.trial.number}"
     if isinstance(winner.settings.adapter, LoraAdapter):
         parts += [
@@ -147,6 +148,7 @@ def usage(winner: WinningTrial) -> str:
 
 def base_name(settings: TrialSettings) -> str:
     """Return the name by which other programs load the base: a hub id or a folder."""
+    # The embedded base and stand-ins have no hub id, so their local folder is named.
     name = settings.model.base_model
     if name != EMBEDDED and not name.startswith(stand_ins.PREFIX):
         return name
@@ -163,6 +165,7 @@ def _loading(winner: WinningTrial, path: str) -> str:
             f"    model = AutoModelForCausalLM.from_pretrained({path!r})\n"
             f"    tokenizer = AutoTokenizer.from_pretrained({path!r})"
         )
+    # An adapter fits only the weights that it was trained on.
     revision = winner.settings.model.revision
     pinned = "" if revision is None else f", revision={revision!r}"
     return (
