@@ -41,13 +41,13 @@ def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     """Show all studies: state, trials, best value, remaining budget."""
     from sweeper.commands.steer import silent, standings
     from sweeper.reporting.console import make_console
-    from sweeper.reporting.status_tables import studies_sheet
+    from sweeper.reporting.status_tables import status_sheet
 
     found = standings(output_dir)
     if as_json:
         _print_json([each.model_dump(mode="json") for each in found])
     elif found:
-        make_console().print(studies_sheet(found, f"Studies under {output_dir}/").draw())
+        make_console().print(status_sheet(found, f"Studies under {output_dir}/").draw())
     else:
         typer.echo(f"there are no studies under {output_dir}/")
     if (names := silent(output_dir)) and not as_json:
@@ -59,13 +59,13 @@ def show(name: Name, output_dir: Where = OUTPUTS, as_json: Json = False) -> None
     """Show one study: arms, running trials with their progress, best, queue, remaining budget."""
     from sweeper.commands.steer import standing, study_folder
     from sweeper.reporting.console import make_console
-    from sweeper.reporting.status_tables import print_standing
+    from sweeper.reporting.status_tables import print_status
 
     found = standing(study_folder(name, output_dir))
     if as_json:
         _print_json(found.model_dump(mode="json"))
     else:
-        print_standing(found, make_console())
+        print_status(found, make_console())
 
 
 @app.command()

@@ -343,13 +343,13 @@ def certify(
     """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
     _quiet()
     from sweeper.nightly.certify import certify as look
-    from sweeper.nightly.certify import other_looks
+    from sweeper.nightly.certify import evaluation_by_study
 
     registry = _registry(overrides or [])
     certificate = look(model, registry)
     typer.echo(certificate.words)
     champion = registry.champion(model)
-    also = None if champion is None else other_looks(champion, output_dir)
+    also = None if champion is None else evaluation_by_study(champion, output_dir)
     if also is not None:
         typer.echo(also)
 

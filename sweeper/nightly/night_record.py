@@ -1,6 +1,6 @@
-"""What a night decided and what came of it: night.json, the memory from which the next night decides.
+"""The record of a night (night.json), from which a restarted night continues and the next one decides.
 
-Frozen values, written whole after every step; a night that was cut short goes on from them.
+The record is rewritten after every step.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Status = Literal["planned", "done", "cut_short", "failed", "skipped"]
 Result = Literal["no change", "new champion", "regression", "failure"]
 
 ENDED: frozenset[Status] = frozenset({"done", "cut_short", "failed", "skipped"})
-
-
+"""Statuses of entries that need no further work tonight."""
 FORMAT = 1
-"""Version of night.json: it cannot be made again, and the next night decides from it. It rises only when
-an older program would misread it; a new key has a default instead."""
+"""Version of night.json. It rises only when an older program would misread the record. A new key has a
+default instead."""
+# Suffixes, because each part begins with the name of its arm.
 JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.max_samples")
-"""Parts of an identity without which two values do not compare."""
+"""Suffixes of the identity parts that must be equal for two values to be comparable."""
 
 
 class BestTrial(FrozenValue):
@@ -39,36 +39,37 @@ class BestTrial(FrozenValue):
     arm: str
     number: int
     value: float
-    """Of the objective's metric, on the validation split."""
+    """The objective's metric on the validation split."""
     base_value: float
-    """Of the untuned base."""
+    """The untuned base's value of the same metric."""
     objective: Objective
     point: dict[str, Scalar]
 
     def gain(self, over: BestTrial) -> float:
-        """How much better it is than another one; below zero, it is worse."""
+        """Return the improvement over another trial. Below zero this trial is worse."""
         return self.objective.gain(self.value, over=over.value)
 
 
 class EntryDecision(FrozenValue):
-    """What an entry does tonight, and why; settled once a night, before anything is trained."""
+    """The decision on an entry and its reason, made once per night before any training."""
 
     choice: Choice
     reason: str
     study_name: str
     identity: dict[str, str]
-    """What the answer depends on, part by part (see sweeper.nightly.study_identity)."""
+    """Everything that the study's result depends on, by part (sweeper.nightly.study_identity)."""
     n_trials: int
-    """Total of the lora arm after tonight."""
+    """Total number of the lora arm's trials after tonight."""
     warm_start: tuple[str, ...]
+    """Names of studies whose winners are tried first."""
     ended_before: dict[str, list[int]]
-    """Trials by arm that had ended before tonight."""
+    """Numbers of the trials that had ended before tonight, by arm."""
     seconds_before: float
-    """Worker time of the study before tonight."""
+    """Device time of the study before tonight in seconds."""
 
 
 class EntryRecord(FrozenValue):
-    """One experiment of a night."""
+    """The record of one experiment of a night."""
 
     name: str
     experiment: str
@@ -76,17 +77,17 @@ class EntryRecord(FrozenValue):
     decided: EntryDecision | None = None
     status: Status = "planned"
     message: str | None = None
-    """Why it failed, or was cut short."""
+    """Reason why the experiment failed or was cut short."""
     causes: dict[str, int] = Field(default_factory=dict)
-    """How tonight's trials ended, over all arms."""
+    """Number of tonight's trials by outcome, over all arms."""
     seconds: float = 0.0
-    """Worker time of tonight's trials."""
+    """Device time of tonight's trials in seconds."""
     best: BestTrial | None = None
     champion: ChampionDecision | None = None
 
 
 class NightRecord(FrozenValue):
-    """One night of a set."""
+    """The record of one night of a set."""
 
     format: int = FORMAT
     set_name: str
@@ -96,18 +97,19 @@ class NightRecord(FrozenValue):
     ended: datetime | None = None
     result: Result | None = None
     problems: tuple[str, ...] = ()
-    """What could not be written, sent or recorded."""
+    """Problems with files, notifications or tracking, one message each."""
     tidied: tuple[str, ...] = ()
-    """What was deleted after the night, a line each."""
+    """Deletions after the night, one line each."""
     entries: dict[str, EntryRecord] = Field(default_factory=dict)
 
     def with_entry(self, entry: EntryRecord) -> NightRecord:
-        """The record with one entry replaced."""
+        """Return the record with one entry replaced."""
         return self.model_copy(update={"entries": {**self.entries, entry.name: entry}})
 
 
 def write_record(folder: NightFolder, record: NightRecord) -> None:
-    """Write night.json, whole or not at all."""
+    """Write night.json atomically."""
+    # A night may be killed at any time, and a half-written record would be lost.
     write_atomic(folder.record, record.model_dump_json(indent=2) + "\n")
 
 
@@ -163,22 +165,23 @@ def earlier(nights: NightsFolder, set_name: str, on: date) -> tuple[list[NightRe
     return found, problems
 
 
-def last_of(name: str, history: Sequence[NightRecord]) -> EntryRecord | None:
-    """The latest earlier night of an entry that has a best trial."""
+def latest_entry(name: str, history: Sequence[NightRecord]) -> EntryRecord | None:
+    """Return the entry's latest earlier record with a best trial, or None."""
     found = (night.entries.get(name) for night in history)
     return next((each for each in found if each and each.best and each.decided), None)
 
 
 def comparable(entry: EntryRecord, last: EntryRecord) -> bool:
-    """Whether two nights' values mean the same: the same data, base model and metric."""
+    """Return True if two nights' values rest on the same data, base model and metric."""
     if entry.decided is None or last.decided is None:
         return False
     then, now = last.decided.identity, entry.decided.identity
+    # A changed space or sampler finds another best, but measures it in the same way.
     return all(stored_text(then, part) == now[part] for part in now if part.endswith(JUDGED_ON))
 
 
 def regressed(entry: EntryRecord, last: EntryRecord | None, tolerance: float) -> bool:
-    """Whether tonight's best is worse than the last comparable one by more than a tolerance."""
+    """Return True if tonight's best is worse than the last comparable one by more than a tolerance."""
     if last is None or entry.best is None or last.best is None or not comparable(entry, last):
         return False
     return entry.best.gain(over=last.best) < -tolerance

@@ -1,4 +1,4 @@
-"""Where studies stand, as tables for a terminal."""
+"""The status of running and past studies as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sweeper.reporting.text_table import DASH, TextTable, number, point_words
 MAX_QUEUE = 10
 
 
-def studies_sheet(standings: Sequence[StudyStatus], title: str) -> TextTable:
-    """One row a study."""
+def status_sheet(statuses: Sequence[StudyStatus], title: str) -> TextTable:
+    """Return one row per study."""
     return TextTable(
         title,
-        ("study", "state", "trials", "ended as", "best", "metric", "left"),
-        tuple(_study_row(found) for found in standings),
-        frozenset({"study", "state", "ended as", "metric", "left"}),
+        ("study", "state", "trials", "ended as", "best", "metric", "budget left"),
+        tuple(_study_row(found) for found in statuses),
+        frozenset({"study", "state", "ended as", "metric", "budget left"}),
     )
 
 
-def print_standing(found: StudyStatus, console: Console) -> None:
-    """One study in full."""
+def print_status(found: StudyStatus, console: Console) -> None:
+    """Print the status of one study: its arms, open trials and queues."""
     say(console, f"{found.study_name}: {found.state}, {_driver(found)}")
     if found.left and found.state not in ENDED:
-        say(console, f"budget: {found.left}")
+        say(console, f"budget left: {found.left}")
     console.print(_arms_sheet(found).draw())
     for arm in found.arms:
         if arm.best is not None:
@@ -46,6 +46,7 @@ def print_standing(found: StudyStatus, console: Console) -> None:
 
 
 def _driver(found: StudyStatus) -> str:
+    # The process of an ended study is gone, and its number may belong to another one.
     begun = "last started" if found.state in ENDED else "since"
     return f"{begun} {found.since} (process {found.process} on {found.host})"
 
@@ -55,6 +56,7 @@ def _study_row(found: StudyStatus) -> tuple[str, ...]:
     for arm in found.arms:
         for cause, count in arm.trials.items():
             causes[cause] = causes.get(cause, 0) + count
+    # The first arm is the one that users search, others are baselines.
     best = found.arms[0].best
     return (
         found.study_name,
@@ -92,15 +94,16 @@ def _running_sheet(found: StudyStatus) -> TextTable:
         )
         for trial in found.running
     )
-    columns = ("trial", "state", "step", "value", "point")
-    return TextTable("Open trials", columns, rows, frozenset({"trial", "state", "point"}))
+    columns = ("trial", "state", "step", "value", "settings")
+    return TextTable("Open trials", columns, rows, frozenset({"trial", "state", "settings"}))
 
 
 def _queue(arm: ArmStatus) -> list[str]:
     if not arm.queue:
         return []
-    lines = [f"arm {arm.name} tries next:"]
+    lines = [f"queued in arm {arm.name}, in this order:"]
     lines += [f"    {point_words(point)}" for point in arm.queue[:MAX_QUEUE]]
+    # A grid may queue hundreds of points.
     more = len(arm.queue) - MAX_QUEUE
     return lines + ([f"    and {more} more"] if more > 0 else [])
 
@@ -110,6 +113,7 @@ def _value(trial: TrialStatus | None) -> str:
 
 
 def _progress(trial: TrialStatus) -> str:
+    # The length of a trial is known only after its data are loaded.
     return f"{trial.step} of {trial.total_steps}" if trial.total_steps else DASH
 
 

@@ -1,4 +1,7 @@
-"""The verdict's figures as metrics of the study's run, under names that stay."""
+"""The verdict's figures as metrics of the study's MLflow run.
+
+Users' dashboards query these names, so they never change.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,25 @@ from sweeper.reporting.verdict import ArmComparison, ArmSide, Verdict, judge
 
 
 def study_figures(results: StudyResults) -> tuple[dict[str, float], Point]:
-    """What a study's own run shows: its best trial's figures and point, and the verdict's figures."""
+    """Return the metrics and the best trial's parameters for the study's own run."""
     figures, best = headline(results)
     verdict = verdict_metrics(judge(results)) if results.arms else {}
     return {**figures, **verdict}, best
 
 
 def verdict_metrics(verdict: Verdict) -> dict[str, float]:
-    """Every figure of the verdict that no trial's run has: of each arm, and against its reference.
+    """Return the verdict's figures by metric name, without those that were not measured.
 
-    `verdict/lora/retained_percent` and its `_low` and `_high` (95 %), `verdict/lora/difference` (value
-    minus the reference's), `verdict/lora/time_ratio` and so on; `test/lora/loss`.
+    Examples: `test/lora/loss`, `verdict/lora/difference` (the arm's value minus its reference's),
+    `verdict/lora/time_ratio`, and `verdict/lora/retained_percent` with the ends of its 95 % interval
+    under the suffixes `_low` and `_high`.
     """
     found: dict[str, float | None] = {}
     for side in verdict.sides:
         found |= dict(_of_side(side))
     for duel in verdict.duels:
         found |= dict(_of_duel(duel))
+    # MLflow rejects None.
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -205,7 +205,7 @@ def test_several_studies_share_a_page() -> None:
     folder = StudyFolder(Path("outputs/mine"))
     text = page([PageStudy(results, folder, ReportEvidence()) for results in (first, second)])
     found = Page.read(text)
-    assert [e.text for e in found.all("h2")] == ["mine", "other"]
+    assert [e.text for e in found.all("h2")] == ["mine", "other", "Terms"]
     assert found.all("caption")[0].text == "All studies"
     ids = [e.attrs["id"] for e in found.elements if "id" in e.attrs]
     assert len(set(ids)) == len(ids) > 8

@@ -69,7 +69,7 @@ def test_gap_between_training_and_evaluation(name: str, key: str) -> None:
     )
     assert any(key in step.command for step in next_steps(results, ReportEvidence()))
     quiet = make_results(_alone(name=name, best__eval_minus_train_loss=0.1))
-    assert "by heart" not in _reasons(quiet)
+    assert "memorises" not in _reasons(quiet)
 
 
 def test_length_of_a_trial() -> None:

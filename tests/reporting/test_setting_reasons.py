@@ -27,9 +27,9 @@ def _reasons(*overrides: str) -> dict[str, tuple[str, str]]:
 def test_searched_settings_tell_their_range_and_weight() -> None:
     """A range by its ends, a choice by what was tried; how much it decides, where that is known."""
     found = _reasons()
-    words = "searched from 0.0001 to 0.01; decides 70% of being among the best"
+    words = "searched from 0.0001 to 0.01 (importance 70%)"
     assert found["training.learning_rate"] == ("0.001", words)
-    assert found["adapter.r"] == ("8", "searched; tried: 16, 8")
+    assert found["adapter.r"] == ("8", "searched, values tried: 16, 8")
 
 
 def test_defaults_tell_the_reason_that_conf_gives() -> None:

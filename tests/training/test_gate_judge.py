@@ -15,7 +15,7 @@ from sweeper.core.paths import TrialFolder
 from sweeper.data.duplicates import normalised
 from sweeper.data.splits import load_examples, load_splits
 from sweeper.nightly.certify import judge_here
-from sweeper.nightly.challenge import CHALLENGER, CHAMPION, judge_apart, judged
+from sweeper.nightly.challenge import CHALLENGER, CHAMPION, judge_in_subprocess, judged
 from sweeper.training.gate_judge import judge_on_gate
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
@@ -134,10 +134,10 @@ def test_missing_and_changed_adapters_are_refused(trial: TrialFolder, gate: Path
 def test_a_process_of_its_own_answers(trial: TrialFolder, gate: Path, tmp_path: Path) -> None:
     """Two trials and the base come back as figures; what cannot be judged comes back as a sentence."""
     trials = {CHALLENGER: trial.path, CHAMPION: trial.path}
-    figures = judge_apart(str(gate), trials)
+    figures = judge_in_subprocess(str(gate), trials)
     assert figures.problem is None
     assert figures.nll[CHALLENGER] == pytest.approx(figures.nll[CHAMPION])
     assert judged(figures, "base").nll.shape == (1, 30)
-    missing = judge_apart(str(tmp_path / "gone.jsonl"), trials)
+    missing = judge_in_subprocess(str(tmp_path / "gone.jsonl"), trials)
     assert missing.problem is not None
     assert "gone.jsonl" in missing.problem
