@@ -29,6 +29,7 @@ LAYERS = (
         "noise",
     },
     {"grammar"},
+    {"config"},
     {"compose", "data"},
     {"modeling", "evaluation"},
     {"tracking", "training"},

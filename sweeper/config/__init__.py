@@ -1,1 +1,1 @@
-"""From the command line to frozen settings: composition, search spaces, validation."""
+"""Reading the command line and the configuration, before any setting has a meaning."""

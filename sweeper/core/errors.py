@@ -1,4 +1,4 @@
-"""Every error a user can meet. Foreign errors are turned into one of these at the seam, nowhere else.
+"""Every error that a user can meet. Foreign errors become one of these where they enter.
 
 SweeperError
 ├── ConfigError        a setting, key, group or search space is wrong (exit 2)
@@ -9,6 +9,7 @@ SweeperError
 │   ├── StudyLocked    another driver runs it
 │   └── StudyMismatch  its name stands for a different question
 ├── Refused            a command to a running study cannot be obeyed (exit 2)
+├── TrialFailed        a single trial ended without a result
 ├── ArtifactError      stored weights are not what their manifest says
 ├── TrackingError      MLflow does not answer, or has no such run or model
 ├── WorkerError        workers cannot be started

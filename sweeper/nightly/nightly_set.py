@@ -147,7 +147,7 @@ class NightlySet(SettingsSection):
     def overrides_of(self, entry: SetEntry) -> list[str]:
         """What is given to every study of an entry, whichever night it is."""
         added = [f"+experiment={entry.experiment}", f"output_dir={word(self.output_dir)}"]
-        return compose.with_user_conf([*added, *entry.overrides], Path.cwd())
+        return compose.complete_overrides([*added, *entry.overrides], Path.cwd())
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
     """
     if not re.fullmatch(SET_NAME, name):
         raise ConfigError([f"{name!r} is no name of a set; sets are files conf/nightly/NAME.yaml"])
-    given = compose.with_user_conf(list(overrides), Path.cwd())
+    given = compose.complete_overrides(list(overrides), Path.cwd())
     values, written = compose.compose_group("nightly", name, given)
     problems = _literal_urls(written)
     try:

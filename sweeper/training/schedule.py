@@ -81,7 +81,7 @@ def _warmup_problems(training: TrainingSettings, total: int) -> list[str]:
         return []
     return [
         f"training.warmup_steps={steps}: more than half of the run, which has {total} steps; "
-        f"give at most {total // 2}, or warmup_steps=null and a warmup_ratio"
+        f"give at most {total // 2}, or training.warmup_steps=null and a warmup_ratio"
     ]
 
 
@@ -92,7 +92,7 @@ def _save_problems(training: TrainingSettings, every: int, per_epoch: int) -> li
     return [
         f"training.save_steps={training.save_steps}: no multiple of "
         f"training.eval_steps={training.eval_steps} (a checkpoint belongs to an evaluation); "
-        "set save_steps=null to save with every evaluation"
+        "set training.save_steps=null to save with every evaluation"
     ]
 
 
