@@ -1,4 +1,4 @@
-"""The verbs: reading and steering. Training is Hydra overrides (see __main__)."""
+"""The verbs, which read and steer studies. Training is Hydra overrides (see __main__)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def report(
     ] = "terminal",
     output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
 ) -> None:
-    """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
+    """Show studies: leaderboards, comparison and verdict, or one HTML page with every figure."""
     from sweeper.core.errors import ConfigError
     from sweeper.core.paths import write_atomic
     from sweeper.reporting.console import make_console
@@ -66,13 +66,17 @@ def report(
 def best(
     name: Annotated[str, typer.Argument(help="The study_name.")],
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
-    arm: Annotated[str | None, typer.Option(help="Of which arm; the first one's.")] = None,
-    number: Annotated[int | None, typer.Option("--trial", help="Not the best, but this.")] = None,
+    arm: Annotated[str | None, typer.Option(help="The arm (default: the first).")] = None,
+    number: Annotated[
+        int | None, typer.Option("--trial", help="This trial instead of the best.")
+    ] = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print it as an experiment.")] = False,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Print its folder alone.")] = False,
-    merge: Annotated[Path | None, typer.Option(help="Merge it with its base into this.")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Print only the adapter's folder.")
+    ] = False,
+    merge: Annotated[Path | None, typer.Option(help="Write the merged model here.")] = None,
 ) -> None:
-    """Use a study's winner: how to load, ask, serve, merge, publish and train it again."""
+    """Show how to load, ask, serve, merge, publish and retrain a study's winner."""
     from sweeper.core.errors import ConfigError
     from sweeper.core.paths import StudyFolder
     from sweeper.reporting.results import load_results
@@ -99,8 +103,8 @@ def best(
 @app.command()
 def generate(
     adapters: Annotated[list[Path], typer.Argument(help="Trials' folders or their adapter/.")],
-    prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
+    prompt: Annotated[list[str], typer.Option(help="A prompt; repeat it for several.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
 ) -> None:
     """Ask the untuned base and adapters the same prompts, side by side on one loaded base."""
     _quiet()
@@ -115,7 +119,7 @@ def generate(
 @app.command()
 def trial(
     folder: Annotated[Path, typer.Argument(help="A trial's folder, with its config.yaml.")],
-    into: Annotated[Path, typer.Option(help="Where the new trial goes.")],
+    into: Annotated[Path, typer.Option(help="The new trial's folder.")],
 ) -> None:
     """Train a trial again by hand, from the config.yaml of an earlier one."""
     from sweeper.commands.run_trial import run_single
@@ -144,19 +148,19 @@ def reproduce(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of workers and tracking alone: workers=inline")
+        list[str] | None, typer.Argument(help="Only of workers and tracking: workers=inline")
     ] = None,
-    into: Annotated[Path | None, typer.Option(help="Where the new trial goes.")] = None,
+    into: Annotated[Path | None, typer.Option(help="The new trial's folder.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
 ) -> None:
-    """Train a recorded trial again and hold it against its record; say what differs (docs/reproduce.md).
+    """Train a recorded trial again, compare it with its record, name what differs (docs/reproduce.md).
 
-    Exit codes: 0 reproduced; 1 it cannot be tried; 2 a wrong argument; 10 another figure, or none;
-    11 other data or another base: not trained.
+    Exit codes: 0 reproduced, 1 not possible, 2 wrong argument, 10 another figure or none,
+    11 not trained, because the data or the base differ.
     """
     from sweeper.commands import reproduce as again
     from sweeper.config.settings import TrackingSettings, validate
@@ -182,12 +186,12 @@ def prefetch(
         list[str] | None, typer.Argument(help="As for training: +experiment=X data.train=org/name")
     ] = None,
 ) -> None:
-    """Fill the hub cache with all that these overrides need, for workers without a network."""
-    from sweeper.config.compose import with_user_conf
+    """Fill the hub cache with everything these overrides need, for workers without a network."""
+    from sweeper.config.compose import complete_overrides
     from sweeper.data.prefetch import prefetch as fetch
     from sweeper.search.study_plan import single, studies
 
-    given = with_user_conf(overrides or [], Path.cwd())
+    given = complete_overrides(overrides or [], Path.cwd())
     if any(text.startswith("+experiment=") for text in given):
         settings = [arm.settings for plan in studies(given) for arm in plan.arms]
     else:
@@ -203,7 +207,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
-    """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
+    """Check devices, packages, disk, tokens, MLflow and the database. Exit code 1 if a check fails."""
     from sweeper.commands.doctor import examine, print_findings, sound, to_json
     from sweeper.reporting.console import make_console
 
@@ -220,15 +224,15 @@ def sync(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME…] [tracking.uri=…]", help="Studies; all under --output-dir without one."
+            metavar="[NAME…] [tracking.uri=…]", help="Studies (default: all in --output-dir)."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow does not have.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow lacks.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
 ) -> None:
-    """Record in MLflow what it missed: it was away, or the study was killed (docs/servers.md).
+    """Record in MLflow what an outage or a killed study kept from it (docs/servers.md).
 
-    Exit codes: 0 MLflow has everything; 1 something is left, or a study runs; 2 a wrong setting.
+    Exit codes: 0 MLflow has everything, 1 something is left or a study runs, 2 wrong setting.
     """
     from sweeper.commands.sync import sync as record
     from sweeper.search.study_plan import single
@@ -249,9 +253,9 @@ def nightly(
         list[str] | None, typer.Argument(help="Of the set: nightly.budget.wall_clock=2h")
     ] = None,
 ) -> None:
-    """Run tonight's night of a set, once, however often this is fired (docs/nightly.md).
+    """Run a set of experiments once per night, however often it is started (docs/nightly.md).
 
-    Exit codes: 0 no change, or nothing to run; 1 failure; 10 new champion; 11 regression.
+    Exit codes: 0 no change or nothing to run, 1 failure, 10 new champion, 11 regression.
     """
     from sweeper.nightly.night_run import EXIT_CODES, run_night
 
@@ -262,17 +266,18 @@ def nightly(
 @app.command()
 def clean(
     name: Annotated[str | None, typer.Argument(help="The study_name.")] = None,
-    keep_adapters: Annotated[int, typer.Option(min=0, help="Best adapters that stay.")] = 3,
+    keep_adapters: Annotated[int, typer.Option(min=0, help="Number of best adapters to keep.")] = 3,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
     bases: Annotated[
         bool, typer.Option("--bases", help="Empty the cache of quantized bases instead.")
     ] = False,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
+        list[str] | None,
+        typer.Argument(help="tracking=… of the registry whose champions are kept."),
     ] = None,
 ) -> None:
-    """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    """Delete the weights of trials that did not win. Winners, figures and reports are kept."""
     from sweeper.commands.retention import removals, remove
     from sweeper.core.errors import ConfigError
 
@@ -301,7 +306,9 @@ def _clean_bases(dry_run: bool) -> None:
 
 app.add_typer(study_verbs.app, name="study")
 
-champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
+champions = typer.Typer(
+    no_args_is_help=True, help="Show, promote, certify or roll back the champion of a model."
+)
 app.add_typer(champions, name="champion")
 Model = Annotated[str, typer.Argument(help="The registered model: an entry of a nightly set.")]
 Where = Annotated[
@@ -340,7 +347,7 @@ def certify(
     overrides: Where = None,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
 ) -> None:
-    """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
+    """Judge the champion on the test split, which no night reads. Every look is recorded and counted."""
     _quiet()
     from sweeper.nightly.certify import certify as look
     from sweeper.nightly.certify import evaluation_by_study
@@ -356,13 +363,13 @@ def certify(
 
 @champions.command()
 def rollback(model: Model, overrides: Where = None) -> None:
-    """Give the champion's place back to the one before."""
+    """Make the previous champion the champion again."""
     version = _registry(overrides or []).rollback(model)
     typer.echo(f"{model}: version {version.number} is the champion again")
 
 
 def _quiet() -> None:
-    """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
+    """Silence other libraries' warnings and progress bars before a model is loaded."""
     from sweeper.core.quiet import silence_libraries
 
     silence_libraries()
@@ -384,7 +391,7 @@ def _registry(overrides: list[str]) -> ModelRegistry:
 
 
 def _registry_champions(overrides: list[str]) -> list[ModelVersion]:
-    """The champions of all models, whose weights are never deleted; none without MLflow."""
+    """Return the champions of all models, whose weights are never deleted. Empty without MLflow."""
     from sweeper.search.study_plan import single
     from sweeper.tracking.tracker_factory import make_registry
 
