@@ -62,6 +62,10 @@ TARGETS = frozenset(
 LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
 
 
+_READ: dict[tuple[str, str, int, int], ConfigResult] = {}
+"""Configuration files as read, by provider, path, time of writing and size."""
+
+
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
     """Hydra's reader of configuration files, but none that would fill the memory.
 
@@ -71,9 +75,15 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
     def load_config(self, config_path: str) -> ConfigResult:
         """Raises ConfigError for a file without bounds."""
         path = Path(self.path, self._normalize_file_name(config_path))
-        if path.is_file():
+        if not path.is_file():
+            return super().load_config(config_path)  # says what is missing
+        status = path.stat()
+        # one command composes several times, and a quarter of each is the parsing of YAML
+        read = (self.provider, str(path), status.st_mtime_ns, status.st_size)
+        if read not in _READ:
             require_bounded(path)
-        return super().load_config(config_path)
+            _READ[read] = super().load_config(config_path)
+        return copy.deepcopy(_READ[read])  # Hydra takes the defaults list out of it
 
 
 SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
