@@ -1,4 +1,4 @@
-"""The verbs of the command line, which read and steer studies. Training takes Hydra overrides (__main__)."""
+"""The verbs of the command line, which read and steer studies. __main__ handles training."""
 
 from __future__ import annotations
 
