@@ -2,7 +2,7 @@
 
 A command is one JSON file renamed into the study's inbox/, its answer one of the same name in outbox/.
 Whoever sends writes the first and removes the second; the driver does the rest. Knows no Optuna, and
-not what a command does (sweeper.driver.steering).
+not what a command does (sweeper.driver.command_handler).
 """
 
 from __future__ import annotations
