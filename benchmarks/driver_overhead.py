@@ -34,10 +34,13 @@ from optuna.trial import FrozenTrial
 from record import record
 
 from sweeper.commands import run_study
-from sweeper.commands.run_study import StudySession
 from sweeper.core.paths import StudyFolder
-from sweeper.driver import arm_search
-from sweeper.driver.steering import Steering
+from sweeper.driver.arm_search import ArmSearch
+from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.jobs import JobPhase
+from sweeper.driver.results_writer import ResultsWriter
+from sweeper.driver.running_trial import RunningTrial
+from sweeper.driver.study_supervisor import StudySupervisor
 from sweeper.search.states import STATES
 from sweeper.search.study import open_storage, optuna_name
 from sweeper.search.study_plan import ArmPlan, StudyPlan, studies
@@ -50,14 +53,14 @@ SEEDED = 12
 MEASURED = 20
 NAME = "overhead"
 PHASES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "ask": ((arm_search.ArmDriver, "_dispatch"),),
+    "ask": ((ArmSearch, "next_job"),),
     "compose and validate": ((ArmPlan, "settings_at"),),
-    "hand out": ((arm_search.ArmDriver, "_submit"),),
-    "report and prune": ((arm_search.ArmDriver, "_evaluated"),),
-    "listen and tell": ((arm_search.ArmDriver, "_handle"),),
-    "steer": ((Steering, "read"),),
-    "write results": ((StudySession, "_write_results"),),
-    "loop": ((arm_search.ArmDriver, "_more"),),
+    "hand out": ((RunningTrial, "send"),),
+    "report and prune": ((RunningTrial, "_evaluated"),),
+    "listen and tell": ((Dispatcher, "_route"),),
+    "steer": ((StudySupervisor, "on_turn"),),
+    "write results": ((ResultsWriter, "on_trial_finished"),),
+    "loop": ((ArmSearch, "_may_ask"),),
     "record": ((MlflowTracker, "start"), (MlflowTracker, "end")),
     "ship": ((RunShipper, "ship"),),
 }
@@ -116,15 +119,16 @@ def instrumented(watch: Stopwatch) -> Iterator[None]:
         for functions in PHASES.values()
         for owner, attribute in functions
     }
-    submit = arm_search.ArmDriver._submit
+    send = RunningTrial.send
 
-    def noted(self: arm_search.ArmDriver, *arguments: Any) -> None:
-        submit(self, *arguments)
-        if watch.first_submit is None:
+    def noted(self: RunningTrial, *arguments: Any) -> JobPhase:
+        phase = send(self, *arguments)
+        if watch.first_submit is None and phase is JobPhase.RUNNING:
             watch.first_submit = time.perf_counter(), time.process_time()
             watch.clear()
+        return phase
 
-    arm_search.ArmDriver._submit = noted  # type: ignore[method-assign]
+    RunningTrial.send = noted  # type: ignore[method-assign]
     for name, functions in PHASES.items():
         for owner, attribute in functions:
             setattr(owner, attribute, timed(watch, name, getattr(owner, attribute)))

@@ -24,8 +24,8 @@ from sweeper.commands.run_study import run_study
 from sweeper.config.settings import TrialSettings
 from sweeper.core.outcome import Outcome
 from sweeper.core.paths import TrialFolder
-from sweeper.search.states import counts, feasible
 from sweeper.search.study_plan import studies
+from sweeper.search.telling import counts, feasible
 from sweeper.training.observer import TrialObserver
 from sweeper.training.trial_runner import TransformersRunner
 

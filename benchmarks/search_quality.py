@@ -50,7 +50,7 @@ from scipy.stats import spearmanr
 
 from sweeper.config.settings import Objective
 from sweeper.search.pruning_audit import PruningAudit, audit
-from sweeper.search.states import counts
+from sweeper.search.telling import counts
 
 STUDY = "lr_rank_sweep"
 COMMON = (f"+experiment={STUDY}", "~hydra.sweeper.arms.full", "finalists=none", "tracking=none")

@@ -115,7 +115,7 @@ def ours(base: LlamaForCausalLM, rows: list[Tokens], settings: RunSettings, fold
         train_trial(inputs, trial, TrialFolder(folder), Silent(), meter)
     finally:
         detach(model)
-    return meter.seconds("train") if ON_GPU else meter.cpu_seconds("train")
+    return meter.seconds("train") if ON_GPU else meter.metrics()["cost/train_cpu_seconds"]
 
 
 def plain(base: LlamaForCausalLM, rows: list[Tokens], settings: RunSettings, folder: Path) -> float:

@@ -163,6 +163,20 @@ def test_foreign_library_has_one_seam(library: str) -> None:
     assert users == SEAMS[library]
 
 
+def test_one_loop_listens_to_workers() -> None:
+    """`next_event` has one caller outside the engines: the dispatcher."""
+    callers = [
+        path
+        for path, text in sources(ROOT).items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "next_event"
+    ]
+    # The time limits are an engine themselves, around another one.
+    assert callers == ["sweeper/driver/dispatcher.py", "sweeper/workers/time_limits.py"]
+
+
 def test_every_module_has_a_room() -> None:
     """No file lies loose at the top of the package, and every room has its row."""
     loose = {path.stem for path in PACKAGE.glob("*.py")}
@@ -193,7 +207,7 @@ def test_orchestration_imports_no_torch() -> None:
     torch_rooms = {"data", "modeling", "evaluation", "training"}
     modules = [
         *("config.compose", "commands.run_study", "commands.run_trial", "cli.verbs"),
-        *("search.study_plan", "search.study", "driver.arm_search", "nightly.night_run"),
+        *("search.study_plan", "search.study", "driver.dispatcher", "nightly.night_run"),
         *("commands.doctor", "commands.dry_run", "commands.sync", "commands.steer"),
         *("commands.retention", "tracking.mlflow_tracker", "reporting.report_formats"),
         *("reporting.winner", "workers.local_engine", "workers.engines"),

@@ -159,10 +159,13 @@ def test_every_fact_has_a_carrier() -> None:
 def test_carriers_exist() -> None:
     """Every file that docs/reports.md names is there, and every key is a setting."""
     text = REPORTS.read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:conf|sweeper|tests|experiments)/[\w./]+)`", text):
+    paths = re.findall(r"`((?:conf|sweeper|tests|experiments)/[\w./]+)`", text)
+    assert {path.partition("/")[0] for path in paths} == {"conf", "sweeper", "tests", "experiments"}
+    for path in paths:
         assert (ROOT / path).exists(), path
     known = flatten(_settings("qwen2_5_instruct").model_dump())
-    for key in re.findall(
-        r"`((?:model|data|adapter|quantization|training|evaluation)\.[\w.]+)", text
-    ):
+    sections = ("model", "data", "adapter", "quantization", "training", "evaluation")
+    keys = re.findall(rf"`((?:{'|'.join(sections)})\.[\w.]+)", text)
+    assert {key.partition(".")[0] for key in keys} == set(sections)
+    for key in keys:
         assert any(name == key or name.startswith(f"{key}.") for name in known), key

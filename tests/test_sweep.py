@@ -101,6 +101,7 @@ def test_runs_agree_with_the_trial_folders(swept: tuple[Path, str]) -> None:
     folder, _ = swept
     _, children = _runs(folder)
     client = MlflowClient(local_uri(folder / "mlruns"))
+    assert {"lora/0000", "full/0000"} < set(children)
     for name, run in children.items():
         arm, number = name.split("/")
         within = "finalists" if "seed" in number else "."

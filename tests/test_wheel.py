@@ -23,7 +23,8 @@ def test_wheel_holds_everything_and_runs_elsewhere(tmp_path: Path) -> None:
     assert "sweeper/conf/config.yaml" in names
     assert "sweeper/builtin/base/model.safetensors" in names
     assert "hydra_plugins/sweeper_study/study_sweeper.py" in names
-    assert not any(name.startswith(("tests/", "outputs/", "mlruns/")) for name in names)
+    assert not any(name.startswith(("tests/", "tools/", "outputs/", "mlruns/")) for name in names)
+    assert not [name for name in names if "pretrain" in name]
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site)]
     subprocess.run([*install, str(wheel)], check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": str(site)}

@@ -20,11 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OPENING = re.compile(
     r"(What|Whether|Of|Who|Whose|Where|How|Why|Which|As|By|In|On|At|From|To|With|Without|Until|"
-    r"Once|Before|After|If|For|When|See)\b"
+    r"Once|Before|After|If|For|When)\b"
 )
 ARCHAIC = re.compile(
-    r"\b(nobody|whoever|whatever|anew|beside|besides|goes on|go on|is told|are told|was told|"
-    r"held against|lies? in|thereof|wherever|meanwhile|of its own|by itself|stands? for)\b",
+    r"\b(nobody|whoever|whatever|anew|beside|goes on|(?:is|are|was|were) told|held against|thereof)\b",
     re.IGNORECASE,
 )
 LIMITS = {

@@ -1,7 +1,7 @@
 """Embedded default: a tiny pre-trained base model and a real data set that need no download.
 
-Knows where the shipped base lies. Does not load it: this package imports neither torch nor
-transformers until `sweeper.builtin.pretrain` is asked for.
+Knows where the shipped base lies. Neither loads nor trains it (tools/pretrain_base.py does): this
+package imports neither torch nor transformers.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""`sweeper study …`: see where studies stand, and steer them while they run (docs/search.md).
+"""`sweeper study …`: show studies and steer them while they run (docs/search.md).
 
-Exit codes of the verbs that steer: 0 applied; 2 refused, or wrong; 3 kept, because nobody has answered.
+Exit codes of the verbs that steer: 0 applied, 2 refused or wrong, 3 kept until a driver answers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="See where studies stand, and steer them while they run. Exit codes: 0 applied; "
-    "2 refused or wrong; 3 nobody has answered, and the command is kept.",
+    help="Show studies and steer them while they run. Exit codes: 0 applied, "
+    "2 refused or wrong, 3 kept because no driver has answered.",
 )
 Name = Annotated[str, typer.Argument(help="The study_name.")]
 Where = Annotated[Path, typer.Option("--output-dir", help="Where studies are kept.")]
@@ -26,7 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Patience = Annotated[
     float, typer.Option("--timeout", min=0, help="Seconds to wait for the driver's answer.")
 ]
-OneArm = Annotated[str | None, typer.Option("--arm", help="Of which arm; the first one's.")]
+OneArm = Annotated[
+    str | None, typer.Option("--arm", help="Name of the arm. Default: the first one.")
+]
 Number = Annotated[int, typer.Argument(min=0, help="The earlier trial's number.")]
 Values = Annotated[list[str], typer.Argument(help="KEY=VALUE of searched keys.")]
 
@@ -36,16 +38,16 @@ TIMEOUT_S = 10.0
 
 @app.command(name="list")
 def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
-    """Show all studies: state, trials, best value, what is left of the budget."""
+    """Show all studies: state, trials, best value, remaining budget."""
     from sweeper.commands.steer import silent, standings
     from sweeper.reporting.console import make_console
-    from sweeper.reporting.status_tables import studies_sheet
+    from sweeper.reporting.status_tables import status_sheet
 
     found = standings(output_dir)
     if as_json:
         _print_json([each.model_dump(mode="json") for each in found])
     elif found:
-        make_console().print(studies_sheet(found, f"Studies under {output_dir}/").draw())
+        make_console().print(status_sheet(found, f"Studies under {output_dir}/").draw())
     else:
         typer.echo(f"there are no studies under {output_dir}/")
     if (names := silent(output_dir)) and not as_json:
@@ -54,23 +56,23 @@ def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
 
 @app.command()
 def show(name: Name, output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
-    """Show one study: arms, running trials with their progress, best, queue, what remains."""
+    """Show one study: arms, running trials with their progress, best, queue, remaining budget."""
     from sweeper.commands.steer import standing, study_folder
     from sweeper.reporting.console import make_console
-    from sweeper.reporting.status_tables import print_standing
+    from sweeper.reporting.status_tables import print_status
 
     found = standing(study_folder(name, output_dir))
     if as_json:
         _print_json(found.model_dump(mode="json"))
     else:
-        print_standing(found, make_console())
+        print_status(found, make_console())
 
 
 @app.command()
 def pause(
     name: Name, timeout: Patience = TIMEOUT_S, output_dir: Where = OUTPUTS, as_json: Json = False
 ) -> None:
-    """Stop the running trials with a checkpoint and free their devices; the driver stays."""
+    """Stop the running trials with a checkpoint and free their devices. The driver keeps running."""
     from sweeper.driver.command_files import PauseStudy
 
     _steer(name, PauseStudy(), timeout, output_dir, as_json)
@@ -80,7 +82,7 @@ def pause(
 def resume(
     name: Name, timeout: Patience = TIMEOUT_S, output_dir: Where = OUTPUTS, as_json: Json = False
 ) -> None:
-    """Go on after a pause; takes back a stop that still waits for trials."""
+    """Continue after a pause, or cancel a stop that still waits for trials."""
     from sweeper.driver.command_files import ResumeStudy
 
     _steer(name, ResumeStudy(), timeout, output_dir, as_json)
@@ -96,14 +98,14 @@ def stop(
     output_dir: Where = OUTPUTS,
     as_json: Json = False,
 ) -> None:
-    """Start no new trial and end when the running ones have; or end a single trial."""
+    """Start no new trial and end after the running ones, or end a single trial."""
     from sweeper.core.errors import CommandRefused
     from sweeper.driver.command_files import StopStudy, StopTrial
 
     if trial is None and arm is not None:
-        raise CommandRefused(f"--arm {arm}: only with --trial; a study is stopped as a whole")
+        raise CommandRefused(f"--arm {arm}: only with --trial. A study is stopped as a whole")
     if trial is not None and now:
-        raise CommandRefused("--now: a single trial is always stopped at once; leave it out")
+        raise CommandRefused("--now: a single trial is always stopped at once. Leave it out")
     command = StopStudy(now=now) if trial is None else StopTrial(trial=trial, arm=arm)
     _steer(name, command, timeout, output_dir, as_json)
 
@@ -132,7 +134,7 @@ def enqueue(
     output_dir: Where = OUTPUTS,
     as_json: Json = False,
 ) -> None:
-    """Try a point next; keys that are left out are drawn by the sampler."""
+    """Try a point next. The sampler draws the keys that are left out."""
     from sweeper.commands.steer import values_of
     from sweeper.driver.command_files import EnqueuePoint
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 VERBS = (
     *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
-    *("sync", "nightly", "champion", "clean", "build-base"),
+    *("sync", "nightly", "champion", "clean"),
 )
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -120,7 +120,7 @@ def trial(
     """Train a trial again by hand, from the config.yaml of an earlier one."""
     from sweeper.commands.run_trial import run_single
     from sweeper.config.compose import compose, read_yaml
-    from sweeper.config.settings import RunSettings, validate
+    from sweeper.config.settings import RunSettings, stored_settings, validate
     from sweeper.core.errors import StudyError
     from sweeper.core.paths import TrialFolder
 
@@ -129,7 +129,9 @@ def trial(
         raise StudyError(
             f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007"
         )
-    settings = validate(RunSettings, {**compose([]).config, **read_yaml(source)})
+    stored = read_yaml(source)
+    trial = stored_settings(stored).model_dump(mode="json")
+    settings = validate(RunSettings, {**compose([]).config, **stored, **trial})
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
 
 
@@ -341,13 +343,13 @@ def certify(
     """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
     _quiet()
     from sweeper.nightly.certify import certify as look
-    from sweeper.nightly.certify import other_looks
+    from sweeper.nightly.certify import evaluation_by_study
 
     registry = _registry(overrides or [])
     certificate = look(model, registry)
     typer.echo(certificate.words)
     champion = registry.champion(model)
-    also = None if champion is None else other_looks(champion, output_dir)
+    also = None if champion is None else evaluation_by_study(champion, output_dir)
     if also is not None:
         typer.echo(also)
 
@@ -357,18 +359,6 @@ def rollback(model: Model, overrides: Where = None) -> None:
     """Give the champion's place back to the one before."""
     version = _registry(overrides or []).rollback(model)
     typer.echo(f"{model}: version {version.number} is the champion again")
-
-
-@app.command(name="build-base")
-def build_base(
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2_600_000,
-    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-) -> None:
-    """Pre-train the embedded base model again from the standard library's text (minutes)."""
-    from sweeper.builtin.pretrain import build_base as build
-
-    build(out, tokens=tokens, seed=seed)
 
 
 def _quiet() -> None:

@@ -1,7 +1,8 @@
-"""What would fail tonight: devices, packages, disk, tokens, MLflow, the study's database.
+"""`sweeper doctor`: checks of devices, packages, disk, tokens, MLflow and the study's database.
 
-Each check is a function that returns findings; none writes anything, none shows a secret. They run side
-by side, because the slowest (torch in a process of its own) takes as long as all others together.
+Each check is a function that returns findings. No check writes a file or shows a secret. The checks
+run in parallel, because the slowest (torch in its own process) takes as long as all others
+together.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from rich.console import Console
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
 from sweeper.core.paths import StudyFolder
+from sweeper.reporting.console import say
 from sweeper.search.study_plan import single
 from sweeper.tracking.tracker_factory import LOCAL_STORE
 from sweeper.tracking.tracking_server import local_uri
@@ -34,14 +36,14 @@ Level = Literal["ok", "warning", "failure"]
 STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 TIMEOUT_S = 5
 DEVICE_TIMEOUT_S = 120
-"""A cold file system or a busy machine makes importing torch slow; it is no reason to call it broken."""
+"""Seconds for the process that imports torch, which a cold file system or a busy machine slows down."""
 FULL_GIB, TIGHT_GIB = 1.0, 10.0
 MIB_OF_GIB = 1024
 
 
 @dataclass(frozen=True)
 class DoctorFinding:
-    """One line of the doctor's answer."""
+    """One result of a check."""
 
     check: str
     level: Level
@@ -50,7 +52,7 @@ class DoctorFinding:
 
 
 def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
-    """All findings for what a command line would run, in a fixed order.
+    """Return all findings for what a command line would run, in a fixed order.
 
     Raises:
         ConfigError: the overrides are wrong.
@@ -73,29 +75,29 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
 
 
 def print_findings(findings: Sequence[DoctorFinding], console: Console) -> None:
-    """One line a finding, and under it what to do."""
+    """Print each finding on a line, followed by what to do about it."""
     for finding in findings:
         mark = f"[{STYLES[finding.level]}]{finding.level:<8}[/]"
         console.print(f"{mark} {finding.check}: ", end="", highlight=False)
-        console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+        say(console, finding.text)
         if finding.advice:
-            console.print(" " * 9 + finding.advice, markup=False, highlight=False, soft_wrap=True)
+            say(console, " " * 9 + finding.advice)
 
 
 def to_json(findings: Sequence[DoctorFinding]) -> str:
-    """The findings as a JSON list."""
+    """Return the findings as a JSON list."""
     return json.dumps([asdict(finding) for finding in findings], indent=2)
 
 
 def sound(findings: Sequence[DoctorFinding]) -> bool:
-    """Whether nothing failed."""
+    """Return True if no check failed."""
     return all(finding.level != "failure" for finding in findings)
 
 
 def devices(
     command: Sequence[str] = ("-m", "sweeper.modeling.device_check"),
 ) -> list[DoctorFinding]:
-    """Devices, free memory, bf16 and 4-bit layers, asked of a process that has torch."""
+    """Check devices, free memory, bf16 and 4-bit layers in a process that imports torch."""
     try:
         answer = subprocess.run(
             [sys.executable, *command],
@@ -119,7 +121,7 @@ def devices(
 
 
 def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
-    """What a line of sweeper.modeling.device_check means."""
+    """Interpret one line of sweeper.modeling.device_check."""
     free, total = device["free_mib"] / MIB_OF_GIB, device["total_mib"] / MIB_OF_GIB
     text = f"{device['name']}: {free:.1f} of {total:.1f} GiB free"
     bf16 = "computes bf16" if device["bf16"] else "does not compute bf16"
@@ -146,7 +148,7 @@ def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
 
 
 def packages(requirements: Sequence[str] | None = None) -> list[DoctorFinding]:
-    """Installed versions against the ranges this package is written for (pyproject.toml)."""
+    """Compare installed versions with the supported ranges (pyproject.toml)."""
     from packaging.requirements import Requirement
 
     texts = requirements if requirements is not None else metadata.requires("sweeper") or []
@@ -171,7 +173,7 @@ def _package_problem(need: Any) -> str | None:
 
 
 def disks(settings: RunSettings) -> list[DoctorFinding]:
-    """Free space where trials are kept, and where the hub's models are."""
+    """Check the free space for trials and for the hub's models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     places = {"output_dir": Path(settings.output_dir), "hub cache": Path(HF_HUB_CACHE)}
@@ -179,7 +181,7 @@ def disks(settings: RunSettings) -> list[DoctorFinding]:
 
 
 def disk(name: str, path: Path, free_gib: float | None = None) -> DoctorFinding:
-    """Free space at a path that may not exist yet, and whether it can be written."""
+    """Check the free space and write access at a path that may not exist yet."""
     place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = free_gib if free_gib is not None else shutil.disk_usage(place).free / 2**30
     text = f"{path}: {free:.1f} GiB free"
@@ -197,18 +199,18 @@ def disk(name: str, path: Path, free_gib: float | None = None) -> DoctorFinding:
 
 
 def tokens() -> list[DoctorFinding]:
-    """Whether gated models could be fetched; the token itself is never shown."""
+    """Check for a hub token, which gated models need. The token itself is never shown."""
     from huggingface_hub import get_token
 
     if get_token() is not None:
         where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the hub's login"
         return [DoctorFinding("hub token", "ok", f"set, from {where}")]
-    text = "HF_TOKEN is not set; gated models (Llama, Gemma) cannot be fetched"
+    text = "HF_TOKEN is not set. Gated models (Llama, Gemma) cannot be fetched"
     return [DoctorFinding("hub token", "warning", text, "needed for those only: export HF_TOKEN=…")]
 
 
 def tracking(settings: TrackingSettings) -> DoctorFinding:
-    """Whether runs can be recorded."""
+    """Check that runs can be recorded."""
     if settings.kind == "none":
         return DoctorFinding("MLflow", "ok", "tracking=none: nothing is recorded")
     uri = settings.uri or local_uri(LOCAL_STORE)
@@ -220,7 +222,7 @@ def tracking(settings: TrackingSettings) -> DoctorFinding:
 
 
 def mlflow_server(uri: str) -> DoctorFinding:
-    """Whether a tracking server answers, and whether its version is ours."""
+    """Check that a tracking server answers, and that its version is supported."""
     shown, ours = without_password(uri), metadata.version("mlflow")
     start = time.monotonic()
     try:
@@ -233,13 +235,13 @@ def mlflow_server(uri: str) -> DoctorFinding:
     text = f"{shown} answers in {time.monotonic() - start:.1f} s, version {theirs}"
     if theirs.split(".")[0] != ours.split(".")[0]:
         return DoctorFinding(
-            "MLflow", "warning", text, f"this client is {ours}; use one major version"
+            "MLflow", "warning", text, f"this client is {ours}. Use one major version"
         )
     return DoctorFinding("MLflow", "ok", text)
 
 
 def reach_database(name: str, url: str) -> DoctorFinding:
-    """Whether a database opens; a SQLite file that is not there yet only needs its folder."""
+    """Check that a database opens. An SQLite file that does not exist yet needs only its folder."""
     import sqlalchemy
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -262,7 +264,7 @@ def reach_database(name: str, url: str) -> DoctorFinding:
 
 
 def without_password(url: str) -> str:
-    """A URL that may be shown: no password, and no query, which may hold one."""
+    """Return a URL without password and query, both of which may hold secrets."""
     parts = urllib.parse.urlsplit(url)
     if parts.password is None and not parts.query:
         return url

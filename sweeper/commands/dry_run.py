@@ -1,8 +1,8 @@
-"""`dry_run=true`: what a command would do, without training, storing or tracking anything.
+"""`dry_run=true`: show what a command would do, without training, storing or tracking anything.
 
-The plan is the real one, the points are really asked of the sampler (on a study in memory), parameters
-are counted by a process that has torch. A forecast of time needs earlier trials of the same study;
-without them it says that it cannot know.
+The plan is the real one. The points come from the real sampler, on a study in memory. A process
+with torch counts parameters. A forecast of time needs earlier trials of the same study and is
+refused without them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from sweeper.config import compose
 from sweeper.config.settings import RunSettings, TrialSettings, flatten
 from sweeper.config.space import Branches, Choice, Point, Space
 from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.outcome import TrialFootprint
 from sweeper.core.paths import StudyFolder
-from sweeper.core.value import FrozenValue
-from sweeper.reporting.console import make_console
+from sweeper.reporting.console import make_console, say
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
 from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.text_table import TextTable, duration, number
@@ -40,24 +40,9 @@ SHOWN = ("model", "data", "quantization", "adapter", "training", "evaluation", "
 """Sections of the configuration that decide what is computed."""
 
 
-class TrialFootprint(FrozenValue):
-    """How large a trial would be."""
-
-    trainable: int | None
-    total: int | None
-    artifact_mib: float | None
-    peak_mib: float | None
-    """Device memory; None while nobody estimates it."""
-    problem: str | None
-    """Why nothing is known: the model cannot be had, or the adapter does not fit it."""
-
-
-UNKNOWN = TrialFootprint(trainable=None, total=None, artifact_mib=None, peak_mib=None, problem=None)
-
-
 @dataclass(frozen=True)
 class ArmDraft:
-    """An arm's first points: the settings of the possible ones, and for each why it is impossible."""
+    """First points of an arm: settings of the possible ones, reasons for the impossible ones."""
 
     points: tuple[Point, ...]
     settings: tuple[TrialSettings, ...]
@@ -68,7 +53,7 @@ Estimator = Callable[[Sequence[TrialSettings]], list[TrialFootprint]]
 
 
 def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
-    """Have a process with torch count the parameters of trials, one footprint each.
+    """Count the parameters of trials in a process with torch, and return one footprint each.
 
     Raises:
         WorkerError: that process died.
@@ -124,7 +109,7 @@ def show_single(settings: RunSettings, console: Console, estimator: Estimator = 
 
 
 def first_asked(arm: ArmPlan, count: int) -> list[Point]:
-    """The points that an arm's sampler asks first, on a study in memory; its first draws are random."""
+    """Return the points that an arm's sampler proposes first. Its first draws are random."""
     sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn=0)
     study = optuna.create_study(sampler=sampler)
     enqueue(study, first_draws(arm))
@@ -133,7 +118,7 @@ def first_asked(arm: ArmPlan, count: int) -> list[Point]:
 
 
 def space_size(space: Space) -> str:
-    """How many points a space has; every branch counts with the points that it brings."""
+    """Count the points of a space, every branch with its own points."""
     counts = []
     for domain in space.values():
         if isinstance(domain, Branches):
@@ -152,7 +137,7 @@ def space_size(space: Space) -> str:
 
 
 def forecast(plan: StudyPlan, earlier: StudyResults | None) -> str:
-    """How long the rest of a study takes, from its own earlier trials; every arm must have some."""
+    """Forecast the remaining duration of a study from its earlier trials of every arm."""
     seconds = 0.0
     for arm in plan.arms:
         if arm.run_id is not None:
@@ -175,7 +160,7 @@ def forecast(plan: StudyPlan, earlier: StudyResults | None) -> str:
 
 
 def further_seeds(plan: StudyPlan, arm: ArmPlan) -> int:
-    """How many trainings an arm's finalists need when the search has ended."""
+    """Count the trainings with further seeds that follow an arm's search."""
     if arm.run_id is not None:
         return 0
     wanted = plan.study.finalists
@@ -183,7 +168,9 @@ def further_seeds(plan: StudyPlan, arm: ArmPlan) -> int:
 
 
 def disk(settings: RunSettings, artifacts_mib: Sequence[float | None]) -> str:
-    """Space for artifacts against what is free; resume states come on top while a trial runs."""
+    """Compare the space for artifacts with the free space. Resume states of running trials come on
+    top.
+    """
     free = shutil.disk_usage(_existing(Path(settings.output_dir))).free / 2**20
     known = [size for size in artifacts_mib if size is not None]
     if len(known) < len(artifacts_mib):
@@ -193,7 +180,7 @@ def disk(settings: RunSettings, artifacts_mib: Sequence[float | None]) -> str:
 
 
 def describe(found: TrialFootprint) -> str:
-    """A footprint in words."""
+    """Format a footprint."""
     if found.problem is not None:
         return f"unknown: {found.problem}"
     assert found.trainable is not None
@@ -206,7 +193,7 @@ def describe(found: TrialFootprint) -> str:
 
 
 def without_dry_run(command: str) -> str:
-    """The command that does it."""
+    """Return the command that runs what the dry run shows."""
     return with_override(command, "dry_run", "false").replace(" dry_run=false", "")
 
 
@@ -237,7 +224,7 @@ def _show_arm(
 def _show_points(
     console: Console, arm: ArmPlan, found: ArmDraft, sizes: list[TrialFootprint], repeats: int
 ) -> None:
-    """The first points, and the disk they would need if all trials were like the largest of them."""
+    """Print the first points, and the disk space if all trials were as large as the largest of them."""
     console.print(points_sheet(found, sizes).draw())
     known = [size.artifact_mib for size in sizes if size.artifact_mib is not None]
     largest = max(known) if known and len(known) == len(sizes) else None
@@ -246,7 +233,7 @@ def _show_points(
 
 
 def draft(arm: ArmPlan) -> ArmDraft:
-    """The first points of an arm, and which of them are possible."""
+    """Return an arm's first points, divided into possible and impossible ones."""
     points = first_asked(arm, POINTS)
     settings: list[TrialSettings] = []
     problems: list[str | None] = []
@@ -260,14 +247,14 @@ def draft(arm: ArmPlan) -> ArmDraft:
 
 
 def points_sheet(found: ArmDraft, sizes: Sequence[TrialFootprint]) -> TextTable:
-    """The first points with what is known of each; columns in which nothing is known are left out."""
+    """Return a table of the first points, without columns in which nothing is known."""
     keys = list(dict.fromkeys(key for point in found.points for key in point))
     names = [key.rsplit(".", 1)[-1] for key in keys]
     of_possible = iter(sizes)
     rows = []
     for place, (point, problem) in enumerate(zip(found.points, found.problems, strict=True)):
         shown = short_names(point)
-        size = UNKNOWN if problem else next(of_possible)
+        size = TrialFootprint() if problem else next(of_possible)
         cells = (number(size.trainable), number(size.peak_mib, "{:,.0f} MiB"))
         values = (shown.get(name, "") for name in names)
         rows.append((str(place), *values, *cells, problem or size.problem or ""))
@@ -279,14 +266,14 @@ def points_sheet(found: ArmDraft, sizes: Sequence[TrialFootprint]) -> TextTable:
 
 
 def _differences(shared: RunSettings, own: RunSettings) -> dict[str, object]:
-    """What an arm changes besides its space."""
+    """Return the settings that an arm changes besides its space."""
     before = flatten(shared.trial.model_dump(mode="json"))
     after = flatten(own.trial.model_dump(mode="json"))
     return {key: value for key, value in after.items() if before.get(key, ...) != value}
 
 
 def _earlier(plan: StudyPlan) -> StudyResults | None:
-    """Results of the same study, if it was ever started."""
+    """Return the results of the same study, or None if it never started."""
     output_dir = Path(plan.settings.output_dir)
     if not StudyFolder(output_dir / plan.study.study_name).results.exists():
         return None
@@ -305,4 +292,4 @@ def _existing(path: Path) -> Path:
 
 def _line(console: Console, *texts: str) -> None:
     for text in texts:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, text)

@@ -1,6 +1,6 @@
-"""A base and its adapters asked the same prompts, side by side, on one loaded base.
+"""`sweeper generate`: ask a base and its adapters the same prompts, on one loaded base.
 
-Knows the folders of trials; trains nothing and scores nothing.
+Knows the folders of trials. Neither trains nor scores.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import DataSettings, TrialSettings, validate
+from sweeper.config.settings import DataSettings, TrialSettings, stored_settings
 from sweeper.core.errors import ModelError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import TrialFolder
@@ -32,12 +32,12 @@ class SideBySide:
 
     prompt: str
     answers: dict[str, str]
-    """By the adapter's path as it was given."""
+    """Answers by the adapter's path as the user gave it."""
 
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A stored adapter and what it was trained with."""
+    """A stored adapter and the settings it was trained with."""
 
     name: str
     path: Path
@@ -47,19 +47,19 @@ class StoredAdapter:
 def side_by_side(
     paths: Sequence[Path], prompts: Sequence[str], max_new_tokens: int
 ) -> list[SideBySide]:
-    """Answer every prompt greedily, by the untuned base and by each adapter.
+    """Answer every prompt greedily with the untuned base and with each adapter.
 
-    The base is loaded once, held as the first adapter was trained on it; every adapter gets the prompts
-    in the template that it was trained with.
+    The base is loaded once, with the quantization of the first adapter's trial. Each adapter
+    receives the prompts in the template that it was trained with.
 
     Args:
-        paths: trials' folders, or the adapter/ in them.
-        prompts: what a user would say.
-        max_new_tokens: where an answer is cut.
+        paths: folders of trials, or the adapter/ in them.
+        prompts: user messages.
+        max_new_tokens: length at which an answer is cut.
 
     Raises:
         ModelError: there is no adapter at a path, or the adapters have different bases.
-        ConfigError: a prompt and its answer do not fit the model's positions.
+        ConfigError: a prompt and its answer exceed the model's positions.
         DataError: the template cannot print a prompt.
     """
     adapters = [find_adapter(path) for path in paths]
@@ -79,31 +79,31 @@ def side_by_side(
 
 
 def find_adapter(path: Path) -> StoredAdapter:
-    """The adapter of a trial, with the trial's settings.
+    """Return the adapter of a trial with the trial's settings.
 
     Raises:
-        ModelError: no adapter is there, or not the config.yaml of its trial.
-        ArtifactError: it is not what its manifest says.
+        ModelError: the path holds no adapter, or its trial's config.yaml is missing.
+        ArtifactError: the files differ from their manifest.
     """
     folder = TrialFolder(path.parent if path.name == "adapter" else path)
     if not (folder.adapter / "adapter_config.json").exists():
         kind = "a full fine-tune has none" if folder.model.is_dir() else "nor is it one"
         raise ModelError(
-            f"{path}: holds no adapter ({kind}); give a folder like "
+            f"{path}: holds no adapter ({kind}). Give a folder like "
             "outputs/STUDY/lora/trial_0007 or the adapter/ in it"
         )
     if not folder.config.exists():
         raise ModelError(
-            f"{folder.config}: no such file; it names the base and the template: keep it beside adapter/"
+            f"{folder.config}: no such file. It names the base and the template: keep it beside adapter/"
         )
     require_safetensors(folder.adapter, path.as_posix())
     verify_manifest(folder.adapter)
-    settings = validate(TrialSettings, read_yaml(folder.config))
+    settings = stored_settings(read_yaml(folder.config))
     return StoredAdapter(path.as_posix(), folder.adapter, settings)
 
 
 def require_one_base(adapters: Sequence[StoredAdapter]) -> None:
-    """Adapters share a loaded base only if they were trained on the same one.
+    """Require that all adapters were trained on the same base, so that they can share a loaded one.
 
     Raises:
         ModelError: names the bases.
@@ -114,13 +114,13 @@ def require_one_base(adapters: Sequence[StoredAdapter]) -> None:
     }
     if len(set(bases.values())) > 1:
         listed = "; ".join(f"{name}: {base}" for name, (base, _) in bases.items())
-        raise ModelError(f"the adapters have different bases ({listed}); ask them one by one")
+        raise ModelError(f"the adapters have different bases ({listed}). Ask them one by one")
 
 
 def _loaded(
     base: LoadedBase, model: PeftModel | None, adapter: StoredAdapter, name: str
 ) -> PeftModel:
-    """The base with this adapter active; the others stay loaded beside it."""
+    """Return the base with this adapter active. Adapters loaded before stay loaded."""
     try:
         if model is None:
             return PeftModel.from_pretrained(base.model, str(adapter.path), adapter_name=name)

@@ -1,8 +1,8 @@
-"""A stored trial trained again, and held against what it recorded.
+"""`sweeper reproduce`: train a stored trial again and compare its figure with the record.
 
-Needs nothing but the trial's config, provenance and outcome: no study, no database. What differs from
-the record (code, packages, machine, data, base) is said before anything is trained, and other data or
-another base end it there: their figure would be the answer to another question.
+Needs only the trial's config, provenance and outcome, no study and no database. Differences from
+the record (code, packages, machine, data, base) are reported before training. Different data or
+another base end the command there, because their figure would answer another question.
 """
 
 from __future__ import annotations
@@ -20,31 +20,42 @@ from rich.console import Console
 
 from sweeper.commands.run_trial import train_single
 from sweeper.config.compose import compose, key_of, read_yaml
-from sweeper.config.settings import RunSettings, TrialSettings, metric_words, validate
+from sweeper.config.settings import (
+    RunSettings,
+    TrialSettings,
+    metric_words,
+    stored_settings,
+    validate,
+)
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
 from sweeper.core.value import FrozenValue
-from sweeper.reporting.finalist_results import COMPLETE
+from sweeper.reporting.console import say
 from sweeper.reporting.results import load_results
 from sweeper.reporting.winner import find_winner
+from sweeper.search.states import STATES
 from sweeper.tracking.provenance import origin, provenance
 from sweeper.tracking.store import TrackingStore
 
 INPUTS = ("data.digest", "base.digest")
-"""What a figure is about: with another one it is another question."""
+"""Parts of the record that define the figure. With others it answers another question."""
 ARITHMETIC = (
     *("package.torch", "package.transformers", "package.peft", "package.bitsandbytes"),
     *("package.accelerate", "machine", "cpu", "device", "dtype"),
 )
-"""What decides in which order numbers are added: where one differs, the bits do."""
+"""Parts of the record that decide the order in which numbers are added, and so the last bits."""
 COMPARED = (*INPUTS, "git.commit", "git.dirty", "sweeper", "python", *ARITHMETIC)
 EXACT = 1e-6
-"""Share of the recorded value. A CPU with the same packages and threads computes the same bits; this
-only allows for a figure that went through JSON."""
+"""Tolerance as a share of the recorded value on a CPU with the same packages and threads, which
+computes the same bits. Allows only for a figure that went through JSON.
+"""
 ROUNDING = 0.02
-"""Share of the trial's gain over the untuned base. Other kernels round differently, and training
-amplifies it, at worst to what another seed does (±0.006 of 0.54 nats on the embedded base)."""
+"""Tolerance as a share of the trial's gain over the untuned base, on other packages or machines.
+
+Other kernels round differently, and training amplifies the difference, at worst to that between two
+seeds (±0.006 of 0.54 nats on the embedded base).
+"""
 MLFLOW_RUN = re.compile(r"[0-9a-f]{32}")
 NUMBER = re.compile(r"(?:trial_)?(\d+)(?:_seed_(\d+))?")
 
@@ -58,11 +69,11 @@ EXIT_CODES: Mapping[Verdict, int] = {
 
 
 class RecordedDifference(FrozenValue):
-    """Something that is not as it was when the trial was recorded."""
+    """One part of the record that differs today."""
 
     what: str
     recorded: str | None
-    """None: the record does not say."""
+    """The recorded value, or None if the record lacks it."""
     now: str | None
 
     def __str__(self) -> str:
@@ -70,7 +81,7 @@ class RecordedDifference(FrozenValue):
 
 
 class Reproduction(FrozenValue):
-    """What came of it."""
+    """Result of a reproduction."""
 
     trial: str
     verdict: Verdict
@@ -79,53 +90,53 @@ class Reproduction(FrozenValue):
     found: float | None = None
     tolerance: float | None = None
     why: str | None = None
-    """Of the tolerance; or why there is no figure."""
+    """Reason for the tolerance, or for the missing figure."""
     differences: tuple[RecordedDifference, ...] = ()
     folder: str | None = None
-    """Of the new trial."""
+    """Folder of the new trial."""
 
 
 @dataclass(frozen=True)
 class RecordedTrial:
-    """A trial that ran to its own end, as it was stored."""
+    """A stored trial that ran to its own end."""
 
     name: str
     settings: TrialSettings
-    """With the base pinned to the commit it was trained on."""
+    """Its settings, with the base pinned to the commit it was trained on."""
     origin: Mapping[str, str]
     value: float
-    """The objective's."""
+    """Value of the objective."""
 
 
 class OtherInputs(SweeperError):
-    """The data or the base are not those of the record."""
+    """The data or the base differ from the record's."""
 
 
 def find_record(run: str, output_dir: Path, store: TrackingStore | None) -> RecordedTrial:
-    """The trial that `run` names.
+    """Return the trial that `run` names.
 
     Args:
-        run: a trial's folder, the id of its MLflow run, STUDY/ARM/NUMBER (the number of a further seed
-            is 7_seed_1), or STUDY or STUDY/ARM for the winner.
-        output_dir: where studies are kept.
-        store: where run ids are looked up; None without MLflow.
+        run: a trial's folder, the id of its MLflow run, STUDY/ARM/NUMBER (the number of a further
+            seed is 7_seed_1), or STUDY or STUDY/ARM for the winner.
+        output_dir: the folder that contains the studies.
+        store: the MLflow store in which run ids are looked up, None without MLflow.
 
     Raises:
         StudyError: there is no such trial, or it has no figure of its own.
-        TrackingError: MLflow has no such run, or cannot be asked.
+        TrackingError: MLflow has no such run, or cannot be reached.
     """
     if TrialFolder(Path(run)).config.exists():
         return read_record(run, TrialFolder(Path(run)))
     if MLFLOW_RUN.fullmatch(run):
         if store is None:
-            raise ConfigError([f"{run}: the id of an MLflow run, but tracking=none; remove it"])
+            raise ConfigError([f"{run}: the id of an MLflow run, but tracking=none. Remove it"])
         with tempfile.TemporaryDirectory() as folder:
             return read_record(f"MLflow run {run}", store.fetch_trial(run, Path(folder)))
     name, *parts = run.strip("/").split("/")
     number = NUMBER.fullmatch(parts[-1]) if len(parts) == 2 else None
     if len(parts) > 2 or (len(parts) == 2 and number is None):
         raise StudyError(
-            f"{run}: no trial's folder; name one, an MLflow run id (32 hex digits), STUDY/ARM/NUMBER, "
+            f"{run}: no trial's folder. Name one, an MLflow run id (32 hex digits), STUDY/ARM/NUMBER, "
             "or STUDY for its winner"
         )
     study = StudyFolder(output_dir / name)
@@ -142,23 +153,23 @@ def find_record(run: str, output_dir: Path, store: TrackingStore | None) -> Reco
 
 
 def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
-    """A trial from its folder.
+    """Read a trial from its folder.
 
     Raises:
         StudyError: a file is missing, or the trial did not run to its own end.
-        ConfigError: its config was written by a version with other settings.
+        ConfigError: a version with other settings wrote its config.
     """
     for path in (folder.config, folder.provenance, folder.outcome):
         if not path.exists():
             raise StudyError(f"{name}: {path} is not there, so nothing can be held against it")
     outcome = Outcome.model_validate_json(folder.outcome.read_text(encoding="utf-8"))
-    if outcome.cause not in COMPLETE or outcome.best_value is None:
+    if not STATES[outcome.cause].complete or outcome.best_value is None:
         raise StudyError(
             f"{name} ended as {outcome.cause} after {outcome.steps} steps: only a trial that ran to its "
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"
         )
     kept = {key: str(value) for key, value in read_json(folder.provenance).items()}
-    settings = validate(TrialSettings, _trial_part(read_yaml(folder.config)))
+    settings = stored_settings(read_yaml(folder.config))
     commit = kept.get("base.commit")
     if commit is not None and settings.model.revision is None:
         pinned = settings.model.model_copy(update={"revision": commit})
@@ -167,13 +178,13 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
 
 
 def new_folder(output_dir: Path, record: RecordedTrial) -> Path:
-    """Where a reproduction goes if nobody says."""
+    """Return the default folder of a reproduction."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", record.name).strip("_")
     return output_dir / "reproduced" / f"{name}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
 
 
 def machinery(overrides: Sequence[str]) -> dict[str, Any]:
-    """The default configuration with other workers or another tracking.
+    """Return the default configuration with other workers or another tracking.
 
     Raises:
         ConfigError: an override would change the trial.
@@ -184,7 +195,7 @@ def machinery(overrides: Sequence[str]) -> dict[str, Any]:
     if foreign:
         raise ConfigError(
             [
-                f"{text}: would be another trial; only workers and tracking may be set"
+                f"{text}: would be another trial. Only workers and tracking may be set"
                 for text in foreign
             ]
         )
@@ -202,13 +213,13 @@ def reproduce(
 
     Args:
         record: the trial.
-        machine: see `machinery`; the record's own settings win.
-        folder: where the new trial is written.
-        console: told what differs, then of every evaluation.
-        tolerance: in the metric's unit; None follows from what differs (EXACT, ROUNDING).
+        machine: see `machinery`. The record's own settings take precedence.
+        folder: the folder of the new trial.
+        console: receives the differences, then every evaluation.
+        tolerance: in the metric's unit. None derives it from the differences (EXACT, ROUNDING).
 
     Raises:
-        SweeperError: it cannot be tried at all: a used folder, workers that do not start.
+        SweeperError: the trial cannot start: a used folder, workers that do not start.
     """
     settings = validate(RunSettings, {**machine, **record.settings.model_dump(mode="json")})
     metric = record.settings.objective.metric
@@ -249,14 +260,14 @@ def reproduce(
 
 
 def refuse_other_inputs(record: RecordedTrial, facts: ArmBaseline, console: Console) -> None:
-    """Say what differs from the record, and end it there if the data or the base do.
+    """Print the differences from the record, and refuse different data or another base.
 
     Raises:
         OtherInputs: names them.
     """
     differences = differing(record, facts)
     for found in differences:
-        console.print(f"differs    {found}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"differs    {found}")
     if not differences:
         console.print("differs    nothing: code, packages, machine, data and base are the record's")
     other = [found for found in differences if found.what in INPUTS]
@@ -265,7 +276,7 @@ def refuse_other_inputs(record: RecordedTrial, facts: ArmBaseline, console: Cons
 
 
 def differing(record: RecordedTrial, facts: ArmBaseline) -> tuple[RecordedDifference, ...]:
-    """What is not as the record says; uncommitted changes cannot be compared, so they always differ."""
+    """Return the differences from the record. Uncommitted changes always count as one."""
     now = origin(provenance(""), facts)
     return tuple(
         RecordedDifference(what=key, recorded=record.origin.get(key), now=now.get(key))
@@ -277,7 +288,7 @@ def differing(record: RecordedTrial, facts: ArmBaseline) -> tuple[RecordedDiffer
 def allowance(
     record: RecordedTrial, facts: ArmBaseline, differences: Sequence[RecordedDifference]
 ) -> tuple[float, str]:
-    """How far the figure may lie from the record's, and why."""
+    """Return the allowed deviation of the figure, and its reason."""
     other = [found.what for found in differences if found.what in ARITHMETIC]
     if facts.repeatable and not other:
         return EXACT * abs(record.value), "the same packages on the same machine: the same bits"
@@ -292,7 +303,7 @@ def allowance(
 
 
 def describe(found: Reproduction) -> str:
-    """The last lines for a terminal."""
+    """Return the last lines for a terminal."""
     name = metric_words(found.metric)
     recorded = f"{found.trial}: recorded {name} {found.recorded:.6f}"
     if found.found is None:
@@ -304,10 +315,5 @@ def describe(found: Reproduction) -> str:
 
 
 def to_json(found: Reproduction) -> str:
-    """For a program."""
+    """Return the reproduction as JSON."""
     return json.dumps(found.model_dump(mode="json"), indent=2, ensure_ascii=False)
-
-
-def _trial_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config that may hold the machinery of its day as well."""
-    return {key: value for key, value in config.items() if key in TrialSettings.model_fields}

@@ -1,11 +1,11 @@
-"""Which weights of a study are kept, and the removal of the others; its figures are never touched.
+"""Retention of weights: which weights of a study are kept. Its figures are never deleted.
 
-Policy, at the end of every study, for `sweeper clean` and for nights alike: what somebody may be pointed
-to stays (each arm's best trial, its finalists with their seeds, a Pareto front, a registry's champion, a
-fork's trials), and besides it the best `adapters` adapters. Every other adapter, full fine-tune's
-weights, merged model and archive goes, and the resume state of trials that ended. Optuna's
-storage, metrics, logs, configs and reports stay: they are small, and a trial whose weights are gone can
-be trained again from its config.yaml.
+The policy applies at the end of every study, to `sweeper clean` and to nights. Kept are the weights
+that a report refers to (each arm's best trial, its finalists with their seeds, a Pareto front, a
+registry's champion, a fork's trials) and the best `adapters` adapters. Every other adapter, full
+fine-tune's weights, merged model and archive is deleted, as is the resume state of trials that
+ended. Optuna's storage, metrics, logs, configs and reports stay: they are small, and a trial
+without weights can be trained again from its config.yaml.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from sweeper.core.errors import StudyLocked
 from sweeper.core.outcome import Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, size_mib
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, load_results
+from sweeper.search.states import STATES
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Something that is, or would be, deleted."""
+    """A path that is, or would be, deleted."""
 
     path: Path
     mib: float
@@ -33,12 +34,12 @@ class Removal:
 
 
 def kept(results: StudyResults, folder: StudyFolder, adapters: int) -> list[TrialFolder]:
-    """The folders of a study whose weights stay, the best adapters first.
+    """Return the folders of a study whose weights stay, the best adapters first.
 
     Args:
-        results: of the study.
-        folder: the study's.
-        adapters: how many of the best adapters stay, whoever they are.
+        results: the study's results.
+        folder: the study's folder.
+        adapters: number of best adapters that stay in any case.
     """
     trials = [folder.trial(trial.arm, trial.number) for trial in _ranked(results)]
     best = [trial for trial in trials if trial.adapter.is_dir()][:adapters]
@@ -49,7 +50,7 @@ def kept(results: StudyResults, folder: StudyFolder, adapters: int) -> list[Tria
 def removals(
     study_name: str, output_dir: Path, adapters: int, champions: Collection[Path] = ()
 ) -> list[Removal]:
-    """What the policy deletes of a study that has results.
+    """Return what the policy deletes of a study that has results.
 
     Raises:
         StudyError: there is no such study.
@@ -61,13 +62,13 @@ def removals(
 def losers(
     results: StudyResults, folder: StudyFolder, adapters: int, champions: Collection[Path] = ()
 ) -> list[Removal]:
-    """What the policy deletes.
+    """Return what the policy deletes.
 
     Args:
-        results: of the study.
-        folder: the study's.
-        adapters: how many of the best adapters stay.
-        champions: folders of trials that a registry points at.
+        results: the study's results.
+        folder: the study's folder.
+        adapters: number of best adapters that stay.
+        champions: folders of trials that a registry refers to.
     """
     held = {found.path.resolve() for found in kept(results, folder, adapters)}
     held |= {path.resolve() for path in champions} | set(_forked(folder))
@@ -81,10 +82,10 @@ def losers(
 
 
 def delete(found: Sequence[Removal]) -> float:
-    """Delete what `removals` found; the caller holds the study's lock.
+    """Delete what `removals` found. The caller holds the study's lock.
 
     Returns:
-        How much was freed, in MiB.
+        The freed space in MiB.
     """
     for removal in found:
         if removal.path.is_dir():
@@ -95,7 +96,7 @@ def delete(found: Sequence[Removal]) -> float:
 
 
 def remove(study_name: str, output_dir: Path, found: Sequence[Removal]) -> None:
-    """Delete what `removals` found of a study that nobody runs.
+    """Delete what `removals` found, under the study's lock.
 
     Raises:
         StudyLocked: the study is running.
@@ -104,11 +105,11 @@ def remove(study_name: str, output_dir: Path, found: Sequence[Removal]) -> None:
         with FileLock(StudyFolder(output_dir / study_name).lock, timeout=0):
             delete(found)
     except Timeout:
-        raise StudyLocked(f"study {study_name!r} is running; clean it when it has ended") from None
+        raise StudyLocked(f"study {study_name!r} is running. Clean it when it has ended") from None
 
 
 def _ranked(results: StudyResults) -> list[TrialResult]:
-    """The complete trials of all arms, the best first."""
+    """Return the complete trials of all arms, the best first."""
     valued = [
         (results.objective.order(trial.value), trial)
         for arm in results.arms
@@ -119,7 +120,7 @@ def _ranked(results: StudyResults) -> list[TrialResult]:
 
 
 def _pointed_to(arm: ArmResult, folder: StudyFolder) -> Iterator[TrialFolder]:
-    """What the report names, and what its figures on unseen splits were measured on."""
+    """Return the trials that the report names or whose weights its held-out figures come from."""
     numbers = list(arm.front) + ([] if arm.best is None else [arm.best.number])
     for finalist in () if arm.final is None else arm.final.finalists:
         numbers.append(finalist.number)
@@ -130,14 +131,14 @@ def _pointed_to(arm: ArmResult, folder: StudyFolder) -> Iterator[TrialFolder]:
 
 
 def _forked(folder: StudyFolder) -> Iterator[Path]:
-    """Trials that a fork of this study has taken over by a link."""
+    """Return the trials that a fork of this study links to."""
     for path in folder.path.parent.glob("*/*/trial_*"):
         if path.is_symlink():
             yield path.resolve()
 
 
 def _trial_folders(folder: StudyFolder, arm: str) -> Iterator[tuple[Path, Path]]:
-    """Every folder with weights, and the trial whose rank decides: further seeds go with their trial."""
+    """Yield every folder with weights and the trial that decides on it (a further seed's trial)."""
     for path in sorted((folder.path / arm).glob("trial_*")):
         yield path, path
     for path in sorted(folder.finalists(arm).glob("trial_*_seed_*")):
@@ -159,11 +160,11 @@ def _removals_of(trial: TrialFolder, is_kept: bool) -> Iterator[Removal]:
 
 
 def _ended(trial: TrialFolder) -> bool:
-    """A cancelled trial has an outcome, and is continued from its checkpoints all the same."""
+    """Return True if a trial ended for good. A cancelled trial continues from its checkpoints."""
     if not trial.outcome.exists():
         return False
     outcome = Outcome.model_validate_json(trial.outcome.read_text(encoding="utf-8"))
-    return outcome.cause != "cancelled"
+    return not STATES[outcome.cause].open
 
 
 def _existing(path: Path, why: str) -> Iterator[Removal]:

@@ -1,7 +1,7 @@
-"""Looking at studies and sending them commands: the side of whoever sits at another terminal.
+"""The verbs' side of a running study: reads its status and sends it commands.
 
-Reads what drivers write down and puts commands into their inboxes; opens no database, and never writes
-anything else of a study.
+Reads the files that drivers write, and puts commands into their inboxes. Opens no database, and writes
+nothing else of a study.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ LOOK_AGAIN_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class CommandReply:
-    """What became of a command."""
+    """The result of a command."""
 
     exit_code: int
     text: str
 
     def document(self, study_name: str, command: StudyCommand) -> dict[str, object]:
-        """For machines."""
+        """Return the result as a JSON document."""
         result = {APPLIED: "applied", REFUSED: "refused", KEPT: "kept"}[self.exit_code]
         sent = command.model_dump(mode="json")
         return {"study": study_name, "command": sent, "result": result, "text": self.text}
 
 
 def study_folder(name: str, output_dir: Path) -> StudyFolder:
-    """The folder of a study that a driver has opened.
+    """Return the folder of a study that a driver has opened.
 
     Raises:
-        Refused: it is no name of a study, or there is none of this name; lists those there are.
+        CommandRefused: there is no study of this name. The message lists those that there are.
     """
     folder = StudyFolder(output_dir / name)
     if not _is_name(name) or not folder.standing.exists():
@@ -62,17 +62,17 @@ def study_folder(name: str, output_dir: Path) -> StudyFolder:
 
 
 def standing(folder: StudyFolder) -> StudyStatus:
-    """Where a study stands; one that its driver left without a word was killed.
+    """Return the status of a study: "killed" if its driver is gone without a final status.
 
     Raises:
-        Refused: the file that says it cannot be read.
+        CommandRefused: the status file cannot be read.
     """
     try:
         found = StudyStatus.model_validate_json(folder.standing.read_bytes())
     except ValidationError:
         raise CommandRefused(
             f"{folder.standing} was written by another version of sweeper; run the study's command "
-            "again: it is written anew"
+            "again to write a new one"
         ) from None
     if found.state not in ENDED and not is_driven(folder):
         return found.model_copy(update={"state": "killed", "running": ()})
@@ -80,7 +80,7 @@ def standing(folder: StudyFolder) -> StudyStatus:
 
 
 def standings(output_dir: Path) -> list[StudyStatus]:
-    """All studies under an output_dir, by name; unreadable ones are left out."""
+    """Return the status of all studies under an output_dir whose files can be read, by name."""
     found = []
     for folder in _studies(output_dir):
         try:
@@ -91,16 +91,16 @@ def standings(output_dir: Path) -> list[StudyStatus]:
 
 
 def silent(output_dir: Path) -> list[str]:
-    """Names of studies that have results, but nothing that says where they stand."""
+    """Return the names of studies that have results but no status file."""
     named = {found.study_name for found in standings(output_dir)}
     return sorted({path.parent.name for path in output_dir.glob("*/results.json")} - named)
 
 
 def values_of(texts: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE arguments.
+    """Return KEY=VALUE arguments as a mapping.
 
     Raises:
-        Refused: one of them is something else, or a key comes twice.
+        CommandRefused: an argument has another form, or a key comes twice.
     """
     values: dict[str, str] = {}
     for text in texts:
@@ -111,19 +111,22 @@ def values_of(texts: Sequence[str]) -> dict[str, str]:
             raise CommandRefused(f"{key}: given twice")
         values[key] = value
     if sum(map(len, texts)) > MAX_BYTES // 2:
-        raise CommandRefused("these values are longer than anybody writes")
+        raise CommandRefused(f"the values are longer than {MAX_BYTES // 2} characters in all")
     return values
 
 
 def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> CommandReply:
-    """Send a command and wait a while for the driver's answer."""
+    """Send a command and wait at most `timeout_s` seconds for the driver's answer."""
     driven = is_driven(folder)
     if not driven and isinstance(command, TO_A_DRIVER):
-        return CommandReply(REFUSED, f"it is not running: there is nothing to {command.verb}")
+        return CommandReply(
+            REFUSED, f"the study is not running, so there is nothing to {command.verb}"
+        )
     identity = send(folder, command)
     if not driven:
         return CommandReply(
-            KEPT, f"no driver runs; kept until it is started again:{_start(folder)}"
+            KEPT,
+            f"the study is not running; the command is kept for its next start:{_start(folder)}",
         )
     answer = _wait(folder, identity, timeout_s)
     if answer is not None:
@@ -131,19 +134,19 @@ def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> Comma
     if is_driven(folder):
         return CommandReply(
             KEPT,
-            f"no answer within {timeout_s:g} s (a driver that loads a model or waits for its database "
-            "answers later); the command is kept, and obeyed as soon as it is read",
+            f"no answer within {timeout_s:g} s (a driver that waits for its database answers later); "
+            "the command is kept, and obeyed as soon as it is read",
         )
     if isinstance(command, TO_A_DRIVER):
         withdraw(folder, identity)
-        return CommandReply(REFUSED, "its driver ended before it read the command")
+        return CommandReply(REFUSED, "the study's driver ended before it read the command")
     return CommandReply(
-        KEPT, f"its driver has ended; kept until it is started again:{_start(folder)}"
+        KEPT, f"the driver has ended; the command is kept for the next start:{_start(folder)}"
     )
 
 
 def _is_name(text: str) -> bool:
-    """Whether a study can have this name; a path is none."""
+    """Return True if a study can have this name. A path is no name."""
     try:
         TypeAdapter(StudyName).validate_python(text)
     except ValidationError:
@@ -152,7 +155,7 @@ def _is_name(text: str) -> bool:
 
 
 def _wait(folder: StudyFolder, identity: str, timeout_s: float) -> CommandAnswer | None:
-    """The answer, or None when the time is over or the driver gone."""
+    """Return the answer, or None when the time is over or the driver gone."""
     end = time.monotonic() + timeout_s
     look = time.monotonic() + LOOK_AGAIN_SECONDS
     while time.monotonic() < end:

@@ -1,7 +1,8 @@
-"""`sweeper sync`: record in MLflow what it missed, from what lies in the studies' folders.
+"""`sweeper sync`: record in MLflow what an outage kept back, from the studies' folders.
 
-Runs whose driver was killed get their final state first: Optuna's where the study's database is in its
-folder, else the worker's own outcome, else KILLED. A study that is resumed later opens its runs again.
+Runs whose driver was killed get their final state first: Optuna's, if the study's database is in
+its folder, else the worker's own outcome, else KILLED. A study that is resumed later reopens its
+runs.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from sweeper.tracking.tracking_ledger import (
     RunEnding,
     TrackingLedger,
     TrialEntry,
+    count_pending,
     ending,
-    left,
     study_ending,
 )
 
@@ -39,12 +40,12 @@ WHOLE = "MLflow has everything"
 
 @dataclass(frozen=True)
 class SyncedStudy:
-    """What became of one study."""
+    """Result for one study."""
 
     name: str
     words: str
     whole: bool
-    """Whether MLflow has all of it now."""
+    """True if MLflow now has all of it."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.words}"
@@ -53,16 +54,16 @@ class SyncedStudy:
 def sync(
     names: Sequence[str], output_dir: Path, tracking: TrackingSettings, *, dry_run: bool
 ) -> Iterator[SyncedStudy]:
-    """Ship what MLflow does not have of studies, one after the other.
+    """Ship what MLflow lacks of the studies, one study after the other.
 
     Args:
-        names: studies, or `single/FOLDER` for a trial without one; none means all there are.
-        output_dir: where they are.
-        tracking: where to ship to; without a uri, to where each was shipped before.
-        dry_run: only count.
+        names: studies, or `single/FOLDER` for a trial without one. Empty means all.
+        output_dir: the folder that contains the studies.
+        tracking: the destination. Without a uri, the destination of each study's last shipment.
+        dry_run: count only.
 
     Raises:
-        StudyError: no such study was ever tracked; lists those that were.
+        StudyError: no such study was ever tracked. Lists those that were.
     """
     tracked = [path.parent for path in sorted(output_dir.glob("*/.tracking"))]
     tracked += [path.parent for path in sorted(output_dir.glob("single/*/.tracking"))]
@@ -85,13 +86,13 @@ def _sync(name: str, path: Path, tracking: TrackingSettings, *, dry_run: bool) -
         if not dry_run:
             _settle(folder, ledger, endings)
     server = destination(tracking, ledger)
-    missing = left(ledger, server.name)
+    missing = count_pending(ledger, server.name)
     if dry_run:
         orphans = f"; {len(endings)} runs of a killed driver would end" if endings else ""
         words = f"{missing} not recorded" if missing else WHOLE
         return SyncedStudy(name, words + orphans, whole=not missing)
     problems = MlflowTracker(server, folder.tracking).close()
-    if left(ledger, server.name):
+    if count_pending(ledger, server.name):
         return SyncedStudy(name, "not recorded: " + "; ".join(problems), whole=False)
     words = f"recorded {missing}" if missing else WHOLE
     return SyncedStudy(name, "; ".join([words, *problems]), whole=True)
@@ -99,18 +100,18 @@ def _sync(name: str, path: Path, tracking: TrackingSettings, *, dry_run: bool) -
 
 @contextmanager
 def _nobody_runs(name: str, folder: StudyFolder) -> Iterator[None]:
-    """Whoever runs a study, or a trial without one, ships it as well."""
+    """Require that no driver runs the study or trial, since a driver ships as well."""
     single = TrialFolder(folder.path)
     lock = folder.lock if not single.config.exists() else single.lock
     try:
         with FileLock(lock, timeout=0):
             yield
     except Timeout:
-        raise StudyLocked(f"runs now, and records itself; sync {name} when it has ended") from None
+        raise StudyLocked(f"runs now, and records itself. Sync {name} when it has ended") from None
 
 
 def _endings(folder: StudyFolder, ledger: TrackingLedger) -> dict[str, RunEnding]:
-    """How the runs ended that nobody ended: their driver was killed."""
+    """Return the endings of the runs that a killed driver left open."""
     orphans = [entry for entry in ledger.trials.values() if entry.ending is None]
     if not orphans:
         return {}
@@ -128,7 +129,7 @@ def _ending(ledger: TrackingLedger, entry: TrialEntry, told: Outcome | None) -> 
 
 
 def _told(folder: StudyFolder) -> Mapping[str, Outcome]:
-    """What Optuna was told, where its database is in the study's folder."""
+    """Return the results in Optuna's storage, if the database is in the study's folder."""
     if not folder.database.exists():
         return {}
     storage = open_storage(None, folder)
@@ -145,9 +146,9 @@ def _told(folder: StudyFolder) -> Mapping[str, Outcome]:
 
 
 def _settle(folder: StudyFolder, ledger: TrackingLedger, endings: Mapping[str, RunEnding]) -> None:
-    """Write down the endings, and the parent's with the report as far as the study came."""
+    """Record the endings, and the parent run's ending with the report as far as the study came."""
     for key, end in endings.items():
-        ledger.keep(ledger.trials[key].model_copy(update={"ending": end}))
+        ledger.save_entry(ledger.trials[key].model_copy(update={"ending": end}))
     study = ledger.study
     if study is None or study.ending is not None:
         return
@@ -158,4 +159,4 @@ def _settle(folder: StudyFolder, ledger: TrackingLedger, endings: Mapping[str, R
     note = folder.report.read_text(encoding="utf-8") if folder.report.exists() else ""
     end = study_ending("KILLED", metrics, best, note)
     names = tuple(ledger.relative(path) for path in folder.answers if path.exists())
-    ledger.keep(study.model_copy(update={"ending": end, "artifacts": names}))
+    ledger.save_entry(study.model_copy(update={"ending": end, "artifacts": names}))

@@ -1,1 +1,1 @@
-"""From the command line to frozen settings: composition, search spaces, validation."""
+"""Composition of the command line, search spaces, and frozen, validated settings."""

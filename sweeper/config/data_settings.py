@@ -1,4 +1,4 @@
-"""What `data` may be: sources, their format, cleaning and splits."""
+"""Settings of `data`: sources, their format, cleaning and splits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sweeper.config.section import Positive, SettingsSection
 SPLIT_KEYS = ("train", "validation", "test")
 
 EMBEDDED = "embedded"
-"""The word for the base model and the data set that travel inside the package."""
+"""Name of the base model and the data set that ship inside the package."""
 FormatName = Literal[
     "auto",
     "messages",
@@ -30,16 +30,16 @@ FormatName = Literal[
 
 
 class DataSource(SettingsSection):
-    """One place that rows come from; what is null is as `data` says for all of them."""
+    """One source of rows. A null field takes the value that `data` gives for all sources."""
 
     path: str = Field(min_length=1)
     split: str | None = None
-    """Of a folder or a hub data set; null = the one named like the key: train, validation, test."""
+    """Split of a folder or a hub data set. null: the one named like the key: train, validation, test."""
     name: str | None = None
-    """A hub data set's configuration name."""
+    """Configuration name of a hub data set."""
     revision: str | None = None
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of this source in train, relative to the other weights; null everywhere = all rows."""
+    """Share of this source in train, relative to the other weights. null everywhere: all rows."""
     format: str | None = None
     columns: dict[str, str] | None = None
 
@@ -63,17 +63,17 @@ Sources = Annotated[
     | Annotated[list[OneSource], Field(min_length=1), Tag(_SEVERAL)],
     Discriminator(_sources_tag),
 ]
-"""A file, a folder, a hub id or a URL; or several of them."""
+"""A file, a folder, a hub id or a URL, or several of them."""
 
 
 def sources(given: Sources | None) -> list[DataSource]:
-    """Sources however they were written: one path, one source, or a list of both."""
+    """Return sources as a tuple, however they were written: one path, one source, or a list of both."""
     items = given if isinstance(given, list) else [] if given is None else [given]
     return [DataSource(path=item) if isinstance(item, str) else item for item in items]
 
 
 class CleaningSettings(SettingsSection):
-    """Which rows are left out before anything is split."""
+    """Rules for the rows that are left out before anything is split."""
 
     deduplicate: Literal["none", "exact", "near"]
     near_threshold: Annotated[float, Field(ge=0.3, le=0.99)]
@@ -96,7 +96,7 @@ class CleaningSettings(SettingsSection):
 
 
 class DataSettings(SettingsSection):
-    """What is trained on and what it is judged on."""
+    """Settings of the data that a trial trains on and is judged on."""
 
     train: Sources
     validation: Sources | None
@@ -124,13 +124,13 @@ class DataSettings(SettingsSection):
         weighted = [source.path for source in train if source.weight is not None]
         if weighted and len(weighted) < len(train):
             raise ValueError(
-                f"train: only {', '.join(weighted)} has a weight; weigh every source or none"
+                f"train: only {', '.join(weighted)} has a weight. Weigh every source or none"
             )
         if weighted and self.balance_by is not None:
             raise ValueError(
                 f"balance_by={self.balance_by} and the sources' weights both decide how often "
-                "rows occur; set balance_by=null or leave the weights out"
+                "rows occur. Set balance_by=null or leave the weights out"
             )
         if any(item.weight is not None for item in sources(self.validation) + sources(self.test)):
-            raise ValueError("weights are for train; validation and test are taken as they are")
+            raise ValueError("weights are for train. Validation and test are taken as they are")
         return self

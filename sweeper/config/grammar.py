@@ -1,7 +1,7 @@
-"""Hydra's override grammar as the language of search spaces: words in, domains out, and back.
+"""Hydra's override grammar as the language of search spaces: from text to domains and back.
 
-One meaning for `interval`, `int`, `tag(log, …)`, `choice`, lists and `range`, in YAML and on the
-command line. Knows what a domain is (sweeper.config.space), not what its key means.
+`interval`, `int`, `tag(log, …)`, `choice`, lists and `range` mean the same in YAML and on the
+command line. The module knows what a domain is (sweeper.config.space), but not what its key means.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ from sweeper.config.space import (
 def parse_space(
     params: Mapping[str, object], is_setting: Callable[[str], bool]
 ) -> tuple[Space, Point, list[str]]:
-    """Read a whole space: (what is searched, what is simply fixed, what is wrong).
+    """Read a whole search space.
 
-    A mapping is a choice between branches, `KEY: {VALUE: {KEY: words, …}, …}`: VALUE is drawn first,
-    and its own keys are searched only then. If KEY is no setting (and has no dot) it is a label.
+    A mapping is a choice between branches, `KEY: {VALUE: {KEY: text, …}, …}`: VALUE is drawn first,
+    and its own keys are searched only if it is drawn. A KEY that is no setting and has no dot is a
+    label.
+
+    Returns:
+        The searched keys, the keys with one fixed value, and the problems found.
     """
     space: Space = {}
     fixed: Point = {}
@@ -74,7 +78,7 @@ def _branches(
     for name, params in words.items():
         if not isinstance(params, Mapping):
             raise ValueError(
-                f"{name}: {params!r} is no mapping; write KEY: {{VALUE: {{KEY: words}}, …}}, "
+                f"{name}: {params!r} is no mapping. Write KEY: {{VALUE: {{KEY: words}}, …}}, "
                 "and {} for a branch without keys of its own"
             )
         space, fixed, wrong = parse_space(params, is_setting)
@@ -84,14 +88,16 @@ def _branches(
 
 
 def parse_domain(key: str, words: object) -> Domain | Scalar:
-    """Read one entry of a search space: a domain, or a plain value that is simply fixed.
+    """Read one entry of a search space: a domain, or a plain value, which is fixed.
 
-    `words` is what stands in the YAML or after `key=` on the command line: `interval(a,b)`,
-    `tag(log, interval(a,b))`, `int(interval(a,b))`, `choice(...)`, `a,b,c`, a YAML list, and
-    `range(start, stop[, step])` for numeric steps, with the stop excluded, as everywhere in Hydra.
+    Args:
+        key: the setting, for messages.
+        words: the text in the YAML or after `key=` on the command line: `interval(a,b)`, `tag(log,
+            interval(a,b))`, `int(interval(a,b))`, `choice(...)`, `a,b,c`, a YAML list, or
+            `range(start, stop[, step])` with the stop excluded, as everywhere in Hydra.
 
     Raises:
-        ValueError: not a word of that grammar, or an empty or impossible domain.
+        ValueError: the text is not in that grammar, or the domain is empty or impossible.
     """
     if isinstance(words, list):
         return _choice(words)
@@ -106,7 +112,7 @@ def parse_domain(key: str, words: object) -> Domain | Scalar:
     value = override.value()
     tags = set(getattr(value, "tags", ()))
     if unknown := sorted(tags - {"log"}):
-        raise ValueError(f"{words!r}: tag {unknown[0]!r} has no meaning; valid: log")
+        raise ValueError(f"{words!r}: tag {unknown[0]!r} has no meaning. Valid: log")
     match value:
         case ChoiceSweep() if not tags:
             return _choice(value.list)
@@ -127,7 +133,7 @@ def _choice(values: Sequence[object]) -> Choice:
 
 
 def _too_many(count: int) -> str:
-    return f"a choice between {count:,} values; at most {MAX_VALUES:,}, or write an interval"
+    return f"a choice between {count:,} values. At most {MAX_VALUES:,}, or write an interval"
 
 
 def _interval(sweep: IntervalSweep) -> Interval:
@@ -139,7 +145,7 @@ def _interval(sweep: IntervalSweep) -> Interval:
 
 
 def _range(sweep: RangeSweep) -> Interval | Choice:
-    """In decimal arithmetic: in binary, 0.9 would be a value of range(0, 0.9, 0.3)."""
+    """Compute a range in decimal arithmetic. In binary, 0.9 would be a value of range(0, 0.9, 0.3)."""
     assert sweep.start is not None
     assert sweep.stop is not None
     low, stop, step = (Decimal(repr(number)) for number in (sweep.start, sweep.stop, sweep.step))
@@ -157,7 +163,7 @@ def _range(sweep: RangeSweep) -> Interval | Choice:
 
 
 def in_hydras_words(text: str) -> str:
-    """An override that our grammar reads and Hydra's refuses, said in Hydra's: `choice(null,1)`."""
+    """Rewrite an override that only our grammar reads for Hydra's own: `choice(null,1)`."""
     if read_override(text) is not None:
         return text
     try:
@@ -170,7 +176,9 @@ def in_hydras_words(text: str) -> str:
 
 
 def read_override(text: str) -> Override | None:
-    """An override as Hydra parses it, or None where it does not (composing says what is wrong)."""
+    """Return an override as Hydra parses it, or None if it does not parse. Composing reports the
+    error.
+    """
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
@@ -178,12 +186,12 @@ def read_override(text: str) -> Override | None:
 
 
 def format_override(key: str, value: Scalar) -> str:
-    """Write one value as a Hydra override."""
+    """Format one value as a Hydra override."""
     return f"{key}={word(value)}"
 
 
 def scalar(value: Any) -> Scalar:
-    """A value Optuna can store; lists and dicts become their override text."""
+    """Return a value that Optuna can store. Lists and dicts become their override text."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, list | dict):
@@ -192,7 +200,7 @@ def scalar(value: Any) -> Scalar:
 
 
 def _grammar() -> OverridesParser:
-    """Hydra's grammar, but choice(...) takes null as well."""
+    """Return Hydra's grammar, extended by null in choice(...)."""
     functions = create_functions()
     values = inspect.Parameter(
         "args",

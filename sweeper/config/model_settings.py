@@ -1,4 +1,4 @@
-"""What `model`, `quantization` and `adapter` may be, in the words of transformers and PEFT."""
+"""Settings of `model`, `quantization` and `adapter`, named as in transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from sweeper.config.section import Fraction, Positive, SettingsSection
 
 LAYERS = re.compile(r"(?P<first>\d+)-(?P<last>\d+)|last-(?P<count>[1-9]\d*)")
-"""adapter.layers_to_transform as text: 0-11 (both ends included) or last-8."""
+"""Pattern of adapter.layers_to_transform as text: 0-11 (both ends included) or last-8."""
 
 
 class ModelSettings(SettingsSection):
@@ -24,7 +24,7 @@ class ModelSettings(SettingsSection):
 
 
 class QuantizationSettings(SettingsSection):
-    """How the frozen base is held in memory (transformers' BitsAndBytesConfig)."""
+    """Storage of the frozen base in memory (transformers' BitsAndBytesConfig)."""
 
     load_in_4bit: bool
     load_in_8bit: bool
@@ -36,14 +36,14 @@ class QuantizationSettings(SettingsSection):
     def _one_width(self) -> QuantizationSettings:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError(
-                "load_in_4bit and load_in_8bit are both true; a base is held in one of them: "
+                "load_in_4bit and load_in_8bit are both true. A base is held in one of them: "
                 "choose quantization=nf4, fp4, int8 or none"
             )
         return self
 
     @property
     def kind(self) -> Literal["nf4", "fp4", "int8", "none"]:
-        """The name of the group choice that holds the base this way."""
+        """Name of the group choice with this quantization."""
         if self.load_in_4bit:
             return self.bnb_4bit_quant_type
         return "int8" if self.load_in_8bit else "none"
@@ -61,14 +61,14 @@ REFUSED_INITS = {
     "true": "its name here is default",
     "false": "it starts from a random update, which PEFT offers for debugging only",
 }
-"""init_lora_weights of PEFT that are not offered, and why."""
+"""Values of PEFT's init_lora_weights that are refused, each with its reason."""
 
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKM])")
 
 
 def _count(value: Any) -> Any:
-    """20M, 300k and 61440 as whole numbers; whatever else is left to pydantic's rule."""
+    """Convert 20M, 300k and 61440 to whole numbers. Other values are left to pydantic's rule."""
     if match := _COUNT.fullmatch(value) if isinstance(value, str) else None:
         return round(float(match[1]) * (1e6 if match[2] == "M" else 1e3))
     return value
@@ -77,8 +77,8 @@ def _count(value: Any) -> Any:
 class LoraAdapter(SettingsSection):
     """PEFT's LoraConfig.
 
-    The rank is given as r, or as the number of trainable parameters that the adapter should come
-    nearest to; alpha as a number or as a ratio to r. Never both.
+    The rank is given as r, or as a target number of trainable parameters, but not both. Alpha is
+    given as a number or as a ratio to r, but not both.
     """
 
     method: Literal["lora"]
@@ -103,7 +103,7 @@ class LoraAdapter(SettingsSection):
     def _layers_are_a_range(cls, value: str | list[int] | None) -> str | list[int] | None:
         if value == [] or (isinstance(value, str) and not LAYERS.fullmatch(value)):
             raise ValueError(
-                f"{value!r} names no layers; give null (all), a list such as [0, 1, 2], "
+                f"{value!r} names no layers. Give null (all), a list such as [0, 1, 2], "
                 "a range such as 0-11 (both ends included), or last-8"
             )
         return value
@@ -116,15 +116,15 @@ class LoraAdapter(SettingsSection):
             return name
         known = next((kind for kind in REFUSED_INITS if name.startswith(kind)), None)
         reason = f"is not offered: {REFUSED_INITS[known]}" if known else "is no initialisation"
-        raise ValueError(f"{value!r} {reason}; choose {', '.join(INITS)}")
+        raise ValueError(f"{value!r} {reason}. Choose {', '.join(INITS)}")
 
     @model_validator(mode="after")
     def _one_alpha(self) -> LoraAdapter:
         if (self.alpha_over_r is None) == (self.lora_alpha is None):
             raise ValueError(
                 f"give lora_alpha or alpha_over_r, not both or none "
-                f"(alpha_over_r={self.alpha_over_r}, lora_alpha={self.lora_alpha}); "
-                "set the other one to null"
+                f"(alpha_over_r={self.alpha_over_r}, lora_alpha={self.lora_alpha}). "
+                "Set the other one to null"
             )
         return self
 
@@ -133,28 +133,28 @@ class LoraAdapter(SettingsSection):
         if (self.r is None) == (self.trainable_parameters is None):
             raise ValueError(
                 f"give r or trainable_parameters, not both or none (r={self.r}, "
-                f"trainable_parameters={self.trainable_parameters}); set the other one to null"
+                f"trainable_parameters={self.trainable_parameters}). Set the other one to null"
             )
         return self
 
     @property
     def rank(self) -> int:
-        """The r that PEFT gets; known once trainable_parameters was resolved for a model."""
+        """The r that PEFT receives. Defined once trainable_parameters is resolved for a model."""
         assert self.r is not None, "modeling.check decides it first"
         return self.r
 
     def with_rank(self, r: int) -> LoraAdapter:
-        """The same adapter with its rank decided."""
+        """Return the same adapter with the given rank."""
         return self.model_copy(update={"r": r, "trainable_parameters": None})
 
     @property
     def alpha(self) -> float:
-        """The lora_alpha that PEFT gets."""
+        """The lora_alpha that PEFT receives."""
         return self.lora_alpha if self.lora_alpha is not None else self.rank * self.ratio
 
     @property
     def ratio(self) -> float:
-        """Alpha over r, however it was given."""
+        """Alpha divided by r, however it was given."""
         if self.alpha_over_r is not None:
             return self.alpha_over_r
         assert self.lora_alpha is not None
@@ -162,7 +162,7 @@ class LoraAdapter(SettingsSection):
 
     @property
     def alphas(self) -> dict[str, float]:
-        """The alpha_pattern that PEFT gets: alpha_over_r also holds where rank_pattern sets r."""
+        """Return PEFT's alpha_pattern, so that alpha_over_r also holds where rank_pattern sets r."""
         if self.alpha_over_r is None:
             return dict(self.alpha_pattern)
         patterned = {name: self.alpha_over_r * r for name, r in self.rank_pattern.items()}
@@ -172,8 +172,8 @@ class LoraAdapter(SettingsSection):
 class NoAdapter(SettingsSection):
     """Full fine-tuning: every weight of the base is trained.
 
-    LoRA's keys pass without effect: an experiment that sets them keeps them under `adapter=none`, since
-    Hydra merges its values over whatever group is chosen.
+    LoRA's keys are accepted and ignored, because Hydra merges an experiment's values over the group
+    that is chosen: an experiment that sets them keeps them under `adapter=none`.
     """
 
     method: Literal["none"]

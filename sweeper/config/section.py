@@ -1,4 +1,4 @@
-"""What every section of the configuration shares: strict parsing, number words, durations."""
+"""Base class and shared types of all settings: strict parsing, step counts, durations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def _steps(value: object) -> float | Literal["epoch"]:
-    """One sentence for a wrong value, where pydantic would report every member of a union."""
+    """Validate a step count with one message, where pydantic would report every member of the union."""
     if value == "epoch":
         return "epoch"
     number = float(value) if isinstance(value, int | float) else 0.0
@@ -32,7 +32,7 @@ def _auto_or_bool(value: object) -> bool | Literal["auto"]:
 
 
 Steps = Annotated[float | Literal["epoch"], PlainValidator(_steps)]
-"""A number of optimiser steps, a fraction of the whole schedule (below 1), or every epoch."""
+"""A number of optimizer steps, a fraction of the whole schedule (below 1), or `epoch`."""
 
 AutoBool = Annotated[bool | Literal["auto"], PlainValidator(_auto_or_bool)]
 
@@ -41,16 +41,16 @@ _UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def parse_duration(text: object) -> object:
-    """Seconds of a duration such as "6h", "1h30m", "90s"; a number has no unit and is refused.
+    """Return the seconds of a duration such as "6h", "1h30m" or "90s". A bare number is refused.
 
     Raises:
-        ValueError: not a duration.
+        ValueError: the text is not a duration.
     """
     if text is None:
         return None
     parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", str(text))
     if not parts or "".join(number + unit for number, unit in parts) != str(text):
-        raise ValueError(f"{text!r} is no duration; write it as 6h, 1h30m or 90s")
+        raise ValueError(f"{text!r} is no duration. Write it as 6h, 1h30m or 90s")
     return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
 
 
@@ -58,7 +58,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class SettingsSection(BaseModel):
-    """One node of the configuration: unknown keys are errors, values never change."""
+    """Base of every settings section: unknown keys are errors, and values never change."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
@@ -66,7 +66,7 @@ class SettingsSection(BaseModel):
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict of dotted keys."""
+    """Flatten nested dicts into one dict with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"

@@ -1,10 +1,12 @@
-"""The whole configuration as frozen, validated values.
+"""Frozen, validated settings of the whole configuration.
 
-Defaults live in conf/*.yaml, once; here is only what a setting may be. A missing key, an unknown
-key, a wrong type and a value out of range are all found in one pass, before any training second.
-Names are those of PEFT, transformers and Optuna wherever they have one.
+Defaults live in conf/*.yaml, once. This module only says what a setting may be. A missing key, an
+unknown key, a wrong type and a value out of range are all found in one pass, before training
+starts. Names are those of PEFT, transformers and Optuna wherever these have one.
 """
 
+# One import place for all sections, so that callers need not know which file holds which.
+from sweeper.config.added_settings import changed_parts, stored_settings, stored_text
 from sweeper.config.data_settings import (
     EMBEDDED,
     SPLIT_KEYS,
@@ -12,9 +14,6 @@ from sweeper.config.data_settings import (
     DataSettings,
     DataSource,
     FormatName,
-    OnePath,
-    OneSource,
-    Sources,
     sources,
 )
 from sweeper.config.evaluation_settings import (
@@ -23,28 +22,20 @@ from sweeper.config.evaluation_settings import (
     ROUGE_METRICS,
     EvaluationSettings,
     GeneralTextSettings,
-    GenerationSettings,
     Objective,
     QualitativePrompt,
     metric_words,
 )
 from sweeper.config.model_settings import (
-    ADAPTER_METHODS,
-    INITS,
     LAYERS,
-    REFUSED_INITS,
     LoraAdapter,
     ModelSettings,
     NoAdapter,
     QuantizationSettings,
 )
 from sweeper.config.section import (
-    AutoBool,
-    Fraction,
     Positive,
-    Seconds,
     SettingsSection,
-    Steps,
     flatten,
     parse_duration,
 )
@@ -55,38 +46,28 @@ from sweeper.config.study_settings import (
     FinalistSettings,
     PlateauRule,
     PrunerSettings,
-    RetentionSettings,
-    SamplerName,
     SamplerSettings,
     StudyName,
     StudySettings,
 )
-from sweeper.config.training_settings import ArtifactSettings, SchedulerOptions, TrainingSettings
+from sweeper.config.training_settings import TrainingSettings
 from sweeper.config.trial_settings import (
     FakeTrainer,
     RunSettings,
-    SpaceSettings,
-    StandInSettings,
     TrackingSettings,
     TrialSettings,
     WorkerSettings,
 )
-from sweeper.config.validation import TAGS, describe, validate
+from sweeper.config.validation import describe, validate
 
 __all__ = [
-    "ADAPTER_METHODS",
     "DIRECTIONS",
     "EMBEDDED",
-    "INITS",
     "LAYERS",
     "LOSS_METRICS",
-    "REFUSED_INITS",
     "ROUGE_METRICS",
     "SPLIT_KEYS",
-    "TAGS",
     "ArmSettings",
-    "ArtifactSettings",
-    "AutoBool",
     "BudgetSettings",
     "CleaningSettings",
     "DataSettings",
@@ -96,41 +77,32 @@ __all__ = [
     "FakeTrainer",
     "FinalistSettings",
     "FormatName",
-    "Fraction",
     "GeneralTextSettings",
-    "GenerationSettings",
     "LoraAdapter",
     "ModelSettings",
     "NoAdapter",
     "Objective",
-    "OnePath",
-    "OneSource",
     "PlateauRule",
     "Positive",
     "PrunerSettings",
     "QualitativePrompt",
     "QuantizationSettings",
-    "RetentionSettings",
     "RunSettings",
-    "SamplerName",
     "SamplerSettings",
-    "SchedulerOptions",
-    "Seconds",
     "SettingsSection",
-    "Sources",
-    "SpaceSettings",
-    "StandInSettings",
-    "Steps",
     "StudyName",
     "StudySettings",
     "TrackingSettings",
     "TrainingSettings",
     "TrialSettings",
     "WorkerSettings",
+    "changed_parts",
     "describe",
     "flatten",
     "metric_words",
     "parse_duration",
     "sources",
+    "stored_settings",
+    "stored_text",
     "validate",
 ]

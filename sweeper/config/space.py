@@ -1,12 +1,11 @@
-"""What a search space is made of: domains, branches, and the points and grids they allow.
+"""Search spaces: domains, branches, and the points and grids that they allow.
 
-Knows neither Hydra (sweeper.config.grammar parses the words) nor Optuna (sweeper.search draws).
+Knows neither Hydra (sweeper.config.grammar parses the text) nor Optuna (sweeper.search draws).
 
-A space maps setting keys to domains. Two views of one try are kept apart:
-a *point* has one value per setting key, as the configuration sees it;
-a *draw* has one value per parameter, as the sampler sees it. They differ only inside branches, where
-the same key may have several domains: there a parameter is named after the way that leads to it
-("adapter.use_dora=true/adapter.r").
+A space maps setting keys to domains. It has two views of one trial's values. A *point* has one
+value per setting key, as the configuration sees it. A *draw* has one value per parameter, as the
+sampler sees it. They differ only inside branches, where one key may have several domains. There a
+parameter is named by the path to it ("adapter.use_dora=true/adapter.r").
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from decimal import Decimal
 
 Scalar = str | int | float | bool | None
 Point = dict[str, Scalar]
-"""One value per searched key; a list is written as its override text, e.g. "[q_proj,v_proj]"."""
+"""One value per searched key. A list is written as its override text, e.g. "[q_proj,v_proj]"."""
 Draw = dict[str, Scalar]
 """One value per parameter of the sampler."""
 MAX_VALUES = 10_000
-"""Of one choice, or of one key of a grid: every trial in the storage carries them all."""
+"""Maximum number of values of one choice, or of one key of a grid. Every stored trial carries them."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few values, without an order."""
+    """One of several values without an order."""
 
     values: tuple[Scalar, ...]
 
@@ -36,11 +35,11 @@ class Choice:
         return value in self.values
 
     def snap(self, value: Scalar) -> Scalar:
-        """The value itself: there is nothing between choices."""
+        """Return the value unchanged, because there is nothing between choices."""
         return value
 
     def probes(self) -> tuple[Scalar, ...]:
-        """Values whose validity stands for the whole domain's: here all of them."""
+        """Return the values whose validity implies the domain's: all of them."""
         return self.values
 
     def __str__(self) -> str:
@@ -51,8 +50,8 @@ class Choice:
 class Interval:
     """A number between low and high, both included.
 
-    Whole if `integer`; on a log scale if `log`; one of low, low + step, … if there is a `step`, and
-    then high is the last of them.
+    Whole if `integer`, on a log scale if `log`. With a `step` its values are low, low + step, …,
+    high.
     """
 
     low: float
@@ -75,7 +74,7 @@ class Interval:
         return self.low <= value <= self.high and self.snap(value) == value
 
     def snap(self, value: Scalar) -> Scalar:
-        """The nearest value of the domain, without the rounding errors of low + n * step."""
+        """Return the nearest value of the domain, without the rounding errors of low + n * step."""
         assert isinstance(value, int | float)
         if self.step is not None:
             low, step = _exact(self.low), _exact(self.step)
@@ -83,19 +82,20 @@ class Interval:
         return round(value) if self.integer else value
 
     def probes(self) -> tuple[Scalar, ...]:
-        """The two bounds, and for real numbers one in between that is not whole."""
+        """Return the bounds, and for real numbers a value between them that is not whole."""
         if self.integer or self.step is not None:
             return self.low, self.high
+        # 0.382 is no round fraction, so the probe is not a whole number by accident.
         return self.low, self.high, self.low + 0.382 * (self.high - self.low)
 
     def steps(self) -> tuple[Scalar, ...]:
-        """Every value of a stepped interval, in order."""
+        """Return every value of a stepped interval, in order."""
         assert self.step is not None
         return tuple(self.snap(self.low + index * self.step) for index in range(self.count))
 
     @property
     def count(self) -> int:
-        """How many values a stepped interval has."""
+        """Number of values of a stepped interval."""
         assert self.step is not None
         return round((self.high - self.low) / self.step) + 1
 
@@ -111,7 +111,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Branch:
-    """What one choice of `Branches` brings along: values it fixes, and a space of its own."""
+    """The consequences of one choice of `Branches`: fixed values, and a space to search."""
 
     fixed: Point
     space: Space
@@ -124,9 +124,9 @@ class Branch:
 
 @dataclass(frozen=True)
 class Branches:
-    """A choice whose values bring keys of their own, searched only where that value was drawn.
+    """A choice whose values have keys of their own, searched only if that value is drawn.
 
-    `label`: the key is no setting, only a name for the choice.
+    With `label` the key is no setting, only a name for the choice.
     """
 
     branches: Mapping[Scalar, Branch]
@@ -147,7 +147,7 @@ Space = dict[str, Domain | Branches]
 
 
 def word(value: Scalar) -> str:
-    """A value as Hydra's grammar reads it back; the override text of a list or dict passes."""
+    """Format a value so that Hydra's grammar reads it back. Override texts of lists pass unchanged."""
     match value:
         case None:
             return "null"
@@ -160,20 +160,20 @@ def word(value: Scalar) -> str:
 
 
 def _is_plain(text: str) -> bool:
-    """Whether Hydra reads a bare text as that text, and not as a number, a boolean or grammar."""
+    """Return True if Hydra reads a bare text as that text, not as a number, a boolean or grammar."""
     known = text.lower() in ("true", "false", "null", "nan", "inf", "infinity")
     return re.fullmatch(r"[A-Za-z][\w./@-]*", text) is not None and not known
 
 
 def _quote(text: str) -> str:
-    """Quoted as Hydra wants it: backslashes are doubled only before a quote and at the end."""
+    """Quote a text for Hydra: backslashes are doubled only before a quote and at the end."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
     tail = len(escaped) - len(escaped.rstrip("\\"))
     return f"'{escaped}{escaped[len(escaped) - tail :]}'"
 
 
 def walk(space: Space, value_of: Callable[[str, Domain], Scalar], way: str = "") -> Point:
-    """The point that comes about when `value_of(parameter, domain)` decides every parameter."""
+    """Return the point that results if `value_of(parameter, domain)` decides every parameter."""
     point: Point = {}
     for key, domain in space.items():
         name = way + key
@@ -188,10 +188,10 @@ def walk(space: Space, value_of: Callable[[str, Domain], Scalar], way: str = "")
 
 
 def locate(space: Space, point: Mapping[str, Scalar], way: str = "") -> Draw | None:
-    """The draw that leads to a (possibly partial) point; None where the point is outside.
+    """Return the draw that leads to a (possibly partial) point, or None if the point is outside.
 
-    Of several branches that a point fits, the one that decides most of its keys and brings fewest
-    others is taken; a label may be part of the point.
+    If several branches fit, the one that decides most of the point's keys and adds fewest others is
+    taken. A label may be part of the point.
     """
     draw: Draw = {}
     for key, domain in space.items():
@@ -214,7 +214,9 @@ def _locate(
         return {}
 
     def distance(item: tuple[Scalar, Branch]) -> tuple[int, int]:
-        """Keys of the point that the branch leaves out, then keys that it brings beside them."""
+        """Return the number of the point's keys that a branch leaves out, and of the keys that it
+        adds.
+        """
         own = {*item[1].fixed, *keys(item[1].space, labels=True)}
         return len(named - {key, *own}), len(own - named)
 
@@ -228,7 +230,7 @@ def _locate(
 
 
 def keys(space: Space, labels: bool = False) -> set[str]:
-    """Every setting that a point of the space may decide; with `labels`, those names too."""
+    """Return every setting that a point of the space may decide. With `labels`, the labels too."""
     found: set[str] = set()
     for key, domain in space.items():
         if isinstance(domain, Branches):
@@ -240,7 +242,7 @@ def keys(space: Space, labels: bool = False) -> set[str]:
 
 
 def always_decided(space: Space) -> set[str]:
-    """Settings that every point of the space decides, whichever branches it takes."""
+    """Return the settings that every point of the space decides, whichever branches it takes."""
     found: set[str] = set()
     for key, domain in space.items():
         if isinstance(domain, Branches):
@@ -255,12 +257,12 @@ def always_decided(space: Space) -> set[str]:
 
 
 def conditional(space: Space) -> bool:
-    """Whether which parameters there are depends on what was drawn."""
+    """Return True if the set of parameters depends on drawn values."""
     return any(isinstance(domain, Branches) for domain in space.values())
 
 
 def decided_twice(space: Space) -> set[str]:
-    """Keys that stand in a branch and outside it, so that it is unclear which one holds."""
+    """Return the keys that stand both in a branch and outside it, which makes their value ambiguous."""
     twice: set[str] = set()
     seen: set[str] = set()
     for key, domain in space.items():
@@ -276,7 +278,7 @@ def decided_twice(space: Space) -> set[str]:
 
 
 def probes(space: Space) -> Iterator[Point]:
-    """Enough points that every probe value of every domain, in every branch, appears once."""
+    """Yield points until every probe value of every domain, in every branch, has appeared."""
     columns = [list(_probe_column(key, domain)) for key, domain in space.items()]
     for row in itertools.zip_longest(*columns):
         yield {key: value for cell in row if cell is not None for key, value in cell.items()}
@@ -292,10 +294,10 @@ def _probe_column(key: str, domain: Domain | Branches) -> Iterator[Point]:
 
 
 def grid(space: Space, way: str = "") -> Iterator[Draw]:
-    """Every combination, the last key varying fastest.
+    """Yield every combination, the last key varying fastest.
 
     Raises:
-        ValueError: an interval without steps has no grid, one with very many no useful one.
+        ValueError: the space has an interval without steps, or more values than MAX_VALUES.
     """
     columns = [list(_grid_column(way + key, domain)) for key, domain in space.items()]
     for row in itertools.product(*columns):
@@ -313,8 +315,8 @@ def _grid_column(name: str, domain: Domain | Branches) -> Iterator[Draw]:
         )
     if isinstance(domain, Interval) and domain.count > MAX_VALUES:
         raise ValueError(
-            f"{name}={domain}: {domain.count:,} values are no grid (at most {MAX_VALUES:,}); "
-            "use larger steps or another sampler"
+            f"{name}={domain}: {domain.count:,} values are no grid (at most {MAX_VALUES:,}). "
+            "Use larger steps or another sampler"
         )
     values = domain.steps() if isinstance(domain, Interval) else domain.values
     yield from ({name: value} for value in values)
@@ -325,5 +327,5 @@ def _way(name: str, value: Scalar) -> str:
 
 
 def _exact(value: float) -> Decimal:
-    """The decimal number that was written, not the binary one nearest to it."""
+    """Return the decimal number that was written, not the nearest binary one."""
     return Decimal(repr(value))

@@ -1,4 +1,4 @@
-"""What `hydra.sweeper` may be: the study, its arms, sampler, pruner, budget and finalists."""
+"""Settings of `hydra.sweeper`: the study, its arms, sampler, pruner, budget and finalists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SamplerName = Literal["tpe", "gp", "random", "grid"]
 
 
 class SamplerSettings(SettingsSection):
-    """Optuna's sampler; n_startup_trials=null follows the number of trials."""
+    """Optuna's sampler. n_startup_trials=null is derived from the number of trials."""
 
     name: SamplerName | Literal["optuna"]
     seed: Annotated[int, Field(ge=0)]
@@ -27,7 +27,9 @@ class SamplerSettings(SettingsSection):
 
 
 class PrunerSettings(SettingsSection):
-    """Optuna's pruner behind the schedule-aware guard; `optuna` is any other one, unguarded."""
+    """Optuna's pruner behind the schedule-aware guard. `optuna` is any other pruner, without the
+    guard.
+    """
 
     name: Literal["none", "median", "percentile", "successive_halving", "optuna"]
     rungs: list[Annotated[int, Field(ge=333, lt=1000)]]
@@ -86,7 +88,7 @@ class PlateauRule(SettingsSection):
 
 
 class BudgetSettings(SettingsSection):
-    """What a study may use besides n_trials; null is no limit."""
+    """Limits of a study besides n_trials. null is no limit."""
 
     wall_clock: Annotated[float, BeforeValidator(parse_duration)] | None
     until: Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")] | None
@@ -95,29 +97,29 @@ class BudgetSettings(SettingsSection):
 
 
 class FinalistSettings(SettingsSection):
-    """Which configurations of each arm are trained over several seeds before the verdict."""
+    """Selection of the configurations that are trained over several seeds before the verdict."""
 
     top: Annotated[int, Field(ge=0)]
     seeds: Positive
     test: bool
-    """Whether the winners are judged on the test split."""
+    """True if the winners are judged on the test split."""
 
 
 class BaselineSettings(SettingsSection):
-    """An earlier full fine-tune that is judged in the place of an arm of its own."""
+    """An earlier full fine-tune that replaces the trainings of an arm."""
 
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")] | None
 
 
 class RetentionSettings(SettingsSection):
-    """Which weights stay when a study ends, besides those that its report points to."""
+    """Weights to keep when a study ends, in addition to those that its report refers to."""
 
     adapters: Annotated[int, Field(ge=0)] | None
-    """The best so many; null keeps every adapter and all full weights."""
+    """Number of best adapters to keep. null keeps every adapter and all full weights."""
 
 
 class FairnessRules(SettingsSection):
-    """When a comparison of arms counts as fair; otherwise its verdict is called provisional."""
+    """Conditions of a fair comparison of arms. Otherwise the verdict is marked provisional."""
 
     equal: Literal["trials", "tokens", "device_seconds"]
     tolerance: Fraction
@@ -125,7 +127,7 @@ class FairnessRules(SettingsSection):
 
 
 class ArmSettings(SettingsSection):
-    """One arm besides `lora`: its overrides on top of the experiment, its space, its count."""
+    """One arm besides `lora`: overrides on top of the experiment, a space, and a number of trials."""
 
     overrides: list[str] = Field(default_factory=list)
     n_trials: Positive
@@ -138,7 +140,7 @@ StudyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
 class StudySettings(SettingsSection):
-    """`hydra.sweeper`: the study as Hydra's Optuna users write it."""
+    """The `hydra.sweeper` node, as Hydra's Optuna users write it."""
 
     study_name: StudyName
     n_trials: Positive
@@ -161,7 +163,7 @@ class StudySettings(SettingsSection):
     @model_validator(mode="after")
     def _lora_is_the_search_itself(self) -> StudySettings:
         if "lora" in self.arms:
-            raise ValueError("arms.lora is hydra.sweeper.params itself; give the arm another name")
+            raise ValueError("arms.lora is hydra.sweeper.params itself. Give the arm another name")
         return self
 
     @model_validator(mode="after")
@@ -169,7 +171,7 @@ class StudySettings(SettingsSection):
         if self.costs and self.baseline.run_id is not None:
             raise ValueError(
                 f"costs={self.costs}: what an adopted run cost is not measured here, so it has no place "
-                "on a front; set costs=[] or baseline.run_id=null"
+                "on a front. Set costs=[] or baseline.run_id=null"
             )
         return self
 
@@ -177,7 +179,7 @@ class StudySettings(SettingsSection):
     def _no_fork_of_itself(self) -> StudySettings:
         if self.fork_of == self.study_name:
             raise ValueError(
-                f"fork_of={self.fork_of} is the study itself; give the fork a study_name of its own"
+                f"fork_of={self.fork_of} is the study itself. Give the fork a study_name of its own"
             )
         return self
 
@@ -185,7 +187,7 @@ class StudySettings(SettingsSection):
     def _plateau_of_one_value(self) -> StudySettings:
         if self.costs and self.budget.plateau is not None:
             raise ValueError(
-                f"budget.plateau judges one value, and costs={self.costs} add others; "
-                "set budget.plateau=null"
+                f"budget.plateau judges one value, and costs={self.costs} add others. "
+                "Set budget.plateau=null"
             )
         return self

@@ -1,4 +1,4 @@
-"""What `training` and `artifacts` may be, in the words of transformers' TrainingArguments."""
+"""Settings of `training` and `artifacts`, named as in transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pydantic import Field, model_validator
 from sweeper.config.section import AutoBool, Positive, SettingsSection, Steps
 
 SHARDABLE = ("adamw_torch", "adamw_torch_fused")
-"""Optimizers whose states FSDP can spread over devices; bitsandbytes' work on whole tensors."""
+"""Optimizers whose states FSDP can shard. Those of bitsandbytes need whole tensors."""
 
 
 class SchedulerOptions(SettingsSection):
-    """transformers' lr_scheduler_kwargs, as far as a trial may set them."""
+    """The supported part of transformers' lr_scheduler_kwargs."""
 
     num_cycles: Positive
-    """How often cosine_with_restarts starts again; the other schedules ignore it."""
+    """Number of restarts of cosine_with_restarts. Other schedules ignore it."""
 
 
 class TrainingSettings(SettingsSection):
-    """transformers' TrainingArguments, as far as a trial may set them."""
+    """The supported part of transformers' TrainingArguments."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     lr_scheduler_type: Literal[
@@ -63,7 +63,7 @@ class TrainingSettings(SettingsSection):
     divergence_patience: Positive
 
     def warmup_length(self, total_steps: int) -> int:
-        """Warm-up in optimiser steps; a constant rate has none."""
+        """Return the warm-up in optimizer steps. A constant rate has none."""
         if self.lr_scheduler_type == "constant":
             return 0
         if self.warmup_steps is not None:
@@ -72,12 +72,12 @@ class TrainingSettings(SettingsSection):
 
     @property
     def effective_batch_size(self) -> int:
-        """Examples per optimiser step, however many devices share them."""
+        """Examples per optimizer step, over all devices of the trial."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def shards(self) -> int:
-        """Over how many devices weights, gradients and optimizer states are spread."""
+        """Number of devices over which weights, gradients and optimizer states are sharded."""
         return self.devices_per_trial if self.fsdp else 1
 
     @model_validator(mode="after")
@@ -88,7 +88,7 @@ class TrainingSettings(SettingsSection):
             )
         if self.fsdp and self.optim not in SHARDABLE:
             raise ValueError(
-                f"fsdp=true: optim={self.optim} cannot be spread over devices; choose "
+                f"fsdp=true: optim={self.optim} cannot be spread over devices. Choose "
                 f"{' or '.join(SHARDABLE)}"
             )
         return self
@@ -105,7 +105,7 @@ class TrainingSettings(SettingsSection):
 
 
 class ArtifactSettings(SettingsSection):
-    """What a trial stores beside its adapter or its weights."""
+    """Files that a trial stores in addition to its adapter or weights."""
 
     zip: bool
     merged: bool

@@ -1,4 +1,4 @@
-"""The settings of one trial, and of one run around it."""
+"""Settings of one trial, and of one run around it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sweeper.config.training_settings import ArtifactSettings, TrainingSettings
 
 
 class TrialSettings(SettingsSection):
-    """All that decides what one trial computes."""
+    """Every setting that decides what one trial computes."""
 
     model: ModelSettings
     data: DataSettings
@@ -46,7 +46,7 @@ class TrialSettings(SettingsSection):
                 continue
             if name not in {*DIRECTIONS, *own}:
                 raise ValueError(
-                    f"objective.{key}={name}: no such metric; choose one of "
+                    f"objective.{key}={name}: no such metric. Choose one of "
                     f"{', '.join([*DIRECTIONS, *own])}, or name a function in evaluation.metrics"
                 )
             if key == "pruning_metric" and name in own and name != self.objective.metric:
@@ -57,7 +57,7 @@ class TrialSettings(SettingsSection):
             if name not in LOSS_METRICS and self.evaluation.generation.num_examples == 0:
                 raise ValueError(
                     f"objective.{key}={name} judges generated answers, and "
-                    "evaluation.generation.num_examples=0 generates none; set it to 1 or more"
+                    "evaluation.generation.num_examples=0 generates none. Set it to 1 or more"
                 )
         return self
 
@@ -71,22 +71,23 @@ class TrialSettings(SettingsSection):
     def _fsdp_trains_every_weight(self) -> TrialSettings:
         if self.training.fsdp and isinstance(self.adapter, LoraAdapter):
             raise ValueError(
-                "training.fsdp=true is for full fine-tuning (adapter=none); an adapter trains on "
+                "training.fsdp=true is for full fine-tuning (adapter=none). An adapter trains on "
                 "several devices with training.devices_per_trial alone"
             )
         return self
 
     def with_rank(self, rank: int | None) -> Self:
-        """The same trial with its adapter's rank decided; itself where there is nothing to decide."""
+        """Return the trial with its adapter's rank set, or the trial itself if it has no rank to set."""
         if rank is None or isinstance(self.adapter, NoAdapter):
             return self
         return self.model_copy(update={"adapter": self.adapter.with_rank(rank)})
 
     @property
     def structure(self) -> str:
-        """What decides whether a trial is possible on its model, and how large it is.
+        """Return the part that decides whether a trial is possible on its model, and its size.
 
-        Trials of equal structure get one answer; they may differ in learning rate, alpha, seed, data.
+        Trials of equal structure share one check. They may differ in learning rate, alpha, seed and
+        data.
         """
         return json.dumps(
             {
@@ -113,63 +114,67 @@ SIZED = {
 
 
 def _misfit(adapter: LoraAdapter | NoAdapter, kind: str) -> str | None:
-    """Why this adapter cannot be trained on a base that is held this way."""
+    """Return the reason why this adapter cannot be trained on a base with this quantization, or None."""
     if kind != "none" and isinstance(adapter, NoAdapter):
         return (
             f"adapter=none trains every weight, which a quantized base "
-            f"({kind}) does not allow; add quantization=none"
+            f"({kind}) does not allow. Add quantization=none"
         )
     if kind == "int8" and isinstance(adapter, LoraAdapter) and adapter.use_dora:
         return (
             "adapter.use_dora=true does not work on an int8 base (PEFT cannot take the norm of its "
-            "weights); choose quantization=none, nf4 or fp4, or adapter.use_dora=false"
+            "weights). Choose quantization=none, nf4 or fp4, or adapter.use_dora=false"
         )
     return None
 
 
 class FakeTrainer(SettingsSection):
-    """What the fake trainer of workers=fake does: trial (or finalist) -> what happens to it."""
+    """Behaviour of the fake trainer of workers=fake, by trial or finalist."""
 
     step_seconds: Annotated[float, Field(ge=0)]
     steps: Positive
     plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
     finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
+    requests: dict[Literal["probe", "check", "judge"], Literal["hang", "crash"]]
+    """Requests of the driver that are not answered: the worker hangs or dies."""
     free_mib: Annotated[float, Field(gt=0)] | None
-    """What a trial may need, as far as that is known before it is trained."""
+    """MiB that a trial may need before training. A larger one is refused."""
     room_mib: Annotated[float, Field(gt=0)] | None
-    """What it may need before it runs out of memory."""
+    """MiB that a trial may need while it trains. A larger one runs out of memory."""
 
 
 class WorkerSettings(SettingsSection):
-    """Who trains the trials, and where."""
+    """Engine, number and time limits of the workers."""
 
     engine: Literal["local", "inline", "ray"]
     trainer: Literal["transformers", "fake"]
     address: Annotated[str, Field(pattern=r"^(auto|[\w.-]+:\d+)$")] | None
-    """The Ray cluster: HOST:PORT, auto (this node's), or null to start one here."""
+    """Address of the Ray cluster: HOST:PORT, auto (this node's), or null to start a cluster here."""
     trial_timeout_s: Seconds | None
     stall_timeout_s: Seconds | None
+    probe_timeout_s: Seconds | None
+    """Limit of a probe, a check or a judgement, which report no progress."""
     fake: FakeTrainer
 
     @model_validator(mode="after")
     def _address_is_rays(self) -> WorkerSettings:
         if self.address is not None and self.engine != "ray":
             raise ValueError(
-                f"address={self.address!r} names a Ray cluster, but engine={self.engine}; "
-                "add workers=ray, or leave the address null"
+                f"address={self.address!r} names a Ray cluster, but engine={self.engine}. "
+                "Add workers=ray, or leave the address null"
             )
         return self
 
 
 class TrackingSettings(SettingsSection):
-    """Where runs are recorded."""
+    """Destination of the runs that are recorded."""
 
     kind: Literal["mlflow", "none"]
     uri: str | None
 
 
 class SpaceSettings(SettingsSection):
-    """Ranges that fit the size of the base model; experiments refer to them by name."""
+    """Ranges that fit the size of the base model. Experiments refer to them by name."""
 
     learning_rate: str
     r: str
@@ -178,7 +183,7 @@ class SpaceSettings(SettingsSection):
 
 
 class StandInSettings(SettingsSection):
-    """The small model and data of the same kind that `+stand_in=tiny` puts in the real ones' place."""
+    """The small model and data that `+stand_in=tiny` uses instead of the real ones."""
 
     base_model: str
     train: str

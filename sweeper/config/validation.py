@@ -1,4 +1,4 @@
-"""A plain dict becomes settings, or one error that names every wrong key."""
+"""Validation of a plain dict into settings, or one error that names every wrong key."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ TAGS: dict[str, type[SettingsSection] | None] = {
     _SEVERAL: None,
     _SOURCE: DataSource,
 }
-"""What stands in an error's location for a member of a union, and the section it leads to."""
+"""Parts of a pydantic error location that name a member of a union, with the member's section."""
 
 S = TypeVar("S", bound=SettingsSection)
 
 
 def validate(kind: type[S], config: Mapping[str, Any], where: str = "") -> S:
-    """Turn a plain dict into settings.
+    """Validate a plain dict as settings.
+
+    Args:
+        kind: the section to build.
+        config: the composed values.
+        where: the dotted path of `config` itself, for messages.
 
     Raises:
-        ConfigError: names every wrong key with its value and what is allowed; `where` is the dotted
-            path of `config` itself.
+        ConfigError: names every wrong key with its value and what is allowed.
     """
     try:
         return kind.model_validate(config)
@@ -37,7 +41,7 @@ def validate(kind: type[S], config: Mapping[str, Any], where: str = "") -> S:
 
 
 def describe(error: ValidationError, kind: type[SettingsSection], where: str = "") -> list[str]:
-    """One line per pydantic error: the dotted key, the rule, the value, the valid choices."""
+    """Return one line per pydantic error: the dotted key, the rule, the value, the valid choices."""
     return [_describe(item, kind, where) for item in error.errors(include_url=False)]
 
 
@@ -49,7 +53,7 @@ def _describe(item: Mapping[str, Any], kind: type[SettingsSection], where: str) 
     match item["type"]:
         case "extra_forbidden":
             valid = ", ".join(sorted(_section_at(kind, location[:-1]).model_fields))
-            return f"{key}={item['input']!r}: no such key; valid keys: {valid}"
+            return f"{key}={item['input']!r}: no such key. Valid keys: {valid}"
         case "missing":
             return f"{key}: missing"
         case "value_error":
@@ -59,7 +63,7 @@ def _describe(item: Mapping[str, Any], kind: type[SettingsSection], where: str) 
 
 
 def _section_at(kind: type[SettingsSection], location: Sequence[str]) -> type[SettingsSection]:
-    """The section an error's location leads to; a union's member is named by its tag."""
+    """Return the section at an error's location, where a tag names a union's member."""
     section = kind
     for part in location:
         if part in TAGS:
@@ -70,7 +74,7 @@ def _section_at(kind: type[SettingsSection], location: Sequence[str]) -> type[Se
 
 
 def _section_in(annotation: Any) -> type[SettingsSection] | None:
-    """The section of a key: itself, or what its list or dict holds."""
+    """Return the section of a key: the key's own, or the one that its list or dict contains."""
     kinds = (annotation, *get_args(annotation))
     sections = (
         kind for kind in kinds if isinstance(kind, type) and issubclass(kind, SettingsSection)

@@ -1,7 +1,7 @@
-"""How large a YAML file may be, told before anything builds what it says.
+"""Limits on the size of YAML files, enforced before anything builds their content.
 
-A few aliases of aliases stand for billions of nodes, and OmegaConf copies every one. Knows PyYAML's
-events only, not what a configuration means.
+A few aliases of aliases stand for billions of nodes, and OmegaConf copies each of them. The module
+knows PyYAML's events, not what a configuration means.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from sweeper.core.errors import ConfigError
 
 MAX_BYTES = 2**20
 MAX_NODES = 20_000
-"""Values in all, aliases counted as often as they are used; ten times the largest real one."""
+"""Maximum number of values, aliases counted at every use: ten times the largest real file."""
 MAX_DEPTH = 100
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def require_bounded(path: Path) -> None:
-    """Check a file that somebody else may have written; what is no YAML at all is not judged.
+    """Refuse an oversized file. A file that is not YAML at all is left to the parser.
 
     Raises:
-        ConfigError: it is too long, too deep, or stands for too many values; names file and line.
+        ConfigError: the file is too long, too deep, or has too many values. Names file and line.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise ConfigError([f"{path}: {size / 2**20:,.0f} MiB; a configuration has at most 1 MiB"])
+        raise ConfigError([f"{path}: {size / 2**20:,.0f} MiB. A configuration has at most 1 MiB"])
     try:
         with path.open(encoding="utf-8") as file:
             problem = _problem(yaml.parse(file, Loader=_LOADER))
@@ -39,7 +39,7 @@ def require_bounded(path: Path) -> None:
 
 
 def _problem(events: object) -> str | None:
-    """The first thing that is too much, with its line."""
+    """Return the first excess with its line, or None."""
     sizes: dict[str | None, int] = {}  # of what an anchor stands for; 0 while it is still open
     opened: list[tuple[str | None, int]] = []  # anchors, and the nodes before them
     nodes = 0

@@ -45,10 +45,8 @@ class ConfigError(SweeperError):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__("\n".join([f"{head} in the configuration:", *self._items()]))
-
-    def _items(self) -> list[str]:
-        return ["  - " + problem.replace("\n", "\n    ") for problem in self.problems]
+        items = ["  - " + problem.replace("\n", "\n    ") for problem in self.problems]
+        super().__init__("\n".join([f"{head} in the configuration:", *items]))
 
 
 class DataError(SweeperError):
@@ -107,3 +105,8 @@ class WorkerError(SweeperError):
 
 class TrialDiverged(SweeperError):
     """The loss or the gradient norm is no longer finite, or the loss stays far too high."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

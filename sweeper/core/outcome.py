@@ -195,3 +195,51 @@ class ArmBaseline(FrozenValue):
                 f"It has {known}."
             )
         return self.base_metrics[metric]
+
+
+class TrialFootprint(FrozenValue):
+    """How large a trial would be; figures that are not known are None."""
+
+    trainable: int | None = None
+    total: int | None = None
+    artifact_mib: float | None = None
+    peak_mib: float | None = None
+    """Device memory."""
+    problem: str | None = None
+    """Why nothing is known: the model cannot be had, or the adapter does not fit it."""
+
+
+GATE_BASE = "base"
+"""Name of the untuned base among the models that were judged on a gate."""
+
+
+class GateRequest(FrozenValue):
+    """Which stored adapters are to be judged on which gate."""
+
+    gate: str
+    """A file, a folder or a hub id, read as the first trial's `data` section says."""
+    trials: dict[str, Path]
+    """Folders of trials by name; the untuned base is the first one's."""
+
+
+class GateFigures(FrozenValue):
+    """Losses of several models on the same examples in the same order, or why there are none."""
+
+    tokens: list[int] = Field(default_factory=list)
+    """Target tokens of each example."""
+    nll: dict[str, list[float]] = Field(default_factory=dict)
+    """Summed negative log-likelihood of each example in nats, by model; `base` among them."""
+    left_out: int = 0
+    """Rows of the gate that stand in another split of a model."""
+    general_tokens: list[int] = Field(default_factory=list)
+    """Target tokens of each window of general text; empty if the first trial names none."""
+    general: dict[str, list[float]] = Field(default_factory=dict)
+    """As nll, of those windows."""
+    problem: str | None = None
+
+    def forgotten(self, name: str) -> float | None:
+        """Nats per token that one model is worse than the untuned base on general text."""
+        if not self.general_tokens:
+            return None
+        nll = math.fsum(self.general[name]) - math.fsum(self.general[GATE_BASE])
+        return nll / sum(self.general_tokens)

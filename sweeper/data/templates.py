@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jinja2
 
-from sweeper.core.errors import DataError
+from sweeper.core.errors import DataError, first_line
 from sweeper.data.examples import ChatMessage, Example
 from sweeper.data.row_formats import FORMATS, UnusableRow
 
@@ -180,7 +180,7 @@ class JinjaTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"data.template={self.name}: line {error.lineno}: {error}") from None
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UnusableRow(f"the template {self.name} rejects the row: {reason}") from None
 
     def _variables(self, message: ChatMessage) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""The process that owns a study: hand out jobs, listen, obey commands, record results."""
+"""The run loop: jobs of every kind, the dispatcher that runs them, and what steers and records it."""

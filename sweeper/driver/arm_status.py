@@ -1,4 +1,4 @@
-"""What an arm's storage says of it, at a glance."""
+"""The status of an arm, from its storage."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.reporting.study_status import ArmStatus, TrialStatus
-from sweeper.search.states import STATES, counts
+from sweeper.search.states import STATES
 from sweeper.search.study import QUEUED_BY, draw_of, point_of
 from sweeper.search.study_plan import ArmPlan
+from sweeper.search.telling import counts
 
 
 def arm_standing(arm: ArmPlan, study: optuna.Study | None) -> ArmStatus:
-    """What an arm's storage says; an arm whose study was never opened has nothing yet."""
+    """Return the status of an arm. One whose study was never opened has no trials yet."""
     trials = [] if study is None else study.get_trials(deepcopy=False)
     causes = Counter(
         str(trial.user_attrs["cause"])
@@ -33,7 +34,7 @@ def arm_standing(arm: ArmPlan, study: optuna.Study | None) -> ArmStatus:
 
 
 def _queue(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """In the order in which sweeper.search.study.ask takes them."""
+    """Return the waiting trials in the order in which sweeper.search.study.ask takes them."""
     waiting = (trial for trial in trials if trial.state is TrialState.WAITING)
     return sorted(waiting, key=lambda trial: QUEUED_BY not in trial.user_attrs)
 

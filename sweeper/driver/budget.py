@@ -1,15 +1,14 @@
-"""What a study may still use, besides n_trials: wall-clock time, device time, patience.
+"""Limits of a study besides n_trials: wall-clock time, device time, and a plateau of results.
 
-Rules, stated once:
-- No trial is started that would not end within the limits, judged by the median of the trials that
-  ended; a running trial always ends by itself (its time is spent; Ctrl-C stops at once).
-- Arms run one after the other, so each gets the share of what is left that its open trials have among
-  all open trials: otherwise the baseline, which comes last, would never be trained.
-- wall_clock is counted from the start of this command, without the time it was paused; `until` is a
-  time of day, whatever happens; device_hours are counted over all runs of the study.
+- No trial is started that would exceed a limit, judged by the median duration of the ended trials.
+  A running trial always runs to its end. Ctrl-C stops at once.
+- Arms run one after the other. Each gets the share of the remaining budget that its open trials
+  have among all open trials. Otherwise the baseline, which comes last, would never be trained.
+- wall_clock counts from the start of this command, pauses excluded. `until` is a time of day.
+  device_hours are counted over all runs of the study.
 
-Durations are measured by a clock that nobody sets; only `until` goes by the clock on the wall. Knows
-neither Optuna nor workers; both clocks are given.
+Durations use a clock that nothing can set. Only `until` follows the wall clock. Both clocks are
+arguments, and the module knows neither Optuna nor workers.
 """
 
 from __future__ import annotations
@@ -25,19 +24,21 @@ from zoneinfo import ZoneInfo
 from sweeper.config.settings import BudgetSettings, PlateauRule
 
 Clock = Callable[[], float]
-"""Seconds: of a steady clock since some moment, of a wall clock since 1970-01-01 UTC."""
+"""A clock in seconds: steady since some moment, or wall-clock since 1970-01-01 UTC."""
 
 
 def steady() -> float:
-    """Seconds that pass, also while the machine sleeps; no change of time or zone moves them."""
+    """Return steady seconds that include time asleep. Changes of time or zone do not affect them."""
+    # CLOCK_MONOTONIC stops while a Linux machine sleeps, and wall_clock=6h means six hours of the
+    # night.
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def next_time(text: str, now: float, zone: ZoneInfo | None = None) -> float:
-    """The next moment (seconds since 1970) at which clocks of a zone show "HH:MM".
+    """Return the next moment (seconds since 1970) at which clocks of a zone show "HH:MM".
 
-    A time that a change of daylight saving skips is taken as the moment after the gap, one that
-    comes twice as the first. zone=None is this machine's.
+    A time that a change of daylight saving skips is taken as the moment after the gap. A time that
+    comes twice is taken as its first occurrence. zone=None is the local zone.
     """
     today = datetime.fromtimestamp(now, zone).date()
     clock = time_of_day.fromisoformat(text)
@@ -48,25 +49,25 @@ def next_time(text: str, now: float, zone: ZoneInfo | None = None) -> float:
 
 @dataclass
 class ArmBudget:
-    """What one arm may use."""
+    """Budget of one arm."""
 
     deadline: float | None
-    """By the steady clock."""
+    """Steady-clock time at which the arm's budget ends."""
     device_seconds: float | None
-    """Device time of the arm's trials of this run."""
+    """Device seconds for the arm's trials of this run."""
     plateau: PlateauRule | None
     minimize: bool = True
     clock: Clock = steady
     until: float | None = None
-    """By the wall clock."""
+    """Wall-clock time at which the budget ends."""
     wall: Clock = time.time
     ended: list[float] = field(default_factory=list)
-    """Seconds that each trial took that ended in this run of the command."""
+    """Seconds of each trial that ended in this run of the command."""
     devices: int = 1
-    """How many each trial occupies."""
+    """Devices that each trial occupies."""
 
     def paused(self, seconds: float, latest: float | None) -> None:
-        """Time that passed while nothing was to be done; `until` moves to `latest` at most."""
+        """Extend the budget by a pause of `seconds`. `until` moves to `latest` at most."""
         if self.deadline is not None:
             self.deadline += seconds
         if self.until is not None:
@@ -76,12 +77,12 @@ class ArmBudget:
     def refusal(
         self, started: Sequence[float], typical: float, values: Sequence[float | None]
     ) -> str | None:
-        """Why no further trial may be started, if so.
+        """Return the reason why no further trial may be started, or None.
 
         Args:
-            started: when each running trial was started, by the steady clock.
-            typical: seconds that a trial usually takes, 0 while nobody knows.
-            values: what each trial that counts was worth, in order; None if it has no value.
+            started: steady-clock start of each running trial.
+            typical: typical seconds of a trial, 0 while unknown.
+            values: the value of each counted trial in order, None where it has none.
         """
         now, left = self.clock(), self._seconds_left()
         if left is not None and typical >= left:
@@ -98,7 +99,7 @@ class ArmBudget:
         return None
 
     def left(self, started: Sequence[float]) -> str:
-        """What remains, in words; empty without a limit."""
+        """Return the remaining budget as text, or '' when there is no limit."""
         now = self.clock()
         words = []
         if (seconds := self._seconds_left()) is not None:
@@ -116,7 +117,7 @@ class ArmBudget:
 
 
 class StudyBudget:
-    """The limits of one run of a study, shared out to its arms as they come."""
+    """Budget of one run of a study, distributed to its arms in turn."""
 
     def __init__(
         self,
@@ -136,12 +137,12 @@ class StudyBudget:
         self._arm: ArmBudget | None = None
 
     def of_arm(self, share: float, device_seconds_spent: float, devices: int = 1) -> ArmBudget:
-        """The part of what is left that an arm gets.
+        """Return the part of the remaining budget that an arm gets.
 
         Args:
             share: the arm's open trials over all open trials, 0..1.
-            device_seconds_spent: device time of all trials of the study so far.
-            devices: how many each of the arm's trials occupies.
+            device_seconds_spent: device seconds of all trials of the study so far.
+            devices: devices that each of the arm's trials occupies.
         """
         hours = self._settings.device_hours
         left = None if hours is None else max(0.0, 3600 * hours - device_seconds_spent) * share
@@ -158,7 +159,7 @@ class StudyBudget:
         return self._arm
 
     def paused(self, seconds: float) -> None:
-        """Time that passed while the study was paused: it is not counted as wall-clock time."""
+        """Exclude a pause of the study from its wall-clock time."""
         if self._deadline is not None:
             self._deadline += seconds
         if self._arm is not None:
@@ -170,7 +171,7 @@ def _part(share: float, now: float, end: float | None) -> float | None:
 
 
 def plateaued(rule: PlateauRule, values: Sequence[float | None], minimize: bool) -> bool:
-    """Whether the last `rule.trials` values improved on the best before them by too little."""
+    """Return True if the last `rule.trials` values improved too little on the best before them."""
     sign = 1.0 if minimize else -1.0
     losses = [None if value is None else sign * value for value in values]
     before = [loss for loss in losses[: -rule.trials] if loss is not None]
@@ -181,12 +182,12 @@ def plateaued(rule: PlateauRule, values: Sequence[float | None], minimize: bool)
 
 
 def typical_seconds(seconds: Sequence[float]) -> float:
-    """The median, or 0 while nothing ended."""
+    """Return the median, or 0 if no trial has ended."""
     return statistics.median(seconds) if seconds else 0.0
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
+    """Format seconds as hours and minutes, or minutes and seconds."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

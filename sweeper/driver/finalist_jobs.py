@@ -1,20 +1,19 @@
-"""What finalists ask of workers: trainings with further seeds, and judgements on unseen texts.
-
-Each knows how it is handed out and what its answer is; in which order, and what comes of it, the driver
-of the finalists knows.
-"""
+"""The jobs of finalists: trainings with further seeds, and judgements on unseen texts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 from sweeper.config.settings import TrialSettings
 from sweeper.config.space import Point
 from sweeper.core.outcome import HeldOutKind, HeldOutLosses, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.driver.jobs import Job, JobPhase, LostCause
+from sweeper.driver.study_services import StudyServices
 from sweeper.reporting.finalist_results import FinalistResult, SeedRepeat
 from sweeper.reporting.study_progress import TrialProgress
+from sweeper.search.states import STATES
 from sweeper.search.study_plan import ArmPlan
 from sweeper.tracking.tracker import TrialRecord
 from sweeper.workers.protocol import (
@@ -29,137 +28,147 @@ from sweeper.workers.protocol import (
 )
 
 
-class FinalistTask(Protocol):
-    """Something a worker is handed and answers."""
-
-    attempt: int
-
-    @property
-    def key(self) -> str:
-        """Its name in the protocol."""
-
-    def hand(self, engine: Engine, worker: int) -> None:
-        """Send it."""
-
-    def take(self, event: WorkerEvent) -> None:
-        """Its answer, or what it tells on the way."""
-
-    def give_up(self, message: str) -> None:
-        """Its workers died too often."""
-
-
-@dataclass
-class SeedTraining:
-    """A finalist's training with one further seed."""
+@dataclass(eq=False)
+class FinalistTraining(Job):
+    """The training of a finalist with one further seed."""
 
     record: TrialRecord
     settings: TrialSettings
     view: TrialProgress
-    attempt: int = 1
+    services: StudyServices
     outcome: Outcome | None = None
+    stoppable: ClassVar[bool] = True
 
     @property
     def key(self) -> str:
-        """lora/0007_seed_1."""
+        """See Job: as in "lora/0007_seed_1"."""
         return self.record.key
 
-    def hand(self, engine: Engine, worker: int) -> None:
-        """See Task."""
+    @property
+    def complete(self) -> bool:
+        """True if the training ran to its own end."""
+        return self.outcome is not None and STATES[self.outcome.cause].complete
+
+    def send(self, engine: Engine, worker: int) -> JobPhase:
+        """See Job."""
         self.view.state = "running"
-        engine.submit(
+        self.services.board.add(self.view)
+        self.services.tracker.start(self.record)
+        engine.send(
             worker,
             SubmitCommand(
-                trial=self.key,
+                job=self.key,
                 attempt=self.attempt,
                 folder=self.record.folder.path.resolve(),
                 settings=self.settings,
                 provenance={**self.record.tags, "attempt": self.attempt},
             ),
         )
+        return JobPhase.RUNNING
 
-    def take(self, event: WorkerEvent) -> None:
-        """See Task."""
+    def on_event(self, event: WorkerEvent) -> JobPhase | None:
+        """See Job."""
         match event:
             case ProgressEvent():
                 self.view.progressed(event.step, event.total_steps, event.tokens_per_second)
             case EvaluatedEvent():
                 self.view.evaluated(event.value, self.settings.objective)
+                self.services.tracker.ship(self.record)
             case EndedEvent():
                 self.outcome = event.outcome
+                return JobPhase.ENDED
+        return None
 
-    def give_up(self, message: str) -> None:
-        """See Task."""
-        self.outcome = Outcome(cause="crash", message=message)
+    def fail(self, cause: LostCause, message: str) -> None:
+        """See Job."""
+        self.outcome = Outcome(cause=cause, message=message)
 
-    def adopt(self) -> bool:
-        """Take over what an earlier run trained to an end that the same settings reach again."""
+    def cancel(self) -> None:
+        """See Job."""
+        self.outcome = Outcome(cause="cancelled")
+
+    def on_requeued(self, *, paused: bool) -> None:
+        """See Job."""
+        self.view.state = "paused" if paused else "waiting"
+
+    def reuse_outcome(self) -> bool:
+        """Take the outcome that an earlier run stored, and return True if there is one."""
         stored = self.record.folder.outcome
         if not stored.exists():
             return False
         outcome = Outcome.model_validate_json(stored.read_text(encoding="utf-8"))
-        self.outcome = None if outcome.cause == "cancelled" else outcome
+        # a cancelled training has an outcome too, and is continued from its checkpoint
+        self.outcome = None if STATES[outcome.cause].open else outcome
         return self.outcome is not None
 
 
-@dataclass
-class HeldOutJudging:
-    """One model's judgement on what no search saw."""
+@dataclass(eq=False)
+class JudgeJob(Job):
+    """The judgement of one model on texts that no search saw."""
 
-    key: str
+    name: str
     settings: TrialSettings
     folder: TrialFolder | None
+    """The folder of the judged trial, or None for the untuned base."""
     kinds: tuple[HeldOutKind, ...]
-    attempt: int = 1
     losses: HeldOutLosses | None = None
     problem: str | None = None
+    """The reason for no losses."""
 
-    def hand(self, engine: Engine, worker: int) -> None:
-        """See Task."""
-        folder = None if self.folder is None else self.folder.path.resolve()
-        engine.test(
+    @property
+    def key(self) -> str:
+        """See Job: as in "lora/0007_untuned"."""
+        return self.name
+
+    def send(self, engine: Engine, worker: int) -> JobPhase:
+        """See Job."""
+        engine.send(
             worker,
             JudgeCommand(
-                trial=self.key,
+                job=self.key,
                 attempt=self.attempt,
                 settings=self.settings,
-                folder=folder,
+                folder=None if self.folder is None else self.folder.path.resolve(),
                 kinds=self.kinds,
             ),
         )
+        return JobPhase.RUNNING
 
-    def take(self, event: WorkerEvent) -> None:
-        """See Task."""
-        if isinstance(event, JudgedEvent):
-            self.losses, self.problem = event.losses, event.message
+    def on_event(self, event: WorkerEvent) -> JobPhase | None:
+        """See Job."""
+        if not isinstance(event, JudgedEvent):
+            return None
+        self.losses, self.problem = event.losses, event.message
+        return JobPhase.ENDED
 
-    def give_up(self, message: str) -> None:
-        """See Task."""
+    def fail(self, cause: LostCause, message: str) -> None:
+        """See Job."""
         self.problem = message
 
 
 @dataclass
-class FinalistCandidate:
-    """A configuration while its seeds are trained."""
+class Candidate:
+    """A configuration that may win its arm, with the trainings of its further seeds."""
 
     arm: ArmPlan
     number: int
     point: Point
     settings: TrialSettings
     own: Outcome
-    """Of the search's trial."""
-    trainings: list[SeedTraining] = field(default_factory=list)
+    """The outcome of the search's trial."""
+    trainings: list[FinalistTraining] = field(default_factory=list)
 
     def settings_of(self, seed: int) -> TrialSettings:
-        """The configuration with another seed."""
+        """Return the configuration with another seed."""
         return self.settings.model_copy(update={"seed": seed})
 
     def record(self, folder: StudyFolder) -> TrialRecord:
-        """Of the search's trial."""
+        """Return the record of the search's trial."""
         name = self.arm.name
         return TrialRecord(f"{name}/{self.number:04d}", folder.trial(name, self.number), {})
 
     def finalist(self) -> FinalistResult:
-        """As a value."""
+        """Return the configuration and its outcomes as a plain value."""
         repeats = [SeedRepeat(seed=self.settings.seed, outcome=self.own)]
         repeats += [SeedRepeat(seed=t.settings.seed, outcome=t.outcome) for t in self.trainings]
         return FinalistResult(number=self.number, repeats=tuple(repeats))

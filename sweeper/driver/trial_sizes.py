@@ -1,7 +1,7 @@
-"""What workers said about points before they were trained: possible and how large, or why not.
+"""The answers to checks of points before they are trained: possible and how large, or why not.
 
-Asked once for every structure (TrialSettings.structure), so that points which differ in learning rate
-or alpha alone cost no further question.
+One check covers a whole structure (TrialSettings.structure), so that points which differ only in
+learning rate or alpha need no further check.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ from typing import Any
 from sweeper.config.settings import LoraAdapter, TrialSettings, flatten
 from sweeper.core.outcome import Outcome, TrialSize
 from sweeper.tracking.tracker import RUN_PARAMS
-from sweeper.workers.protocol import CheckedEvent
 
 
 class KnownSizes:
-    """The answers so far."""
+    """The sizes and the refusals of the structures that were checked so far."""
 
     def __init__(self) -> None:
-        self._answers: dict[str, CheckedEvent] = {}
+        self._sizes: dict[str, TrialSize] = {}
+        self._refusals: dict[str, Outcome] = {}
 
-    def learn(self, settings: TrialSettings, answer: CheckedEvent) -> None:
-        """Take note of an answer."""
-        self._answers[settings.structure] = answer
+    def learn(self, settings: TrialSettings, answer: TrialSize | Outcome) -> None:
+        """Store the size of a possible trial, or the outcome of an impossible one."""
+        if isinstance(answer, TrialSize):
+            self._sizes[settings.structure] = answer
+        else:
+            self._refusals[settings.structure] = answer
 
     def size(self, settings: TrialSettings) -> TrialSize | None:
-        """How large a trial is; None if that was not asked yet, or if it is impossible."""
-        answer = self._answers.get(settings.structure)
-        return None if answer is None else answer.size
+        """Return the size of a trial; None if it is impossible or was not checked yet."""
+        return self._sizes.get(settings.structure)
 
     def refusal(self, settings: TrialSettings) -> Outcome | None:
-        """How an impossible trial ended before it began; None if it is possible, or was not asked."""
-        answer = self._answers.get(settings.structure)
-        return None if answer is None else answer.refusal
+        """Return the outcome of an impossible trial; None if it is possible or was not checked yet."""
+        return self._refusals.get(settings.structure)
 
 
 def decided(settings: TrialSettings, size: TrialSize) -> dict[str, int] | None:
-    """What was asked for and the rank that followed; None where the settings give the rank."""
+    """Return the wanted parameters and the rank that followed; None where settings give the rank."""
     adapter = settings.adapter
     if not isinstance(adapter, LoraAdapter) or adapter.trainable_parameters is None:
         return None
@@ -48,9 +49,9 @@ def decided(settings: TrialSettings, size: TrialSize) -> dict[str, int] | None:
 def recorded(
     settings: TrialSettings, size: TrialSize | None = None, searched: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """A trial's settings as a tracker records them: RUN_PARAMS and what else was searched.
+    """Return a trial's settings as a tracker records them: RUN_PARAMS and what else was searched.
 
-    With the exact size once it is known. All settings are in the run's config.yaml.
+    Includes the exact size once it is known. All settings are in the run's config.yaml.
     """
     ranked = settings if size is None else settings.with_rank(size.rank)
     known = flatten(ranked.model_dump(mode="json", exclude_none=True))

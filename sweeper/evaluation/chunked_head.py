@@ -103,11 +103,6 @@ def states_at(
     return states, lambda part: finish(output(part), base.config)
 
 
-def chunkable(model: nn.Module) -> bool:
-    """Whether the logits of a model of this class need never exist whole."""
-    return _architecture(_unwrapped(model)) in FINISHES
-
-
 def _logits_at(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     base = _unwrapped(model)
     if _architecture(base):  # since transformers 5.23 a mask selects positions of each row

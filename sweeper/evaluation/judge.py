@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,8 +75,6 @@ class Judgement:
     examples: Sequence[LossSum]
     """Loss of each row, for paired comparisons of two models."""
     answers: Sequence[GeneratedAnswer] = ()
-    example_scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """ROUGE of each answer, by metric name."""
     warnings: Sequence[str] = ()
 
     def value(self, metric: str) -> float:
@@ -143,9 +141,7 @@ class ModelJudge:
             self.compute_dtype,
             held_out.end_token_ids,
         )
-        scores = rouge(
-            written.texts, held_out.references, settings.rouge_tokenizer, settings.rouge_path
-        )
+        scores = rouge(written.texts, held_out.references, settings.rouge_tokenizer)
         own = {
             f"eval/{name}": metric(held_out.prompts, written.texts, held_out.references)
             for name, metric in self.custom.items()
@@ -160,7 +156,6 @@ class ModelJudge:
                 **own,
             },
             answers=written.answers,
-            example_scores={f"eval/{kind}": row for kind, row in scores.examples.items()},
             warnings=[scores.warning] if scores.warning else [],
         )
 

@@ -160,18 +160,6 @@ def _recomputed_nll(head: Head, states: Tensor, targets: Tensor) -> Tensor:
     return nll
 
 
-def evaluate_loss(
-    model: PreTrainedModel,
-    rows: Sequence[Tokens],
-    collator: PaddingCollator,
-    batch_size: int,
-    compute_dtype: torch.dtype = torch.float32,
-    chunk_size: int | None = None,
-) -> LossSum:
-    """The loss of a split; arguments and guarantees as for `evaluate_examples`."""
-    return total(evaluate_examples(model, rows, collator, batch_size, compute_dtype, chunk_size))
-
-
 @torch.no_grad()
 def evaluate_examples(
     model: PreTrainedModel,

@@ -1,4 +1,4 @@
-"""Put an adapter on a loaded base, take it off again, and count what is trained."""
+"""Attach an adapter to a loaded base, detach it again, and count parameters."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 
 OLORA_ON_CONV1D = (
-    "adapter.init_lora_weights=olora does not know this architecture's transposed weights (Conv1D); "
-    "choose default or gaussian, or an NF4 base"
+    "adapter.init_lora_weights=olora does not support this architecture's transposed weights (Conv1D). "
+    "Choose default or gaussian, or an NF4 base"
 )
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model as trained: the adapter is part of the total."""
+    """Number of parameters of a model, where the adapter is part of the total."""
 
     total: int
     trainable: int
 
     @property
     def percent(self) -> float:
-        """Trainable parameters in percent of the total, PEFT's way."""
+        """Trainable parameters in percent of the total, as PEFT prints them."""
         return 100 * self.trainable / self.total
 
     @property
@@ -46,29 +46,29 @@ class ParameterCount:
 
 
 def attach(model: PreTrainedModel, settings: LoraAdapter) -> PeftModel:
-    """Wrap a base in a fresh LoRA adapter (fp32 weights); the base is frozen in place.
+    """Wrap a base in a new LoRA adapter with fp32 weights, and freeze the base in place.
 
-    The adapter's random initialisation follows torch's global seed: set it first.
+    The adapter's random initialisation depends on torch's global seed, so set the seed first.
 
     Raises:
-        ModelError: target_modules, modules_to_save or a pattern matches nothing in this model, or this
-            architecture cannot be initialised that way.
+        ModelError: target_modules, modules_to_save or a pattern matches nothing in this model, or the
+            initialisation does not support this architecture.
     """
     config = lora_config(model, settings)
     try:
         return get_peft_model(model, config)
-    except (
-        ValueError
-    ) as error:  # PEFT's word for a combination of options that leaves nothing to adapt
+    except ValueError as error:
+        # PEFT raises ValueError for a combination of options that leaves nothing to adapt
         raise ModelError(one_line("adapter", error)) from error
 
 
 def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
-    """PEFT's configuration for this adapter on this model.
+    """Return PEFT's configuration for this adapter on this model.
 
     Raises:
-        ModelError: as `attach`.
+        ModelError: see `attach`.
     """
+    # PEFT ignores patterns and modules that match nothing, so the names are checked here
     names = linear_modules(model)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     if transposed and settings.init_lora_weights == "olora":
@@ -96,22 +96,21 @@ def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
 
 
 def touches_base(settings: LoraAdapter | NoAdapter) -> bool:
-    """Whether training this adapter changes the base's own weights, so that it must be loaded anew.
-
-    Everything else comes off again without a trace; modules_to_save trains copies.
-    """
+    """Return True if training this adapter changes the base's own weights, so it must be reloaded."""
+    # Biases are trained in place and OLoRA subtracts its initial product from the base. All else is
+    # separate from the base: modules_to_save trains copies
     if isinstance(settings, NoAdapter):
         return True
     return settings.bias != "none" or settings.init_lora_weights == "olora"
 
 
 def detach(model: PeftModel) -> PreTrainedModel:
-    """Take the adapter off: the very base that `attach` was given, unmerged.
+    """Remove the adapter and return the base object that was given to `attach`, unmerged.
 
-    For an adapter that `touches_base` it is that object, but not those weights. Recomputed activations
-    are switched off: transformers' Trainer only ever switches them on.
+    The base's weights are unchanged unless the adapter `touches_base`.
     """
     base: PreTrainedModel = model.get_base_model()
+    # transformers' Trainer switches activation checkpointing on but never off
     if base.is_activation_checkpointing:
         base.activation_checkpointing_disable()
         base.disable_input_require_grads()
@@ -121,7 +120,8 @@ def detach(model: PeftModel) -> PreTrainedModel:
         if isinstance(module, ModulesToSaveWrapper)
     }
     model.unload()
-    for name, module in originals.items():  # PEFT's unload leaves the trained copies in place
+    for name, module in originals.items():
+        # PEFT's unload leaves the trained copies of modules_to_save in the base
         base.set_submodule(name, module)
     if hasattr(base, "peft_config"):
         del base.peft_config
@@ -129,17 +129,18 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Full names of the modules LoRA can target: every linear map but the output head."""
+    """Return the full names of the modules LoRA can target: all linear layers but the output head."""
     head = model.get_output_embeddings()
     return [
         name
         for name, module in model.named_modules()
+        # Conv1D is GPT-2's linear layer, whose weights are transposed
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     ]
 
 
 def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCount:
-    """Count what is there and what is trained; packed 4-bit weights count as what they stand for."""
+    """Count all parameters and the trainable ones. Packed 4-bit weights count unpacked."""
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
         return ParameterCount(total, trainable)
@@ -149,10 +150,12 @@ def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCount:
 
 
 def _saves_tied_embeddings(model: PreTrainedModel, modules_to_save: list[str]) -> bool:
-    """Whether PEFT must keep the trained embedding and the trained head one tensor.
+    """Return True if PEFT must keep the trained embedding and the trained head tied.
 
-    Without that the head's training is lost in a merge.
+    Raises:
+        ModelError: a module does not exist, or PEFT cannot keep the two tied under their names.
     """
+    # Untied, the head's training would be lost in a merge, where the base ties both again
     modules = dict(model.named_modules())
     found = {
         wanted: [name for name in modules if name == wanted or name.endswith("." + wanted)]
@@ -162,8 +165,9 @@ def _saves_tied_embeddings(model: PreTrainedModel, modules_to_save: list[str]) -
         known = sorted({name.rsplit(".", 1)[-1] for name in modules} - {""})
         raise ModelError(
             f"adapter.modules_to_save={modules_to_save}: the model has no module named "
-            f"{', '.join(missing)}; its modules are {', '.join(known)}"
+            f"{', '.join(missing)}. Its modules are {', '.join(known)}"
         )
+    # Embedding and head may be one tensor. PEFT then trains two copies unless told to tie them
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is not embedding.weight:
         return False
@@ -173,7 +177,7 @@ def _saves_tied_embeddings(model: PreTrainedModel, modules_to_save: list[str]) -
     if any(name.rsplit(".", 1)[-1] not in EMBEDDING_LAYER_NAMES for name in tied):
         raise ModelError(
             f"adapter.modules_to_save={modules_to_save}: this architecture ties its embedding to its "
-            f"head, and PEFT can keep them tied only where they are named "
-            f"{' and '.join(EMBEDDING_LAYER_NAMES)}; leave {', '.join(tied)} out"
+            f"head, and PEFT can keep them tied only if they are named "
+            f"{' and '.join(EMBEDDING_LAYER_NAMES)}. Leave {', '.join(tied)} out"
         )
     return bool(tied)

@@ -1,6 +1,6 @@
-"""Load the base model as configured: at which precision, quantized or not.
+"""Load the base model with the configured precision and quantization.
 
-Knows nothing of adapters and training.
+Independent of adapters and training.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class LoadedBase:
     digest: str
     """sha256 of the weight files."""
     commit: str | None
-    """The hub's commit hash of the files, where they come from a hub."""
+    """The hub's commit hash of the files, or None for files that are not from the hub."""
     compute_dtype: torch.dtype
-    """What the forward pass computes in; weights that are trained are held in fp32 all the same."""
+    """Dtype of the forward pass. Trained weights are always fp32."""
     dtype_reason: str
-    """Why, in words: "bfloat16: the GPU (sm_80) computes in it"."""
+    """Reason for the dtype as text, such as "bfloat16: the GPU (sm_80) computes in it"."""
 
 
 def load_base(
@@ -57,12 +57,12 @@ def load_base(
     """Load weights and tokenizer onto this process's device.
 
     Args:
-        settings: which model, and at which dtype a frozen base is held.
-        quantization: 4-bit, 8-bit or neither; a quantized base is prepared for training adapters on it.
-        trained: the base's own weights will be trained, so they are held in fp32 (master weights).
+        settings: the model, and the dtype of a frozen base.
+        quantization: 4-bit, 8-bit or none. A quantized base is prepared for training adapters.
+        trained: True if the base's own weights will be trained, so they must be fp32 (master weights).
 
     Raises:
-        ModelError: there is no such model, or transformers cannot load it as a causal language model.
+        ModelError: the model does not exist, or transformers cannot load it as a causal language model.
     """
     source = find_source(settings)
     on = device()
@@ -85,7 +85,7 @@ def load_base(
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
         folder,
-        device_map={"": device()},
+        device_map={"": device()},  # the whole model on one device, also when memory is short
         output_loading_info=True,
         use_safetensors=True,
         **NO_CODE,
@@ -103,7 +103,7 @@ def _quantized(
     options: dict[str, Any],
     digest: str,
 ) -> PreTrainedModel:
-    """A quantized base, ready for adapters: from the cache where that is faster."""
+    """Return a quantized base prepared for adapters, from the cache if that is faster."""
     config = bits_and_bytes(quantization, options["dtype"], device())
 
     def quantize() -> PreTrainedModel:
@@ -111,12 +111,14 @@ def _quantized(
 
     def load(entry: Path) -> PreTrainedModel:
         model = _load(entry, settings, options)
-        model.name_or_path = model.config.name_or_path = str(folder)  # where its licence stands
+        # The model card reads the base's licence from the original folder, not from the cache
+        model.name_or_path = model.config.name_or_path = str(folder)
         return model
 
     if weights_bytes(folder) < quantized_cache.SMALLEST_BYTES:
         model = quantize()
     else:
+        # The full configuration, so a changed default of transformers changes the key
         decided = config.to_json_string(use_diff=False)
         key = quantized_cache.QuantizationKey(
             digest, decided, dtype_name(options["dtype"]), device().type
@@ -125,14 +127,20 @@ def _quantized(
     prepared: PreTrainedModel = prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=False
     )
-    keep_gradient(prepared)
+    disable_inference_repacking(prepared)
     return prepared
 
 
 def bits_and_bytes(
     quantization: QuantizationSettings, dtype: torch.dtype, on: torch.device
 ) -> BitsAndBytesConfig:
-    """transformers' configuration for a quantized base; `dtype` is what compute dtype auto means."""
+    """Return transformers' quantization configuration.
+
+    Args:
+        quantization: the settings, with load_in_4bit or load_in_8bit.
+        dtype: compute dtype of 4-bit layers if the settings say auto.
+        on: the device.
+    """
     if quantization.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True)
     name = quantization.bnb_4bit_compute_dtype
@@ -144,12 +152,10 @@ def bits_and_bytes(
     )
 
 
-def keep_gradient(model: PreTrainedModel) -> None:
-    """Switch off bitsandbytes' inference-only repacking of 4-bit weights on CPUs with AVX512_BF16.
-
-    bitsandbytes 0.50.2 repacks at the first forward in eval mode; afterwards training steps carry no
-    gradient through the base, in silence.
-    """
+def disable_inference_repacking(model: PreTrainedModel) -> None:
+    """Switch off bitsandbytes' inference-only repacking of 4-bit weights on CPUs with AVX512_BF16."""
+    # bitsandbytes 0.50.2 repacks the weights at the first forward pass in eval mode. Later training
+    # steps then silently pass no gradient through the base
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -158,10 +164,10 @@ def keep_gradient(model: PreTrainedModel) -> None:
 def complete_tokenizer(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, settings: ModelSettings
 ) -> None:
-    """Give a tokenizer its end-of-text token (from the model's configuration) and a padding token.
+    """Give a tokenizer an end-of-text token (from the model's configuration) and a padding token.
 
     Raises:
-        ModelError: neither the tokenizer nor the model names an end of text, so no answer could end.
+        ModelError: neither the tokenizer nor the model names an end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         known = [model.generation_config and model.generation_config.eos_token_id]
@@ -172,20 +178,21 @@ def complete_tokenizer(
         if token is None:
             raise ModelError(
                 f"model.base_model={settings.base_model!r}: neither its tokenizer nor its "
-                "configuration names an end-of-text token, so no answer could ever end; "
-                "set eos_token in tokenizer_config.json"
+                "configuration names an end-of-text token, so no answer could ever end. "
+                "Set eos_token in tokenizer_config.json"
             )
         tokenizer.eos_token = token
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked: it never carries loss
+        tokenizer.pad_token = tokenizer.eos_token  # safe, because padding is masked and has no loss
 
 
 def _require_all_weights(report: dict[str, Any], settings: ModelSettings) -> None:
-    """transformers initialises missing weights at random and goes on."""
+    """Raise if transformers' loading report lists missing weights or weights of another shape."""
+    # transformers initialises them at random and continues with a warning
     missing = sorted(str(name) for name in (*report["missing_keys"], *report["mismatched_keys"]))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ModelError(
             f"model.base_model={settings.base_model!r}: its files lack the weights "
-            f"{', '.join(missing[:3])}{more} that its configuration asks for"
+            f"{', '.join(missing[:3])}{more} that its configuration requires"
         )

@@ -1,4 +1,4 @@
-"""The repeated blocks of an architecture: what is never split, so what is gathered whole from shares."""
+"""Find the repeated blocks of an architecture, which sharded training gathers one at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 
 
 def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """By name. Every class of transformers names the classes of its own (`_no_split_modules`)."""
+    """Return the blocks of a model by module name."""
+    # Every model class of transformers lists the classes of its blocks, for device maps
     kinds = set(model._no_split_modules or ())
     return {
         name: module for name, module in model.named_modules() if type(module).__name__ in kinds
@@ -15,7 +16,7 @@ def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def largest_gathered(model: PreTrainedModel) -> int:
-    """Bytes of the largest block and of all that is in none (embeddings, head, last norm)."""
+    """Return the bytes of the largest block plus all weights outside blocks (embeddings, head, norm)."""
     sizes = [_bytes(block) for block in blocks(model).values()]
     return max(sizes, default=0) + _bytes(model) - sum(sizes)
 

@@ -1,4 +1,4 @@
-"""Whether a frozen base is still what was loaded, bit by bit, at the speed of reading its memory."""
+"""Detect changes of a frozen base's weights, bit by bit, at the speed of reading memory."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Mapping
 import torch
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the bytes of an element: the type whose values are its bits."""
+"""Bytes per element -> integer type of the same width."""
 
 
 def checksums(model: torch.nn.Module) -> dict[str, int]:
-    """The sum of the bits of each weight, read as 64-bit integers where they can be, modulo 2^64.
+    """Return the sum of each weight's bits as 64-bit integers, modulo 2^64, by parameter name.
 
-    No cryptography: it finds what an accident changes (a step of an optimizer, a merge that was not
-    undone, a flipped bit), and costs about 0.1 seconds a GiB on one CPU core. Buffers are left out:
-    some models compute theirs anew as they go.
+    Detects accidental changes, such as an optimizer step, a merge that was not undone or a flipped bit.
+    Takes about 0.1 seconds per GiB on one CPU core.
     """
+    # A sum, not sha256, which takes a second per GiB, and not an XOR, in which equal changes of equal
+    # weights cancel out. Parameters only: some models recompute their buffers while they run
     named = dict(model.named_parameters())
     if not named:
         return {}
@@ -26,7 +27,7 @@ def checksums(model: torch.nn.Module) -> dict[str, int]:
 
 
 def changed(before: Mapping[str, int], model: torch.nn.Module) -> list[str]:
-    """Names of the weights that are not what they were, or are new or gone."""
+    """Return the names of the weights that changed, appeared or disappeared since `before`."""
     now = checksums(model)
     return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 

@@ -1,7 +1,7 @@
-"""What this machine can train with, as one JSON line: devices, bf16, and a 4-bit layer that learns.
+"""Print what this machine can train with as one JSON line: devices, bf16, and a test of 4-bit layers.
 
-Run by `sweeper doctor` in a process of its own (`python -m sweeper.modeling.device_check`), because
-orchestration imports no torch, and because a broken CUDA library ends a process rather than raising.
+`sweeper doctor` runs this module in a separate process (`python -m sweeper.modeling.device_check`),
+because orchestration imports no torch, and because a broken CUDA library kills the process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MIB = 2**20
 
 
 def check() -> dict[str, object]:
-    """Devices with their memory, and the loss of a 4-bit layer before and after a step on each."""
+    """Return a description of each device: name, memory in MiB, bf16 support and problems with NF4."""
     return {"devices": [_describe(on) for on in _devices()]}
 
 
@@ -48,10 +48,8 @@ def _describe(on: torch.device) -> dict[str, object]:
 
 
 def nf4_problem(on: torch.device) -> str | None:
-    """Why QLoRA would not learn on a device; None if it does.
-
-    A frozen NF4 layer between two trainable ones: the gradient must come through it.
-    """
+    """Return why QLoRA cannot train on a device, or None if it can."""
+    # A trainable layer below a frozen NF4 layer learns only if the gradient passes through the latter
     try:
         import bitsandbytes as bnb
 
@@ -65,7 +63,7 @@ def nf4_problem(on: torch.device) -> str | None:
         loss.backward()
         gradient = below.weight.grad
         if gradient is None or not math.isfinite(float(gradient.norm())) or not gradient.any():
-            return "no gradient comes through a 4-bit layer"
+            return "no gradient passes through a 4-bit layer"
         return None
     except (
         ImportError,

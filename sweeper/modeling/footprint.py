@@ -1,7 +1,8 @@
-"""How large a trial would be, counted on the meta device: no weight is loaded.
+"""Compute the size of trials on the meta device, without loading weights.
 
-Run by `dry_run=true` in a process of its own (`python -m sweeper.modeling.footprint`), because
-orchestration imports no torch: a JSON list of trial settings on stdin, one of footprints on stdout.
+`dry_run=true` runs this module in a separate process (`python -m sweeper.modeling.footprint`), because
+orchestration imports no torch. Reads a JSON list of trial settings from stdin and prints a list of
+footprints.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import SweeperError
+from sweeper.core.outcome import TrialFootprint
 from sweeper.modeling.hardware import device
 from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.modeling.model_source import load_config
@@ -21,43 +23,43 @@ from sweeper.modeling.trial_check import ModelChecks
 BYTES_OF_FP32 = 4
 MIB = 2**20
 LONGEST_ROW = 4096
-"""Tokens that `data.max_length=auto` never passes (sweeper.data.encode)."""
+"""Upper limit of `data.max_length=auto` in tokens (sweeper.data.encode)."""
 
 
-def footprint(settings: TrialSettings) -> dict[str, Any]:
-    """Parameters, memory and artifact of one trial, whose trained weights are kept in fp32.
+def footprint(settings: TrialSettings) -> TrialFootprint:
+    """Return parameters, peak memory and artifact size of one trial.
 
-    The memory is that of a batch of the longest rows that data.max_length allows.
+    The peak is that of a batch of the longest rows that data.max_length allows. The artifact's weights
+    are fp32.
 
     Raises:
-        ModelError: there is no such model, or the adapter does not fit it.
+        ModelError: the model does not exist, or the adapter does not fit the model.
     """
     size = ModelChecks().size(settings, device())
     ranked = settings.with_rank(size.rank)
-    return {
-        "trainable": size.trainable,
-        "total": size.total,
-        "artifact_mib": size.trainable * BYTES_OF_FP32 / MIB,
-        "peak_mib": estimate_trial(ranked, device(), length=_longest_row(settings)).total,
-        "problem": None,
-    }
+    return TrialFootprint(
+        trainable=size.trainable,
+        total=size.total,
+        artifact_mib=size.trainable * BYTES_OF_FP32 / MIB,
+        peak_mib=estimate_trial(ranked, device(), length=_longest_row(settings)).total,
+    )
 
 
-def answer(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The footprint of settings, or why there is none."""
+def footprint_or_problem(document: Mapping[str, Any]) -> TrialFootprint:
+    """Return the footprint of a trial's settings, or the reason for its absence under `problem`."""
     try:
         return footprint(TrialSettings.model_validate(document))
     except SweeperError as error:
-        none = dict.fromkeys(("trainable", "total", "artifact_mib", "peak_mib"))
-        return {**none, "problem": str(error)}
+        return TrialFootprint(problem=str(error))
 
 
 def _longest_row(settings: TrialSettings) -> int:
-    asked = settings.data.max_length
-    wanted = LONGEST_ROW if asked == "auto" else asked
+    configured = settings.data.max_length
+    longest = LONGEST_ROW if configured == "auto" else configured
     limit = getattr(load_config(settings.model), "max_position_embeddings", None)
-    return wanted if limit is None else min(wanted, int(limit))
+    return longest if limit is None else min(longest, int(limit))
 
 
 if __name__ == "__main__":
-    print(json.dumps([answer(document) for document in json.load(sys.stdin)]))
+    footprints = [footprint_or_problem(document) for document in json.load(sys.stdin)]
+    print(json.dumps([each.model_dump() for each in footprints]))

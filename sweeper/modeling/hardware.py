@@ -1,4 +1,4 @@
-"""What this process computes on, and which dtype suits it. Knows nothing of models."""
+"""Describe the device of this process and choose a dtype for it. Independent of models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class ComputePrecision:
-    """A dtype and why it was chosen."""
+    """A dtype and the reason for its choice."""
 
     dtype: torch.dtype
     reason: str
@@ -25,24 +25,24 @@ class ComputePrecision:
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """The device of this process, in figures."""
+    """Name, capability and memory of a device."""
 
     name: str
     capability: str
-    """sm_80 and the like; for a CPU the units that compute bf16, if any."""
+    """Compute capability of a GPU (such as sm_80), or a CPU's units that compute bf16."""
     bf16: bool
-    """Computes in bf16 natively; an emulation does not count."""
+    """True if the device computes in bf16 natively, without emulation."""
     total_mib: float
     free_mib: float
 
 
 def device() -> torch.device:
-    """The device of this process: its one visible GPU, or the CPU (also on Apple silicon)."""
+    """Return the device of this process: its one visible GPU, or the CPU (also on Apple silicon)."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def device_report(on: torch.device) -> DeviceReport:
-    """Name, capability and memory of a device; a CPU's memory is what this process may use of it."""
+    """Return the report of a device. A CPU's memory is the amount that this process may use."""
     if on.type == "cuda":
         free, total = torch.cuda.mem_get_info(on)
         name, capability = str(torch.cuda.get_device_name(on)), _cuda_capability(on)
@@ -57,25 +57,26 @@ def device_report(on: torch.device) -> DeviceReport:
 
 
 def choose_dtype(name: str, on: torch.device) -> ComputePrecision:
-    """The dtype the forward pass computes in, and why.
+    """Return the dtype of the forward pass, with a reason.
 
-    `auto` is bf16 where the GPU computes in it, fp16 on older CUDA, and fp32 on a CPU.
+    `auto` is bf16 on GPUs that support it natively, fp16 on other GPUs and fp32 on a CPU.
     """
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
-        return ComputePrecision(dtype, f"model.dtype={name} asks for it")
+        return ComputePrecision(dtype, f"set by model.dtype={name}")
     if on.type == "cuda":
         return _for_gpu(_cuda_capability(on))
     return _for_cpu(_cpu_bf16_units())
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16 for torch.bfloat16."""
+    """Return a dtype's name without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def _for_gpu(capability: str) -> ComputePrecision:
+    # torch says by default that a T4 supports bf16, because it emulates bf16 there
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return ComputePrecision(torch.bfloat16, f"the GPU ({capability}) computes in it")
     return ComputePrecision(
@@ -90,13 +91,13 @@ def _for_cpu(units: tuple[str, ...]) -> ComputePrecision:
         )
     return ComputePrecision(
         torch.float32,
-        "a loss on a CPU must not depend on which CPU it is; this one also computes bfloat16 "
-        f"({'/'.join(units)}): model.dtype=bfloat16 is faster",
+        "losses must not depend on the CPU model. This CPU also computes bfloat16 "
+        f"({'/'.join(units)}), so model.dtype=bfloat16 would be faster",
     )
 
 
 def _limits() -> Iterator[float]:
-    """Bytes that resource limits and control groups (version 2) leave to this process."""
+    """Yield the memory limits of this process in bytes: resource limits and control groups (v2)."""
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
@@ -108,15 +109,15 @@ def _limits() -> Iterator[float]:
 
 
 def _control_groups(
-    of: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> list[Path]:
-    """Where the limits of this process's control group and of those around it stand."""
-    lines = of.read_text(encoding="ascii").splitlines() if of.is_file() else []
+    """Return the files with the memory limits of this process's control group and its parents."""
+    lines = membership.read_text(encoding="ascii").splitlines() if membership.is_file() else []
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
     if own is None:
         return []
-    place = root / own
-    return [place / "memory.max", *(around / "memory.max" for around in place.parents)]
+    group = root / own
+    return [folder / "memory.max" for folder in (group, *group.parents)]
 
 
 def _cpu_bf16_units() -> tuple[str, ...]:

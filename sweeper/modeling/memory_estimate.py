@@ -1,11 +1,13 @@
-"""How much memory a trial needs, before a weight is loaded.
+"""Estimate how much memory a trial needs, without loading weights.
 
-Builds the architecture on the meta device, attaches the adapter, counts what is held all the time, and
-adds the fullest moment of a rehearsed training step (modeling/rehearsal.py). It knows the sizes of
-quantized weights and of optimizer states (bitsandbytes, torch), and no formula of any architecture.
+Builds the architecture on the meta device, attaches the adapter, counts the bytes held during the whole
+training, and adds the peak of a simulated training step (sweeper.modeling.step_memory). Sizes of
+quantized weights and optimizer states follow bitsandbytes and torch. No formula depends on an
+architecture.
 
-It does not count what no tensor holds: the interpreter, the CUDA context (about 0.5 GiB), a library's
-own buffers, fragmentation.
+The estimate counts tensors only. It leaves out the interpreter, the CUDA context (about 0.5 GiB),
+libraries' own buffers and fragmentation. On a CPU the resident size of an fp32 LoRA trial was 1.7 times
+the estimate, because glibc keeps freed blocks (MALLOC_MMAP_THRESHOLD_=65536 returns them).
 """
 
 from __future__ import annotations
@@ -28,40 +30,43 @@ from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.model_source import load_config, one_line
-from sweeper.modeling.step_memory import PeakBytes, StepWorkload, rehearse, trainable
+from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step, trainable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 MIB = 2**20
 BLOCK_4BIT = 64
-"""bitsandbytes: weights that share one scale."""
+"""Number of weights that share one scale in bitsandbytes."""
 NESTED_BLOCK = 256
-"""bitsandbytes: scales that share one scale of their own under double quantization."""
+"""Number of scales that share one second-level scale under bitsandbytes' double quantization."""
 CODES_4BIT = 16 * 4
+"""Bytes of the table of 4-bit code values in fp32."""
 CODES_8BIT = 256 * 4
+"""Bytes of the table of 8-bit code values in fp32."""
 BLOCK_8BIT_STATE = 256
+"""Elements of an 8-bit optimizer state that share one fp32 scale."""
 MIN_8BIT_STATE = 4096
-"""bitsandbytes: an optimizer state of fewer elements stays in fp32."""
+"""Elements below which bitsandbytes keeps an optimizer state in fp32."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """MiB of device memory at a trial's peak, by what it is spent on."""
+    """MiB of device memory at a trial's peak, by use."""
 
     weights: float
-    """The base as it is held: quantized weights with their scales, the rest in its dtype."""
+    """The base: quantized weights with their scales, and the other weights in their dtype."""
     adapter: float
-    """Trainable weights beside the base, in fp32."""
+    """The adapter's trainable weights in fp32."""
     optimizer: float
     gradients: float
     activations: float
-    """What the forward pass keeps for the backward pass, and both passes' own temporaries."""
+    """Activations kept for the backward pass, and temporaries of both passes."""
     logits: float
-    """The output head's result and the loss over it."""
+    """The output head's result and the loss computed from it."""
     workspace: float
-    """One quantized weight unpacked for its product, one block gathered from the devices with its
-    gradient (training.fsdp), or the optimizer step's temporaries."""
+    """The largest of: one quantized weight unpacked for a matrix product, one block gathered from the
+    devices with its gradient (training.fsdp), or the optimizer step's temporaries."""
 
     @property
     def total(self) -> float:
@@ -69,12 +74,12 @@ class MemoryEstimate:
         return math.fsum(asdict(self).values())
 
     def table(self) -> str:
-        """The estimate for people, largest line last."""
-        lines = [f"{words:<52}{getattr(self, name):>12,.0f} MiB" for name, words in WORDS.items()]
+        """Return the estimate as a text table with the total in the last line."""
+        lines = [f"{label:<52}{getattr(self, name):>12,.0f} MiB" for name, label in LABELS.items()]
         return "\n".join([*lines, f"{'estimated peak':<52}{self.total:>12,.0f} MiB"])
 
 
-WORDS = {
+LABELS = {
     "weights": "the base model's weights",
     "adapter": "the adapter's weights",
     "optimizer": "optimizer states",
@@ -83,12 +88,12 @@ WORDS = {
     "logits": "logits and loss",
     "workspace": "temporaries (unpacked or gathered weights, optimizer step)",
 }
-assert list(WORDS) == [field.name for field in fields(MemoryEstimate)]
+assert list(LABELS) == [field.name for field in fields(MemoryEstimate)]
 
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """Bytes that a training holds whatever its batch."""
+    """Bytes that a training holds independently of its batch."""
 
     weights: int
     adapter: int
@@ -97,27 +102,32 @@ class HeldBytes:
 
     @property
     def mib(self) -> float:
-        """All of them."""
+        """Total in MiB."""
         return (self.weights + self.adapter + self.gradients + self.optimizer) / MIB
 
 
-def hold(
+def held_bytes(
     model: PreTrainedModel | PeftModel,
     quantization: QuantizationSettings,
     optim: str,
     on: torch.device,
     shards: int = 1,
 ) -> HeldBytes:
-    """What each of `shards` devices would hold while they train this model, built on the meta device.
+    """Return the bytes that each of `shards` devices would hold during the training of a model.
 
-    The model's frozen weights get the dtype in which they are held beside quantized ones. The states of
-    a paged optimizer do not count on a GPU: it moves them out of the device's way.
+    Args:
+        model: the model on the meta device. Its unquantized weights become fp32 if others are quantized.
+        quantization: the base's quantization.
+        optim: transformers' name of the optimizer.
+        on: the device.
+        shards: devices that weights, gradients and optimizer states are spread over.
     """
     packed = quantized_weights(model) if quantization.kind != "none" else {}
     if packed:
         _hold_the_rest_in_fp32(model, packed)
     weights, adapter = _resident_bytes(model, packed, quantization)
     learned = trainable(model)
+    # A paged optimizer moves its states to CPU memory when the GPU needs the space
     pages = optim.startswith("paged") and on.type == "cuda"
     states = 0 if pages else sum(state_bytes(p.numel(), optim) for p in learned)
     gradients = sum(p.numel() * p.element_size() for p in learned)
@@ -131,16 +141,16 @@ def estimate_trial(
     length: int,
     targets: int | None = None,
 ) -> MemoryEstimate:
-    """The memory a trial needs on a device.
+    """Estimate the memory that a trial needs on a device.
 
     Args:
-        settings: the trial; activation_checkpointing=auto counts as off.
-        on: decides what dtype auto means.
+        settings: the trial. activation_checkpointing=auto counts as off.
+        on: the device, which decides dtype=auto and the optimizer's temporaries.
         length: tokens per row of the longest batch.
-        targets: positions per row that carry loss; None for all.
+        targets: positions per row that carry loss, or None for all.
 
     Raises:
-        ModelError: there is no such architecture, or the adapter does not fit it.
+        ModelError: the architecture does not exist, or the adapter does not fit it.
     """
     training = settings.training
     workload = StepWorkload(
@@ -174,27 +184,29 @@ def estimate(
     attn_implementation: str,
     on: torch.device,
 ) -> MemoryEstimate:
-    """The memory that training this architecture needs; reads no file.
+    """Estimate the memory that training an architecture needs, without reading files.
 
     Raises:
         ModelError: the adapter does not fit the architecture.
     """
     model = model_on_meta(config, adapter, held_dtype(adapter, compute_dtype), attn_implementation)
     shards = workload.shards
-    held = hold(model, quantization, workload.optim, on, shards)
+    held = held_bytes(model, quantization, workload.optim, on, shards)
     sizes = [math.ceil(p.numel() / shards) for p in trainable(model)]
     step = step_workspace(sizes, workload.optim, on)
     packed = quantized_weights(model) if quantization.kind != "none" else {}
     unpacked = _largest(packed, compute_dtype)
-    peak = rehearse(model, workload, compute_dtype)
-    if shards > 1:  # one block at a time is whole, with its gradient
+    peak = simulate_step(model, workload, compute_dtype)
+    if (
+        shards > 1
+    ):  # FSDP gathers one block at a time, and its gradient is whole before the reduction
         unpacked = 2 * largest_gathered(model)
         peak = replace(peak, gradients=math.ceil(peak.gradients / shards))
-    if workload.accumulates:
+    if workload.accumulates:  # all gradients of earlier micro-batches are alive at the peak
         peak = replace(peak, gradients=held.gradients)
     if peak.bytes + unpacked >= held.gradients + step:
         workspace = unpacked
-    else:  # the optimizer's step needs most
+    else:  # the peak is in the optimizer's step, when no activations are alive
         peak, workspace = PeakBytes(held.gradients, 0, 0), step
     return MemoryEstimate(
         weights=held.weights / MIB,
@@ -208,7 +220,7 @@ def estimate(
 
 
 def held_dtype(adapter: LoraAdapter | NoAdapter, compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the base's weights: full fine-tuning trains fp32 master weights."""
+    """Return the dtype of the base's weights: fp32 master weights for full fine-tuning."""
     return torch.float32 if isinstance(adapter, NoAdapter) else compute_dtype
 
 
@@ -218,7 +230,7 @@ def model_on_meta(
     dtype: torch.dtype,
     attn_implementation: str,
 ) -> PreTrainedModel | PeftModel:
-    """The architecture with its adapter, as it is trained, without storage.
+    """Build the architecture with its adapter in training mode on the meta device.
 
     Raises:
         ModelError: the adapter does not fit the architecture.
@@ -233,7 +245,7 @@ def model_on_meta(
         raise ModelError(one_line(where, error)) from error
     if isinstance(adapter, NoAdapter):
         return model.train()
-    # every initialisation has the same shapes; OLoRA's would decompose weights that are not there
+    # All initialisations have the same shapes, but OLoRA's would decompose weights without storage
     return attach(model, adapter.model_copy(update={"init_lora_weights": "default"})).train()
 
 
@@ -243,11 +255,14 @@ class QuantizedWeight:
 
     weight: torch.Tensor
     rows: int
-    """Output features: an 8-bit weight has one scale for each."""
+    """Number of output features. An 8-bit weight has one scale for each."""
 
 
 def quantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, QuantizedWeight]:
-    """What transformers quantizes, by module name: every linear map but the head and what is tied."""
+    """Return the weights that transformers quantizes, by module name.
+
+    These are the weights of all linear layers except the head and tied weights.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kept = [_plain(name) for name in get_keys_to_not_convert(base)]
     return {
@@ -260,30 +275,32 @@ def quantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, Quantized
 
 
 def _plain(name: str) -> str:
-    """A module's name in the base without its adapter."""
+    """Return a module's name in the base without adapter."""
     return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def _quantized(module: torch.nn.Module) -> QuantizedWeight:
     assert isinstance(module.weight, torch.Tensor)
-    columns = isinstance(module, Conv1D)  # stored transposed
-    return QuantizedWeight(module.weight, int(module.weight.shape[1 if columns else 0]))
+    transposed = isinstance(module, Conv1D)
+    return QuantizedWeight(module.weight, int(module.weight.shape[1 if transposed else 0]))
 
 
 def packed_bytes(numel: int, rows: int, quantization: QuantizationSettings) -> int:
-    """Bytes of one quantized weight with its scales and code tables, as bitsandbytes holds them."""
+    """Return the bytes of one quantized weight with scales and code tables in bitsandbytes' layout."""
     if quantization.load_in_8bit:
         return numel + 4 * rows  # one fp32 scale per output row
     scales = math.ceil(numel / BLOCK_4BIT)
     packed = math.ceil(numel / 2) + CODES_4BIT
     if not quantization.bnb_4bit_use_double_quant:
         return packed + 4 * scales
-    nested = 4 * math.ceil(scales / NESTED_BLOCK) + CODES_8BIT + 4  # + the offset
+    nested = (
+        4 * math.ceil(scales / NESTED_BLOCK) + CODES_8BIT + 4
+    )  # 4 bytes for the mean of the scales
     return packed + scales + nested
 
 
 def state_bytes(numel: int, optim: str) -> int:
-    """Bytes of AdamW's two moments for one parameter tensor."""
+    """Return the bytes of AdamW's two moments for one parameter tensor."""
     if "8bit" not in optim or numel < MIN_8BIT_STATE:
         return 8 * numel
     return 2 * (numel + 4 * math.ceil(numel / BLOCK_8BIT_STATE))
@@ -292,7 +309,7 @@ def state_bytes(numel: int, optim: str) -> int:
 def _hold_the_rest_in_fp32(
     model: PreTrainedModel | PeftModel, packed: Mapping[str, QuantizedWeight]
 ) -> None:
-    """As PEFT's preparation for k-bit training does: embeddings, norms and the head become fp32."""
+    """Convert embeddings, norms and the head to fp32, as PEFT's preparation for k-bit training does."""
     quantized = {id(found.weight) for found in packed.values()}
     for parameter in model.parameters():
         if id(parameter) not in quantized:
@@ -304,7 +321,7 @@ def _resident_bytes(
     packed: Mapping[str, QuantizedWeight],
     quantization: QuantizationSettings,
 ) -> tuple[int, int]:
-    """Bytes of the frozen (or, without an adapter, all) weights, and of what an adapter trains."""
+    """Return the bytes of the base's weights and the bytes of the adapter's trainable weights."""
     rows = {id(found.weight): found.rows for found in packed.values()}
     weights = adapter = 0
     for parameter in model.parameters():
@@ -319,16 +336,20 @@ def _resident_bytes(
 
 
 def _largest(packed: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> int:
-    """Bytes of the largest quantized weight once it is unpacked for a product."""
+    """Return the bytes of the largest quantized weight, unpacked for a matrix product."""
     return max((found.weight.numel() for found in packed.values()), default=0) * dtype.itemsize
 
 
 def step_workspace(sizes: list[int], optim: str, on: torch.device) -> int:
-    """Bytes of an optimizer step's temporaries beside gradients and states.
+    """Return the bytes of an optimizer step's temporaries, in addition to gradients and states.
 
-    torch's AdamW on CUDA takes the square root of all second moments at once (foreach); elsewhere, and
-    in the fused and 8-bit ones, one tensor at a time or none.
+    Args:
+        sizes: elements of each trainable tensor on this device.
+        optim: transformers' name of the optimizer.
+        on: the device.
     """
+    # torch's AdamW on CUDA computes the square roots of all second moments at once (foreach). On a CPU
+    # it takes one tensor at a time. Fused and 8-bit optimizers need no temporaries
     if optim == "adamw_torch":
         return 4 * (sum(sizes) if on.type == "cuda" else 2 * max(sizes))
     return 0

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: one model that needs no PEFT. Knows folders, not trials."""
+"""Merge an adapter into its base to get one model that needs no PEFT. Works on folders, not trials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sweeper.core.errors import ModelError
-from sweeper.modeling.model_source import NO_CODE, one_line, refuse_foreign, require_safetensors
+from sweeper.modeling.model_source import (
+    NO_CODE,
+    one_line,
+    require_safetensors,
+    require_unquantized_base,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,25 +28,25 @@ MergeDtype = Literal["float32", "bfloat16", "float16"]
 def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype) -> None:
     """Save base + adapter as one model in `out`: safetensors, configuration and tokenizer.
 
-    The base is loaded in 16 or 32 bits, whatever it was held in while the adapter was trained: an
-    adapter's update is smaller than the step between two 4-bit values, so merging into a 4-bit base
-    throws the training away. After QLoRA the merged weights are W16 + delta where training saw
-    W4 + delta: evaluate the merged model again.
+    After QLoRA the merged weights are W16 + delta, but training used W4 + delta, so evaluate the merged
+    model again.
 
     Args:
-        base_folder: the unquantized base in transformers' layout.
-        adapter_folder: what PEFT's save_pretrained wrote; its tokenizer is taken if it has one.
+        base_folder: folder of the unquantized base in transformers' layout.
+        adapter_folder: folder that PEFT's save_pretrained wrote. Its tokenizer is preferred.
         out: a folder that does not exist yet, or is empty.
-        dtype: of the merged weights.
+        dtype: dtype of the merged weights.
 
     Raises:
         ModelError: the base is quantized, the adapter does not fit it, or `out` is in use.
     """
+    # Never into a 4-bit base: an adapter's update is smaller than the step between two 4-bit values,
+    # so merging would discard the training
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} is in use: merge into a new folder, or remove it first")
-    refuse_foreign(base_folder, str(base_folder))
+        raise ModelError(f"{out} is in use. Merge into a new folder, or remove this one first")
+    require_unquantized_base(base_folder, str(base_folder))
     if not (adapter_folder / "adapter_config.json").exists():
-        raise ModelError(f"{adapter_folder} holds no adapter: no adapter_config.json in it")
+        raise ModelError(f"{adapter_folder} contains no adapter: adapter_config.json is missing")
     for folder in (base_folder, adapter_folder):
         require_safetensors(folder, str(folder))
     try:
@@ -56,7 +61,7 @@ def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype)
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    partial.replace(out)
+    partial.replace(out)  # atomic, so `out` never holds half a model
 
 
 def _merged(base_folder: Path, adapter_folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -66,7 +71,7 @@ def _merged(base_folder: Path, adapter_folder: Path, dtype: torch.dtype) -> PreT
     try:
         model = PeftModel.from_pretrained(base, str(adapter_folder))
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    except RuntimeError as error:  # torch's word for shapes that differ
+    except RuntimeError as error:  # torch has no exception class for different shapes
         if "size mismatch" not in str(error):
             raise
         message = f"{adapter_folder} was not trained on {base_folder}: their shapes differ"
@@ -75,5 +80,5 @@ def _merged(base_folder: Path, adapter_folder: Path, dtype: torch.dtype) -> PreT
 
 
 def _with_tokenizer(*folders: Path) -> Path:
-    """The first folder that holds a tokenizer; the last one if none does."""
+    """Return the first folder that contains a tokenizer, or the last folder if none does."""
     return next((f for f in folders if (f / "tokenizer_config.json").exists()), folders[-1])

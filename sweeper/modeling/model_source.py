@@ -1,6 +1,6 @@
-"""Where the files of a base model lie: a folder, the hub or its cache; and what is refused unseen.
+"""Find the files of a base model in a folder, on the hub or in the hub's cache, and check them.
 
-Reads configuration and hashes weights; loads no model.
+Reads configurations and hashes weights, but loads no model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from sweeper.builtin import stand_ins
 from sweeper.builtin.embedded import BASE_DIR
 from sweeper.builtin.stand_in_models import model_folder
 from sweeper.config.settings import EMBEDDED, ModelSettings
-from sweeper.core.errors import ModelError
+from sweeper.core.errors import ModelError, first_line
 
 CONFIG = ("config.json", "adapter_config.json")
 MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
-"""What is fetched from a hub: safe formats only."""
+"""Patterns of the files to fetch from a hub, in formats that cannot run code."""
 NOT_THE_MODEL = ("*/*.safetensors", "*/*.json", "consolidated*")
-"""Second copies of the weights that some repositories carry."""
+"""Patterns of second copies of the weights that some repositories contain."""
 NO_CODE = {"trust_remote_code": False}
-"""Said at every loading: left open, transformers asks at the terminal whether to run foreign code."""
+"""Option for every from_pretrained. The default would ask at the terminal about running remote code."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -44,42 +44,44 @@ class ModelSource:
 
     folder: Path
     commit: str | None
-    """The hub's commit hash, where the files come from a hub or its cache."""
+    """The hub's commit hash, or None for files that are neither from a hub nor from its cache."""
 
 
 def find_source(settings: ModelSettings) -> ModelSource:
-    """The base model's files; those of a hub id are fetched into the hub's cache first.
+    """Return the base model's files. Files of a hub id are fetched into the hub's cache first.
 
     Raises:
-        ModelError: neither a folder nor a hub id that can be fetched, or files that are refused.
+        ModelError: base_model is neither a folder nor a hub id that can be fetched, or the files are an
+            adapter, quantized, or not safetensors.
     """
     source = _locate(settings, MODEL)
-    refuse_foreign(source.folder, f"model.base_model={settings.base_model!r}")
+    require_unquantized_base(source.folder, f"model.base_model={settings.base_model!r}")
     require_safetensors(source.folder, f"model.base_model={settings.base_model!r}")
     return source
 
 
 def require_safetensors(folder: Path, where: str) -> None:
-    """Weights in any other format are not read, though transformers and PEFT would fall back to them.
+    """Refuse a folder without safetensors weights.
 
     Raises:
-        ModelError: the folder has no others.
+        ModelError: the folder has only weights in other formats, or none.
     """
+    # transformers and PEFT would fall back to formats that can run code
     if not any(folder.glob("*.safetensors")):
         raise ModelError(
-            f"{where}: no *.safetensors weights in {folder} "
-            "(other formats can run code; save the model again with save_pretrained)"
+            f"{where}: no *.safetensors weights in {folder}. Other formats can run code. "
+            "Save the model again with save_pretrained"
         )
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:
-    """The architecture alone: of a hub id only config.json is fetched.
+    """Return the configuration of a base model. Only config.json is fetched for a hub id.
 
     Raises:
-        ModelError: as `find_source`, or config.json is not one that transformers knows.
+        ModelError: see `find_source`, or transformers does not support the configuration.
     """
     source = _locate(settings, CONFIG)
-    refuse_foreign(source.folder, f"model.base_model={settings.base_model!r}")
+    require_unquantized_base(source.folder, f"model.base_model={settings.base_model!r}")
     try:
         return AutoConfig.from_pretrained(source.folder, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
@@ -87,13 +89,13 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
 
 
 def one_line(where: str, error: BaseException) -> str:
-    """A library's error as one line about what the user named."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{where}: {lines[0]}"
+    """Return the first line of a library's error, prefixed with the setting or file it concerns."""
+    return f"{where}: {first_line(error)}"
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, by name; of files that stay as they are, once."""
+    """Return the sha256 over the safetensors files of a folder, in the order of their names."""
+    # Cached by size and time, because hashing takes a second per GiB and each load asks for the digest
     stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
     return _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
 
@@ -110,7 +112,7 @@ def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Size of the safetensors files of a folder."""
+    """Return the total bytes of the safetensors files of a folder."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
@@ -123,25 +125,26 @@ def _locate(settings: ModelSettings, patterns: Sequence[str]) -> ModelSource:
     if not path.is_dir():
         return _from_hub(settings, patterns)
     folder = path if (path / "config.json").exists() else _snapshot(path, settings)
+    # In the hub cache's layout the folder's name is the commit
     in_cache = folder.resolve().parent.name == "snapshots"
     return ModelSource(folder, folder.resolve().name if in_cache else None)
 
 
 def _snapshot(path: Path, settings: ModelSettings) -> Path:
-    """The revision inside a folder of the hub cache's layout (models--org--name); else the folder."""
+    """Return the revision's folder if `path` has the hub cache's layout (models--…), else `path`."""
     snapshots = path / "snapshots"
     if not snapshots.is_dir():
         return path
-    there = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir())
+    commits = sorted(folder.name for folder in snapshots.iterdir() if folder.is_dir())
     wanted = settings.revision or "main"
     ref = path / "refs" / wanted
     commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else wanted
-    if commit not in there and settings.revision is None and len(there) == 1:
-        commit = there[0]
-    if commit not in there:
+    if commit not in commits and settings.revision is None and len(commits) == 1:
+        commit = commits[0]
+    if commit not in commits:
         raise ModelError(
-            f"model.revision={settings.revision!r}: {path} holds no such revision; "
-            f"it holds {', '.join(there) or 'none'}"
+            f"model.revision={settings.revision!r}: {path} does not contain this revision. "
+            f"Its revisions are {', '.join(commits) or 'none'}"
         )
     return snapshots / commit
 
@@ -157,60 +160,65 @@ def _from_hub(settings: ModelSettings, patterns: Sequence[str]) -> ModelSource:
                 ignore_patterns=list(NOT_THE_MODEL),
             )
         )
-    except Exception as error:  # huggingface_hub, its HTTP client and the OS: all mean "not there"
-        raise ModelError(f"model.base_model={name!r} {_why_not(error, settings)}") from error
+    except (
+        Exception
+    ) as error:  # huggingface_hub, its HTTP client or the OS: the files are unavailable
+        raise ModelError(f"model.base_model={name!r} {_fetch_problem(error, settings)}") from error
     return ModelSource(fetched, fetched.name if COMMIT.fullmatch(fetched.name) else None)
 
 
-def _why_not(error: Exception, settings: ModelSettings) -> str:
-    """What keeps a hub id from being fetched, and what to do about it."""
+def _fetch_problem(error: Exception, settings: ModelSettings) -> str:
+    """Return why a hub id cannot be fetched, and what to do."""
     name = settings.base_model
     match error:
         case GatedRepoError():
             return (
-                f"is gated: accept its licence at https://huggingface.co/{name} with your account, "
+                f"is gated. Accept its licence at https://huggingface.co/{name} with your account, "
                 "then set HF_TOKEN to a token of that account "
                 "(https://huggingface.co/settings/tokens)"
             )
         case RevisionNotFoundError():
-            return f"has no revision {settings.revision!r}: give a branch, a tag or a commit of it"
+            return f"has no revision {settings.revision!r}. Set a branch, a tag or a commit"
         case RepositoryNotFoundError():
             return (
-                "is no local folder, and the hub knows no such model: check its spelling at "
-                f"https://huggingface.co/{name}; for a private one set HF_TOKEN"
+                "is neither a local folder nor a model on the hub. Check the spelling at "
+                f"https://huggingface.co/{name}, and set HF_TOKEN if the model is private"
             )
         case HFValidationError():
             return (
-                "is neither a local folder nor a hub id (organisation/name): "
-                "give the folder that holds config.json and *.safetensors"
+                "is neither a local folder nor a hub id (organisation/name). "
+                "Set the folder that contains config.json and *.safetensors"
             )
         case LocalEntryNotFoundError():
             return (
-                "is no local folder, the hub's cache on this machine does not hold it, and the hub "
-                "cannot be reached (no network, or HF_HUB_OFFLINE is set); on a machine with a "
-                f"network run `sweeper prefetch model.base_model={name}` and share its cache "
-                "(HF_HOME), or give a folder: model.base_model=/path/to/folder"
+                "is not a local folder and not in the hub's cache on this machine, and the hub "
+                "cannot be reached (no network, or HF_HUB_OFFLINE is set). On a machine with a "
+                f"network, run `sweeper prefetch model.base_model={name}` and share its cache "
+                "(HF_HOME), or set a folder: model.base_model=/path/to/folder"
             )
         case _:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return f"could not be fetched from the hub ({type(error).__name__}: {reason})"
+            return (
+                f"could not be fetched from the hub ({type(error).__name__}: {first_line(error)})"
+            )
 
 
-def refuse_foreign(folder: Path, where: str) -> None:
-    """Adapters are no bases, and weights that are already quantized cannot be trained or merged into.
+def require_unquantized_base(folder: Path, where: str) -> None:
+    """Refuse a folder that holds an adapter, quantized weights or no model.
+
+    Quantized weights cannot be trained or merged into.
 
     Args:
-        folder: what claims to hold a base model.
-        where: how the user named it.
+        folder: the folder to check.
+        where: the setting or file that names the folder, for the message.
 
     Raises:
-        ModelError: it does not.
+        ModelError: states what the folder holds and what to do.
     """
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
             raise ModelError(
-                f"{where} is an adapter, not a base; merge it into its base first, "
-                "or give the base itself"
+                f"{where} is an adapter, not a base model. Merge it into its base first, "
+                "or set the base itself"
             )
         raise ModelError(f"{where}: no config.json in {folder}")
     try:
@@ -220,6 +228,6 @@ def refuse_foreign(folder: Path, where: str) -> None:
     if quantized := config.get("quantization_config"):
         method = quantized.get("quant_method", "unknown method")
         raise ModelError(
-            f"{where} is already quantized ({method}); give the unquantized checkpoint: "
-            "quantization=nf4, fp4 or int8 quantizes it while it is loaded"
+            f"{where} is already quantized ({method}). Set the unquantized checkpoint. "
+            "quantization=nf4, fp4 or int8 quantizes weights while they are loaded"
         )

@@ -1,8 +1,8 @@
-"""Quantized bases on disk: a base is quantized once a machine, not by every worker of every study.
+"""Cache quantized bases on disk, so each base is quantized once per machine, not once per worker.
 
-An entry is what transformers' save_pretrained makes of a quantized model (safetensors only), under a
-key of everything that decides its bits, with a manifest of its files. It appears whole or not at all,
-and one that is not what its manifest says is made again. Knows nothing of adapters and training.
+An entry is a quantized model written by transformers' save_pretrained (safetensors only) with a
+manifest, under a key of everything that affects its bits. Entries are written atomically, and damaged
+ones are made again. Independent of adapters and training.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALLEST_BYTES = 64 * 2**20
-"""Of the weight files. Below it nothing is gained: the embedded base loads as fast from its own files
+"""Bytes of weight files below which a base is not cached, because its own files load as fast
 (benchmarks/warm_base.json)."""
 KEPT_BYTES = 32 * 2**30
-"""The cache's size; what was used longest ago goes first."""
+"""Maximum bytes of the cache. The least recently used entries are removed first."""
 LOCK_SECONDS = 1800
-"""How long a worker waits for another one that quantizes the same base."""
+"""Seconds that a worker waits for another one that quantizes the same base."""
 FORMAT = 1
-"""Raised by whoever changes what is stored for the same key."""
+"""Version of the stored format. Increment it with every change of what is stored for the same key."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class QuantizationKey:
-    """Everything that decides the bits of a quantized base."""
+    """Everything that affects the bits of a quantized base."""
 
     base: str
-    """The digest of the weight files."""
+    """Digest of the weight files."""
     quantization: str
-    """Its settings as JSON, after `auto` was decided."""
+    """Quantization settings as JSON, without `auto`."""
     dtype: str
-    """Of the weights that are not quantized."""
+    """Dtype of the weights that are not quantized."""
     device: str
-    """cpu or cuda: bitsandbytes quantizes with other kernels there."""
+    """cpu or cuda, because bitsandbytes has different kernels for them."""
     format: int = FORMAT
     bitsandbytes: str = version("bitsandbytes")
     transformers: str = version("transformers")
 
     @property
     def name(self) -> str:
-        """Of the entry's folder."""
+        """Name of the entry's folder."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def cache_folder() -> Path:
-    """Where the platform keeps caches: $XDG_CACHE_HOME/sweeper or ~/.cache/sweeper on Linux."""
+    """Return the cache's folder: in $XDG_CACHE_HOME/sweeper or ~/.cache/sweeper on Linux."""
     return Path(platformdirs.user_cache_dir("sweeper")) / "quantized"
 
 
@@ -76,21 +76,21 @@ def quantized_once(
     quantize: Callable[[], PreTrainedModel],
     load: Callable[[Path], PreTrainedModel],
 ) -> PreTrainedModel:
-    """The base under a key, loaded from its entry, or quantized and stored now.
+    """Load a quantized base from its entry, or quantize and store it.
 
-    Of several workers that need the same base one quantizes, and the others wait for it. Where the
-    cache cannot be written the base is quantized each time, with a warning.
+    If several workers need the same base, one of them quantizes it and the others wait. If the cache
+    cannot be written, the base is quantized each time, with a warning.
 
     Args:
-        key: of the base.
-        folder: of the cache.
-        quantize: makes the base from its own files.
-        load: reads it from an entry.
+        key: key of the base.
+        folder: folder of the cache.
+        quantize: returns the base, quantized from its own files.
+        load: returns the base, read from an entry.
     """
     entry = folder / key.name
-    with _turn(folder, key) as usable:
+    with _locked(folder, key) as usable:
         if usable and is_whole(entry):
-            os.utime(entry)  # used now: the last to be evicted
+            os.utime(entry)  # marks the entry as just used, so it is evicted last
             return load(entry)
         model = quantize()
         if usable:
@@ -100,14 +100,14 @@ def quantized_once(
 
 
 @contextmanager
-def _turn(folder: Path, key: QuantizationKey) -> Iterator[bool]:
-    """Hold a key for this process; yields whether the cache can be used."""
+def _locked(folder: Path, key: QuantizationKey) -> Iterator[bool]:
+    """Hold the lock of a key. Yield True if the cache can be used."""
     lock = FileLock(_lock(folder / key.name), timeout=LOCK_SECONDS)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except (OSError, NotImplementedError) as error:  # Timeout is an OSError
-        log.warning("the cache of quantized bases %s cannot be used: %s", folder, error)
+        log.warning("the cache of quantized bases in %s cannot be used: %s", folder, error)
         yield False
         return
     try:
@@ -117,38 +117,40 @@ def _turn(folder: Path, key: QuantizationKey) -> Iterator[bool]:
 
 
 def is_whole(entry: Path) -> bool:
-    """Whether an entry is what was stored; one that is not is removed."""
+    """Return True if an entry exists and is undamaged. Remove a damaged one."""
     if not entry.is_dir():
         return False
     try:
         verify_manifest(entry)
     except ArtifactError as error:
-        log.warning("%s, and is made again", error)
+        log.warning("%s. The base will be quantized again", error)
         shutil.rmtree(entry)
         return False
     return True
 
 
 def _store(model: PreTrainedModel, entry: Path) -> None:
-    """Write an entry beside its place, then move it there."""
+    """Write an entry into a temporary folder, then rename the folder."""
     partial = entry.with_name(f".{entry.name}.{uuid4().hex}")
     try:
         model.save_pretrained(partial)
         write_manifest(partial)
+        # Otherwise a power cut after the rename could leave an entry with empty files
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         partial.rename(entry)
-    except (OSError, ValueError) as error:  # disk full; a configuration that cannot be saved again
-        log.warning("this quantized base is not cached: %s", error)
+    except (OSError, ValueError) as error:  # a full disk, or a configuration that cannot be saved
+        log.warning("this quantized base was not cached: %s", error)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _evict(folder: Path, newest: Path) -> None:
-    """Entries used longest ago, while the cache is too large; what a killed worker left half-written."""
+    """Remove half-written folders of killed workers, and old entries while the cache is too large."""
     for partial in folder.glob(f".{newest.name}.*/"):
-        shutil.rmtree(partial, ignore_errors=True)  # only who holds the lock writes here
+        # Only the holder of the lock, this process, writes folders of this name
+        shutil.rmtree(partial, ignore_errors=True)
     total = 0.0
     for entry in sorted(_entries(folder), key=lambda path: path.stat().st_mtime, reverse=True):
         total += size_mib(entry) * 2**20
@@ -157,10 +159,10 @@ def _evict(folder: Path, newest: Path) -> None:
 
 
 def forget(folder: Path, *, dry_run: bool = False) -> dict[Path, float]:
-    """Empty the cache, but for an entry that a worker is reading or writing.
+    """Empty the cache, except entries that a worker is reading or writing.
 
     Returns:
-        What was (or would be) removed, with its size in MiB.
+        The removed entries with their sizes in MiB. With `dry_run`, the entries that would be removed.
     """
     sizes = {entry: size_mib(entry) for entry in _entries(folder)}
     return {entry: mib for entry, mib in sizes.items() if dry_run or _remove(entry)}

@@ -1,8 +1,8 @@
-"""One training step on shapes alone: how many bytes are alive at its fullest moment.
+"""Simulate one training step on shapes alone, and measure the bytes alive at its peak.
 
-Every operation of forward and backward runs on fake tensors, which have a shape and a dtype but no
-storage; a dispatch mode adds up the storages that would be alive. So nothing here is a formula of one
-architecture. Knows nothing of quantization, adapters and optimizers.
+Every operation of the forward and backward pass runs on fake tensors, which have a shape and a dtype
+but no storage. A dispatch mode adds up the storages that would be alive. Checkpointing, eager attention,
+DoRA and any architecture therefore need no formula. Independent of quantization and optimizers.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHALLOW, DEEP = 2, 4
-"""Depths at which a uniform stack of layers is rehearsed."""
+"""Numbers of layers at which a uniform stack is simulated."""
 
 
 @dataclass(frozen=True)
 class StepWorkload:
-    """What one micro-batch is."""
+    """Shape and options of one micro-batch."""
 
     batch_size: int
     length: int
     """Tokens per row, padding included."""
     activation_checkpointing: bool
     accumulates: bool
-    """Gradients stay from one micro-batch to the next."""
+    """True if gradients are kept from one micro-batch to the next."""
     optim: str
     targets: int | None = None
-    """Positions per row whose logits are computed; None is all of them."""
+    """Positions per row whose logits are computed, or None for all."""
     loss_chunk_size: int | None = None
-    """Positions (over all rows) whose logits exist at once; None is all of them."""
+    """Positions (over all rows) whose logits exist at once, or None for all."""
     shards: int = 1
     """Devices that weights, gradients and optimizer states are spread over (training.fsdp)."""
 
@@ -56,7 +56,7 @@ class StepWorkload:
 
 @dataclass(frozen=True)
 class PeakBytes:
-    """Bytes alive at the fullest moment of a step, besides weights and optimizer states."""
+    """Bytes alive at the peak of a step, without weights and optimizer states."""
 
     gradients: int
     activations: int
@@ -64,57 +64,59 @@ class PeakBytes:
 
     @property
     def bytes(self) -> int:
-        """All of them."""
+        """Total bytes."""
         return self.gradients + self.activations + self.logits
 
-    def continued(self, further: PeakBytes, times: float) -> PeakBytes:
-        """This peak plus `times` the way from here to a further one."""
-        here, there = asdict(self), asdict(further)
+    def extrapolated(self, further: PeakBytes, times: float) -> PeakBytes:
+        """Return this peak plus `times` the difference between a further one and this one."""
+        near, far = asdict(self), asdict(further)
         return PeakBytes(
-            **{kind: round(here[kind] + times * (there[kind] - here[kind])) for kind in here}
+            **{kind: round(near[kind] + times * (far[kind] - near[kind])) for kind in near}
         )
 
 
-def rehearse(
+def simulate_step(
     model: PreTrainedModel | PeftModel, workload: StepWorkload, compute_dtype: torch.dtype
 ) -> PeakBytes:
-    """Run one forward and backward pass on shapes alone and find its fullest moment.
+    """Run one forward and backward pass on shapes alone and return the bytes alive at its peak.
 
-    Under an adapter every further layer of a uniform stack keeps the same bytes alive, so a deep stack
-    is rehearsed at two small depths and continued in a straight line. Full fine-tuning is rehearsed
-    whole: its gradients grow while its activations shrink, and the fullest moment moves with the depth.
-
-    The model is used up: its weights become fake and its deeper layers are cut off.
+    Args:
+        model: the model on the meta device. It is unusable afterwards, because its weights become fake
+            tensors and its deeper layers are removed.
+        workload: the micro-batch.
+        compute_dtype: dtype of the forward pass.
     """
     if workload.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     layers = _layers(model)
     depth = len(layers)
     with FakeTensorMode():
-        _become_fake(model)
+        _replace_by_fake_tensors(model)
+        # Each layer of a uniform stack with an adapter adds the same bytes, so two small depths suffice.
+        # In full fine-tuning gradients grow while activations shrink, and the peak moves with the depth
         if (
             depth <= DEEP
             or not _uniform(layers)
             or all(p.requires_grad for p in model.parameters())
         ):
-            return _rehearse(model, workload, compute_dtype)
+            return _simulate(model, workload, compute_dtype)
         del layers[DEEP:]
-        deep = _rehearse(model, workload, compute_dtype)
+        deep = _simulate(model, workload, compute_dtype)
         del layers[SHALLOW:]
-        shallow = _rehearse(model, workload, compute_dtype)
-    return shallow.continued(deep, (depth - SHALLOW) / (DEEP - SHALLOW))
+        shallow = _simulate(model, workload, compute_dtype)
+    return shallow.extrapolated(deep, (depth - SHALLOW) / (DEEP - SHALLOW))
 
 
-def _rehearse(
+def _simulate(
     model: PreTrainedModel | PeftModel, workload: StepWorkload, compute_dtype: torch.dtype
 ) -> PeakBytes:
     shape = (workload.batch_size, workload.length)
     ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
     positions = workload.logit_positions
     labels = torch.zeros(workload.batch_size * positions, dtype=torch.long)
-    model.zero_grad()
+    model.zero_grad()  # gradients of the simulation at another depth
     alive = AliveBytes(known=[*model.parameters(), *model.buffers()])
-    hooks = _mark(model, alive)
+    hooks = _register_hooks(model, alive)
     with alive:
         _loss(model, ids, mask, labels, positions, compute_dtype).backward()  # type: ignore[no-untyped-call]
     for hook in hooks:
@@ -123,14 +125,14 @@ def _rehearse(
 
 
 def _layers(model: PreTrainedModel | PeftModel) -> torch.nn.ModuleList:
-    """The stack of decoder layers."""
+    """Return the stack of decoder layers, or an empty list if there is none."""
     depth = model.config.num_hidden_layers
     stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     return next((stack for stack in stacks if len(stack) == depth), torch.nn.ModuleList())
 
 
 def _uniform(layers: torch.nn.ModuleList) -> bool:
-    """Whether all layers hold and train the same weights."""
+    """Return True if all layers have and train weights of the same shapes."""
     shapes = {
         tuple((name, p.shape, p.requires_grad) for name, p in layer.named_parameters())
         for layer in layers
@@ -147,7 +149,7 @@ def _loss(
     compute_dtype: torch.dtype,
 ) -> torch.Tensor:
     enabled = compute_dtype != torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):  # fp16 is as wide
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):  # fp16 has the same size
         logits = model(
             input_ids=ids, attention_mask=mask, logits_to_keep=positions, use_cache=False
         ).logits
@@ -155,7 +157,7 @@ def _loss(
 
 
 class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that are alive, by what they are for, and keeps the peak."""
+    """Counts the bytes of all storages that are alive, by kind, and records the peak."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -167,8 +169,8 @@ class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in known:
             self._kinds[tensor.untyped_storage()] = []
 
-    def become_gradient(self, parameter: torch.Tensor) -> None:
-        """Called when a parameter's gradient is complete: its bytes were counted as activations."""
+    def count_as_gradient(self, parameter: torch.Tensor) -> None:
+        """Count the bytes of a parameter's complete gradient as gradients, no longer as activations."""
         assert parameter.grad is not None
         storage = parameter.grad.untyped_storage()
         kind = self._kinds[storage]
@@ -186,7 +188,7 @@ class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._kinds:
+        if storage in self._kinds:  # a view of a storage that is already counted
             return
         kind, size = [self.kind], storage.nbytes()
         self._kinds[storage] = kind
@@ -199,8 +201,8 @@ class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive[kind[0]] -= size
 
 
-def _mark(model: PreTrainedModel | PeftModel, alive: AliveBytes) -> list[Any]:
-    """Tell logits and gradients from activations: from the output head on, back to its input."""
+def _register_hooks(model: PreTrainedModel | PeftModel, alive: AliveBytes) -> list[Any]:
+    """Register hooks that assign storages to logits (from the output head on) or gradients."""
 
     def enter(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         alive.kind = "logits"
@@ -212,14 +214,14 @@ def _mark(model: PreTrainedModel | PeftModel, alive: AliveBytes) -> list[Any]:
 
     head = model.get_output_embeddings()
     hooks: list[Any] = [
-        parameter.register_post_accumulate_grad_hook(alive.become_gradient)  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(alive.count_as_gradient)  # type: ignore[no-untyped-call]
         for parameter in trainable(model)
     ]
     return [*hooks, head.register_forward_pre_hook(enter)] if head is not None else hooks
 
 
-def _become_fake(model: torch.nn.Module) -> None:
-    """Replace meta parameters and buffers by fake ones on a CPU, tied ones by the same."""
+def _replace_by_fake_tensors(model: torch.nn.Module) -> None:
+    """Replace meta parameters and buffers by fake CPU tensors. Tied parameters stay tied."""
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, old in list(module._parameters.items()):
@@ -235,5 +237,5 @@ def _become_fake(model: torch.nn.Module) -> None:
 
 
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that get a gradient."""
+    """Return the parameters that get a gradient."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

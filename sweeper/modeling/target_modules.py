@@ -1,6 +1,6 @@
-"""Which modules get an adapter: presets, names, a regex and layer ranges, resolved against a model.
+"""Resolve the modules that get an adapter from presets, names, regular expressions and layer ranges.
 
-Knows module names only; works on a model on the meta device as well as on a loaded one.
+Works on module names only, so on models on the meta device as well as on loaded ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from sweeper.config.settings import LAYERS
 from sweeper.core.errors import ModelError
 
 PRESETS: dict[str, tuple[str, ...]] = {
-    # name -> module-name endings over architectures; a fused projection counts as what it contains
+    # Preset -> endings of module names over all architectures. Fused projections belong to a preset if
+    # they contain one of its modules
     "attention_qv": (
         *("q_proj", "v_proj", "qkv_proj"),  # Llama, Qwen, Mistral, Gemma, Phi, OPT, GPT-J; Phi-3
         *("attn.c_attn", "query_key_value", "Wqkv"),  # GPT-2; GPT-NeoX, Falcon, BLOOM; MPT
@@ -30,7 +31,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
 }
 ALL_LINEAR = "all-linear"
 REGEX = "regex:"
-"""What marks a text as a regular expression over full module names."""
+"""Prefix of a regular expression over full module names. A misspelt name without it is an error."""
 
 
 def resolve_targets(
@@ -38,19 +39,19 @@ def resolve_targets(
     names: Sequence[str],
     layers_to_transform: str | Sequence[int] | None = None,
 ) -> str | list[str]:
-    """What PEFT's `target_modules` gets: all-linear, name endings, or full names.
+    """Return the value for PEFT's `target_modules`: all-linear, name endings, or full names.
 
     Args:
         target_modules: a preset (attention_qv, attention, mlp, all-linear), `regex:` and a pattern that
-            matches a full module name, one module name, or names.
-        names: the full names of the model's linear modules.
-        layers_to_transform: the layers that get an adapter: indices, "0-11" (both ends included),
-            "last-8", or None for all. They are expanded to full names here, because PEFT's own
-            layers_to_transform refuses all-linear and regular expressions.
+            matches a full module name, one module name, or several names.
+        names: full names of the model's linear modules.
+        layers_to_transform: layers that get an adapter: indices, "0-11" (both ends included), "last-8",
+            or None for all.
 
     Raises:
-        ModelError: nothing matches; lists the presets and the endings that exist.
+        ModelError: nothing matches. The message lists the presets and the endings that exist.
     """
+    # PEFT's own layers_to_transform refuses all-linear and regular expressions, so layers become names
     if layers_to_transform is not None:
         layers = set(resolve_layers(layers_to_transform, names))
         names = [name for name in names if layer_of(name) in layers]
@@ -61,13 +62,13 @@ def resolve_targets(
     endings = _endings(target_modules, names)
     if layers_to_transform is None:
         return endings
-    return [name for name in names if any(_ends(name, ending) for ending in endings)]
+    return [name for name in names if any(_ends_with(name, ending) for ending in endings)]
 
 
 def _endings(target_modules: str | Sequence[str], names: Sequence[str]) -> list[str]:
     preset = PRESETS.get(target_modules) if isinstance(target_modules, str) else None
     wanted = preset or ([target_modules] if isinstance(target_modules, str) else target_modules)
-    found = [ending for ending in wanted if any(_ends(name, ending) for name in names)]
+    found = [ending for ending in wanted if any(_ends_with(name, ending) for name in names)]
     missing = [] if preset else [ending for ending in wanted if ending not in found]
     if missing or not found:
         raise _no_such_module(target_modules, ", ".join(missing or wanted), names)
@@ -80,26 +81,27 @@ def _matching(target_modules: str, names: Sequence[str]) -> list[str]:
         found = [name for name in names if re.fullmatch(pattern, name)]
     except re.error as error:
         raise ModelError(
-            f"adapter.target_modules={target_modules!r}: {pattern!r} is no regular expression: {error}"
+            f"adapter.target_modules={target_modules!r}: {pattern!r} is not a regular expression: "
+            f"{error}"
         ) from error
     if not found:
-        example = f"; a full name is {names[0]}" if names else ""
+        example = f" (a full name is {names[0]})" if names else ""
         raise _no_such_module(target_modules, f"like {pattern}{example}", names)
     return found
 
 
 def resolve_layers(layers: str | Sequence[int], names: Sequence[str]) -> list[int]:
-    """The layer indices that a range stands for in this model.
+    """Return the layer indices of a range in this model.
 
     Raises:
-        ModelError: some of them do not exist.
+        ModelError: a layer does not exist.
     """
     existing = sorted({layer for name in names if (layer := layer_of(name)) is not None})
     wanted = _layers(layers, existing)
     missing = [layer for layer in wanted if layer not in existing]
     if missing or not wanted:
-        there = f"layers 0 to {existing[-1]}" if existing else "no numbered layers"
-        raise ModelError(f"adapter.layers_to_transform={layers!r}: the model has {there}")
+        valid = f"layers 0 to {existing[-1]}" if existing else "no numbered layers"
+        raise ModelError(f"adapter.layers_to_transform={layers!r}: the model has {valid}")
     return wanted
 
 
@@ -107,15 +109,16 @@ def _layers(layers: str | Sequence[int], existing: Sequence[int]) -> list[int]:
     if not isinstance(layers, str):
         return list(layers)
     match = LAYERS.fullmatch(layers)
-    assert match is not None, "settings let no other text through"
+    assert match is not None, "the settings' validation refuses other texts"
     if count := match["count"]:
-        missing = range(int(count) - len(existing))  # more than there are: named as such
+        # More layers than exist become indices that do not exist, which resolve_layers refuses
+        missing = range(int(count) - len(existing))
         return [*existing[-int(count) :], *(existing[-1] + 1 + extra for extra in missing)]
     return list(range(int(match["first"]), int(match["last"]) + 1))
 
 
 def layer_of(name: str) -> int | None:
-    """The index of the layer a module belongs to: the first number in its name, as PEFT reads it."""
+    """Return the index of a module's layer, or None: the first number in its name, as in PEFT."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -123,7 +126,7 @@ def require_matches(key: str, patterns: Sequence[str], names: Sequence[str]) -> 
     """Check that each of PEFT's pattern keys (a name's ending, or a regex over it) matches a module.
 
     Raises:
-        ModelError: names the pattern that matches nothing.
+        ModelError: a pattern matches nothing.
     """
     for pattern in patterns:
         if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
@@ -134,12 +137,12 @@ def _no_such_module(
     value: object, wanted: str, names: Sequence[str], key: str = "target_modules"
 ) -> ModelError:
     endings = sorted({name.rsplit(".", 1)[-1] for name in names})
-    presets = f"; presets: {', '.join([*PRESETS, ALL_LINEAR])}" if key == "target_modules" else ""
+    presets = f". Presets: {', '.join([*PRESETS, ALL_LINEAR])}" if key == "target_modules" else ""
     return ModelError(
-        f"adapter.{key}={value!r}: the model has no module named {wanted}; "
-        f"its linear modules are {', '.join(endings)}{presets}"
+        f"adapter.{key}={value!r}: the model has no module named {wanted}. "
+        f"Its linear modules are {', '.join(endings)}{presets}"
     )
 
 
-def _ends(name: str, ending: str) -> bool:
+def _ends_with(name: str, ending: str) -> bool:
     return name == ending or name.endswith("." + ending)

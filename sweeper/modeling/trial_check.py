@@ -1,7 +1,7 @@
-"""Is a trial possible on its model? Answered on the meta device, before a weight is loaded.
+"""Check on the meta device, before weights are loaded, if a trial is possible on its model.
 
-Decides a rank that follows from adapter.trainable_parameters. Knows nothing of data and batches; what is
-held whatever the batch is counted, and whoever knows the device compares.
+Computes the rank for adapter.trainable_parameters, and the memory that does not depend on the batch. The
+caller compares that memory with the device's. Independent of data and batches.
 """
 
 from __future__ import annotations
@@ -18,33 +18,40 @@ from sweeper.core.errors import ModelError
 from sweeper.core.outcome import TrialSize
 from sweeper.modeling.adapter import OLORA_ON_CONV1D, count_parameters
 from sweeper.modeling.hardware import choose_dtype
-from sweeper.modeling.memory_estimate import MIB, held_dtype, hold, model_on_meta, quantized_weights
+from sweeper.modeling.memory_estimate import (
+    MIB,
+    held_bytes,
+    held_dtype,
+    model_on_meta,
+    quantized_weights,
+)
 from sweeper.modeling.model_source import load_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TOLERANCE = 0.1
-"""By how much the nearest adapter may miss adapter.trainable_parameters, as a share of it.
+"""Largest allowed deviation of the nearest adapter from adapter.trainable_parameters, as a share of it.
 
-Rounding to a whole rank misses by half a rank at most, which is within a tenth from r=5 on.
+Rounding to a whole rank deviates by at most half a rank, which is within a tenth from r=5 on.
 """
 
 
 class ModelChecks:
-    """Checks trials against their models; every configuration is read, every answer found, once."""
+    """Checks trials against their models, and caches configurations and results."""
 
     def __init__(self) -> None:
         self._configs: dict[str, PretrainedConfig] = {}
         self._sizes: dict[str, TrialSize] = {}
 
     def size(self, settings: TrialSettings, on: torch.device) -> TrialSize:
-        """How large a trial is, its rank decided.
+        """Return the size of a trial, with its rank.
 
         Raises:
-            ModelError: there is no such model, the adapter does not fit it, or no whole rank comes
+            ModelError: the model does not exist, the adapter does not fit it, or no whole rank comes
                 near adapter.trainable_parameters.
         """
+        # A check costs about a CPU second on an 8B architecture. `structure` is all it depends on
         key = settings.structure
         if key not in self._sizes:
             model_key = settings.model.model_dump_json()
@@ -55,10 +62,10 @@ class ModelChecks:
 
 
 def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.device) -> TrialSize:
-    """How large a trial is on an architecture; reads no file.
+    """Return the size of a trial on an architecture, without reading files.
 
     Raises:
-        ModelError: as `ModelChecks.size`.
+        ModelError: see `ModelChecks.size`.
     """
     adapter = settings.adapter
     if isinstance(adapter, LoraAdapter) and adapter.r is None:
@@ -71,8 +78,8 @@ def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.de
         _require_trainable(model, settings)
     count = count_parameters(model)
     training = settings.training
-    held = hold(model, settings.quantization, training.optim, on, training.shards)
-    # the best checkpoint of a sharded trial is judged whole, on a device that has its share as well
+    held = held_bytes(model, settings.quantization, training.optim, on, training.shards)
+    # The best checkpoint of a sharded trial is loaded whole on a device that still holds its share
     whole = held.weights * (training.shards + 1) if training.fsdp else 0
     need = max(held.mib, whole / MIB)
     rank = adapter.rank if isinstance(adapter, LoraAdapter) else None
@@ -80,17 +87,15 @@ def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.de
 
 
 def nearest_rank(adapter: LoraAdapter, config: PretrainedConfig, attn_implementation: str) -> int:
-    """The whole r whose adapter has the number of trainable parameters nearest to the wanted one.
-
-    PEFT itself counts, at r = 1 and r = 2: the count grows by the same number with every r (two
-    matrices for each module), from what does not depend on r (DoRA's vectors, biases, modules_to_save,
-    modules with a rank of their own).
+    """Return the whole r whose adapter comes nearest to adapter.trainable_parameters.
 
     Raises:
-        ModelError: the adapter does not fit, or its nearest count is further off than TOLERANCE.
+        ModelError: the adapter does not fit, or its nearest count deviates by more than TOLERANCE.
     """
     wanted = adapter.trainable_parameters
     assert wanted is not None
+    # The count is affine in r: every r adds two vectors for each module, and DoRA's vectors, biases,
+    # modules_to_save and modules in rank_pattern do not depend on r. So PEFT counts at r=1 and r=2
     one, two = (
         count_parameters(
             model_on_meta(config, adapter.with_rank(r), torch.float32, attn_implementation)
@@ -103,18 +108,18 @@ def nearest_rank(adapter: LoraAdapter, config: PretrainedConfig, attn_implementa
     if abs(nearest - wanted) > TOLERANCE * wanted:
         raise ModelError(
             f"adapter.trainable_parameters={wanted:,}: the nearest adapter on "
-            f"target_modules={adapter.target_modules} has {nearest:,} (r={rank}; every r brings "
-            f"{step:,}), which is {abs(nearest - wanted) / wanted:.0%} off; at most {TOLERANCE:.0%} "
-            "is called equal"
+            f"target_modules={adapter.target_modules} has {nearest:,} (r={rank}, each rank adds "
+            f"{step:,}), which is {abs(nearest - wanted) / wanted:.0%} off. At most {TOLERANCE:.0%} "
+            "is allowed"
         )
     return rank
 
 
 def _require_trainable(model: PeftModel, settings: TrialSettings) -> None:
-    """What only shows on the loaded model: weights that carry no gradient, or too few columns.
+    """Refuse adapters that PEFT would reject only on the loaded model.
 
     Raises:
-        ModelError: names the modules and the ways out.
+        ModelError: a trained module is quantized, or OLoRA's rank exceeds a weight's smaller side.
     """
     adapter, kind = settings.adapter, settings.quantization.kind
     assert isinstance(adapter, LoraAdapter)
@@ -125,19 +130,21 @@ def _require_trainable(model: PeftModel, settings: TrialSettings) -> None:
 
 
 def _require_floating_point(model: PeftModel, modules_to_save: list[str], kind: str) -> None:
-    """A module that is trained whole must not be held in 4 or 8 bits."""
+    """Refuse modules_to_save that a quantized base holds in 4 or 8 bits."""
+    # Integer weights have no gradient: PEFT fails on them with a traceback
     inside = [f".{name}." for name in quantized_weights(model)]
     wrong = [wanted for wanted in modules_to_save if any(f".{wanted}." in name for name in inside)]
     if wrong:
         raise ModelError(
             f"adapter.modules_to_save={modules_to_save}: on a quantized base ({kind}) the weights of "
-            f"{', '.join(wrong)} cannot be trained; adapt them (target_modules), or choose "
+            f"{', '.join(wrong)} cannot be trained. Adapt them (target_modules), or set "
             "quantization=none"
         )
 
 
 def _require_columns(model: PeftModel, *, quantized: bool) -> None:
-    """OLoRA takes r columns of a weight's QR decomposition; where there are fewer, PEFT takes those."""
+    """Refuse OLoRA on weights that are transposed or have a side smaller than r."""
+    # OLoRA uses r columns of a weight's QR decomposition. PEFT silently uses fewer if there are fewer
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
@@ -147,5 +154,5 @@ def _require_columns(model: PeftModel, *, quantized: bool) -> None:
         if rank > narrow:
             raise ModelError(
                 f"adapter.init_lora_weights=olora: r={rank} is more than {narrow}, the smaller side "
-                f"of {name.rpartition('.')[2]}; choose a smaller r, or default or gaussian"
+                f"of {name.rpartition('.')[2]}. Choose a smaller r, or default or gaussian"
             )

@@ -1,1 +1,1 @@
-"""Sweeps that run by themselves: which night it is, who runs it, what is told in the morning."""
+"""Unattended nightly sweeps: dates and locks of nights, champions, and the morning digest."""

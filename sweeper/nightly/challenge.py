@@ -1,12 +1,10 @@
-"""Put a night's best before the champion: have both judged on the gate, decide, move the alias.
+"""Challenge of the champion by a night's best trial: evaluate both, decide, move the alias.
 
-Knows the registry and who judges; the decision itself is `sweeper.nightly.champion`.
+The rule of the decision is in `sweeper.nightly.champion`.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import subprocess
 import sys
@@ -15,12 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import Field
 
 from sweeper.core.errors import WorkerError
+from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest
 from sweeper.core.paths import StudyFolder, size_mib, write_atomic
 from sweeper.core.redaction import redact
-from sweeper.core.value import FrozenValue
 from sweeper.nightly.champion import ChallengeEvidence, ChampionDecision, decide
 from sweeper.nightly.night_record import BestTrial
 from sweeper.nightly.nightly_set import ChampionRules, SetEntry
@@ -29,56 +26,56 @@ from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.registry import ROLLED_BACK_TAG, ModelRegistry, ModelVersion
 from sweeper.tracking.tracker_factory import make_registry
 
-CHALLENGER, CHAMPION, BASE = "challenger", "champion", "base"
-
-
-class GateFigures(FrozenValue):
-    """What a judge says: the same examples in the same order for every model."""
-
-    tokens: list[int]
-    nll: dict[str, list[float]]
-    left_out: int = 0
-    general_tokens: list[int] = Field(default_factory=list)
-    general: dict[str, list[float]] = Field(default_factory=dict)
-    problem: str | None = None
-
-    def of(self, name: str) -> SeedLosses:
-        """One model's figures, as of one seed."""
-        return SeedLosses(np.array([self.nll[name]]), np.array(self.tokens, dtype=np.float64))
-
-    def forgotten(self, name: str) -> float | None:
-        """Nats per token that one model is worse than the untuned base on general text."""
-        if not self.general_tokens:
-            return None
-        nll = math.fsum(self.general[name]) - math.fsum(self.general[BASE])
-        return nll / sum(self.general_tokens)
+CHALLENGER, CHAMPION = "challenger", "champion"
 
 
 GateJudge = Callable[[str, dict[str, Path]], GateFigures]
-"""Judges trials' folders by name on a gate source; `base` is the first one's untuned base."""
+"""Function that evaluates trials' folders, given by name, on a gate source.
+
+Its result also holds `base`, the untuned base of the first trial.
+"""
 
 
-def judge_apart(gate: str, trials: dict[str, Path]) -> GateFigures:
-    """Judge in a process of its own: the night imports no torch, and its memory is free afterwards.
+def judge_in_subprocess(gate: str, trials: dict[str, Path]) -> GateFigures:
+    """Evaluate in a subprocess, so that the night imports no torch and frees the memory afterwards.
 
     Raises:
-        WorkerError: the process died.
+        WorkerError: the subprocess failed.
     """
     with tempfile.TemporaryDirectory(prefix="sweeper-gate-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
-        write_atomic(request, _request(gate, trials))
+        folders = {name: path.resolve() for name, path in trials.items()}
+        write_atomic(request, GateRequest(gate=gate, trials=folders).model_dump_json())
         command = [sys.executable, "-m", "sweeper.training.gate_judge", str(request), str(answer)]
+        # Spinning OpenMP threads slow down other processes on the machine.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0 or not answer.exists():
-            raise WorkerError(f"the gate's judge died:\n{redact(done.stderr[-2000:])}")
+            raise WorkerError(
+                f"the process that evaluates the gate split failed:\n{redact(done.stderr[-2000:])}"
+            )
         return GateFigures.model_validate_json(answer.read_text(encoding="utf-8"))
+
+
+def judged(found: GateFigures, name: str) -> SeedLosses:
+    """Return one model's losses on the gate, as of one seed."""
+    return SeedLosses(np.array([found.nll[name]]), np.array(found.tokens, dtype=np.float64))
 
 
 def challenge(
     entry: SetEntry, plan: StudyPlan, best: BestTrial, rules: ChampionRules, judge: GateJudge
 ) -> ChampionDecision | None:
-    """Decide about the night's best, and move the alias if it won; None where nothing is tracked.
+    """Decide about the night's best trial, and move the alias if the trial won.
+
+    Args:
+        entry: the experiment of the set.
+        plan: the study that was run.
+        best: the best trial so far.
+        rules: the limits for a promotion.
+        judge: function that evaluates on the gate split.
+
+    Returns:
+        The decision, or None without tracking.
 
     Raises:
         SweeperError: the registry or the judge fails.
@@ -90,22 +87,24 @@ def challenge(
     who = f"{study}/{trial}"
     champion = registry.champion(entry.label)
     name = None if champion is None else f"version {champion.number}"
+    # A study that continues over nights often keeps its best trial.
     if champion is not None and (champion.study, champion.trial) == (study, trial):
-        return _undecided(entry, who, name, "it is the champion already")
+        return _undecided(entry, who, name, "it is already the champion")
     by_hand = f"promote by hand: sweeper champion promote {entry.label} {study} {trial}"
     taken_back = _rolled_back(registry.versions(entry.label), study, trial)
-    if taken_back is not None:  # whoever did it knows what no gate shows
-        words = (
-            f"it was rolled back by hand (version {taken_back.number}); to have it back, {by_hand}"
+    # A person who rolled back knows something that no gate measures.
+    if taken_back is not None:
+        reason = (
+            f"it was rolled back by hand (version {taken_back.number}). To restore it, {by_hand}"
         )
-        return _undecided(entry, who, name, words)
+        return _undecided(entry, who, name, reason)
     if entry.gate is None:
-        words = f"no gate split: name one (experiments[].gate=FILE), or {by_hand}"
-        return _undecided(entry, who, name, words)
-    return _duel(entry, plan, best, champion, rules, judge, registry)
+        reason = f"no gate split is set. Set one (experiments[].gate=FILE), or {by_hand}"
+        return _undecided(entry, who, name, reason)
+    return _evaluate_and_decide(entry, plan, best, champion, rules, judge, registry)
 
 
-def _duel(
+def _evaluate_and_decide(
     entry: SetEntry,
     plan: StudyPlan,
     best: BestTrial,
@@ -118,6 +117,7 @@ def _duel(
     folder = StudyFolder(Path(plan.settings.output_dir) / study).trial(best.arm, best.number)
     trials = {CHALLENGER: folder.path}
     if champion is not None:
+        # Both are evaluated again on the same examples, since the gate may have changed.
         trials[CHAMPION] = champion.folder
     name = None if champion is None else f"version {champion.number}"
     trial = f"{best.arm}/{best.number:04d}"
@@ -127,20 +127,21 @@ def _duel(
         return _undecided(entry, f"{study}/{trial}", name, found.problem)
     decision = decide(
         (entry.label, f"{study}/{trial}", name),
-        found.of(CHALLENGER),
-        None if champion is None else found.of(CHAMPION),
-        found.of(BASE),
+        judged(found, CHALLENGER),
+        None if champion is None else judged(found, CHAMPION),
+        judged(found, GATE_BASE),
         ChallengeEvidence(size_mib=size_mib(folder.adapter), forgotten=found.forgotten(CHALLENGER)),
         rules,
     )
     if decision.verdict == "promoted":
         tags = {"sweeper.reason": decision.reason, "sweeper.decision": decision.model_dump_json()}
+        # Older MLflow servers limit a tag value to 5,000 characters.
         registry.promote(entry.label, study, trial, {key: tags[key][:5000] for key in tags})
     return decision
 
 
 def _rolled_back(versions: Sequence[ModelVersion], study: str, trial: str) -> ModelVersion | None:
-    """The version of a trial that a person took back, if there is one."""
+    """Return the version of a trial that a person rolled back, or None."""
     own = (each for each in versions if (each.study, each.trial) == (study, trial))
     return next((each for each in own if ROLLED_BACK_TAG in each.tags), None)
 
@@ -149,8 +150,3 @@ def _undecided(entry: SetEntry, who: str, champion: str | None, reason: str) -> 
     return ChampionDecision(
         model=entry.label, challenger=who, champion=champion, verdict="undecided", reason=reason
     )
-
-
-def _request(gate: str, trials: dict[str, Path]) -> str:
-    resolved = {name: str(path.resolve()) for name, path in trials.items()}
-    return json.dumps({"gate": gate, "trials": resolved})

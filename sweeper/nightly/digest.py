@@ -1,6 +1,6 @@
-"""The morning's page: what ran, what is new, what got worse, what failed, and what it cost.
+"""The morning digest: experiments, changes, regressions, failures, champions and costs of a night.
 
-From a night's record and those before it; trains nothing, and asks the disk only how full it is.
+The digest is computed from the records of this night and of earlier ones.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from sweeper.nightly.night_record import (
     EntryRecord,
     NightRecord,
     comparable,
-    last_of,
+    latest_entry,
     regressed,
 )
 from sweeper.nightly.nightly_set import NightlySet
-from sweeper.reporting.text_table import DASH, TextTable, duration, number
+from sweeper.reporting.glossary import terms_in
+from sweeper.reporting.text_table import DASH, TextTable, counted, duration, number
+from sweeper.search.states import STATES
 
+CHOICES = {"new": "new study", "continue": "study continued", "skip": "skipped"}
+"""Text for each choice of an entry."""
 UNFINISHED = "not finished"
-"""Of a night that was stopped; the next firing within its window goes on."""
-FINE = frozenset({"finished", "early_stopped", "pruned", "duplicate"})
-"""Ends of trials that are no failures."""
+"""Result of a night that was stopped. The next start within its window continues the night."""
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -46,61 +48,63 @@ code {{ background: #f4f4f4; padding: .1rem .3rem }}
 
 
 def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
-    """The page as Markdown."""
+    """Return the digest as Markdown."""
     head = f"# Nightly {record.set_name}, {record.date}: {record.result or UNFINISHED}"
     sections = (
-        ("What ran", [_ran(record, nightly, history)]),
-        ("What is new", list(_new(record, history))),
+        ("Experiments", [_experiments(record, nightly, history)]),
+        ("Changes", list(_changes(record, history))),
         ("Regressions", list(_regressions(record, nightly, history))),
         ("Failures", list(_failures(record))),
         ("Champions", list(_champions(record, history))),
         ("Cost", list(_cost(record, nightly))),
         ("Deleted", [f"- {line}" for line in record.tidied]),
-        ("Not done", [f"- {problem}" for problem in record.problems]),
-        ("Look closer", list(_commands(record, nightly))),
+        ("Problems", [f"- {problem}" for problem in record.problems]),
+        ("Reports", list(_commands(record, nightly))),
     )
     parts = [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections if lines]
-    return "\n\n".join([head, _in_short(record), *parts]) + "\n"
+    text = "\n\n".join([head, _summary(record), *parts])
+    terms = "\n".join(f"- **{term}**: {meaning}" for term, meaning in terms_in(text))
+    return f"{text}\n\n## Terms\n\n{terms}\n"
 
 
 def page(markdown: str, title: str) -> str:
-    """The Markdown as a web page on its own; what others wrote into it stays text."""
+    """Return the digest as a web page. Raw HTML in the Markdown stays text."""
+    # Messages of other programs may contain HTML.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return PAGE.format(title=escape(title), body=body)
 
 
-def _in_short(record: NightRecord) -> str:
+def _summary(record: NightRecord) -> str:
     statuses = Counter(entry.status.replace("_", " ") for entry in record.entries.values())
     words = ", ".join(f"{count} {status}" for status, count in statuses.items()) or "nothing ran"
-    again = f"; started {record.starts} times" if record.starts > 1 else ""
-    return f"Experiments: {words}{again}."
+    again = f" The night was started {record.starts} times." if record.starts > 1 else ""
+    return f"Experiments: {words}.{again}"
 
 
-def _ran(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
+def _experiments(record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]) -> str:
     columns = (
-        *(
-            "experiment",
-            "tonight",
-            "trials",
-            "metric",
-            "best",
-            "last night",
-            "untuned",
-            "time",
-            "ended",
-        ),
+        "experiment",
+        "study",
+        "trials",
+        "metric",
+        "best",
+        "previous night",
+        "untuned base",
+        "time",
+        "status",
     )
     rows = [
         _row(record.entries.get(entry.label), entry.label, history) for entry in nightly.experiments
     ]
-    words = frozenset({"experiment", "tonight", "metric", "ended"})
+    words = frozenset({"experiment", "study", "metric", "status"})
     return TextTable("", columns, tuple(rows), words).markdown()
 
 
 def _row(entry: EntryRecord | None, name: str, history: Sequence[NightRecord]) -> tuple[str, ...]:
     if entry is None:
         return (name, *[DASH] * 7, "not reached")
-    last = last_of(name, history)
+    last = latest_entry(name, history)
+    # A value on other data must not stand in the same row.
     before = last.best if last and last.best and comparable(entry, last) else None
     best = entry.best
     return (
@@ -120,20 +124,22 @@ def _value(best: BestTrial | None) -> str:
     return number(best.value if best else None, "{:.4f}")
 
 
-def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
+def _changes(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
     for entry in record.entries.values():
         if entry.decided is not None:
-            yield f"- {entry.name}: {entry.decided.choice}, {_one_line(entry.decided.reason)}"
-        last = last_of(entry.name, history)
+            choice = CHOICES[entry.decided.choice]
+            yield f"- {entry.name}: {choice} ({_one_line(entry.decided.reason)})"
+        last = latest_entry(entry.name, history)
         before = last.best if last and comparable(entry, last) else None
         if entry.best is None or entry.status == "skipped":
             continue
+        # An unchanged best is in the table and is no news.
         if before is None or entry.best.gain(over=before) > 0:
             point = ", ".join(f"{key}={_short(value)}" for key, value in entry.best.point.items())
             gain = (
                 ""
                 if before is None
-                else f", {entry.best.gain(over=before):.4f} better than the last"
+                else f", {entry.best.gain(over=before):.4f} better than on the previous night"
             )
             yield (
                 f"- {entry.name}: best {entry.best.value:.4f}{gain} "
@@ -141,8 +147,8 @@ def _new(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
             )
         if last is not None and before is None:
             yield (
-                f"- {entry.name}: last night's value does not compare, it was measured on other "
-                "data, another base model or by another metric"
+                f"- {entry.name}: not comparable with the previous night, because the data, the base "
+                "model or the metric changed"
             )
 
 
@@ -154,12 +160,12 @@ def _regressions(
     record: NightRecord, nightly: NightlySet, history: Sequence[NightRecord]
 ) -> Iterator[str]:
     for entry in record.entries.values():
-        last = last_of(entry.name, history)
+        last = latest_entry(entry.name, history)
         if regressed(entry, last, nightly.regression) and entry.best and last and last.best:
             yield (
                 f"- {entry.name}: best {entry.best.value:.4f}, "
-                f"{-entry.best.gain(over=last.best):.4f} worse than the last one "
-                f"({last.best.value:.4f}; tolerance {nightly.regression:g})"
+                f"{-entry.best.gain(over=last.best):.4f} worse than on the previous night "
+                f"({last.best.value:.4f}, tolerance {nightly.regression:g})"
             )
 
 
@@ -168,8 +174,8 @@ def _failures(record: NightRecord) -> Iterator[str]:
         if entry.message is not None:
             yield f"- {entry.name}: {_one_line(entry.message)}"
         for cause, count in sorted(entry.causes.items()):
-            if cause not in FINE:
-                yield f"- {entry.name}: {count} trials ended as {cause}"
+            if cause not in STATES or not STATES[cause].comparable:
+                yield f"- {entry.name}: {counted(count, 'trial')} ended as {cause}"
 
 
 def _champions(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[str]:
@@ -177,16 +183,16 @@ def _champions(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[
         if entry.champion is not None:
             found = entry.champion
             yield f"- {found.model}: {found.verdict} ({found.challenger}): {_one_line(found.reason)}"
-            looks = sum(_looked(night.entries.get(entry.name)) for night in (record, *history))
-            if looks:
-                times = "once" if looks == 1 else f"{looks} times"
+            uses = sum(_used_gate(night.entries.get(entry.name)) for night in (record, *history))
+            if uses:
+                times = "once" if uses == 1 else f"{uses} times"
                 yield (
-                    f"- {found.model}: these nights looked at the gate {times}; every look makes "
-                    "its verdicts a little less honest, so renew it now and then"
+                    f"- {found.model}: the gate split has been evaluated {times}. Each evaluation "
+                    "makes decisions on it more optimistic, so replace its examples now and then."
                 )
 
 
-def _looked(entry: EntryRecord | None) -> bool:
+def _used_gate(entry: EntryRecord | None) -> bool:
     return bool(entry and entry.champion and entry.champion.contrast)
 
 
@@ -197,14 +203,16 @@ def _cost(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
         took = (record.ended - record.began).total_seconds()
         yield f"- From the first start to the end: {duration(took)}{of_limit}"
     hours = sum(entry.seconds for entry in record.entries.values()) / 3600
-    whole = nightly.budget.device_hours
-    of_whole = "" if whole is None else f" of {whole:g}"
-    yield f"- Device-hours of tonight's trials: {hours:.2f}{of_whole}"
+    limit_hours = nightly.budget.device_hours
+    of_hours = "" if limit_hours is None else f" of {limit_hours:g}"
+    yield f"- Device-hours of tonight's trials: {hours:.2f}{of_hours}"
     output = Path(nightly.output_dir)
     names = {entry.decided.study_name for entry in record.entries.values() if entry.decided}
+    # Sizes are read at the end, after the cleanup.
     used = sum(size_mib(StudyFolder(output / name).path) for name in names)
+    # The folder does not exist if every entry failed before its study began.
     free = shutil.disk_usage(output if output.exists() else Path.cwd()).free / 2**30
-    yield f"- Disk: these studies hold {used:.0f} MiB; {free:.1f} GiB are free"
+    yield f"- Disk: these studies use {used:.0f} MiB, and {free:.1f} GiB are free"
 
 
 def _commands(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
@@ -217,5 +225,6 @@ def _commands(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
 
 
 def _one_line(words: str) -> str:
-    """Others' messages, without what Markdown would take for its own."""
+    """Return a message on one line, because line breaks would end a Markdown list item."""
+    # A traceback would make the page unreadable. night.json holds the whole message.
     return " ".join(words.split())[:500]

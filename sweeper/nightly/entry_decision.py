@@ -1,6 +1,6 @@
-"""What an entry of a set does tonight: continue a study, start a new one, or nothing.
+"""The decision for each entry of a set: continue a study, start a new one, or skip the night.
 
-Reads the records of earlier nights and the studies' storage; trains nothing.
+The decision rests on the records of earlier nights and on the studies' storage.
 """
 
 from __future__ import annotations
@@ -10,37 +10,39 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from sweeper.config.settings import changed_parts
 from sweeper.core.paths import StudyFolder
 from sweeper.driver.device_time import spent_seconds
-from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord, changed
+from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord
 from sweeper.nightly.nightly_set import LoadedSet, SetEntry
 from sweeper.nightly.study_identity import identity, question_of
 from sweeper.search.study import counted, find_study, open_storage
 from sweeper.search.study_plan import StudyPlan
 
 WINNERS = 3
-"""Studies of earlier nights whose winners a new study tries first."""
+"""Number of earlier studies whose winners a new study tries first."""
 NAMED = 3
-"""Changed parts that a reason names; the others are counted."""
+"""Number of changed parts that a reason names. The others are counted."""
 
 
 @dataclass(frozen=True)
 class StudySoFar:
-    """What a study has so far."""
+    """The progress of a study."""
 
     counted: int
-    """Trials of the lora arm that use up n_trials."""
+    """Number of the lora arm's trials that count to n_trials."""
     missing: int
-    """Trials that its arms have not got to."""
+    """Number of trials that all arms still lack."""
     seconds: float
-    """Device time of all arms, finalists included: what device_hours are counted by."""
+    """Device time of all arms with finalists, to which the budget's device_hours apply."""
     ended: dict[str, list[int]]
-    """Numbers of the trials that ended, by arm."""
+    """Numbers of the finished trials, by arm."""
 
 
 def progress(plan: StudyPlan) -> StudySoFar:
-    """What the storage says of a study, whether or not it was ever opened."""
+    """Return the progress of a study from its storage. A study that never ran has made none."""
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
+    # Opening the storage would create the database of a study that may never run.
     if plan.study.storage is None and not folder.database.exists():
         missing = sum(arm.n_trials for arm in plan.arms)
         return StudySoFar(0, missing, 0.0, {arm.name: [] for arm in plan.arms})
@@ -63,7 +65,7 @@ def progress(plan: StudyPlan) -> StudySoFar:
 def decide(
     loaded: LoadedSet, entry: SetEntry, on: date, history: Sequence[NightRecord]
 ) -> EntryDecision:
-    """Choose by the entry's policy and by what changed since its last study.
+    """Decide by the entry's policy and by the changes since its last study.
 
     Args:
         loaded: the set.
@@ -74,9 +76,9 @@ def decide(
     Raises:
         SweeperError: the data or the base model cannot be found.
     """
-    asked = loaded.plan(entry)
-    parts = identity(asked)
-    past = _past(entry, history)
+    plan = loaded.plan(entry)
+    parts = identity(plan)
+    past = _trained_nights(entry, history)
     last = past[0] if past else None
     choice, reason = _choose(entry, parts, last)
     if choice == "skip" and last is not None and last.decided is not None:
@@ -86,9 +88,11 @@ def decide(
     else:
         name = f"{loaded.name}_{entry.label}_{on}"
     earlier_studies = [each.decided.study_name for each in past if each.decided is not None]
+    # A continued study already knows its own winners.
     winners = () if choice == "continue" else tuple(dict.fromkeys(earlier_studies))[:WINNERS]
     before = progress(loaded.plan(entry, name))
-    first = entry.n_trials or asked.study.n_trials
+    first = entry.n_trials or plan.study.n_trials
+    # n_trials is a total, so a night adds to the trials that already count.
     grown = before.counted + (entry.extend_by or 0)
     return EntryDecision(
         choice="continue" if choice == "continue" else "new",
@@ -102,29 +106,32 @@ def decide(
     )
 
 
-def _past(entry: SetEntry, history: Sequence[NightRecord]) -> list[EntryRecord]:
-    """The entry's earlier nights on which it trained something, the latest first."""
+def _trained_nights(entry: SetEntry, history: Sequence[NightRecord]) -> list[EntryRecord]:
+    """Return the entry's earlier nights on which trials were trained, the latest first."""
     found = (night.entries.get(entry.label) for night in history)
     return [each for each in found if each and each.decided and each.status != "skipped"]
 
 
 def _choose(entry: SetEntry, parts: dict[str, str], last: EntryRecord | None) -> tuple[str, str]:
     if last is None or last.decided is None:
-        return "new", "its first night"
+        return "new", "first night"
     before = last.decided.identity
     if entry.policy == "fresh":
-        return "new", "a new study every night"
+        return "new", "policy fresh starts a study every night"
     if entry.policy == "continue":
-        differ = changed(question_of(before), question_of(parts))
-        return ("new", _in_words(differ)) if differ else ("continue", "nothing changed")
-    differ = changed(before, parts)
+        # Program versions do not matter here: a study may outlive an upgrade.
+        differ = changed_parts(question_of(before), question_of(parts))
+        return ("new", _changes(differ)) if differ else ("continue", "nothing changed")
+    # Program versions count here: running again is cheap compared with skipping wrongly.
+    differ = changed_parts(before, parts)
     if differ:
-        return "new", _in_words(differ)
+        return "new", _changes(differ)
+    # A night that failed or was cut short did not answer its question.
     if last.status != "done":
-        return "new", f"the last one did not come to its end ({last.status.replace('_', ' ')})"
+        return "new", f"the last study did not finish ({last.status.replace('_', ' ')})"
     return "skip", f"nothing changed since study {last.decided.study_name}"
 
 
-def _in_words(parts: Sequence[str]) -> str:
+def _changes(parts: Sequence[str]) -> str:
     more = f" and {len(parts) - NAMED} more" if len(parts) > NAMED else ""
     return f"changed: {', '.join(parts[:NAMED])}{more}"

@@ -1,6 +1,7 @@
-"""After a night: what its studies no longer need is deleted, by the set's policy (`retention`).
+"""Cleanup after a night by the set's `retention` policy.
 
-Weights go as `sweeper clean` deletes them; runs that people deleted in MLflow go for good after a while.
+Weights are deleted by the rules of `sweeper clean`. Runs that users deleted in MLflow are removed for
+good after a while.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ def tidy(
     output_dir: Path,
     registries: Sequence[ModelRegistry],
 ) -> list[str]:
-    """Delete what the policy says, or only tell (policy.dry_run).
+    """Delete by the policy, or only list the deletions if policy.dry_run is set.
 
     Args:
-        policy: of the set.
-        studies: study names of the set, of tonight and of earlier nights.
-        output_dir: where they are.
-        registries: whose champions stay.
+        policy: the set's policy.
+        studies: names of the set's studies, of tonight and of earlier nights.
+        output_dir: parent of the studies' folders.
+        registries: registries whose champions are kept.
 
     Returns:
-        What was done, a line each.
+        One line per study or store with deletions.
 
     Raises:
-        TrackingError: a registry cannot be asked which its champions are; then nothing is deleted.
+        TrackingError: a registry's champions cannot be read. Nothing is deleted then.
         StudyLocked: one of the studies is running.
-        OSError: the disk refuses.
+        OSError: a file cannot be deleted.
     """
     lines: list[str] = []
     if policy.keep_adapters is not None:
+        # Read before anything is deleted: if a registry is away, nothing is deleted.
         champions = [found.folder for registry in registries for found in registry.champions()]
         for name in studies:
             lines += _clean(name, output_dir, policy.keep_adapters, champions, policy.dry_run)
@@ -54,7 +56,7 @@ def _clean(
     try:
         found = removals(name, output_dir, keep, champions)
     except StudyError:
-        return  # never got as far as results, or was deleted by hand
+        return  # the study has no results yet, or was deleted by hand
     if not found:
         return
     if not dry_run:

@@ -1,8 +1,8 @@
-"""Who runs a night: one row per set and local date, and a lock that dies with its process.
+"""Claims that let each night run exactly once.
 
-The row is the memory (this night was run, and how it ended), the lock is the present (somebody is
-running it). A scheduler may fire twice, late, or after a crash: the first to hold the lock of a night
-that has not ended runs it.
+A database row per set and local date records that a night ran and how it ended. A file lock, which the
+operating system releases when its process dies, shows that a night is running. A scheduler may start a
+night twice, late, or after a crash: the first process that locks an unfinished night runs it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from sweeper.core.errors import SweeperError
 from sweeper.core.paths import NightsFolder, read_json, write_json
 
 BUSY_SECONDS = 60.0
+"""Seconds to wait for another process's transaction."""
 
+# A database row is safe against two starts at once, which a file would have to be locked for.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS nights (
     set_name TEXT NOT NULL,
@@ -36,31 +38,31 @@ CREATE TABLE IF NOT EXISTS nights (
 
 
 class NightTaken(SweeperError):
-    """Another process runs this set, or this night is over."""
+    """The set is running in another process, or this night has already run."""
 
 
 @dataclass(frozen=True)
 class NightClaim:
-    """The right to run one night, for as long as the block that got it lasts."""
+    """The right to run one night, held within a `with` block."""
 
     set_name: str
     date: date
     starts: int
-    """1, or more after a crash: the night goes on where it was."""
+    """Number of starts: 1, or more after a crash."""
     began: datetime
-    """When the first of its starts was: the night's time is counted from there."""
+    """Time of the first start, from which the night's wall-clock budget counts."""
 
 
 @dataclass(frozen=True)
 class LockHolder:
-    """The process that runs a set at this moment."""
+    """The process that runs a set now."""
 
     process: int
     date: date
 
 
 class NightLog:
-    """The nights of all sets under one folder."""
+    """The record of all nights under one folder."""
 
     def __init__(self, folder: NightsFolder) -> None:
         self._folder = folder
@@ -72,17 +74,18 @@ class NightLog:
     def claim(
         self, set_name: str, on: date, now: datetime, wait_seconds: float = 0
     ) -> Iterator[NightClaim]:
-        """Hold one night, until the block ends; whether the night is over, `end` says.
+        """Hold the claim on one night until the block ends. Only `end` marks the night as finished.
 
         Args:
-            set_name: whose night.
-            on: the local date it begins on.
-            now: for the record.
-            wait_seconds: how long a process that runs the set is waited for.
+            set_name: name of the set.
+            on: local date on which the night begins.
+            now: current time, for the record.
+            wait_seconds: seconds to wait for another process that runs the set.
 
         Raises:
-            NightTaken: the set is running at this moment, or this night has ended before.
+            NightTaken: another process runs the set, or this night has already run.
         """
+        # The lock is per set: nights of one set must not overlap, other sets may run.
         lock = FileLock(self._folder.lock(set_name), timeout=wait_seconds)
         try:
             lock.acquire()
@@ -94,12 +97,14 @@ class NightLog:
             write_json(self._folder.holder(set_name), held)
             yield claim
         finally:
+            # The holder file goes before the lock, or it could delete the next holder's.
             self._folder.holder(set_name).unlink(missing_ok=True)
             lock.release()
 
     def holder(self, set_name: str) -> LockHolder | None:
-        """Who runs a set, while somebody does; None in the moment before it is known."""
+        """Return the process that runs a set. None if there is none, or its file is not written yet."""
         try:
+            # A holder file may be left by a killed process, so the lock decides.
             with FileLock(self._folder.lock(set_name), timeout=0):
                 return None
         except Timeout:
@@ -111,15 +116,16 @@ class NightLog:
         return LockHolder(int(held["process"]), date.fromisoformat(held["date"]))
 
     def end(self, claim: NightClaim, result: str, now: datetime) -> None:
-        """Record that a night is over, so that it never runs again."""
+        """Record that a night has finished, so that it never runs again."""
         with self._database() as database:
             database.execute(
+                # A row with an end is never started again, whatever a scheduler does.
                 "UPDATE nights SET ended_at = ?, result = ? WHERE set_name = ? AND local_date = ?",
                 (_text(now), result, claim.set_name, claim.date.isoformat()),
             )
 
     def result(self, set_name: str, on: date) -> str | None:
-        """How a night ended; None if it did not run, or not to its end."""
+        """Return a night's result, or None if the night has not finished."""
         with self._database() as database:
             row = database.execute(
                 "SELECT result FROM nights WHERE set_name = ? AND local_date = ?",
@@ -127,20 +133,11 @@ class NightLog:
             ).fetchone()
         return None if row is None else row[0]
 
-    def last_before(self, set_name: str, on: date) -> date | None:
-        """The latest earlier night of a set that ran to its end."""
-        with self._database() as database:
-            row = database.execute(
-                "SELECT max(local_date) FROM nights "
-                "WHERE set_name = ? AND local_date < ? AND ended_at IS NOT NULL",
-                (set_name, on.isoformat()),
-            ).fetchone()
-        return date.fromisoformat(row[0]) if row[0] else None
-
     def _start(self, set_name: str, on: date, now: datetime) -> NightClaim:
         key = (set_name, on.isoformat())
         with self._database() as database:
             row = database.execute(
+                # One statement decides: a new row, one more start of an unfinished night, or no row.
                 "INSERT INTO nights (set_name, local_date, starts, started_at) VALUES (?, ?, 1, ?) "
                 "ON CONFLICT DO UPDATE SET starts = starts + 1 WHERE ended_at IS NULL "
                 "RETURNING starts, started_at",
@@ -158,4 +155,5 @@ class NightLog:
 
 
 def _text(instant: datetime) -> str:
+    # One time zone makes the texts comparable.
     return instant.astimezone(UTC).isoformat(timespec="seconds")

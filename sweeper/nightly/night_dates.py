@@ -1,6 +1,6 @@
-"""Which night it is: local dates and windows, whatever the clock change does.
+"""Local dates and time windows of nights, correct across clock changes.
 
-Pure arithmetic on instants; whoever calls brings the clock.
+The functions take the current time as an argument and read no clock.
 """
 
 from __future__ import annotations
@@ -10,41 +10,42 @@ from datetime import UTC, date, datetime, time, timedelta
 from zoneinfo import ZoneInfo
 
 LONGEST_WINDOW = timedelta(hours=22)
-"""Nights may never overlap, also not on the day of 23 hours, with an hour to spare."""
+"""Longest window. Nights must not overlap, even on a day of 23 hours, with an hour to spare."""
 
 
 @dataclass(frozen=True)
 class Night:
-    """One night of a set: named by the local date on which it begins."""
+    """One night of a set, named by the local date on which it begins."""
 
     date: date
     begins: datetime
-    """An instant, in UTC."""
+    """Time of the beginning in UTC."""
     ends: datetime
-    """When it is too late to start or go on, in UTC."""
+    """End of the window in UTC, after which the night neither starts nor continues."""
 
 
 @dataclass(frozen=True)
 class NightTimes:
-    """When the nights of a set are."""
+    """The time zone, the beginning and the window of a set's nights."""
 
     time_zone: ZoneInfo
     begins: time
-    """Local wall-clock time; one that the clock change skips is taken an hour later."""
+    """Local wall-clock time. A time that the clock change skips means one hour later."""
     window: timedelta
-    """How long after its beginning a night may still start: late schedulers, hosts that slept."""
+    """Time in which a night may still start, for late schedulers and for hosts that slept."""
 
     def __post_init__(self) -> None:
         if not timedelta(0) < self.window <= LONGEST_WINDOW:
             raise ValueError(f"window={self.window}: give more than 0 and at most {LONGEST_WINDOW}")
 
     def night(self, on: date) -> Night:
-        """The night that begins on a local date."""
+        """Return the night that begins on a local date."""
+        # astimezone takes the first of two equal wall-clock times, and moves a skipped one an hour on.
         begins = datetime.combine(on, self.begins, self.time_zone).astimezone(UTC)
         return Night(on, begins, begins + self.window)
 
     def at(self, now: datetime) -> Night | None:
-        """The night an instant lies in; None between two nights."""
+        """Return the night at a given time, or None between two nights."""
         today = now.astimezone(self.time_zone).date()
         # a night that began yesterday may last past midnight
         for on in (today, today - timedelta(days=1)):
@@ -54,7 +55,8 @@ class NightTimes:
         return None
 
     def next_after(self, now: datetime) -> Night:
-        """The first night that begins after an instant."""
+        """Return the first night that begins after a given time."""
         today = now.astimezone(self.time_zone).date()
+        # Tonight may already have begun, and a clock change may shift it to another day.
         nights = (self.night(today + timedelta(days=ahead)) for ahead in range(3))
         return next(night for night in nights if night.begins > now)

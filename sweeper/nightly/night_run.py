@@ -1,7 +1,7 @@
-"""One firing of a scheduler: claim the night, run the set's experiments, tell what came of it.
+"""One run of a nightly set: claim the night, run the experiments, write the digest.
 
-The program holds no scheduler: whatever fires, and however often, a night runs once. Everything that
-goes wrong in one experiment is recorded and told; only the user's own stop ends the night early.
+The program contains no scheduler. However often a scheduler starts it, each night runs once. A failure
+of one experiment is recorded and does not end the night. Only the user's stop does.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sweeper.commands.run_study import run_study
-from sweeper.core.errors import SweeperError
+from sweeper.core.errors import StudyError, SweeperError
 from sweeper.core.paths import NightFolder, write_atomic
 from sweeper.core.redaction import redact
-from sweeper.nightly.challenge import GateJudge, challenge, judge_apart
+from sweeper.nightly.challenge import GateJudge, challenge, judge_in_subprocess
 from sweeper.nightly.champion import ChampionDecision
 from sweeper.nightly.digest import UNFINISHED, digest, page
 from sweeper.nightly.entry_decision import decide, progress
@@ -35,7 +35,7 @@ from sweeper.nightly.night_record import (
     NightRecord,
     Result,
     earlier,
-    last_of,
+    latest_entry,
     read_record,
     regressed,
     write_record,
@@ -49,20 +49,22 @@ from sweeper.tracking.tracker_factory import make_registry
 
 Clock = Callable[[], datetime]
 TEST_SPLIT_UNREAD = "hydra.sweeper.finalists.test=false"
-"""Of every night's study: looks night after night would wear the test split out (`champion certify`)."""
+"""Override of every night's study: nightly evaluations would turn the test split into a validation
+split. `champion certify` evaluates it instead."""
 OWN_RETENTION = "hydra.sweeper.retention.adapters=null"
-"""The set says what stays on disk (nightly.retention), when all of the night is done."""
+"""Override of every night's study: the set's nightly.retention deletes weights after the whole night."""
+# A new champion and a regression are no failures. Codes from 10 on are free in shells.
 EXIT_CODES: Mapping[Result, int] = {
     "no change": 0,
     "failure": 1,
     "new champion": 10,
     "regression": 11,
 }
-"""What `sweeper nightly` exits with; 0 also if there was nothing to run."""
+"""Exit codes of `sweeper nightly`. The code is also 0 if there was nothing to run."""
 
 
 def utc_now() -> datetime:
-    """The machine's clock."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -70,69 +72,77 @@ def run_night(
     name: str,
     overrides: Sequence[str] = (),
     clock: Clock = utc_now,
-    judge: GateJudge = judge_apart,
+    judge: GateJudge = judge_in_subprocess,
 ) -> Result | None:
-    """Run tonight's night of a set, if it has not been run; or the rest of it, after a crash.
+    """Run tonight's night of a set unless it has run, or continue it after a crash.
 
     Args:
-        name: of the set.
-        overrides: Hydra's, for the set.
-        clock: tells which night it is, and how much of it is left.
-        judge: of challengers and champions.
+        name: name of the set.
+        overrides: Hydra overrides for the set.
+        clock: function that returns the current time.
+        judge: function that evaluates challenger and champion on the gate split.
 
     Returns:
-        How the night ended; None if there was nothing to run.
+        The night's result, or None if there was nothing to run.
 
     Raises:
-        ConfigError: everything that is wrong with the set.
-        KeyboardInterrupt: the user stopped it; the next firing within the window goes on.
+        ConfigError: all errors of the set and of its experiments.
+        KeyboardInterrupt: the user stopped the night. The next start within the window continues it.
     """
     loaded = load_set(name, overrides)
     nightly = loaded.settings
     now = clock()
+    # Schedulers may start the command every hour: the set itself knows its hours.
     night = nightly.rhythm.at(now)
     if night is None:
         following = nightly.rhythm.next_after(now)
         begins = following.begins.astimezone(nightly.rhythm.time_zone)
-        _say(f"nightly {name}: no night at this hour; the next begins {begins:%Y-%m-%d %H:%M %Z}")
+        _print_line(
+            f"nightly {name}: no night at this hour. The next begins {begins:%Y-%m-%d %H:%M %Z}"
+        )
         return None
     nights = NightLog(nightly.folder)
     try:
-        wait = _patience(nightly, nights, name, night, now)
+        wait = _seconds_to_wait(nightly, nights, name, night, now)
         with nights.claim(name, night.date, clock(), wait) as claim:
             result = NightRun(loaded, claim, night, clock, judge).run()
             _end(nights, claim, result, clock())
             return result
     except NightTaken as reason:
-        _say(str(reason))
+        _print_line(str(reason))
         return None
 
 
 def _end(nights: NightLog, claim: NightClaim, result: Result, now: datetime) -> None:
-    """Record that the night is over; on a full disk the next firing within its window looks again."""
+    """Record that the night has finished. With a full disk the next start in the window retries."""
     try:
         nights.end(claim, result, now)
     except sqlite3.OperationalError as error:
-        words = f"the end of this night is not recorded ({error}); the next firing goes on with it"
+        words = (
+            f"the end of this night was not recorded ({error}). The next start continues the night."
+        )
         print(f"nightly {claim.set_name}: {words}", file=sys.stderr)
 
 
-def _patience(
+def _seconds_to_wait(
     nightly: NightlySet, nights: NightLog, name: str, night: Night, now: datetime
 ) -> float:
-    """Seconds to wait for an earlier night that still runs; `replace` asks it to stop first."""
+    """Return the seconds to wait for an earlier night that still runs. `replace` stops it first."""
     holder = nights.holder(name)
     if holder is None or holder.date >= night.date or nightly.overlap == "skip":
         return 0.0
     if nightly.overlap == "replace":
-        _say(f"nightly {name}: stopping the night of {holder.date} (process {holder.process})")
-        with suppress(ProcessLookupError):  # it has just ended by itself
+        _print_line(
+            f"nightly {name}: stopping the night of {holder.date} (process {holder.process})"
+        )
+        with suppress(ProcessLookupError):  # the process has just ended
+            # SIGTERM lets the other night write its record and its digest.
             os.kill(holder.process, signal.SIGTERM)
     return (night.ends - now).total_seconds()
 
 
 class NightRun:
-    """A night while it runs."""
+    """A night while it runs: its entries, its record and its deadline."""
 
     def __init__(
         self,
@@ -147,17 +157,24 @@ class NightRun:
         self._nightly = nightly = loaded.settings
         self._clock = clock
         self._folder: NightFolder = nightly.folder.night(claim.set_name, claim.date.isoformat())
-        self._history = list(earlier(nightly.folder, claim.set_name, claim.date))
+        self._history, unread = earlier(nightly.folder, claim.set_name, claim.date)
         new = NightRecord(
             set_name=claim.set_name, date=claim.date, began=claim.began, starts=claim.starts
         )
-        found = read_record(self._folder) or new
+        # A restarted night continues from its record, so nothing is decided or extended twice.
+        try:
+            found = read_record(self._folder) or new
+        except StudyError as error:
+            found, unread = new, [str(error), *unread]
         self._record = found.model_copy(update={"starts": claim.starts})
+        for problem in unread:
+            self._problem(problem)
+        # Counted from the first start, so that a crash does not renew the night's time.
         limit = timedelta(seconds=nightly.budget.wall_clock or nightly.window)
         self._deadline = min(night.ends, claim.began + limit)
 
     def run(self) -> Result:
-        """See run_night; whatever happens, the digest is written."""
+        """Run all entries that have not ended, and write the digest even if one raises."""
         try:
             for entry in self._nightly.experiments:
                 record = self._entry(entry)
@@ -173,9 +190,12 @@ class NightRun:
 
     def _run_entry(self, entry: SetEntry, record: EntryRecord) -> EntryRecord:
         try:
-            decided = record.decided or self._decide(entry)
+            decided = record.decided or decide(
+                self._loaded, entry, self._record.date, self._history
+            )
             record = record.model_copy(update={"decided": decided})
             self._keep(record)
+            # The decision is stored before training, so that a restart repeats it.
             if decided.choice == "skip":
                 return record.model_copy(update={"status": "skipped"})
             limits = self._limits(entry, decided)
@@ -186,19 +206,16 @@ class NightRun:
             return _failed(record, error)
         return self._train(plan, record, decided)
 
-    def _decide(self, entry: SetEntry) -> EntryDecision:
-        return decide(self._loaded, entry, self._record.date, self._history)
-
     def _train(self, plan: StudyPlan, record: EntryRecord, decided: EntryDecision) -> EntryRecord:
-        _say(f"nightly: {record.name} ({decided.choice}: {decided.reason})")
+        _print_line(f"nightly: {record.name} ({decided.choice}: {decided.reason})")
         try:
             results = run_study(plan)
-        except Exception as error:  # noqa: BLE001 - the night's edge: one experiment ends no night
+        except Exception as error:  # noqa: BLE001 - one failed experiment must not end the night
             return _with_results(_failed(record, error), _stored(plan), decided)
         record = _with_results(record, results, decided)
         record = record.model_copy(update={"champion": self._challenge(plan, record)})
         missing = progress(plan).missing
-        words = f"its budget ended it {missing} trials early" if missing else None
+        words = f"its budget ran out {missing} trials early" if missing else None
         return record.model_copy(
             update={"status": "cut_short" if missing else "done", "message": words}
         )
@@ -210,26 +227,24 @@ class NightRun:
         try:
             return challenge(entry, plan, record.best, self._nightly.champion, self._judge)
         except (SweeperError, OSError, ValueError) as error:
-            self._problem(f"{entry.label}: champion not decided: {error}")
+            self._problem(f"{entry.label}: no decision on the champion: {error}")
             return None
 
     def _limits(self, entry: SetEntry, decided: EntryDecision) -> list[str] | str:
-        """What the entry's study may use now; or why it may use nothing.
-
-        device_hours is a total over the whole life of a study: what it used before tonight is added,
-        and what it used tonight, before a crash, is not given again.
-        """
+        """Return the budget overrides for the entry's study, or the reason why no time is left."""
         seconds = (self._deadline - self._clock()).total_seconds()
         if seconds <= 0:
             return "the night's time is used up"
         own = self._loaded.plan(entry).study.budget
         walls = (seconds, entry.budget.wall_clock, own.wall_clock)
         others = [other for other in self._nightly.experiments if other.label != entry.label]
-        whole = self._nightly.budget.device_hours
-        left = whole and max(0.0, whole - sum(map(self._seconds_tonight, others)) / 3600)
+        limit = self._nightly.budget.device_hours
+        left = limit and max(0.0, limit - sum(map(self._seconds_tonight, others)) / 3600)
         tonight = _least(left, entry.budget.device_hours)
         if tonight is not None and tonight * 3600 <= self._seconds_tonight(entry):
             return "the night's device-hours are used up"
+        # device_hours is a total over a study's whole life, so the time of earlier nights is added.
+        # The time that was used tonight before a crash is not, so a crash renews no budget.
         before = decided.seconds_before / 3600
         hours = _least(None if tonight is None else before + tonight, own.device_hours)
         wall = f"hydra.sweeper.budget.wall_clock={min(wall for wall in walls if wall):.1f}s"
@@ -239,7 +254,7 @@ class NightRun:
         ]
 
     def _seconds_tonight(self, entry: SetEntry) -> float:
-        """Worker time that an entry has used tonight, also in a start that crashed."""
+        """Return the device time that an entry has used tonight, including a start that crashed."""
         record = self._entry(entry)
         if record.status in ENDED or record.decided is None or record.decided.choice == "skip":
             return record.seconds
@@ -257,6 +272,7 @@ class NightRun:
             self._problem(f"{self._folder.record}: {error}")
 
     def _problem(self, words: str) -> None:
+        # The same file may fail after every step.
         if words not in self._record.problems:
             problems = (*self._record.problems, redact(words))
             self._record = self._record.model_copy(update={"problems": problems})
@@ -264,22 +280,24 @@ class NightRun:
 
     def _conclude(self) -> Result:
         result = _result(self._record, self._nightly.regression, self._history)
-        if self._whole:
+        if self._all_ended:
             self._tidy()
+            # A night that was stopped has no result yet: the next start continues it.
             ended = {"ended": self._clock(), "result": result}
             self._record = self._record.model_copy(update=ended)
         self._store()
-        if self._whole:
+        if self._all_ended:
             for problem in notify(self._nightly.notify, self._title(), self._text()):
                 self._problem(problem)
         self._write_digest(self._text())
-        if self._whole:  # whoever stops a night is not kept waiting for a server
+        # A night that the user stopped must not wait for a server.
+        if self._all_ended:
             self._log(self._text())
-        _say(f"{self._title()}\nDigest     {self._folder.digest}")
+        _print_line(f"{self._title()}\nDigest     {self._folder.digest}")
         return result
 
     def _tidy(self) -> None:
-        """Delete what the policy says of this set's studies; whatever goes wrong is only told."""
+        """Delete by the retention policy of this set. Errors are recorded as problems."""
         nights = (self._record, *self._history)
         entries = [entry for night in nights for entry in night.entries.values()]
         studies = dict.fromkeys(entry.decided.study_name for entry in entries if entry.decided)
@@ -287,18 +305,19 @@ class NightRun:
         try:
             lines = tidy(self._nightly.retention, list(studies), output_dir, self._registries())
         except (SweeperError, OSError) as error:
-            self._problem(f"nothing more is deleted after this night: {error}")
+            self._problem(f"nothing more was deleted after this night: {error}")
             return
         self._record = self._record.model_copy(update={"tidied": tuple(lines)})
 
     def _registries(self) -> list[ModelRegistry]:
-        """Each MLflow that experiments of the set are tracked in, once."""
+        """Return one registry for each MLflow server or store of the set's experiments."""
         trackings = [plan.settings.tracking for plan in self._loaded.plans.values()]
+        # Experiments usually share one server, which is asked once.
         different = {each.model_dump_json(): each for each in trackings}
         return list(filter(None, map(make_registry, different.values())))
 
     def _log(self, text: str) -> None:
-        """The page as a run of MLflow, where the set's experiments are tracked."""
+        """Record the digest as an MLflow run, if the set's experiments are tracked."""
         registry = next(iter(self._registries()), None)
         if registry is None:
             return
@@ -310,7 +329,7 @@ class NightRun:
         try:
             registry.log_night(name, tags, [self._folder.digest, self._folder.page])
         except (SweeperError, OSError) as error:
-            self._problem(f"digest not recorded: {error}")
+            self._problem(f"the digest was not recorded: {error}")
             self._write_digest(self._text())
 
     def _text(self) -> str:
@@ -321,7 +340,7 @@ class NightRun:
         return f"nightly {record.set_name} {record.date}: {record.result or UNFINISHED}"
 
     def _write_digest(self, text: str) -> None:
-        """To its files; to the terminal where there is no room for files."""
+        """Write the digest to its files, or to stderr if the files cannot be written."""
         try:
             write_atomic(self._folder.digest, text)
             write_atomic(self._folder.page, page(text, self._title()))
@@ -329,13 +348,13 @@ class NightRun:
             print(f"nightly: the digest could not be written ({error}):\n{text}", file=sys.stderr)
 
     @property
-    def _whole(self) -> bool:
-        """Whether every entry came to some end, so that the morning's page is the last word."""
+    def _all_ended(self) -> bool:
+        """True if every entry has ended, so that the digest is final."""
         return all(self._entry(entry).status in ENDED for entry in self._nightly.experiments)
 
 
 def _least(*limits: float | None) -> float | None:
-    """The lowest of several limits; None is no limit."""
+    """Return the lowest of several limits, where None is no limit."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -358,7 +377,7 @@ def _failed(record: EntryRecord, error: Exception) -> EntryRecord:
 
 
 def _stored(plan: StudyPlan) -> StudyResults | None:
-    """What a study that failed had written before."""
+    """Return the results that a failed study had written, or None."""
     try:
         return load_results(plan.study.study_name, Path(plan.settings.output_dir))
     except (SweeperError, OSError):
@@ -368,7 +387,7 @@ def _stored(plan: StudyPlan) -> StudyResults | None:
 def _with_results(
     record: EntryRecord, results: StudyResults | None, decided: EntryDecision
 ) -> EntryRecord:
-    """The record with what tonight's trials came to."""
+    """Return the record with the outcomes of tonight's trials."""
     if results is None or not results.arms:
         return record
     tonight = [
@@ -396,7 +415,7 @@ def _best(arm: ArmResult) -> BestTrial | None:
         value=found.value,
         base_value=arm.base_value,
         objective=arm.objective,
-        point=dict(found.point),
+        point=dict(found.params),
     )
 
 
@@ -404,12 +423,12 @@ def _result(record: NightRecord, tolerance: float, history: Sequence[NightRecord
     entries = record.entries.values()
     if any(entry.status == "failed" for entry in entries):
         return "failure"
-    if any(regressed(entry, last_of(entry.name, history), tolerance) for entry in entries):
+    if any(regressed(entry, latest_entry(entry.name, history), tolerance) for entry in entries):
         return "regression"
     if any(entry.champion and entry.champion.verdict == "promoted" for entry in entries):
         return "new champion"
     return "no change"
 
 
-def _say(words: str) -> None:
+def _print_line(words: str) -> None:
     print(words, flush=True)

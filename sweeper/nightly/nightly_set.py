@@ -1,4 +1,4 @@
-"""A nightly set: which experiments run at night, in which order, how long, and what becomes of them.
+"""A nightly set: its experiments in order, their time limits, and the rules for champions and disk.
 
 Defaults live in conf/nightly/default.yaml; other sets build on it with `defaults: [default, _self_]`.
 """
@@ -29,66 +29,68 @@ Duration = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(parse_durati
 
 
 class TimeLimits(SettingsSection):
-    """Time to spend; null is no limit of its own."""
+    """Time limits of a night or of one entry. null is no limit."""
 
     wall_clock: Duration | None = None
     device_hours: Annotated[float, Field(gt=0)] | None = None
 
 
 class SetEntry(SettingsSection):
-    """One experiment of a set, as one night runs it."""
+    """One experiment of a set."""
 
     experiment: str
     name: StudyName | None = None
-    """Tells apart two entries of one experiment; null = the experiment's name."""
+    """Name of the entry, needed if an experiment has two entries. null = the experiment's name."""
     overrides: list[str] = Field(default_factory=list)
     policy: Policy
     n_trials: Positive | None = None
-    """Of a study's first night; null = as the experiment says."""
+    """Trials of a study's first night. null = the experiment's own number."""
     extend_by: Positive | None = None
     """Trials that each further night of a continued study adds."""
     budget: TimeLimits = TimeLimits()
     gate: str | None = None
-    """Source of the split that champions are decided on; in no other split. null = none is decided."""
+    """Source of the gate split, which decides on champions and shares no row with other splits."""
 
     @model_validator(mode="after")
     def _extended_if_continued(self) -> SetEntry:
         if (self.policy == "continue") != (self.extend_by is not None):
             raise ValueError(
-                f"policy={self.policy} with extend_by={self.extend_by}: a continued study needs to "
-                "know by how many trials a night extends it (extend_by: 6); other policies take none"
+                f"policy={self.policy} with extend_by={self.extend_by}: policy=continue needs the "
+                "number of trials that each night adds (extend_by: 6). Other policies do not take it."
             )
         return self
 
     @property
     def label(self) -> str:
-        """The entry's name, and its model's in the registry."""
+        """Name of the entry and of its model in the registry."""
         return self.name or self.experiment
 
 
 class ChampionRules(SettingsSection):
-    """When the best model of a night becomes the champion."""
+    """Conditions under which a night's best model becomes the champion."""
 
     margin: Annotated[float, Field(ge=0)] | None
-    """Nats per token by which the whole interval must lie below the champion; null = twice the
-    spread between seeds where it is known."""
+    """Nats per token by which the whole interval must be below the champion. null = twice the
+    standard deviation between seeds, if known."""
     max_size_mib: Annotated[float, Field(gt=0)] | None
+    """Largest size of the adapter in MiB. null = no limit."""
     max_forgetting: Annotated[float, Field(ge=0)] | None
-    """Nats that the loss on general text may rise above the untuned base."""
+    """Nats by which the loss on general text may exceed the untuned base's. null = no limit."""
 
 
 class RetentionPolicy(SettingsSection):
-    """What stays on disk after a night."""
+    """The rules for the disk after a night."""
 
     keep_adapters: Annotated[int, Field(ge=0)] | None
-    """Best adapters of each of the set's studies; champions stay anyway. null = nothing is deleted."""
+    """Number of best adapters kept per study, in addition to champions. null = nothing is deleted."""
     mlflow_deleted_after: Duration | None
-    """How long runs that were deleted in MLflow can still be restored; null = for ever."""
+    """Seconds for which runs that were deleted in MLflow can be restored. null = for ever."""
     dry_run: bool
+    """True lists the deletions in the digest without deleting."""
 
 
 class NightlySet(SettingsSection):
-    """One file of conf/nightly/."""
+    """The settings in one file of conf/nightly/."""
 
     experiments: Annotated[list[SetEntry], Field(min_length=1)]
     budget: TimeLimits
@@ -97,11 +99,11 @@ class NightlySet(SettingsSection):
     window: Duration
     overlap: Literal["skip", "queue", "replace"]
     regression: Annotated[float, Field(ge=0)]
-    """By how much of the objective's metric tonight's best may be worse than the last comparable one."""
+    """Amount by which tonight's best value may be worse than the last comparable night's."""
     champion: ChampionRules
     retention: RetentionPolicy
     notify: list[str | None]
-    """Apprise URLs, each by reference."""
+    """Apprise URLs, each as a reference such as ${oc.env:NAME}."""
     output_dir: str = Field(min_length=1)
 
     @field_validator("time_zone")
@@ -111,55 +113,59 @@ class NightlySet(SettingsSection):
             ZoneInfo(value)
         except (ZoneInfoNotFoundError, ValueError):
             raise ValueError(
-                f"{value!r} is no time zone; give a name such as UTC or Europe/Berlin"
+                f"{value!r} is no time zone. Use a name such as UTC or Europe/Berlin"
             ) from None
         return value
 
     @field_validator("window")
     @classmethod
     def _nights_apart(cls, value: float) -> float:
+        # Two nights at once would compete for the same devices and studies.
         if timedelta(seconds=value) > LONGEST_WINDOW:
             hours = LONGEST_WINDOW / timedelta(hours=1)
             raise ValueError(
-                f"{value / 3600:g}h would reach into the next night; at most {hours:g}h"
+                f"{value / 3600:g}h would reach into the next night. Use at most {hours:g}h"
             )
         return value
 
     @model_validator(mode="after")
     def _names_differ(self) -> NightlySet:
         labels = [entry.label for entry in self.experiments]
+        # Names are keys of night.json and of the model registry.
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ValueError(f"experiments: {', '.join(twice)} occurs twice; give each a name")
+            raise ValueError(
+                f"experiments: more than one entry is called {', '.join(twice)}. Give each a name"
+            )
         return self
 
     @property
     def rhythm(self) -> NightTimes:
-        """When its nights are."""
+        """Beginning and window of the set's nights."""
         begins, window = time.fromisoformat(self.begins), timedelta(seconds=self.window)
         return NightTimes(ZoneInfo(self.time_zone), begins, window)
 
     @property
     def folder(self) -> NightsFolder:
-        """Where its nights are kept."""
+        """Folder of the records of nights."""
         return NightsFolder.under(Path(self.output_dir))
 
     def overrides_of(self, entry: SetEntry) -> list[str]:
-        """What is given to every study of an entry, whichever night it is."""
+        """Return the Hydra overrides of every study of an entry, on any night."""
         added = [f"+experiment={entry.experiment}", f"output_dir={word(self.output_dir)}"]
         return compose.with_user_conf([*added, *entry.overrides], Path.cwd())
 
 
 @dataclass(frozen=True)
 class LoadedSet:
-    """A valid set, and the study that each of its entries asks for before any night has its say."""
+    """A valid set with the plan of each entry's study, before a night's overrides are applied."""
 
     name: str
     settings: NightlySet
     plans: Mapping[str, StudyPlan]
 
     def plan(self, entry: SetEntry, study_name: str | None = None) -> StudyPlan:
-        """An entry's study, under another name."""
+        """Return the plan of an entry's study, under another name if one is given."""
         plan = self.plans[entry.label]
         if study_name is None:
             return plan
@@ -168,18 +174,22 @@ class LoadedSet:
 
 
 def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
-    """A set by its name, from the user's conf/nightly/ or the packaged one, with overrides.
+    """Load a set from the user's conf/nightly/ or from the packaged one, with overrides.
 
     Args:
-        name: of the file, without .yaml.
-        overrides: Hydra's, with the group in front: `nightly.budget.wall_clock=2h`.
+        name: name of the file, without .yaml.
+        overrides: Hydra overrides that begin with the group: `nightly.budget.wall_clock=2h`.
 
     Raises:
-        ConfigError: everything that is wrong with the set or with any of its experiments.
+        ConfigError: all errors of the set and of its experiments.
     """
     if not re.fullmatch(SET_NAME, name):
-        raise ConfigError([f"{name!r} is no name of a set; sets are files conf/nightly/NAME.yaml"])
+        raise ConfigError(
+            [f"{name!r} is no valid name of a set. Sets are files conf/nightly/NAME.yaml."]
+        )
+    # A user's conf/nightly/ in the current folder is searched as well.
     given = compose.with_user_conf(list(overrides), Path.cwd())
+    # `written` holds unresolved values, in which a reference still looks like one.
     values, written = compose.compose_group("nightly", name, given)
     problems = _literal_urls(written)
     try:
@@ -189,9 +199,11 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
     plans: dict[str, StudyPlan] = {}
     for entry in found.experiments:
         try:
+            # All experiments are checked now, so that an error shows in the evening, not at 3 a.m.
             plans[entry.label] = plan_of(found, entry)
         except ConfigError as error:
             problems += [f"nightly/{name}, {entry.label}: {words}" for words in error.problems]
+            # All errors are collected, so that one edit can mend them all.
             continue
         problems += _unmeasurable_limit(found, entry, plans[entry.label])
     if problems:
@@ -200,37 +212,42 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
 
 
 def _unmeasurable_limit(nightly: NightlySet, entry: SetEntry, plan: StudyPlan) -> list[str]:
-    """A limit that no night could check would keep every champion from moving."""
+    """Return an error if max_forgetting is set without general text to measure it on."""
+    # A limit that no night can check would keep every champion from moving.
     limit = nightly.champion.max_forgetting
     named = plan.settings.evaluation.general_text.source is not None
+    # Without a gate no champion moves, so no limit is needed.
     if entry.gate is None or limit is None or named:
         return []
     return [
-        f"{entry.label}: champion.max_forgetting={limit:g} needs general text to measure it on; name "
-        "one in its overrides (evaluation.general_text.source=FILE), or set "
-        "nightly.champion.max_forgetting=null"
+        f"{entry.label}: champion.max_forgetting={limit:g} needs general text to measure it on. Name "
+        "one in the entry's overrides (evaluation.general_text.source=FILE), or set "
+        "nightly.champion.max_forgetting=null."
     ]
 
 
 def plan_of(nightly: NightlySet, entry: SetEntry, overrides: Sequence[str] = ()) -> StudyPlan:
-    """The study that an entry asks for.
+    """Return the plan of an entry's study.
 
     Raises:
-        ConfigError: everything that is wrong with it.
+        ConfigError: all errors of the experiment.
     """
     plans = studies([*nightly.overrides_of(entry), *overrides])
     if len(plans) != 1:
-        raise ConfigError([f"experiment={entry.experiment}: name one experiment an entry"])
+        raise ConfigError(
+            [f"experiment={entry.experiment}: an entry must name exactly one experiment"]
+        )
     return plans[0]
 
 
 def _literal_urls(written: Mapping[str, Any]) -> list[str]:
-    """Addresses carry tokens: they are named, never written."""
+    """Return an error for each notification URL that is not a reference."""
+    # URLs hold tokens, which must not be stored in a file of conf/.
     given = written.get("notify")
     urls = given if isinstance(given, list) else []
     return [
-        f"notify[{index}]: is written out, and such URLs hold secrets; put it into an environment "
-        "variable and write ${oc.env:NAME}"
+        f"notify[{index}] is written out, but notification URLs hold secrets. Put it into an "
+        "environment variable and write ${oc.env:NAME}."
         for index, url in enumerate(urls)
         if url is not None and not str(url).startswith("${oc.env:")
     ]

@@ -1,4 +1,4 @@
-"""Tell people through apprise, where they gave addresses; never at the cost of the night."""
+"""Notifications through apprise. A failure never ends the night."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 
 def notify(urls: Sequence[str | None], title: str, text: str) -> list[str]:
-    """Send the digest to every address.
+    """Send the digest to every URL.
 
     Returns:
-        What went wrong, one line each; never an address, which is a secret.
+        One message per failure, without the URL, which may hold a secret.
     """
     wanted = [url for url in urls if url]
     if not wanted:
@@ -18,7 +18,10 @@ def notify(urls: Sequence[str | None], title: str, text: str) -> list[str]:
     try:
         import apprise  # an extra: sweeper[nightly]
     except ImportError:
-        return ["not notified: apprise is not installed; pip install 'sweeper[nightly]'"]
+        return [
+            "no notification sent: apprise is not installed. Run: pip install 'sweeper[nightly]'"
+        ]
+    # apprise's own log lines may contain the URL.
     logging.getLogger("apprise").setLevel(logging.CRITICAL)
     return [
         problem
@@ -31,8 +34,8 @@ def _send(apprise: object, url: str, title: str, text: str, name: str) -> str | 
     try:
         sender = apprise.Apprise()  # type: ignore[attr-defined]
         if not sender.add(url):
-            return f"{name}: is no address that apprise knows"
+            return f"{name}: apprise does not support this URL"
         sent = sender.notify(title=title, body=text, body_format="markdown")
-    except Exception as error:  # noqa: BLE001 - a plug-in of others, over a network
+    except Exception as error:  # noqa: BLE001 - a third-party plug-in, over a network
         return f"{name}: not sent ({type(error).__name__})"
     return None if sent else f"{name}: not sent"

@@ -1,7 +1,7 @@
-"""What the answer of a study depends on, part by part, found out without loading a model.
+"""The identity of a study: everything that its result depends on, by part, found without a model.
 
-Two nights with the same parts would get the same answer. `code` parts decide only whether a night is
-worth running; all others decide whether a study may be continued.
+Two nights with equal parts would get the same result. Parts with the prefix `code` only decide whether a
+night is worth running. All others also decide whether a study may be continued.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.provenance import provenance
 
 CODE = "code "
-"""Prefix of the parts that name versions of programs."""
+"""Prefix of the parts that hold versions of programs."""
 HUB_SECONDS = 20.0
+"""Seconds to wait for the hub's answer."""
 
 
 def identity(plan: StudyPlan) -> dict[str, str]:
-    """The parts of a study's identity.
+    """Return the parts of a study's identity by name.
 
     Raises:
         DataError: the data cannot be read.
-        ModelError: nobody knows which version of the base model this is.
+        ModelError: the version of the base model cannot be determined.
     """
     parts: dict[str, str] = {"costs": ", ".join(plan.study.costs)}
     digests: dict[str, str] = {}
     for arm in plan.arms:
         data = arm.settings.data
         key = data.model_dump_json()
+        # Arms usually share their data, and reading them takes long.
         digests[key] = digests.get(key) or load_splits(data).digest
         parts[f"{arm.name}: data digest"] = digests[key]
         parts[f"{arm.name}: adopted run"] = arm.run_id or "none"
@@ -46,7 +48,7 @@ def identity(plan: StudyPlan) -> dict[str, str]:
 
 
 def question_of(parts: dict[str, str]) -> dict[str, str]:
-    """The parts that a continued study must share: all but the versions of programs."""
+    """Return the parts that a continued study must share, which are all but program versions."""
     return {name: value for name, value in parts.items() if not name.startswith(CODE)}
 
 
@@ -57,14 +59,15 @@ def _code(plan: StudyPlan) -> dict[str, str]:
 
 
 def _base_version(model: ModelSettings) -> str:
-    """The weights by name and state: a hub's commit, or the sizes and times of a folder's files."""
+    """Return the hub's commit of the base, or the sizes and times of a local folder's files."""
+    # Hashing 16 GB of weights every night would be wasteful.
     folder = BASE_DIR if model.base_model == EMBEDDED else Path(model.base_model)
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         states = [(path.name, path.stat()) for path in files]
         return "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in states)
     if ":" in model.base_model:
-        return model.base_model  # a stand-in, made by this program's own code
+        return model.base_model  # a stand-in, built by this program's code
     return f"{model.base_model}@{_commit(model)}"
 
 
@@ -74,11 +77,11 @@ def _commit(model: ModelSettings) -> str:
         if info.sha is not None:
             return info.sha
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
-        pass  # without a network the cache knows what would be trained
+        pass  # without a network, the cached version is the one that would be trained
     cached = try_to_load_from_cache(model.base_model, "config.json", revision=model.revision)
     if not isinstance(cached, str):
         raise ModelError(
-            f"model.base_model={model.base_model!r}: neither the hub nor its cache says which "
-            "version this is; check the name and the network, or run: sweeper prefetch"
+            f"model.base_model={model.base_model!r}: neither the hub nor the local cache has "
+            "it. Check the name and the network, or run: sweeper prefetch"
         )
     return Path(cached).parent.name

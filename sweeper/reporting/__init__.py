@@ -1,1 +1,1 @@
-"""What a person sees: during a study, at its end, and later."""
+"""Live views, tables, figures, verdicts and report pages for people."""

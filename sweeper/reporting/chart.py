@@ -1,7 +1,8 @@
-"""Charts as SVG text: dots, lines, bars and parallel axes. Knows numbers and words, and no study.
+"""Charts as SVG text: dots, lines, bars and parallel axes, drawn from plain numbers and labels.
 
-A series is told apart by its shape and its dash as well as by its colour. Colours are classes (s0 … s5)
-that the page's stylesheet fills in, for light and for dark. Every mark carries its words as a tooltip.
+Series differ in shape and dash as well as in colour, so that they can be told apart in black and white.
+Colours are CSS classes (s0 … s5) that the page's stylesheet fills in for light and dark themes. Every
+mark has a tooltip.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
+# Own SVG instead of matplotlib or plotly: matplotlib takes seconds to import and fixes the colours,
+# and plotly.js alone is larger than the 2 MB that a page may have.
 ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, BOTTOM = 62, 14, 46
 LEGEND_ROW = 20
 LETTER = 7.2
-"""Width of a letter, roughly, in the units of the viewBox."""
+"""Approximate width of a letter in units of the viewBox, for the layout of labels."""
 SERIES = 6
-"""How many series have a colour of their own; the next ones begin again."""
+"""Number of series colours. Further series reuse them from the first."""
 
 
 @dataclass(frozen=True)
 class ChartAxis:
-    """One axis: its words, its ends, and where it is marked."""
+    """One axis: its label, its ends, and its ticks as pairs of value and text."""
 
     label: str
     low: float
@@ -33,7 +36,7 @@ class ChartAxis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies: 0 at the low end, 1 at the high end."""
+        """Return the position of a value on the axis: 0 at the low end, 1 at the high end."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
@@ -41,37 +44,38 @@ class ChartAxis:
 
 @dataclass(frozen=True)
 class ChartDot:
-    """One point; `hollow` where it did not run to its end."""
+    """One point with its tooltip. `hollow` marks a trial that was stopped early."""
 
     x: float
     y: float
-    words: str
+    tooltip: str
     series: int = 0
     hollow: bool = False
 
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A line through points; `cut` ends it in a cross, `strong` puts it in front."""
+    """A line through points. `cut` ends the line in a cross, `strong` draws it thick and in front."""
 
     points: tuple[tuple[float, float], ...]
-    words: str
+    tooltip: str
     series: int = 0
     strong: bool = False
     cut: bool = False
 
 
 def number_axis(label: str, values: Iterable[float], log: bool = False) -> ChartAxis:
-    """An axis on which all values have a place, with round ticks.
+    """Return an axis that covers all values, with round ticks.
 
     Raises:
-        ValueError: there is no value, or one at or below zero on a log axis.
+        ValueError: there is no value, or a log axis has one at or below zero.
     """
     found = list(values)
     if not found or (log and min(found) <= 0):
         raise ValueError(f"no axis {label!r} for {found[:3]}")
     low, high = min(found), max(found)
     if log:
+        # A single value gets a range around it, so that its mark is not on the frame.
         low, high = (low / 1.5, high * 1.5) if low < high else (low / 3, high * 3)
         return ChartAxis(label, low, high, _log_ticks(low, high), log=True)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
@@ -80,14 +84,14 @@ def number_axis(label: str, values: Iterable[float], log: bool = False) -> Chart
 
 
 def step_axis(label: str, values: Iterable[float], log: bool = False) -> ChartAxis:
-    """An axis that is marked at the values themselves, as there are only a few."""
+    """Return an axis with one tick at each of a few values."""
     found = sorted(set(values))
     axis = number_axis(label, found, log)
     return replace(axis, ticks=tuple((value, _short(value)) for value in found))
 
 
 def word_axis(label: str, words: Sequence[str]) -> ChartAxis:
-    """An axis with one place for each word: the word's index."""
+    """Return an axis of categories. The position of a word is its index."""
     ticks = tuple((float(place), word) for place, word in enumerate(words))
     return ChartAxis(label, -0.5, len(words) - 0.5, ticks)
 
@@ -100,9 +104,10 @@ def plot(
     lines: Sequence[ChartLine] = (),
     legend: Sequence[str] = (),
 ) -> str:
-    """Dots and lines over two axes; the legend names the series in order."""
+    """Return a chart of dots and lines over two axes. `legend` names the series in order."""
     rows = _legend_rows(legend)
     frame = _Frame(axes, top=14 + LEGEND_ROW * len(rows))
+    # Later elements are drawn on top in SVG, so thick lines come last.
     ordered = sorted(lines, key=lambda line: line.strong)
     parts = [
         *frame.grid(),
@@ -114,18 +119,19 @@ def plot(
 
 
 def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars from zero; rows are (name, length, words beside the bar)."""
+    """Return a chart of horizontal bars. Rows are (name, length, text right of the bar)."""
     step, left = 28, 12 + LETTER * max(len(name) for name, _, _ in rows)
     longest = max(length for _, length, _ in rows) or 1.0
     room = WIDTH - left - 70
     parts = []
-    for place, (name, length, words) in enumerate(rows):
+    for place, (name, length, text) in enumerate(rows):
         y = 8 + step * place
+        # A bar of zero length would be invisible.
         width = max(room * length / longest, 1.0)
         parts += [
             _text(left - 6, y + 14, name, "end"),
             f'<rect class="f s0" x="{left:.0f}" y="{y}" width="{width:.1f}" height="18"/>',
-            _text(left + width + 6, y + 14, words),
+            _text(left + width + 6, y + 14, text),
         ]
     return _svg(title, description, WIDTH, 16 + step * len(rows), parts)
 
@@ -133,7 +139,7 @@ def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -
 def parallel(
     title: str, description: str, axes: Sequence[ChartAxis], lines: Sequence[ChartLine]
 ) -> str:
-    """Parallel coordinates: each line's points are (index of the axis, value on it)."""
+    """Return a chart of parallel coordinates. Points of a line are (index of the axis, value on it)."""
     width, height, top, bottom = 960, 340, 34, 24
     gap = (width - 150) / max(len(axes) - 1, 1)
 
@@ -145,39 +151,39 @@ def parallel(
     for line in sorted(lines, key=lambda line: line.strong):
         points = " ".join(at(*point) for point in line.points)
         kind = "l strong" if line.strong else "l faint"
-        words = f"<title>{escape(line.words)}</title>"
+        tooltip = f"<title>{escape(line.tooltip)}</title>"
         parts.append(
-            f'<polyline class="{kind} s{line.series}" points="{points}">{words}</polyline>'
+            f'<polyline class="{kind} s{line.series}" points="{points}">{tooltip}</polyline>'
         )
     for index, axis in enumerate(axes):
         x = 60 + gap * index
         parts.append(f'<path class="axis" d="M{x:.0f} {top}V{height - bottom}"/>')
         parts.append(_text(x, 18, axis.label, "middle", "name"))
-        for value, words in axis.ticks:
+        for value, text in axis.ticks:
             y = float(at(index, value).split(",")[1])
-            parts.append(_text(x + 5, y + 4, words, kind="halo"))
+            parts.append(_text(x + 5, y + 4, text, kind="halo"))
     return _svg(title, description, width, height, parts)
 
 
 class _Frame:
-    """The area between two axes."""
+    """The plotting area between two axes."""
 
     def __init__(self, axes: tuple[ChartAxis, ChartAxis], top: int) -> None:
         self._x, self._y = axes
         self._top = top
 
     def grid(self) -> list[str]:
-        """Ticks, grid lines and the names of the axes."""
+        """Return the grid lines, the tick labels and the names of the axes."""
         right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
         parts = []
-        for value, words in self._x.ticks:
+        for value, text in self._x.ticks:
             x = self._across(value)
             parts.append(f'<path class="grid" d="M{x} {self._top}V{bottom}"/>')
-            parts.append(_text(x, bottom + 17, words, "middle"))
-        for value, words in self._y.ticks:
+            parts.append(_text(x, bottom + 17, text, "middle"))
+        for value, text in self._y.ticks:
             y = self._up(value)
             parts.append(f'<path class="grid" d="M{LEFT} {y}H{right}"/>')
-            parts.append(_text(LEFT - 6, y + 4, words, "end"))
+            parts.append(_text(LEFT - 6, y + 4, text, "end"))
         middle = (self._top + bottom) / 2
         return [
             *parts,
@@ -188,25 +194,25 @@ class _Frame:
         ]
 
     def dot(self, dot: ChartDot) -> str:
-        """A dot with its tooltip."""
+        """Return a dot with its tooltip."""
+        # The CSS classes h and f draw a hollow and a filled shape.
         kind = "h" if dot.hollow else "f"
-        words = f"<title>{escape(dot.words)}</title>"
-        return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, words)
+        tooltip = f"<title>{escape(dot.tooltip)}</title>"
+        return _shape(self._across(dot.x), self._up(dot.y), dot.series, kind, tooltip)
 
     def line(self, line: ChartLine) -> str:
-        """A line with its tooltip, and the cross where it was cut."""
+        """Return a line with its tooltip, and a cross at its end if it is cut."""
         placed = [(self._across(x), self._up(y)) for x, y in line.points]
         points = " ".join(f"{x},{y}" for x, y in placed)
         kind = "l strong" if line.strong else "l"
-        words = f"<title>{escape(line.words)}</title>"
-        drawn = (
-            f'<polyline class="{kind} s{line.series % SERIES}" points="{points}">{words}</polyline>'
-        )
+        tooltip = f"<title>{escape(line.tooltip)}</title>"
+        series = line.series % SERIES
+        drawn = f'<polyline class="{kind} s{series}" points="{points}">{tooltip}</polyline>'
         if not line.cut:
             return drawn
         x, y = placed[-1]
         cross = f"M{x - 4:.1f} {y - 4:.1f}l8 8m0 -8l-8 8"
-        return f'{drawn}<path class="l strong s{line.series % SERIES}" d="{cross}"/>'
+        return f'{drawn}<path class="l strong s{series}" d="{cross}"/>'
 
     def _across(self, value: float) -> float:
         return round(LEFT + self._x.place(value) * (WIDTH - LEFT - RIGHT), 1)
@@ -216,13 +222,13 @@ class _Frame:
         return round(bottom - self._y.place(value) * (bottom - self._top), 1)
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", kind: str = "tick") -> str:
+def _text(x: float, y: float, text: str, anchor: str = "start", kind: str = "tick") -> str:
     at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
-    return f'<text class="{kind}" {at}>{escape(words)}</text>'
+    return f'<text class="{kind}" {at}>{escape(text)}</text>'
 
 
 def _shape(x: float, y: float, series: int, kind: str, inside: str = "") -> str:
-    """The mark of a series: circle, square, triangle, diamond, and again."""
+    """Return the mark of a series: circle, square, triangle or diamond, in turn."""
     name = f'class="{kind} s{series % SERIES}"'
     match series % 4:
         case 0:
@@ -237,11 +243,12 @@ def _shape(x: float, y: float, series: int, kind: str, inside: str = "") -> str:
 
 
 def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
-    """Names of series as (series, x, name), row by row; no legend for a single series."""
+    """Return rows of (series, x, name) for the legend, or no row for a single series."""
     rows: list[list[tuple[int, float, str]]] = []
     x = math.inf
     for series, name in enumerate(names if len(names) > 1 else ()):
         width = 26 + LETTER * len(name)
+        # Names that do not fit start a new row.
         if x + width > WIDTH - RIGHT:
             rows.append([])
             x = float(LEFT)
@@ -260,9 +267,10 @@ def _legend(rows: Sequence[Sequence[tuple[int, float, str]]]) -> list[str]:
     return parts
 
 
-def _linear_ticks(low: float, high: float, count: int = 5) -> tuple[tuple[float, str], ...]:
-    """Round numbers (1, 2 or 5 times a power of ten) between low and high."""
-    rough = (high - low) / count
+def _linear_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
+    """Return about five round numbers (1, 2 or 5 times a power of ten) from low to high."""
+    # The step is the smallest of 1, 2, 5 and 10 times a power of ten with at most five ticks.
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
     first, last = math.ceil(low / step), math.floor(high / step)
@@ -271,35 +279,37 @@ def _linear_ticks(low: float, high: float, count: int = 5) -> tuple[tuple[float,
 
 
 def _log_ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    """Powers of ten between low and high; also twos and fives where they are few."""
+    """Return powers of ten from low to high, with twos and fives if there are few of them."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if math.log10(high / low) < 2.2 else (1,)
+    # float("5e-4") is exact to the last digit, 5 * 10.0 ** -4 is not.
     values = [float(f"{factor}e{power}") for power in powers for factor in factors]
     return tuple((value, _short(value)) for value in values if low <= value <= high)
 
 
 def _short(value: float) -> str:
-    """10k and 2M rather than 10000 and 2e+06; small numbers as they are."""
+    """Return a number in short form: 10k, 2M, 0.003."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
+            # Thousands are shortened from 10,000 on, where the digits stop fitting an axis.
             unit = 1e3 if letter == "k" else size
             return f"{value / unit:g}{letter}"
     return f"{value:g}"
 
 
 def picture_style() -> str:
-    """The colours of a picture, for light, dark and paper."""
+    """Return the stylesheet of pictures, for light and dark screens and for paper."""
     return (ASSETS / "picture.css").read_text(encoding="utf-8")
 
 
 def standalone(svg: str) -> str:
-    """A picture with its own colours, as a file that any viewer of SVG shows."""
+    """Return a picture that carries its colours, as a file for any SVG viewer."""
     ground = "svg { background: var(--paper); }"
     return svg.replace("><title>", f"><style>{picture_style()}{ground}</style><title>", 1) + "\n"
 
 
 def _svg(title: str, description: str, width: int, height: int, parts: Sequence[str]) -> str:
-    """A picture with words for those who do not see it."""
+    """Return an SVG element with a title and a description for screen readers."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(title)}"><title>{escape(title)}</title>'

@@ -1,4 +1,4 @@
-"""The ledger: what a study's trials cost, what pruning saved, and what failed of which cause."""
+"""Cost tables: device time by outcome, the time that pruning saved, and failures by cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MESSAGE_CHARS = 160
 
 
 def cost_sheet(results: StudyResults) -> TextTable:
-    """One row an arm: device time by what became of it, and what pruning saved."""
+    """Return one row per arm: trials by outcome, device time, and the time that pruning saved."""
     columns = (
         "method",
         "trials",
@@ -26,28 +26,28 @@ def cost_sheet(results: StudyResults) -> TextTable:
         "saved by pruning",
     )
     rows = [_cost_row(arm) for arm in results.arms]
-    return TextTable("What it cost", columns, tuple(rows), frozenset({"method"}))
+    return TextTable("Cost", columns, tuple(rows), frozenset({"method"}))
 
 
 def saved_seconds(arm: ArmResult) -> float | None:
-    """Device seconds that the pruned trials would still have taken; None without one to go by.
+    """Return the device seconds that pruned trials would still have needed, or None if none finished.
 
-    A pruned trial is taken to go on at its own pace for as many steps as the median finished trial had:
-    its training seconds · (steps of a finished trial - its steps) / its steps.
+    The estimate lets each pruned trial continue at the same pace to the number of steps of the median
+    finished trial: training seconds * (steps of a finished trial - own steps) / own steps.
     """
     steps = [trial.outcome.steps for trial in arm.trials if trial.outcome.cause == "finished"]
     if not steps:
         return None
-    whole = statistics.median(steps)
+    full_length = statistics.median(steps)
     return sum(
-        _training_seconds(trial) * max(0.0, whole - trial.outcome.steps) / trial.outcome.steps
+        _training_seconds(trial) * max(0.0, full_length - trial.outcome.steps) / trial.outcome.steps
         for trial in arm.trials
         if trial.outcome.cause == "pruned" and trial.outcome.steps
     )
 
 
 def failure_sheet(results: StudyResults) -> TextTable | None:
-    """One row for each arm and cause of failure, with the first message; None if nothing failed."""
+    """Return one row per arm and cause of failure with the first message, or None if nothing failed."""
     rows = [
         (label(arm), cause, str(count), _message(arm, cause))
         for arm in results.arms
@@ -58,7 +58,7 @@ def failure_sheet(results: StudyResults) -> TextTable | None:
         return None
     columns = ("method", "cause", "trials", "first message")
     return TextTable(
-        "What failed", columns, tuple(rows), frozenset({"method", "cause", "first message"})
+        "Failures", columns, tuple(rows), frozenset({"method", "cause", "first message"})
     )
 
 
@@ -66,6 +66,7 @@ def _cost_row(arm: ArmResult) -> tuple[str, ...]:
     ends = Counter(trial.outcome.cause for trial in arm.trials)
     failed = sum(ends[cause] for cause in FAILURES)
     saved = saved_seconds(arm) if ends["pruned"] else None
+    # The share is that of the time which all trials would have taken without pruning.
     share = None if not saved else 100 * saved / (saved + arm.seconds)
     return (
         *(label(arm), str(len(arm.trials)), str(arm.finished), str(ends["pruned"]), str(failed)),
@@ -75,11 +76,13 @@ def _cost_row(arm: ArmResult) -> tuple[str, ...]:
 
 
 def _training_seconds(trial: TrialResult) -> float:
+    # Loading happens once, so only training time is extrapolated.
     return trial.metric("cost/train_seconds") or trial.metric("cost/seconds") or 0.0
 
 
 def _message(arm: ArmResult, cause: Cause) -> str:
     messages = (trial.outcome.message for trial in arm.trials if trial.outcome.cause == cause)
     first = next((message for message in messages if message), DASH).strip()
+    # The last line of a traceback names the error.
     last_line = first.splitlines()[-1]
     return last_line[:MESSAGE_CHARS] + "…" * (len(last_line) > MESSAGE_CHARS)

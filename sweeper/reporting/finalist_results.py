@@ -1,6 +1,6 @@
-"""How an arm ended: its finalists over their seeds, the winner, and its losses on unseen texts.
+"""The end of an arm: its finalists over their seeds, the winner, and its losses on unseen texts.
 
-Plain values; how they come about is in `finalists`, what is said about them in reporting.
+Plain values. `sweeper.driver.finalist_runs` makes them, reporting describes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pydantic import Field
 
 from sweeper.core.outcome import (
-    Cause,
     ExampleLosses,
     HeldOutKind,
     HeldOutLosses,
@@ -22,21 +21,20 @@ from sweeper.core.outcome import (
 )
 from sweeper.core.paths import StudyFolder
 from sweeper.core.value import FrozenValue
-
-COMPLETE: tuple[Cause, ...] = ("finished", "early_stopped")
+from sweeper.search.states import STATES
 
 
 class SeedRepeat(FrozenValue):
-    """A configuration trained with one seed; the trial of the search itself is the first."""
+    """A configuration trained with one seed. The first is the trial of the search itself."""
 
     seed: int
     outcome: Outcome | None
-    """None if it was not trained (the budget)."""
+    """None if the seed was left out (the budget)."""
 
     @property
     def value(self) -> float | None:
-        """The objective's value on the validation split, if it was trained to its own end."""
-        if self.outcome is None or self.outcome.cause not in COMPLETE:
+        """The objective's value on the validation split. None if the training did not end by itself."""
+        if self.outcome is None or not STATES[self.outcome.cause].complete:
             return None
         return self.outcome.best_value
 
@@ -45,53 +43,53 @@ class FinalistResult(FrozenValue):
     """A configuration of an arm over its seeds."""
 
     number: int
-    """Of the trial in which the search tried it."""
+    """The number of the trial in which the search tried it."""
     repeats: tuple[SeedRepeat, ...]
 
     @property
     def values(self) -> list[float]:
-        """The objective's value of each seed that came to its own end."""
+        """The objective's value of each seed whose training ended by itself."""
         return [repeat.value for repeat in self.repeats if repeat.value is not None]
 
     @property
     def mean(self) -> float:
-        """Over those seeds."""
+        """Mean of those values."""
         return statistics.fmean(self.values)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation (n - 1) over those seeds; None for one."""
+        """Standard deviation (n - 1) of those values, or None for a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 class FinalistRanking(FrozenValue):
-    """How an arm's finalists did."""
+    """The results of an arm's finalists."""
 
     finalists: tuple[FinalistResult, ...]
     winner: int
     """Number of the finalist with the best mean on the validation split."""
     test_losses: dict[int, float] = Field(default_factory=dict)
-    """Of the winner on the test split, by seed, in nats per target token."""
+    """The winner's loss on the test split, by seed, in nats per target token."""
     untuned_test_loss: float | None = None
-    """Of the base, as the winner's trials hold it."""
+    """The base's loss on the test split, quantized as in the winner's trials."""
     general_losses: dict[int, float] = Field(default_factory=dict)
-    """Of the winner on general text, by seed, in nats per token."""
+    """The winner's loss on general text, by seed, in nats per token."""
     untuned_general_loss: float | None = None
-    """Of the base, as the winner's trials hold it."""
+    """The base's loss on general text, quantized as in the winner's trials."""
 
     @property
     def test_loss(self) -> float | None:
-        """Mean over the winner's seeds."""
+        """Mean over the winner's seeds, or None without a judgement."""
         return statistics.fmean(self.test_losses.values()) if self.test_losses else None
 
     @property
     def general_loss(self) -> float | None:
-        """Mean over the winner's seeds."""
+        """Mean over the winner's seeds, or None without a judgement."""
         return statistics.fmean(self.general_losses.values()) if self.general_losses else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The winner's figures on unseen texts under the names they are recorded by."""
+        """The winner's figures on unseen texts, by the names under which they are recorded."""
         return unseen_metrics(self.test_loss, self.general_loss, self.untuned_general_loss)
 
 
@@ -107,7 +105,7 @@ class ArmConclusion:
     def judged(
         cls, final: FinalistRanking, seeds: Mapping[int, HeldOutLosses], untuned: HeldOutLosses
     ) -> ArmConclusion:
-        """With the figures that those losses come to."""
+        """Return the end with the figures that follow from these losses."""
         figures = {
             "test_losses": {s: found.test.loss for s, found in seeds.items() if found.test},
             "untuned_test_loss": untuned.test and untuned.test.loss,
@@ -119,7 +117,7 @@ class ArmConclusion:
         return cls(final.model_copy(update=figures), seeds, untuned)
 
     def losses(self, kind: HeldOutKind) -> list[ExampleLosses]:
-        """Of the winner's seeds that were judged on one kind of text."""
+        """Return the losses of those of the winner's seeds that were judged on one kind of text."""
         found = (getattr(unseen, kind) for unseen in self.seeds.values())
         return [examples for examples in found if examples is not None]
 
@@ -127,7 +125,7 @@ class ArmConclusion:
 def unseen_metrics(
     test: float | None, general: float | None, untuned_general: float | None
 ) -> dict[str, float]:
-    """Losses on unseen texts under the names they are recorded by; what was not measured is absent."""
+    """Return the measured losses on unseen texts, by the names under which they are recorded."""
     metrics = {} if test is None else {"test/loss": test, "test/perplexity": math.exp(test)}
     if general is None or untuned_general is None:
         return metrics
@@ -137,7 +135,7 @@ def unseen_metrics(
 
 
 def choose(finalists: Sequence[FinalistResult], direction: str) -> int:
-    """The winner's number: the best mean among those of which the fewest seeds failed."""
+    """Return the winner's number: the best mean among those of which the fewest seeds failed."""
     sign = 1.0 if direction == "minimize" else -1.0
 
     def order(finalist: FinalistResult) -> tuple[int, float]:
@@ -148,7 +146,7 @@ def choose(finalists: Sequence[FinalistResult], direction: str) -> int:
 
 
 def finalists_seconds(folder: StudyFolder, arm: str) -> float:
-    """Device time of an arm's further seeds so far, from their folders."""
+    """Return the device time of an arm's further seeds so far, in seconds, from their folders."""
     outcomes = (
         Outcome.model_validate_json(path.read_text(encoding="utf-8"))
         for path in folder.finalists(arm).glob("trial_*/outcome.json")

@@ -1,12 +1,12 @@
-"""The arms' winners on unseen texts: the test split against each other, general text against the base.
+"""Comparisons of the arms' winners on held-out text.
 
-Makes contrasts of what the finalists were judged to lose; knows no study and no worker.
+Winners are compared with each other on the test split, and with their untuned base on general text.
+The module turns per-example losses into contrasts and knows no worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -16,53 +16,55 @@ from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.verdict import reference_arm
 
-SWITCHED_OFF = "finalists.top=0"
-LEFT_ALONE = "finalists.test=false leaves it unread"
-NOT_ENDED = "the study has not come to its end"
-NO_TEST_SPLIT = "the data have none (set data.test, or data.test_ratio above 0)"
-NO_FIGURES = "not every arm's winner could be judged on it"
+SWITCHED_OFF = "finalists.top=0 selects no finalists"
+LEFT_ALONE = "finalists.test=false keeps the test split unread"
+NOT_ENDED = "the study has not finished"
+NO_TEST_SPLIT = "the data have no test split (set data.test, or data.test_ratio above 0)"
+NO_FIGURES = "not every arm's winner could be evaluated on it"
 UNTUNED = "untuned"
-OTHER_EXAMPLES = "the arms do not share its examples and their tokens"
+OTHER_EXAMPLES = (
+    "the arms have different test examples or tokenizers, so their losses do not compare"
+)
 
 
 def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyResults:
-    """Results with the finalists' figures, and every arm against its reference on the test split.
+    """Return the results with the finalists' figures and the contrasts on held-out text.
 
-    Where `results.untested` says why nobody may read it, they are held against their bases alone.
+    If `results.untested` already gives a reason against reading the test split, the winners are compared
+    with their untuned bases only.
     """
     arms = tuple(
-        replace(arm, final=finals[arm.name].final) if arm.name in finals else arm
+        arm.model_copy(update={"final": finals[arm.name].final}) if arm.name in finals else arm
         for arm in results.arms
     )
-    forgotten = [_forgotten(name, final) for name, final in finals.items()]
+    forgotten = [_forgetting(name, final) for name, final in finals.items()]
     forgetting = tuple(found for found in forgotten if found is not None)
-    settled = replace(results, arms=arms, forgetting=forgetting)
+    settled = results.model_copy(update={"arms": arms, "forgetting": forgetting})
+    # General text does not belong to the test split, so its contrasts are kept.
     if results.untested is not None:
         return settled
     compared = [arm for arm in arms if arm.best is not None]
     if any(not arm.facts.rows.get("test", 0) for arm in compared):
-        return replace(settled, untested=NO_TEST_SPLIT)
-    if not all(_was_tested(finals[arm.name]) for arm in compared):
-        return replace(settled, untested=NO_FIGURES)
+        return settled.model_copy(update={"untested": NO_TEST_SPLIT})
+    judged = (finals[arm.name] for arm in compared)
+    if not all(final.losses("test") and final.untuned.test is not None for final in judged):
+        return settled.model_copy(update={"untested": NO_FIGURES})
     reference = reference_arm(settled)
     if reference is None:
         return settled
     rivals = [arm.name for arm in compared if arm.name != reference.name]
     contrasts = [_contrast(name, reference.name, finals) for name in rivals]
     found = tuple(each for each in contrasts if each is not None)
-    return replace(
-        settled,
-        contrasts=found,
-        untested=OTHER_EXAMPLES if len(found) < len(rivals) else None,
+    return settled.model_copy(
+        update={
+            "contrasts": found,
+            "untested": OTHER_EXAMPLES if len(found) < len(rivals) else None,
+        }
     )
 
 
-def _was_tested(final: ArmConclusion) -> bool:
-    return bool(final.losses("test")) and final.untuned.test is not None
-
-
-def _forgotten(arm: str, final: ArmConclusion) -> ArmContrast | None:
-    """The winner against its own base on general text: the difference is what it forgot."""
+def _forgetting(arm: str, final: ArmConclusion) -> ArmContrast | None:
+    """Return the winner's contrast with its base on general text. The difference is its forgetting."""
     tuned, untuned = final.losses("general"), final.untuned.general
     if not tuned or untuned is None:
         return None
@@ -71,13 +73,16 @@ def _forgotten(arm: str, final: ArmConclusion) -> ArmContrast | None:
 
 
 def _contrast(arm: str, reference: str, finals: Mapping[str, ArmConclusion]) -> ArmContrast | None:
-    """Both against the base as the reference holds it, which is one zero line for both.
+    """Return the contrast of an arm with its reference on the test split.
 
-    None if they were judged on different examples, or by different tokenizers.
+    Both improvements count from the base in the reference's precision, so that a base that quantization
+    made worse does not flatter its arm. The result is None if examples or tokenizers differ.
     """
+    # The reference's base is the zero line of both improvements.
     base = finals[reference].untuned.test
     assert base is not None
     one, other = _judged(finals[arm]), _judged(finals[reference])
+    # Other token counts mean other examples or another tokenizer.
     if not np.array_equal(one.tokens, other.tokens):
         return None
     return contrast((arm, reference), one, other, _rows([base]))
@@ -88,7 +93,7 @@ def _judged(final: ArmConclusion) -> SeedLosses:
 
 
 def _rows(seeds: Sequence[ExampleLosses]) -> SeedLosses:
-    """The seeds of one configuration, a row each."""
+    """Return the losses of one configuration with one row per seed."""
     return SeedLosses(
         np.array([examples.nll for examples in seeds], dtype=np.float64),
         np.array(seeds[0].tokens, dtype=np.float64),

@@ -1,7 +1,8 @@
-"""The report as one HTML file: offline, for phone, desktop and paper, light and dark.
+"""The report as one HTML file that works offline, on phone, desktop and paper, light and dark.
 
-Puts together what others computed (verdict, tables, figures, ledger, next steps); computes nothing.
-Every text is escaped by the template; only pictures and the rendered data card pass as HTML.
+The module assembles what other modules computed (verdict, tables, figures, costs, next steps). The
+template escapes every text, because rows, prompts and answers may hold HTML. Only pictures and the
+rendered data card pass as HTML.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from sweeper.core.paths import StudyFolder, write_atomic
 from sweeper.reporting.chart import ASSETS, picture_style, standalone
 from sweeper.reporting.cost_ledger import cost_sheet, failure_sheet
 from sweeper.reporting.figures import ReportFigure, figures
+from sweeper.reporting.glossary import terms_in
 from sweeper.reporting.next_steps import NextStep, next_steps
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.report_evidence import ReportEvidence, gather
@@ -31,6 +33,7 @@ from sweeper.reporting.result_tables import (
     conditions,
     describe_data,
     leaderboard,
+    markdown_report,
     pareto_front,
 )
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
@@ -39,10 +42,11 @@ from sweeper.reporting.text_table import DASH, TextTable, duration
 from sweeper.reporting.verdict import Verdict, judge, label
 
 MOST_ROWS = 1000
-"""Of a leaderboard, so that a page stays below 2 MB; the rest is in results.json."""
+"""Rows of a leaderboard, which keeps a page below 2 MB. All trials are in results.json."""
 CARD_CHARS = 100_000
+"""Characters of the data card that are shown."""
 ANSWER_CHARS = 2_000
-"""Of a model's answer; a model that does not stop fills pages."""
+"""Characters of a model's answer that are shown. A model that does not stop would fill pages."""
 
 
 @dataclass(frozen=True)
@@ -55,96 +59,100 @@ class PageStudy:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """See reporting.verdict."""
+        """The verdict on the study."""
         return judge(self.results)
 
     @cached_property
     def tiles(self) -> list[tuple[str, str]]:
-        """The headline's figures, each with its words."""
+        """Large figures at the top, each with its caption."""
         return list(_tiles(self.verdict))
 
     @cached_property
     def sheets(self) -> list[TextTable]:
-        """The arms side by side, and under which conditions."""
+        """Tables of the arms compared and of their training conditions."""
         return [comparison(self.results), conditions(self.results)]
 
     @cached_property
     def reasons(self) -> list[TextTable]:
-        """Why each arm's winner has its settings."""
+        """Tables of the settings of each arm's winner, with reasons."""
         shares = self.evidence.importances
+        # An arm without a finished trial has no winner to explain.
         sheets = (reason_sheet(arm, shares.get(arm.name, {})) for arm in self.results.arms)
         return [sheet for sheet in sheets if sheet is not None]
 
     @cached_property
     def figures(self) -> list[ReportFigure]:
-        """See reporting.figures."""
+        """The study's figures in reading order."""
         return figures(self.results, self.evidence)
 
     @cached_property
     def details(self) -> list[TextTable]:
-        """The gain of each rank, and the Pareto fronts that the study itself searched for."""
+        """Tables of the gain by rank, and of Pareto fronts if the study has costs."""
         ladders = [rank_sheet(ladder) for ladder in rank_ladders(self.results)]
         return [*ladders, *(pareto_front(arm) for arm in self.results.arms if arm.front)]
 
     @cached_property
-    def boards(self) -> list[PageLeaderboard]:
-        """A leaderboard for each arm."""
-        return [_board(arm, self.folder) for arm in self.results.arms]
+    def leaderboards(self) -> list[PageLeaderboard]:
+        """One leaderboard per arm."""
+        return [_page_leaderboard(arm, self.folder) for arm in self.results.arms]
 
     @cached_property
     def costs(self) -> TextTable:
-        """See reporting.ledger."""
+        """Table of device time by arm."""
         return cost_sheet(self.results)
 
     @cached_property
     def failures(self) -> TextTable | None:
-        """See reporting.ledger."""
+        """Table of failures by arm and cause, or None if nothing failed."""
         return failure_sheet(self.results)
 
     @cached_property
     def audits(self) -> list[str]:
-        """How often the pruner was wrong, where that was measured."""
+        """Wrong decisions of the pruner per arm, if audit trials measured them."""
         return [f"{arm.name}: {arm.audit}" for arm in self.results.arms if arm.audit is not None]
 
     @cached_property
     def data(self) -> str:
-        """Where the data came from."""
+        """Source and size of the data in one line."""
         return describe_data(self.results.arms[0].facts)
 
     @cached_property
     def card(self) -> Markup | None:
-        """The data card as HTML."""
+        """The data card as HTML, or None if none was found."""
         card = self.evidence.data_card
         return None if card is None else Markup(_render(card[:CARD_CHARS]))
 
     @cached_property
     def answers(self) -> TextTable | None:
-        """The qualitative prompts, and what the base and each arm's best trial answered."""
+        """Table of the qualitative prompts with the answers of the base and of each arm's best trial."""
         return _answers(self.results, self.evidence)
 
     @cached_property
     def steps(self) -> list[NextStep]:
-        """See reporting.next_steps."""
+        """Suggested next steps."""
         return next_steps(self.results, self.evidence)
 
 
 @dataclass(frozen=True)
 class PageLeaderboard:
-    """A leaderboard with the command that trains each row again."""
+    """A leaderboard with the command that trains each row's trial again."""
 
     sheet: TextTable
     seconds: tuple[float | None, ...]
-    """What the column `time` is sorted by."""
+    """Seconds by which the column `time` is sorted."""
     left_out: int
+    """Number of trials beyond MOST_ROWS."""
 
 
 def page(studies: Sequence[PageStudy]) -> str:
-    """The page of one study, or of several one after the other."""
+    """Return the page of one study, or of several one after the other."""
     names = [study.results.study_name for study in studies]
     return _template().render(
         title=", ".join(names),
         studies=studies,
+        terms=terms_in("\n".join(markdown_report(s.results, s.verdict) for s in studies)),
         overview=_overview(studies) if len(studies) > 1 else None,
+        # The page must work offline and when mailed, so style and script are part of it.
         css=Markup(picture_style() + (ASSETS / "page.css").read_text(encoding="utf-8")),
         script=Markup((ASSETS / "page.js").read_text(encoding="utf-8")),
     )
@@ -153,12 +161,12 @@ def page(studies: Sequence[PageStudy]) -> str:
 def write_page(
     results: StudyResults, folder: StudyFolder, storage: optuna.storages.BaseStorage | None = None
 ) -> Path:
-    """Write report.html into a study's folder, and its pictures as files of their own into figures/.
+    """Write report.html into a study's folder, and its pictures as separate files into figures/.
 
     Args:
         results: the study.
-        folder: where its trials lie.
-        storage: Optuna's; without one the database in the folder is read, if it is there.
+        folder: the study's folder.
+        storage: Optuna's storage. None reads the database in the folder, if there is one.
     """
     study = PageStudy(results, folder, gather(results, folder, storage))
     write_atomic(folder.page, page([study]))
@@ -167,8 +175,9 @@ def write_page(
 
 
 def write_figures(drawn: Sequence[ReportFigure], folder: Path) -> None:
-    """Write each picture as an SVG file; one of an earlier report that is no more goes."""
+    """Write each picture as an SVG file, and delete pictures that only an earlier report had."""
     names = {f"{_file_name(figure.title)}.svg": figure.svg for figure in drawn if figure.svg}
+    # A later report may lack a figure, and its old picture would be taken for a current one.
     for stale in folder.glob("*.svg"):
         if stale.name not in names:
             stale.unlink()
@@ -182,6 +191,7 @@ def _file_name(title: str) -> str:
 
 @cache
 def _template() -> Template:
+    # Model answers and rows may hold HTML, and StrictUndefined turns a misspelt name into an error.
     environment = Environment(
         loader=FileSystemLoader(ASSETS),
         autoescape=True,
@@ -193,19 +203,21 @@ def _template() -> Template:
 
 
 def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
-    """Of the first duel, or of the only arm."""
+    """Yield the figures of the first comparison, or of the only arm, with captions."""
     for duel in verdict.duels[:1]:
-        side, reference = duel.side, duel.reference
+        ratios = duel.cost_ratios
         if duel.retained is not None:
-            yield f"{duel.retained.value:.1f} %", f"of {reference.label}'s improvement retained"
-        if side.trainable and reference.trainable:
-            share = 100 * side.trainable / reference.trainable
-            yield f"{share:.3g} %", "of the parameters trained"
-        if side.seconds_per_trial and reference.seconds_per_trial:
-            ratio = side.seconds_per_trial / reference.seconds_per_trial
-            yield f"{ratio:.2g}×", "the time a trial"
-        if side.artifact_mib and reference.artifact_mib:
-            yield f"{side.artifact_mib / reference.artifact_mib:.2g}×", "the disk space"
+            yield (
+                f"{duel.retained.value:.1f} %",
+                f"of {duel.reference.label}'s improvement retained",
+            )
+        if ratios.trainable:
+            yield f"{100 * ratios.trainable:.3g} %", "of the parameters trained"
+        if ratios.time:
+            yield f"{ratios.time:.2g}×", "the time a trial"
+        if ratios.artifact:
+            yield f"{ratios.artifact:.2g}×", "the disk space"
+    # A single arm is compared with its untuned base.
     if not verdict.duels:
         metric = metric_words(verdict.objective.metric)
         for side in verdict.sides[:1]:
@@ -213,50 +225,52 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
             yield f"{side.base_value:.4f}", f"{metric} of the untuned base"
 
 
-def _board(arm: ArmResult, folder: StudyFolder) -> PageLeaderboard:
+def _page_leaderboard(arm: ArmResult, folder: StudyFolder) -> PageLeaderboard:
     sheet = leaderboard(arm, MOST_ROWS)
+    # The sheet is cut to the same number of rows, so both stay aligned.
     trials = arm.trials[:MOST_ROWS]
     rows = [
-        (*row, _again(trial, folder.trial(arm.name, trial.number).path))
+        (*row, _retrain_command(trial, folder.trial(arm.name, trial.number).path))
         for row, trial in zip(sheet.rows, trials, strict=True)
     ]
-    left = sheet.left | {"train it again"}
+    left = sheet.left | {"train again"}
     return PageLeaderboard(
-        TextTable(sheet.title, (*sheet.columns, "train it again"), tuple(rows), left),
+        TextTable(sheet.title, (*sheet.columns, "train again"), tuple(rows), left),
         tuple(trial.metric("cost/seconds") for trial in trials),
         len(arm.trials) - len(trials),
     )
 
 
-def _again(trial: TrialResult, folder: Path) -> str:
-    """Held against its record, if it has a figure of its own."""
+def _retrain_command(trial: TrialResult, folder: Path) -> str:
+    """Return the command that trains a trial again, and compares it if the trial was complete."""
     path = shlex.quote(folder.as_posix())
     return f"sweeper reproduce {path}" if trial.complete else f"sweeper trial {path} --into again"
 
 
 def _answers(results: StudyResults, evidence: ReportEvidence) -> TextTable | None:
-    """One row a prompt; the untuned answer is the first arm's that was asked."""
-    asked = {label(arm): evidence.samples.get(arm.name, ()) for arm in results.arms}
-    names = [name for name, samples in asked.items() if samples]
+    """Return one row per prompt. The untuned answer is that of the first arm with answers."""
+    samples_of = {label(arm): evidence.samples.get(arm.name, ()) for arm in results.arms}
+    names = [name for name, samples in samples_of.items() if samples]
     if not names:
         return None
-    answers = {(name, s.prompt): s for name in names for s in asked[name]}
+    answers = {(name, s.prompt): s for name in names for s in samples_of[name]}
     rows = []
     for prompt in dict.fromkeys(prompt for _, prompt in answers):
         found = [answers.get((name, prompt)) for name in names]
+        # The untuned base answers the same in every arm of the same precision.
         base = next(sample.base for sample in found if sample is not None)
         tuned = [DASH if sample is None else sample.tuned for sample in found]
-        rows.append((prompt, *(_cut(text) for text in (base, *tuned))))
+        rows.append((prompt, *(_shorten(text) for text in (base, *tuned))))
     columns = ("prompt", "untuned", *names)
     return TextTable("The same prompts, side by side", columns, tuple(rows), frozenset(columns))
 
 
-def _cut(text: str) -> str:
+def _shorten(text: str) -> str:
     return text[:ANSWER_CHARS] + "…" * (len(text) > ANSWER_CHARS)
 
 
 def _overview(studies: Sequence[PageStudy]) -> TextTable:
-    """One row a study and arm."""
+    """Return one row per study and arm."""
     rows = [
         (
             *(study.results.study_name, label(arm), str(arm.tried)),
@@ -272,12 +286,14 @@ def _overview(studies: Sequence[PageStudy]) -> TextTable:
 
 
 def _render(markdown: str) -> str:
-    """Markdown as HTML: without raw HTML, links and pictures, its headings below the page's own."""
+    """Return Markdown as HTML, with its headings below the page's."""
+    # A data card quotes training rows, so raw HTML, links and pictures stay text.
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
     tokens = parser.parse(markdown)
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
+            # A card's h1 becomes h3, below the page's headings.
             token.tag = f"h{min(6, int(token.tag[1]) + 2)}"
         elif token.type == "th_open":
             token.attrSet("scope", "col")

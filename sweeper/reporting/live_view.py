@@ -1,6 +1,6 @@
-"""What the terminal shows while a study runs: a live table, or plain lines where there is none.
+"""Terminal output of a study: a live table or plain lines while it runs, tables and verdict after.
 
-The driver fills the board; a view only draws it.
+The driver updates StudyProgress, and a view only draws it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.config.settings import metric_words
+from sweeper.reporting.console import say
+from sweeper.reporting.glossary import FOOTNOTE
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.result_tables import (
     comparison,
@@ -25,13 +27,7 @@ from sweeper.reporting.result_tables import (
     pareto_front,
 )
 from sweeper.reporting.results import StudyResults
-from sweeper.reporting.study_progress import (
-    OPEN,
-    StudyProgress,
-    StudyView,
-    TrialProgress,
-    format_scalar,
-)
+from sweeper.reporting.study_progress import StudyProgress, StudyView, TrialProgress, format_scalar
 from sweeper.reporting.text_table import duration
 from sweeper.reporting.verdict import judge
 
@@ -52,7 +48,7 @@ STYLES = {
 
 
 class PlainView:
-    """One line an event: for logs, pipes and NO_COLOR."""
+    """A view that prints one line per event, for logs, pipes and NO_COLOR."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -64,40 +60,40 @@ class PlainView:
         pass
 
     def event(self, text: str) -> None:
-        """See View."""
-        line = f"{time.strftime('%H:%M:%S')}  {text}"
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Print an event with the time of day."""
+        say(self._console, f"{time.strftime('%H:%M:%S')}  {text}")
 
     def update(self, board: StudyProgress) -> None:
-        """See View."""
+        """Draw nothing: plain output has no table."""
 
 
 class QuietView(PlainView):
-    """Nothing until the answer."""
+    """A view that prints nothing before the verdict."""
 
     def event(self, text: str) -> None:
-        """See View."""
+        """Print nothing."""
 
 
 class VerboseView(PlainView):
-    """One line an event, and one an evaluation."""
+    """A view that prints one line per event and per evaluation."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._shown: dict[str, float] = {}
 
     def update(self, board: StudyProgress) -> None:
-        """See View."""
+        """Print the evaluations that are new since the last update."""
         for trial in board.current():
             if trial.value is None or trial.state != "running":
                 continue
+            # The driver updates several times per evaluation.
             if self._shown.get(trial.key) != trial.value:
                 self._shown[trial.key] = trial.value
                 self.event(_evaluation(trial, board))
 
 
 class LiveView(PlainView):
-    """The same lines, and under them a table that is drawn again while it changes."""
+    """A view that prints events above a table of the running arm, refreshed four times a second."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -114,7 +110,7 @@ class LiveView(PlainView):
         self._live.stop()
 
     def update(self, board: StudyProgress) -> None:
-        """See View."""
+        """Show the given progress from the next refresh on."""
         self._board = board
 
     def _draw(self) -> Group | Text:
@@ -122,41 +118,44 @@ class LiveView(PlainView):
 
 
 def make_view(console: Console, verbosity: Verbosity = "normal") -> StudyView:
-    """The live table on a terminal with colours, plain lines everywhere else."""
+    """Return a live table for a terminal with colours, and plain lines for anything else."""
     if verbosity == "quiet":
         return QuietView(console)
     if verbosity == "verbose":
         return VerboseView(console)
+    # A live table needs cursor control, which pipes and dumb terminals lack.
     if console.is_terminal and not console.is_dumb_terminal and not console.no_color:
         return LiveView(console)
     return PlainView(console)
 
 
 def print_results(results: StudyResults, console: Console) -> None:
-    """Leaderboards, the gain of each rank, then the comparison, then the verdict in words."""
+    """Print leaderboards, gains by rank, the comparison of the arms, the terms and the verdict."""
     for arm in results.arms:
         console.print(leaderboard(arm, LEADERBOARD_ROWS).draw())
         if arm.front:
             console.print(pareto_front(arm).draw())
         if arm.audit is not None:
-            console.print(f"{arm.name}: {arm.audit}", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{arm.name}: {arm.audit}")
     for ladder in rank_ladders(results):
         console.print(rank_sheet(ladder).draw())
-        console.print(ladder.words, highlight=False, markup=False, soft_wrap=True)
+        say(console, ladder.words)
     console.print(comparison(results).draw())
     console.print(conditions(results).draw())
     if (found := finalists(results)) is not None:
         console.print(found.draw())
-    console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
+    console.print(FOOTNOTE, style="dim", highlight=False, markup=False, soft_wrap=True)
+    say(console, judge(results).text)
 
 
 def print_answer(results: StudyResults, console: Console) -> None:
-    """The verdict alone, in words."""
-    console.print(judge(results).text, highlight=False, markup=False, soft_wrap=True)
+    """Print the verdict alone."""
+    say(console, judge(results).text)
 
 
 def picture(results: StudyResults) -> str:
-    """The comparison and the verdict as SVG, for a README or a slide."""
+    """Return the comparison and the verdict as SVG, for a README or a slide."""
+    # An in-memory file keeps the recorded output off the terminal.
     console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
     console.print(comparison(results).draw())
     console.print(judge(results).words, highlight=False)
@@ -164,25 +163,26 @@ def picture(results: StudyResults) -> str:
 
 
 def board_table(board: StudyProgress) -> Group:
-    """A headline, and the running arm's trials, the newest last."""
+    """Return a headline and a table of the running arm's trials, the newest last."""
     trials = board.current()
     keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
     table = Table(box=None)
     for name in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
         table.add_column(name, justify="right" if name == "trial" else "left")
     objective = board.objective
+    # Pruning may go by another metric than the objective, and then both are shown.
     judged, valued = objective.judged_while_training, objective.metric
     best_of = "best" if judged == valued else metric_words(valued)
     for name in ("progress", "left", "tokens/s", metric_words(judged), best_of, "state"):
         table.add_column(name, justify="right")
+    # A table higher than the terminal cannot be redrawn in place.
     for trial in trials[-MAX_ROWS:]:
         table.add_row(*_cells(trial, keys, best=trial is board.best))
-    # above the table, for a title would be as narrow as its table
-    return Group(Text(_headline(board, trials), style="bold"), table)
+    # A line above the table, because rich wraps a title to the width of its table.
+    return Group(Text(_headline(board), style="bold"), table)
 
 
-def _headline(board: StudyProgress, trials: list[TrialProgress]) -> str:
-    done = sum(trial.state not in OPEN for trial in trials)
+def _headline(board: StudyProgress) -> str:
     base = "" if board.base_value is None else f"   untuned base {board.base_value:.4f}"
     best = (
         "" if board.best is None else f"   best {board.best.best:.4f} (trial {board.best.number})"
@@ -191,7 +191,7 @@ def _headline(board: StudyProgress, trials: list[TrialProgress]) -> str:
         "" if board.seconds_left is None else f"   about {duration(board.seconds_left)} left"
     )
     left = "".join(f"   {words}" for words in (board.left, board.note) if words)
-    return f"{board.arm}: {done} of {board.wanted} trials{base}{best}{time_left}{left}"
+    return f"{board.arm}: {board.done} of {board.wanted} trials{base}{best}{time_left}{left}"
 
 
 def _evaluation(trial: TrialProgress, board: StudyProgress) -> str:
@@ -204,6 +204,7 @@ def _evaluation(trial: TrialProgress, board: StudyProgress) -> str:
 
 
 def _cells(trial: TrialProgress, keys: list[str], best: bool) -> list[Text | ProgressBar]:
+    # States without an entry are failures.
     style = STYLES.get(trial.state, "red")
     running = trial.state == "running"
     bar: Text | ProgressBar = Text("")
@@ -212,6 +213,7 @@ def _cells(trial: TrialProgress, keys: list[str], best: bool) -> list[Text | Pro
     elif trial.seconds is not None:
         bar = Text(f"{trial.seconds:.0f} s")
     speed = f"{trial.tokens_per_second:,.0f}" if running and trial.tokens_per_second else ""
+    # An ended trial keeps its last progress, which is no longer of interest.
     left = trial.seconds_left() if running else None
     return [
         Text(str(trial.number)),

@@ -1,4 +1,4 @@
-"""What to try next: each step follows from figures of the study, and comes with its command."""
+"""Suggested next steps, each derived from the study's figures and given with its command."""
 
 from __future__ import annotations
 
@@ -8,35 +8,37 @@ from dataclasses import dataclass
 from sweeper.reporting.rank_ladder import RANK, rank_ladders
 from sweeper.reporting.report_evidence import Curve, ReportEvidence
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
-from sweeper.reporting.verdict import FULL, judge, label, with_override
+from sweeper.reporting.text_table import capital
+from sweeper.reporting.verdict import FULL, judge, label, searched_otherwise
 
 LARGE_GAP = 0.25
-"""Share of the improvement over the base by which eval loss may lie above training loss."""
+"""Gap of eval loss over training loss, as a share of the improvement, that indicates overfitting."""
 STILL_FALLING = 0.05
-"""Share of the improvement that the last stretch of a curve may bring if it is to be called flat."""
+"""Share of the improvement between the last two evaluations that calls for longer training."""
 FLAT = 0.02
-"""Share of the improvement that counts as having arrived."""
+"""Distance from the lowest loss, as a share of the improvement, within which a curve has converged."""
 EARLY = 0.6
-"""Share of the steps before which arriving is early."""
+"""Share of the steps within which convergence is early."""
 OFTEN = 0.25
-"""Share of an arm's trials that may run out of memory before it is worth a word."""
+"""Share of an arm's trials out of memory from which activation checkpointing is suggested."""
 
 
 @dataclass(frozen=True)
 class NextStep:
-    """Something to try: why, and what to type."""
+    """A suggestion: its reason and its command."""
 
     reason: str
     command: str
 
 
 def next_steps(results: StudyResults, evidence: ReportEvidence) -> list[NextStep]:
-    """What the figures suggest, the most pressing first; none is made up where they suggest nothing."""
+    """Return the steps that the figures suggest, the most pressing first. The list may be empty."""
     doubts = [
-        NextStep(_sentence(doubt.reason), f"python -m sweeper {doubt.command}")
+        NextStep(f"{capital(doubt.reason)}.", f"python -m sweeper {doubt.command}")
         for doubt in judge(results).doubts
     ]
     arms = [step for arm in results.arms for step in _of_arm(results, arm, evidence.curves)]
+    # Two reasons may lead to the same command. The first one is kept.
     steps = {step.command: step for step in reversed([*doubts, *_ranks(results), *arms])}
     return list(reversed(steps.values())) or list(_repeat(results))
 
@@ -49,25 +51,27 @@ def _of_arm(
     if best is None or best.value is None:
         return
     gain = arm.objective.gain(best.value, over=arm.base_value)
+    # Thresholds are shares of the improvement, which must be positive.
     if gain <= 0:
         return
     yield from _overfitting(results, arm, best, gain)
     curve = curves.get((arm.name, best.number), ())
+    # Two points do not tell whether a curve flattens.
     if len(curve) > 2:
         yield from _length(results, arm, curve, gain)
 
 
 def _ranks(results: StudyResults) -> Iterator[NextStep]:
-    """The largest rank is the best: go on. A smaller one is as good: take it."""
+    """Suggest larger ranks if the largest is best, or a smaller rank that is as good."""
     arms = {arm.name: arm for arm in results.arms}
     for ladder in rank_ladders(results):
         arm, best, enough = arms[ladder.arm], ladder.best, ladder.enough
+        # A smaller rank as good as the best needs less memory and disk space.
         if enough is not None and enough != best:
-            number = _best_at(arm, enough.r).number
             yield NextStep(
                 f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} {ladder.unit}) "
                 f"of the best rank, {best.r}, and smaller: use it.",
-                f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {number}",
+                f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {enough.trial}",
             )
         elif best == ladder.rungs[-1]:
             values = [rung.r for rung in ladder.rungs[-2:]]
@@ -82,90 +86,71 @@ def _ranks(results: StudyResults) -> Iterator[NextStep]:
 def _overfitting(
     results: StudyResults, arm: ArmResult, best: TrialResult, gain: float
 ) -> Iterator[NextStep]:
-    """Eval loss far above training loss: dropout, or fewer epochs."""
+    """Suggest dropout or fewer epochs if the eval loss is far above the training loss."""
     gap = best.metric("best/eval_minus_train_loss")
     if gap is None or gap <= LARGE_GAP * gain:
         return
     reason = (
-        f"{label(arm)}: the best trial's eval loss lies {gap:.4f} nats above its training loss, "
-        f"{gap / gain:.0%} of all it gained"
+        f"{label(arm)}: the best trial's eval loss is {gap:.4f} nats above its training loss, "
+        f"{gap / gain:.0%} of its improvement over the untuned base. It memorises training rows"
     )
+    # Full fine-tuning has no adapter whose dropout could be raised.
     if arm.method == FULL:
         epochs = float(arm.setting("training.num_train_epochs") or 1.0)
         command = _anew(results, arm, "shorter", "training.num_train_epochs", f"{epochs / 2:g}")
-        yield NextStep(f"{reason}: it learns the rows by heart; train for fewer epochs.", command)
+        yield NextStep(f"{reason}: train for fewer epochs.", command)
     else:
         command = _anew(results, arm, "dropout", "adapter.lora_dropout", "choice(0.05, 0.1)")
-        yield NextStep(
-            f"{reason}: it learns the rows by heart; try dropout, or fewer epochs.", command
-        )
+        yield NextStep(f"{reason}: try dropout, or fewer epochs.", command)
 
 
 def _length(results: StudyResults, arm: ArmResult, curve: Curve, gain: float) -> Iterator[NextStep]:
-    """Still falling at the end: train longer. Arrived early: train shorter."""
+    """Suggest longer training for a curve that still falls, or shorter for one that converged early."""
     last_step, last_loss = curve[-1]
     lowest = min(loss for _, loss in curve)
     arrived = next(step for step, loss in curve if loss <= lowest + FLAT * gain)
     limit = "training.max_steps"
     if last_loss == lowest and curve[-2][1] - last_loss > STILL_FALLING * gain:
         yield NextStep(
-            f"{label(arm)}: the best trial still gained {curve[-2][1] - last_loss:.4f} nats in its "
-            f"last stretch (step {curve[-2][0]} to {last_step}): train longer.",
+            f"{label(arm)}: the best trial's loss still fell by {curve[-2][1] - last_loss:.4f} nats "
+            f"between its last two evaluations (steps {curve[-2][0]} and {last_step}): train longer.",
             _anew(results, arm, "longer", limit, str(2 * last_step)),
         )
     elif arrived <= EARLY * last_step:
         yield NextStep(
-            f"{label(arm)}: the best trial was within {FLAT:.0%} of its gain at step {arrived} of "
-            f"{last_step}: shorter trials would leave time for more of them.",
+            f"{label(arm)}: the best trial had made all but {FLAT:.0%} of its improvement by step "
+            f"{arrived} of {last_step}: shorter trials leave time for more of them.",
             _anew(results, arm, "shorter", limit, str(arrived)),
         )
 
 
 def _memory(results: StudyResults, arm: ArmResult) -> Iterator[NextStep]:
-    """Many trials ran out of memory."""
+    """Suggest activation checkpointing if many trials ran out of memory."""
     count = sum(trial.outcome.cause == "oom" for trial in arm.trials)
+    # A single trial out of memory is what a search is expected to find.
     if count and count >= OFTEN * len(arm.trials):
         yield NextStep(
             f"{label(arm)}: {count} of {len(arm.trials)} trials ran out of memory: recompute "
-            "activations instead of keeping them.",
+            "activations instead of keeping them (activation checkpointing).",
             _anew(results, arm, "memory", "training.activation_checkpointing", "true"),
         )
 
 
 def _repeat(results: StudyResults) -> Iterator[NextStep]:
-    """Nothing else: how much of the best figure is luck?"""
+    """Suggest a second seed if no other step applies and the best configuration has one seed."""
     arm = next((arm for arm in results.arms if arm.best is not None), None)
     if arm is not None and results.seeds(arm.name) == 1:
         yield NextStep(
-            f"The figures suggest no other search. {label(arm)} was trained with one seed: train the "
-            "best configuration with another to see how much of the difference is chance.",
+            f"The results suggest no other search. {label(arm)} was trained with one seed: train the "
+            "best configuration with another one to see how much of the difference is chance.",
             f"python -m sweeper best {results.study_name} --yaml > conf/experiment/best.yaml && "
             "python -m sweeper +experiment=best seed=1",
         )
 
 
 def _anew(results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str) -> str:
-    """The study's command under a new name, with a key searched otherwise.
-
-    A schedule is every arm's, or the arms would no longer be compared fairly.
-    """
-    name = f"{results.study_name}_{suffix}"
-    command = with_override(results.command, "hydra.sweeper.study_name", name)
-    if arm.name == "lora" or key.startswith("training."):
-        command = with_override(command, key, words)
-    else:
-        where = f"hydra.sweeper.arms.{arm.name}.params"
-        command = with_override(command, where, f'{{{key}: "{words}"}}')
-    return f"python -m sweeper {command}"
-
-
-def _best_at(arm: ArmResult, rank: int) -> TrialResult:
-    return next(trial for trial in arm.trials if trial.complete and trial.point.get(RANK) == rank)
+    return f"python -m sweeper {searched_otherwise(results, arm, suffix, key, words)}"
 
 
 def _signed(gain: float | None) -> str:
     return "–" if gain is None else f"{-gain:+.4f}"
-
-
-def _sentence(reason: str) -> str:
-    return f"{reason[:1].upper()}{reason[1:]}."

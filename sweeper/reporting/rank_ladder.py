@@ -1,7 +1,7 @@
-"""Diminishing returns: what each doubling of LoRA's rank brings, and the smallest rank that will do.
+"""The gain from each doubling of LoRA's rank, and the smallest rank that is as good as the best.
 
-For each rank the best finished trial over all other settings counts: the best learning rate depends on
-the rank, so ranks at one common rate would be compared unfairly.
+Each rank is represented by its best finished trial over all other settings. The best learning rate
+depends on the rank, so a comparison at one common rate would be unfair.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ RANK = "adapter.r"
 
 @dataclass(frozen=True)
 class RankStep:
-    """One rank: its best trial, and what it gains over the next smaller rank."""
+    """One rank: its best trial, and its gain over the next smaller rank."""
 
     r: int
+    trial: int
+    """Number of the best finished trial at this rank."""
     value: float
     trials: int
-    """Finished trials at this rank; the best of many is better than the best of one by luck alone."""
+    """Finished trials at this rank. The best of many is better than the best of one by luck alone."""
     trainable: float | None
     seconds: float | None
     gain: float | None = None
-    """How much better than the next smaller rank; negative where the larger rank is worse."""
+    """Improvement over the next smaller rank. Negative if the larger rank is worse."""
     per_doubling: float | None = None
+    """Gain per doubling of the rank."""
     per_million_parameters: float | None = None
-    """Gain over added trainable parameters; None where none were added."""
+    """Gain per million added trainable parameters. None if none were added."""
     per_second: float | None = None
-    """Gain over added time of a trial; None where it took no longer."""
+    """Gain per added second of a trial. None if it took no longer."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,22 @@ class RankLadder:
     objective: Objective
     rungs: tuple[RankStep, ...]
     noise: float | None
-    """Standard deviation over seeds of the best configuration, if it was trained with several."""
+    """Standard deviation over seeds of the best configuration. None with a single seed."""
 
     @property
     def unit(self) -> str:
-        """What gains are measured in: the metric's unit, or the metric itself."""
+        """Unit of the gains: the metric's unit, or the metric itself."""
         return self.objective.unit or metric_words(self.objective.metric)
 
     @property
     def best(self) -> RankStep:
-        """The rank with the best value; the smaller of two that are equal."""
+        """The rank with the best value, or the smaller of two equal ones."""
+        # Of two equal ranks the smaller one is cheaper.
         return min(self.rungs, key=lambda rung: (self.objective.order(rung.value), rung.r))
 
     @property
     def enough(self) -> RankStep | None:
-        """The smallest rank within the noise of the best; None while the noise is unknown."""
+        """The smallest rank within the noise of the best. None if the noise is unknown."""
         if self.noise is None:
             return None
         best, noise = self.best.value, self.noise
@@ -69,19 +73,20 @@ class RankLadder:
 
     @property
     def words(self) -> str:
-        """The steps and the recommendation in words."""
+        """The gains and the recommended rank as sentences."""
         steps = " → ".join(str(rung.r) for rung in self.rungs)
         gains = ", ".join(
-            f"{rung.r}: {rung.per_doubling:+.4f}"
+            f"{rung.per_doubling:+.4f} at r={rung.r}"
             for rung in self.rungs
             if rung.per_doubling is not None
         )
-        text = f"Ranks {steps}: gain per doubling in {self.unit} {gains}{self._trend()}. "
+        text = f"Ranks {steps}: gain per doubling in {self.unit}: {gains}{self._trend()}. "
         return text + self._recommendation()
 
     def _trend(self) -> str:
-        """What the gains up to the best rank do; past it there are none."""
+        """Return text on diminishing returns up to the best rank, and on the lack of gains beyond it."""
         gains = [rung.per_doubling for rung in self.rungs if rung.per_doubling is not None]
+        # Past the best rank there are no gains that could diminish.
         climbing = gains[: self.rungs.index(self.best)]
         falling = all(after < before for before, after in itertools.pairwise(climbing))
         words = ", with diminishing returns" if len(climbing) > 1 and falling else ""
@@ -90,8 +95,8 @@ class RankLadder:
     def _recommendation(self) -> str:
         if self.noise is None or self.enough is None:
             return (
-                f"The best {metric_words(self.objective.metric)} is at r={self.best.r}; how much of "
-                "that is chance is unknown until a configuration was trained with several seeds."
+                f"The best {metric_words(self.objective.metric)} is at r={self.best.r}. How much of "
+                "that is chance is unknown until a configuration is trained with several seeds."
             )
         if self.enough == self.best:
             return f"No smaller rank comes within the noise ({self.noise:.4f}) of r={self.best.r}."
@@ -102,26 +107,28 @@ class RankLadder:
 
 
 def rank_ladders(results: StudyResults) -> list[RankLadder]:
-    """One ladder for every arm with finished trials of several ranks."""
+    """Return a ladder for every arm with finished trials of at least two ranks."""
     ladders = (rank_ladder(arm, _noise(results, arm.name)) for arm in results.arms)
     return [ladder for ladder in ladders if ladder is not None]
 
 
 def rank_ladder(arm: ArmResult, noise: float | None) -> RankLadder | None:
-    """An arm's ranks; None where fewer than two ranks have a finished trial.
+    """Return an arm's ranks, or None if fewer than two ranks have a finished trial.
 
-    Nor is there one where the rank follows from the number of trainable parameters: it then stands for
-    the target modules, and a larger one brings no parameters.
+    The result is also None if adapter.trainable_parameters sets the rank: the rank then follows from the
+    target modules, and a larger one adds no parameters.
 
     Args:
-        arm: its trials.
-        noise: standard deviation over seeds of the objective.
+        arm: the arm with its trials.
+        noise: standard deviation of the objective over seeds, or None.
     """
+    # With a fixed number of parameters a larger rank means fewer target modules.
     if equal_size(arm):
         return None
+    # Pruned trials did not see the end of their schedule and are left out.
     found: dict[int, list[TrialResult]] = {}
     for trial in arm.trials:
-        rank = trial.point.get(RANK)
+        rank = trial.params.get(RANK)
         if isinstance(rank, int | float) and trial.complete and trial.value is not None:
             found.setdefault(int(rank), []).append(trial)
     rungs: list[RankStep] = []
@@ -132,17 +139,18 @@ def rank_ladder(arm: ArmResult, noise: float | None) -> RankLadder | None:
 
 
 def rank_sheet(ladder: RankLadder) -> TextTable:
-    """The ladder as a table."""
+    """Return the ladder as a table."""
     columns = (
         *("r", "trials", metric_words(ladder.objective.metric), "trainable", "time/trial"),
         *("gain", "per doubling"),
-        *("in noise", "per 1M parameters", "per second"),
+        *("per doubling / noise", "per 1M parameters", "per second"),
     )
     rows = [_row(rung, ladder.noise) for rung in ladder.rungs]
-    return TextTable(f"{ladder.arm}: what each rank brings", columns, tuple(rows))
+    return TextTable(f"{ladder.arm}: gain by rank", columns, tuple(rows))
 
 
 def _noise(results: StudyResults, name: str) -> float | None:
+    # Seeds are only repeated for finalists, so the noise is known only for compared arms.
     for found in results.decisive:
         if found.arm == name:
             return found.noise[0]
@@ -154,10 +162,10 @@ def _noise(results: StudyResults, name: str) -> float | None:
 def _rung(
     rank: int, trials: Sequence[TrialResult], below: RankStep | None, objective: Objective
 ) -> RankStep:
-    best = trials[0]  # an arm has its trials with the best first
+    best = trials[0]  # trials of an arm are sorted with the best first
     assert best.value is not None
     trainable, seconds = best.metric("parameters/trainable"), best.metric("cost/seconds")
-    rung = RankStep(rank, best.value, len(trials), trainable, seconds)
+    rung = RankStep(rank, best.number, best.value, len(trials), trainable, seconds)
     if below is None:
         return rung
     gain = objective.gain(best.value, over=below.value)
@@ -171,7 +179,8 @@ def _rung(
 
 
 def _per(gain: float, above: float | None, below: float | None, unit: float) -> float | None:
-    """Gain over what was added; nothing is to be divided by where nothing was added."""
+    """Return the gain per added unit, or None if nothing was added."""
+    # A larger rank on fewer modules may add no parameters.
     if above is None or below is None or above <= below:
         return None
     return gain / (above - below) * unit

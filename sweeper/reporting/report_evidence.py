@@ -1,7 +1,8 @@
-"""Evidence: what a report shows beyond results.json, read from the trials' folders and the study.
+"""Report contents that results.json lacks: curves, sample answers, the data card and importances.
 
-Everything here may be missing (a folder that was cleaned up, a fake trainer, a database elsewhere);
-what is missing is None or empty, and the page says so.
+They are read from the trials' folders and from Optuna's storage. Each may be missing (a folder that
+was cleaned up, a fake trainer, a database elsewhere). Missing parts are None or empty, and the page
+says so.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.core.paths import StudyFolder
+from sweeper.core.spool import read_spool
 from sweeper.evaluation.sample_answers import SampleAnswer
 from sweeper.reporting.results import ArmResult, StudyResults
 from sweeper.search.study import open_storage, optuna_name
@@ -26,34 +28,34 @@ Curve = tuple[tuple[int, float], ...]
 
 EVALUATOR = "PED-ANOVA (optuna.importance)"
 FEWEST_TRIALS = 6
-"""With a result; below that no share is worth a bar."""
+"""Finished trials below which importances are not computed: they would be noise."""
 ABOVE_TARGET = 5
-"""Trials that Optuna's documentation wants above PED-ANOVA's target quantile."""
+"""Trials that Optuna's documentation asks for above PED-ANOVA's target quantile."""
 
 
 @dataclass(frozen=True)
 class ReportEvidence:
-    """What was read of one study."""
+    """The evidence that was found for one study."""
 
     curves: Mapping[tuple[str, int], Curve] = field(default_factory=dict)
-    """By arm and trial number."""
+    """Evaluation losses by step, under the arm's name and the trial's number."""
     samples: Mapping[str, tuple[SampleAnswer, ...]] = field(default_factory=dict)
-    """The qualitative prompts, answered by the best trial of each arm."""
+    """Answers of the best trial of each arm to the qualitative prompts."""
     data_card: str | None = None
-    """Markdown."""
+    """The data card as Markdown."""
     importances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """By arm and key; sums to one. Arms without enough trials or without a choice are left out."""
+    """Importances by arm and key, which sum to one within an arm. Arms with few trials are left out."""
 
 
 def gather(
     results: StudyResults, folder: StudyFolder, storage: optuna.storages.BaseStorage | None = None
 ) -> ReportEvidence:
-    """Read what there is of a study.
+    """Read the evidence of a study.
 
     Args:
-        results: which trials there are.
-        folder: the study's.
-        storage: Optuna's; without one the database in the study's folder, if it is there.
+        results: the study's trials.
+        folder: the study's folder.
+        storage: Optuna's storage. None reads the database in the study's folder, if there is one.
     """
     if storage is None and folder.database.exists():
         storage = open_storage(None, folder)
@@ -72,16 +74,13 @@ def gather(
 
 
 def read_curve(path: Path) -> Curve:
-    """The evaluations of a trial; a last line that is still being written is left out."""
-    if not path.exists():
-        return ()
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return tuple((int(row["step"]), float(row["eval/loss"])) for row in rows if "eval/loss" in row)
+    """Return a trial's evaluations as (step, eval loss)."""
+    rows = (row for row in read_spool(path) if "eval/loss" in row)
+    return tuple((int(row["step"]), float(row["eval/loss"])) for row in rows)
 
 
 def read_samples(folder: StudyFolder, arm: ArmResult) -> tuple[SampleAnswer, ...]:
-    """The answers of an arm's best trial."""
+    """Return the sample answers of an arm's best trial, or () if none are stored."""
     if arm.best is None:
         return ()
     path = folder.trial(arm.name, arm.best.number).samples.with_suffix(".json")
@@ -91,18 +90,22 @@ def read_samples(folder: StudyFolder, arm: ArmResult) -> tuple[SampleAnswer, ...
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """How much of the chance to be among the best each parameter decides; empty for too few trials.
+    """Return the share that each parameter has in being among the best trials, by PED-ANOVA.
 
-    The target quantile is one tenth (Optuna's default), or as much more as puts five trials above it,
-    but no more than one half.
+    The result is empty with fewer than six finished trials. The target quantile is one tenth (Optuna's
+    default), raised so that at least five trials lie above it, and at most one half.
+
+    Source: Watanabe et al. 2023, PED-ANOVA, arXiv:2304.10255.
     """
+    # A database of a cancelled study may hold running trials, which have no value.
     count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
     if count < FEWEST_TRIALS:
         return {}
+    # PED-ANOVA is Optuna's default, needs no scikit-learn and handles conditional parameters.
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(
         target_quantile=min(0.5, max(0.1, ABOVE_TARGET / count))
     )
-    with warnings.catch_warnings():  # it warns whoever names a target that low must be good
+    with warnings.catch_warnings():  # Optuna warns that the target must be minimised, which it is
         warnings.simplefilter("ignore", UserWarning)
         found = optuna.importance.get_param_importances(
             study, evaluator=evaluator, target=_first_value(study)
@@ -111,9 +114,10 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 
 def _first_value(study: optuna.Study) -> Callable[[FrozenTrial], float] | None:
-    """The objective among several values, lower being better; None where it is the only one."""
+    """Return a reader of the objective with lower as better, or None for a single objective."""
     if len(study.directions) == 1:
         return None
+    # The evaluator ranks low values as good whatever the study's direction.
     sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
     return lambda trial: sign * trial.values[0]
 
@@ -121,6 +125,7 @@ def _first_value(study: optuna.Study) -> Callable[[FrozenTrial], float] | None:
 def _importances(
     results: StudyResults, storage: optuna.storages.BaseStorage
 ) -> dict[str, dict[str, float]]:
+    # An arm that never started has no study in the storage.
     there = optuna.get_all_study_names(storage)
     names = {arm.name: optuna_name(results.study_name, arm.name) for arm in results.arms}
     found = {
@@ -132,7 +137,7 @@ def _importances(
 
 
 def _data_card(results: StudyResults, folder: StudyFolder) -> str | None:
-    """Of any trial: they are all trained on the same data."""
+    """Return the first data card that is found. All trials of a study use the same data."""
     cards = (
         folder.trial(arm.name, trial.number).data_card
         for arm in results.arms

@@ -1,4 +1,4 @@
-"""A report in any of its formats: for a terminal, a browser, a document, a program or a spreadsheet."""
+"""Reports as HTML, Markdown, JSON, CSV and SVG. The terminal's report is in live_view."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ FORMATS = get_args(Format)
 
 
 def as_html(results: Sequence[StudyResults], output_dir: Path) -> str:
-    """One page with everything, for the trials' folders under `output_dir`."""
+    """Return one HTML page for all studies. `output_dir` is the parent of the studies' folders."""
     return page([_study(found, output_dir) for found in results])
 
 
 def as_markdown(results: Sequence[StudyResults], _: Path) -> str:
-    """report.md, one after the other."""
+    """Return the studies' Markdown reports, one after the other."""
     return "\n".join(markdown_report(found, judge(found)) for found in results)
 
 
 def as_json(results: Sequence[StudyResults], _: Path) -> str:
-    """A list with results.json of each study."""
+    """Return a JSON list with the results and the verdict of each study."""
+    # Always a list, so that scripts need not know how many studies were named.
     documents = [{**to_document(r), "verdict": judge(r).document()} for r in results]
     return json.dumps(documents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def as_csv(results: Sequence[StudyResults], _: Path) -> str:
-    """One row a trial: its settings by their full keys, then its metrics; empty where it has none."""
+    """Return one CSV row per trial: its settings under their full keys, then its metrics."""
     rows = [
         {
             "study": found.study_name,
@@ -48,13 +49,14 @@ def as_csv(results: Sequence[StudyResults], _: Path) -> str:
             "value": trial.value,
             "best_step": trial.outcome.best_step,
             "steps": trial.outcome.steps,
-            **trial.point,
+            **trial.params,
             **trial.outcome.metrics,
         }
         for found in results
         for arm in found.arms
         for trial in arm.trials
     ]
+    # Arms search different keys, and a column exists for each of them.
     names = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(names), lineterminator="\n")
@@ -64,7 +66,7 @@ def as_csv(results: Sequence[StudyResults], _: Path) -> str:
 
 
 def as_svg(results: Sequence[StudyResults], _: Path) -> str:
-    """The comparison and the verdict as a picture of a terminal, for a README or a slide."""
+    """Return the comparison and the verdict as a picture of a terminal, for a README or a slide."""
     return "\n".join(picture(found) for found in results)
 
 
@@ -75,11 +77,11 @@ WRITERS: dict[str, Callable[[Sequence[StudyResults], Path], str]] = {
     "csv": as_csv,
     "svg": as_svg,
 }
-"""What a format is written by; the terminal is drawn instead (reporting.view)."""
+"""The function that writes each format. The terminal is printed by live_view instead."""
 
 
 def default_path(results: Sequence[StudyResults], output_dir: Path) -> Path:
-    """Where a page goes if nobody says: beside the study, or beside the studies."""
+    """Return the page's default path: in the study's folder, or in `output_dir` for several studies."""
     if len(results) == 1:
         return StudyFolder(output_dir / results[0].study_name).page
     return output_dir / "report.html"
@@ -91,6 +93,7 @@ def _study(results: StudyResults, output_dir: Path) -> PageStudy:
 
 
 def _cell(value: object) -> object:
-    """A text that a spreadsheet would take for a formula is marked as text."""
+    """Return a cell with an apostrophe before text that a spreadsheet would run as a formula."""
+    # Excel and LibreOffice run such cells as formulas (CSV injection).
     risky = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r")
     return f"'{value}" if risky else value

@@ -1,21 +1,22 @@
-"""The answer in tables: leaderboards, the arms' best side by side, and how each was trained."""
+"""Tables of a study's results: the arms compared, their training conditions, and leaderboards."""
 
 from __future__ import annotations
 
 from sweeper.config.settings import metric_words
 from sweeper.core.outcome import ArmBaseline
+from sweeper.reporting.glossary import terms_in
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
-from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.study_progress import format_scalar
 from sweeper.reporting.text_table import DASH, TextTable, counted, duration, number
 from sweeper.reporting.verdict import Verdict, label
 
 
 def comparison(results: StudyResults) -> TextTable:
-    """One row per untuned base and one per arm's best trial: what it reaches and what it costs.
+    """Return one row per untuned base and one per arm's best trial, with values and costs.
 
-    `vs base` is the value minus the base's: a loss that fell is negative, a ROUGE that rose positive.
-    `forgetting` is that of the loss on general text, in nats: what was forgotten is positive.
+    `change` is the value minus the untuned base's: a loss that fell is negative, a ROUGE that rose is
+    positive. `forgetting` is the same difference for the loss on general text in nats per token.
     """
     tested = {
         name: loss
@@ -25,32 +26,33 @@ def comparison(results: StudyResults) -> TextTable:
     for arm in results.arms:
         if arm.final is not None and arm.final.test_loss is not None:
             tested[arm.name] = arm.final.test_loss
-    trained = trained_by_full(results)
+    trained = float(results.arms[0].facts.base_parameters)  # full fine-tuning trains all of them
     forgot = {found.arm: found.difference.value for found in results.forgetting}
     rows = [*_base_rows(results), *(_arm_row(arm, trained, tested, forgot) for arm in results.arms)]
     columns = (
         *("method", "trainable", "of base", "of total", "fewer"),
-        *(metric_words(results.objective.metric), "vs base", "perplexity"),
+        *(metric_words(results.objective.metric), "change", "perplexity"),
         *("test loss", "forgetting", "time/trial", "memory", "artifact"),
     )
     sheet = TextTable("Arms side by side", columns, tuple(rows), frozenset({"method"}))
+    # Columns without a single value are left out.
     sheet = sheet if tested else sheet.without("test loss")
     return sheet if results.forgetting else sheet.without("forgetting")
 
 
 def conditions(results: StudyResults) -> TextTable:
-    """One row per arm: under which conditions its best trial was found, so that nobody has to ask."""
+    """Return one row per arm with the conditions under which its best trial was found."""
     columns = (
         *("method", "trials", "seeds", "weights", "compute", "optimiser", "batch"),
-        *("best rate", "of rates", "device time"),
+        *("learning rate", "rates searched", "device time"),
     )
     words = frozenset({"method", "weights", "compute", "optimiser"})
     rows = [_condition_row(results, arm) for arm in results.arms]
-    return TextTable("Under which conditions", columns, tuple(rows), words)
+    return TextTable("Training conditions", columns, tuple(rows), words)
 
 
 def finalists(results: StudyResults) -> TextTable | None:
-    """Configurations over several seeds, with the objective of each; None if there are none."""
+    """Return one row per configuration that was trained with several seeds, or None without any."""
     rows = [
         (
             label(arm),
@@ -71,37 +73,39 @@ def finalists(results: StudyResults) -> TextTable | None:
 
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
-    """An arm's trials, the best first."""
-    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.point))
-    columns = ("#", "trial", *(key.rsplit(".", 1)[-1] for key in keys))
-    columns += ("trainable", metric_words(arm.objective.metric), "time", "ended")
+    """Return an arm's trials, the best first."""
+    # Conditional keys are missing from some trials, so all trials are asked.
+    keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.params))
+    columns = ("#", "trial", *_short(keys), "trainable")
+    columns += (metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
-    title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in all"
+    title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in total"
     sheet = TextTable(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    # With adapter.trainable_parameters the count may differ from the request by up to 10 %.
     return sheet if equal_size(arm) else sheet.without("trainable")
 
 
 def pareto_front(arm: ArmResult) -> TextTable:
-    """The trials that no other beats in value and in every cost, the best value first."""
+    """Return the trials that no other trial beats in value and in every cost, the best value first."""
     front = [trial for trial in arm.trials if trial.number in arm.front]
-    keys = list(dict.fromkeys(key for trial in front for key in trial.point))
-    judged = metric_words(arm.objective.metric)
-    columns = ("trial", *(key.rsplit(".", 1)[-1] for key in keys), judged, *arm.costs)
+    keys = list(dict.fromkeys(key for trial in front for key in trial.params))
+    metric = metric_words(arm.objective.metric)
+    columns = ("trial", *_short(keys), metric, *arm.costs)
     rows = [
         (
             str(trial.number),
-            *(short_names(trial.point).get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+            *_point_cells(trial, keys),
             number(trial.value, "{:.4f}"),
             *(number(trial.metric(cost), "{:,.4g}") for cost in arm.costs),
         )
         for trial in front
     ]
-    title = f"{arm.name}: Pareto front of {judged} and {', '.join(arm.costs)}"
+    title = f"{arm.name}: Pareto front of {metric} and {', '.join(arm.costs)}"
     return TextTable(title, columns, tuple(rows), frozenset({"target_modules"}))
 
 
 def markdown_report(results: StudyResults, verdict: Verdict) -> str:
-    """report.md: the verdict, the comparison, the gain of each rank, every arm's leaderboard."""
+    """Return the text of report.md: the verdict, all tables, and the terms that they use."""
     parts = [
         f"# {results.study_name}",
         verdict.text,
@@ -120,28 +124,26 @@ def markdown_report(results: StudyResults, verdict: Verdict) -> str:
         sheet = leaderboard(arm)
         parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm.facts)}"]
         parts += [] if arm.audit is None else [f"{arm.name}: {arm.audit}."]
+    terms = terms_in("\n".join(parts))
+    parts += ["## Terms", "\n".join(f"- **{term}**: {meaning}" for term, meaning in terms)]
     return "\n\n".join(parts) + "\n"
 
 
 def describe_data(facts: ArmBaseline) -> str:
-    """Where the data came from, how much of it, and its digest."""
+    """Return the data's source, row counts, dropped rows and digest as text."""
     counts = " / ".join(f"{count:,} {name}" for name, count in facts.rows.items())
     dropped = sum(facts.dropped.values())
     reasons = ", ".join(f"{count} {why}" for why, count in facts.dropped.items() if count)
     lost = f", dropped {dropped} ({reasons})" if dropped else ""
     return (
-        f"{facts.data_source} ({facts.data_format}): {counts} rows{lost}; "
-        f"{facts.target_tokens:,} validation tokens; digest {facts.data_digest[:12]}"
+        f"{facts.data_source} ({facts.data_format}): {counts} rows{lost}, "
+        f"{facts.target_tokens:,} target tokens in validation, digest {facts.data_digest[:12]}"
     )
 
 
-def trained_by_full(results: StudyResults) -> float:
-    """How many parameters full fine-tuning trains: all of the base's, whether or not an arm does it."""
-    return float(results.arms[0].facts.base_parameters)
-
-
 def _base_rows(results: StudyResults) -> list[tuple[str, ...]]:
-    """The untuned base, once per way it is held in memory."""
+    """Return one row per precision of the untuned base: quantization changes its loss."""
+    # Arms in the same precision share their untuned base.
     bases = {arm.base: arm for arm in results.arms}
     tested = {
         arm.base: arm.final.untuned_test_loss for arm in results.arms if arm.final is not None
@@ -164,6 +166,7 @@ def _arm_row(
         return (label(arm), *([DASH] * 12))
     assert best.value is not None
     trainable = best.metric("parameters/trainable")
+    # Measured against the base without its adapter, which is what full fine-tuning trains.
     fewer = None if trainable is None or not trained else 100 * (1 - trainable / trained)
     return (
         label(arm),
@@ -188,10 +191,11 @@ def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
     micro = arm.setting("training.per_device_train_batch_size")
     accumulated = arm.setting("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
+    # An adopted arm was searched by an earlier study, whose rates are shown.
     rates = searched.values if searched is not None else arm.adopted.rates if arm.adopted else ()
     return (
         label(arm),
-        str(arm.tried) if arm.adopted is None else f"{arm.adopted.trials} of that run's search",
+        str(arm.tried) if arm.adopted is None else f"{arm.adopted.trials} in that run's search",
         str(results.seeds(arm.name)),
         _weights(arm),
         arm.facts.dtype,
@@ -204,18 +208,27 @@ def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
 
 
 def _weights(arm: ArmResult) -> str:
-    """How the weights are held: what is trained is fp32 in every arm (modeling.base)."""
+    """Return the precision of the base and of the trained weights, which are fp32 in every arm."""
     if arm.setting("adapter.method") == "none":
+        # Full fine-tuning trains all weights, which are kept in fp32 under autocast.
         return "float32"
     return f"{arm.base} + float32"
 
 
+def _short(keys: list[str]) -> list[str]:
+    return [key.rsplit(".", 1)[-1] for key in keys]
+
+
+def _point_cells(trial: TrialResult, keys: list[str]) -> list[str]:
+    point = trial.params
+    return [format_scalar(point[key]) if key in point else DASH for key in keys]
+
+
 def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ...]:
-    shown = short_names(trial.point)
     return (
         str(place),
         str(trial.number),
-        *(shown.get(key.rsplit(".", 1)[-1], DASH) for key in keys),
+        *_point_cells(trial, keys),
         number(trial.metric("parameters/trainable")),
         number(trial.value, "{:.4f}"),
         duration(trial.metric("cost/seconds")),

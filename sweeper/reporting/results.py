@@ -1,4 +1,4 @@
-"""Results: what a study's storage says, as plain values ready to be shown.
+"""Results: what a study's storage says, as plain values ready to be shown; results.json is their dump.
 
 Reads Optuna's storage and the study's folder; needs no worker, no torch and no MLflow.
 """
@@ -8,12 +8,20 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 import optuna
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from sweeper.config.settings import FairnessRules, LoraAdapter, Objective, flatten
 from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, keys
@@ -29,7 +37,12 @@ from sweeper.search.study import shown_point
 from sweeper.search.study_plan import ArmPlan
 
 FORMAT = 4
-"""Of results.json; another version's is not read."""
+"""Version of results.json. It rises only when a reader of the version before would be misled: a new key
+with a default leaves it as it is."""
+NEWER = "a newer version wrote it: read it with that version"
+DERIVED = {"format", "verdict"}
+"""Keys of results.json that readers of other programs want, and that follow from the others."""
+DERIVED_OF_ARM = {"best", "audit"}
 
 
 class SearchedRange(FrozenValue):
@@ -39,16 +52,30 @@ class SearchedRange(FrozenValue):
     continuous: bool
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """One finished trial."""
+class TrialResult(FrozenValue):
+    """One finished trial; in results.json its outcome's keys stand beside its own."""
 
-    arm: str
+    arm: str = Field(exclude=True)
     number: int
-    point: Mapping[str, Scalar]
-    outcome: Outcome
+    params: Mapping[str, Scalar]
     audited: bool = False
     """Whether the pruner would have stopped it, and it went on to find out if that was right."""
+    outcome: Outcome
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_outcome(cls, trial: dict[str, Any]) -> dict[str, Any]:
+        if "outcome" in trial:
+            return trial
+        own = trial.keys() & cls.model_fields.keys()
+        outcome = {key: value for key, value in trial.items() if key not in own}
+        return {**{key: trial[key] for key in own}, "outcome": outcome}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        outcome = fields.pop("outcome")
+        return {**fields, **outcome}
 
     @property
     def value(self) -> float | None:
@@ -59,22 +86,21 @@ class TrialResult:
     @property
     def complete(self) -> bool:
         """Whether it ran to its own end, so that it can be the best."""
-        return self.outcome.cause in ("finished", "early_stopped")
+        return STATES[self.outcome.cause].complete
 
     def metric(self, name: str) -> float | None:
         """A figure of the trial, if it has it."""
         return self.outcome.metrics.get(name)
 
 
-@dataclass(frozen=True)
-class ArmResult:
+class ArmResult(FrozenValue):
     """An arm: what it started from, and its trials, the best first."""
 
-    name: str
-    wanted: int
+    name: str = Field(exclude=True)
     method: str
     base: str
-    objective: Objective
+    n_trials: int
+    objective: Objective = Field(exclude=True)
     facts: ArmBaseline
     trials: tuple[TrialResult, ...]
     settings: Mapping[str, Any]
@@ -92,6 +118,21 @@ class ArmResult:
     adopted: BaselineRun | None = None
     """The earlier run that stands in for its search; costs and training are then that run's."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_document(cls, arm: dict[str, Any]) -> dict[str, Any]:
+        trials = [
+            {**trial, "arm": arm["name"]} if isinstance(trial, dict) else trial
+            for trial in arm["trials"]
+        ]
+        stored = {key: value for key, value in arm.items() if key not in DERIVED_OF_ARM}
+        return {**stored, "trials": trials}
+
+    @model_serializer(mode="wrap")
+    def _with_derived(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        best = None if self.best is None else self.best.number
+        return {**dump(self), "best": best, "audit": self.audit and asdict(self.audit)}
+
     @property
     def base_value(self) -> float:
         """The objective's value of the untuned base, as this arm holds it."""
@@ -100,7 +141,7 @@ class ArmResult:
     def setting(self, key: str) -> Any:
         """A setting of its best trial; of all its trials if it is not searched."""
         assert self.best is not None
-        return self.best.point.get(key, self.trained_with.get(key))
+        return self.best.params.get(key, self.trained_with.get(key))
 
     @cached_property
     def trained_with(self) -> Mapping[str, Any]:
@@ -164,15 +205,13 @@ class ArmResult:
         return sum(device_seconds(trial.outcome.spent) for trial in self.trials)
 
 
-@dataclass(frozen=True)
-class StudyResults:
-    """A study as a whole."""
+class StudyResults(FrozenValue):
+    """A study as a whole; its dump is results.json, but for the verdict."""
 
     study_name: str
     command: str
     provenance: Mapping[str, str]
     """Date, code, packages and machine of the run that wrote these results."""
-    arms: tuple[ArmResult, ...]
     fairness: FairnessRules
     contrasts: tuple[ArmContrast, ...] = ()
     """Arms against their reference on the test split, once finalists were judged on it."""
@@ -180,8 +219,30 @@ class StudyResults:
     """Arms against their untuned base on general text, once finalists were judged on it."""
     untested: str | None = None
     """Why the arms are not compared on the test split, for people."""
-    misfits: Mapping[str, MemoryShortfall] = field(default_factory=dict)
+    misfits: Mapping[str, MemoryShortfall] = Field(default_factory=dict)
     """Arms that were not run because their trainings are larger than the device, by name."""
+    arms: tuple[ArmResult, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_document(cls, results: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(results.get("arms"), dict):
+            return results
+        shared = {"objective": results["objective"]}
+        arms = [{**arm, "name": name, **shared} for name, arm in results["arms"].items()]
+        stored = {key: results[key] for key in results.keys() - DERIVED - shared.keys()}
+        return {**stored, "arms": arms}
+
+    @model_serializer(mode="wrap")
+    def _document(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        arms = zip(self.arms, fields.pop("arms"), strict=True)
+        return {
+            "format": FORMAT,
+            **fields,
+            "objective": self.objective.model_dump(mode="json"),
+            "arms": {arm.name: document for arm, document in arms},
+        }
 
     @property
     def objective(self) -> Objective:
@@ -219,11 +280,11 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
     adopted = None if stored is None else BaselineRun.model_validate(stored)
     trials = [
         TrialResult(
-            arm.name,
-            frozen.number,
-            shown_point(frozen),
-            _at_the_costs_of(adopted, Outcome.model_validate(frozen.user_attrs["outcome"])),
-            bool(frozen.user_attrs.get("audited", False)),
+            arm=arm.name,
+            number=frozen.number,
+            params=shown_point(frozen),
+            outcome=_at_the_costs_of(adopted, Outcome.model_validate(frozen.user_attrs["outcome"])),
+            audited=bool(frozen.user_attrs.get("audited", False)),
         )
         for frozen in study.get_trials(deepcopy=False)
         if frozen.state.is_finished() and "outcome" in frozen.user_attrs
@@ -234,7 +295,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
     )
     return ArmResult(
         name=arm.name,
-        wanted=arm.n_trials,
+        n_trials=arm.n_trials,
         method=_method(arm),
         base=_base_name(arm, facts),
         objective=arm.settings.objective,
@@ -257,7 +318,7 @@ def _has_all_of(count: int, points: Iterable[object]) -> bool:
 def equal_size(arm: ArmResult) -> bool:
     """Whether the arm's ranks follow from adapter.trainable_parameters."""
     key = "adapter.trainable_parameters"
-    return arm.settings.get(key) is not None or any(key in trial.point for trial in arm.trials)
+    return arm.settings.get(key) is not None or any(key in trial.params for trial in arm.trials)
 
 
 def _at_the_costs_of(adopted: BaselineRun | None, outcome: Outcome) -> Outcome:
@@ -283,7 +344,7 @@ def headline(results: StudyResults) -> tuple[dict[str, float], Point]:
         return {}, {}
     unseen = {} if arm.final is None else arm.final.metrics
     name = f"{arm.name}/{arm.best.number:04d}"
-    return {**arm.best.outcome.metrics, **unseen}, {"trial": name, **arm.best.point}
+    return {**arm.best.outcome.metrics, **unseen}, {"trial": name, **arm.best.params}
 
 
 def number_ranges(space: Space) -> dict[str, SearchedRange]:
@@ -330,13 +391,40 @@ def load_results(study_name: str, output_dir: Path) -> StudyResults:
         names = sorted(found.parent.name for found in output_dir.glob("*/results.json"))
         known = f"studies there: {', '.join(names)}" if names else "there are no studies yet"
         raise StudyError(f"no results of a study {study_name!r} under {output_dir}/; {known}")
-    document = read_json(path)
-    if document.get("format") != FORMAT:
+    return _read(path)
+
+
+def _read(path: Path) -> StudyResults:
+    try:
+        document = read_json(path)
+    except (JSONDecodeError, AssertionError):
+        raise StudyError(f"{path} holds no JSON object; {_written_again({})}") from None
+    found = document.get("format")
+    if found != FORMAT:
         raise StudyError(
-            f"{path} was written by another version of sweeper; run the study's command again: "
-            "finished trials are not trained again, and the file is written anew"
+            f"{path} is of format {found}, this version reads format {FORMAT}; "
+            + (NEWER if isinstance(found, int) and found > FORMAT else _written_again(document))
         )
-    return from_document(document)
+    try:
+        return from_document(document)
+    except (ValidationError, KeyError) as error:
+        raise StudyError(f"{path}: {_first(error)}; {_written_again(document)}") from None
+
+
+def _first(error: ValidationError | KeyError) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]}: missing"
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+
+
+def _written_again(document: Mapping[str, Any]) -> str:
+    """The command that keeps a study's answer: results.json follows from the study's storage."""
+    command = document.get("command", "THE STUDY'S COMMAND")
+    return (
+        "to keep its answer, run its command: it trains no finished trial again, and writes the file "
+        f"in this version's format: python -m sweeper {command}"
+    )
 
 
 def rank(trials: list[TrialResult], objective: Objective) -> tuple[TrialResult, ...]:
@@ -351,98 +439,14 @@ def rank(trials: list[TrialResult], objective: Objective) -> tuple[TrialResult, 
 
 
 def to_document(results: StudyResults) -> dict[str, Any]:
-    """results.json."""
-    return {
-        "format": FORMAT,
-        "study_name": results.study_name,
-        "command": results.command,
-        "provenance": dict(results.provenance),
-        "objective": results.objective.model_dump(mode="json"),
-        "fairness": results.fairness.model_dump(mode="json"),
-        "contrasts": [contrast.model_dump(mode="json") for contrast in results.contrasts],
-        "forgetting": [contrast.model_dump(mode="json") for contrast in results.forgetting],
-        "untested": results.untested,
-        "misfits": {name: found.model_dump(mode="json") for name, found in results.misfits.items()},
-        "arms": {
-            arm.name: {
-                "method": arm.method,
-                "base": arm.base,
-                "n_trials": arm.wanted,
-                "settings": dict(arm.settings),
-                "ranges": {key: found.model_dump(mode="json") for key, found in arm.ranges.items()},
-                "exhaustive": arm.exhaustive,
-                "facts": arm.facts.model_dump(mode="json"),
-                "best": None if arm.best is None else arm.best.number,
-                "costs": list(arm.costs),
-                "front": list(arm.front),
-                "adopted": None if arm.adopted is None else arm.adopted.model_dump(mode="json"),
-                "final": None if arm.final is None else arm.final.model_dump(mode="json"),
-                "audit": None if arm.audit is None else asdict(arm.audit),
-                "trials": [
-                    {
-                        "number": trial.number,
-                        "params": dict(trial.point),
-                        "audited": trial.audited,
-                        **trial.outcome.model_dump(mode="json"),
-                    }
-                    for trial in arm.trials
-                ],
-            }
-            for arm in results.arms
-        },
-    }
+    """Return what results.json holds of results, but for the verdict."""
+    return results.model_dump(mode="json")
 
 
 def from_document(document: Mapping[str, Any]) -> StudyResults:
-    """Results back from results.json."""
-    objective = Objective.model_validate(document["objective"])
-    return StudyResults(
-        study_name=document["study_name"],
-        command=document["command"],
-        provenance=document["provenance"],
-        arms=tuple(_arm(name, arm, objective) for name, arm in document["arms"].items()),
-        fairness=FairnessRules.model_validate(document["fairness"]),
-        contrasts=tuple(ArmContrast.model_validate(found) for found in document["contrasts"]),
-        forgetting=tuple(ArmContrast.model_validate(found) for found in document["forgetting"]),
-        untested=document["untested"],
-        misfits={
-            name: MemoryShortfall.model_validate(found)
-            for name, found in document["misfits"].items()
-        },
-    )
+    """Return the results that results.json holds.
 
-
-def _arm(name: str, document: Mapping[str, Any], objective: Objective) -> ArmResult:
-    fields = set(Outcome.model_fields)
-    trials = [
-        TrialResult(
-            arm=name,
-            number=trial["number"],
-            point=trial["params"],
-            outcome=Outcome.model_validate({key: trial[key] for key in fields if key in trial}),
-            audited=trial["audited"],
-        )
-        for trial in document["trials"]
-    ]
-    return ArmResult(
-        name=name,
-        wanted=document["n_trials"],
-        method=document["method"],
-        base=document["base"],
-        objective=objective,
-        facts=ArmBaseline.model_validate(document["facts"]),
-        trials=rank(trials, objective),
-        settings=document["settings"],
-        ranges={
-            key: SearchedRange.model_validate(found) for key, found in document["ranges"].items()
-        },
-        exhaustive=document["exhaustive"],
-        costs=tuple(document["costs"]),
-        front=tuple(document["front"]),
-        final=None
-        if document["final"] is None
-        else FinalistRanking.model_validate(document["final"]),
-        adopted=None
-        if document["adopted"] is None
-        else BaselineRun.model_validate(document["adopted"]),
-    )
+    Raises:
+        ValidationError: the document is not of this version's format.
+    """
+    return StudyResults.model_validate(document)

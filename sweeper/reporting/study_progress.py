@@ -1,4 +1,4 @@
-"""The board: what the driver knows of the trials of this run, for whoever draws it."""
+"""The progress of a run's trials, as the driver fills it in and a view draws it."""
 
 from __future__ import annotations
 
@@ -7,43 +7,52 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self, cast
 
 from sweeper.config.settings import Objective, metric_words
 from sweeper.config.space import Scalar
-from sweeper.core.outcome import Outcome
-
-OPEN = frozenset({"waiting", "running", "cancelled"})
-"""States of trials that are still to be trained."""
-COUNTED = frozenset({"finished", "early_stopped", "pruned"})
-COMPARABLE = COUNTED | {"running", "duplicate"}
+from sweeper.core.outcome import Cause, Outcome
+from sweeper.search.states import STATES, uses_budget
 
 
 @dataclass
 class TrialProgress:
-    """One trial as the board knows it."""
+    """The progress of one trial."""
 
     key: str
     arm: str
     number: int
     point: Mapping[str, Scalar]
-    state: str = "waiting"
+    state: Literal["waiting", "running", "paused"] | Cause = "waiting"
+    """The cause once the trial has ended."""
     step: int = 0
     total_steps: int = 0
     value: float | None = None
-    """Of the metric that pruning goes by, at the last evaluation."""
+    """The last evaluation, of the metric that pruning goes by."""
     best: float | None = None
-    """Of the objective; while the trial runs only where that is what pruning goes by."""
+    """The objective's best value. A running trial has one only if pruning goes by the objective."""
     tokens_per_second: float | None = None
     seconds: float | None = None
-    """Worker time, once it ended."""
+    """Worker time, once the trial has ended."""
+    uses_budget: bool = False
+    """True once the trial has ended as one of n_trials."""
     _since: tuple[float, int] | None = None
     """Time and step of the attempt's first progress."""
+
+    @property
+    def ended(self) -> bool:
+        """True once the trial has an outcome."""
+        return self.state in STATES
+
+    @property
+    def comparable(self) -> bool:
+        """True if the trial's best value may be compared: it has not ended, or ended well."""
+        return not self.ended or STATES[cast(Cause, self.state)].comparable
 
     def progressed(
         self, step: int, total_steps: int, tokens_per_second: float, now: float | None = None
     ) -> None:
-        """Take note of steps; `now` by time.monotonic."""
+        """Record progress. `now` is a reading of time.monotonic."""
         now = time.monotonic() if now is None else now
         if self._since is None or step < self._since[1]:  # a new attempt begins further back
             self._since = (now, step)
@@ -51,7 +60,7 @@ class TrialProgress:
         self.tokens_per_second = tokens_per_second
 
     def seconds_left(self, now: float | None = None) -> float | None:
-        """Until its last step, at the pace so far; None before there is one."""
+        """Return the seconds until the last step at the pace so far, or None before there is a pace."""
         now = time.monotonic() if now is None else now
         if self._since is None or self.step <= self._since[1]:
             return None
@@ -59,19 +68,20 @@ class TrialProgress:
         return pace * (self.total_steps - self.step)
 
     def evaluated(self, value: float, objective: Objective) -> None:
-        """Take note of an evaluation."""
+        """Record an evaluation."""
         self.value = value
         if objective.judged_while_training == objective.metric:
             self.best = value if self.best is None else min(self.best, value, key=objective.order)
 
-    def ended(self, outcome: Outcome) -> None:
-        """Take note of the end."""
+    def end(self, outcome: Outcome) -> None:
+        """Record the outcome."""
         self.state = outcome.cause
+        self.uses_budget = uses_budget(outcome)
         self.best = outcome.best_value
         self.seconds = outcome.metrics.get("cost/seconds")
 
     def summary(self, outcome: Outcome, metric: str) -> str:
-        """One line for the log: what was tried, and what it is worth by the objective's metric."""
+        """Return one line for the log: the result by the objective's metric, and the point."""
         values = ", ".join(f"{name}={value}" for name, value in short_names(self.point).items())
         value = outcome.best_value
         result = "" if value is None else f", {metric_words(metric)} {value:.4f}"
@@ -81,17 +91,17 @@ class TrialProgress:
 
 
 def short_names(point: Mapping[str, Scalar]) -> dict[str, str]:
-    """Values by the last part of their key, as short as they can be read."""
+    """Return the values as short texts, by the last part of their keys."""
     return {key.rsplit(".", 1)[-1]: format_scalar(value) for key, value in point.items()}
 
 
 def format_scalar(value: Scalar) -> str:
-    """A float with three digits, everything else as it is."""
+    """Return a float with three digits, everything else unchanged."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class StudyProgress:
-    """All trials of a run of the driver, by key, in the order they came."""
+    """All trials of a run of the driver, by key, in the order in which they were added."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -100,41 +110,50 @@ class StudyProgress:
         self.base_value: float | None = None
         self.left = ""
         self.note = ""
-        """What a person asked for while it runs: paused, stopping."""
+        """"paused" or "stopping" while a person has asked for it, else ""."""
         self.trials: dict[str, TrialProgress] = {}
 
     def open_arm(self, arm: str, wanted: int, base_value: float) -> None:
-        """From now on the trials are this arm's."""
+        """Show this arm from now on."""
         self.arm, self.wanted, self.base_value = arm, wanted, base_value
 
     def add(self, trial: TrialProgress) -> None:
-        """Show a trial."""
+        """Add a trial, or replace the one of the same key."""
         self.trials[trial.key] = trial
 
     @property
     def best(self) -> TrialProgress | None:
-        """The best of the arm that runs, among the trials that may be compared."""
-        found = [t for t in self.current() if t.best is not None and t.state in COMPARABLE]
+        """The best trial of the current arm, among those that may be compared."""
+        found = [t for t in self.current() if t.best is not None and t.comparable]
         return min(found, key=lambda trial: self.objective.order(trial.best or 0.0), default=None)
 
     @property
+    def done(self) -> int:
+        """The trials of the current arm that use up one of n_trials, as in `study show`."""
+        return sum(trial.uses_budget for trial in self.current())
+
+    @property
     def seconds_left(self) -> float | None:
-        """Of the arm that runs, by the median trial and the busy workers; None before a trial ended."""
+        """Time left for the current arm, by its median trial and busy workers.
+
+        None before a trial has ended.
+        """
         trials = self.current()
-        known = [trial.seconds for trial in trials if trial.seconds and trial.state in COUNTED]
-        left = self.wanted - sum(trial.state not in OPEN for trial in trials)
+        ended = [trial for trial in trials if trial.uses_budget and trial.comparable]
+        known = [trial.seconds for trial in ended if trial.seconds]
+        left = self.wanted - self.done
         if not known or left <= 0:
             return None
         busy = sum(trial.state == "running" for trial in trials)
         return statistics.median(known) * left / max(1, busy)
 
     def current(self) -> list[TrialProgress]:
-        """The trials of the arm that runs."""
+        """Return the trials of the current arm."""
         return [trial for trial in self.trials.values() if trial.arm == self.arm]
 
 
 class StudyView(Protocol):
-    """Draws. Used as a context manager around the whole study."""
+    """Shows a study to a person. Used as a context manager around the whole run."""
 
     def __enter__(self) -> Self: ...
 
@@ -146,7 +165,7 @@ class StudyView(Protocol):
     ) -> None: ...
 
     def event(self, text: str) -> None:
-        """Something happened that a person may want to know later."""
+        """Show a sentence that a person may want to read later."""
 
     def update(self, board: StudyProgress) -> None:
-        """The board changed."""
+        """Show the board's new state."""

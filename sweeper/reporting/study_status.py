@@ -1,7 +1,7 @@
-"""Where a study stands: what its driver writes down every few seconds for whoever asks.
+"""The status of a study, which its driver writes every few seconds.
 
 One small file, so that a look at a study needs neither its database nor an answer of its driver.
-Imported by the verbs: knows no Optuna (sweeper.driver.arm_status fills in what a storage says).
+Imports no Optuna, because the verbs read it. sweeper.driver.arm_status adds what the storage says.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sweeper.core.value import FrozenValue
 from sweeper.reporting.study_progress import TrialProgress
 
 LOOK_SECONDS = 0.2
-"""How long a look at the lock waits for another look."""
+"""Seconds that a look at the lock waits for another look."""
 
-StudyState = Literal[
+StudyPhase = Literal[
     "starting", "running", "paused", "stopping", "finished", "stopped", "failed", "killed"
 ]
-ENDED: tuple[StudyState, ...] = ("finished", "stopped", "failed", "killed")
+ENDED: tuple[StudyPhase, ...] = ("finished", "stopped", "failed", "killed")
 
 
 class TrialStatus(FrozenValue):
-    """One trial at a glance."""
+    """The status of one trial."""
 
     trial: str
     """lora/0007."""
@@ -37,48 +37,48 @@ class TrialStatus(FrozenValue):
     step: int = 0
     total_steps: int = 0
     value: float | None = None
-    """Of the objective: the best so far where pruning goes by it, else of what pruning goes by."""
+    """The objective's best value so far, or the last value of the metric that pruning goes by."""
 
 
 class ArmStatus(FrozenValue):
-    """One arm at a glance."""
+    """The status of one arm."""
 
     name: str
     wanted: int
     done: int
-    """Trials that use up one of those wanted."""
+    """The number of trials that use budget (one of n_trials)."""
     trials: dict[str, int]
-    """How many ended for which cause."""
+    """The number of ended trials by cause."""
     best: TrialStatus | None
     queue: tuple[dict[str, Scalar], ...]
-    """What is tried before the sampler chooses, in this order."""
+    """The points that are tried before the sampler chooses, in this order."""
 
 
 class StudyStatus(FrozenValue):
-    """A study at a glance."""
+    """The status of a study."""
 
     study_name: str
-    state: StudyState
+    state: StudyPhase
     command: str
-    """What starts it again, after `python -m sweeper`."""
+    """The arguments of `python -m sweeper` that start the study again."""
     since: str
     """Local time of the driver's start."""
     process: int
     host: str
     objective: Objective
     left: str
-    """Of the budget, in words; empty without a limit."""
+    """Remaining budget as text, or "" when there is no limit."""
     arms: tuple[ArmStatus, ...]
     running: tuple[TrialStatus, ...]
 
 
 def process_of_driver() -> tuple[int, str]:
-    """Of this process: its number and its machine."""
+    """Return the number and the machine of this process."""
     return os.getpid(), socket.gethostname()
 
 
 def trial_standing(view: TrialProgress) -> TrialStatus:
-    """A trial of the board."""
+    """Return the status of a trial from its progress."""
     return TrialStatus(
         trial=view.key,
         state=view.state,
@@ -90,7 +90,7 @@ def trial_standing(view: TrialProgress) -> TrialStatus:
 
 
 def is_driven(folder: StudyFolder) -> bool:
-    """Whether a driver runs this study now: it holds the lock, on whichever machine."""
+    """Return True if a driver on any machine runs this study now, because it holds the lock."""
     if not folder.lock.exists():
         return False
     try:

@@ -1,18 +1,22 @@
-"""A table of text: drawn for a terminal by rich, or written as Markdown; and numbers as its cells."""
+"""Tables of text, drawn for a terminal by rich or written as Markdown, and the format of their cells."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from rich import box
 from rich.table import Table
+
+from sweeper.config.space import Scalar
+from sweeper.reporting.study_progress import short_names
 
 DASH = "–"
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of text; `left` names the columns that are words rather than numbers."""
+    """A table of text. Columns named in `left` hold words and are aligned left, all others right."""
 
     title: str
     columns: tuple[str, ...]
@@ -20,7 +24,7 @@ class TextTable:
     left: frozenset[str] = frozenset()
 
     def draw(self) -> Table:
-        """For a terminal."""
+        """Return the table for a terminal."""
         table = Table(
             title=self.title,
             title_justify="left",
@@ -30,6 +34,7 @@ class TextTable:
             collapse_padding=True,
         )
         for column in self.columns:
+            # no_wrap keeps each row on one line.
             left = column in self.left
             table.add_column(column, justify="left" if left else "right", no_wrap=True)
         for row in self.rows:
@@ -37,32 +42,43 @@ class TextTable:
         return table
 
     def without(self, column: str) -> TextTable:
-        """The same table with one column left out."""
+        """Return the table without one column."""
         at = self.columns.index(column)
         rows = tuple((*row[:at], *row[at + 1 :]) for row in self.rows)
         return replace(self, columns=(*self.columns[:at], *self.columns[at + 1 :]), rows=rows)
 
     def markdown(self) -> str:
-        """For a file."""
+        """Return the table as Markdown, without its title."""
         marks = [":--" if column in self.left else "--:" for column in self.columns]
         lines = [self.columns, tuple(marks), *self.rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def number(value: float | None, form: str = "{:,.0f}") -> str:
-    """A number as a cell; a dash where there is none."""
+    """Return a number as a cell, or a dash for None."""
     return DASH if value is None else form.format(value)
 
 
 def counted(count: float, noun: str) -> str:
-    """1 trial, 2 trials."""
+    """Return a count with its noun: 1 trial, 2 trials."""
     return f"{count:,.0f} {noun}" + "s" * (count != 1)
 
 
+def capital(words: str) -> str:
+    """The words with a capital first letter; the others stay as they are."""
+    return words[:1].upper() + words[1:]
+
+
+def point_words(point: Mapping[str, Scalar]) -> str:
+    """A point's values by their short names: learning_rate=0.003, r=8."""
+    return ", ".join(f"{name}={value}" for name, value in short_names(point).items())
+
+
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours as a cell."""
+    """Return a duration as a cell in seconds, minutes or hours, or a dash for None."""
     if seconds is None:
         return DASH
+    # Up to two minutes, seconds are shown: 100 s says more than 1.7 min.
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = seconds / 60

@@ -1,4 +1,7 @@
-"""The verdict's figures as metrics of the study's run, under names that stay."""
+"""The verdict's figures as metrics of the study's MLflow run.
+
+Users' dashboards query these names, so they never change.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,25 @@ from sweeper.reporting.verdict import ArmComparison, ArmSide, Verdict, judge
 
 
 def study_figures(results: StudyResults) -> tuple[dict[str, float], Point]:
-    """What a study's own run shows: its best trial's figures and point, and the verdict's figures."""
+    """Return the metrics and the best trial's parameters for the study's own run."""
     figures, best = headline(results)
     verdict = verdict_metrics(judge(results)) if results.arms else {}
     return {**figures, **verdict}, best
 
 
 def verdict_metrics(verdict: Verdict) -> dict[str, float]:
-    """Every figure of the verdict that no trial's run has: of each arm, and against its reference.
+    """Return the verdict's figures by metric name, without those that were not measured.
 
-    `verdict/lora/retained_percent` and its `_low` and `_high` (95 %), `verdict/lora/difference` (value
-    minus the reference's), `verdict/lora/time_ratio` and so on; `test/lora/loss`.
+    Examples: `test/lora/loss`, `verdict/lora/difference` (the arm's value minus its reference's),
+    `verdict/lora/time_ratio`, and `verdict/lora/retained_percent` with the ends of its 95 % interval
+    under the suffixes `_low` and `_high`.
     """
     found: dict[str, float | None] = {}
     for side in verdict.sides:
         found |= dict(_of_side(side))
     for duel in verdict.duels:
         found |= dict(_of_duel(duel))
+    # MLflow rejects None.
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -40,17 +45,17 @@ def _of_side(side: ArmSide) -> Iterator[tuple[str, float | None]]:
 
 
 def _of_duel(duel: ArmComparison) -> Iterator[tuple[str, float | None]]:
-    at, side, reference = f"verdict/{duel.side.arm}", duel.side, duel.reference
+    at, ratios = f"verdict/{duel.side.arm}", duel.cost_ratios
     yield f"{at}/compared_value", duel.values[0]
     yield f"{at}/reference_value", duel.values[1]
     yield from _estimate(f"{at}/difference", duel.difference)
     yield from _estimate(f"{at}/retained_percent", duel.retained)
     yield f"{at}/noise", duel.noise[0]
     yield f"{at}/reference_noise", duel.noise[1]
-    yield f"{at}/trainable_ratio", _ratio(side.trainable, reference.trainable)
-    yield f"{at}/time_ratio", _ratio(side.seconds_per_trial, reference.seconds_per_trial)
-    yield f"{at}/memory_ratio", _ratio(side.peak_memory_mib, reference.peak_memory_mib)
-    yield f"{at}/artifact_ratio", _ratio(side.artifact_mib, reference.artifact_mib)
+    yield f"{at}/trainable_ratio", ratios.trainable
+    yield f"{at}/time_ratio", ratios.time
+    yield f"{at}/memory_ratio", ratios.memory
+    yield f"{at}/artifact_ratio", ratios.artifact
 
 
 def _estimate(name: str, found: IntervalEstimate | None) -> Iterator[tuple[str, float | None]]:
@@ -58,7 +63,3 @@ def _estimate(name: str, found: IntervalEstimate | None) -> Iterator[tuple[str, 
         yield name, found.value
         yield f"{name}_low", found.low
         yield f"{name}_high", found.high
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None

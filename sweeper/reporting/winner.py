@@ -1,6 +1,6 @@
-"""Using the winner: its experiment file, and the lines that load, serve and publish it.
+"""The winner of a study: its experiment file, and the commands that load, serve and publish it.
 
-Reads a trial's folder; loads no model.
+The module reads a trial's folder and loads no model.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ from pathlib import Path
 
 from sweeper.builtin import stand_ins
 from sweeper.config.compose import read_yaml, to_yaml
-from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, metric_words, validate
+from sweeper.config.settings import (
+    EMBEDDED,
+    LoraAdapter,
+    TrialSettings,
+    metric_words,
+    stored_settings,
+)
 from sweeper.core.errors import StudyError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
-from sweeper.reporting.study_progress import short_names
+from sweeper.reporting.text_table import point_words
 from sweeper.reporting.verdict import label
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
+"""Values that vLLM accepts as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
 
 
 @dataclass(frozen=True)
 class WinningTrial:
-    """A trial that somebody wants to use."""
+    """A trial that was chosen for use: the best one of an arm, or one chosen by number."""
 
     study_name: str
     arm: ArmResult
@@ -35,95 +41,96 @@ class WinningTrial:
 
     @cached_property
     def settings(self) -> TrialSettings:
-        """What it was trained with.
+        """Settings that the trial was trained with.
 
         Raises:
-            StudyError: its folder is gone.
-            ConfigError: it was written by a version with other settings.
+            StudyError: the trial's folder is gone.
+            ConfigError: the file was written by a version with other settings.
         """
         path = self.folder.config
         if not path.exists():
-            raise StudyError(f"{path}: no such file; the trial's folder was removed or moved")
-        return validate(TrialSettings, read_yaml(path))
+            raise StudyError(f"{path} does not exist. The trial's folder was removed or moved.")
+        return stored_settings(read_yaml(path))
 
     @cached_property
     def artifact(self) -> Path:
-        """Its adapter, or its weights.
+        """Folder of the adapter, or of the weights after full fine-tuning.
 
         Raises:
-            StudyError: it has none.
-            ArtifactError: it is not what its manifest says.
+            StudyError: nothing is stored.
+            ArtifactError: the files differ from their manifest.
         """
         if self.folder.artifact is None:
             raise StudyError(
-                f"{self.folder.path} holds neither adapter/ nor model/: they were removed when the "
-                "study ended (hydra.sweeper.retention.adapters=null keeps all), or were never stored; "
-                f"train them again with: sweeper trial {self.folder.path} --into FOLDER"
+                f"{self.folder.path} holds neither adapter/ nor model/. The weights were removed when "
+                "the study ended (hydra.sweeper.retention.adapters=null keeps all) or never stored. "
+                f"Train the trial again: sweeper trial {self.folder.path} --into FOLDER"
             )
+        # A damaged adapter would load without an error and answer badly.
         verify_manifest(self.folder.artifact)
         return self.folder.artifact
 
     @property
     def words(self) -> str:
-        """Which trial it is, and how good."""
-        point = ", ".join(
-            f"{name}={value}" for name, value in short_names(self.trial.point).items()
-        )
+        """The trial, its value and its searched settings in one line."""
         loss = (
             ""
             if self.trial.value is None
             else f", {metric_words(self.arm.objective.metric)} {self.trial.value:.4f}"
         )
+        point = point_words(self.trial.params)
         return f"{label(self.arm)} of {self.study_name}: trial {self.trial.number}{loss} ({point})"
 
 
 def find_winner(
     results: StudyResults, folder: StudyFolder, arm: str | None = None, number: int | None = None
 ) -> WinningTrial:
-    """The best trial of an arm, or the trial of a number.
+    """Return the best trial of an arm, or the trial with a given number.
 
     Args:
         results: the study.
-        folder: the study's.
-        arm: its name; the first one without.
-        number: of the trial; the best one without.
+        folder: the study's folder.
+        arm: name of the arm. None is the first one.
+        number: number of the trial. None is the best one.
 
     Raises:
-        StudyError: there is no such arm or trial; lists those that exist.
+        StudyError: there is no such arm or trial. The message lists those that exist.
     """
     arms = {found.name: found for found in results.arms}
     name = arm or results.arms[0].name
     if name not in arms:
-        raise StudyError(f"--arm {name}: no such arm; arms: {', '.join(arms)}")
+        raise StudyError(f"--arm {name}: no such arm. Known arms: {', '.join(arms)}")
     found = arms[name]
     if number is None:
         trial = found.best
-        reason = f"arm {name} has no finished trial; see `sweeper report {results.study_name}`"
+        reason = f"arm {name} has no finished trial. See: sweeper report {results.study_name}"
     else:
         trial = next((trial for trial in found.trials if trial.number == number), None)
         numbers = ", ".join(str(n) for n in sorted(trial.number for trial in found.trials))
-        reason = f"--trial {number}: no such trial in arm {name}; trials: {numbers}"
+        reason = f"--trial {number}: no such trial in arm {name}. Known trials: {numbers}"
     if trial is None:
         raise StudyError(reason)
     return WinningTrial(results.study_name, found, trial, folder.trial(name, trial.number))
 
 
 def experiment_yaml(winner: WinningTrial) -> str:
-    """The trial's whole configuration as conf/experiment/best.yaml."""
+    """Return the trial's whole configuration as the text of conf/experiment/best.yaml."""
+    # The file holds every value: a difference from today's defaults would change with the next default.
     head = (
         "# @package _global_\n"
         f"# {winner.words}.\n"
-        "# Saved as conf/experiment/best.yaml it is trained again by\n"
+        "# Save this file as conf/experiment/best.yaml and train the configuration again with\n"
         "#   python -m sweeper +experiment=best\n"
     )
     return head + to_yaml(winner.settings.model_dump(mode="json"))
 
 
 def usage(winner: WinningTrial) -> str:
-    """How to load, ask, serve, merge and publish it, as text for a terminal."""
+    """Return the commands that load, prompt, serve, merge, publish and retrain the winner."""
     path = winner.artifact.as_posix()
     parts = [winner.words, f"in {path}", _loading(winner, path)]
     name = winner.study_name
+    # The trial is named, so that the command still means it after further trials.
     which = f"{name} --arm {winner.arm.name} --trial {winner.trial.number}"
     if isinstance(winner.settings.adapter, LoraAdapter):
         parts += [
@@ -137,14 +144,15 @@ def usage(winner: WinningTrial) -> str:
         [
             *parts,
             f"Publish    hf upload YOUR_NAME/{name} {shlex.quote(path)}",
-            f"Again      python -m sweeper best {which} --yaml > conf/experiment/best.yaml\n"
+            f"Retrain    python -m sweeper best {which} --yaml > conf/experiment/best.yaml\n"
             "           python -m sweeper +experiment=best",
         ]
     )
 
 
 def base_name(settings: TrialSettings) -> str:
-    """What other programs load the base by: a hub id or a folder."""
+    """Return the name by which other programs load the base: a hub id or a folder."""
+    # The embedded base and stand-ins have no hub id, so their local folder is named.
     name = settings.model.base_model
     if name != EMBEDDED and not name.startswith(stand_ins.PREFIX):
         return name
@@ -154,13 +162,14 @@ def base_name(settings: TrialSettings) -> str:
 
 
 def _loading(winner: WinningTrial, path: str) -> str:
-    """Plain transformers and PEFT: nothing of this program is needed."""
+    """Return Python code that loads the winner with plain transformers and PEFT."""
     if not isinstance(winner.settings.adapter, LoraAdapter):
         return (
             "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f"    model = AutoModelForCausalLM.from_pretrained({path!r})\n"
             f"    tokenizer = AutoTokenizer.from_pretrained({path!r})"
         )
+    # An adapter fits only the weights that it was trained on.
     revision = winner.settings.model.revision
     pinned = "" if revision is None else f", revision={revision!r}"
     return (
@@ -173,21 +182,23 @@ def _loading(winner: WinningTrial, path: str) -> str:
 
 
 def _serving(winner: WinningTrial, path: str) -> str:
-    """vLLM's line, or why vLLM has to be given the merged model."""
+    """Return vLLM's command for the adapter, or for the merged model with the reason."""
     adapter = winner.settings.adapter
     assert isinstance(adapter, LoraAdapter)
+    # rank_pattern may give single modules a higher rank than r.
     largest = max(adapter.rank, *adapter.rank_pattern.values(), 0)
     rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    # vLLM loads plain LoRA weights only.
     reasons = {
         "DoRA": adapter.use_dora,
         "trained biases": adapter.bias != "none",
         "modules_to_save": bool(adapter.modules_to_save),
         f"ranks above {VLLM_RANKS[-1]}": rank is None,
     }
-    refused = [reason for reason, holds in reasons.items() if holds]
-    if refused:
+    unsupported = [reason for reason, holds in reasons.items() if holds]
+    if unsupported:
         return (
-            f"vllm serve merged    (after Merge below: vLLM serves no {' and no '.join(refused)})"
+            f"vllm serve merged    (after Merge below, vLLM serves no {' or '.join(unsupported)})"
         )
     return (
         f"vllm serve {shlex.quote(base_name(winner.settings))} --enable-lora "

@@ -1,1 +1,1 @@
-"""The search: what is asked, of whom, when to stop it, and what is told."""
+"""The search with Optuna: plan, spaces, samplers, pruners, storage, and the states of a trial."""

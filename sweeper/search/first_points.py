@@ -1,4 +1,4 @@
-"""What happens between opening an arm's study and asking it for the first trial."""
+"""Fill an arm's study with the points to try before its sampler chooses."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sweeper.search.warm_start import fork, winners
 def fill_study(
     study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
 ) -> list[str]:
-    """Adopt what a fork adopts, and enqueue what is to be tried first: winners, then priors.
+    """Copy the trials of a fork, and enqueue the first points: earlier winners, then priors.
 
     Returns:
-        What people should know about this search, a line each.
+        Messages about this search for the user, one line each.
 
     Raises:
         StudyMismatch: the study to be forked does not exist, or does not compare with this one.

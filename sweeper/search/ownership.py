@@ -1,8 +1,8 @@
-"""One driver a study, also where drivers in different folders or on different machines share a database.
+"""Locks that keep a study to one driver, also across folders and machines that share a database.
 
-The lock in the study's folder (`session`) keeps drivers of one folder apart. This one lies where the
-study lies: an advisory lock in PostgreSQL, a lock file beside an SQLite file. Two drivers would adopt
-each other's running trials.
+The lock in the study's folder (sweeper.commands.run_study) separates drivers of one folder. The
+locks here belong to the storage: an advisory lock in PostgreSQL, a lock file next to an SQLite
+file. Without them, two drivers on one database would reattach each other's running trials.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from sqlalchemy.pool import NullPool
 from sweeper.core.errors import StudyLocked
 
 KEEPALIVE = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
-"""The server notices within a minute that a driver's machine is gone, and frees its lock."""
+"""TCP settings with which the server notices a dead driver within a minute and frees its lock."""
 
 
 class StudyOwnership(Protocol):
     """The right to write a study."""
 
     def hold(self) -> None:
-        """Make sure that it is held; called before whatever only one driver may do.
+        """Take or keep the lock. Called before every operation that only one driver may perform.
 
         Raises:
-            StudyLocked: another driver has it.
-            OperationalError: the database is away.
+            StudyLocked: another driver holds the lock.
+            OperationalError: the database cannot be reached.
         """
 
     def release(self) -> None:
-        """Give it back; does nothing to one that is not held."""
+        """Release the lock, if it is held."""
 
 
 def make_ownership(url: str, study_name: str) -> StudyOwnership:
-    """The lock that fits a storage's URL; databases that have none are not locked."""
+    """Return the lock that fits a storage's URL, or a NullOwnership for other databases."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         return AdvisoryLock(url, study_name)
@@ -49,24 +49,25 @@ def make_ownership(url: str, study_name: str) -> StudyOwnership:
 
 
 class NullOwnership:
-    """Nothing to lock."""
+    """No lock, for storages that cannot be locked."""
 
     def hold(self) -> None:
-        """See Ownership."""
+        """See StudyOwnership."""
 
     def release(self) -> None:
-        """See Ownership."""
+        """See StudyOwnership."""
 
 
 class LockFile:
-    """Beside an SQLite file, which only processes of one machine can share."""
+    """A lock file next to an SQLite file, which only processes of one machine can share."""
 
     def __init__(self, database: str, study_name: str) -> None:
         self._study_name = study_name
+        # Not the database file itself, whose locks belong to SQLite.
         self._lock = FileLock(f"{database}.{study_name}.lock", timeout=0)
 
     def hold(self) -> None:
-        """See Ownership."""
+        """See StudyOwnership."""
         if self._lock.is_locked:
             return
         try:
@@ -75,32 +76,35 @@ class LockFile:
             raise _taken(self._study_name, "a process of this machine") from None
 
     def release(self) -> None:
-        """See Ownership."""
+        """See StudyOwnership."""
         self._lock.release()
 
 
 class AdvisoryLock:
-    """A session lock of PostgreSQL, on a connection of its own: gone when the driver is gone.
+    """A session-level advisory lock of PostgreSQL on a connection of its own.
 
-    A restart of the server, or a dropped connection, frees it; `hold` then takes it again, or finds
-    that another driver was faster.
+    The server frees the lock when the driver's connection ends, also after a restart or a network
+    failure. `hold` then takes the lock again, or reports that another driver was faster.
     """
 
     def __init__(self, url: str, study_name: str) -> None:
         self._study_name = study_name
         digest = hashlib.sha256(f"sweeper study {study_name}".encode()).digest()
+        # Advisory locks are named by a signed 64-bit integer.
         self._key = int.from_bytes(digest[:8], signed=True)
         settings = " ".join(f"-c {name}={value}" for name, value in KEEPALIVE.items())
+        # PostgreSQL cuts application names at 63 bytes.
         name = f"sweeper {socket.gethostname()} process {os.getpid()}"
         options = {"options": settings, "application_name": name[:63]}
         self._engine = create_engine(url, poolclass=NullPool, connect_args=options)
         self._connection: Connection | None = None
 
     def hold(self) -> None:
-        """See Ownership."""
+        """See StudyOwnership."""
         if self._connection is not None and self._alive(self._connection):
             return
         self.release()
+        # Without AUTOCOMMIT the connection would sit in an open transaction for the whole study.
         connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         taken = text("select pg_try_advisory_lock(:key)")
         if not connection.execute(taken, {"key": self._key}).scalar_one():
@@ -110,7 +114,7 @@ class AdvisoryLock:
         self._connection = connection
 
     def release(self) -> None:
-        """See Ownership."""
+        """See StudyOwnership."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None
@@ -123,7 +127,7 @@ class AdvisoryLock:
         return True
 
     def _holder(self, connection: Connection) -> str:
-        """Who has it, by the name that a driver gives its connection."""
+        """Return the application name of the lock's holder, which names its process and host."""
         query = text(
             "select application_name from pg_locks join pg_stat_activity using (pid) "
             "where locktype = 'advisory' and granted and objsubid = 1 "
@@ -134,6 +138,6 @@ class AdvisoryLock:
 
 def _taken(study_name: str, holder: str) -> StudyLocked:
     return StudyLocked(
-        f"study {study_name!r} of this database is already run by another driver ({holder}); wait for "
-        "it, or start another study with hydra.sweeper.study_name=NAME"
+        f"study {study_name!r} of this database is already run by another driver ({holder}). Wait "
+        "for it, or start another study with hydra.sweeper.study_name=NAME"
     )

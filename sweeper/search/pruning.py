@@ -1,9 +1,9 @@
-"""When a trial may be stopped: Optuna's pruner behind a guard that knows the schedule.
+"""Pruners that respect a trial's schedule.
 
-The step told to Optuna is the per-mille of the trial's own schedule, and the guarded pruners see fixed
-rungs of it only, so that trials are compared at the same fraction of the schedule even when its
-length is searched. Which evaluations a trial makes does not matter: its best value so far is
-interpolated between the two evaluations around a rung.
+The step reported to Optuna is the per-mille of the trial's own schedule. Guarded pruners are asked
+at fixed rungs of that schedule only, so trials are compared at the same fraction of their training
+even when its length is searched. A trial need not be evaluated exactly at a rung: its best value so
+far is interpolated linearly between the evaluations before and after the rung.
 """
 
 from __future__ import annotations
@@ -25,31 +25,39 @@ WHOLE = 1000
 
 
 class PruningGuard(Protocol):
-    """Watches one attempt of a trial."""
+    """Decides for one attempt of a trial whether the pruner may stop it."""
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
-        """Take note of an evaluation after `step` of `total_steps` optimiser steps.
+        """Record an evaluation and report it to Optuna.
+
+        Args:
+            step: optimizer steps done so far, out of `total_steps`.
+            value: the metric that pruning goes by, with the objective's sign.
 
         Returns:
-            Whether the trial should be stopped.
+            True if the trial should be stopped.
         """
 
 
 def make_pruner(settings: PrunerSettings) -> BasePruner:
-    """Optuna's pruner; when its answer counts is decided by a watch.
+    """Return the configured Optuna pruner. A PruningGuard decides when its answer counts.
 
     Raises:
-        ConfigError: Optuna has no such class, or it does not take these arguments.
+        ConfigError: Optuna has no such class, or the class does not take these arguments.
     """
     enough = settings.n_startup_trials
     match settings.name:
         case "none":
             return NopPruner()
         case "median" | "percentile":
+            # n_min_trials follows n_startup_trials: with Optuna's default of 1, the second trial
+            # at a rung would be compared with a single one.
             percentile = settings.percentile or 50.0
             return PercentilePruner(percentile, enough, n_min_trials=max(1, enough))
         case "successive_halving":
             assert settings.reduction_factor is not None
+            # The first rung is given explicitly. Optuna's "auto" derives it from the first
+            # report, which then passes several rungs at once.
             return SuccessiveHalvingPruner(settings.rungs[0], settings.reduction_factor)
         case "optuna":
             assert settings.class_name is not None
@@ -66,14 +74,14 @@ def make_watch(
     reported: Iterable[int] = (),
     measured: Sequence[tuple[int, float]] = (),
 ) -> PruningGuard:
-    """The watch over a trial.
+    """Return the guard of a trial.
 
     Args:
-        settings: which pruner decides, and where.
-        training: its warm-up decides nothing.
-        trial: what is watched.
-        reported: the steps that an earlier attempt told Optuna.
-        measured: what earlier attempts measured, as Optuna is told of it, by optimiser step.
+        settings: the configured pruner and its rungs.
+        training: settings whose warm-up must be over before a trial is pruned.
+        trial: the trial to guard.
+        reported: the steps that an earlier attempt reported to Optuna.
+        measured: earlier attempts' values in Optuna's sign, by optimizer step.
     """
     if len(trial.study.directions) > 1:
         return NullGuard()  # Optuna has no intermediate values of several objectives
@@ -83,27 +91,29 @@ def make_watch(
 
 
 def as_told(objective: Objective, value: float) -> float:
-    """What Optuna is told of a value of the metric that pruning goes by.
+    """Return a value of the pruning metric with the sign that Optuna's study expects.
 
-    An Optuna study has one direction, for intermediate values as for final ones. Where the objective
-    is better the other way (ROUGE is maximised and pruned by a loss), the value is negated: higher is
-    then better for both, and rungs, medians and the best so far need no second rule.
+    An Optuna study has one direction for intermediate and final values. Where the objective's
+    direction differs from the pruning metric's (ROUGE is maximised, the loss that prunes it is
+    minimised), the value is negated. Higher is then better for both, and rungs and medians need no
+    second rule.
     """
     return value if objective.pruning_direction == objective.direction else -value
 
 
 class NullGuard:
-    """Tells Optuna nothing and stops nobody."""
+    """A guard that reports nothing to Optuna and never stops a trial."""
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
-        """See Watch."""
+        """See PruningGuard."""
         return False
 
 
 class ContinuedTrial:
-    """What earlier attempts measured is noted before the first evaluation, and decides nothing.
+    """A guard that first replays the values of earlier attempts, without deciding on them.
 
-    Otherwise a trial whose best came before an interruption would be compared by what came after it.
+    Without the replay, a trial whose best value came before an interruption would be compared by
+    the values after the interruption only.
     """
 
     def __init__(self, watch: PruningGuard, measured: Sequence[tuple[int, float]]) -> None:
@@ -111,7 +121,7 @@ class ContinuedTrial:
         self._measured = measured
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
-        """See Watch."""
+        """See PruningGuard."""
         for earlier, then in self._measured:
             if earlier < step:  # what lies beyond the checkpoint is measured again
                 self._watch.evaluated(earlier, total_steps, then)
@@ -120,27 +130,28 @@ class ContinuedTrial:
 
 
 class OpenGuard:
-    """Every evaluation is told to Optuna, and its pruner decides alone."""
+    """A guard that reports every evaluation and always follows Optuna's pruner."""
 
     def __init__(self, trial: Trial, reported: Iterable[int]) -> None:
         self._trial = trial
         self._reported = set(reported)
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
-        """See Watch."""
+        """See PruningGuard."""
         at = permille(step, total_steps)
         if at in self._reported:
             return False
         self._reported.add(at)
+        # Optuna keeps the first value reported at a step and warns about a second one.
         self._trial.report(value, at)
         return self._trial.should_prune() and step < total_steps
 
 
 class RungGuard:
-    """The pruner is asked at every rung, and heard where the guard allows a decision.
+    """A guard that asks the pruner at every rung and follows it after warm-up only.
 
-    An evaluation may pass several rungs at once. Only the newest decides: who has caught up since an
-    older one is not stopped for it.
+    An evaluation may pass several rungs at once. Only the newest rung decides: a trial that has
+    caught up since an older rung is not stopped for it.
     """
 
     def __init__(
@@ -155,10 +166,11 @@ class RungGuard:
         self._trial = trial
         self._reported = set(reported)
         self._last: tuple[float, float] | None = None
-        """Where in the schedule the last evaluation was, and the best value until then."""
+        """Position of the last evaluation in the schedule (per-mille), and the best value until then."""
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
-        """See Watch."""
+        """See PruningGuard."""
+        # The best value so far, not the latest: the kept checkpoint is the best one.
         here = (WHOLE * step / total_steps, self._best(value))
         verdicts = [
             self._ask(rung, at)
@@ -177,33 +189,46 @@ class RungGuard:
         return max(value, self._last[1]) if maximize else min(value, self._last[1])
 
     def _ask(self, rung: int, value: float) -> bool:
-        """Always asked, even when nobody listens: successive halving takes note by being asked."""
+        """Ask Optuna's pruner. Asked even when its answer is ignored, because successive halving
+        records the rung while it answers.
+        """
         if rung in self._reported:
             return False
+        # Optuna's successive halving prunes the first trials at a rung without any competitor, so
+        # its answer counts only once enough others have passed (see _enough).
         self._reported.add(rung)
         self._trial.report(value, rung)
         return self._trial.should_prune()
 
     def _enough(self, rung: int) -> bool:
-        """Whether enough other trials have passed this rung."""
+        """Return True if enough other trials have passed this rung."""
         trials = self._trial.study.get_trials(deepcopy=False)
+        # Minus one for this trial, whose own value has just been reported.
         there = sum(rung in other.intermediate_values for other in trials) - 1
         return there >= self._settings.n_startup_trials
 
 
 def permille(step: int, total_steps: int) -> int:
-    """The fraction of the schedule that Optuna sees as a step."""
+    """Return the fraction of the schedule that Optuna sees as a step, 0 to WHOLE."""
     return round(WHOLE * step / total_steps)
 
 
 def value_at(
     rung: int, before: tuple[float, float] | None, here: tuple[float, float]
 ) -> float | None:
-    """The value at a rung on the straight line between two evaluations (per-mille, value).
+    """Return the value at a rung, interpolated linearly between two evaluations.
 
-    None if the rung is not between them; without an earlier evaluation only `here` itself counts.
+    Args:
+        rung: the position asked for, in per-mille.
+        before: (per-mille, value) of the evaluation before, or None.
+        here: (per-mille, value) of the latest evaluation.
+
+    Returns:
+        None if the rung does not lie between them. Without an earlier evaluation only `here`
+        counts.
     """
     place, value = here
+    # Less than half a per-mille apart counts as exactly at the rung.
     if abs(place - rung) < 0.5:
         return value
     if before is None or not before[0] + 0.5 <= rung < place:
@@ -212,14 +237,14 @@ def value_at(
 
 
 def may_prune(training: TrainingSettings, rung: int, step: int, total_steps: int) -> bool:
-    """Whether a decision is allowed at all: at a rung after warm-up, and before the end."""
+    """Return True if a decision is allowed: at a rung after warm-up and before the end."""
     warmup = training.warmup_length(total_steps)
     return rung * total_steps > WHOLE * warmup and step < total_steps
 
 
 def audited(settings: PrunerSettings, seed: int, trial_key: str) -> bool:
-    """Whether a trial that should be stopped goes on, to find out whether that had been wrong.
+    """Return True if a trial that the pruner would stop is kept running as an audit.
 
-    Drawn from the trial's name, so that a resumed study decides the same.
+    Drawn from the trial's name, so that a resumed study makes the same choice.
     """
     return random.Random(f"{seed}/{trial_key}").random() < settings.audit_fraction

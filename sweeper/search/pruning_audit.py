@@ -1,8 +1,8 @@
-"""How often the pruner was wrong, measured on trials that it wanted to stop and that went on.
+"""The pruner's error rate, measured on trials that ran on although the pruner would have stopped them.
 
 A *wrong kill* is an audited trial whose final value is better than the median of the trials that
-finished without being audited: it belonged to the better half after all. It is *costly* if it is
-better than the best of them: pruning would have lost the answer.
+finished without an audit. It is *costly* if it is better than the best of them: pruning would have
+lost the study's answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sweeper.config.settings import Objective
 
 @dataclass(frozen=True)
 class PruningAudit:
-    """How the audited trials of an arm ended."""
+    """Final results of an arm's audited trials, counted."""
 
     audited: int
     wrong: int
@@ -24,9 +24,9 @@ class PruningAudit:
 
     def __str__(self) -> str:
         return (
-            "pruner audit: trials that went on although they would have been pruned: "
-            f"{self.audited}; better in the end than the median of the others: {self.wrong} "
-            f"({self.wrong / self.audited:.0%}), better than the best of them: {self.costly}"
+            f"pruner audit: {self.audited} trials that the pruner would have stopped ran to their end. "
+            f"{self.wrong} of them ({self.wrong / self.audited:.0%}) beat the median of the others, "
+            f"{self.costly} beat the best"
         )
 
 
@@ -36,12 +36,12 @@ def audit(
     """Count wrong kills.
 
     Args:
-        objective: says which values are better.
+        objective: its direction says which values are better.
         finished: final values of the trials that finished and were not audited.
-        audited: final values of the audited ones.
+        audited: final values of the audited trials.
 
     Returns:
-        None without trials on both sides to compare.
+        None if either side is empty.
     """
     if not finished or not audited:
         return None

@@ -1,7 +1,4 @@
-"""A point that a person asks for: read, checked against the space, held against what was tried.
-
-Knows nothing of how the wish arrived.
-"""
+"""Points that a user requests while a study runs: read, validated and queued."""
 
 from __future__ import annotations
 
@@ -29,18 +26,19 @@ from sweeper.search.study_plan import ArmPlan
 
 
 def read_draw(arm: ArmPlan, values: Mapping[str, str], before: Point | None = None) -> Draw:
-    """The draw that leads to the given values, over those of an earlier point.
+    """Return the draw that leads to the given values, with an earlier point's values as defaults.
 
     Raises:
-        Refused: a key is not searched, a value is outside; says what is valid.
+        CommandRefused: a key is not searched, or a value lies outside its domain. The message lists
+            what is valid.
     """
     if not values and before is None:
-        raise CommandRefused(f"give at least one KEY=VALUE; searched are:\n{_valid(arm.space)}")
+        raise CommandRefused(f"give at least one KEY=VALUE. Searched keys:\n{_valid(arm.space)}")
     searched = keys(arm.space, labels=True)
     unknown = [key for key in values if key not in searched]
     if unknown:
         raise CommandRefused(
-            f"{', '.join(unknown)}: not searched in arm {arm.name}; searched are:\n"
+            f"{', '.join(unknown)}: not searched in arm {arm.name}. Searched keys:\n"
             + _valid(arm.space)
         )
     given = {key: _read(key, text, arm.space.get(key)) for key, text in values.items()}
@@ -53,15 +51,15 @@ def read_draw(arm: ArmPlan, values: Mapping[str, str], before: Point | None = No
 
 
 def earlier_point(study: optuna.Study, arm: ArmPlan, number: int) -> Point:
-    """The point of a trial.
+    """Return the point of an earlier trial.
 
     Raises:
-        Refused: there is no such trial, or its point is not drawn yet.
+        CommandRefused: there is no such trial, or its point is not drawn yet.
     """
     trials = study.get_trials(deepcopy=False)
     if number >= len(trials):
         count = f"trials 0 to {len(trials) - 1}" if trials else "no trial yet"
-        raise CommandRefused(f"arm {arm.name} has no trial {number}; it has {count}")
+        raise CommandRefused(f"arm {arm.name} has no trial {number}. It has {count}")
     point = point_of(trials[number])
     if not point:
         raise CommandRefused(
@@ -71,10 +69,10 @@ def earlier_point(study: optuna.Study, arm: ArmPlan, number: int) -> Point:
 
 
 def queue(study: optuna.Study, draw: Draw, identity: str, attributes: Mapping[str, Scalar]) -> None:
-    """Have a draw tried next, once for each command.
+    """Queue a draw as the arm's next trial. A repeated command queues nothing twice.
 
     Raises:
-        Refused: this very point was tried, is running, or waits.
+        CommandRefused: the same point was tried, is running, or is queued.
     """
     trials = study.get_trials(deepcopy=False)
     if any(trial.user_attrs.get(QUEUED_BY) == identity for trial in trials):
@@ -86,7 +84,7 @@ def queue(study: optuna.Study, draw: Draw, identity: str, attributes: Mapping[st
 
 
 def _read(key: str, text: str, domain: Domain | Branches | None) -> Scalar:
-    """One value; that of a key inside branches is checked when the branch is known."""
+    """Read one value. Keys inside branches are validated once the branch is known."""
     try:
         value = parse_domain(key, text)
     except ValueError as error:

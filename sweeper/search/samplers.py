@@ -1,6 +1,6 @@
 """Optuna's samplers by the names of conf/sampler.
 
-torch and scipy come into the driver with sampler=gp (and some classes of sampler=optuna) only.
+Only sampler=gp and some classes of sampler=optuna load torch and scipy into the driver.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from sweeper.core.errors import ConfigError
 UNFIT = dict.fromkeys(
     ("GridSampler", "BruteForceSampler"), "ends with an error when its points are used up"
 )
-"""Optuna's samplers that do not work with ask and tell; sampler=grid does what they do."""
+"""Optuna's samplers that do not work with ask and tell, each with the reason."""
 
 
 def make_sampler(settings: SamplerSettings, space: Space, n_trials: int, drawn: int) -> BaseSampler:
-    """The sampler of an arm.
+    """Return the sampler of an arm.
 
-    Its random state is not stored, so the seed moves with the number of values drawn before: a resumed
-    study would otherwise repeat its first draws.
+    A sampler's random state is not stored. The seed therefore moves with the number of values drawn
+    so far. With a fixed seed a resumed study would repeat its first draws.
 
     Raises:
-        ConfigError: Optuna has no such class, or it does not take these arguments.
+        ConfigError: Optuna has no such class, or the class does not take these arguments.
     """
+    # Counting trials instead of values would repeat a point: an orphan's values may be drawn by
+    # one run and a new trial asked by the next.
     seed = settings.seed + drawn
+    # A fifth of the trials, because Optuna's fixed default of 10 would leave a study of 12 to
+    # random search.
     startup = settings.n_startup_trials or max(4, n_trials // 5)
     match settings.name:
         case "tpe":
@@ -47,7 +51,8 @@ def make_sampler(settings: SamplerSettings, space: Space, n_trials: int, drawn: 
 
 
 def _tpe(startup: int, seed: int, group: bool) -> TPESampler:
-    """A joint model of all parameters; of each branch's parameters where there are branches."""
+    """Return a multivariate TPE sampler, grouped by branch where the space has branches."""
+    # Grouping is experimental in Optuna, so it is used only where branches need it.
     if not group:
         return TPESampler(n_startup_trials=startup, seed=seed)
     with warnings.catch_warnings():
@@ -75,16 +80,16 @@ def _by_class_name(settings: SamplerSettings, seed: int) -> BaseSampler:
 def make_by_class_name(
     module: ModuleType, class_name: str, arguments: dict[str, Any], group: str
 ) -> object:
-    """One of Optuna's own classes.
+    """Return an instance of one of Optuna's own classes.
 
     Raises:
-        ConfigError: there is none of that name, or it does not take these arguments.
+        ConfigError: there is no such class, or the class does not take these arguments.
     """
     known = sorted(name for name in module.__all__ if not name.startswith("Base"))
     names = [name for name in known if isinstance(getattr(module, name), type)]
     if class_name not in names:
         raise ConfigError(
-            [f"{group}.class_name={class_name}: no such class; valid: {', '.join(names)}"]
+            [f"{group}.class_name={class_name}: no such class. Valid: {', '.join(names)}"]
         )
     try:
         with warnings.catch_warnings():

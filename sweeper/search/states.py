@@ -1,114 +1,57 @@
-"""What happened to a trial, and what each side is told about it: one table.
+"""The one table of the ends of a trial: Optuna's state, MLflow's status, and the meaning of the end.
 
-An infeasible trial (out of memory, diverged, refused) is told as COMPLETE with the untuned base's
-value and a constraint above zero: every sampler learns from that, and no best trial is ever one of
-them. FAIL would teach nothing, and PRUNED with a constraint is ignored by the GP sampler. Feasible
-trials are told with the same constraint, below zero: the GP sampler wants it of every trial.
+Imports no Optuna, so that reports and verbs can read the table without loading it. `telling` explains
+the columns that concern Optuna.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-from optuna import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sweeper.core.outcome import Cause, Outcome
 from sweeper.tracking.tracker import RunStatus
 
-INFEASIBLE = "infeasible"
-"""The one constraint's name in Optuna's storage."""
-MAX_ATTEMPTS = 3
-"""Executions of one trial before a crash is its outcome."""
-
 
 @dataclass(frozen=True)
-class StateRow:
-    """What one cause means to Optuna, to MLflow, and to the budget."""
+class CauseRow:
+    """The meaning of one cause."""
 
-    state: TrialState
+    state: Literal["COMPLETE", "PRUNED", "FAIL"]
+    """Optuna's state, a name of optuna.trial.TrialState."""
     status: RunStatus | None
-    counts: Literal["yes", "no", "if trained"]
+    """MLflow's status, or None for trials that have no run."""
+    budget: Literal["yes", "no", "if trained"]
+    """"yes" if the trial uses up one of n_trials, "if trained" if it does after its first step."""
     infeasible: bool = False
+    """True if the point is impossible: the trial has no value of its own."""
+    complete: bool = False
+    """True if the trial ran to its own end, so that it can be the best of its arm."""
+    open: bool = False
+    """True if the trial's point is still to be trained, in a trial that continues this one."""
+
+    @property
+    def comparable(self) -> bool:
+        """True if the trial has a value of its own that others may be compared with."""
+        return self.state != "FAIL" and not self.infeasible
 
 
-STATES: dict[Cause, StateRow] = {
-    "finished": StateRow(TrialState.COMPLETE, "FINISHED", "yes"),
-    "early_stopped": StateRow(TrialState.COMPLETE, "FINISHED", "yes"),
-    "pruned": StateRow(TrialState.PRUNED, "KILLED", "yes"),
-    "oom": StateRow(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
-    "diverged": StateRow(TrialState.COMPLETE, "FAILED", "if trained", infeasible=True),
-    "refused": StateRow(TrialState.COMPLETE, None, "no", infeasible=True),
-    "duplicate": StateRow(TrialState.COMPLETE, None, "no"),
-    "error": StateRow(TrialState.FAIL, "FAILED", "no"),
-    "crash": StateRow(TrialState.FAIL, "FAILED", "yes"),
-    "timeout": StateRow(TrialState.FAIL, "FAILED", "yes"),
-    "cancelled": StateRow(TrialState.FAIL, "KILLED", "no"),
+STATES: dict[Cause, CauseRow] = {
+    "finished": CauseRow("COMPLETE", "FINISHED", "yes", complete=True),
+    "early_stopped": CauseRow("COMPLETE", "FINISHED", "yes", complete=True),
+    "pruned": CauseRow("PRUNED", "KILLED", "yes"),
+    "oom": CauseRow("COMPLETE", "FAILED", "if trained", infeasible=True),
+    "diverged": CauseRow("COMPLETE", "FAILED", "if trained", infeasible=True),
+    "refused": CauseRow("COMPLETE", None, "no", infeasible=True),
+    "duplicate": CauseRow("COMPLETE", None, "no"),
+    "error": CauseRow("FAIL", "FAILED", "no"),
+    "crash": CauseRow("FAIL", "FAILED", "yes"),
+    "timeout": CauseRow("FAIL", "FAILED", "yes"),
+    "cancelled": CauseRow("FAIL", "KILLED", "no", open=True),
 }
 
 
-def judged(outcome: Outcome, costs: Sequence[str]) -> Outcome:
-    """The outcome as it can be told: one without the values that the study compares is an error."""
-    row = STATES[outcome.cause]
-    if row.state is not TrialState.COMPLETE or row.infeasible:
-        return outcome
-    missing = [name for name in costs if name not in outcome.metrics]
-    if outcome.best_value is None:
-        message = "ended without a single evaluation"
-    elif missing:
-        known = ", ".join(sorted(outcome.metrics)) or "none"
-        message = f"has no metric {missing[0]} for hydra.sweeper.costs; its metrics: {known}"
-    else:
-        return outcome
-    return outcome.model_copy(update={"cause": "error", "message": message})
-
-
-def tell(
-    study: Study, trial: Trial, outcome: Outcome, base_value: float, costs: Sequence[str] = ()
-) -> None:
-    """Tell Optuna an outcome: attributes first, the state last, so that a crash in between is seen
-    as a trial that still runs.
-
-    Args:
-        study: the arm's study.
-        trial: as asked or adopted.
-        outcome: how it ended.
-        base_value: the untuned base's value of the objective, what an infeasible trial is worth.
-        costs: metrics of the outcome that the study minimises beside its objective.
-    """
-    row = STATES[outcome.cause]
-    trial.set_user_attr("cause", outcome.cause)
-    trial.set_user_attr("counts", _counts(row, outcome))
-    trial.set_user_attr("outcome", outcome.model_dump(mode="json"))
-    if row.state is TrialState.COMPLETE and not trial.constraints:  # else a killed driver set it
-        trial.set_constraint(INFEASIBLE, 1.0 if row.infeasible else -1.0)
-    if row.infeasible:
-        worst = [_worst(study, index) for index, _ in enumerate(costs, start=1)]
-        study.tell(trial.number, [base_value, *worst])
-    elif row.state is TrialState.COMPLETE:
-        assert outcome.best_value is not None, f"{outcome.cause} without an evaluation"
-        study.tell(trial.number, [outcome.best_value, *(outcome.metrics[name] for name in costs)])
-    else:
-        study.tell(trial.number, state=row.state)
-
-
-def feasible(trial: FrozenTrial) -> bool:
-    """Whether a finished trial has a value of its own, or was told with the untuned base's."""
-    return all(value <= 0 for value in trial.constraints.values())
-
-
-def _worst(study: Study, index: int) -> float:
-    """The highest cost seen; 0 before any, since the constraint alone rules the trial out."""
-    told = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return max((trial.values[index] for trial in told), default=0.0)
-
-
-def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial uses up one of n_trials."""
-    return bool(trial.user_attrs.get("counts", False)) and trial.state.is_finished()
-
-
-def _counts(row: StateRow, outcome: Outcome) -> bool:
-    return row.counts == "yes" or (row.counts == "if trained" and outcome.steps > 0)
+def uses_budget(outcome: Outcome) -> bool:
+    """Return True if a trial with this outcome uses up one of n_trials."""
+    budget = STATES[outcome.cause].budget
+    return budget == "yes" or (budget == "if trained" and outcome.steps > 0)

@@ -1,6 +1,6 @@
-"""Optuna's RDBStorage, patient: a call waits for a database that is away, instead of ending the study.
+"""Optuna's RDBStorage with patience: a call waits for an unreachable database instead of failing.
 
-Training goes on meanwhile; what the workers report waits in their pipes. Knows nothing of studies.
+Training continues during an outage. The workers' messages wait in their pipes.
 """
 
 from __future__ import annotations
@@ -29,19 +29,24 @@ from sweeper.search.ownership import NullOwnership, StudyOwnership, make_ownersh
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 STARTS = 10
-"""How often an empty database is opened while others make its tables."""
+"""Attempts to open an empty database while other processes create its tables."""
 PATIENCE_S = 15 * 60.0
-"""A restart takes seconds, a fail-over minutes; after that a person has to look."""
+"""Seconds to wait for the database. A restart takes seconds, a fail-over minutes. After that a person
+has to look.
+"""
 
 OUTAGES = (OperationalError, InterfaceError, PendingRollbackError)
-"""The last where a connection breaks between two statements of a call: the second's complaint that the
-transaction has to be rolled back. The next call has a new one."""
+"""SQLAlchemy errors that mean an outage.
+
+PendingRollbackError follows when a connection breaks between two statements of one call. Every call
+opens a new transaction, so a repeated call is safe.
+"""
 
 CACHED = (
     *("_create_new_trial", "_set_trial_param", "_get_best_trial_id", "_get_trials"),
     "get_trial_id_from_study_id_trial_number",
 )
-"""What Optuna's cache, which it puts before every RDBStorage, calls instead of the interface."""
+"""Methods that Optuna's cache in front of every RDBStorage calls instead of the public interface."""
 CLAIMS = frozenset({"create_new_trial", "_create_new_trial", "set_trial_state_values"})
 """Calls that only the one driver of a study may make: asking and telling."""
 
@@ -51,11 +56,11 @@ Result = TypeVar("Result")
 
 
 class KeptJournal(sqlite3.Connection):
-    """A connection whose rollback journal is overwritten, not deleted, at every commit.
+    """An SQLite connection whose rollback journal is overwritten, not deleted, at every commit.
 
-    As durable as SQLite's default, and several times faster: a commit changes no directory. Not the
-    write-ahead log: its index is shared memory, so a study on a network file system could be read on
-    the driver's machine only.
+    As durable as SQLite's default and several times faster, because a commit changes no directory.
+    The write-ahead log was rejected: its index is shared memory, so other machines could not read a
+    study on a network file system.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -63,16 +68,17 @@ class KeptJournal(sqlite3.Connection):
         self.execute("PRAGMA journal_mode = PERSIST").close()
 
 
+# Optuna's own retries cover heartbeats only, which ask and tell do not use.
 class PatientStorage(RDBStorage):
-    """RDBStorage whose public calls are repeated while the database cannot be reached.
+    """An RDBStorage whose public calls are repeated while the database cannot be reached.
 
     Raises, from its constructor and after PATIENCE_S from any call:
-        StudyError: the database is away, or cannot be opened as what the URL says.
+        StudyError: the database is unreachable, or cannot be opened as the kind its URL names.
     """
 
     def __init__(self, url: str) -> None:
         self.gave_up = False
-        """Whether a call's patience ended: a study that ends for it has no more for its last words."""
+        """True after one call's patience ran out: the final calls of the study then wait no more."""
         # a restart leaves dead connections behind
         options: dict[str, Any] = {"pool_pre_ping": True}
         if url.startswith("sqlite"):
@@ -85,8 +91,8 @@ class PatientStorage(RDBStorage):
                 break
             except ImportError as error:
                 raise StudyError(
-                    f"hydra.sweeper.storage needs a driver that is not installed ({error}); "
-                    "for postgresql+psycopg:// add it with pip install 'sweeper[postgres]'"
+                    f"hydra.sweeper.storage needs a driver that is not installed ({error}). "
+                    "Install it for postgresql+psycopg:// with pip install 'sweeper[postgres]'"
                 ) from None
             except (SQLAlchemyError, StorageInternalError) as error:
                 if not (tries_left and _was_created_meanwhile(error)):
@@ -98,10 +104,11 @@ class PatientStorage(RDBStorage):
 
     @contextmanager
     def owned(self, study_name: str) -> Iterator[None]:
-        """Be the only one who asks and tells trials of a study.
+        """Hold the ownership of the study for the duration of the block.
 
         Raises:
-            StudyLocked: another driver is; from asking and telling, if it took over in an outage.
+            StudyLocked: another driver owns the study. Asking and telling raise it too, if another
+                driver took over during an outage.
         """
         self._ownership = make_ownership(str(self.url), study_name)
         try:
@@ -112,7 +119,7 @@ class PatientStorage(RDBStorage):
             self._ownership = NullOwnership()
 
     def hold(self) -> None:
-        """Make sure that no other driver has taken over."""
+        """Verify that no other driver has taken over."""
         self._ownership.hold()
 
 
@@ -121,9 +128,10 @@ def patient(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Callable[..., Result]:
-    """A call that is repeated, with longer and longer waits, while the database is away.
+    """Return a call that is repeated with growing pauses while the database is unreachable.
 
-    A repeated call whose first try was stored after all finds the trial finished: then it is done.
+    If the first try was stored although it failed, the repeated call finds the trial finished,
+    which counts as success.
     """
 
     @functools.wraps(call)
@@ -135,6 +143,8 @@ def patient(
             try:
                 return call(*arguments, **options)
             except UpdateFinishedTrialError:
+                # A first call that finds the trial finished is a real mistake, a repeated one was
+                # stored.
                 if tries == 1 or call.__name__ != "set_trial_state_values":
                     raise
                 return True  # type: ignore[return-value]  # what set_trial_state_values answers
@@ -147,8 +157,8 @@ def patient(
                         storage.gave_up = True
                     raise StudyError(
                         f"the study's database has been away for {PATIENCE_S / 60:.0f} minutes "
-                        f"({_reason(error)}); nothing told so far is lost: bring it back and run "
-                        "the same command again"
+                        f"({_reason(error)}). Everything recorded so far is kept. Restore the "
+                        "database and run the same command again"
                     ) from None
                 if tries == 1:
                     _LOG.warning("waiting for the study's database: %s", _reason(error))
@@ -169,25 +179,26 @@ def _claiming(call: Callable[..., Result]) -> Callable[..., Result]:
 
 for _name in (*sorted(BaseStorage.__abstractmethods__), *CACHED):
     _call = getattr(RDBStorage, _name)
+    # A loop instead of thirty methods: a method that Optuna adds to the interface is covered too.
     setattr(PatientStorage, _name, patient(_claiming(_call) if _name in CLAIMS else _call))
 
 
 def _is_away(error: Exception) -> bool:
-    """Whether the database could not be reached, or refused for the moment (locked, disk full)."""
+    """Return True if the database is unreachable or temporarily refuses (locked, disk full)."""
     return isinstance(_cause(error), OUTAGES)
 
 
 def _was_created_meanwhile(error: Exception) -> bool:
-    """Whether another study was faster to make the tables: Optuna looks for them, then makes them."""
+    """Return True if another study created the tables between Optuna's look and its creation."""
     return isinstance(_cause(error), IntegrityError) or "already exists" in str(_cause(error))
 
 
 def _cause(error: Exception) -> BaseException | None:
-    """SQLAlchemy's error; Optuna wraps some."""
+    """Return SQLAlchemy's error, which Optuna sometimes wraps."""
     return error.__cause__ if isinstance(error, StorageInternalError) else error
 
 
 def _reason(error: Exception) -> str:
-    """The driver's first line; SQLAlchemy keeps passwords out of it."""
+    """Return the first line of the database driver's message. SQLAlchemy keeps passwords out of it."""
     cause = _cause(error)
     return str(cause).splitlines()[0] if str(cause) else type(cause).__name__

@@ -1,7 +1,8 @@
-"""The study: where it is stored, which question it stands for, what is asked next.
+"""The Optuna study of an arm: its storage, the question it answers, and its trials.
 
-Only the driver uses it, so there is one writer. Optuna's heartbeat is not used (it does not work with
-ask and tell): on start every RUNNING trial is an orphan of a dead driver, and is adopted.
+Only the driver uses this module, so every study has one writer. Optuna's heartbeat is not used,
+because it does not work with ask and tell. On start every RUNNING trial is an orphan of a dead
+driver and is reattached.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
-from sweeper.config.settings import TrialSettings, flatten
+from sweeper.config.settings import TrialSettings, changed_parts, flatten, stored_text
 from sweeper.config.space import (
     Choice,
     Domain,
@@ -27,17 +28,17 @@ from sweeper.config.space import (
     locate,
     walk,
 )
-from sweeper.core.errors import StudyMismatch
+from sweeper.core.errors import StudyError, StudyMismatch
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
-from sweeper.search.states import counts
 from sweeper.search.storage import PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.search.telling import counts
 
 DIGESTED = ("model.base_model", "model.revision", "data.train", "data.validation", "data.test")
-"""Settings that name things whose content has a digest; a source may be a mapping of its own."""
+"""Settings that name things whose content has a digest. A data source may be a mapping of its own."""
 WITHOUT_EFFECT = (
     "artifacts",  # what is stored beside the kept weights
     "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
@@ -54,16 +55,19 @@ WITHOUT_EFFECT = (
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
+FORMAT = 1
+"""Version of an arm's study in Optuna's storage: its attributes, and those of its trials. It rises only
+when an older program would misread them; a setting that is added is a line of ADDED_SETTINGS instead."""
 QUEUED_BY = "queued_by"
-"""Attribute of a trial that a person queued while the study ran: the command's id."""
+"""User attribute of a trial that a command queued: the command's id."""
 CLONE_OF = "clone_of"
-"""Attribute of one that was queued as a changed copy: the earlier trial's number."""
+"""User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
 DROPPED = "dropped"
-"""Attribute of a trial that a person stopped for good."""
+"""User attribute of a trial that a user stopped for good."""
 
 
 def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
-    """Optuna's storage: the given URL, or SQLite in the study's folder."""
+    """Open Optuna's storage: the given URL, or SQLite in the study's folder."""
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{folder.database}"
@@ -71,15 +75,15 @@ def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
 
 
 def share_cache(storage: RDBStorage) -> BaseStorage:
-    """A storage whose finished trials are read once, however many studies are opened on it.
+    """Return a storage that reads each finished trial once, however many studies are opened on it.
 
-    create_study and load_study put a cache of their own before an RDBStorage, empty every time.
+    create_study and load_study put an empty cache of their own in front of a bare RDBStorage.
     """
     return get_storage(storage)
 
 
 def optuna_name(study_name: str, arm: str) -> str:
-    """The name of an arm's study in Optuna's storage."""
+    """Return the name of an arm's study in Optuna's storage."""
     return f"{study_name}/{arm}"
 
 
@@ -90,6 +94,7 @@ def open_study(
 
     Raises:
         StudyMismatch: the study of this name has other spaces, settings, data or base model.
+        StudyError: a newer version stored it.
     """
     costs: list[Literal["minimize", "maximize"]] = ["minimize"] * len(plan.study.costs)
     study = optuna.create_study(
@@ -99,25 +104,44 @@ def open_study(
         pruner=make_pruner(plan.study.pruner),
         load_if_exists=True,
     )
+    require_readable(study)
     _check_question(study, plan, arm, facts)
+    # After load_if_exists, because the seed depends on the values drawn so far.
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     return study
 
 
-def drawn(study: optuna.Study) -> int:
-    """How many parameter values are stored: it grows with every draw, in whichever run it was made.
+def require_readable(study: optuna.Study) -> None:
+    """Refuse a study that a newer version stored.
 
-    The number of trials does not: a trial that was asked by a killed run may be drawn by the next.
+    Raises:
+        StudyError: names both formats, and how its answer is kept.
+    """
+    found = study.user_attrs.get("format", 1)  # the first format had no number
+    if found > FORMAT:
+        name = study.study_name.partition("/")[0]
+        raise StudyError(
+            f"study {name!r} is of format {found}, this version reads up to format {FORMAT}: continue "
+            "it with the version that stored it, or start a new study: "
+            f"hydra.sweeper.study_name={name}_2"
+        )
+
+
+def drawn(study: optuna.Study) -> int:
+    """Return the number of stored parameter values, which grows with every draw of every run.
+
+    The number of trials would not do: a trial that a killed run asked for may be drawn by the next
+    run.
     """
     return sum(len(trial.params) for trial in study.get_trials(deepcopy=False))
 
 
 def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
-    """Have draws tried before the sampler chooses, but for those tried or waiting already.
+    """Enqueue draws that are neither tried nor queued yet.
 
     Returns:
-        How many were new.
+        The number of draws that were new.
     """
     taken = [draw_of(trial) for trial in study.get_trials(deepcopy=False) if is_taken(trial)]
     new = 0
@@ -130,7 +154,8 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
 
 
 def ask(study: optuna.Study) -> Trial:
-    """The next trial: what a person queued while the study ran, then the queue, then the sampler's."""
+    """Ask for the next trial: points queued by a user first, then the queue, then the sampler."""
+    # study.ask() would take the oldest queued trial, and a prior is older than a user's request.
     waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     first = next((trial for trial in waiting if QUEUED_BY in trial.user_attrs), None)
     if first is None:
@@ -140,7 +165,7 @@ def ask(study: optuna.Study) -> Trial:
 
 
 def steering_tags(trial: BaseTrial) -> dict[str, str]:
-    """What a tracker is told of a trial that a person queued."""
+    """Return the MLflow tags of a trial that a user queued."""
     if QUEUED_BY not in trial.user_attrs:
         return {}
     number = trial.user_attrs.get(CLONE_OF)
@@ -148,40 +173,43 @@ def steering_tags(trial: BaseTrial) -> dict[str, str]:
 
 
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
-    """Have a trial's point asked once more, to be continued from where it was cancelled."""
+    """Enqueue a cancelled trial's point again, to be continued from its checkpoint."""
     suggest(trial, space)
     study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:
-    """An arm's study as it stands, if it was ever opened."""
+    """Return an arm's study, or None if it was never opened."""
     name = optuna_name(plan.study.study_name, arm.name)
     if name not in optuna.get_all_study_names(storage):
         return None
     study = optuna.load_study(study_name=name, storage=storage)
+    # A driver killed between creating the study and describing it leaves a name without content.
+    require_readable(study)
     return study if "facts" in study.user_attrs else None
 
 
 def is_taken(trial: FrozenTrial) -> bool:
-    """Whether a trial's point needs no further asking: it has a result, will have one, or must not."""
+    """Return True if a trial's point must not be proposed again."""
+    # A failed trial may be proposed again unless it trained a step or a user dropped it.
     return trial.state is not TrialState.FAIL or counts(trial) or DROPPED in trial.user_attrs
 
 
 def draw_of(trial: FrozenTrial) -> Draw:
-    """What a trial was drawn as, or what is fixed of it while it waits."""
+    """Return the parameters that were drawn, or those fixed for a trial that is still queued."""
     fixed: Draw = trial.system_attrs.get("fixed_params", {})
     return {**fixed, **trial.params}
 
 
 def first_draws(arm: ArmPlan) -> list[Draw]:
-    """What to try before the sampler chooses: the whole grid, or the known-good points in range."""
+    """Return the draws that precede the sampler's: the whole grid, or the priors inside the space."""
     if arm.sampler.name == "grid":
         return list(itertools.islice(grid(arm.space), arm.n_trials))
     return [draw for point in arm.priors if (draw := locate(arm.space, point))]
 
 
 def suggest(trial: BaseTrial, space: Space) -> Point:
-    """Draw a point; what was drawn before (by a killed driver) is returned again."""
+    """Draw a point. Values that a killed driver had drawn are returned unchanged."""
     return walk(space, lambda name, domain: _suggest(trial, name, domain))
 
 
@@ -189,25 +217,27 @@ def _suggest(trial: BaseTrial, name: str, domain: Domain) -> Scalar:
     if isinstance(domain, Choice):
         return trial.suggest_categorical(name, domain.values)
     if domain.integer:
+        # Optuna refuses step=None for integers.
         step = int(domain.step or 1)
         return trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log, step=step)
     return trial.suggest_float(name, domain.low, domain.high, log=domain.log, step=domain.step)
 
 
 def point_of(trial: FrozenTrial) -> Point:
-    """The values of the settings that a trial tried."""
+    """Return the values of the searched settings that a trial tried."""
+    # Parameters inside branches carry the branch in their names. The point has the settings' own.
     point: Point = trial.user_attrs.get("point", trial.params)
     return point
 
 
 def shown_point(trial: FrozenTrial) -> Point:
-    """The point, and the rank that followed from adapter.trainable_parameters."""
+    """Return the point with the rank that followed from adapter.trainable_parameters."""
     rank = _decided_rank(trial)
     return {**point_of(trial), **({} if rank is None else {"adapter.r": rank})}
 
 
 def settings_of(arm: ArmPlan, trial: FrozenTrial) -> TrialSettings:
-    """What a trial was trained with."""
+    """Return the settings that a trial was trained with."""
     settings: TrialSettings = arm.settings_at(point_of(trial)).trial
     return settings.with_rank(_decided_rank(trial))
 
@@ -218,24 +248,31 @@ def _decided_rank(trial: FrozenTrial) -> int | None:
 
 
 def adopt(study: optuna.Study) -> list[Trial]:
-    """Trials that a dead driver left RUNNING, as live ones."""
+    """Return the trials that a dead driver left RUNNING as trials that can be told."""
+    # Trial(study, id) is the only way to tell a trial that another process asked for. Optuna
+    # advises against it, so the version is pinned and the cases are tested.
     orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return [Trial(study, orphan._trial_id) for orphan in orphans]
 
 
 def counted(study: optuna.Study) -> int:
-    """How many of n_trials are used up."""
+    """Count the trials that use up n_trials."""
     return sum(map(counts, study.get_trials(deepcopy=False)))
 
 
 def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
-    """An earlier trial with a result, pruned ones included, at the very same point."""
+    """Return an earlier trial at exactly this point that has a result or was pruned, if any."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return next((other for other in done if point_of(other) == point), None)
 
 
 def question(plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> dict[str, str]:
-    """What an arm's study asks, part by part; not how many trials, by which sampler or package."""
+    """Return the question that an arm's study answers, part by part.
+
+    The number of trials, the sampler and package versions are not part of the question.
+    """
+    # The value under a searched key is overwritten by every trial, so it is no part of the
+    # question.
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",
@@ -248,7 +285,7 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> dict[str, str
 
 
 def settings_as_json(arm: ArmPlan) -> dict[str, str]:
-    """An arm's settings before any point is applied, but for those that change no result."""
+    """Return an arm's settings before any point is applied, without those that change no result."""
     settings = flatten(arm.settings.trial.model_dump(mode="json"))
     return {key: json.dumps(value) for key, value in settings.items() if not _is_machinery(key)}
 
@@ -261,13 +298,13 @@ def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: A
     asked = question(plan, arm, facts)
     before = study.user_attrs.get("question")
     if before is None:
+        study.set_user_attr("format", FORMAT)
         study.set_user_attr("question", asked)
         return
-    changed = [key for key in {**before, **asked} if before.get(key) != asked.get(key)]
-    if changed:
+    if changed := changed_parts(before, asked):
         name = plan.study.study_name
         lines = [
-            f"    {key}: {before.get(key, 'absent')} then, {asked.get(key, 'absent')} now"
+            f"    {key}: {stored_text(before, key) or 'absent'} then, {asked.get(key, 'absent')} now"
             for key in changed
         ]
         raise StudyMismatch(

@@ -1,6 +1,6 @@
-"""From the command line to a validated plan: which arms, which spaces, which settings for a point.
+"""The validated plan of a study: its arms, their search spaces, and the settings of any point.
 
-Everything that can be wrong without loading a model is found here, all at once.
+Every mistake that can be found without loading a model is reported here, all at once.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 
 LORA = "lora"
-"""The arm that `hydra.sweeper.params` describes."""
+"""Name of the arm that `hydra.sweeper.params` describes."""
 FULL = "full"
-"""The arm that an earlier run stands in for (baseline.run_id)."""
+"""Name of the arm that an earlier run can replace (baseline.run_id)."""
 FULL_OVERRIDES = ("adapter=none", "quantization=none")
-"""Of that arm, where the experiment has none."""
+"""Overrides of the full arm where the experiment gives none."""
 
 
 PER_TOKEN = ("eval/loss", "eval/perplexity")
-"""Metrics that depend on the tokenizer: their values of two base models do not compare."""
-_OTHER_QUESTION = "decides what is compared, so it cannot be searched; make it an arm or a study"
+"""Metrics that depend on the tokenizer, so their values do not compare across base models."""
+_OTHER_QUESTION = "decides what is compared, so it cannot be searched. Make it an arm or a study"
 _MACHINERY = "is machinery and changes no result, so it cannot be searched"
 NEVER_SEARCHED = {
-    "seed": "is never searched: the best seed is luck; repeat the best trials over seeds instead",
+    "seed": "is never searched: the best seed is luck. Repeat the best trials over seeds instead",
     **dict.fromkeys(("data", "evaluation", "objective"), _OTHER_QUESTION),
     **dict.fromkeys(
         ("space", "sampler", "pruner", "workers", "tracking", "output_dir", "dry_run"), _MACHINERY
@@ -52,7 +52,9 @@ NEVER_SEARCHED = {
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm: its own Optuna study, its own space, its own overrides on the shared experiment."""
+    """One arm of a study: a variant of the experiment with a search space and an Optuna study of its
+    own.
+    """
 
     name: str
     overrides: tuple[str, ...]
@@ -61,20 +63,22 @@ class ArmPlan:
     n_trials: int
     sampler: SamplerSettings
     settings: RunSettings
-    """The arm's settings before any point of the space is applied."""
+    """Settings of the arm before any point of the space is applied."""
     run_id: str | None = None
-    """The MLflow run whose model is judged in the place of any training."""
+    """The MLflow run whose model is judged instead of trainings."""
 
     def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
-        """The arm's overrides with a point of its space."""
+        """Return the arm's overrides followed by those of a point."""
         return [*self.overrides, *_as_overrides(point)]
 
     def settings_at(self, point: Mapping[str, Scalar]) -> RunSettings:
-        """The full settings of the trial at a point.
+        """Return the full settings of the trial at a point.
 
         Raises:
             ConfigError: the point is impossible (say, a target that the group does not have).
         """
+        # Groups are composed anew. Plain values are set on the composed config, which is 25 times
+        # faster.
         groups = {key: value for key, value in point.items() if "." not in key}
         values = {key: value for key, value in point.items() if "." in key}
         composition = compose.compose((*self.overrides, *_as_overrides(groups)))
@@ -87,37 +91,37 @@ def _as_overrides(point: Mapping[str, Scalar]) -> list[str]:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A validated study: the question, and everything needed to ask it."""
+    """A validated study: the question, and everything needed to answer it."""
 
     experiment: str
     study: StudySettings
     arms: tuple[ArmPlan, ...]
     presets: Mapping[str, str]
-    """What the groups that follow the model's size were taken as."""
+    """The presets that were chosen for groups set to `auto`, by group."""
     command: str
-    """What the user typed after `python -m sweeper`, for reports and error messages."""
+    """The user's arguments after `python -m sweeper`, for reports and error messages."""
 
     @property
     def settings(self) -> RunSettings:
-        """The settings that all arms share (output_dir, workers, tracking)."""
+        """Settings that all arms share (output_dir, workers, tracking)."""
         return self.arms[0].settings
 
     @property
     def objective(self) -> Objective:
-        """What the trials of every arm are worth."""
+        """The objective of every arm's trials."""
         return self.settings.objective
 
     @property
     def dry_run(self) -> bool:
-        """Whether the study is only to be shown."""
+        """True if the study is only to be shown."""
         return self.settings.dry_run
 
 
 def single(overrides: Sequence[str]) -> RunSettings:
-    """Validated settings of one trial.
+    """Return the validated settings of a single trial.
 
     Raises:
-        ConfigError: everything that is wrong.
+        ConfigError: names everything that is wrong.
     """
     overrides = compose.with_auto_groups(overrides)
     composition, problems = compose.compose_leniently(overrides)
@@ -128,13 +132,14 @@ def single(overrides: Sequence[str]) -> RunSettings:
 
 
 def studies(overrides: Sequence[str]) -> list[StudyPlan]:
-    """One plan per experiment named on the command line.
+    """Return one plan for each experiment named on the command line.
 
     Raises:
-        ConfigError: everything that is wrong in any of them.
+        ConfigError: names everything that is wrong in any of them.
     """
     plans: list[StudyPlan] = []
     problems: list[str] = []
+    # All experiments are validated before the first of them trains.
     for texts in compose.expand_experiments(overrides):
         try:
             plans.append(_plan(compose.with_auto_groups(texts)))
@@ -177,13 +182,13 @@ def _untracked_baseline(study: StudySettings, config: Mapping[str, Any]) -> list
     if study.baseline.run_id is None or tracked:
         return []
     return [
-        f"baseline.run_id={study.baseline.run_id}: tracking=none leaves no MLflow to find that run in; "
-        "set tracking=mlflow"
+        f"baseline.run_id={study.baseline.run_id}: tracking=none leaves no MLflow to find that run in. "
+        "Set tracking=mlflow"
     ]
 
 
 def _library_problems(study: StudySettings) -> list[str]:
-    """Whether Optuna has the named classes, and whether they take these arguments."""
+    """Return problems with Optuna classes that do not exist or do not take the given arguments."""
     problems: list[str] = []
     for make in (
         lambda: make_sampler(study.sampler, {}, study.n_trials, 0),
@@ -197,9 +202,10 @@ def _library_problems(study: StudySettings) -> list[str]:
 
 
 def _command(overrides: Sequence[str]) -> str:
-    """What to type again: the experiment first, the study's own keys last, quoted for a shell."""
+    """Return the command to repeat: experiment first, the study's keys last, quoted for a shell."""
     typed = [text for text in overrides if not text.startswith("hydra.searchpath=")]
     return shlex.join(
+        # hydra.searchpath is added by us for the user's own ./conf, so it is not repeated.
         [*sorted(typed, key=lambda text: text.lstrip("~+").startswith("hydra.")), "-m"]
     )
 
@@ -209,6 +215,7 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
         settings = RunSettings.model_validate(config)
     except ValidationError as error:
         return describe(error, RunSettings)
+    # The fake trainer reads no data, so a missing file is no mistake there.
     if settings.workers.trainer == "fake":
         return []
     return path_problems(settings.data, settings.evaluation.general_text)
@@ -219,10 +226,10 @@ def _part(key: str) -> str:
 
 
 def _given_twice(fixed: Sequence[str], swept: Mapping[str, str]) -> list[str]:
-    """Which of the two would count is nothing that anybody could guess."""
+    """Return a problem for each key given both as a value and as a search."""
     return [
-        f"{text} and {key}={swept[key]}: {key} is given twice, once as a value and once as a search; "
-        "keep one of them"
+        f"{text} and {key}={swept[key]}: {key} is given twice, once as a value and once as a search. "
+        "Keep one of them"
         for text in fixed
         if (key := compose.key_of(text)) in swept
     ]
@@ -250,8 +257,9 @@ def _has(config: Mapping[str, Any], key: str) -> bool:
 def _arms(
     study: StudySettings, fixed: Sequence[str], swept: Mapping[str, str]
 ) -> tuple[ArmPlan, ...]:
-    """The lora arm and its rivals; values of the lora arm's keys on the command line are its own."""
+    """Build the lora arm and the further arms. Command-line values of searched keys reach lora only."""
     searched = {**study.params, **swept}
+    # A learning rate given for LoRA would be ten times too high for full fine-tuning.
     own = [text for text in fixed if compose.key_of(text) in searched]
     shared = [text for text in fixed if text not in own]
     params = {key: searched[key] for key in searched if key not in set(map(compose.key_of, own))}
@@ -284,7 +292,7 @@ def _arms(
 
 
 def _rivals(study: StudySettings) -> dict[str, ArmSettings]:
-    """The arms besides the first; one that an earlier run stands in for searches nothing."""
+    """Build the further arms. An arm that an earlier run replaces has no search space."""
     if study.baseline.run_id is None:
         return study.arms
     own = study.arms.get(FULL)
@@ -293,10 +301,10 @@ def _rivals(study: StudySettings) -> dict[str, ArmSettings]:
 
 
 def _other_objectives(arms: Sequence[ArmPlan]) -> list[str]:
-    """Arms are held against each other, so one objective judges them all."""
+    """Return a problem for each arm whose objective differs: arms are compared by one objective."""
     return [
         f"arm {arm.name}: its objective ({arm.settings.objective.metric}) is not that of arm "
-        f"{arms[0].name} ({arms[0].settings.objective.metric}); set objective for all arms"
+        f"{arms[0].name} ({arms[0].settings.objective.metric}). Set the objective for all arms"
         for arm in arms
         if arm.settings.objective != arms[0].settings.objective
     ]
@@ -309,7 +317,7 @@ def _arm_sampler(sampler: SamplerSettings, name: str | None) -> SamplerSettings:
 
 
 def _without_replaced_groups(shared: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """An arm that replaces a group (adapter=none) leaves that group's values behind as well."""
+    """Drop the shared overrides of groups that an arm replaces (adapter=none drops adapter.*)."""
     replaced = {compose.key_of(text) for text in overrides}
     return [text for text in shared if _part(compose.key_of(text)) not in replaced]
 
@@ -334,13 +342,14 @@ def _arm(
         for key in sorted(decided_twice({**space, **{key: Choice((fixed[key],)) for key in fixed}}))
     ]
     if not problems:
+        # Only with a sound space: its points would repeat the same errors otherwise.
         problems += _point_problems(space, fixed, overrides)
         objective = validate(Objective, composition.config["objective"])
         problems += _incomparable_models(space, objective)
     problems += _never_searched(space)
     points = [_prior(prior, space) for prior in priors]
     if points and sampler.name == "grid":
-        problems.append("sampler=grid tries every point, so priors change nothing; set priors=[]")
+        problems.append("sampler=grid tries every point, so priors change nothing. Set priors=[]")
     count = _grid_count(space, n_trials, sampler, problems)
     if problems:
         raise ConfigError(
@@ -360,27 +369,27 @@ def _never_searched(space: Space) -> list[str]:
 
 
 def _incomparable_models(space: Space, objective: Objective) -> list[str]:
-    """Base models are searched neither by a metric of one tokenizer, nor pruned by one."""
+    """Return problems of spaces that search base models by a metric that depends on the tokenizer."""
     judges = {"metric": objective.metric, "pruning_metric": objective.judged_while_training}
     wrong = next((key for key, metric in judges.items() if metric in PER_TOKEN), None)
     if wrong is None:
         return []
     return [
-        f"{key}: cannot be searched by {judges[wrong]}, which depends on the model's tokenizer; "
-        f"searching it needs objective.{wrong}=eval/bits_per_byte"
+        f"{key}: cannot be searched by {judges[wrong]}, which depends on the model's tokenizer. "
+        f"Searching it needs objective.{wrong}=eval/bits_per_byte"
         for key in sorted(keys(space))
         if _part(key) == "model"
     ]
 
 
 def _prior(prior: Mapping[str, Any], space: Space) -> Point:
-    """A known-good point, reduced to what is searched; a fixed key keeps its fixed value."""
+    """Reduce a prior to the searched keys. A fixed key keeps its fixed value."""
     searched = keys(space, labels=True)
     return {key: value for key, value in prior.items() if key in searched}
 
 
 def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> list[str]:
-    """Try the ends of every domain, one key at a time, against the settings' own rules."""
+    """Return settings errors at the ends of every domain, one key at a time."""
     problems: list[str] = []
     for point in ({**fixed, **found} for found in list(probes(space)) or [{}]):
         values = {key: value for key, value in point.items() if "." in key}
@@ -394,7 +403,7 @@ def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> lis
 
 
 def _grid_count(space: Space, n_trials: int, sampler: SamplerSettings, problems: list[str]) -> int:
-    """A grid has only so many points; asking for more ends the arm when they are used up."""
+    """Return n_trials, limited to the number of points of a grid."""
     if sampler.name != "grid":
         return n_trials
     try:

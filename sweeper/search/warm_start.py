@@ -1,6 +1,6 @@
-"""What a study takes over from earlier ones: their winners as first points, or all that still fits.
+"""Reuse of earlier studies: their winners as first points, or all of their trials that fit (a fork).
 
-Reads the earlier study from the same output_dir (or the same storage URL) and never changes it.
+The earlier study is read from the same output_dir, or the same storage URL, and never changed.
 """
 
 from __future__ import annotations
@@ -16,35 +16,37 @@ from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from sweeper.config import compose, grammar
-from sweeper.config.settings import flatten
+from sweeper.config.settings import flatten, stored_text
 from sweeper.config.space import Draw, Point, keys, locate
 from sweeper.core.errors import StudyMismatch
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
-from sweeper.search.states import counts
+from sweeper.search.states import STATES
 from sweeper.search.study import (
     open_storage,
     optuna_name,
     point_of,
     question,
+    require_readable,
     settings_as_json,
     suggest,
 )
 from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.search.telling import counts
 
 SAME = ("objective.metric", "objective.direction", "costs", "data digest", "base model digest")
-"""Parts of the question in which a study and its fork must agree."""
+"""Parts of the question in which a study and the study it forks must agree."""
 RUNG = "completed_rung_"
-"""Optuna's name for the value with which a trial reached a rung, before the rung's number."""
+"""Prefix of Optuna's attribute for a trial's value at a rung. The rung's number follows."""
 
 
 def winners(
     plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
 ) -> tuple[list[Draw], list[str]]:
-    """The best point of each study in warm_start, as far as it lies in this arm's space.
+    """Return the best point of each study in `warm_start` that lies in this arm's space.
 
     Returns:
-        The draws to try first, and one line for people about each study.
+        The draws to try first, and one message about each study.
     """
     draws: list[Draw] = []
     words: list[str] = []
@@ -74,16 +76,16 @@ def _winner(
     if not draw:
         return None, f"its best point {_in_words(point)} lies outside this space, ignored"
     missing = {key: value for key, value in point.items() if key not in searched}
-    left_out = f"; not searched here: {_in_words(missing)}" if missing else ""
+    left_out = f" (not searched here: {_in_words(missing)})" if missing else ""
     return draw, f"its best point {_in_words(known)} is tried first{left_out}"
 
 
 def _best(study: optuna.Study) -> FrozenTrial | None:
-    """The best trial that ran to its own end, by the first objective."""
+    """Return the trial with the best first objective among those that ran to their own end."""
     done = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if trial.user_attrs.get("cause") in ("finished", "early_stopped")
+        if (cause := trial.user_attrs.get("cause")) in STATES and STATES[cause].complete
     ]
     best = max if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else min
     return best(done, key=lambda trial: trial.values[0]) if done else None
@@ -92,11 +94,11 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
 def fork(
     study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
 ) -> list[str]:
-    """Adopt the finished trials of the study `fork_of` that are valid answers to this question.
+    """Copy the finished trials of the study `fork_of` that answer this question too.
 
-    A trial is valid if the settings it was trained with equal this arm's where those are fixed, and
-    lie in this arm's space where they are searched. It is marked with the user attribute
-    `forked_from`; its folder is a link to the old one. Doing it twice adopts nothing twice.
+    A trial fits if the settings it was trained with equal this arm's where those are fixed, and lie
+    in this arm's space where they are searched. A copy carries the user attribute `forked_from`,
+    and its folder is a link to the original. A repeated call copies nothing twice.
 
     Raises:
         StudyMismatch: there is no such study, or its objective, data or base model differ.
@@ -127,7 +129,7 @@ def fork(
 def _fitting(
     trials: list[FrozenTrial], folder: StudyFolder, arm: ArmPlan
 ) -> Iterator[tuple[FrozenTrial, Point, Draw]]:
-    """Trials that this arm could have made itself, with their place in its space."""
+    """Yield the trials that this arm could have made itself, with their draw in its space."""
     unsearched = settings_as_json(arm)
     searched = keys(arm.space)
     groups = {key for key in searched if "." not in key}
@@ -143,12 +145,13 @@ def _fitting(
             continue
         decided = {*point, *groups}
         open_keys = [key for key in unsearched if decided.isdisjoint((key, key.split(".")[0]))]
-        if all(json.dumps(settings.get(key)) == unsearched[key] for key in open_keys):
+        texts = {key: json.dumps(value) for key, value in settings.items()}
+        if all(stored_text(texts, key) == unsearched[key] for key in open_keys):
             yield trial, point, draw
 
 
 def _as_asked(trial: FrozenTrial) -> dict[str, Any]:
-    """Of a rank that was decided for a trial: what was asked for in its place."""
+    """Replace a rank that was derived for a trial by the setting it was derived from."""
     sized = trial.user_attrs.get("sized")
     if sized is None:
         return {}
@@ -156,7 +159,7 @@ def _as_asked(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def _complete(arm: ArmPlan, draw: Draw | None) -> Point | None:
-    """The point of a draw, if the draw decides every parameter."""
+    """Return the point of a draw, or None if a parameter is left open."""
     if draw is None:
         return None
     try:
@@ -166,9 +169,10 @@ def _complete(arm: ArmPlan, draw: Draw | None) -> Point | None:
 
 
 def _passed(trial: FrozenTrial, rungs: Sequence[int]) -> dict[str, Any]:
-    """What Optuna's successive halving compares by: of a guarded pruner's rungs, those of now alone.
+    """Return the attributes that Optuna's successive halving compares by, for this pruner's rungs.
 
-    The pruner is no part of the question: a fork may have its rungs elsewhere in the schedule.
+    The pruner is not part of the question, so a fork may have rungs at other points of the
+    schedule.
     """
     noted = {key: value for key, value in trial.system_attrs.items() if key.startswith(RUNG)}
     if not rungs:
@@ -208,8 +212,10 @@ def _link(new: Path, old: Path) -> None:
         new.symlink_to(os.path.relpath(old, new.parent), target_is_directory=True)
 
 
+# Spaces may differ in a fork; what makes values comparable may not.
 def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
-    then, now = old.user_attrs["question"], question(plan, arm, facts)
+    before, now = old.user_attrs["question"], question(plan, arm, facts)
+    then = {key: stored_text(before, key) for key in SAME}
     changed = [
         f"    {key}: {then[key]} then, {now[key]} now" for key in SAME if then[key] != now[key]
     ]
@@ -221,17 +227,18 @@ def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBase
 
 
 def _earlier(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage, name: str) -> optuna.Study | None:
-    """An arm of an earlier study that was really opened."""
+    """Return an arm of an earlier study, or None if it was never opened."""
     if arm.name not in _arms(plan, storage, name):
         return None
     study = optuna.load_study(
         study_name=optuna_name(name, arm.name), storage=_storage(plan, storage, name)
     )
+    require_readable(study)
     return study if "facts" in study.user_attrs else None
 
 
 def _arms(plan: StudyPlan, storage: BaseStorage, name: str) -> set[str]:
-    """The arms that an earlier study has."""
+    """Return the names of the arms that an earlier study has."""
     if plan.study.storage is None and not _folder(plan, name).database.exists():
         return set()
     names = optuna.get_all_study_names(_storage(plan, storage, name))
@@ -240,7 +247,7 @@ def _arms(plan: StudyPlan, storage: BaseStorage, name: str) -> set[str]:
 
 
 def _storage(plan: StudyPlan, storage: BaseStorage, name: str) -> BaseStorage:
-    """Where an earlier study is: in the shared storage, or in the database of its own folder."""
+    """Return the storage of an earlier study: the shared one, or the database in its own folder."""
     return storage if plan.study.storage is not None else open_storage(None, _folder(plan, name))
 
 

@@ -1,1 +1,1 @@
-"""MLflow runs, and where a result comes from."""
+"""Record runs in MLflow, and the provenance of results."""

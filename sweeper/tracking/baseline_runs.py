@@ -1,7 +1,7 @@
-"""An earlier full fine-tune, found by its MLflow run: its weights, and what is known of its training.
+"""Find an earlier full fine-tune by its MLflow run: its weights, parameters and costs.
 
-Knows the runs of this program (tags, parameters) and others' (a folder in transformers' layout among
-the artifacts). Judges nothing: no figure of the earlier run's own evaluation is taken over.
+Supports runs of this program (tags, parameters) and of others (a folder in transformers' layout among
+the artifacts). Evaluates nothing, and takes over no metric of the earlier run's evaluation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sweeper.core.errors import TrackingError
 from sweeper.core.outcome import BaselineRun, device_seconds
 from sweeper.core.paths import TrialFolder
 from sweeper.tracking.registry import FOLDER_TAG
-from sweeper.tracking.shipment import STUDY_TAG, search
+from sweeper.tracking.shipment import STUDY_TAG, search_runs
 from sweeper.tracking.store import TrackingStore
 
 if TYPE_CHECKING:
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 
 RATE = "training.learning_rate"
 COSTS = ("cost/seconds", "cost/device_seconds", "cost/peak_memory_mib")
-"""Of the earlier training: what cannot be measured again."""
+"""Metrics of the earlier training that cannot be measured again."""
 CONFIG, WEIGHTS, ADAPTER = "config.json", ".safetensors", "adapter_config.json"
 MAX_DEPTH = 3
-"""Folders inside each other among a run's artifacts."""
+"""Maximum depth of nested folders to search among a run's artifacts."""
 
 
 class BaselineStore(TrackingStore):
-    """Full fine-tunes that a store knows."""
+    """A store's runs of full fine-tunes."""
 
     def find(self, run_id: str, into: Path) -> BaselineRun:
-        """The model of a run, on this machine.
+        """Return the full fine-tune of a run, with its model on this machine.
 
         Args:
-            run_id: MLflow's.
-            into: where a model that lies on a server is fetched to.
+            run_id: MLflow's id of the run.
+            into: folder for a model that must be downloaded from a server.
 
         Raises:
-            TrackingError: no such run, it holds no full model, or the store cannot be asked.
+            TrackingError: the run does not exist or has no full model, or the store does not answer.
         """
         with self._client() as client:
             run = _run(client, run_id)
-            tags, search_of = run.data.tags, _search_of(client, run)
-            rates = {float(each.data.params[RATE]) for each in search_of}
+            tags, trials = run.data.tags, _arm_trials(client, run)
+            rates = {float(each.data.params[RATE]) for each in trials}
             metrics = run.data.metrics
             return BaselineRun(
                 run_id=run_id,
@@ -53,10 +53,10 @@ class BaselineStore(TrackingStore):
                 costs={name: metrics[name] for name in COSTS if name in metrics},
                 data_digest=tags.get("data.digest"),
                 base_digest=tags.get("base.digest"),
-                trials=len(search_of),
+                trials=len(trials),
                 rates=tuple(sorted(rates)),
-                best_rate=_best_rate(search_of),
-                seconds=sum(device_seconds(each.data.metrics) for each in search_of),
+                best_rate=_best_rate(trials),
+                seconds=sum(device_seconds(each.data.metrics) for each in trials),
             )
 
 
@@ -69,28 +69,31 @@ def _run(client: MlflowClient, run_id: str) -> Any:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         raise TrackingError(
-            f"baseline.run_id={run_id}: this MLflow has no such run; is it the store that the run was "
-            "recorded in (tracking.uri, MLFLOW_TRACKING_URI)?"
+            f"baseline.run_id={run_id}: this MLflow store has no such run. Set tracking.uri or "
+            "MLFLOW_TRACKING_URI to the store that the run was recorded in"
         ) from None
     if run.info.lifecycle_stage != "active":
-        raise TrackingError(f"baseline.run_id={run_id}: that run was deleted; restore it first")
+        raise TrackingError(f"baseline.run_id={run_id}: this run was deleted. Restore it first")
     return run
 
 
-def _search_of(client: MlflowClient, run: Any) -> list[Any]:
-    """The finished trials of the arm that a run of ours belongs to; none of any other run."""
+def _arm_trials(client: MlflowClient, run: Any) -> list[Any]:
+    """Return the finished trials of the run's arm, or [] for a run of another program."""
     study, arm = run.data.tags.get(STUDY_TAG), run.data.tags.get("arm")
     if study is None or arm is None:
         return []
     query = f"tags.`{STUDY_TAG}` = '{study}' AND tags.arm = '{arm}' AND status = 'FINISHED'"
-    trials = search(client, run.info.experiment_id, query)
+    trials = search_runs(client, run.info.experiment_id, query)
     return [
-        each for each in trials if "finalist" not in each.data.tags and RATE in each.data.params
+        # Further seeds of finalists are no part of the search
+        each
+        for each in trials
+        if "finalist" not in each.data.tags and RATE in each.data.params
     ]
 
 
 def _best_rate(trials: list[Any]) -> float | None:
-    """The learning rate of the trial that its own objective found best."""
+    """Return the learning rate of the best trial by its own objective."""
     valued = []
     for trial in trials:
         params = trial.data.params
@@ -102,7 +105,8 @@ def _best_rate(trials: list[Any]) -> float | None:
 
 
 def _stored_here(tags: Mapping[str, str]) -> Path | None:
-    """Full weights of our own trials stay in the trial's folder, which a tag names."""
+    """Return the model in the trial's folder, or None if this machine does not have it."""
+    # Full weights of our own trials are never uploaded. A tag of the run names the trial's folder
     if FOLDER_TAG not in tags:
         return None
     model = TrialFolder(Path(tags[FOLDER_TAG])).model
@@ -116,17 +120,17 @@ def _fetched(client: MlflowClient, run_id: str, into: Path, tags: Mapping[str, s
             into.mkdir(parents=True, exist_ok=True)
             return Path(client.download_artifacts(run_id, name, str(into))).resolve()
     adapter = any(ADAPTER in files for _, files in folders)
-    kept = f", nor is there {tags[FOLDER_TAG]}/model (deleted?)" if FOLDER_TAG in tags else ""
+    local = f", and {tags[FOLDER_TAG]}/model is missing (deleted?)" if FOLDER_TAG in tags else ""
     raise TrackingError(
-        f"baseline.run_id={run_id}: holds {'an adapter and ' if adapter else ''}no full model: no "
-        f"folder with {CONFIG} and *{WEIGHTS} among its artifacts{kept}"
+        f"baseline.run_id={run_id}: this run has {'an adapter but ' if adapter else ''}no full model: "
+        f"no folder with {CONFIG} and *{WEIGHTS} among its artifacts{local}"
     )
 
 
 def _folders(
     client: MlflowClient, run_id: str, path: str = "", depth: int = 0
 ) -> Iterator[tuple[str, set[str]]]:
-    """Each folder of a run's artifacts with the names of its files, the outermost first."""
+    """Yield each folder of a run's artifacts with the names of its files, outermost first."""
     found = client.list_artifacts(run_id, path or None)
     yield path, {PurePosixPath(item.path).name for item in found if not item.is_dir}
     if depth < MAX_DEPTH:

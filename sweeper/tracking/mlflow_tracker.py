@@ -1,8 +1,8 @@
-"""MLflow behind the Tracker protocol: the driver writes down, a thread ships.
+"""The Tracker for MLflow: the driver's calls write entries to disk, and a thread ships them.
 
-A call of the driver writes one small file and returns; it never waits for a network. The thread brings
-MLflow into agreement with those files, tries again for as long as MLflow is away, and may be left in the
-middle of anything: what it could not ship, the next start of the study or `sweeper sync` does.
+A call writes one small file and never waits for a network. The thread brings MLflow into agreement with
+these files and retries while MLflow is unavailable. It can be interrupted at any moment, because the
+next start of the study or `sweeper sync` ships the rest.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from sweeper.tracking.tracking_ledger import (
     StudyEntry,
     TrackingLedger,
     TrialEntry,
+    as_texts,
+    count_pending,
     ending,
-    left,
     now_ms,
     study_ending,
-    texts,
 )
 from sweeper.tracking.tracking_server import StoreAway, TrackingServer
 
 RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
-"""Waits between tries while the server is away; the last one is repeated."""
+"""Seconds between retries while the server is unavailable. The last value is repeated."""
 CLOSE_SECONDS = 10.0
-"""How long the end of a study waits for a server that takes nothing and does not answer."""
+"""Seconds that the end of a study waits for a server that accepts nothing and does not respond."""
 STORE_SECONDS = 60.0
-"""The same for a database, which cannot be asked whether it is there."""
+"""Seconds that the end of a study waits for a database, which has no cheap check if it responds."""
 LAST_TRIES = 3
-"""Failures one after the other at the end of a study before the rest is left for later."""
+"""Consecutive failures at the end of a study after which the rest is left for later."""
 
 
 class MlflowTracker:
-    """Every call returns at once; one background thread ships, the first run first."""
+    """Records runs through entries on disk that one background thread ships, oldest run first."""
 
     def __init__(self, server: TrackingServer, folder: Path) -> None:
-        """Start shipping what an earlier process left in the ledger that is kept in `folder`."""
+        """Open the ledger in `folder` and start shipping what an earlier process left there."""
         self._ledger = TrackingLedger(folder)
         self._server = server
         name = None if server.uri is None else server.name
@@ -60,12 +60,12 @@ class MlflowTracker:
         self._changed = threading.Condition()
         self._closing = False
         self._reasons: dict[str, str] = {}
-        # a daemon: the program's end waits for no server
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        # A daemon thread, so the end of the program never waits for a server
+        self._thread = threading.Thread(target=self._run_thread, name="mlflow", daemon=True)
         self._thread.start()
 
     def open_study(self, study: StudyRecord) -> None:
-        """See Tracker."""
+        """Implement Tracker.open_study."""
         before, now = self._ledger.study, now_ms()
         entry = StudyEntry(
             uid=uuid4().hex if before is None else before.uid,
@@ -73,24 +73,25 @@ class MlflowTracker:
             name=study.name,
             metric=study.objective.metric,
             direction=study.objective.direction,
-            params=texts(study.params) if before is None else before.params,
-            tags=texts(study.tags),
+            # MLflow's parameters cannot change, so a resumed study keeps those of its first start
+            params=as_texts(study.params) if before is None else before.params,
+            tags=as_texts(study.tags),
             started_ms=now if before is None else before.started_ms,
             opened_ms=now,
             before=None if before is None else before.ending or before.before,
         )
-        self._keep(entry)
+        self._save_entry(entry)
 
     def start(self, trial: TrialRecord) -> None:
-        """See Tracker."""
+        """Implement Tracker.start."""
         known = self._ledger.trials.get(trial.key)
         if known is None:
-            self._keep(self._entry(trial))
+            self._save_entry(self._entry(trial))
         elif known.ending is not None:
-            self._keep(known.reopened())
+            self._save_entry(known.reopened())
 
     def ship(self, trial: TrialRecord) -> None:
-        """See Tracker."""
+        """Implement Tracker.ship."""
         self._wake(trial.key)
 
     def end(
@@ -100,26 +101,26 @@ class MlflowTracker:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> None:
-        """See Tracker."""
+        """Implement Tracker.end."""
         known = self._ledger.trials.get(trial.key) or self._entry(trial)
-        end = ending(status, metrics, tags).or_same(known.ending, known.before)
+        end = ending(status, metrics, tags).or_equal(known.ending, known.before)
         if end != known.ending:
-            self._keep(known.model_copy(update={"ending": end}))
+            self._save_entry(known.model_copy(update={"ending": end}))
 
     def keep(self, folders: Sequence[TrialFolder]) -> None:
-        """See Tracker."""
+        """Implement Tracker.keep."""
         chosen = {self._ledger.relative(folder.path) for folder in folders}
         for trial in list(self._ledger.trials.values()):
             if trial.kept != (trial.folder in chosen):
-                self._keep(trial.model_copy(update={"kept": trial.folder in chosen}))
+                self._save_entry(trial.model_copy(update={"kept": trial.folder in chosen}))
 
     def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
-        """See Tracker."""
+        """Implement Tracker.amend."""
         known = self._ledger.trials.get(trial.key) or self._entry(trial)
         more = RunAmendment(metrics=dict(metrics), time_ms=int(measured_at * 1000))
         if more not in known.amendments:
             amendments = (*known.amendments, more)
-            self._keep(known.model_copy(update={"amendments": amendments}))
+            self._save_entry(known.model_copy(update={"amendments": amendments}))
 
     def close_study(
         self,
@@ -129,38 +130,42 @@ class MlflowTracker:
         note: str,
         artifacts: Sequence[Path],
     ) -> None:
-        """See Tracker."""
+        """Implement Tracker.close_study."""
         study = self._ledger.study
         assert study is not None, "no study was opened"
+        # Marks belong to an end, so an end that equals the previous one ships nothing again
         names = tuple(self._ledger.relative(path) for path in artifacts)
-        end = study_ending(status, metrics, params, note).or_same(study.before)
-        self._keep(study.model_copy(update={"ending": end, "artifacts": names}))
+        end = study_ending(status, metrics, params, note).or_equal(study.before)
+        self._save_entry(study.model_copy(update={"ending": end, "artifacts": names}))
         for trial in list(self._ledger.trials.values()):
-            if trial.ending is None:  # begun before a crash, and not wanted again since
-                self._keep(trial.model_copy(update={"ending": ending("KILLED")}))
+            if trial.ending is None:  # started before a crash, and not resumed since
+                self._save_entry(trial.model_copy(update={"ending": ending("KILLED")}))
 
     def close(self, *, hurry: bool = False) -> list[str]:
-        """See Tracker."""
+        """Implement Tracker.close."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._wait(hurry)
-        return [*dict.fromkeys([*self._server.remarks, *self._ledger.problems]), *self._unshipped()]
+        self._wait_for_thread(hurry)
+        return [
+            *dict.fromkeys([*self._server.remarks, *self._ledger.problems]),
+            *self._describe_unshipped(),
+        ]
 
     def _entry(self, trial: TrialRecord) -> TrialEntry:
         return TrialEntry(
             key=trial.key,
             uid=uuid4().hex,
             folder=self._ledger.relative(trial.folder.path),
-            params=texts(trial.params),
-            tags=texts(trial.tags),
+            params=as_texts(trial.params),
+            tags=as_texts(trial.tags),
             dataset=trial.dataset,
             started_ms=now_ms(),
         )
 
-    def _keep(self, entry: StudyEntry | TrialEntry) -> None:
-        self._ledger.keep_store(self._store)
-        self._ledger.keep(entry)
+    def _save_entry(self, entry: StudyEntry | TrialEntry) -> None:
+        self._ledger.save_store(self._store)
+        self._ledger.save_entry(entry)
         self._wake(STUDY if isinstance(entry, StudyEntry) else entry.key)
 
     def _wake(self, key: str) -> None:
@@ -168,8 +173,9 @@ class MlflowTracker:
             self._due[key] = None
             self._changed.notify()
 
-    def _work(self) -> None:
-        """The thread: alone on the ledger, since two that ship would ship twice."""
+    def _run_thread(self) -> None:
+        """Ship due runs until the tracker is closed. The thread's main function."""
+        # Two processes that ship the same ledger could record a point twice
         lock = FileLock(self._ledger.lock)
         while True:
             with self._changed:
@@ -181,36 +187,37 @@ class MlflowTracker:
                 with lock.acquire(timeout=RETRY_SECONDS[0]):
                     self._ship_all()
             except (Timeout, OSError) as error:
-                other = "another process ships this study now"
+                other = "another process is shipping this study"
                 self._reasons[STUDY] = other if isinstance(error, Timeout) else str(error)
                 if self._closing:
                     return
 
     def _ship_all(self) -> None:
-        """What is due, until nothing is; a run that fails goes to the end of the queue."""
+        """Ship runs until none is due. A run that fails goes to the end of the queue."""
         waits, failures = _waits(), 0
-        while (key := self._next()) is not None:
+        while (key := self._next_key()) is not None:
             try:
                 self._shipper.ship(key)
                 self._reasons.pop(key, None)
                 waits, failures = _waits(), 0
-            except TrackingError as refusal:
+            except TrackingError as refusal:  # permanent, so a retry would fail as well
                 self._reasons[key] = str(refusal)
             except StoreAway as away:
                 self._reasons[key] = str(away)
                 failures += 1
-                if self._closing and (failures >= LAST_TRIES or not self._server.answers()):
+                # While the study runs, the thread retries forever. At its end a user waits
+                if self._closing and (failures >= LAST_TRIES or not self._server.responds()):
                     return self._give_up()
-                self._again(key, next(waits))
+                self._retry_later(key, next(waits))
 
-    def _next(self) -> str | None:
+    def _next_key(self) -> str | None:
         with self._changed:
             key = next(iter(self._due), None)
             if key is not None:
                 del self._due[key]
             return key
 
-    def _again(self, key: str, wait_s: float) -> None:
+    def _retry_later(self, key: str, wait_s: float) -> None:
         with self._changed:
             self._due.setdefault(key)
             if self._closing:
@@ -222,8 +229,9 @@ class MlflowTracker:
         with self._changed:
             self._due.clear()
 
-    def _wait(self, hurry: bool) -> None:
-        """Until all is shipped; or until nothing was taken for a while by a server that is away."""
+    def _wait_for_thread(self, hurry: bool) -> None:
+        """Wait until all runs are shipped, or an unavailable server has accepted nothing for a while."""
+        # A slow store that still accepts parts is waited for. `steps` shows that it does
         limit = CLOSE_SECONDS if hurry or self._server.is_http else STORE_SECONDS
         steps, since = self._shipper.steps, time.monotonic()
         while self._thread.is_alive():
@@ -231,18 +239,18 @@ class MlflowTracker:
             if time.monotonic() - since < limit:
                 continue
             stuck = self._shipper.steps == steps
-            away = stuck and not (self._server.is_http and self._server.answers())
+            away = stuck and not (self._server.is_http and self._server.responds())
             if hurry or away:
                 return
             steps, since = self._shipper.steps, time.monotonic()
 
-    def _unshipped(self) -> list[str]:
-        """What was not shipped, in one line, and why."""
-        total = left(self._ledger, self._server.name)
+    def _describe_unshipped(self) -> list[str]:
+        """Return one line about the parts that were not shipped with the reasons, or no line."""
+        total = count_pending(self._ledger, self._server.name)
         if not total:
             return []
         reasons = dict.fromkeys(self._reasons.values())
-        why = "; ".join(itertools.islice(reasons, 2)) or "there was no time"
+        why = ". ".join(itertools.islice(reasons, 2)) or "no time left"
         return [f"{total} ({self._server.name}: {why})"]
 
 

@@ -1,4 +1,4 @@
-"""Where a result comes from: code, packages, machine, command."""
+"""Describe the provenance of a result: code, packages, machine and command."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ PACKAGES = (
     *("hydra-core", "optuna", "mlflow"),
 )
 
+GIT_SECONDS = 10
+
 
 def provenance(command: str) -> dict[str, str]:
-    """Flat facts about this process: versions (without importing anything), git state, machine."""
-    versions = {f"package.{name}": metadata.version(name) for name in PACKAGES}
+    """Return the provenance of this process: versions, git state, machine and command."""
+    # Package metadata instead of imports, because the driver must not import torch.
+    versions = {f"package.{name}": _version(name) for name in PACKAGES}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": redact(f"python -m sweeper {command}".strip()),
@@ -39,7 +42,7 @@ def provenance(command: str) -> dict[str, str]:
 
 
 def origin(process: Mapping[str, str], facts: ArmBaseline) -> dict[str, str]:
-    """Where a trial's result comes from: `provenance` of the process, then data, base and device."""
+    """Return a trial's provenance: that of the process, plus data, base and device."""
     commit = {} if facts.base_commit is None else {"base.commit": facts.base_commit}
     return {
         **process,
@@ -51,8 +54,15 @@ def origin(process: Mapping[str, str], facts: ArmBaseline) -> dict[str, str]:
     }
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a stripped installation; training does without it
+        return "unknown: no metadata installed"
+
+
 def _cpu() -> str:
-    """The processor's name: another one may add numbers in another order."""
+    """Return the processor's name, because results differ in the last bits between processors."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
@@ -62,19 +72,26 @@ def _cpu() -> str:
 
 
 def _git(folder: Path) -> dict[str, str]:
-    """Commit and dirty flag of the working copy the user stands in; nothing outside one."""
-    commit = _ask_git(folder, "rev-parse", "HEAD")
-    if commit is None:
-        return {"git.commit": "none: not a git working copy"}
-    dirty = _ask_git(folder, "status", "--porcelain", "--untracked-files=no")
+    """Return commit and dirty flag of the git working copy that contains `folder`."""
+    try:
+        commit = _git_output(folder, "rev-parse", "HEAD")
+        if commit is None:
+            return {"git.commit": "none: not a git working copy"}
+        dirty = _git_output(folder, "status", "--porcelain", "--untracked-files=no")
+    except subprocess.TimeoutExpired:  # a slow network disk must not keep anything from training
+        return {"git.commit": f"unknown: git did not answer within {GIT_SECONDS} s"}
     return {"git.commit": commit, "git.dirty": str(bool(dirty)).lower()}
 
 
-def _ask_git(folder: Path, *words: str) -> str | None:
+def _git_output(folder: Path, *words: str) -> str | None:
     git = shutil.which("git")
     if git is None:
         return None
     answer = subprocess.run(
-        [git, "-C", str(folder), *words], capture_output=True, text=True, check=False, timeout=10
+        [git, "-C", str(folder), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=GIT_SECONDS,
     )
     return answer.stdout.strip() if answer.returncode == 0 else None

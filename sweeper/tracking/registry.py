@@ -1,6 +1,6 @@
-"""MLflow's model registry: which version of a model is the champion, and which one was before.
+"""Read and change MLflow's model registry: the champion of a model and the champion before it.
 
-A version points at the adapter that its trial's run holds. Knows nothing of why a champion moves.
+A version refers to the adapter among its run's artifacts. Independent of the rules for promotion.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sweeper.core.errors import TrackingError
 from sweeper.core.manifest import MANIFEST, verify_manifest
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
-from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG, search
+from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG, search_runs
 from sweeper.tracking.store import TrackingStore
 from sweeper.tracking.tracking_ledger import weights_of
 from sweeper.tracking.tracking_server import local_uri
@@ -28,9 +28,9 @@ ALIAS = "champion"
 PREVIOUS_TAG = "sweeper.previous"
 FOLDER_TAG = "folder"
 ROLLED_BACK_TAG = "sweeper.rolled_back"
-"""Of a version that a person took back: no night promotes its trial again."""
+"""Tag of a version that a user rolled back. No night promotes its trial again."""
 NIGHTS = "nightly"
-"""Experiment that holds a run per night."""
+"""Name of the experiment with one run per night."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class ModelVersion:
     number: str
     study: str
     trial: str
-    """"lora/0007"."""
+    """Key of the trial, such as lora/0007."""
     folder: Path
-    """The trial's folder, where this machine has it."""
+    """The trial's folder, which may not exist on this machine."""
     previous: str | None
-    """The champion before it."""
+    """Version number of the previous champion."""
     tags: Mapping[str, str]
 
 
@@ -53,20 +53,20 @@ class ModelRegistry(TrackingStore):
     """The registry of one tracking server or local store."""
 
     def champion(self, model: str) -> ModelVersion | None:
-        """The version with the alias, if the model is registered and has one.
+        """Return the version with the champion alias, or None.
 
         Raises:
-            TrackingError: the registry cannot be asked.
+            TrackingError: the registry does not respond.
         """
         with self._client() as client:
             number = _champion_number(client, model)
             return None if number is None else _version(client, model, number)
 
     def champions(self) -> list[ModelVersion]:
-        """The champions of all models, and the ones a rollback would bring back.
+        """Return the champions of all models, and the versions that a rollback would restore.
 
         Raises:
-            TrackingError: the registry cannot be asked.
+            TrackingError: the registry does not respond.
         """
         with self._client() as client:
             numbers = [(each.name, each.aliases.get(ALIAS)) for each in _models(client)]
@@ -75,74 +75,81 @@ class ModelRegistry(TrackingStore):
             return [*now, *(_version(client, v.model, str(v.previous)) for v in before)]
 
     def versions(self, model: str) -> list[ModelVersion]:
-        """All versions of a model.
+        """Return all versions of a model.
 
         Raises:
-            TrackingError: the registry cannot be asked.
+            TrackingError: the registry does not respond.
         """
         with self._client() as client:
             found = client.search_model_versions(f"name = '{model}'")
             return [_version(client, model, str(each.version)) for each in found]
 
     def tag(self, version: ModelVersion, key: str, value: str) -> None:
-        """Write a fact about a version where people and programs find it.
+        """Set a tag of a version.
 
         Raises:
-            TrackingError: the registry cannot be asked.
+            TrackingError: the registry does not respond.
         """
         with self._client() as client:
             client.set_model_version_tag(version.model, version.number, key, value)
 
     def collect_deleted(self, after_s: float, *, dry_run: bool) -> str | None:
-        """Remove runs that were deleted in MLflow so long ago for good, with their artifacts.
+        """Permanently remove runs that were deleted in MLflow, with their artifacts.
 
-        Only of a local SQLite store, by MLflow's own `mlflow gc`; for a server it is told what to run
-        there. A deleted run that a registered version points at keeps all of them.
+        Runs `mlflow gc` on a local SQLite store. For other stores return the command to run.
+
+        Args:
+            after_s: minimum seconds since a run's deletion.
+            dry_run: True to remove nothing and return the command.
 
         Returns:
-            What was or is to be done; None if no run is deleted.
+            A sentence about what was done or must be done, or None if no run is deleted.
 
         Raises:
-            TrackingError: the store cannot be asked, or `mlflow gc` fails.
+            TrackingError: the store does not respond, or `mlflow gc` fails.
         """
+        # `mlflow gc`, because MLflow's client cannot remove runs for good and its store's methods are
+        # private. It ignores the registry, so any deleted run of a registered version blocks it
         uri = self._uri or local_uri(self._root.resolve())
         older = f"{after_s:.0f}s"
         with self._client() as client:
-            before = _deleted_runs(client)
-            if not before:
+            deleted = _deleted_runs(client)
+            if not deleted:
                 return None
-            held = [name for name, run in _registered_runs(client) if run in before]
-            if held:
+            models = [name for name, run in _registered_runs(client) if run in deleted]
+            if models:
                 return (
-                    f"MLflow: none of {len(before)} deleted runs is removed for good: versions of "
-                    f"{', '.join(sorted(set(held)))} point at some; restore those"
+                    f"MLflow: none of {len(deleted)} deleted runs was removed permanently, because "
+                    f"versions of {', '.join(sorted(set(models)))} refer to some of them. Restore those"
                 )
             if dry_run or not uri.startswith("sqlite:"):
                 command = f"mlflow gc --older-than {older} --backend-store-uri {redact(uri)}"
-                where = "would be removed by" if dry_run else "are removed on its server by"
-                return f"MLflow: of {len(before)} deleted runs those older {where}: {command}"
-            _collect(uri, older)
-            gone = len(before) - len(_deleted_runs(client))
-            return f"MLflow: {gone} of {len(before)} deleted runs removed for good"
+                how = "would be removed by" if dry_run else "can be removed on the server with"
+                runs = f"of {len(deleted)} deleted runs, those older than {older}"
+                return f"MLflow: {runs} {how}: {command}"
+            _run_gc(uri, older)
+            removed = len(deleted) - len(_deleted_runs(client))
+            return f"MLflow: {removed} of {len(deleted)} deleted runs permanently removed"
 
     def promote(self, model: str, study: str, trial: str, tags: Mapping[str, str]) -> ModelVersion:
         """Register a trial's adapter as a new version and make it the champion.
 
         Args:
-            model: name of the registered model; made if it is new.
-            study: study_name.
-            trial: "lora/0007".
-            tags: the evidence, for people.
+            model: name of the registered model, which is created if needed.
+            study: study_name of the trial.
+            trial: key of the trial, such as lora/0007.
+            tags: the evidence for the promotion.
 
         Raises:
-            TrackingError: no such run, it has no adapter, or the registry cannot be asked.
-            ArtifactError: the adapter is not what its manifest says.
+            TrackingError: the trial has no run or no adapter, or the registry does not respond.
+            ArtifactError: the adapter differs from its manifest.
         """
         with self._client() as client:
             run = _run_of(client, study, trial)
             _require_adapter(client, run)
             if not client.search_registered_models(f"name = '{model}'"):
                 client.create_registered_model(model)
+            # Each version names the champion before it, so a rollback needs no other history
             before = _champion_number(client, model)
             origin = {STUDY_TAG: study, TRIAL_TAG: trial}
             origin[FOLDER_TAG] = run.data.tags.get(FOLDER_TAG, "")
@@ -158,28 +165,29 @@ class ModelRegistry(TrackingStore):
             return _version(client, model, str(made.version))
 
     def rollback(self, model: str) -> ModelVersion:
-        """Give the alias back to the champion before.
+        """Move the alias back to the previous champion.
 
         Raises:
-            TrackingError: there is none, or the registry cannot be asked.
+            TrackingError: there is no previous champion, or the registry does not respond.
         """
         now = self.champion(model)
         if now is None:
-            raise TrackingError(f"model {model!r} has no champion that could be rolled back")
+            raise TrackingError(f"model {model!r} has no champion to roll back")
         if now.previous is None:
             raise TrackingError(
-                f"version {now.number} of {model!r} is its first champion; there is none before it"
+                f"version {now.number} of {model!r} is its first champion, so there is no previous one"
             )
         with self._client() as client:
+            # Tagged first: if this process dies in between, no night promotes the version again
             client.set_model_version_tag(model, now.number, ROLLED_BACK_TAG, "true")
             client.set_registered_model_alias(model, ALIAS, now.previous)
             return _version(client, model, now.previous)
 
     def log_night(self, name: str, tags: Mapping[str, str], files: Sequence[Path]) -> None:
-        """Record a night's digest as a run of its own, or add to the one it has.
+        """Record a night's digest as a run, or update the night's run.
 
         Raises:
-            TrackingError: the server cannot be asked, or refuses.
+            TrackingError: the server does not respond, or refuses.
         """
         with self._client() as client:
             found = client.get_experiment_by_name(NIGHTS)
@@ -205,19 +213,19 @@ def _deleted_runs(client: MlflowClient) -> set[str]:
     experiments = [each.experiment_id for each in client.search_experiments(ViewType.ALL)]
     found: set[str] = set()
     for experiment in experiments:
-        runs = search(client, experiment, "", ViewType.DELETED_ONLY)
+        runs = search_runs(client, experiment, "", ViewType.DELETED_ONLY)
         found |= {run.info.run_id for run in runs}
     return found
 
 
 def _registered_runs(client: MlflowClient) -> Iterator[tuple[str, str]]:
-    """Each version's model, and the run it points at."""
+    """Yield model name and run id of every registered version."""
     for model in _models(client):
         for version in client.search_model_versions(f"name = '{model.name}'"):
             yield model.name, str(version.run_id)
 
 
-def _collect(uri: str, older: str) -> None:
+def _run_gc(uri: str, older: str) -> None:
     command = [sys.executable, "-m", "mlflow", "gc", "--older-than", older]
     stores = ["--backend-store-uri", uri, "--tracking-uri", uri]
     done = subprocess.run([*command, *stores], capture_output=True, text=True, check=False)
@@ -256,24 +264,25 @@ def _version(client: MlflowClient, model: str, number: str) -> ModelVersion:
 
 
 def _require_adapter(client: MlflowClient, run: Any) -> None:
-    """A run holds its adapter, all of it, if it was kept; one that was not is uploaded now.
+    """Make sure that a run has its whole adapter, by uploading it from the trial's folder if needed.
 
     Raises:
-        TrackingError: its weights are nowhere.
+        TrackingError: neither the run nor the trial's folder has the adapter.
     """
+    # The manifest is uploaded last, so a run that has the manifest has all files
     stored = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
     if f"adapter/{MANIFEST}" in stored:
         return
     folder = TrialFolder(Path(run.data.tags.get(FOLDER_TAG, "")))
     if not folder.adapter.is_dir():
         raise TrackingError(
-            f"run {run.info.run_name} holds no adapter, nor does {folder.path}: its weights went "
-            "when its study ended (hydra.sweeper.retention.adapters=null keeps all)"
+            f"neither run {run.info.run_name} nor {folder.path} contains the adapter. Its weights were "
+            "removed at the end of its study (hydra.sweeper.retention.adapters=null keeps all)"
         )
     verify_manifest(folder.adapter)
     for path in weights_of(folder):
-        place = path.parent.relative_to(folder.path).as_posix()
-        client.log_artifact(run.info.run_id, str(path), None if place == "." else place)
+        subfolder = path.parent.relative_to(folder.path).as_posix()
+        client.log_artifact(run.info.run_id, str(path), None if subfolder == "." else subfolder)
 
 
 def _run_of(client: MlflowClient, study: str, trial: str) -> Any:
@@ -282,7 +291,7 @@ def _run_of(client: MlflowClient, study: str, trial: str) -> Any:
     runs = client.search_runs(experiments, filter_string=query)
     if not runs:
         raise TrackingError(
-            f"MLflow has no run of trial {trial} of study {study!r}; is it the store that the study "
-            "was recorded in (MLFLOW_TRACKING_URI)?"
+            f"MLflow has no run of trial {trial} of study {study!r}. Set MLFLOW_TRACKING_URI to the "
+            "store that the study was recorded in"
         )
     return runs[0]

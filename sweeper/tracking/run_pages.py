@@ -1,6 +1,6 @@
-"""What MLflow's own pages show of a run: where it comes from, its data, its model.
+"""Fill the parts of a run that MLflow's pages show: its source, its data and its model.
 
-Knows MLflow's names for these things, and nothing of how they are sent.
+Contains MLflow's names for these parts. Independent of retries and marks.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ if TYPE_CHECKING:
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 NAME_CHARS, DIGEST_CHARS = 500, 36
-"""The longest name and digest of a dataset that MLflow takes."""
+"""Maximum characters of a dataset's name and digest in MLflow."""
 SHOWN = ("best/", "parameters/trainable")
-"""Figures of a run that its model's own page shows: what it is worth, and its size."""
+"""Prefixes of the run's metrics that the model's own page shows."""
 
 
 def source_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """MLflow's own columns for where a run comes from: its UI shows and searches them."""
+    """Return MLflow's own tags for a run's source, which its UI shows and searches."""
     found = {"mlflow.source.name": tags.get("command"), "mlflow.source.type": "LOCAL"}
     if COMMIT.fullmatch(tags.get("git.commit", "")):
         found["mlflow.source.git.commit"] = tags["git.commit"]
     try:
         found["mlflow.user"] = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a container's user may have no name
         pass
     return {name: value for name, value in found.items() if value is not None}
 
 
 def log_dataset(client: MlflowClient, run: str, data: DatasetRecord) -> None:
-    """The data as the run's input."""
+    """Record the data as the run's input."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
+    # The entity directly, because mlflow.data's constructors need the data in memory
     kind, source = dataset_source(data.sources)
     entity = Dataset(
         name=data.name[:NAME_CHARS],
@@ -55,9 +56,10 @@ def log_dataset(client: MlflowClient, run: str, data: DatasetRecord) -> None:
 
 
 def dataset_source(paths: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """Type and content as mlflow.data writes them, so that its get_source reads them."""
+    """Return a dataset source's type and content in the format of mlflow.data.get_source."""
     if len(paths) > 1:
-        return "external", {"uris": [redact(path) for path in paths]}  # mlflow.data has no word
+        # mlflow.data has no type for several sources
+        return "external", {"uris": [redact(path) for path in paths]}
     (path,) = paths
     if path == EMBEDDED:
         return "code", {"tags": {"mlflow.source.name": "sweeper.embedded"}}
@@ -69,7 +71,8 @@ def dataset_source(paths: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def show_model(client: MlflowClient, run: str, model: str, ending: RunEnding) -> None:
-    """Make a model an output of its run, with the run's own points: the store keeps each once."""
+    """Make a model an output of its run, with some of the run's metrics."""
+    # The points equal the run's own in time and step, so the store holds each of them once
     from mlflow.entities import LoggedModelOutput, Metric
 
     client.log_outputs(run, [LoggedModelOutput(model, 0)])

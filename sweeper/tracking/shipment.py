@@ -1,8 +1,8 @@
-"""Bring one run at MLflow into agreement with its entry in the ledger, and nothing twice.
+"""Bring a run in MLflow into agreement with its entry in the ledger, without recording anything twice.
 
-Every step is marked when the store has it. Before metrics are sent the mark says so; if the answer
-never came (the server died, this process was killed), the store is asked what it has before anything is
-sent again: not every MLflow store drops a point that it holds already.
+Every part is marked once the store has it. Metrics are marked as unsure before they are sent. If no
+response comes (the server died or this process was killed), the next try first reads what the store
+has, because MLflow's SQL store drops a repeated point, but its file store does not.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from sweeper.tracking.tracking_ledger import (
     TrialEntry,
     files_of,
     is_shipped,
-    unshipped,
+    unshipped_points,
     weights_of,
 )
 from sweeper.tracking.tracking_server import (
     StoreAway,
     TrackingServer,
-    as_ours,
+    as_tracking_error,
     is_gone,
     lacks_endpoint,
 )
@@ -50,20 +50,21 @@ if TYPE_CHECKING:
 STUDY_TAG, TRIAL_TAG, UID_TAG = "sweeper.study", "sweeper.trial", "sweeper.uid"
 PARENT_TAG = "mlflow.parentRunId"
 SINGLE = "single trials"
-"""The experiment of trials without a study."""
+"""Name of the experiment of trials without a study."""
 EVERY_TRIAL_HAS = ("eval/loss", "minimize")
+"""Primary metric and direction of trials without a study."""
 ACTIVE_ONLY = 1
-"""mlflow.entities.ViewType.ACTIVE_ONLY, which takes two seconds to import."""
+"""Value of mlflow.entities.ViewType.ACTIVE_ONLY, whose import takes two seconds."""
 MODEL_TYPE = "peft adapter"
 METRICS_BATCH, TEXTS_BATCH = 1000, 100
-"""MLflow takes at most this many metrics, and this many params or tags, a request."""
+"""MLflow's limits for one request: number of metrics, and number of params or tags."""
 Item = TypeVar("Item")
 UPLOADING = ".artifact.uploading.*"
-"""What MLflow's local store leaves behind of an upload that was killed."""
+"""Pattern of the files that killed uploads leave in MLflow's local store."""
 
 
 class RunShipper:
-    """Ships the runs of one ledger to one server; used by one thread."""
+    """Ships the runs of one ledger to one server. Not thread-safe."""
 
     def __init__(self, server: TrackingServer, ledger: TrackingLedger) -> None:
         self._server = server
@@ -71,50 +72,52 @@ class RunShipper:
         self._experiment: str | None = None
         self._found: dict[str, list[Any]] | None = None
         self._since = 0
-        """When the oldest of the runs was begun that were looked for (ms)."""
+        """Start of the oldest runs in `_found`, in Unix milliseconds."""
         self.steps = 0
-        """Grows with everything that the store has taken."""
+        """Counter that grows with everything the store accepts, to detect progress."""
 
     def ship(self, key: str) -> None:
-        """Do what a run's entry asks for and its mark does not have.
+        """Ship the parts of a run's entry that its mark lacks.
 
         Raises:
-            Away: the store may answer later; what is done is marked.
-            TrackingError: the store refuses a part; the other parts were shipped all the same.
+            StoreAway: the store is unavailable. Shipped parts are marked.
+            TrackingError: the store refuses a part. The other parts were shipped.
         """
         try:
             self._ship(key)
         except Exception as error:  # noqa: BLE001 - mapped here, at the seam
-            if is_gone(error):  # the store was made anew: so is the run, once
-                self._ledger.keep_mark(key, ShippingMark(store=self._server.name))
+            if is_gone(
+                error
+            ):  # the store was replaced by an empty one, so the run is created again
+                self._ledger.save_mark(key, ShippingMark(store=self._server.name))
                 self._experiment = self._found = None
             else:
-                raise as_ours(error, self._server.name) from None
+                raise as_tracking_error(error, self._server.name) from None
         else:
             return
         try:
             self._ship(key)
         except Exception as error:  # noqa: BLE001 - mapped here, at the seam
-            raise as_ours(error, self._server.name) from None
+            raise as_tracking_error(error, self._server.name) from None
 
     def _ship(self, key: str) -> None:
         entry = self._ledger.study if key == STUDY else self._ledger.trials[key]
         assert entry is not None, f"{key} is not in the ledger"
-        mark = self._ledger.mark(key, self._server.name)
+        mark = self._ledger.read_mark(key, self._server.name)
         if not is_shipped(entry, mark):
             RunShipment(self, self._server.client(), entry, mark).run()
 
     def parent(self) -> str | None:
-        """The parent run, made now if it is not there; None without a study."""
+        """Return the parent run's id, and create the run if needed, or None without a study."""
         if self._ledger.study is None:
             return None
-        mark = self._ledger.mark(STUDY, self._server.name)
+        mark = self._ledger.read_mark(STUDY, self._server.name)
         if mark.run is None:
             return RunShipment(self, self._server.client(), self._ledger.study, mark).open()
         return mark.run
 
     def experiment(self, client: MlflowClient) -> str:
-        """The id of the experiment, made now if it is not there."""
+        """Return the experiment's id, and create the experiment if needed."""
         if self._experiment is None:
             study = self._ledger.study
             name = SINGLE if study is None else study.experiment
@@ -125,70 +128,75 @@ class RunShipper:
         return self._experiment
 
     def uid(self, entry: StudyEntry | TrialEntry) -> str:
-        """What a run is found by, together with its key."""
+        """Return the tag value that identifies a run together with its key."""
         return entry.uid if self._ledger.study is None else self._ledger.study.uid
 
-    def earlier(self, client: MlflowClient, entry: StudyEntry | TrialEntry) -> list[Any]:
-        """Runs of this entry that the store has although no mark says so, the first one first.
+    def find_runs(self, client: MlflowClient, entry: StudyEntry | TrialEntry) -> list[Any]:
+        """Return the store's runs of an entry without a mark, oldest first.
 
-        They are there when the answer to their making was lost. A run is made with the start of its
-        entry, so those begun before are not asked for: a study may have thousands.
+        Such runs exist if the response to their creation was lost.
         """
+        # A run has its entry's start time, so one query for runs since the oldest entry finds all of
+        # them without listing the thousands of runs that a study may have
         key = STUDY if isinstance(entry, StudyEntry) else entry.key
         if self._found is None or entry.started_ms < self._since:
             self._found, self._since = {}, entry.started_ms
             query = f"tags.`{UID_TAG}` = '{self.uid(entry)}' AND start_time >= {self._since}"
-            for run in search(client, self.experiment(client), query):
-                found = run.data.tags.get(TRIAL_TAG, STUDY)
-                self._found.setdefault(found, []).append(run)
+            for run in search_runs(client, self.experiment(client), query):
+                owner = run.data.tags.get(TRIAL_TAG, STUDY)
+                self._found.setdefault(owner, []).append(run)
         return sorted(self._found.get(key, []), key=lambda run: int(run.info.start_time))
 
     @contextmanager
-    def making(self) -> Iterator[None]:
-        """Around the making of a run: if its answer is lost, the next try looks for it."""
+    def creating_run(self) -> Iterator[None]:
+        """Wrap the creation of a run. After a lost response the next try looks for the run."""
         try:
             yield
-        except BaseException:  # however it ended, the store may have made the run
+        except BaseException:  # the store may have created the run after any kind of failure
             self._found = None
             raise
 
-    def keep(self, key: str, mark: ShippingMark) -> None:
-        """Remember what the store has taken."""
+    def save_mark(self, key: str, mark: ShippingMark) -> None:
+        """Write the mark after the store accepted something."""
         self.steps += 1
-        self._ledger.keep_mark(key, mark)
+        self._ledger.save_mark(key, mark)
 
     @property
     def server(self) -> TrackingServer:
-        """Where it goes."""
+        """The server that runs are shipped to."""
         return self._server
 
     @property
     def ledger(self) -> TrackingLedger:
-        """What is to be recorded."""
+        """The ledger of the runs."""
         return self._ledger
 
     def _open_experiment(self, client: MlflowClient, name: str, metric: str, direction: str) -> str:
         found = client.get_experiment_by_name(name)
         if found is not None:
-            identity = str(found.experiment_id)
-            _tag_experiment(client, identity, metric, direction, found.tags)
-            return identity
+            experiment = str(found.experiment_id)
+            _tag_experiment(client, experiment, metric, direction, found.tags)
+            return experiment
         location = None
-        if self._server.uri is None:  # MLflow would take the current folder of whoever comes first
+        if (
+            self._server.uri is None
+        ):  # MLflow's default depends on the first process's current folder
             location = (self._server.root / "artifacts" / name).resolve().as_uri()
         try:
-            identity = str(client.create_experiment(name, artifact_location=location))
+            experiment = str(client.create_experiment(name, artifact_location=location))
         except Exception:
-            found = client.get_experiment_by_name(name)  # another study was faster
+            found = client.get_experiment_by_name(
+                name
+            )  # another study may have created it meanwhile
             if found is None:
                 raise
             return str(found.experiment_id)
-        _tag_experiment(client, identity, metric, direction, {})
-        return identity
+        _tag_experiment(client, experiment, metric, direction, {})
+        return experiment
 
 
 class RunShipment:
-    """One run on its way."""
+    """The shipment of one run."""
 
     def __init__(
         self,
@@ -205,62 +213,68 @@ class RunShipment:
         self._refused: list[str] = []
 
     def run(self) -> None:
-        """All that is missing, in order; see Shipper.ship."""
+        """Ship all missing parts in order (see RunShipper.ship)."""
         entry, ending = self._entry, self._entry.ending
         run = self.open()
         if is_shipped(entry, self._mark):
             return
         if isinstance(entry, StudyEntry):
-            self._part("opened", entry.opened_ms, lambda: self._reopen(run, entry))
+            self._ship_part("opened", entry.opened_ms, lambda: self._reopen(run, entry))
         elif ending is None and self._mark.status is not None:
             self._client.update_run(run, status="RUNNING")
             self._save(status=None)
         self._describe(run)
         if isinstance(entry, TrialEntry):
-            self._try("metrics", lambda: self._points(run, entry))
+            self._try("metrics", lambda: self._ship_points(run, entry))
         if ending is not None:
-            self._part("figures", ending.time_ms, lambda: self._figures(run, ending))
-            self._part("tags", ending.time_ms, lambda: _log_tags(self._client, run, ending.tags))
-            self._part("files", ending.time_ms, lambda: self._files(run))
+            self._ship_part("figures", ending.time_ms, lambda: self._ship_metrics(run, ending))
+            self._ship_part(
+                "tags", ending.time_ms, lambda: _log_tags(self._client, run, ending.tags)
+            )
+            self._ship_part("files", ending.time_ms, lambda: self._ship_files(run))
             if isinstance(entry, TrialEntry) and entry.kept:
-                self._part(WEIGHTS, ending.time_ms, lambda: self._weights(run, entry))
+                self._ship_part(WEIGHTS, ending.time_ms, lambda: self._ship_weights(run, entry))
             self._terminate(run, ending)
         if isinstance(entry, TrialEntry):
             for number, more in enumerate(entry.amendments):
-                self._part(f"amendment {number}", more.time_ms, partial(self._figures, run, more))
+                self._ship_part(
+                    f"amendment {number}", more.time_ms, partial(self._ship_metrics, run, more)
+                )
         if self._refused:
             raise TrackingError("; ".join(self._refused))
 
     def _describe(self, run: str) -> None:
-        """Parameters and data."""
+        """Ship parameters and data."""
         params, data = self._entry.params, self._dataset()
-        self._part("params", OPENED, lambda: _log_params(self._client, run, params))
+        self._ship_part("params", OPENED, lambda: _log_params(self._client, run, params))
         if data is not None:
-            self._part("inputs", OPENED, lambda: log_dataset(self._client, run, data))
+            self._ship_part("inputs", OPENED, lambda: log_dataset(self._client, run, data))
 
     def _dataset(self) -> DatasetRecord | None:
-        """Of a trial its own; of a study that of its trials, once there is one."""
+        """Return a trial's data, or for a study the data of its first trial that has any."""
         if isinstance(self._entry, TrialEntry):
             return self._entry.dataset
         known = (trial.dataset for trial in self._shipper.ledger.trials.values())
         return next((data for data in known if data is not None), None)
 
     def open(self) -> str:
-        """The run's id; it is found by its tags, or made."""
+        """Return the run's id, after finding the run by its tags or creating it if needed."""
         if self._mark.run is not None:
             return self._mark.run
-        earlier = self._shipper.earlier(self._client, self._entry)
-        for double in earlier[1:]:  # its answer was lost, and it was made again
-            if not double.data.metrics:
-                self._client.delete_run(double.info.run_id)
-        return self._adopt(earlier[0]) if earlier else self._create()
+        earlier = self._shipper.find_runs(self._client, self._entry)
+        for duplicate in earlier[1:]:  # a run that was created again after a lost response
+            if not duplicate.data.metrics:
+                self._client.delete_run(duplicate.info.run_id)
+        return self._use_existing(earlier[0]) if earlier else self._create()
 
-    def _adopt(self, run: Any) -> str:
+    def _use_existing(self, run: Any) -> str:
         status = None if run.info.status == "RUNNING" else run.info.status
+        # An earlier process may have sent metrics without marking them
         self._save(run=run.info.run_id, unsure=("metrics", "figures"), status=status)
         ending = self._entry.ending
         if ending is not None and status == ending.status and isinstance(self._entry, TrialEntry):
-            self._save(done={STATE: ending.time_ms})  # its final state came last: it is all there
+            # The final state is shipped last, so the store has all parts
+            self._save(done={STATE: ending.time_ms})
         return str(run.info.run_id)
 
     def _create(self) -> str:
@@ -273,10 +287,10 @@ class RunShipment:
                 own[PARENT_TAG] = parent
         name = entry.name if isinstance(entry, StudyEntry) else entry.key
         experiment = self._shipper.experiment(self._client)
-        with self._shipper.making():
+        with self._shipper.creating_run():
             run = self._client.create_run(
                 experiment,
-                entry.started_ms,
+                entry.started_ms,  # the start time by which `find_runs` finds the run again
                 {**source_tags(entry.tags), **entry.tags, **own},
                 run_name=name,
             )
@@ -289,79 +303,89 @@ class RunShipment:
             self._save(status=None)
         _log_tags(self._client, run, entry.tags)
 
-    def _points(self, run: str, entry: TrialEntry) -> None:
-        """What the spool has beyond the cursor; see the module's docstring."""
+    def _ship_points(self, run: str, entry: TrialEntry) -> None:
+        """Ship the points of the spool that are later than the cursor."""
         from mlflow.entities import Metric
 
         rows = read_spool(self._shipper.ledger.trial_folder(entry).metrics)
-        found = unshipped(rows, self._mark.cursor)
+        found = unshipped_points(rows, self._mark.cursor)
         points = [Metric(point.name, point.value, point.time_ms, point.step) for point in found]
         if not points:
             return
-        stored = self._begin(run, "metrics", points, lambda point: (point.key, point.step))
+        stored = self._begin_sending(run, "metrics", points, lambda point: (point.key, point.step))
         for batch in _batches(points, METRICS_BATCH):
             new = [point for point in batch if (point.key, point.step) not in stored]
             if new:
                 self._client.log_batch(run, metrics=new)
             self._shipper.steps += 1
         self._save(cursor=self._mark.cursor | {point.key: point.step for point in points})
-        self._sure("metrics")
+        self._confirm("metrics")
 
-    def _figures(self, run: str, measured: RunEnding | RunAmendment) -> None:
-        """Figures of the end or of later, at their time and step 0."""
+    def _ship_metrics(self, run: str, measured: RunEnding | RunAmendment) -> None:
+        """Ship metrics of a run's end or of an amendment, with its time and step 0."""
         from mlflow.entities import Metric
 
         when = measured.time_ms
         points = [Metric(name, value, when, 0) for name, value in measured.metrics.items()]
         if not points:
             return
-        stored = self._begin(run, "figures", points, lambda point: (point.key, point.timestamp))
+        stored = self._begin_sending(
+            run, "figures", points, lambda point: (point.key, point.timestamp)
+        )
         new = [point for point in points if (point.key, point.timestamp) not in stored]
         for batch in _batches(new, METRICS_BATCH):
             self._client.log_batch(run, metrics=batch)
-        self._sure("figures")
+        self._confirm("figures")
 
-    def _begin(
+    def _begin_sending(
         self, run: str, part: str, points: Sequence[Metric], identity: Callable[[Metric], Any]
     ) -> set[Any]:
-        """Mark that metrics are sent; what the store has of them, if an earlier answer was lost."""
+        """Mark metrics as being sent, and return those that an interrupted try has stored already.
+
+        Args:
+            run: the run's id.
+            part: name of the part in the mark.
+            points: the points to send.
+            identity: returns what identifies a point in the store.
+        """
         if part not in self._mark.unsure:
             self._save(unsure=(*self._mark.unsure, part))
             return set()
+        # An earlier try may have stored some of the points
         names = sorted({point.key for point in points})
         histories = [self._client.get_metric_history(run, name) for name in names]
         return {identity(point) for history in histories for point in history}
 
-    def _sure(self, part: str) -> None:
+    def _confirm(self, part: str) -> None:
         self._save(unsure=tuple(name for name in self._mark.unsure if name != part))
 
-    def _files(self, run: str) -> None:
+    def _ship_files(self, run: str) -> None:
         entry, ledger = self._entry, self._shipper.ledger
         root = ledger.folder.parent
         if isinstance(entry, TrialEntry):
             root = ledger.trial_folder(entry).path
             _log_tags(self._client, run, {"folder": str(root.resolve())})
-        self._sweep(run)
+        self._remove_partial_uploads(run)
         self._upload(run, files_of(ledger, entry), root)
 
-    def _weights(self, run: str, entry: TrialEntry) -> None:
-        """The adapter, checked first; where the server has them, as a LoggedModel as well."""
+    def _ship_weights(self, run: str, entry: TrialEntry) -> None:
+        """Verify and upload the adapter, and create a LoggedModel if the server supports them."""
         folder = self._shipper.ledger.trial_folder(entry)
         if not folder.adapter.is_dir():
             return
         verify_manifest(folder.adapter)
         self._upload(run, weights_of(folder), folder.path)
         if self._shipper.server.holds_models():
-            self._logged_model(run, entry, folder)
+            self._ship_logged_model(run, entry, folder)
 
     def _upload(self, run: str, files: Sequence[Path], root: Path) -> None:
         for path in files:
-            place = path.parent.relative_to(root).as_posix()
-            self._client.log_artifact(run, str(path), None if place == "." else place)
+            subfolder = path.parent.relative_to(root).as_posix()
+            self._client.log_artifact(run, str(path), None if subfolder == "." else subfolder)
             self._shipper.steps += 1
 
-    def _logged_model(self, run: str, entry: TrialEntry, folder: TrialFolder) -> None:
-        """READY when all its files are there; an older server has no such thing."""
+    def _ship_logged_model(self, run: str, entry: TrialEntry, folder: TrialFolder) -> None:
+        """Upload the adapter as a LoggedModel, which becomes READY after its last file."""
         client, experiment = self._client, self._shipper.experiment(self._client)
         tags = {UID_TAG: self._shipper.uid(entry), TRIAL_TAG: entry.key}
         try:
@@ -381,47 +405,49 @@ class RunShipment:
         except Exception as error:
             if not lacks_endpoint(error):
                 raise
-            self._shipper.server.know_no_models()
+            self._shipper.server.note_missing_models()
             return
         for path in weights_of(folder):
             if folder.adapter not in path.parents:
-                continue  # the archive holds the same once more
-            inside = path.parent.relative_to(folder.adapter).as_posix()
-            client.log_model_artifact(model.model_id, str(path), None if inside == "." else inside)
+                continue  # the archive contains the same files
+            subfolder = path.parent.relative_to(folder.adapter).as_posix()
+            artifact_path = None if subfolder == "." else subfolder
+            client.log_model_artifact(model.model_id, str(path), artifact_path)
             self._shipper.steps += 1
         if entry.ending is not None:
             show_model(client, run, model.model_id, entry.ending)
         client.finalize_logged_model(model.model_id, "READY")
-        self._sure("model")
+        self._confirm("model")
 
-    def _sweep(self, run: str) -> None:
-        """Remove what killed uploads left in a local store; nobody else uploads to this run."""
+    def _remove_partial_uploads(self, run: str) -> None:
+        """Remove partial files of killed uploads from a local store."""
+        # Safe, because the ledger's lock makes this process the only one that uploads to the run
         uri = self._client.get_run(run).info.artifact_uri or ""
         if uri.startswith(("file:", "/")):
             for path in Path(uri.removeprefix("file://")).rglob(UPLOADING):
                 path.unlink(missing_ok=True)
 
     def _terminate(self, run: str, ending: RunEnding) -> None:
-        """The final state, also of a run that lacks a part; only a whole one is marked as done."""
+        """Set the run's final state, even if a part was refused. Mark it only if none was."""
         if self._mark.status != ending.status:
             self._client.set_terminated(run, ending.status, end_time=ending.time_ms)
         done = self._mark.done if self._refused else {**self._mark.done, STATE: ending.time_ms}
         self._save(status=ending.status, done=done)
 
-    def _part(self, name: str, of: int, work: Callable[[], None]) -> None:
-        if self._mark.done.get(name) == of:
+    def _ship_part(self, name: str, end_ms: int, work: Callable[[], None]) -> None:
+        if self._mark.done.get(name) == end_ms:
             return
         if self._try(name, work):
-            self._save(done={**self._mark.done, name: of})
+            self._save(done={**self._mark.done, name: end_ms})
 
     def _try(self, name: str, work: Callable[[], None]) -> bool:
-        """Whether the store took it; a refusal keeps no other part from it."""
+        """Return True if the store accepted a part. A refusal is recorded and stops no other part."""
         try:
             work()
         except Exception as error:
-            if is_gone(error):
+            if is_gone(error):  # handled by RunShipper.ship, which creates the run again
                 raise
-            ours = as_ours(error, "MLflow")
+            ours = as_tracking_error(error, "MLflow")
             if isinstance(ours, StoreAway):
                 raise ours from None
             self._refused.append(f"{name}: {ours}")
@@ -430,20 +456,20 @@ class RunShipment:
 
     def _save(self, **changes: Any) -> None:
         self._mark = self._mark.model_copy(update=changes)
-        self._shipper.keep(self._key, self._mark)
+        self._shipper.save_mark(self._key, self._mark)
 
 
 def _tag_experiment(
-    client: MlflowClient, identity: str, metric: str, direction: str, known: Mapping[str, str]
+    client: MlflowClient, experiment: str, metric: str, direction: str, known: Mapping[str, str]
 ) -> None:
-    """Give an experiment the tags that it lacks: somebody may have made it, or chosen otherwise."""
+    """Set the tags of an experiment that are missing, and leave tags that a user has set."""
     for tag, value in _experiment_tags(metric, direction).items():
         if tag not in known:
-            client.set_experiment_tag(identity, tag, value)
+            client.set_experiment_tag(experiment, tag, value)
 
 
 def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
-    """The UI opens on runs and their metrics rather than on traces, and charts this metric first."""
+    """Return tags that make MLflow's UI show runs instead of traces, and chart this metric first."""
     return {
         "mlflow.experimentKind": "custom_model_development",
         "mlflow.experiment.primaryMetric.name": metric.replace("eval/", "best/eval_"),
@@ -452,14 +478,15 @@ def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
 
 
 def _model_name(key: str) -> str:
-    """lora_0007: MLflow allows no slash in a model's name."""
+    """Return a model's name for a key: lora_0007 for lora/0007."""
+    # MLflow allows no slash in a model's name
     return key.replace("/", "_").replace(".", "_")
 
 
-def search(
+def search_runs(
     client: MlflowClient, experiment: str, query: str, view: int = ACTIVE_ONLY
 ) -> Iterator[Any]:
-    """All runs of an experiment that a filter finds, page by page; `view` is MLflow's ViewType."""
+    """Yield all runs of an experiment that match a filter. `view` is an MLflow ViewType."""
     token: str | None = None
     while True:
         page = client.search_runs([experiment], query, run_view_type=view, page_token=token)

@@ -1,6 +1,6 @@
-"""MLflow's store as it is asked by people and by nights: calls wait, for at most a minute.
+"""Read MLflow's store for commands and nights, with calls that wait for at most a minute.
 
-What a driver records goes through `mlflow_tracker`, which waits for nothing.
+Drivers record through `mlflow_tracker`, whose calls never wait.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper.core.errors import SweeperError, TrackingError
+from sweeper.core.errors import SweeperError, TrackingError, first_line
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
 from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG
@@ -24,43 +24,43 @@ class TrackingStore:
     """One tracking server or local store."""
 
     def __init__(self, uri: str | None, root: Path) -> None:
-        """`uri` is a tracking server or database; without one the store is local, under `root`."""
+        """Open a store: a tracking server or database at `uri`, or the local one under `root`."""
         self._uri = uri
         self._root = root
         self._server = TrackingServer(uri, root)
 
     def fetch_trial(self, run: str, into: Path) -> TrialFolder:
-        """Download what a trial's run holds of it: config, provenance and outcome, no weights.
+        """Download a trial's config, provenance and outcome from its run, without weights.
 
         Args:
             run: the run's id.
-            into: a folder.
+            into: folder for the files.
 
         Raises:
-            TrackingError: no such run, or it is no finished trial's.
+            TrackingError: the run does not exist, or is not the run of a finished trial.
         """
         folder = TrialFolder(into)
         with self._client() as client:
             tags = client.get_run(run).data.tags
             if STUDY_TAG in tags and TRIAL_TAG not in tags:
                 raise TrackingError(
-                    f"run {run} is that of study {tags[STUDY_TAG]!r} as a whole; name one of its "
-                    "trials' runs, or the study"
+                    f"run {run} is the parent run of study {tags[STUDY_TAG]!r}. "
+                    "Give the run of one of its trials, or the study"
                 )
-            there = {item.path for item in client.list_artifacts(run)}
-            wanted = (folder.config, folder.provenance, folder.outcome)
-            missing = [path.name for path in wanted if path.name not in there]
+            stored = {item.path for item in client.list_artifacts(run)}
+            needed = (folder.config, folder.provenance, folder.outcome)
+            missing = [path.name for path in needed if path.name not in stored]
             if missing:
                 raise TrackingError(
-                    f"run {run} is no trial that ended: it holds no {', no '.join(missing)}"
+                    f"run {run} is not a finished trial: it has no {', no '.join(missing)}"
                 )
-            for path in wanted:
+            for path in needed:
                 client.download_artifacts(run, path.name, str(into))
         return folder
 
     @contextmanager
     def _client(self) -> Iterator[MlflowClient]:
-        """The client; MLflow's errors become one line."""
+        """Yield the client, and convert MLflow's errors to a TrackingError of one line."""
         try:
             yield self._server.client()
         except SweeperError:
@@ -68,9 +68,10 @@ class TrackingStore:
         except StoreAway as away:
             raise TrackingError(f"MLflow: {away}") from None
         except Exception as error:
-            from mlflow.exceptions import MlflowException
+            from mlflow.exceptions import (
+                MlflowException,
+            )  # here, because the import takes two seconds
 
             if not isinstance(error, MlflowException | OSError):
                 raise
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            raise TrackingError(f"MLflow: {redact(first)}") from None
+            raise TrackingError(f"MLflow: {redact(first_line(error))}") from None

@@ -1,7 +1,7 @@
-"""What the driver tells a tracker: one parent run a study, one child run a trial.
+"""The interface between driver and tracker: one parent run per study, one child run per trial.
 
-No call waits for a network: a tracker writes down and ships in its own thread. What it could not
-record it says at the end; `sweeper sync` records it later.
+No call waits for a network, because a tracker writes entries to disk and ships them in its own thread.
+At the end it reports what it could not record, and `sweeper sync` records that later.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from sweeper.core.paths import TrialFolder
 from sweeper.core.value import FrozenValue
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-"""MLflow's final states; KILLED is what it shows for a pruned trial."""
+"""MLflow's final states. Pruned trials have the state KILLED."""
 
-
+# MLflow's tables show parameters in alphabetical order, so with all 76 settings the first columns would
+# be adapter.alpha_pattern and adapter.bias
 RUN_PARAMS = (
     *("model.base_model", "model.revision", "data.train", "data.template", "data.train_on"),
     *("data.max_length", "data.over_length", "data.packing"),
@@ -31,22 +32,22 @@ RUN_PARAMS = (
     *("training.num_train_epochs", "training.max_steps", "training.per_device_train_batch_size"),
     *("training.gradient_accumulation_steps", "objective.metric", "objective.direction", "seed"),
 )
-"""What runs are compared by, in every run under the same name; the rest is in its config.yaml."""
+"""Settings that are parameters of every run. The run's config.yaml has all settings."""
 
 
 class DatasetRecord(FrozenValue):
-    """The data of a run, as MLflow's input: one digest over all splits."""
+    """The data of a run as MLflow's input, with one digest over all splits."""
 
     name: str
     digest: str
     sources: tuple[str, ...]
-    """Files, folders, URLs and hub ids, as they were written."""
+    """Files, folders, URLs and hub ids, as configured."""
     profile: dict[str, Any]
-    """Rows by split, and their format."""
+    """Format of the rows, and number of rows by split and of dropped rows by reason."""
 
 
 def dataset_record(facts: ArmBaseline, data: DataSettings) -> DatasetRecord:
-    """What an arm is trained on."""
+    """Return the record of an arm's training data."""
     return DatasetRecord(
         name=facts.data_source,
         digest=facts.data_digest,
@@ -68,27 +69,27 @@ class StudyRecord:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A child run; `key` ("lora/0007") is its identity across attempts and restarts."""
+    """A child run. `key` ("lora/0007") is its identity across attempts and restarts."""
 
     key: str
     folder: TrialFolder
     params: Mapping[str, Any]
     tags: Mapping[str, str] = field(default_factory=dict)
     dataset: DatasetRecord | None = None
-    """Known once the data were read."""
+    """The training data, or None before they are read."""
 
 
 class Tracker(Protocol):
-    """Records runs."""
+    """Records the runs of one study."""
 
     def open_study(self, study: StudyRecord) -> None:
-        """Create the parent run, or open it again."""
+        """Create the parent run, or reopen it."""
 
     def start(self, trial: TrialRecord) -> None:
-        """Create the child run, or open it again for another attempt."""
+        """Create the child run, or reopen it for another attempt."""
 
     def ship(self, trial: TrialRecord) -> None:
-        """Send the trial's spool as it stands; sending a line twice records it once."""
+        """Record the trial's spool so far. A line that is shipped twice is recorded once."""
 
     def end(
         self,
@@ -97,13 +98,19 @@ class Tracker(Protocol):
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> None:
-        """Ship the rest, the artifacts and the final state; does nothing to a run that has one."""
+        """Record the rest of the spool, the artifacts and the final state, unless they are recorded."""
 
     def keep(self, folders: Sequence[TrialFolder]) -> None:
-        """Upload the weights of these trials; of the others only the figures are recorded."""
+        """Upload the weights of these trials only. Metrics of all trials are recorded."""
 
     def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
-        """Add figures measured after a trial's end (Unix seconds); sent twice, they are there once."""
+        """Add metrics that were measured after a trial's end, once even if called twice.
+
+        Args:
+            trial: the trial.
+            metrics: the metrics by name.
+            measured_at: time of the measurement in Unix seconds.
+        """
 
     def close_study(
         self,
@@ -113,26 +120,35 @@ class Tracker(Protocol):
         note: str,
         artifacts: Sequence[Path],
     ) -> None:
-        """Give the parent run its final state, the answer and the best trial's figures."""
+        """Record the parent run's final state.
+
+        Args:
+            status: the final state.
+            metrics: the best trial's metrics and the verdict's figures.
+            params: the best trial's point, recorded as tags.
+            note: the run's description, in Markdown.
+            artifacts: files, and folders of files, to upload.
+        """
 
     def close(self, *, hurry: bool = False) -> list[str]:
-        """Wait for what is under way; say what could not be recorded, one line each.
+        """Wait for the shipping, and return one line for each part that could not be recorded.
 
-        `hurry`: somebody waits for this process to end, so wait for seconds only.
+        Args:
+            hurry: True to wait for seconds only, because a user waits for the process to end.
         """
 
 
 class NullTracker:
-    """tracking=none."""
+    """The tracker of tracking=none, which records nothing."""
 
     def open_study(self, study: StudyRecord) -> None:
-        """See Tracker."""
+        """Do nothing."""
 
     def start(self, trial: TrialRecord) -> None:
-        """See Tracker."""
+        """Do nothing."""
 
     def ship(self, trial: TrialRecord) -> None:
-        """See Tracker."""
+        """Do nothing."""
 
     def end(
         self,
@@ -141,13 +157,13 @@ class NullTracker:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> None:
-        """See Tracker."""
+        """Do nothing."""
 
     def keep(self, folders: Sequence[TrialFolder]) -> None:
-        """See Tracker."""
+        """Do nothing."""
 
     def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
-        """See Tracker."""
+        """Do nothing."""
 
     def close_study(
         self,
@@ -157,8 +173,8 @@ class NullTracker:
         note: str,
         artifacts: Sequence[Path],
     ) -> None:
-        """See Tracker."""
+        """Do nothing."""
 
     def close(self, *, hurry: bool = False) -> list[str]:
-        """See Tracker."""
+        """Return no lines."""
         return []

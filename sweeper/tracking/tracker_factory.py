@@ -1,4 +1,4 @@
-"""Choose the tracker that `tracking.kind` names, and say where to look at what it recorded."""
+"""Create the tracker and the stores that the `tracking` settings name."""
 
 from __future__ import annotations
 
@@ -19,48 +19,49 @@ LOCAL_STORE = Path("mlruns")
 
 
 def make_tracker(settings: TrackingSettings, ledger: Path) -> Tracker:
-    """The tracker that `tracking` names; `ledger` is where it writes down what it is told."""
+    """Return the configured tracker. `ledger` is the folder of its entries."""
     if settings.kind == "none":
         return NullTracker()
     return MlflowTracker(TrackingServer(settings.uri, LOCAL_STORE), ledger)
 
 
 def destination(settings: TrackingSettings, ledger: TrackingLedger) -> TrackingServer:
-    """Where a study's runs go that were left: to what the settings name, else to where they went.
+    """Return the store for a study's unshipped runs: the configured one, else the ledger's.
 
     Raises:
-        TrackingError: nothing is tracked, or the store's password is needed.
+        TrackingError: tracking is off, or the store's password is needed.
     """
     if settings.kind == "none":
-        raise TrackingError("tracking=none records nothing; choose tracking=mlflow")
+        raise TrackingError("tracking=none records nothing. Set tracking=mlflow")
     store = ledger.store
     if settings.uri is not None or store is None:
         return TrackingServer(settings.uri, LOCAL_STORE)
     if store.uri is not None and HIDDEN in store.uri:
         raise TrackingError(
-            f"recorded at {store.uri}, whose password is not kept: set MLFLOW_TRACKING_URI to it"
+            f"the study was recorded at {store.uri}, and passwords are not stored. "
+            "Set MLFLOW_TRACKING_URI to the full address"
         )
     root = Path(store.root)
     return TrackingServer(store.uri, root if root.is_dir() else LOCAL_STORE)
 
 
 def make_registry(settings: TrackingSettings) -> ModelRegistry | None:
-    """The registry beside the runs; None where nothing is tracked."""
+    """Return the model registry of the configured store, or None if tracking is off."""
     return None if settings.kind == "none" else ModelRegistry(settings.uri, LOCAL_STORE)
 
 
 def make_store(settings: TrackingSettings) -> TrackingStore | None:
-    """Where runs are kept, to be read; None where nothing is tracked."""
+    """Return the configured store for reading, or None if tracking is off."""
     return None if settings.kind == "none" else TrackingStore(settings.uri, LOCAL_STORE)
 
 
 def make_baselines(settings: TrackingSettings) -> BaselineStore:
-    """Where earlier full fine-tunes are looked up; with tracking=none there is nowhere (search.plan)."""
+    """Return the store of earlier full fine-tunes. The study's plan refuses tracking=none before."""
     return BaselineStore(settings.uri, LOCAL_STORE)
 
 
 def browse_command(settings: TrackingSettings) -> str:
-    """How to look at the runs."""
+    """Return the address or the command that shows the runs."""
     if settings.kind == "none":
         return "(tracking=none: nothing recorded)"
     uri = settings.uri or local_uri(LOCAL_STORE)

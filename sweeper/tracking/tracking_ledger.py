@@ -1,14 +1,14 @@
-"""What is to be recorded of a study, and what has been: small files beside its trials.
+"""Small files in a study's folder that say what MLflow must record and what it has recorded.
 
-The driver writes entries, whoever ships them writes marks, each file whole or not at all. So shipping
-can be left off at any moment, by kill -9 too, and taken up by another process. Knows no MLflow and
-asks no server.
+The driver writes entries, and the shipping process writes marks. Every file is written atomically, so
+shipping can be interrupted at any moment, also by kill -9, and continued by another process.
+Independent of MLflow.
 
     outputs/lr_rank_sweep/.tracking/
-      store.json             where the runs go
-      study.json             the parent run as it shall be     shipped/study.json      how far it is
-      runs/lora/0007.json    a child run as it shall be        shipped/lora/0007.json  how far it is
-      lock                    held by the one process that ships
+      store.json             address of the MLflow store
+      study.json             entry of the parent run     shipped/study.json      its mark
+      runs/lora/0007.json    entry of a child run        shipped/lora/0007.json  its mark
+      lock                   held by the process that ships
 """
 
 from __future__ import annotations
@@ -29,105 +29,112 @@ from sweeper.core.value import FrozenValue
 from sweeper.tracking.tracker import DatasetRecord, RunStatus
 
 STUDY = "study"
-"""The parent run's key; a trial's has a slash in it."""
+"""Key of the parent run. Keys of trials contain a slash."""
 STATE, WEIGHTS = "state", "weights"
-"""Parts of a run: its final state, which says that all before is there; a kept trial's weights."""
+"""Parts of a run: the final state, which is shipped after all other parts, and the kept weights."""
 OPENED = 0
-"""When a part was shipped that belongs to no end."""
+"""Time in the mark of parts that do not depend on the run's end."""
 
 NOTE_LENGTH = 8000
-"""What MLflow takes as a run's description."""
+"""Maximum characters of a run's description in MLflow."""
 NOTHING: Mapping[str, Any] = {}
 
-Kept = TypeVar("Kept", bound=FrozenValue)
+Stored = TypeVar("Stored", bound=FrozenValue)
 
 
 class RunEnding(FrozenValue):
-    """How a run ended; shipped with the time of the end, so that a repeat is the same point."""
+    """The end of a run. Its metrics are shipped with its time, so a repeat sends the same points."""
 
     status: RunStatus
     metrics: dict[str, float]
     tags: dict[str, str]
     time_ms: int
 
-    def or_same(self, *others: RunEnding | None) -> RunEnding:
-        """This end, or an earlier one that says the same: its time is what makes it another."""
-        same = (other for other in others if other is not None and self._agrees(other))
-        return next(same, self)
-
-    def _agrees(self, other: RunEnding) -> bool:
-        return self == other.model_copy(update={"time_ms": self.time_ms})
+    def or_equal(self, *others: RunEnding | None) -> RunEnding:
+        """Return the first of `others` that equals this end except for the time, else this end."""
+        # A resumed study that changes nothing keeps the old time, so nothing is shipped again
+        now = {"time_ms": self.time_ms}
+        known = (other for other in others if other is not None)
+        return next((other for other in known if other.model_copy(update=now) == self), self)
 
 
 def ending(
     status: RunStatus, metrics: Mapping[str, float] = NOTHING, tags: Mapping[str, str] = NOTHING
 ) -> RunEnding:
-    """An end that is now."""
+    """Return a run's end with the current time."""
     return RunEnding(status=status, metrics=dict(metrics), tags=dict(tags), time_ms=now_ms())
 
 
 def study_ending(
     status: RunStatus, metrics: Mapping[str, float], best: Mapping[str, Any], note: str
 ) -> RunEnding:
-    """The end of a parent run: the best trial's figures and point, and the answer as its description."""
-    tags = texts({f"best.{name}": value for name, value in best.items()})
+    """Return the end of a parent run.
+
+    Args:
+        status: the final state.
+        metrics: the best trial's metrics and the verdict's figures.
+        best: the best trial's point.
+        note: the answer in Markdown, which becomes the run's description.
+    """
+    # Tags, because MLflow's parameters cannot change, but an extended study may find a better trial
+    tags = as_texts({f"best.{name}": value for name, value in best.items()})
     if note:
-        tags["mlflow.note.content"] = _cut(note)
+        tags["mlflow.note.content"] = _shorten(note)
     return ending(status, metrics, tags)
 
 
-def _cut(note: str) -> str:
-    """A description that MLflow takes, ending at the end of a line."""
+def _shorten(note: str) -> str:
+    """Cut a description to MLflow's limit, at the end of a line."""
     return note if len(note) <= NOTE_LENGTH else note[:NOTE_LENGTH].rpartition("\n")[0]
 
 
-def texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Values as MLflow keeps params and tags."""
+def as_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return values as strings, like MLflow's params and tags."""
     return {name: str(value) for name, value in values.items()}
 
 
 def now_ms() -> int:
-    """MLflow's clock."""
+    """Return the time in Unix milliseconds, MLflow's unit."""
     return int(time.time() * 1000)
 
 
 class RunAmendment(FrozenValue):
-    """Figures that were measured after a trial's end."""
+    """Metrics that were measured after a trial's end."""
 
     metrics: dict[str, float]
     time_ms: int
 
 
 class TrialEntry(FrozenValue):
-    """A child run as it shall be."""
+    """The intended state of a child run."""
 
     key: str
     uid: str
-    """What a trial without a study is found by at a store, if the answer to its making was lost."""
+    """Tag by which a trial without a study is found if the response to its creation was lost."""
     folder: str
-    """Of the trial, relative to the study's."""
+    """The trial's folder, relative to the study's."""
     params: dict[str, str]
     tags: dict[str, str]
     dataset: DatasetRecord | None = None
     started_ms: int
     kept: bool = False
-    """Its weights stay, and are uploaded."""
+    """True if the trial's weights are kept and must be uploaded."""
     amendments: tuple[RunAmendment, ...] = ()
     ending: RunEnding | None = None
-    """None while it runs."""
+    """End of the run, or None while the trial runs."""
     before: RunEnding | None = None
-    """How it had ended before it was opened again."""
+    """Previous end of a run that was reopened."""
 
     def reopened(self) -> TrialEntry:
-        """The entry of a run that goes on."""
+        """Return the entry of a run that ended and continues."""
         return self.model_copy(update={"ending": None, "before": self.ending or self.before})
 
 
 class StudyEntry(FrozenValue):
-    """The parent run as it shall be."""
+    """The intended state of the parent run."""
 
     uid: str
-    """What its runs are found by: other people have studies of the same name."""
+    """Tag by which the study's runs are found, because other studies may have the same name."""
     experiment: str
     name: str
     metric: str
@@ -136,46 +143,46 @@ class StudyEntry(FrozenValue):
     tags: dict[str, str]
     started_ms: int
     opened_ms: int
-    """By the latest process that ran it."""
+    """Time of the latest start of the study."""
     ending: RunEnding | None = None
     before: RunEnding | None = None
-    """How it had ended before it was opened again."""
+    """Previous end of a run that was reopened."""
     artifacts: tuple[str, ...] = ()
-    """Relative to the study's folder."""
+    """Files and folders to upload, relative to the study's folder."""
 
 
 class StoreAddress(FrozenValue):
-    """Where the runs go."""
+    """The store that a study's runs are recorded in."""
 
     uri: str | None
-    """The tracking server or database without its password; None for the local store."""
+    """The tracking server or database without its password, or None for the local store."""
     root: str
-    """Of the local store."""
+    """Folder of the local store."""
 
 
 class ShippingMark(FrozenValue):
-    """How far a run has been shipped to one store."""
+    """The parts of a run that one store has."""
 
     store: str
     run: str | None = None
     cursor: dict[str, int] = Field(default_factory=dict)
-    """The last step of each metric that the store has."""
+    """Last step of each metric that the store has."""
     unsure: tuple[str, ...] = ()
-    """Parts under way: where the answer never came, the store is asked what it has."""
+    """Parts that were sent without a response yet. A retry first reads what the store has."""
     status: RunStatus | None = None
-    """The run's final state at the store."""
+    """The run's final state in the store."""
     done: dict[str, int] = Field(default_factory=dict)
-    """Parts that the store has, and of which end (time_ms)."""
+    """Parts that the store has -> time of the end that they belong to (time_ms)."""
 
 
 class TrackingLedger:
     """The entries and marks of one study, or of one trial without a study."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` lies in the study's folder; it is made when something is written."""
+        """Read the entries in `folder`, a folder inside the study's that need not exist yet."""
         self.folder = folder
         self.problems: list[str] = []
-        """What could not be read or kept, for people."""
+        """Messages about files that could not be read or written."""
         self.store = self._read(folder / "store.json", StoreAddress)
         self.study = self._read(folder / "study.json", StudyEntry)
         paths = sorted((folder / "runs").glob("*/*.json"))
@@ -184,30 +191,32 @@ class TrackingLedger:
 
     @property
     def lock(self) -> Path:
-        """Held by the process that ships."""
+        """File that the shipping process locks."""
         return self.folder / "lock"
 
     @property
     def keys(self) -> list[str]:
-        """All runs, the parent first."""
+        """Keys of all runs, with the parent first."""
         return [STUDY, *self.trials] if self.study else list(self.trials)
 
     def trial_folder(self, entry: TrialEntry) -> TrialFolder:
-        """Where the trial lies."""
+        """Return the folder of an entry's trial."""
         return TrialFolder(self.folder.parent / entry.folder)
 
     def relative(self, path: Path) -> str:
-        """A path as it is kept: the study's folder can be moved as a whole."""
+        """Return a path relative to the study's folder."""
+        # Relative, so that the ledger stays valid when the study's folder is moved
         return os.path.relpath(path.resolve(), self.folder.parent.resolve())
 
-    def keep_store(self, store: StoreAddress) -> None:
-        """Remember where the runs go."""
+    def save_store(self, store: StoreAddress) -> None:
+        """Write the address of the store, if it changed."""
         if store != self.store:
             self.store = store
             self._write(self.folder / "store.json", store)
 
-    def keep(self, entry: StudyEntry | TrialEntry) -> None:
-        """Remember an entry; a disk without room costs only what a later process would know."""
+    def save_entry(self, entry: StudyEntry | TrialEntry) -> None:
+        """Write an entry. An OSError becomes one of the `problems`."""
+        # This process can still ship the entry from memory. Only a later process would miss it
         if isinstance(entry, StudyEntry):
             self.study = entry
             self._write(self.folder / "study.json", entry)
@@ -215,19 +224,19 @@ class TrackingLedger:
             self.trials[entry.key] = entry
             self._write(self.folder / "runs" / f"{entry.key}.json", entry)
 
-    def mark(self, key: str, store: str) -> ShippingMark:
-        """How far a run has been shipped to a store."""
+    def read_mark(self, key: str, store: str) -> ShippingMark:
+        """Return the mark of a run for a store. A mark for another store counts as empty."""
         mark = self._read(self._mark_path(key), ShippingMark)
         return mark if mark is not None and mark.store == store else ShippingMark(store=store)
 
-    def keep_mark(self, key: str, mark: ShippingMark) -> None:
-        """Remember how far a run has been shipped."""
+    def save_mark(self, key: str, mark: ShippingMark) -> None:
+        """Write the mark of a run."""
         self._write(self._mark_path(key), mark)
 
     def _mark_path(self, key: str) -> Path:
         return self.folder / "shipped" / f"{key}.json"
 
-    def _read(self, path: Path, kind: type[Kept]) -> Kept | None:
+    def _read(self, path: Path, kind: type[Stored]) -> Stored | None:
         try:
             return kind.model_validate_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -240,7 +249,7 @@ class TrackingLedger:
         try:
             write_atomic(path, value.model_dump_json() + "\n")
         except OSError as error:
-            self.problems.append(f"{path}: not kept for a later `sweeper sync` ({error})")
+            self.problems.append(f"{path}: not stored for a later `sweeper sync` ({error})")
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,7 @@ class MetricPoint:
 
 @dataclass(frozen=True)
 class PendingCounts:
-    """What a store does not have yet, counted."""
+    """Numbers of runs, points, files and final states that a store does not have yet."""
 
     runs: int = 0
     points: int = 0
@@ -274,50 +283,50 @@ class PendingCounts:
         return self.runs > 0
 
     def __str__(self) -> str:
-        """12 metric points, 3 files and 1 final state of 2 runs."""
+        """Return the counts as text: 12 metric points, 3 files and 1 final state of 2 runs."""
         counts = {"metric point": self.points, "file": self.files, "final state": self.states}
-        words = [_counted(count, name) for name, count in counts.items() if count]
-        listed = " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
-        return f"{listed or 'the opening'} of {_counted(self.runs, 'run')}"
+        parts = [_counted(count, name) for name, count in counts.items() if count]
+        listed = " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
+        return f"{listed or 'the start'} of {_counted(self.runs, 'run')}"
 
 
-def left(ledger: TrackingLedger, store: str) -> PendingCounts:
-    """What a store lacks of all runs, as far as the marks tell."""
+def count_pending(ledger: TrackingLedger, store: str) -> PendingCounts:
+    """Count what a store lacks of all runs, according to the marks."""
     return sum((pending(ledger, key, store) for key in ledger.keys), start=PendingCounts())
 
 
 def pending(ledger: TrackingLedger, key: str, store: str) -> PendingCounts:
-    """What a store lacks of a run."""
-    mark = ledger.mark(key, store)
+    """Count what a store lacks of one run, according to its mark."""
+    mark = ledger.read_mark(key, store)
     entry = ledger.study if key == STUDY else ledger.trials[key]
     if entry is None or is_shipped(entry, mark):
         return PendingCounts()
     end = entry.ending
     points, files = 0, 0
     if isinstance(entry, TrialEntry):
-        points = len(unshipped(read_spool(ledger.trial_folder(entry).metrics), mark.cursor))
-        points += sum(len(more.metrics) for more in lacking_figures(entry, mark))
+        points = len(unshipped_points(read_spool(ledger.trial_folder(entry).metrics), mark.cursor))
+        points += sum(len(more.metrics) for more in pending_amendments(entry, mark))
     if end is not None:
         points += len(end.metrics) if mark.done.get("figures") != end.time_ms else 0
         files = len(files_of(ledger, entry)) if mark.done.get("files") != end.time_ms else 0
         if isinstance(entry, TrialEntry) and lacks_weights(entry, mark):
             files += len(weights_of(ledger.trial_folder(entry)))
-    elif points == 0 and is_open(entry, mark):
+    elif points == 0 and is_open(entry, mark):  # a running trial of which everything is shipped
         return PendingCounts()
     stated = end is None or mark.done.get(STATE) == end.time_ms
     return PendingCounts(1, points, files, 0 if stated else 1)
 
 
 def is_shipped(entry: StudyEntry | TrialEntry, mark: ShippingMark) -> bool:
-    """Whether the run has its final state at the store, and so everything before it."""
+    """Return True if the store has the run's final state, which comes last, and all later additions."""
     end = entry.ending
     if end is None or (mark.done.get(STATE), mark.status) != (end.time_ms, end.status):
         return False
-    return not lacks_weights(entry, mark) and not lacking_figures(entry, mark)
+    return not lacks_weights(entry, mark) and not pending_amendments(entry, mark)
 
 
-def lacking_figures(entry: StudyEntry | TrialEntry, mark: ShippingMark) -> list[RunAmendment]:
-    """Figures of after the end that have still to be sent."""
+def pending_amendments(entry: StudyEntry | TrialEntry, mark: ShippingMark) -> list[RunAmendment]:
+    """Return the amendments that the store does not have."""
     amendments = entry.amendments if isinstance(entry, TrialEntry) else ()
     return [
         more
@@ -327,24 +336,28 @@ def lacking_figures(entry: StudyEntry | TrialEntry, mark: ShippingMark) -> list[
 
 
 def lacks_weights(entry: StudyEntry | TrialEntry, mark: ShippingMark) -> bool:
-    """Whether weights that are kept have still to be uploaded."""
+    """Return True if a trial's weights must be uploaded and the store does not have them."""
     if isinstance(entry, StudyEntry) or entry.ending is None or not entry.kept:
         return False
     return mark.done.get(WEIGHTS) != entry.ending.time_ms
 
 
 def is_open(entry: StudyEntry | TrialEntry, mark: ShippingMark) -> bool:
-    """Whether the run is there and runs, as it shall."""
+    """Return True if the store has the run in the state RUNNING."""
     opened = isinstance(entry, TrialEntry) or mark.done.get("opened") == entry.opened_ms
     return opened and mark.run is not None and mark.status is None
 
 
-def unshipped(rows: Sequence[Mapping[str, Any]], cursor: Mapping[str, int]) -> list[MetricPoint]:
-    """The points of a spool beyond the cursor, in order.
+def unshipped_points(
+    rows: Sequence[Mapping[str, Any]], cursor: Mapping[str, int]
+) -> list[MetricPoint]:
+    """Return the points of a spool that are later than the cursor, in order.
 
-    There is one point a step: one that was measured again, after a crash, is the same by design and is
-    not sent again.
+    Args:
+        rows: the spool.
+        cursor: last step of each metric that the store has.
     """
+    # At most one point per metric and step. A step that was repeated after a crash has equal values
     last = dict(cursor)
     points: list[MetricPoint] = []
     for row in rows:
@@ -357,10 +370,10 @@ def unshipped(rows: Sequence[Mapping[str, Any]], cursor: Mapping[str, int]) -> l
 
 
 def files_of(ledger: TrackingLedger, entry: StudyEntry | TrialEntry) -> list[Path]:
-    """The small files that a run ends with and that are there."""
+    """Return the existing small files to upload at the end of a run."""
     if isinstance(entry, StudyEntry):
         listed = [ledger.folder.parent / name for name in entry.artifacts]
-        return [path for place in listed for path in _files_at(place)]
+        return [file for path in listed for file in _files_at(path)]
     folder = ledger.trial_folder(entry)
     small = (
         *(folder.config, folder.outcome, folder.provenance),
@@ -370,18 +383,17 @@ def files_of(ledger: TrackingLedger, entry: StudyEntry | TrialEntry) -> list[Pat
     return [path for path in small if path.exists()]
 
 
-def _files_at(place: Path) -> list[Path]:
-    """A file, or all files of a folder; none where nothing is."""
-    if place.is_dir():
-        return sorted(path for path in place.iterdir() if path.is_file())
-    return [place] if place.exists() else []
+def _files_at(path: Path) -> list[Path]:
+    """Return the file at `path`, or the files in the folder at `path`, if any."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file())
+    return [path] if path.exists() else []
 
 
 def weights_of(folder: TrialFolder) -> list[Path]:
-    """An adapter's files, its manifest last: a reader who finds it finds all of them.
-
-    Full weights stay in the trial's folder, whose path is a tag: they are as large as the base.
-    """
+    """Return an adapter's archive and files, with the manifest last."""
+    # A reader who finds the manifest finds all files. Full weights, which are as large as the base, stay
+    # in the trial's folder, whose path is a tag of the run
     files = [path for path in folder.adapter.rglob("*") if path.is_file()]
     ordered = sorted(files, key=lambda path: (path.name == MANIFEST, path))
     archive = folder.adapter.with_suffix(".zip")

@@ -1,6 +1,6 @@
-"""The one connection to MLflow: a server or a local store, which may be away.
+"""The connection to MLflow: a server, a database or a local store, which may be unavailable.
 
-Tells errors that may pass (the server is away, busy or hung) from those that will not. Knows nothing of
+Distinguishes transient errors (the server is down, busy or hung) from permanent ones. Independent of
 what is recorded.
 """
 
@@ -21,36 +21,36 @@ if TYPE_CHECKING:
 
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would stand in the study's table
-    # MLflow's own defaults keep one call waiting for 246 seconds; a request that is sent again inside
-    # MLflow's client could store a point twice, so it is sent again by whoever can look first
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # it would break the study's live table
+    # By default a call can wait for 246 seconds. MLflow's own retries could store a point twice, so
+    # RunShipper retries, which reads first what the store has
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-AWAY = frozenset(
+TRANSIENT = frozenset(
     {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 )
-"""MLflow's error codes for a server that may answer later."""
+"""MLflow's error codes for a server that may respond later."""
 UNAUTHENTICATED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"})
-GONE = "RESOURCE_DOES_NOT_EXIST"
+NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 ANSWER_SECONDS = 5
-"""How long a server may take to tell its version; a hung one never does."""
+"""Seconds to wait for a server's version. A hung server never responds."""
 OLDEST = 2
-"""The oldest major version whose REST API has all that is recorded."""
+"""Oldest major version whose REST API supports everything that is recorded."""
 MODELS_SINCE = 3
-"""The first major version with LoggedModels."""
+"""First major version with LoggedModels."""
 CREDENTIALS = (
-    "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to what it "
-    "accepts"
+    "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to valid "
+    "credentials"
 )
 
 
 class StoreAway(Exception):
-    """The store does not answer now, and may later; the message says why."""
+    """The store is unavailable and may respond later. The message states the reason."""
 
 
 def local_uri(root: Path) -> str:
-    """The store under a folder: one SQLite file, artifacts beside it."""
+    """Return the URI of the local store in a folder: one SQLite file, with artifacts next to it."""
     return f"sqlite:///{root / 'mlflow.db'}"
 
 
@@ -58,88 +58,89 @@ class TrackingServer:
     """A tracking server, a database, or the local store."""
 
     def __init__(self, uri: str | None, root: Path) -> None:
-        """`uri` is a tracking server or database; without one the store is local, under `root`."""
+        """Name a store: a tracking server or database at `uri`, or the local one under `root`."""
         self.uri = uri
         self.root = root
         self.remarks: list[str] = []
-        """What this server's version cannot hold, for people; each is said once."""
+        """Messages about features that this server's version lacks, each once."""
         self.version: str | None = None
-        """What an HTTP server says it is; None before it was asked, or if it does not say."""
+        """Version of an HTTP server, or None if unknown."""
         self._modelless = False
-        self._made: MlflowClient | None = None
+        self._client: MlflowClient | None = None
 
     @property
     def name(self) -> str:
-        """Which store this is, for people and for marks: without a password."""
+        """Address of the store without its password, for messages and marks."""
         return redact(self.uri or local_uri(self.root.resolve()))
 
     @property
     def is_http(self) -> bool:
-        """Whether requests travel over a network and can time out."""
+        """True if the store is an HTTP server, whose requests can time out."""
         return self.uri is not None and self.uri.startswith(("http://", "https://"))
 
     def client(self) -> MlflowClient:
-        """The connected client.
+        """Return the connected client.
 
         Raises:
-            Away: it does not answer.
-            TrackingError: it answers, and will not have us.
+            StoreAway: the store does not respond.
+            TrackingError: the store refuses the connection.
         """
-        if self._made is None:
+        if self._client is None:
             for name, value in SETTINGS.items():
                 os.environ.setdefault(name, value)
-            import mlflow  # two seconds, and not needed before the first trial is on its way
+            import mlflow  # here, because the import takes two seconds and the first trial can start
 
+            # Their INFO lines about tables and migrations would break the study's live table
             for name in ("mlflow", "alembic"):
                 logging.getLogger(name).setLevel(logging.WARNING)
             try:
-                self._made = self._connect(mlflow.MlflowClient)
+                self._client = self._connect(mlflow.MlflowClient)
             except Exception as error:  # noqa: BLE001 - mapped here, at the seam
-                raise as_ours(error, self.name) from None
-        return self._made
+                raise as_tracking_error(error, self.name) from None
+        return self._client
 
-    def answers(self) -> bool:
-        """Whether an HTTP server is there at this moment; a store without a server always is."""
+    def responds(self) -> bool:
+        """Return True if an HTTP server responds now. A store without a server always does."""
         try:
             self._ask_version()
-        except Exception:  # noqa: BLE001 - whatever it is, it is no answer
+        except Exception:  # noqa: BLE001 - any error means that there is no response
             return False
         return True
 
     def holds_models(self) -> bool:
-        """Whether LoggedModels may be asked for: MLflow has them since 3.0."""
+        """Return False if the server is known to lack LoggedModels, which MLflow has since 3.0."""
         major = (self.version or "").partition(".")[0]
         if self._modelless or (major.isdigit() and int(major) < MODELS_SINCE):
-            self.know_no_models()
+            self.note_missing_models()
             return False
         return True
 
-    def know_no_models(self) -> None:
-        """It has no LoggedModels: said once."""
+    def note_missing_models(self) -> None:
+        """Record that the server has no LoggedModels."""
         self._modelless = True
         which = f"MLflow {self.version}" if self.version else "an older MLflow"
         self.remark(
-            f"{self.name} is {which}, which has no LoggedModels: adapters are recorded as artifacts of "
-            "their runs only"
+            f"{self.name} runs {which}, which has no LoggedModels, so adapters are recorded only as "
+            "artifacts of their runs"
         )
 
-    def remark(self, words: str) -> None:
-        """Note what the server cannot hold, once."""
-        if words not in self.remarks:
-            self.remarks.append(words)
+    def remark(self, message: str) -> None:
+        """Add a message about a missing feature, once."""
+        if message not in self.remarks:
+            self.remarks.append(message)
 
     def _connect(self, make: type[MlflowClient]) -> MlflowClient:
         if self.is_http:
             self._ask_version()
             return make(self.uri)
-        if self.uri is not None:
+        if self.uri is not None:  # a database, which has no version to ask for
             return make(self.uri)
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / ".mlflow.lock"):  # two that create its tables at once both fail
+        with FileLock(self.root / ".mlflow.lock"):  # concurrent creation of the tables would fail
             return make(local_uri(self.root.resolve()))
 
     def _ask_version(self) -> None:
-        """GET /version, with MLflow's own credentials; a proxy may hide it."""
+        """Request /version with MLflow's credentials. Behind a proxy the version can stay unknown."""
         if not self.is_http:
             return
         from mlflow.utils.credentials import get_default_host_creds
@@ -154,47 +155,47 @@ class TrackingServer:
             raise_on_status=False,
         )
         if answer.status_code in (401, 403):
-            raise TrackingError(f"{self.name} refuses us ({answer.status_code}): {CREDENTIALS}")
+            raise TrackingError(f"{self.name} refuses access ({answer.status_code}). {CREDENTIALS}")
         if answer.status_code >= 500:
-            raise StoreAway(f"{self.name} answers with {answer.status_code}")
+            raise StoreAway(f"{self.name} responds with status {answer.status_code}")
         if answer.status_code == 200:
-            self._know_version(answer.text.strip())
+            self._record_version(answer.text.strip())
 
-    def _know_version(self, version: str) -> None:
+    def _record_version(self, version: str) -> None:
         self.version = version
         major = version.partition(".")[0]
         if major.isdigit() and int(major) < OLDEST:
             self.remark(
-                f"{self.name} is MLflow {version}; {OLDEST}.0 is the oldest that is supported"
+                f"{self.name} runs MLflow {version}. The oldest supported version is {OLDEST}.0"
             )
 
 
-def as_ours(error: Exception, name: str) -> StoreAway | TrackingError:
-    """MLflow's (or requests') error as one of the two there are: it may pass, or it will not."""
+def as_tracking_error(error: Exception, name: str) -> StoreAway | TrackingError:
+    """Convert an error of MLflow or requests to StoreAway (transient) or TrackingError (permanent)."""
     if isinstance(error, StoreAway | TrackingError):
         return error
     lines = redact(str(error)).splitlines()
     reason = lines[0] if lines else type(error).__name__
-    if isinstance(error, SweeperError):  # a damaged artifact: all of its lines are for the user
+    if isinstance(error, SweeperError):  # all lines about a damaged artifact are for the user
         return TrackingError("; ".join(line.strip() for line in lines))
     code = getattr(error, "error_code", None)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if code in UNAUTHENTICATED or status in (401, 403):
-        return TrackingError(f"{name} refuses us: {reason}; {CREDENTIALS}")
+        return TrackingError(f"{name} refuses access: {reason}. {CREDENTIALS}")
     if code is not None:
-        return StoreAway(reason) if code in AWAY else TrackingError(reason)
+        return StoreAway(reason) if code in TRANSIENT else TrackingError(reason)
     if status is not None:
         return StoreAway(reason) if status >= 500 or status == 429 else TrackingError(reason)
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError):  # a missing file of ours is not an outage
         return TrackingError(reason)
     return StoreAway(reason) if isinstance(error, OSError) else TrackingError(reason)
 
 
 def lacks_endpoint(error: Exception) -> bool:
-    """Whether the server is too old to know this kind of request."""
+    """Return True if the server is too old to support a request."""
     return getattr(error, "error_code", None) == "ENDPOINT_NOT_FOUND"
 
 
 def is_gone(error: Exception) -> bool:
-    """Whether the store does not have what was asked for: it was made anew, or somebody deleted it."""
-    return getattr(error, "error_code", None) == GONE
+    """Return True if the run no longer exists, because it was deleted or the store was replaced."""
+    return getattr(error, "error_code", None) == NOT_FOUND

@@ -1,4 +1,4 @@
-"""A trial's settings as transformers' TrainingArguments."""
+"""Convert a trial's settings into transformers' TrainingArguments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sweeper.core.errors import ConfigError
 from sweeper.training.schedule import TrialSchedule
 
 OBJECTIVE = "eval_objective"
-"""What transformers is told the objective's value as; it keeps the best checkpoint by it."""
+"""Name of the objective's value in transformers' metrics, which choose the best checkpoint."""
 
 
 def training_arguments(
@@ -27,9 +27,14 @@ def training_arguments(
     *,
     ordered: bool,
 ) -> TrainingArguments:
-    """transformers' arguments for a trial; compute dtypes below fp32 are autocast to.
+    """Return transformers' arguments for a trial.
 
-    `ordered` training rows (data.order_by) are taken as they stand, whatever the sampling strategy.
+    Args:
+        settings: the trial, resolved (sweeper.training.micro_batch.resolve).
+        schedule: lengths and intervals in optimiser steps.
+        checkpoints: folder of the checkpoints.
+        compute_dtype: dtype of the forward pass. float16 and bfloat16 are autocast to.
+        ordered: True if the rows are trained in their order (data.order_by), not shuffled.
     """
     training = settings.training
     cuda = torch.cuda.is_available()
@@ -40,6 +45,8 @@ def training_arguments(
         lr_scheduler_type=training.lr_scheduler_type,
         lr_scheduler_kwargs=_scheduler_options(settings),
         warmup_steps=schedule.warmup_steps,
+        # transformers multiplies the effective batch by the devices. Ours is part of the settings and
+        # stays the same, so each device accumulates fewer micro-batches
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps
         // training.devices_per_trial,
@@ -49,18 +56,18 @@ def training_arguments(
         activation_checkpointing=training.activation_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_liger_kernel=use_liger_kernel(settings),
-        # Liger's own loss would take the place of a forward that computes ours
+        # Liger's fused loss would replace the forward pass that computes our loss
         liger_kernel_config={"fused_linear_cross_entropy": False},
         bf16=compute_dtype == torch.bfloat16,
         fp16=compute_dtype == torch.float16,
         logging_strategy="steps",
         logging_steps=training.logging_steps,
-        logging_nan_inf_filter=False,  # the default hides a NaN behind the running mean
+        logging_nan_inf_filter=False,  # the default would replace a NaN by the running mean
         eval_strategy="steps",
         eval_steps=schedule.eval_every,
         save_strategy="steps",
         save_steps=schedule.save_every,
-        save_total_limit=None,  # JudgedTrainer removes old ones once the new one is sealed
+        save_total_limit=None,  # JudgedTrainer removes old checkpoints once the new one is sealed
         load_best_model_at_end=True,
         metric_for_best_model=OBJECTIVE,
         greater_is_better=settings.objective.direction == "maximize",
@@ -77,30 +84,30 @@ def training_arguments(
 
 
 def use_liger_kernel(settings: TrialSettings) -> bool:
-    """Whether Liger's fused layers replace transformers' own; `auto`: on a GPU where it is installed.
+    """Return True if Liger's fused layers replace transformers' own.
+
+    `auto` uses them on a GPU if the package is installed.
 
     Raises:
-        ConfigError: asked for and not available.
+        ConfigError: use_liger_kernel=true without a GPU or without the package.
     """
-    asked = settings.training.use_liger_kernel
+    setting = settings.training.use_liger_kernel
     available = torch.cuda.is_available() and find_spec("liger_kernel") is not None
-    if asked is True and not available:
+    if setting is True and not available:
         raise ConfigError(
             [
-                "training.use_liger_kernel=true: needs a CUDA GPU and the package liger-kernel; "
-                "use auto or false"
+                "training.use_liger_kernel=true needs a CUDA GPU and the package liger-kernel. "
+                "Set auto or false"
             ]
         )
-    return available if asked == "auto" else asked
+    return available if setting == "auto" else setting
 
 
 @contextmanager
 def module_restored(model: torch.nn.Module) -> Iterator[None]:
-    """Undo what happens inside to the module of transformers that a model's class comes from.
-
-    Liger replaces layers there when it is applied to one model. Every later one of the process would be
-    built of them, also those that are only measured, on a device where Liger's kernels do not run.
-    """
+    """Restore transformers' modelling module of a model's class at the end of the context."""
+    # Liger replaces layer classes in that module when it is applied to one model. Every later model of
+    # this process would use them, including those on the meta device, where its kernels do not run
     names = vars(sys.modules[type(model).__module__])
     before = dict(names)
     try:
@@ -112,22 +119,24 @@ def module_restored(model: torch.nn.Module) -> Iterator[None]:
 
 
 def refuse_fp16_on_cpu(settings: TrialSettings) -> None:
-    """fp16 needs scaled gradients, and torch scales them on GPUs only.
+    """Refuse training in float16 on a CPU.
 
     Raises:
         ConfigError: model.dtype=float16 without a CUDA device.
     """
+    # fp16 needs scaled gradients, and torch's GradScaler does nothing without a GPU
     if settings.model.dtype == "float16" and not torch.cuda.is_available():
         raise ConfigError(
             [
-                "model.dtype=float16: training in float16 needs a CUDA GPU, and none is visible; "
-                "use float32, bfloat16 or auto"
+                "model.dtype=float16: training in float16 needs a CUDA GPU, and none is visible. "
+                "Set float32, bfloat16 or auto"
             ]
         )
 
 
 def _scheduler_options(settings: TrialSettings) -> dict[str, int]:
-    """transformers hands these to the schedule's function, and only one of them knows cycles."""
+    """Return the options of the learning-rate schedule."""
+    # transformers passes them to the schedule's function, and only this schedule accepts num_cycles
     training = settings.training
     if training.lr_scheduler_type != "cosine_with_restarts":
         return {}

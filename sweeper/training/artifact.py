@@ -1,4 +1,4 @@
-"""What a trial leaves behind: the adapter (or all weights), the tokenizer, manifest and archive."""
+"""Store a trial's artifact: the adapter (or all weights), tokenizer, manifest and archive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.training.model_card import README, model_card
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The date of every file in an archive: the earliest that the zip format has."""
+"""Date of every file in an archive, the earliest in the zip format. Equal files give equal bytes."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ def save_artifact(
     folder: TrialFolder,
     figures: Mapping[str, float],
 ) -> None:
-    """Store the model as it stands: the adapter alone, or all weights of a full fine-tune.
+    """Store a trained model: the adapter alone, or all weights of a full fine-tune.
 
     Args:
-        trained: what to store.
-        settings: what it was trained with.
-        folder: the trial's.
-        figures: what its model card tells (sweeper.training.model_card).
+        trained: model and tokenizer.
+        settings: the settings of the training.
+        folder: the trial's folder.
+        figures: metrics for the model card (sweeper.training.model_card).
     """
     target = folder.adapter if isinstance(trained.model, PeftModel) else folder.model
     partial = target.with_name(f".{target.name}.partial")
@@ -57,7 +57,7 @@ def save_artifact(
     save_bpe(trained.tokenizer, partial)
     base_folder = Path(trained.model.config.name_or_path)
     write_atomic(partial / README, model_card(settings, figures, base_folder))
-    write_manifest(partial)
+    write_manifest(partial)  # in the artifact's folder, so that copies and archives contain it
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     if settings.artifacts.zip:
@@ -65,11 +65,11 @@ def save_artifact(
 
 
 def save_bpe(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write vocab.json and merges.txt, which transformers 5 no longer does.
+    """Write vocab.json and merges.txt of a byte-level BPE tokenizer (GPT-2, Qwen, Llama 3).
 
-    Only for byte-level BPE (GPT-2, Qwen, Llama 3): it is what that format was made for. The tokens
-    of other BPE models may hold line breaks, which merges.txt cannot.
+    transformers 5 no longer writes these files, but other tools read them.
     """
+    # Tokens of other BPE models may contain line breaks, which merges.txt cannot represent
     backend = getattr(tokenizer, "backend_tokenizer", None)  # a slow tokenizer has none
     if (
         backend is not None
@@ -80,16 +80,14 @@ def save_bpe(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def write_zip(folder: Path, target: Path) -> None:
-    """Archive a folder; the same files give the same bytes, whenever and wherever.
-
-    Nothing is compressed: weights hardly shrink, and deflate differs between zlib's builds.
-    """
+    """Archive a folder so that equal files give equal bytes at any time and on any machine."""
+    # Not compressed: weights hardly shrink, and deflate's output differs between builds of zlib
     partial = target.with_name(f".{target.name}.partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), EPOCH)
             entry.external_attr = 0o644 << 16
-            entry.create_system = 3  # Unix, also when written elsewhere
+            entry.create_system = 3  # Unix, also if written on another system
             entry.file_size = path.stat().st_size
             with path.open("rb") as source, archive.open(entry, "w") as sink:
                 shutil.copyfileobj(source, sink)
@@ -97,13 +95,12 @@ def write_zip(folder: Path, target: Path) -> None:
 
 
 def _name_base(path: Path, settings: TrialSettings) -> None:
-    """Name the base as the user does: PEFT writes the folder that the weights were loaded from.
-
-    Lists are sorted: PEFT writes sets, whose order changes from process to process.
-    """
+    """Make adapter_config.json portable and reproducible: the base's configured name, sorted lists."""
     config = json.loads(path.read_text(encoding="utf-8"))
+    # PEFT writes the folder that the weights were loaded from, which other machines do not have
     config["base_model_name_or_path"] = settings.model.base_model
     config["revision"] = settings.model.revision
+    # PEFT writes sets, whose order changes from process to process
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])
     write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
-"""Take over a model that another run trained: check that it is kin of the base, and keep it.
+"""Use a model that another run trained as a baseline: check its architecture and store its files.
 
-What it is worth is judged as everything else is (sweeper.training.trial_runner).
+sweeper.training.trial_runner evaluates the model like any trial's.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from sweeper.core.errors import ModelError
 from sweeper.core.manifest import MANIFEST, verify_manifest, write_manifest
 from sweeper.core.paths import TrialFolder
 from sweeper.modeling.base_model import LoadedBase
-from sweeper.modeling.model_source import MODEL, one_line, refuse_foreign
+from sweeper.modeling.model_source import MODEL, one_line, require_unquantized_base
 
 SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "intermediate_size"),
 )
-"""What a model and its fine-tunes have in common, as far as its configuration names it."""
+"""Configuration keys that a model and its fine-tunes share."""
 TOKENIZER = "tokenizer_config.json"
 
 
-def require_kin(model: Path, base: LoadedBase) -> None:
-    """Refuse a model that is no fine-tune of this base.
+def require_same_architecture(model: Path, base: LoadedBase) -> None:
+    """Refuse a model whose architecture or vocabulary differs from the base's.
 
     Raises:
-        ModelError: another architecture or vocabulary, or no model of transformers' layout.
-        ArtifactError: it is not what its manifest says.
+        ModelError: the architecture or vocabulary differs, or the folder holds no transformers model.
+        ArtifactError: the files differ from their manifest.
     """
-    where = f"the adopted model {model}"
-    refuse_foreign(model, where)
+    where = f"the baseline model {model}"
+    require_unquantized_base(model, where)
     if (model / MANIFEST).exists():
         verify_manifest(model)
     try:
@@ -43,26 +43,29 @@ def require_kin(model: Path, base: LoadedBase) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(one_line(where, error)) from error
     if other := _differences(config, base.model.config):
-        raise ModelError(f"{where} is no fine-tune of this base, its architecture differs: {other}")
+        raise ModelError(
+            f"{where} is not a fine-tune of this base. Its architecture differs: {other}"
+        )
     if tokenizer is not None and tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ModelError(
-            f"{where} has another vocabulary than this base: their losses per token do not compare"
+            f"{where} has a different vocabulary than this base, so losses per token cannot be compared"
         )
 
 
-def keep(model: Path, folder: TrialFolder, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put the model's files into a trial's folder, without a copy where the disk is the same.
+def store_model(model: Path, folder: TrialFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the model's files into a trial's folder as its artifact, as hard links where possible.
 
     Args:
-        model: of kin (require_kin).
-        folder: where it becomes the artifact.
-        tokenizer: the base's, for a model that was stored without one.
+        model: folder of a model that passed `require_same_architecture`.
+        folder: the trial's folder.
+        tokenizer: the base's tokenizer, for a model that was stored without one.
     """
     partial = folder.model.with_name(".model.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for path in model.iterdir():
         if path.is_file() and path.name != MANIFEST and any(fnmatch(path.name, p) for p in MODEL):
+            # Hard links: the study no longer depends on the other run's folder, at no disk space
             _link(path.resolve(), partial / path.name)
     if not (partial / TOKENIZER).exists():
         tokenizer.save_pretrained(str(partial))
@@ -73,11 +76,11 @@ def keep(model: Path, folder: TrialFolder, tokenizer: PreTrainedTokenizerBase) -
 
 def _differences(config: PretrainedConfig, base: PretrainedConfig) -> str:
     pairs = {key: (getattr(config, key, None), getattr(base, key, None)) for key in SHAPE}
-    return ", ".join(f"{key} {a} and not {b}" for key, (a, b) in pairs.items() if a != b)
+    return ", ".join(f"{key} {a} instead of {b}" for key, (a, b) in pairs.items() if a != b)
 
 
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another disk, or one without hard links
+    except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)

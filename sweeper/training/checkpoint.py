@@ -1,7 +1,7 @@
-"""Resume state: which checkpoint of an earlier attempt is whole, and what was wrong with the others.
+"""Find the checkpoint of an earlier attempt that a trial can resume from.
 
-transformers writes a checkpoint file by file, so a manifest of checksums is added when it is done: a
-checkpoint without one was not written to its end, one that differs from it was damaged since.
+transformers writes a checkpoint file by file. A manifest of checksums is added last, so a checkpoint
+without a manifest is incomplete, and one that differs from its manifest was damaged later.
 """
 
 from __future__ import annotations
@@ -24,37 +24,38 @@ class Checkpoint:
 
     @property
     def best(self) -> Checkpoint:
-        """The checkpoint with the best weights so far, which the trial's end is taken from."""
+        """The checkpoint with the best weights so far, which becomes the trial's result."""
+        # transformers stores an absolute path as well, which is wrong once the trial's folder has moved
         step = read_json(self.path / "trainer_state.json")["best_global_step"]
         return self if step is None else Checkpoint(self.path.with_name(f"checkpoint-{step}"), step)
 
 
 def seal(checkpoint: Path) -> None:
-    """Mark a checkpoint as written to its end."""
+    """Mark a checkpoint as complete by writing its manifest."""
     write_manifest(checkpoint)
 
 
-def thin_out(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest checkpoints, and the best one besides."""
+def remove_old(folder: Path, keep: int, best_step: int | None) -> None:
+    """Remove all checkpoints except the newest `keep` and the one of `best_step`."""
     for found in _newest_first(folder)[keep:]:
         if found.step != best_step:
             shutil.rmtree(found.path)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, and the best one that it refers to as well."""
-    return next((found for found in _newest_first(folder) if damage(found) is None), None)
+    """Return the newest checkpoint that is undamaged, like the best one that it refers to."""
+    return next((found for found in _newest_first(folder) if find_damage(found) is None), None)
 
 
 def fall_back(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint, alone: newer ones, which are damaged, are removed.
+    """Return the newest undamaged checkpoint and remove the newer ones, which are damaged.
 
     Returns:
-        The checkpoint, if there is one, and what was wrong with each that was passed over.
+        The checkpoint, or None, and one remark for each damaged checkpoint.
     """
     remarks: list[str] = []
     for found in _newest_first(folder):
-        problem = damage(found)
+        problem = find_damage(found)
         if problem is None:
             return found, remarks
         remarks.append(f"{found.path.name} is damaged ({problem})")
@@ -62,8 +63,8 @@ def fall_back(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, remarks
 
 
-def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint, if anything."""
+def find_damage(checkpoint: Checkpoint) -> str | None:
+    """Return a description of a checkpoint's damage, or None."""
     try:
         verify_manifest(checkpoint.path)
         if checkpoint.best != checkpoint:

@@ -1,8 +1,8 @@
-"""The processes that train one trial together, each on a device of its own.
+"""The group of processes that train one trial together, each on its own device.
 
-Rank 0 leads: it alone judges, decides, writes and is heard outside; the others compute their share of
-every batch and do as it says. transformers.Trainer and accelerate find torch's process group by
-themselves and average the gradients (DistributedDataParallel).
+Rank 0 is the leader: it alone evaluates, decides, writes files and reports to the driver. The other
+ranks compute their share of every batch and follow the leader's decisions. transformers.Trainer and
+accelerate detect torch's process group and average the gradients (DistributedDataParallel).
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from sweeper.config.settings import TrialSettings
 from sweeper.modeling.hardware import device
 
 HOST = "127.0.0.1"
-PATIENCE = timedelta(hours=6)
-"""How long a rank waits for another: the leader judges alone, and a whole split can take long."""
+RANK_TIMEOUT = timedelta(hours=6)
+"""Longest wait of one rank for another. The others wait while the leader evaluates a whole split."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """This process among those that train a trial."""
+    """The rank of this process and the number of processes that train the trial."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that decides and writes."""
+        """True if this process is the leader, which decides and writes."""
         return self.rank == 0
 
-    def agree(self, value: T) -> T:
-        """The leader's value on every rank; it travels as JSON."""
+    def broadcast(self, value: T) -> T:
+        """Return the leader's value on every rank. The value must be JSON."""
         if self.size == 1:
             return value
         text = json.dumps(value).encode() if self.leads else b""
+        # Tensors of bytes: torch's broadcast_object_list would unpickle what arrives
         length = torch.tensor([len(text)], device=device())
         distributed.broadcast(length, 0)
         content = torch.empty(int(length), dtype=torch.uint8, device=device())
@@ -59,45 +60,46 @@ class RankGroup:
         return agreed
 
 
-ALONE = RankGroup()
+SINGLE_PROCESS = RankGroup()
 
 Join = Callable[[TrialSettings, Path], AbstractContextManager[RankGroup]]
-"""Gather the ranks that a trial with these settings needs; they keep to its folder of checkpoints."""
+"""Starts the ranks that a trial with these settings needs. All of them use its checkpoint folder."""
 
 
 @contextmanager
-def alone(settings: TrialSettings, checkpoints: Path) -> Iterator[RankGroup]:
-    """See Join: this process has nobody to join it."""
-    assert settings.training.devices_per_trial == 1, "who has followers gathers them"
-    yield ALONE
+def single_process(settings: TrialSettings, checkpoints: Path) -> Iterator[RankGroup]:
+    """Yield a group of this process alone: the default Join of a runner without followers."""
+    assert settings.training.devices_per_trial == 1, "only a runner with followers can gather them"
+    yield SINGLE_PROCESS
 
 
-def open_meeting(size: int) -> TCPStore:
-    """Where `size` ranks find each other: a free port of this machine."""
+def open_rendezvous(size: int) -> TCPStore:
+    """Open the store through which `size` ranks find each other, on a free port of this machine."""
     return TCPStore(HOST, 0, size, is_master=True, wait_for_workers=False)
 
 
-def find_meeting(size: int, port: int) -> TCPStore:
-    """The meeting that the leader opened."""
+def join_rendezvous(size: int, port: int) -> TCPStore:
+    """Connect to the store that the leader opened on `port`."""
     return TCPStore(HOST, port, size)
 
 
 @contextmanager
-def joined(rank: int, size: int, store: Store) -> Iterator[RankGroup]:
-    """Be one rank of a training for as long as the context lasts."""
+def process_group(rank: int, size: int, store: Store) -> Iterator[RankGroup]:
+    """Join torch's process group as one rank for the duration of the context."""
     own = {
         **{"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)},
         "LOCAL_RANK": "0" if device().type == "cuda" else str(rank),  # a rank sees its own GPU only
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # accelerate would choose another number
     }
+    # accelerate reads these variables only once a process, so its state is reset before and after
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     AcceleratorState._reset_state(reset_partial_state=True)
     backend = "nccl" if device().type == "cuda" else "gloo"
     distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+        backend, store=store, rank=rank, world_size=size, timeout=RANK_TIMEOUT
     )
-    try:
+    try:  # transformers and accelerate detect the group from torch and the variables
         yield RankGroup(rank, size)
     finally:
         distributed.destroy_process_group()
@@ -107,22 +109,23 @@ def joined(rank: int, size: int, store: Store) -> Iterator[RankGroup]:
 
 
 class RankSyncCallback(TrainerCallback):  # type: ignore[misc]
-    """After every step and evaluation all ranks do what the leader's callbacks decided.
+    """Copies the decisions of the leader's callbacks to all ranks after every step and evaluation.
 
-    The last callback of the leader, and the only one of the others.
+    The last callback of the leader and the only one of the other ranks. Early stopping, pruning and
+    Ctrl-C need no further synchronisation.
     """
 
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks = ranks
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
-        self._follow(control)
+        self._copy_decisions(control)
 
     def on_evaluate(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> None:
-        self._follow(control)
+        self._copy_decisions(control)
 
-    def _follow(self, control: TrainerControl) -> None:
+    def _copy_decisions(self, control: TrainerControl) -> None:
         if self._ranks.size == 1:
             return
-        for name, value in self._ranks.agree(vars(control)).items():
+        for name, value in self._ranks.broadcast(vars(control)).items():
             setattr(control, name, value)

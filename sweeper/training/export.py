@@ -1,4 +1,4 @@
-"""The merged model of a trial: base and adapter as one, judged again because merging changes it."""
+"""Export a trial as one merged model, and evaluate that model, because merging changes the weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNQUANTIZED = QuantizationSettings(
 
 
 def export_merged(settings: TrialSettings, folder: TrialFolder) -> LoadedBase:
-    """Merge a trial's adapter into its unquantized base, store that, and load what was stored.
+    """Merge a trial's adapter into its unquantized base, store the result and load it from disk.
 
     Raises:
         ModelError: the base cannot be loaded, or the adapter does not fit it.
@@ -38,7 +38,7 @@ def export_merged(settings: TrialSettings, folder: TrialFolder) -> LoadedBase:
 
 
 def merge_trial(settings: TrialSettings, folder: TrialFolder, out: Path) -> None:
-    """Merge a trial's adapter into its unquantized base, and store that in `out` with its manifest.
+    """Merge a trial's adapter into its unquantized base and store the result in `out`, with a manifest.
 
     Raises:
         ModelError: the base cannot be found, the adapter does not fit it, or `out` is in use.
@@ -51,7 +51,8 @@ def merge_trial(settings: TrialSettings, folder: TrialFolder, out: Path) -> None
 def merged_figures(
     merged: LoadedBase, prepared: PreparedData, settings: TrialSettings
 ) -> dict[str, float]:
-    """What the merged model is worth: after QLoRA it is not what was trained (4-bit base + adapter)."""
+    """Evaluate the merged model on the validation split and return its metrics as merged/eval_…."""
+    # After QLoRA the merged model (16-bit base + adapter) is not the one that was trained (4-bit base)
     judgement = prepared.judge(settings, merged)(merged.model)
     return {
         name.replace("eval/", "merged/eval_"): value

@@ -1,10 +1,10 @@
-"""Judge stored adapters and the untuned base on a gate split and on general text, in an own process.
+"""Evaluate stored adapters and the untuned base on a gate split and on general text.
 
     python -m sweeper.training.gate_judge REQUEST.json ANSWER.json
 
-The gate is a source of its own. Rows that stand in a model's other splits, but for case and white space,
-are left out: it was trained or chosen on them, or they are kept for the last word (test). Knows
-adapters, not champions.
+A separate process, because the night imports no torch and the process's end frees the memory. The gate
+is a separate source of rows. Rows that also occur in a split of one of the models, except for case and
+white space, are left out. Independent of champions and their rules.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft import PeftModel
-from pydantic import Field
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import DataSettings, GeneralTextSettings, TrialSettings, validate
+from sweeper.config.settings import (
+    DataSettings,
+    GeneralTextSettings,
+    TrialSettings,
+    stored_settings,
+)
 from sweeper.core.errors import ArtifactError, DataError, SweeperError
 from sweeper.core.manifest import verify_manifest
+from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest
 from sweeper.core.paths import TrialFolder, write_atomic
-from sweeper.core.value import FrozenValue
 from sweeper.data.encode import encode_evaluation
 from sweeper.data.examples import Example
 from sweeper.data.general_text import general_rows
@@ -33,68 +37,45 @@ from sweeper.evaluation.token_loss import LossSum
 from sweeper.modeling.base_model import load_base
 from sweeper.training.prepared_data import positions
 
-BASE = "base"
-"""Whose figures the untuned base's are."""
 MIN_EXAMPLES = 20
-"""Of fewer no interval is worth its name."""
+"""Minimum number of rows for a meaningful interval."""
 
 
-class GateRequest(FrozenValue):
-    """What is judged on what."""
+def judge_on_gate(request: GateRequest) -> GateFigures:
+    """Evaluate every trial's adapter, and the untuned base of the first trial.
 
-    gate: str
-    """A file, a folder or a hub id, read as the first trial's `data` section says."""
-    trials: dict[str, Path]
-    """Folders of trials by name; the untuned base is the first one's."""
-
-
-class GateAnswer(FrozenValue):
-    """Figures of the same examples in the same order, or why there are none."""
-
-    tokens: list[int] = Field(default_factory=list)
-    """Target tokens of each example."""
-    nll: dict[str, list[float]] = Field(default_factory=dict)
-    """Summed negative log-likelihood of each example in nats, by name; `base` among them."""
-    left_out: int = 0
-    """Rows of the gate that stand in another split of a model."""
-    general_tokens: list[int] = Field(default_factory=list)
-    """Target tokens of each window of general text; empty if the first trial names none."""
-    general: dict[str, list[float]] = Field(default_factory=dict)
-    """As nll, of those windows."""
-    problem: str | None = None
-
-
-def judge_on_gate(request: GateRequest) -> GateAnswer:
-    """Judge every trial's adapter, and the first one's untuned base.
-
-    General text is what the first trial's settings name, for all of them.
+    All models are evaluated on the general text of the first trial's settings.
 
     Raises:
-        DataError: the gate or the general text cannot be read, or too little of the gate is unseen.
-        ArtifactError: an adapter is missing or not what was stored.
+        DataError: the gate or the general text cannot be read, too few rows of the gate are new to all
+            models, or the models' tokens differ.
+        ArtifactError: an adapter is missing or differs from its manifest.
     """
-    settings = {name: settings_of(folder) for name, folder in request.trials.items()}
+    settings = {
+        name: stored_settings(read_yaml(TrialFolder(folder).config))
+        for name, folder in request.trials.items()
+    }
     first = next(iter(settings.values()))
     examples = load_examples(request.gate, first.data)
     seen = _seen(list(settings.values()))
     unseen = _unseen(examples, seen, first.data)
     if len(unseen) < MIN_EXAMPLES:
         raise DataError(
-            f"gate={request.gate}: {len(unseen)} of its {len(examples)} rows stand in no other split; "
-            f"at least {MIN_EXAMPLES} are needed"
+            f"gate={request.gate}: {len(unseen)} of its {len(examples)} rows occur in no other split. "
+            f"At least {MIN_EXAMPLES} are needed"
         )
     texts = GateTexts(unseen, seen, first.evaluation.general_text)
     losses, general = {}, {}
-    losses[BASE], general[BASE] = _losses(first, None, texts)
+    losses[GATE_BASE], general[GATE_BASE] = _losses(first, None, texts)
     for name, folder in request.trials.items():
         losses[name], general[name] = _losses(settings[name], TrialFolder(folder), texts)
     tokens, general_tokens = _tokens(losses), _tokens(general)
     if tokens is None or general_tokens is None:
         raise DataError(
-            f"{', '.join(request.trials)}: their templates or tokenizers differ, so that their losses "
-            "are means over other tokens and do not compare"
+            f"{', '.join(request.trials)}: their templates or tokenizers differ, so their losses are "
+            "means over different tokens and cannot be compared"
         )
-    return GateAnswer(
+    return GateFigures(
         tokens=tokens,
         nll={name: [loss.nll for loss in found] for name, found in losses.items()},
         left_out=len(examples) - len(unseen),
@@ -105,30 +86,23 @@ def judge_on_gate(request: GateRequest) -> GateAnswer:
 
 @dataclass(frozen=True)
 class GateTexts:
-    """What every model is judged on."""
+    """The texts that every model is evaluated on."""
 
     examples: Sequence[Example]
-    """Of the gate, seen by none of the models."""
+    """Examples of the gate that occur in no split of the models."""
     task: Sequence[Example]
-    """Of all their splits: no general text."""
+    """Examples of all splits of the models, which do not count as general text."""
     general: GeneralTextSettings
 
 
 def _tokens(losses: Mapping[str, Sequence[LossSum]]) -> list[int] | None:
-    """Target tokens of each text; None if they differ from model to model."""
+    """Return the number of target tokens of each text, or None if the numbers differ between models."""
     counts = {tuple(loss.tokens for loss in found) for found in losses.values()}
     return list(counts.pop()) if len(counts) == 1 else None
 
 
-def settings_of(folder: Path) -> TrialSettings:
-    """The settings that the trial in a folder was trained with."""
-    fields = set(TrialSettings.model_fields)
-    config = read_yaml(TrialFolder(folder).config)
-    return validate(TrialSettings, {key: value for key, value in config.items() if key in fields})
-
-
 def _seen(settings: Sequence[TrialSettings]) -> list[Example]:
-    """The examples of every split of the models."""
+    """Return the examples of every split of the models."""
     sections = {each.data.model_dump_json(): each.data for each in settings}
     splits = [load_splits(data) for data in sections.values()]
     return [example for each in splits for found in each.examples.values() for example in found]
@@ -137,7 +111,8 @@ def _seen(settings: Sequence[TrialSettings]) -> list[Example]:
 def _unseen(
     examples: Sequence[Example], seen: Sequence[Example], data: DataSettings
 ) -> list[Example]:
-    """Examples that stand in no split, compared as the splits are with each other."""
+    """Return the examples that occur in no split, by the same comparison as between splits."""
+    # A model was trained or chosen on these rows, or they are reserved for the test split
     met = seen_texts(data)
     for example in seen:
         met.add(example.text)
@@ -147,12 +122,19 @@ def _unseen(
 def _losses(
     settings: TrialSettings, trial: TrialFolder | None, texts: GateTexts
 ) -> tuple[Sequence[LossSum], Sequence[LossSum]]:
-    """On each example and each window; every model gets its own base, for some adapters change it."""
+    """Return a model's losses on each example of the gate and on each window of general text.
+
+    Args:
+        settings: the trial's settings, which also name the base.
+        trial: the trial's folder, or None for the untuned base.
+        texts: the texts to evaluate on.
+    """
+    # Loaded for each model, because some adapters change the base's weights
     base = load_base(settings.model, settings.quantization, trained=False)
     model = base.model
     if trial is not None:
         if not trial.adapter.is_dir():
-            raise ArtifactError(f"{trial.adapter}: is not there (deleted by `sweeper clean`?)")
+            raise ArtifactError(f"{trial.adapter} is missing (deleted by `sweeper clean`?)")
         verify_manifest(trial.adapter)
         model = PeftModel.from_pretrained(base.model, str(trial.adapter))
     limit = positions(base.model)
@@ -163,11 +145,12 @@ def _losses(
     if texts.general.source is not None:
         windows = general_rows(texts.general, texts.task, tokenizer, limit)
 
-    def losses(of: list[Tokens]) -> Sequence[LossSum]:
+    def losses(tokenized: list[Tokens]) -> Sequence[LossSum]:
         judge = make_judge(
             tokenizer,
-            of,
+            tokenized,
             None,
+            # All rows and the loss only, whatever the trial evaluated during its training
             settings.evaluation.model_copy(update={"max_samples": None, "metrics": {}}),
             data.split_seed,
             base.compute_dtype,
@@ -179,13 +162,13 @@ def _losses(
 
 
 def main(request: str, answer: str) -> None:
-    """Answer one request; a problem is an answer too."""
-    asked = GateRequest.model_validate_json(Path(request).read_text(encoding="utf-8"))
+    """Read a GateRequest, and write GateFigures with the losses or the problem."""
+    parsed = GateRequest.model_validate_json(Path(request).read_text(encoding="utf-8"))
     try:
-        found = judge_on_gate(asked)
+        figures = judge_on_gate(parsed)
     except SweeperError as error:
-        found = GateAnswer(problem=str(error))
-    write_atomic(Path(answer), found.model_dump_json())
+        figures = GateFigures(problem=str(error))
+    write_atomic(Path(answer), figures.model_dump_json())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Room: what trials are estimated to need of a device's memory, and whether they fit.
+"""Estimate how much of the device's memory trials need, and refuse those that cannot fit.
 
-On a CPU only what is held whatever the batch is compared: a rehearsal costs as much as a small trial,
-recomputing activations gains nothing there, and the resident size depends more on the allocator than on
-the trial. dry_run=true prints the whole estimate on any machine.
+On a CPU only the memory that is independent of the batch is compared. A simulated step costs as much as
+a small trial there, recomputing activations gains nothing, and the resident size depends more on the
+allocator than on the trial. dry_run=true prints the whole estimate on any machine.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from sweeper.core.value import MemoryShortfall
 from sweeper.data.tokens import IGNORED
 from sweeper.modeling.hardware import device, device_report
 from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.training.micro_batch import Fits, sparing
+from sweeper.training.micro_batch import Fits, smallest_form
 from sweeper.training.prepared_data import PreparedData
 
 USABLE_MEMORY = 0.8
-"""Of what is free: the share that an estimate may reach before memory is saved by recomputing."""
+"""Share of the free memory that an estimate may reach before activations are recomputed."""
 
 CONTEXT_MIB = 512
-"""Of a GPU that no tensor gets: the CUDA context."""
+"""MiB of a GPU's memory that the CUDA context takes, so no tensor can use them."""
 
 
 class MemoryBudget:
-    """The memory of this process's device; every estimate is made once."""
+    """The memory of this process's device. Estimates are cached."""
 
     def __init__(self) -> None:
         self._estimates: dict[str, float] = {}
 
     def fits(self, prepared: PreparedData) -> Fits:
-        """Whether a trial on these data fits; not known on a CPU."""
+        """Return `Fits` for trials on these data. On a CPU it answers None."""
         free = _available_mib()
 
         def fit(settings: TrialSettings) -> bool | None:
@@ -45,31 +45,31 @@ class MemoryBudget:
     def require(
         self, settings: TrialSettings, size: TrialSize, prepared: PreparedData | None
     ) -> None:
-        """Refuse a trial that is larger than the device in its most sparing form.
-
-        Compared is with all the memory of the device, whoever uses it at the moment. No margin is added
-        to the estimate: it counts tensors alone, and all measured trainings needed 2 to 22 % more
-        (benchmarks/memory_estimate.json), so nothing is refused that would fit.
+        """Refuse a trial that exceeds the device's memory even in its smallest form.
 
         Args:
-            settings: with its rank decided.
-            size: its size.
-            prepared: its data; None if they are not known here yet, then no activation is counted.
+            settings: the trial, with its rank decided.
+            size: the trial's parameters and the MiB it holds independently of the batch.
+            prepared: the trial's data, or None if this worker has not loaded them yet. Activations are
+                not counted without data.
 
         Raises:
-            DoesNotFit: with what it needs, and what the device has.
+            DoesNotFit: states the MiB needed and the MiB available.
         """
         on = device()
+        # Total, not free memory: other processes' use of the device is no property of the trial.
+        # No margin either: the estimate counts tensors alone, and all measured trainings needed 2 to
+        # 22 % more (benchmarks/memory_estimate.json), so nothing that would fit is refused
         have = device_report(on).total_mib - (CONTEXT_MIB if on.type == "cuda" else 0)
         if size.held_mib > have:
             raise DoesNotFit(MemoryShortfall(need_mib=size.held_mib, have_mib=have))
-        least = None if prepared is None else self.estimate_mib(sparing(settings), prepared)
+        least = None if prepared is None else self.estimate_mib(smallest_form(settings), prepared)
         if least is not None and least > have:
             what = "weights, optimizer states and the activations of one row"
             raise DoesNotFit(MemoryShortfall(need_mib=least, have_mib=have, what=what))
 
     def estimate_mib(self, settings: TrialSettings, prepared: PreparedData) -> float | None:
-        """MiB at the peak of a batch of the longest rows; None on a CPU."""
+        """Return the peak MiB of a step on a batch of the longest rows, or None on a CPU."""
         if device().type == "cpu":
             return None
         rows = prepared.train.rows
@@ -83,5 +83,6 @@ class MemoryBudget:
 
 
 def _available_mib() -> float:
-    """What a trial may have: what nobody has, and what this process holds (its base, torch's cache)."""
+    """Return the MiB that a trial can use: free memory and what this process holds already."""
+    # The reserved part holds the warm base and torch's cache, which the trial uses as well
     return device_report(device()).free_mib + torch.cuda.memory_reserved() / 2**20

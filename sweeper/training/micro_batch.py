@@ -1,6 +1,6 @@
-"""How the examples of one optimiser step share the device: micro-batch, accumulation, out of memory.
+"""Split an optimiser step's examples into micro-batches, and halve those after out of memory.
 
-The effective batch is part of a trial's question and never changes here; transformers'
+The effective batch never changes here, because it affects the result. transformers'
 auto_find_batch_size would change it.
 """
 
@@ -11,13 +11,16 @@ from collections.abc import Callable
 from sweeper.config.settings import TrialSettings
 
 Fits = Callable[[TrialSettings], bool | None]
-"""Whether a trial with exactly these settings fits in the device's memory; None: not known."""
+"""Returns True if a trial with exactly these settings fits in the device's memory, None if unknown."""
 
 
 def split_batch(effective: int, limit: int, devices: int = 1) -> tuple[int, int]:
-    """(micro-batch, accumulation): the largest micro-batch up to `limit` that divides the batch.
+    """Return the largest micro-batch up to `limit` that divides the batch, and the accumulation steps.
 
-    Of several devices each takes an equal share of the accumulated micro-batches.
+    Args:
+        effective: examples per optimiser step, over all devices.
+        limit: examples that a micro-batch may have at most.
+        devices: devices that share the accumulated micro-batches equally.
     """
     share = effective // devices
     micro = next(size for size in range(min(share, limit), 0, -1) if share % size == 0)
@@ -27,8 +30,8 @@ def split_batch(effective: int, limit: int, devices: int = 1) -> tuple[int, int]
 def resolve(settings: TrialSettings, fits: Fits, *, on_gpu: bool) -> TrialSettings:
     """Replace activation_checkpointing=auto and micro_batch=largest by what memory allows.
 
-    Checkpointing is decided first, for the micro-batch as given; where nothing is known it is on
-    for a GPU, and the micro-batch stays as given.
+    Decide checkpointing first, for the configured micro-batch. If `fits` gives no answer, recompute
+    activations on a GPU only and keep the configured micro-batch.
     """
     settings = with_micro_batch(settings, settings.training.per_device_train_batch_size)
     if settings.training.activation_checkpointing == "auto":
@@ -40,11 +43,12 @@ def resolve(settings: TrialSettings, fits: Fits, *, on_gpu: bool) -> TrialSettin
 
 
 def halved(settings: TrialSettings) -> TrialSettings | None:
-    """The same effective batch in micro-batches of at most half the size; None below one example.
+    """Return settings with micro-batches of at most half the size, or None below one example.
 
-    The ranks of a sharded trial judge in step and cannot try a smaller batch alone: it is halved, too.
+    The effective batch stays the same.
     """
     training = settings.training
+    # The ranks of a sharded trial evaluate together, so one rank alone cannot retry a smaller batch
     judged = settings.evaluation.halved() if training.fsdp else None
     if training.per_device_train_batch_size == 1 and judged is None:
         return None
@@ -54,7 +58,7 @@ def halved(settings: TrialSettings) -> TrialSettings | None:
 
 
 def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:
-    """The same effective batch in the largest micro-batches up to `limit`."""
+    """Return settings with the same effective batch in the largest micro-batches up to `limit`."""
     training = settings.training
     micro, accumulation = split_batch(
         training.effective_batch_size, limit, training.devices_per_trial
@@ -64,15 +68,17 @@ def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:
     )
 
 
-def sparing(settings: TrialSettings) -> TrialSettings:
-    """The form of a trial that needs least: row by row, recomputing where that is not ruled out."""
+def smallest_form(settings: TrialSettings) -> TrialSettings:
+    """Return the settings that need least memory: single rows, activations recomputed if allowed."""
     checkpointing = settings.training.activation_checkpointing is not False
     return _with(with_micro_batch(settings, 1), activation_checkpointing=checkpointing)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of Python, torch or bitsandbytes means that memory ran out."""
-    text = str(error).lower()
+    """Return True if an exception of Python, torch or bitsandbytes means that memory ran out."""
+    text = str(
+        error
+    ).lower()  # torch's CPU allocator raises a plain RuntimeError, so the text decides
     known = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
     return isinstance(error, MemoryError) or any(words in text for words in known)
 

@@ -1,6 +1,6 @@
-"""README.md of an artifact: a model card in the hub's format, filled with what is known of it.
+"""Write the README.md of an artifact: a model card in the hub's format, made of settings and metrics.
 
-Knows settings and figures; neither the study nor who will publish it.
+PEFT's own card consists of placeholders and names a local folder as base_model, which the hub refuses.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ METRICS = {
     "eval/perplexity": ("perplexity", "Perplexity per target token"),
     "eval/rougeL": ("rouge", "ROUGE-L"),
 }
-"""Figure -> the hub's metric and its name on the card."""
+"""Our metric -> the hub's metric and its label on the card."""
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def model_card(settings: TrialSettings, figures: Mapping[str, float], base_folder: Path) -> str:
-    """The card as text.
+    """Return the model card as text.
 
     Args:
-        settings: what was trained.
-        figures: of the kept checkpoint: eval/…, parameters/…, data/….
-        base_folder: where the base's files lie; its own card says under which licence it stands.
+        settings: the settings of the training.
+        figures: metrics of the stored checkpoint: eval/…, parameters/…, data/….
+        base_folder: folder of the base's files, whose model card names its licence.
     """
     licence = base_licence(base_folder)
     fields: dict[str, Any] = licence or {"license": "unknown"}
@@ -44,7 +44,7 @@ def model_card(settings: TrialSettings, figures: Mapping[str, float], base_folde
 
 
 def base_licence(base_folder: Path) -> dict[str, str]:
-    """The licence fields of the base's own card; empty where it has none."""
+    """Return the licence fields of the base's own model card, or {} if it has none."""
     card = base_folder / README
     if not card.is_file():
         return {}
@@ -53,7 +53,7 @@ def base_licence(base_folder: Path) -> dict[str, str]:
 
 
 def hub_id(name: str) -> str | None:
-    """A name if it is one of the hub, rather than a file, a folder or a word of this program."""
+    """Return `name` if it can be a hub id, or None for a local path or a built-in name."""
     own = name == EMBEDDED or name.startswith(stand_ins.PREFIX)
     return None if own or not HUB_ID.fullmatch(name) or Path(name).exists() else name
 
@@ -78,10 +78,10 @@ def _metadata(settings: TrialSettings, figures: Mapping[str, float]) -> dict[str
                 dataset_type=datasets[0] if datasets else "custom",
                 dataset_name=f"{describe_sources(settings.data)}, validation split",
                 metric_type=metric,
-                metric_name=words,
+                metric_name=label,
                 metric_value=round(figures[name], 6),
             )
-            for name, (metric, words) in METRICS.items()
+            for name, (metric, label) in METRICS.items()
             if name in figures
         ]
         or None,
@@ -93,7 +93,7 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
     revision = f" (revision {settings.model.revision})" if settings.model.revision else ""
     rows = figures.get("data/train_rows")
     counted = "" if rows is None else f", {rows:,.0f} rows after cleaning"
-    metrics = {words: figures[name] for name, (_, words) in METRICS.items() if name in figures}
+    metrics = {label: figures[name] for name, (_, label) in METRICS.items() if name in figures}
     trained = {
         "Method": describe_method(settings),
         "Trained parameters": _count(figures),
@@ -103,9 +103,9 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
         "Seed": f"{settings.seed}",
     }
     terms = (
-        "The licence fields above are the base model's own"
+        "The licence fields above are those of the base model"
         if licence
-        else "The base model's files name no licence: set `license` above before you publish this"
+        else "The base model's files name no licence: set `license` above before you publish this model"
     )
     return (
         "\n\n".join(
@@ -113,16 +113,17 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
                 f"# {describe_method(settings)}",
                 f"Trained on `{base}`{revision} by sweeper {sweeper.__version__}.",
                 "## Figures",
-                "Of the stored checkpoint, on the validation split that chose it.",
-                _table({words: f"{value:.4f}" for words, value in metrics.items()}),
+                "The stored checkpoint, evaluated on the validation split that was used to choose it. "
+                "Perplexity is exp(loss).",
+                _table({label: f"{value:.4f}" for label, value in metrics.items()}),
                 "## Training",
-                _table({words: value for words, value in trained.items() if value}),
+                _table({label: value for label, value in trained.items() if value}),
                 "## Data",
                 f"{describe_sources(settings.data)}{counted}.",
                 "## Use",
-                _use(settings),
+                _usage(settings),
                 "## Licence",
-                f"{terms}. What the training data allows is for you to check.",
+                f"{terms}. Check the terms of the training data as well.",
             ]
         )
         + "\n"
@@ -136,7 +137,7 @@ def _count(figures: Mapping[str, float]) -> str:
     return f"{figures['parameters/trainable']:,.0f} ({share:.4g} % of all)"
 
 
-def _use(settings: TrialSettings) -> str:
+def _usage(settings: TrialSettings) -> str:
     base = settings.model.base_model
     if not isinstance(settings.adapter, LoraAdapter):
         lines = [

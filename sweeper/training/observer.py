@@ -1,4 +1,4 @@
-"""What a trial in training tells the outside, and how the outside can stop it."""
+"""The interface between a running trial and its worker: reports out, a stop request in."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from sweeper.core.outcome import StopCause
 
 
 class TrialObserver(Protocol):
-    """The worker's side of a running trial; every call returns at once."""
+    """The worker's side of a running trial. Every call returns at once."""
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
-        """An optimiser step was taken."""
+        """Report that an optimiser step was taken."""
 
     def evaluated(self, step: int, total_steps: int, value: float) -> None:
-        """The validation split was judged: the value of the metric that pruning goes by."""
+        """Report an evaluation on the validation split: the value of the metric used for pruning."""
 
     def stop_cause(self) -> StopCause | None:
-        """Why the trial shall stop at the next step, or None to go on."""
+        """Return why the trial must stop at the next step, or None to continue."""

@@ -1,4 +1,4 @@
-"""The one optimiser transformers does not build by itself, LoRA+, and what 8-bit ones leave behind."""
+"""Build the LoRA+ optimiser, which transformers cannot, and clear bitsandbytes' global state."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from transformers import Trainer, TrainingArguments
 def loraplus_optimizer(
     model: PeftModel, arguments: TrainingArguments, ratio: float
 ) -> torch.optim.Optimizer:
-    """The configured optimiser with LoRA's B matrices learning `ratio` times as fast as its A's.
+    """Build the configured optimiser with LoRA+ learning rates: `ratio` times higher for B than for A.
 
-    By PEFT's choice so do all vectors (DoRA's magnitudes, trained biases).
+    PEFT gives all vectors (DoRA's magnitudes, trained biases) the rate of B as well.
 
-    Hayou et al. 2024, arXiv:2402.12354; the learning rate of the settings is that of A.
+    Args:
+        model: the model with its adapter.
+        arguments: names the optimiser and the learning rate of the A matrices.
+        ratio: learning rate of the B matrices divided by that of the A matrices.
+
+    Source: Hayou et al. 2024, LoRA+ (arXiv:2402.12354).
     """
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     options.pop("lr")
@@ -33,16 +38,17 @@ def loraplus_optimizer(
 
 
 def forget_states() -> int:
-    """Let bitsandbytes forget the weights and states of a trial's optimizer.
+    """Clear the weights and states that bitsandbytes keeps globally for a trial's optimizer.
 
-    It remembers them for the life of the process. Which weights have 32-bit states (transformers has it
-    keep embeddings so wide) goes by their place in the optimizer: others in that place would get them
-    in a later trial. States of paged optimizers would be fetched to the GPU at each of its steps.
+    bitsandbytes would keep them for the life of the process.
 
     Returns:
-        Bytes of pages that stay allocated: bitsandbytes has no call that frees them.
+        Bytes of pages that stay allocated, because bitsandbytes has no call that frees them.
     """
+    # bitsandbytes identifies weights with 32-bit states (transformers asks for them on embeddings) by
+    # position in the optimizer, so the weights of a later trial in that position would get them too
     GlobalOptimManager.get_instance().initialize()
+    # Every step of a later trial would prefetch all registered pages to the GPU
     pages = GlobalPageManager.get_instance()
     lost: int = sum(page.nbytes for page in pages.paged_tensors)
     pages.initialize()

@@ -1,4 +1,4 @@
-"""The numbers of a trial's outcome, from what it wrote and what its trainer holds."""
+"""Compute the metrics of a trial's outcome from its spool, schedule and parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sweeper.training.schedule import TrialSchedule
 
 
 def parameter_figures(count: ParameterCount) -> dict[str, float]:
-    """Counts, and the trainable share both of the total (PEFT's way) and of the base alone."""
+    """Return parameter counts and the trainable percentage, of the total (as PEFT) and of the base."""
     return {
         "parameters/total": float(count.total),
         "parameters/trainable": float(count.trainable),
@@ -21,7 +21,7 @@ def parameter_figures(count: ParameterCount) -> dict[str, float]:
 
 
 def schedule_figures(training: TrainingSettings, schedule: TrialSchedule) -> dict[str, float]:
-    """How the trial was divided into steps, as it was at its end (out of memory changes it)."""
+    """Return how the trial was divided into steps at its end (out of memory changes micro-batches)."""
     return {
         "training/micro_batch": float(training.per_device_train_batch_size),
         "training/gradient_accumulation_steps": float(training.gradient_accumulation_steps),
@@ -34,11 +34,7 @@ def schedule_figures(training: TrainingSettings, schedule: TrialSchedule) -> dic
 
 
 def loss_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean and last training loss of a trial's spool.
-
-    Each logged training loss is the mean since the one before, so the mean over the trial weighs
-    it by its steps; a resumed trial counts whole.
-    """
+    """Return the mean and the last training loss of a trial's spool, earlier attempts included."""
     train = _training_losses(rows)
     if not train:
         return {}
@@ -48,10 +44,16 @@ def loss_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def best_figures(
     rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, float], best_step: int
 ) -> dict[str, float]:
-    """What the kept checkpoint was judged to be worth, and how far that is from training.
+    """Return the metrics of the stored checkpoint and their gap to the training loss.
 
-    `eval/loss` becomes `best/eval_loss`. The gap is against the training loss logged last before the
-    best step (dropout included, where there is any).
+    Args:
+        rows: the trial's spool.
+        metrics: the checkpoint's evaluation. `eval/loss` becomes `best/eval_loss`.
+        best_step: optimiser step of the checkpoint.
+
+    Returns:
+        The metrics. The gap is to the last training loss logged up to the best step, which includes
+        the effect of dropout.
     """
     figures = {
         name.replace("eval/", "best/eval_") if name.startswith("eval/") else name: value
@@ -70,6 +72,8 @@ def _training_losses(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float
 
 
 def _mean_by_step(losses: Sequence[tuple[int, float]]) -> float:
+    """Return the mean loss over all steps of (step, loss) pairs."""
+    # Each logged loss is the mean since the previous log, so its weight is the steps between the two
     starts = [0, *(step for step, _ in losses)]
     weighted = sum(
         (step - start) * loss for start, (step, loss) in zip(starts, losses, strict=False)

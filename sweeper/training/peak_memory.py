@@ -1,4 +1,4 @@
-"""Peak memory of one trial in a process that outlives it."""
+"""Measure the peak memory of one trial in a process that runs many trials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
-    """Start counting anew: CUDA's allocator statistics, or the kernel's high-water mark (Linux)."""
+    """Reset the peak: CUDA's allocator statistics, or the kernel's high-water mark (Linux)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _CLEAR.exists():
@@ -20,9 +20,9 @@ def reset_peak() -> None:
 
 
 def peak_mib() -> float:
-    """MiB at the peak since `reset_peak`: allocated on the GPU, else resident in this process.
+    """Return the peak since `reset_peak` in MiB: allocated on the GPU, else resident in this process.
 
-    Without /proc (macOS) it is the current resident size, a lower bound.
+    Return the current resident size, a lower bound, on systems without /proc (macOS).
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20

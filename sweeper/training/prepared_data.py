@@ -1,7 +1,4 @@
-"""Prepare: the data of a configuration, through every stage, for one base's tokenizer.
-
-What a trial is trained on, the judge that it and the untuned base are judged by, and the data card.
-"""
+"""Prepare the data of a configuration for one base: splits, tokens, judges and the data card."""
 
 from __future__ import annotations
 
@@ -36,67 +33,70 @@ class PreparedData:
     train: EncodedSplit
     validation: EncodedSplit
     test: EncodedSplit | None
-    """None without a test split; only the finalists are judged on it."""
+    """The test split, or None. Only winners are evaluated on it, after every search has ended."""
     tokenizer: PreTrainedTokenizerBase
     settings: DataSettings
     limit: int | None
-    """The model's positions, if it names a limit."""
+    """Tokens that the model can attend to, or None if its configuration names no limit."""
     _general: dict[str, list[Tokens]] = field(default_factory=dict, repr=False, compare=False)
-    """Windows of general text, by its settings."""
+    """Windows of general text, by the settings of the general text as JSON."""
 
     @cached_property
     def card(self) -> DataCard:
-        """What the data are, and what became of the rest."""
+        """The data card: sizes and lengths of the splits, and the number of dropped rows by reason."""
         splits = {"train": self.train, "validation": self.validation}
         return DataCard.of(splits, self.splits.drops, self.tokenizer, self.splits.source)
 
     @cached_property
     def held_out(self) -> HeldOutPrompts | None:
-        """The validation examples as prompts with their references."""
-        return HeldOutPrompts.of(encode_prompts(self._validation, self.tokenizer, self.settings))
+        """The validation examples as prompts with reference answers, or None if there are none."""
+        examples = self.splits.examples["validation"]
+        return HeldOutPrompts.of(encode_prompts(examples, self.tokenizer, self.settings))
 
     def judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
-        """The judge of the whole validation split."""
+        """Return the judge of the whole validation split."""
         return make_judge(
             self.tokenizer,
             self.validation.rows,
             self.held_out if settings.evaluation.generation.num_examples else None,
             settings.evaluation,
-            settings.data.split_seed,  # every trial of a study is judged on the same draw
+            # Not the trial's seed: finalists repeated over seeds are evaluated on the same examples
+            settings.data.split_seed,
             base.compute_dtype,
             settings.training.loss_chunk_size,
         )
 
     def test_judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
-        """The judge of the losses on the test split.
+        """Return the judge of the losses on the test split.
 
         Raises:
             DataError: the data have no test split.
         """
         if self.test is None:
-            raise DataError("the data have no test split: set data.test or data.test_ratio")
+            raise DataError("the data have no test split. Set data.test or data.test_ratio")
         return self._loss_judge(self.test.rows, settings, base)
 
     def general_rows(self, settings: TrialSettings) -> list[Tokens]:
-        """The windows of general text that a model is judged on.
+        """Return the windows of general text, tokenized.
 
         Raises:
-            DataError: no source is named, it cannot be read, or it holds too little.
+            DataError: no source is configured, or the source cannot be read or is too short.
         """
         general = settings.evaluation.general_text
         if general.source is None:
-            raise DataError("no general text is named: set evaluation.general_text.source")
+            raise DataError("no general text is configured. Set evaluation.general_text.source")
         key = general.model_dump_json()
         if key not in self._general:
+            # A text that is part of the task's data measures no forgetting, so it is left out
             task = (example for found in self.splits.examples.values() for example in found)
             self._general[key] = general_rows(general, task, self.tokenizer, self.limit)
         return self._general[key]
 
     def general_judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
-        """The judge of the losses on general text.
+        """Return the judge of the losses on general text.
 
         Raises:
-            DataError: no source is named, it cannot be read, or it holds too little.
+            DataError: no source is configured, or the source cannot be read or is too short.
         """
         return self._loss_judge(self.general_rows(settings), settings, base)
 
@@ -114,27 +114,23 @@ class PreparedData:
         )
 
     def prompts(self, settings: TrialSettings) -> list[EncodedPrompt]:
-        """The qualitative prompts as generation gets them.
+        """Return the qualitative prompts, rendered and tokenized for generation.
 
         Raises:
             DataError: one of them occurs in the training split.
         """
-        asked = settings.evaluation.prompts
-        require_unseen(asked, (example.text for example in self.splits.examples["train"]))
+        prompts = settings.evaluation.prompts
+        require_unseen(prompts, (example.text for example in self.splits.examples["train"]))
         row = RawRow({}, "evaluation.prompts")
         examples = [
             Example((ChatMessage("user", prompt.prompt), ChatMessage("assistant", "")), row)
-            for prompt in asked
+            for prompt in prompts
         ]
         return encode_prompts(examples, self.tokenizer, self.settings)
 
-    @property
-    def _validation(self) -> list[Example]:
-        return self.splits.examples["validation"]
-
 
 def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
-    """Read, clean, split, render and tokenize; tokens come from the cache where they can.
+    """Read, clean, split, render and tokenize data. Tokens come from the cache if they are in it.
 
     Raises:
         DataError: a source is missing or broken, or no usable row is left.
@@ -147,6 +143,7 @@ def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
         name: str, build: Callable[[], EncodedSplit], block_length: int | None
     ) -> EncodedSplit:
         options = {"split": name, "limit": limit, "block_length": block_length}
+        # The key holds the contents of the examples, not file names or times, which say less
         key = fingerprint(examples[name], tokenizer, settings, **options)
         return cached(key, build, cache_folder())
 
@@ -162,12 +159,12 @@ def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
             block,
         )
 
-    # test too: a row that does not fit the model is to be found now, not when the search has ended
+    # The test split too: a row that does not fit the model must be found before the search, not after
     test = held_out("test") if examples.get("test") else None
     return PreparedData(splits, train, held_out("validation"), test, tokenizer, settings, limit)
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """How many tokens a model can see; None where its configuration names no limit."""
+    """Return the number of tokens a model can attend to, or None if its configuration names none."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return None if limit is None else int(limit)

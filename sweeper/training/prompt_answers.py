@@ -1,4 +1,4 @@
-"""The qualitative prompts of a trial: answered before and after, and laid side by side."""
+"""Answer a trial's qualitative prompts before and after training, and store both side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PromptAnswers:
-    """What `evaluation.prompts` asks of a model of one base; nothing, where there are none."""
+    """The prompts of `evaluation.prompts`, tokenized for one base. Without prompts it does nothing."""
 
     def __init__(self, settings: TrialSettings, prepared: PreparedData, base: LoadedBase) -> None:
         self._evaluation = settings.evaluation
@@ -27,7 +27,7 @@ class PromptAnswers:
         self._prompts = prepared.prompts(settings)
 
     def answers(self, model: PreTrainedModel | PeftModel) -> list[str]:
-        """The model's greedy answers, in the order of the prompts."""
+        """Return the model's greedy answers in the order of the prompts."""
         if not self._prompts:
             return []
         generation = self._evaluation.generation
@@ -38,11 +38,12 @@ class PromptAnswers:
             generation.max_new_tokens,
             generation.batch_size,
             self._base.compute_dtype,
+            # Templates can end an answer with a token of their own, such as <|im_end|>
             {prompt.end_token_id for prompt in self._prompts},
         ).texts
 
     def write(self, untuned: list[str], tuned: list[str], folder: TrialFolder) -> None:
-        """Keep both models' answers in the trial's folder, for people and for machines."""
+        """Write both models' answers to the trial's folder, as Markdown and as JSON."""
         if not self._prompts:
             return
         samples = pair_answers(self._evaluation.prompts, untuned, tuned)

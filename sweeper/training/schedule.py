@@ -1,6 +1,6 @@
-"""How long a trial trains, and when it warms up, evaluates and saves: settings into optimiser steps.
+"""Convert settings into optimiser steps: length, warm-up, and intervals of evaluation and saving.
 
-Pure arithmetic; knows neither torch nor transformers.
+Pure arithmetic, without torch and transformers.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from sweeper.config.settings import LoraAdapter, TrainingSettings, TrialSettings
 from sweeper.core.errors import ConfigError
 
 LARGE_BATCH = 32
-"""Examples a step above which LoRA falls behind full fine-tuning (LoRA Without Regret, 2025)."""
+"""Examples per step above which LoRA falls behind full fine-tuning (LoRA Without Regret, 2025)."""
 
 
 @dataclass(frozen=True)
 class TrialSchedule:
-    """A trial's schedule; everything is counted in optimiser steps but `last_batch`."""
+    """A trial's schedule. All fields count optimiser steps, except `last_batch`."""
 
     total_steps: int
     steps_per_epoch: int
     last_batch: int
-    """Examples in the last step of an epoch: the effective batch, or what is left for it."""
+    """Examples in the last step of an epoch, at most the effective batch."""
     warmup_steps: int
     eval_every: int
     save_every: int
 
 
 def plan_schedule(training: TrainingSettings, rows: int) -> TrialSchedule:
-    """The schedule of a trial over `rows` training rows.
+    """Return the schedule of a trial with `rows` training rows.
 
     Raises:
         ConfigError: warm-up takes more than half of the run, or save_steps is no multiple of
@@ -48,12 +48,12 @@ def plan_schedule(training: TrainingSettings, rows: int) -> TrialSchedule:
         last_batch=rows - effective * (per_epoch - 1),
         warmup_steps=training.warmup_length(total),
         eval_every=every,
-        save_every=_save_every(training, every, per_epoch),
+        save_every=every * int(_saves_per_evaluation(training, every, per_epoch)),
     )
 
 
 def evaluate_every(training: TrainingSettings, total_steps: int, steps_per_epoch: int) -> int:
-    """Optimiser steps between two evaluations; there is always one more at the end."""
+    """Return the optimiser steps between two evaluations. One more evaluation follows the last step."""
     steps = training.eval_steps
     if steps == "epoch":
         return steps_per_epoch
@@ -61,27 +61,27 @@ def evaluate_every(training: TrainingSettings, total_steps: int, steps_per_epoch
 
 
 def advice(settings: TrialSettings, rows: int) -> list[str]:
-    """What is allowed but rarely meant, one sentence each."""
+    """Return a sentence for each setting that is allowed but rarely intended."""
     effective = settings.training.effective_batch_size
     found: list[str] = []
     if effective > LARGE_BATCH and isinstance(settings.adapter, LoraAdapter):
         found.append(
-            f"effective batch {effective}: above {LARGE_BATCH} LoRA learns less per example than "
+            f"effective batch {effective}: above {LARGE_BATCH}, LoRA learns less per example than "
             "full fine-tuning"
         )
     if effective > rows:
-        found.append(f"effective batch {effective} is more than the {rows} training rows")
+        found.append(f"effective batch {effective} is larger than the {rows} training rows")
     return found
 
 
 def _warmup_problems(training: TrainingSettings, total: int) -> list[str]:
-    """A warm-up given in steps may not pass half of the run (as a ratio the settings forbid it)."""
-    steps = training.warmup_steps
+    """Return a message if the warm-up in steps takes more than half of the run."""
+    steps = training.warmup_steps  # the settings' own validation limits warmup_ratio
     if steps is None or training.lr_scheduler_type == "constant" or 2 * steps <= total:
         return []
     return [
-        f"training.warmup_steps={steps}: more than half of the run, which has {total} steps; "
-        f"give at most {total // 2}, or warmup_steps=null and a warmup_ratio"
+        f"training.warmup_steps={steps} is more than half of the run, which has {total} steps. "
+        f"Set at most {total // 2}, or warmup_steps=null and a warmup_ratio"
     ]
 
 
@@ -90,23 +90,20 @@ def _save_problems(training: TrainingSettings, every: int, per_epoch: int) -> li
     if ratio >= 1 and ratio == int(ratio):
         return []
     return [
-        f"training.save_steps={training.save_steps}: no multiple of "
-        f"training.eval_steps={training.eval_steps} (a checkpoint belongs to an evaluation); "
-        "set save_steps=null to save with every evaluation"
+        f"training.save_steps={training.save_steps} is not a multiple of "
+        f"training.eval_steps={training.eval_steps} (every checkpoint needs an evaluation). "
+        "Set save_steps=null to save at every evaluation"
     ]
 
 
-def _save_every(training: TrainingSettings, every: int, per_epoch: int) -> int:
-    return every * int(_saves_per_evaluation(training, every, per_epoch))
-
-
 def _saves_per_evaluation(training: TrainingSettings, every: int, per_epoch: int) -> float:
-    """How many evaluations there are to one periodic checkpoint; fractions are compared as given."""
+    """Return the number of evaluations per periodic checkpoint."""
     save, evaluate = training.save_steps, training.eval_steps
     if save is None or save == evaluate:
         return 1.0
     if save == "epoch":
         return per_epoch / every
+    # Fractions of the run are compared as configured: rounded to steps, 0.5 need not be twice 0.25
     if save < 1 and evaluate != "epoch" and evaluate < 1:
         return round(save / evaluate, 9)
     return save / every

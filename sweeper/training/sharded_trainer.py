@@ -1,10 +1,10 @@
 """Full fine-tuning of a model that is too large to train on one device (FSDP2).
 
-Every device of the trial holds its share of the weights, gradients and optimizer states; the weights of
-a block are whole only while it computes. transformers shards the model while it loads it
-(DistributedConfig) and trains it; what its Trainer does not do yet, resuming, is done here.
+Every device of the trial holds its share of the weights, gradients and optimizer states. The weights of
+a block are gathered only while the block computes. transformers shards the model while loading it
+(DistributedConfig) and trains it. This module adds resuming, which transformers' Trainer lacks.
 
-Source: Zhao et al. 2023, PyTorch FSDP (arXiv 2304.11277); torch.distributed.fsdp.fully_shard.
+Source: Zhao et al. 2023, PyTorch FSDP (arXiv:2304.11277), and torch.distributed.fsdp.fully_shard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sweeper.training.trainer import JudgedTrainer, stored_weights
 
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
-"""transformers' names, so that a checkpoint looks as any other."""
+"""transformers' file names, so that checkpoints have the same files as without sharding."""
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
@@ -39,15 +39,16 @@ SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 def load_sharded(
     whole: PreTrainedModel, devices: int, compute_dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The same model in fp32, its weights spread over the ranks of the process group.
+    """Load a model again in fp32, with its weights spread over the ranks of the process group.
 
-    Called by every rank. The whole model gives up its storage first.
+    Every rank must call this function. It releases the storage of `whole` first.
 
     Args:
-        whole: loaded from a folder, and not changed since.
-        devices: how many ranks there are.
-        compute_dtype: bfloat16 weights travel and compute as such; autocast's copies would stay.
+        whole: a model that was loaded from a folder and not changed since.
+        devices: number of ranks.
+        compute_dtype: dtype of the forward pass. With bfloat16, weights are gathered in bfloat16.
     """
+    # FSDP's mixed precision instead of autocast, which would keep bfloat16 copies of whole weights
     spread = DistributedConfig(
         fsdp_size=devices,
         fsdp_plan=_plan(whole),
@@ -66,7 +67,7 @@ def load_sharded(
 
 
 def load_whole(checkpoint: Path, sharded: PreTrainedModel) -> PreTrainedModel:
-    """The weights of a sharded training's checkpoint, whole, on this rank's device."""
+    """Load a sharded training's checkpoint as a whole model onto this rank's device."""
     whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=torch.float32,
@@ -80,18 +81,21 @@ def load_whole(checkpoint: Path, sharded: PreTrainedModel) -> PreTrainedModel:
 
 
 class ShardedTrainer(JudgedTrainer):
-    """A JudgedTrainer whose model is spread over the ranks; all of them judge it, in step.
+    """A JudgedTrainer whose model is spread over the ranks, which all evaluate it together.
 
-    Its checkpoints are those of any other full fine-tune: the leader writes whole weights and optimizer
-    states, and hands out the shares when the training is resumed.
+    Checkpoints have the format of any other full fine-tune. The leader writes whole weights and
+    optimizer states, and distributes the shares when the training is resumed. torch's distributed
+    checkpoints are not used, because they contain a pickle.
     """
 
     model: PreTrainedModel
 
     def __init__(self, **options: Any) -> None:
-        options["args"].save_only_model = True  # it refuses to keep states that it cannot restore
+        # Trainer refuses sharded models unless only weights are saved, because it cannot restore the
+        # optimizer's states. The methods below can
+        options["args"].save_only_model = True
         super().__init__(**options)
-        self.args.save_only_model = False  # they are restored below
+        self.args.save_only_model = False
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         states = get_optimizer_state_dict(self.model, self._own_optimizer, options=GATHERED)
@@ -115,31 +119,36 @@ class ShardedTrainer(JudgedTrainer):
         self.lr_scheduler.load_state_dict(schedule)
 
     def _load_best_model(self) -> None:
-        """The leader alone needs it, whole, to judge and store it while the others go home."""
-        self.optimizer.state.clear()  # make room
-        self.judgements.clear()  # shares in bfloat16 round otherwise than autocast: judged anew
+        """Load the best checkpoint as a whole model on the leader, which evaluates and stores it."""
+        self.optimizer.state.clear()  # frees memory for the whole model
+        # FSDP's bfloat16 rounds differently from autocast, so these losses are not the artifact's
+        self.judgements.clear()
         if self.args.should_save:
-            with self._meter.stage("load"):
+            # Evaluating and storing one whole model needs no second code path. In exchange, the weights
+            # must fit one device
+            with self._costs.stage("load"):
                 self.model = load_whole(Path(self.state.best_model_checkpoint), self.model)
 
     @property
     def _own_optimizer(self) -> torch.optim.Optimizer:
-        """Without accelerate's wrapper, whose steps go through the loss scaler."""
+        """The optimizer without accelerate's wrapper, whose steps go through the loss scaler."""
         wrapper: Any = self.optimizer
         own: torch.optim.Optimizer = wrapper.optimizer
         return own
 
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[None]:
-        """Spread the gradient of every micro-batch: put off, it would stay whole on every device."""
+        """Reduce the gradient after every micro-batch, not after the last one of a step."""
+        # Deferred, as transformers does it, whole gradients would stay on every device
         return nullcontext()
 
     @property
     def trained(self) -> PreTrainedModel | None:
-        """After training: the model with the best weights, whole; None if none was ever judged."""
+        """The whole model with the best weights after training, or None without any evaluation."""
         return None if isinstance(self.model, FSDPModule) else self.model
 
 
 def _plan(model: PreTrainedModel) -> dict[str, str]:
-    """transformers' fsdp_plan for the blocks of an architecture; not every one brings its own."""
+    """Return transformers' fsdp_plan for the blocks of an architecture."""
+    # Not every architecture of transformers defines its own plan
     names = (re.sub(r"\.\d+\b", ".*", name) for name in blocks(model))
     return dict.fromkeys(names, "free_full_weight")

@@ -1,7 +1,7 @@
-"""When a running trial shall stop by itself: no more improvement, or divergence.
+"""Rules that stop a running trial: early stopping and divergence.
 
-Sees losses by step and nothing else, so that a resumed trial can be brought to the same state by
-showing it the rows that the earlier attempt wrote.
+The rules depend on losses by step only, so replaying the rows that an earlier attempt wrote restores
+their state. transformers' EarlyStoppingCallback starts from zero after a resume.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from sweeper.config.settings import Objective, TrainingSettings
 
 LOSS_SCALE = "train/loss_scale"
-"""fp16's loss scale; a row has it only where gradients are scaled."""
+"""fp16's loss scale. Only rows of trials with scaled gradients have this metric."""
 
 
 class MovingAverage:
-    """The mean of the last `window` values, of fewer at the start."""
+    """The mean of the last `window` values, or of fewer at the start."""
 
     def __init__(self, window: int) -> None:
         self._values: deque[float] = deque(maxlen=window)
 
     def add(self, value: float) -> float:
-        """The average with `value` as its newest."""
+        """Add a value and return the new average."""
         self._values.append(value)
         return sum(self._values) / len(self._values)
 
@@ -32,9 +32,9 @@ class MovingAverage:
 class EarlyStopping:
     """Stop after `patience` evaluations in a row without an improvement of more than `threshold`.
 
-    The improvement is over the last value that counted as one, so that many small steps add up
-    (transformers' EarlyStoppingCallback forgets them). Before `first_step` nothing is stopped, but
-    evaluations count.
+    Improvements are measured from the last value that counted as one, so many small improvements add
+    up. transformers' EarlyStoppingCallback forgets them. Evaluations before `first_step` count, but
+    do not stop the trial.
     """
 
     def __init__(self, patience: int | None, threshold: float, first_step: float) -> None:
@@ -45,7 +45,7 @@ class EarlyStopping:
         self._waited = 0
 
     def update(self, step: int, value: float) -> bool:
-        """Whether to stop now."""
+        """Return True if the trial should stop after an evaluation with this value (lower is better)."""
         if value < self._best - self._threshold:
             self._best, self._waited = value, 0
         else:
@@ -55,10 +55,10 @@ class EarlyStopping:
 
 
 class DivergenceRule:
-    """Finds what no later step repairs: a loss or gradient that is not finite, or a loss far off.
+    """Detects divergence: a loss or gradient that is not finite, or a loss far above the first one.
 
-    Far off is `threshold` times the first loss, train or eval, in `patience` evaluations in a row
-    (axolotl's loss watchdog, made relative so that it holds for every vocabulary).
+    A loss is too high above `threshold` times the first loss, train or eval, in `patience` evaluations
+    in a row. axolotl's loss watchdog has an absolute threshold, which fits one vocabulary size only.
     """
 
     def __init__(self, threshold: float | None, patience: int) -> None:
@@ -67,23 +67,21 @@ class DivergenceRule:
         self._first: float | None = None
         self._high = 0
 
-    def trained(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """What is wrong with a logged training step, or None.
-
-        Under fp16 an overflow of the gradient is how the loss scale is found: the step is skipped
-        and the scale halved. It counts once the scale has fallen below 1.
-        """
+    def check_training_step(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """Return how a logged training step shows divergence, or None."""
         loss = metrics["train/loss"]
         if not math.isfinite(loss):
             return f"train/loss is {loss} at step {step}"
         self._first = self._first or loss
         norm = metrics.get("train/grad_norm", 0.0)
+        # fp16's GradScaler finds its scale by overflowing: it skips the step and halves the scale. Only
+        # an overflow at a scale below 1 is a divergence
         if not math.isfinite(norm) and metrics.get(LOSS_SCALE, 0.0) < 1:
             return f"train/grad_norm is {norm} at step {step}"
         return None
 
-    def evaluated(self, step: int, loss: float) -> str | None:
-        """What is wrong with an evaluation, or None."""
+    def check_evaluation(self, step: int, loss: float) -> str | None:
+        """Return how an evaluation shows divergence, or None."""
         if not math.isfinite(loss):
             return f"eval/loss is {loss} at step {step}"
         self._first = self._first or loss
@@ -99,13 +97,13 @@ class DivergenceRule:
 
 
 class StopRules:
-    """All rules over one trial: what to do after each logged step and each evaluation."""
+    """All stop rules of one trial, updated after each logged step and each evaluation."""
 
     def __init__(self, training: TrainingSettings, objective: Objective, total_steps: int) -> None:
         self.stop = False
-        """No improvement for long enough."""
+        """True if early stopping applies."""
         self.diverged: str | None = None
-        """Why the trial cannot go on, as a sentence."""
+        """Description of the trial's divergence, or None."""
         self._signal = training.early_stopping_metric
         self._objective = objective
         self._average = MovingAverage(training.moving_average_window)
@@ -118,16 +116,16 @@ class StopRules:
             training.early_stopping_min_fraction * total_steps,
         )
 
-    def trained(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in a logged training step."""
+    def add_training_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Update the rules with the metrics of a logged training step."""
         if "train/loss" in metrics:
-            self.diverged = self.diverged or self._divergence.trained(step, metrics)
+            self.diverged = self.diverged or self._divergence.check_training_step(step, metrics)
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> float:
-        """Take in an evaluation; the moving average of its loss comes back."""
+    def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> float:
+        """Update the rules with an evaluation and return the moving average of the loss."""
         loss = metrics["eval/loss"]
         average = self._average.add(loss)
-        self.diverged = self.diverged or self._divergence.evaluated(step, loss)
+        self.diverged = self.diverged or self._divergence.check_evaluation(step, loss)
         value = metrics[self._objective.metric]
         signals = {
             "objective": -value if self._objective.direction == "maximize" else value,
@@ -138,8 +136,8 @@ class StopRules:
         return average
 
     def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take in what an earlier attempt of the same trial wrote."""
+        """Restore the state from the rows that an earlier attempt of the same trial wrote."""
         for row in rows:
-            self.trained(row["step"], row)
+            self.add_training_step(row["step"], row)
             if "eval/loss" in row:
-                self.evaluated(row["step"], row)
+                self.add_evaluation(row["step"], row)

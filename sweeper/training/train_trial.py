@@ -1,7 +1,7 @@
-"""Train one trial on a loaded base: the reference path, transformers.Trainer.
+"""Train one trial on a loaded base with transformers.Trainer, the reference path.
 
-Writes the trial's folder and tells an observer; knows neither the study nor MLflow, and does not load
-models or data (sweeper.training.trial_runner does).
+Writes the trial's folder and reports to an observer. Has no access to the study or MLflow, and loads
+neither models nor data (sweeper.training.trial_runner does).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sweeper.modeling.adapter import count_parameters
 from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
-from sweeper.training.distributed import ALONE, RankGroup, RankSyncCallback
+from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
 from sweeper.training.micro_batch import out_of_memory
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
@@ -51,18 +51,18 @@ from sweeper.training.trial_costs import TrialCosts
 
 @dataclass(frozen=True)
 class TrialInputs:
-    """What a trial is trained on and judged by."""
+    """The model, data and judge of one trial."""
 
     model: PreTrainedModel | PeftModel
-    """Ready to train; with training.fsdp its weights are spread over the ranks."""
+    """The model, ready to train. Its weights are spread over the ranks with training.fsdp."""
     tokenizer: PreTrainedTokenizerBase
     train: EncodedSplit
     judge: ModelJudge
-    """Of the whole validation split, for the checkpoint that is kept."""
+    """Judge of the whole validation split, for the best checkpoint."""
     ordered: bool = False
-    """The training rows stand in the order they are to be trained in."""
+    """True if the rows must be trained in their order (data.order_by)."""
     compute_dtype: torch.dtype = torch.float32
-    ranks: RankGroup = ALONE
+    ranks: RankGroup = SINGLE_PROCESS
 
 
 def train_trial(
@@ -70,105 +70,107 @@ def train_trial(
     settings: TrialSettings,
     folder: TrialFolder,
     observer: TrialObserver,
-    meter: TrialCosts,
+    costs: TrialCosts,
 ) -> tuple[Outcome, PreTrainedModel | PeftModel | None]:
-    """Train to the end of the schedule, to early stopping, or until the observer says stop.
+    """Train until the schedule ends, early stopping applies or the observer requests a stop.
 
-    The best checkpoint by the objective is what stays in the model and in the folder; its value on the
-    whole validation split is the outcome's `best_value`. An unfinished checkpoint of an earlier attempt
-    is continued.
+    Continue from the newest undamaged checkpoint of an earlier attempt. Store the best checkpoint by
+    the objective, not the last one. Its value on the whole validation split is the outcome's
+    `best_value`.
 
     Args:
-        inputs: model and data.
-        settings: resolved (sweeper.training.micro_batch.resolve).
-        folder: where everything is written.
-        observer: told of every step and evaluation, asked whether to stop.
-        meter: charged with what the trial uses.
+        inputs: model, data and judge.
+        settings: the trial, resolved (sweeper.training.micro_batch.resolve).
+        folder: the trial's folder.
+        observer: receives every step and evaluation, and can request a stop.
+        costs: charged with what the trial uses.
 
     Returns:
-        The outcome and the model with the best weights; None where they were spread over devices and
-        never judged.
+        The outcome and the model with the best weights. The model is None if its weights are spread
+        over devices and were never evaluated.
 
     Raises:
-        Diverged: a loss or the gradient norm is not finite, or the loss is far off.
+        TrialDiverged: a loss or the gradient norm is not finite, or the loss is far above the first.
         ConfigError: the schedule does not fit the data, or the objective's metric is not measured.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
-    meter.figures |= parameter_figures(count_parameters(inputs.model))
-    meter.figures |= schedule_figures(settings.training, schedule)
+    costs.figures |= parameter_figures(count_parameters(inputs.model))
+    costs.figures |= schedule_figures(settings.training, schedule)
     reset_peak()
-    resumed = _take_up(folder, meter)
+    resumed = _find_resume_point(folder, costs)
     objective = settings.objective
-    watch = StopRules(settings.training, objective, schedule.total_steps)
+    rules = StopRules(settings.training, objective, schedule.total_steps)
     spool = MetricsSpool(folder.metrics, resumed.step if resumed else 0)
-    watch.replay(read_spool(folder.metrics))
-    reported = objective.judged_while_training
-    narrator = TrialCallback(observer, spool, watch, meter, schedule.total_steps, reported)
-    looks = BatchHalvingJudge(inputs.judge.within_trial({objective.metric, reported}), meter)
+    rules.replay(read_spool(folder.metrics))
+    pruning_metric = objective.judged_while_training
+    callback = TrialCallback(observer, spool, rules, costs, schedule.total_steps, pruning_metric)
+    trial_judge = BatchHalvingJudge(
+        inputs.judge.within_trial({objective.metric, pruning_metric}), costs
+    )
 
     def judge(model: torch.nn.Module) -> Judgement:
-        # ranks that judge in step cannot try again alone
-        judgement = looks.judge(model) if settings.training.fsdp else looks(model)
-        inputs.ranks.agree(dict(judgement.metrics))
+        # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
+        judgement = trial_judge.judge(model) if settings.training.fsdp else trial_judge(model)
+        inputs.ranks.broadcast(dict(judgement.metrics))
         return judgement
 
-    trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, meter, [narrator])
-    with meter.stage("train"):
+    trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, costs, [callback])
+    with costs.stage("train"):
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
-    judgement = _judge_kept(trainer, inputs.judge, looks, meter)
+    judgement = _judge_best_checkpoint(trainer, inputs.judge, trial_judge, costs)
     trained = trainer.trained
     if trained is not None:
-        with meter.stage("save"):
-            figures = {**meter.figures, **({} if judgement is None else judgement.metrics)}
+        with costs.stage("save"):
+            figures = {**costs.figures, **({} if judgement is None else judgement.metrics)}
             save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
-    return _outcome(trainer.state, narrator, settings, folder, judgement), trained
+    return _outcome(trainer.state, callback, settings, folder, judgement), trained
 
 
-def _take_up(folder: TrialFolder, meter: TrialCosts) -> Checkpoint | None:
-    """Where an earlier attempt is continued from; what was passed over is said in the log."""
+def _find_resume_point(folder: TrialFolder, costs: TrialCosts) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None, and log the damaged ones."""
     resumed, damaged = fall_back(folder.checkpoints)
-    words = [f"from step {resumed.step}"] if resumed else ["from the beginning"] if damaged else []
-    if words:
-        meter.facts["Continued"] = "; ".join([*words, *damaged])
+    start = f"from step {resumed.step}" if resumed else "from the beginning"
+    if resumed or damaged:
+        reason = f", because {' and '.join(damaged)}" if damaged else ""
+        costs.facts["Continued"] = start + reason
     for remark in damaged:
-        print(f"{folder.path}: {remark}; continued {words[0]}", flush=True)
+        print(f"{folder.path}: {remark}. Continued {start}", flush=True)
     return resumed
 
 
 def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path) -> None:
-    """Take part in a trial that another rank leads: the same loop on this rank's share of the batches.
+    """Run the training loop on this rank's share of the batches of a trial that another rank leads.
 
     Args:
-        inputs: as the leader's.
-        settings: the leader's, resolved.
-        checkpoints: the leader's folder; resumed from where the leader does.
+        inputs: the same inputs as the leader's.
+        settings: the leader's resolved settings.
+        checkpoints: the leader's folder of checkpoints, which also decides where to resume.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
     resumed = newest_checkpoint(checkpoints)
-
     objective = settings.objective
     judged = {objective.metric, objective.judged_while_training}
-    # the leader cannot judge a model without its shares; the user's functions are called there alone
+    # All ranks must run the forward passes of a sharded model. Only the leader calls the user's metrics
     judge = replace(inputs.judge.within_trial(judged), custom={})
 
-    def hear(model: torch.nn.Module) -> Judgement:
+    def receive_judgement(model: torch.nn.Module) -> Judgement:
         if settings.training.fsdp:
             judge(model)
-        return Judgement(inputs.ranks.agree({}), examples=())
+        return Judgement(inputs.ranks.broadcast({}), examples=())
 
-    trainer = _trainer(inputs, settings, schedule, checkpoints, hear, TrialCosts(), [])
+    trainer = _trainer(inputs, settings, schedule, checkpoints, receive_judgement, TrialCosts(), [])
     trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
 
 
 class BatchHalvingJudge:
-    """The judge inside a trial, in the largest batches that memory allows (any give the same)."""
+    """A judge that halves its batches after out of memory. The metrics do not depend on the batch."""
 
-    def __init__(self, judge: ModelJudge, meter: TrialCosts) -> None:
+    def __init__(self, judge: ModelJudge, costs: TrialCosts) -> None:
         self.judge = judge
-        self._meter = meter
+        self._costs = costs
 
     def __call__(self, model: torch.nn.Module) -> Judgement:
-        """Judge a model; out of memory halves the batches, down to one example."""
+        """Evaluate a model, with smaller batches after each out of memory, down to one example."""
         while True:
             try:
                 return self.judge(model)
@@ -177,7 +179,7 @@ class BatchHalvingJudge:
                 if not out_of_memory(error) or smaller is None:
                     raise
             self.judge = smaller
-            self._meter.oom_retries += 1
+            self._costs.oom_retries += 1
 
 
 def _trainer(
@@ -186,13 +188,13 @@ def _trainer(
     schedule: TrialSchedule,
     checkpoints: Path,
     judging: Judging,
-    meter: TrialCosts,
+    costs: TrialCosts,
     callbacks: list[TrainerCallback],
 ) -> JudgedTrainer:
     kind = ShardedTrainer if settings.training.fsdp else JudgedTrainer
     trainer = kind(
         judging=judging,
-        meter=meter,
+        costs=costs,
         settings=settings,
         compute_dtype=inputs.compute_dtype,
         ranks=inputs.ranks,
@@ -205,7 +207,7 @@ def _trainer(
         data_collator=_collator(inputs, settings),
         callbacks=[*callbacks, RankSyncCallback(inputs.ranks)],
     )
-    trainer.remove_callback(PrinterCallback)  # the spool has it all
+    trainer.remove_callback(PrinterCallback)  # it prints what the spool already contains
     return trainer
 
 
@@ -217,28 +219,32 @@ def _collator(inputs: TrialInputs, settings: TrialSettings) -> PaddingCollator |
     return PaddingCollator(int(pad))
 
 
-def _judge_kept(
-    trainer: JudgedTrainer, whole: ModelJudge, looks: BatchHalvingJudge, meter: TrialCosts
+def _judge_best_checkpoint(
+    trainer: JudgedTrainer, whole: ModelJudge, trial_judge: BatchHalvingJudge, costs: TrialCosts
 ) -> Judgement | None:
-    """The kept checkpoint, now in the model, on the whole split; None if none was ever judged."""
+    """Evaluate the best checkpoint, now in the model, on the whole validation split.
+
+    Return None if no checkpoint was ever evaluated.
+    """
     step = trainer.state.best_global_step
     if trainer.state.best_metric is None or trainer.trained is None:
         return None
-    if looks.judge.judges_same_examples(whole) and step in trainer.judgements:
+    # An evaluation during training counts only if it was on the whole split, not on a capped sample.
+    if trial_judge.judge.judges_same_examples(whole) and step in trainer.judgements:
         return trainer.judgements[step]
-    with meter.stage("eval"):
-        return BatchHalvingJudge(whole, meter)(trainer.model)
+    with costs.stage("eval"):
+        return BatchHalvingJudge(whole, costs)(trainer.model)
 
 
 def _outcome(
     state: TrainerState,
-    narrator: TrialCallback,
+    callback: TrialCallback,
     settings: TrialSettings,
     folder: TrialFolder,
     judgement: Judgement | None,
 ) -> Outcome:
-    finished = state.global_step >= narrator.total_steps
-    cause: Cause = "finished" if finished else (narrator.stopped or "early_stopped")
+    finished = state.global_step >= callback.total_steps
+    cause: Cause = "finished" if finished else (callback.stopped or "early_stopped")
     rows = read_spool(folder.metrics)
     figures = loss_figures(rows)
     if judgement is not None:

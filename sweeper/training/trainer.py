@@ -1,4 +1,4 @@
-"""transformers.Trainer with our loss, our evaluator and our accounts in place of its own."""
+"""transformers.Trainer with our loss, evaluation, checkpoints and cost accounting."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.token_loss import autocast, compute_loss_in_forward, target_nll
 from sweeper.modeling.model_source import NO_CODE
 from sweeper.training.arguments import OBJECTIVE
-from sweeper.training.checkpoint import seal, thin_out
+from sweeper.training.checkpoint import remove_old, seal
 from sweeper.training.distributed import RankGroup
 from sweeper.training.optimizer import loraplus_optimizer
 from sweeper.training.trial_costs import TrialCosts
 
 Judging = Callable[[torch.nn.Module], Judgement]
+"""Evaluates a model on the validation split."""
 
 
 class TokenizedRows(Dataset[Tokens]):
-    """Tokenized rows as torch wants them."""
+    """Tokenized rows as a torch dataset."""
 
     def __init__(self, rows: list[Tokens]) -> None:
         self._rows = rows
@@ -40,10 +41,10 @@ class TokenizedRows(Dataset[Tokens]):
 
 
 class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
-    """transformers' sampler with an order of its own for each epoch.
+    """transformers' sampler by length, with an order that depends on seed and epoch alone.
 
-    Its order comes from the random state of the moment, which a resumed epoch has only after its rows
-    were drawn.
+    The order of transformers' sampler comes from the global random state. A resumed epoch restores
+    that state only after its rows were drawn, so it would train other rows.
     """
 
     def __init__(self, plain: LengthGroupedSampler, seed: int) -> None:
@@ -52,7 +53,7 @@ class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of each epoch."""
+        """Choose the order of an epoch. accelerate's data loader calls this at the start of each one."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -62,11 +63,10 @@ class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
 
 
 def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights of a full fine-tune's checkpoint on the CPU, by the names that the model has.
-
-    Read as transformers stored them: it splits experts and drops tied weights, which its Trainer's own
-    way of loading a checkpoint passes over in silence.
-    """
+    """Return the weights of a full fine-tune's checkpoint on the CPU, by the model's names."""
+    # transformers stores some weights under other names (experts of Qwen-MoE and Mixtral are split) or
+    # not at all (tied ones). Its Trainer loads checkpoints with strict=False, which would leave the
+    # last weights in place of the best; from_pretrained converts the names
     stored = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, device_map="cpu", use_safetensors=True, **NO_CODE
     )
@@ -75,13 +75,13 @@ def stored_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 class JudgedTrainer(Trainer):  # type: ignore[misc]
-    """The reference training loop, judged by `judge` and charged to `meter`."""
+    """The reference training loop, evaluated by `judging` and charged to `costs`."""
 
     def __init__(
         self,
         *,
         judging: Judging,
-        meter: TrialCosts,
+        costs: TrialCosts,
         settings: TrialSettings,
         compute_dtype: torch.dtype,
         ranks: RankGroup,
@@ -90,11 +90,12 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**options)
         self._ranks = ranks
         if ranks.size > 1:
+            # DDP averages gradients only if the loss is computed inside the outermost forward method
             compute_loss_in_forward(self.model, settings.training.loss_chunk_size)
         self.judgements: dict[int, Judgement] = {}
-        """By optimiser step; of earlier attempts there are none."""
+        """Evaluations of this attempt, by optimiser step."""
         self._judging = judging
-        self._meter = meter
+        self._costs = costs
         self._objective = settings.objective.metric
         self._save_total_limit = settings.training.save_total_limit
         self._chunk_size = settings.training.loss_chunk_size
@@ -107,7 +108,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
 
     @property
     def trained(self) -> torch.nn.Module | None:
-        """After training: the model with the best weights."""
+        """The model with the best weights, after training."""
         model: torch.nn.Module = self.model
         return model
 
@@ -118,7 +119,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         return sampler
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """transformers' choice by name, or LoRA+ over it."""
+        """Create the configured optimiser, with LoRA+ learning rates if they are set."""
         optimizer: torch.optim.Optimizer
         if self._loraplus_lr_ratio is None:
             optimizer = super().create_optimizer(model)
@@ -130,10 +131,10 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-        """Called for each optimiser step: its micro-batches and the number of their targets."""
+        """Return the micro-batches of the next optimiser step and the number of their targets."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         assert targets is not None, "transformers counts the labels of a step"
-        self._meter.saw(batches, targets, self._ranks.size)
+        self._costs.add_step(batches, targets, self._ranks.size)
         return batches, targets
 
     def compute_loss(
@@ -143,20 +144,23 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Called for each micro-batch: its share of the mean over the whole step's target tokens."""
-        assert not return_outputs, "evaluate() is replaced, nothing asks for outputs"
+        """Return a micro-batch's share of the mean loss over the whole step's target tokens."""
+        assert not return_outputs, (
+            "only Trainer's own evaluation, which is replaced, asks for outputs"
+        )
         assert num_items_in_batch is not None, "transformers counts the labels of a step"
-        # accelerate autocasts the model's own forward, which target_nll goes around
+        # accelerate autocasts the model's own forward method, which target_nll does not call. Training
+        # must autocast like the evaluation, or losses of trial and stored artifact would differ
         with autocast(self.args.device, self._compute_dtype):
             if self._ranks.size == 1:
                 return target_nll(model, inputs, self._chunk_size) / num_items_in_batch
             nll: torch.Tensor = model(**inputs).sum()
-            # gradients are averaged over the ranks, and num_items_in_batch counts all of them
+            # DDP averages the gradients over the ranks, but num_items_in_batch counts all ranks' tokens
             return nll * self._ranks.size / num_items_in_batch
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Called by the training loop; the best checkpoint follows the objective."""
-        with self._meter.stage("eval"):
+        """Evaluate the model. The objective's value decides which checkpoint is the best."""
+        with self._costs.stage("eval"):
             judgement = self._judging(self.model)
         self.judgements[self.state.global_step] = judgement
         metrics = {**judgement.metrics, OBJECTIVE: judgement.value(self._objective)}
@@ -166,41 +170,43 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add fp16's loss scale to what is logged: it tells an overflow from a divergence."""
+        """Add fp16's loss scale to the logs, which distinguishes an overflow from a divergence."""
         scaler = self.accelerator.scaler
         scale = {} if scaler is None else {"loss_scale": float(scaler.get_scale())}
         super().log({**logs, **scale}, start_time)
 
     def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
-        """Save every new best, also between two periodic checkpoints: it is what the trial keeps."""
+        """Save a checkpoint at every new best value and return True if there is one."""
+        # transformers saves the best weights only if they coincide with a periodic checkpoint
         best: bool = super()._determine_best_metric(metrics, trial)
         self.control.should_save |= best
         return best
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        with self._meter.stage("save"):
+        with self._costs.stage("save"):
             super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()  # each rank writes its own random state
+            # Each rank writes its own random state, which must be part of the manifest
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 folder = Path(self.args.output_dir)
                 seal(folder / f"checkpoint-{self.state.global_step}")
-                thin_out(folder, self._save_total_limit, self.state.best_global_step)
-                write_json(TrialFolder(folder.parent).spent, self._meter.spent())
+                remove_old(folder, self._save_total_limit, self.state.best_global_step)
+                # A next attempt adds these costs to its own. Those after the newest checkpoint are lost
+                write_json(TrialFolder(folder.parent).spent, self._costs.spent())
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, num_train_epochs: int, *rest: Any
     ) -> tuple[int, int]:
-        """Where the training goes on: (epochs, micro-batches of the next one) that are behind it.
-
-        The best checkpoint has moved where the trial's folder has; a training that was at its end takes
-        no further step.
-        """
+        """Return the position to resume at: completed epochs, and micro-batches of the current one."""
         place: tuple[int, int] = super()._init_training_state(
             max_steps, steps_per_epoch, num_train_epochs, *rest
         )
+        # transformers forgets the best checkpoint if its stored absolute path no longer exists, as
+        # after the trial's folder has moved
         if self.state.best_global_step and self.state.best_model_checkpoint is None:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
+        # Without this a training that was already complete would take another step
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else place
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -210,7 +216,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with self._meter.stage("load"):
+        with self._costs.stage("load"):
             if isinstance(self.model, PreTrainedModel):
                 self.model.load_state_dict(stored_weights(Path(self.state.best_model_checkpoint)))
             else:

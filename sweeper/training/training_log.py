@@ -1,4 +1,4 @@
-"""training_log.txt for people and training_log.json for machines: one trial, all its figures."""
+"""Write a trial's log with all its metrics: training_log.txt for people, training_log.json for tools."""
 
 from __future__ import annotations
 
@@ -22,14 +22,22 @@ def training_log(
     outcome: Outcome,
     folder: TrialFolder,
     started: float,
-    meter: TrialCosts,
+    costs: TrialCosts,
 ) -> tuple[str, dict[str, Any]]:
-    """The log as text and as a JSON document; `started` is in Unix seconds."""
+    """Return the log as text and as a JSON document.
+
+    Args:
+        settings: the trial, with its rank decided.
+        outcome: the trial's outcome.
+        folder: the trial's folder, with its spool and artifact.
+        started: start of this attempt in Unix seconds.
+        costs: facts and advice to print.
+    """
     document = {
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
         "settings": settings.model_dump(mode="json"),
-        "facts": meter.facts,
-        "advice": meter.advice,
+        "facts": costs.facts,
+        "advice": costs.advice,
         "outcome": outcome.model_dump(mode="json"),
         "artifact": _files(folder),
         "history": read_spool(folder.metrics),
@@ -42,7 +50,7 @@ def _lines(settings: TrialSettings, outcome: Outcome, document: Mapping[str, Any
     return [
         f"Training log, started {document['started']}",
         "",
-        *_question(settings, document["facts"]),
+        *_settings_lines(settings, document["facts"]),
         *(f"Advice         {sentence}" for sentence in document["advice"]),
         "",
         *_batches(figures),
@@ -55,12 +63,12 @@ def _lines(settings: TrialSettings, outcome: Outcome, document: Mapping[str, Any
         "",
         *(f"{name:<40} {value:,.6g}" for name, value in sorted(figures.items())),
         "",
-        "step      eval/loss  moving average   (nats per target token)",
+        "step      eval/loss  moving average   (mean negative log-likelihood in nats per target token)",
         *_curve(document["history"]),
     ]
 
 
-def _question(settings: TrialSettings, facts: Mapping[str, str]) -> list[str]:
+def _settings_lines(settings: TrialSettings, facts: Mapping[str, str]) -> list[str]:
     training = settings.training
     base = settings.model.base_model
     revision = f", revision {settings.model.revision}" if settings.model.revision else ""
@@ -72,21 +80,22 @@ def _question(settings: TrialSettings, facts: Mapping[str, str]) -> list[str]:
         f"Optimiser      {training.optim}, weight decay {training.weight_decay:g}, "
         f"gradients clipped at {training.max_grad_norm:g}",
         f"Seed           {settings.seed}",
-        *(f"{name:<14} {words}" for name, words in facts.items()),
+        *(f"{name:<14} {fact}" for name, fact in facts.items()),
     ]
 
 
 def _batches(figures: Figures) -> list[str]:
+    # A trial that was refused has no schedule
     if "training/total_steps" not in figures:
         return []
     get = {name.removeprefix("training/"): round(value) for name, value in figures.items()}
     retries = round(figures["cost/oom_retries"])
     return [
         f"Effective batch {get['micro_batch']} × {get['gradient_accumulation_steps']} accumulation"
-        f" = {get['effective_batch']} examples a step"
-        + (f" (after {retries} times out of memory)" if retries else ""),
-        f"Schedule       {get['total_steps']} steps, {get['warmup_steps']} of them warm-up; "
-        f"{get['steps_per_epoch']} an epoch, the last of {get['last_batch']} examples",
+        f" = {get['effective_batch']} examples per step"
+        + (f" (after running out of memory {retries} times)" if retries else ""),
+        f"Schedule       {get['total_steps']} steps, {get['warmup_steps']} of them warm-up, "
+        f"{get['steps_per_epoch']} per epoch, the last with {get['last_batch']} examples",
     ]
 
 
@@ -95,7 +104,7 @@ def _parameters(figures: Figures) -> list[str]:
         return []
     total, trainable = figures["parameters/total"], figures["parameters/trainable"]
     return [
-        f"Parameters     {trainable:,.0f} trained of {total:,.0f} in all: "
+        f"Parameters     {trainable:,.0f} trained of {total:,.0f}: "
         f"{figures['parameters/trainable_percent']:.4f} % of the total, "
         f"{figures['parameters/trainable_percent_of_base']:.4f} % of the base"
     ]
@@ -112,16 +121,16 @@ def _losses(outcome: Outcome, objective: str) -> list[str]:
     if "train/mean_loss" in figures:
         lines.append(
             f"Train loss     {figures['train/mean_loss']:.4f} mean over the run, "
-            f"{figures['train/final_loss']:.4f} at its end"
+            f"{figures['train/final_loss']:.4f} at the end"
         )
     if outcome.best_value is not None:
         lines.append(
             f"Best {objective} {outcome.best_value:.4f} (perplexity "
-            f"{figures['best/eval_perplexity']:.4f}) at step {outcome.best_step}, which is stored"
+            f"{figures['best/eval_perplexity']:.4f}) at step {outcome.best_step}, the stored checkpoint"
         )
     if "best/eval_minus_train_loss" in figures:
         lines.append(
-            f"Gap there      {figures['best/eval_minus_train_loss']:+.4f}, evaluation less training"
+            f"Gap there      {figures['best/eval_minus_train_loss']:+.4f}, eval loss minus train loss"
         )
     return lines
 
@@ -129,7 +138,7 @@ def _losses(outcome: Outcome, objective: str) -> list[str]:
 def _costs(figures: Figures) -> list[str]:
     stages = ", ".join(f"{name} {figures[f'cost/{name}_seconds']:.2f}" for name in get_args(Stage))
     return [
-        f"Seconds        {stages}; {figures['cost/cpu_seconds']:.2f} of CPU time",
+        f"Seconds        {stages}, {figures['cost/cpu_seconds']:.2f} of CPU time in total",
         f"Throughput     {figures['cost/tokens_per_second']:,.0f} tokens/s, "
         f"{figures['cost/target_tokens_per_second']:,.0f} target tokens/s, "
         f"{figures['cost/samples_per_second']:,.2f} samples/s",
@@ -149,7 +158,7 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _files(folder: TrialFolder) -> list[dict[str, Any]]:
-    """Every stored file of the artifact, by its path in the trial's folder."""
+    """Return path (in the trial's folder) and size of every stored file of the artifact."""
     artifact = folder.artifact
     if artifact is None:
         return []
@@ -162,7 +171,7 @@ def _files(folder: TrialFolder) -> list[dict[str, Any]]:
 
 
 def describe_method(settings: TrialSettings) -> str:
-    """What is trained, in the field's words: QLoRA (nf4) r=8 alpha=16 dropout=0 on all-linear."""
+    """Return the training method as text: QLoRA (nf4) r=8 alpha=16 dropout=0 on all-linear."""
     adapter = settings.adapter
     if not isinstance(adapter, LoraAdapter):
         return "full fine-tuning"
@@ -170,7 +179,7 @@ def describe_method(settings: TrialSettings) -> str:
     base = "LoRA" if kind == "none" else f"QLoRA ({kind})"
     targets = adapter.target_modules
     shown = targets if isinstance(targets, str) else ", ".join(targets)
-    if adapter.r is None:  # refused before its rank was decided
+    if adapter.r is None:  # the trial was refused before its rank was decided
         return f"{base} of {adapter.trainable_parameters:,} parameters on {shown}"
     return (
         f"{base} r={adapter.r} alpha={adapter.alpha:g} dropout={adapter.lora_dropout:g} on {shown}"

@@ -1,4 +1,4 @@
-"""The callback between the training loop and the outside: observations out, stop requests in."""
+"""The callback that connects the training loop to the worker: metrics out, stop requests in."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sweeper.training.stop_rules import LOSS_SCALE, StopRules
 from sweeper.training.trial_costs import TrialCosts
 
 PROGRESS_SECONDS = 0.5
+"""Seconds between two progress reports."""
 TRAIN_METRICS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -27,32 +28,32 @@ TRAIN_METRICS = {
 
 @dataclass
 class TrialCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes the spool, tells the observer, asks the rules, and stops the loop when any says so."""
+    """Writes metrics to the spool, reports to the observer and applies the stop rules."""
 
     observer: TrialObserver
     spool: MetricsSpool
-    watch: StopRules
-    meter: TrialCosts
+    rules: StopRules
+    costs: TrialCosts
     total_steps: int
-    reported: str
-    """The metric that pruning goes by."""
+    pruning_metric: str
+    """Name of the metric used for pruning."""
     stopped: StopCause | None = None
-    """Why the outside wants the trial to stop."""
+    """Cause of a stop that the observer requested."""
     _last_progress: float = field(default=0.0, init=False)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.meter.steps = state.global_step
+        self.costs.steps = state.global_step
         if state.global_step >= self.total_steps:
-            # whatever logging_steps and save_steps are, the end of the schedule is on record
+            # The last step is logged, evaluated and saved whatever logging_steps and save_steps are
             control.should_log = control.should_evaluate = control.should_save = True
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_SECONDS:
             self._last_progress = now
-            rate = self.meter.tokens_per_second
+            rate = self.costs.tokens_per_second
             self.observer.progress(state.global_step, self.total_steps, rate)
-        self._heed(control)
+        self._pass_on_stop(control)
 
     def on_log(
         self,
@@ -64,10 +65,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         metrics = {TRAIN_METRICS[name]: logs[name] for name in TRAIN_METRICS if name in logs}
         if "train/loss" not in metrics:
-            return  # transformers' summary at the end
+            return  # transformers' summary at the end of training, not a step
         self.spool.write(state.global_step, metrics)
-        self.watch.trained(state.global_step, metrics)
-        self._give_up_if_diverged()
+        self.rules.add_training_step(state.global_step, metrics)
+        self._raise_if_diverged()
 
     def on_evaluate(
         self,
@@ -77,20 +78,21 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         metrics: Mapping[str, float],
         **_: Any,
     ) -> None:
+        # Names without a slash are transformers' copies, such as the objective for the best checkpoint
         named = {name: value for name, value in metrics.items() if "/" in name}
-        average = self.watch.evaluated(state.global_step, named)
+        average = self.rules.add_evaluation(state.global_step, named)
         self.spool.write(state.global_step, {**named, "eval/loss_moving_average": average})
-        self._give_up_if_diverged()
-        self.observer.evaluated(state.global_step, self.total_steps, named[self.reported])
-        self._heed(control)
+        self._raise_if_diverged()
+        self.observer.evaluated(state.global_step, self.total_steps, named[self.pruning_metric])
+        self._pass_on_stop(control)
 
-    def _heed(self, control: TrainerControl) -> None:
+    def _pass_on_stop(self, control: TrainerControl) -> None:
         self.stopped = self.stopped or self.observer.stop_cause()
-        if self.stopped or self.watch.stop:
+        if self.stopped or self.rules.stop:
             control.should_training_stop = True
         if self.stopped == "cancelled":
-            control.should_save = True  # it is continued from here when the study is
+            control.should_save = True  # a resumed study continues the trial from this checkpoint
 
-    def _give_up_if_diverged(self) -> None:
-        if self.watch.diverged:
-            raise TrialDiverged(self.watch.diverged)
+    def _raise_if_diverged(self) -> None:
+        if self.rules.diverged:
+            raise TrialDiverged(self.rules.diverged)

@@ -1,4 +1,4 @@
-"""What a trial has used so far, whatever becomes of it: steps, seconds by stage, tokens, retries."""
+"""Account for what a trial uses: steps, seconds by stage, tokens and retries after out of memory."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch
 from sweeper.core.paths import read_json
 
 Stage = Literal["load", "data", "train", "eval", "save"]
+"""Parts of a trial that exclude each other: an evaluation inside training is not training time."""
 
 
 class TrialCosts:
-    """Filled while a trial runs; read at its end, also by whoever catches its exception.
+    """Costs of a trial, filled while the trial runs and readable after an exception too.
 
-    `figures` and `facts` hold what is known of the trial from outside its training loop: numbers
-    for the outcome, words for the training log.
+    `figures` (numbers for the outcome), `facts` and `advice` (text for the training log) hold what is
+    known about the trial outside its training loop.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class TrialCosts:
         self.advice: list[str] = []
         self._tokens = TokenSums()
         self._elapsed = self._cpu = 0.0
-        """Of earlier attempts."""
+        """Wall and CPU seconds of earlier attempts."""
         self._seconds = dict.fromkeys(get_args(Stage), 0.0)
         self._cpu_seconds = dict.fromkeys(get_args(Stage), 0.0)
         self._stages: list[Stage] = []
@@ -40,20 +41,24 @@ class TrialCosts:
 
     @classmethod
     def continued(cls, earlier: Path) -> TrialCosts:
-        """A new attempt's meter, which goes on from what those before it had spent (`spent`), if any."""
-        meter = cls()
+        """Return a new attempt's costs, which include those of earlier attempts.
+
+        Args:
+            earlier: the file with `spent` of the earlier attempts, which need not exist.
+        """
+        costs = cls()
         if earlier.exists():
             found = read_json(earlier)
-            meter._seconds |= found["seconds"]
-            meter._cpu_seconds |= found["cpu_seconds"]
-            meter._elapsed, meter._cpu = found["elapsed"], found["cpu"]
-            meter.oom_retries = found["oom_retries"]
-            tokens = meter._tokens
-            tokens.seen, tokens.targets, tokens.samples = found["tokens"]
-        return meter
+            costs._seconds |= found["seconds"]
+            costs._cpu_seconds |= found["cpu_seconds"]
+            costs._elapsed, costs._cpu = found["elapsed"], found["cpu"]
+            costs.oom_retries = found["oom_retries"]
+            tokens = costs._tokens
+            tokens.non_padding, tokens.targets, tokens.samples = found["tokens"]
+        return costs
 
     def spent(self) -> dict[str, Any]:
-        """Everything up to now that a further attempt has to count as well, as JSON."""
+        """Return the costs so far as a JSON document that the next attempt adds to its own."""
         self._charge()
         tokens = self._tokens
         return {
@@ -62,12 +67,12 @@ class TrialCosts:
             "elapsed": self._elapsed + time.monotonic() - self._started,
             "cpu": self._cpu + time.process_time() - self._cpu_started,
             "oom_retries": self.oom_retries,
-            "tokens": [int(tokens.seen), int(tokens.targets), tokens.samples],
+            "tokens": [int(tokens.non_padding), int(tokens.targets), tokens.samples],
         }
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
-        """Charge the time inside to `name`; a stage within a stage pauses the outer one."""
+        """Charge the time inside the context to `name`. A nested stage pauses the outer one."""
         self._charge()
         self._stages.append(name)
         try:
@@ -77,35 +82,31 @@ class TrialCosts:
             self._stages.pop()
 
     def seconds(self, name: Stage) -> float:
-        """Wall seconds charged to a stage up to now."""
+        """Return the wall seconds charged to a stage so far."""
         self._charge()
         return self._seconds[name]
 
-    def cpu_seconds(self, name: Stage) -> float:
-        """CPU seconds of this process, all threads, charged to a stage up to now."""
-        self._charge()
-        return self._cpu_seconds[name]
-
-    def saw(
+    def add_step(
         self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor, devices: int
     ) -> None:
-        """Count the micro-batches of one optimiser step; nothing is copied from the device.
+        """Count the micro-batches of one optimiser step, without copying anything from the device.
 
         Args:
-            batches: those of this device; each of the others has as many.
-            targets: target tokens of the step, on all devices.
-            devices: how many share the step.
+            batches: the micro-batches of this device. The other devices have as many each.
+            targets: number of target tokens of the step, on all devices.
+            devices: number of devices that share the step.
         """
         self.devices = devices
         self._tokens.add(batches, targets, devices)
 
     @property
     def tokens_per_second(self) -> float:
-        """Non-padding tokens per second of training, up to now."""
-        return float(self._tokens.seen) / max(self.seconds("train"), 1e-9)
+        """Non-padding tokens per second of training time so far."""
+        # transformers counts tokens too, but waits for the GPU in every micro-batch to do so
+        return float(self._tokens.non_padding) / max(self.seconds("train"), 1e-9)
 
     def metrics(self) -> dict[str, float]:
-        """All of it under the names of the outcome."""
+        """Return all costs under the metric names of the outcome."""
         train = max(self.seconds("train"), 1e-9)
         seconds = self._elapsed + time.monotonic() - self._started
         return {
@@ -130,26 +131,26 @@ class TrialCosts:
 
 
 class TokenSums:
-    """Running sums over training batches, kept on the batches' device until they are read."""
+    """Running sums over training batches, which stay on the batches' device until they are read."""
 
     def __init__(self) -> None:
-        self.seen: torch.Tensor | int = 0
-        """Non-padding tokens."""
+        self.non_padding: torch.Tensor | int = 0
+        """Number of non-padding tokens."""
         self.targets: torch.Tensor | int = 0
-        """Tokens that carry loss."""
+        """Number of tokens that carry loss."""
         self.samples = 0
 
     def add(
         self, batches: Sequence[Mapping[str, torch.Tensor]], targets: torch.Tensor, devices: int
     ) -> None:
-        """Add the micro-batches of one step, times the devices, and their number of target tokens."""
+        """Add the micro-batches of one step, times the devices, and the step's target tokens."""
         self.targets = self.targets + targets
         for batch in batches:
-            # packed rows have no mask: what pads them is little
+            # Packed rows have no mask, and little padding
             shown = (
                 batch["attention_mask"].sum()
                 if "attention_mask" in batch
                 else batch["input_ids"].numel()
             )
-            self.seen = self.seen + shown * devices
+            self.non_padding = self.non_padding + shown * devices
             self.samples += len(batch["input_ids"]) * devices

@@ -1,6 +1,7 @@
-"""The real trial runner: keeps the base loaded and the data tokenized from trial to trial.
+"""Run trials in a worker process, with the base model loaded and the data tokenized between trials.
 
-One instance lives in each worker. Its folder protocol: config first, outcome last.
+Each worker has one instance. It writes a trial's config first and the outcome last, so a folder with an
+outcome is complete.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
-from sweeper.training.baseline_model import keep, require_kin
-from sweeper.training.distributed import Join, RankGroup, alone
+from sweeper.training.baseline_model import require_same_architecture, store_model
+from sweeper.training.distributed import Join, RankGroup, single_process
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.memory_budget import MemoryBudget
 from sweeper.training.micro_batch import halved, out_of_memory, resolve
@@ -70,83 +71,94 @@ from sweeper.training.training_log import training_log
 from sweeper.training.trial_costs import TrialCosts
 
 LOCK_SECONDS = 60
-"""How long a trial's folder may still be held by the worker of a killed driver."""
-MOST_LOST_BYTES = 2 * 2**30
-"""Of pages that only the end of the process frees; a worker of a large model is back within a minute."""
+"""Seconds that the worker of a killed driver may still hold a trial's folder."""
+MAX_UNFREEABLE_BYTES = 2 * 2**30
+"""Bytes of paged optimizer states that a worker may accumulate before its process is replaced.
+
+Only the end of the process frees them. A new worker loads even a large base within a minute.
+"""
 Judges = Mapping[str, ModelJudge]
-"""Of unseen texts, by the field of Unseen."""
+"""Judges of held-out texts, by field of HeldOutLosses."""
 
 
 class TransformersRunner:
     """Runs trials with transformers.Trainer on a warm base."""
 
-    def __init__(self, threads: int, join: Join = alone) -> None:
-        """`join` gathers other processes for the trials that train on several devices."""
-        # threads beyond the cores make every trial slower; torch's own number heeds OMP_NUM_THREADS
+    def __init__(self, threads: int, join: Join = single_process) -> None:
+        """Prepare a worker's process.
+
+        Args:
+            threads: this worker's share of the CPU cores.
+            join: starts the other processes of a trial that trains on several devices.
+        """
+        # More threads than cores slow every trial down. torch's default already respects
+        # OMP_NUM_THREADS, by which users and batch systems limit a process
         torch.set_num_threads(min(threads, torch.get_num_threads()))
-        tqdm.set_lock(threading.RLock())  # its default is a semaphore that outlives a killed worker
+        tqdm.set_lock(threading.RLock())  # tqdm's default semaphore leaks when a worker is killed
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self._warm: dict[str, LoadedBase] = {}
         self._checksums: dict[str, dict[str, int]] = {}
-        """Of the warm base, as it was loaded."""
+        """Checksums of the warm base's weights as they were loaded."""
         self._prepared: dict[tuple[str, str], PreparedData] = {}
         self._checks = ModelChecks()
-        self._room = MemoryBudget()
+        self._memory = MemoryBudget()
         self._join = join
-        self._lost_bytes = 0
+        self._unfreeable_bytes = 0
 
     @property
     def worn_out(self) -> bool:
-        """See Runner."""
-        return self._lost_bytes > MOST_LOST_BYTES
+        """True if the worker's process should be replaced because it cannot free enough memory."""
+        return self._unfreeable_bytes > MAX_UNFREEABLE_BYTES
 
     def probe(self, settings: TrialSettings, adopted: Path | None = None) -> ArmBaseline:
-        """Load what an arm's trials share and judge the untuned base.
+        """Load what an arm's trials share and evaluate the untuned base.
 
         Args:
-            settings: of the arm.
-            adopted: a model that is judged in the place of any training.
+            settings: the arm's settings, without a point of its search space.
+            adopted: folder of a baseline model that is evaluated instead of trained.
 
         Raises:
             DataError: the data cannot be read.
             ModelError: the base cannot be loaded.
             ConfigError: the settings do not fit this machine.
-            DoesNotFit: a full fine-tune is larger than the device, whatever its batch.
+            DoesNotFit: a full fine-tune exceeds the device's memory at any batch size.
         """
         refuse_fp16_on_cpu(settings)
         if not isinstance(settings.adapter, LoraAdapter) and adopted is None:
-            self._require_room(settings)
+            self._require_free_memory(settings)
         base = self._base(settings)
-        if adopted is not None and adopted.is_dir():  # once judged, it may have been cleaned away
-            require_kin(adopted, base)
+        # A resumed study may find the folder removed. The model was stored when it was evaluated
+        if adopted is not None and adopted.is_dir():
+            require_same_architecture(adopted, base)
         prepared = self._data(settings, base)
         if settings.data.packing:
             require_isolation(base.model)
-        prepared.prompts(settings)  # refuses those that were trained on
-        general = (
-            settings.evaluation.general_text.source
-        )  # what is wrong with it is to be found now
+        prepared.prompts(settings)  # raises if a prompt occurs in the training split
+        # Winners are evaluated on general text after the search. Errors in its source must show before
+        general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
         judgement = prepared.judge(settings, base)(base.model)
+        # A base whose own loss is not finite would make every trial of the arm end as diverged
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
-        facts = self._facts(settings, base, prepared, judgement)
+        facts = self._arm_baseline(settings, base, prepared, judgement)
         return facts.model_copy(update={"general_digest": windows})
 
     def check(self, settings: TrialSettings) -> TrialSize:
-        """How large a trial is; loads nothing.
+        """Return the size of a trial without loading any weights.
 
         Raises:
-            ModelError: it is impossible on its model, or larger than the device.
+            ModelError: the trial is impossible on its model, or exceeds the device's memory.
             ConfigError: the settings do not fit this machine.
         """
         refuse_fp16_on_cpu(settings)
         size = self._checks.size(settings, device())
         data = settings.data.model_dump_json()
+        # Activations are counted if an earlier trial's data tell the length of the longest row
         known = (found for (key, _), found in self._prepared.items() if key == data)
-        self._room.require(settings.with_rank(size.rank), size, next(known, None))
+        self._memory.require(settings.with_rank(size.rank), size, next(known, None))
         return size
 
     def run(
@@ -156,27 +168,29 @@ class TransformersRunner:
         provenance: Mapping[str, Any],
         observer: TrialObserver,
     ) -> Outcome:
-        """Train one trial and write its folder; every failure of the trial itself is an outcome.
+        """Train one trial and write its folder. Failures of the trial itself are outcomes.
 
         Raises:
-            Exception: an error in the code (the worker reports it with its traceback).
+            Exception: an error in the code, which the worker reports with its traceback.
         """
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
             folder.clear_results()
             write_json(folder.provenance, provenance)
-            started, meter = time.time(), TrialCosts.continued(folder.spent)
+            started, costs = time.time(), TrialCosts.continued(folder.spent)
+            # The stored config has the decided rank, so that this file alone trains the same trial again
             settings, refusal = self._checked(settings)
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
-            outcome = refusal or self._outcome(settings, folder, observer, meter)
+            outcome = refusal or self._outcome(settings, folder, observer, costs)
             outcome = self._on_clean_base(outcome)
-            metrics = {**outcome.metrics, **finite(meter.metrics())}
+            metrics = {**outcome.metrics, **finite(costs.metrics())}
             outcome = outcome.model_copy(update={"metrics": metrics})
-            text, document = training_log(settings, outcome, folder, started, meter)
+            text, document = training_log(settings, outcome, folder, started, costs)
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
-            # last: killed before this line, the trial still continues, and so does a cancelled one
+            # Checkpoints go last, so a trial killed before this line can continue. A cancelled trial
+            # keeps them, because a resumed study continues it
             if outcome.cause != "cancelled":
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
@@ -188,12 +202,12 @@ class TransformersRunner:
         provenance: Mapping[str, Any],
         model: Path,
     ) -> Outcome:
-        """Judge a model that another run trained on the validation split, and keep it as a trial's.
+        """Evaluate a model that another run trained on the validation split, and store it as a trial.
 
-        Its figures are this judge's; what its training cost is not known here.
+        All metrics come from this evaluation. The costs of the model's training are unknown here.
 
         Raises:
-            Exception: an error in the code (the worker reports it with its traceback).
+            Exception: an error in the code, which the worker reports with its traceback.
         """
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
@@ -201,27 +215,27 @@ class TransformersRunner:
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
             try:
-                outcome = self._adopted(settings, folder, model)
+                outcome = self._judge_baseline(settings, folder, model)
             except (ModelError, DataError, ConfigError, ArtifactError) as error:
                 outcome = Outcome(cause="refused", message=str(error))
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
         return outcome
 
-    def _adopted(self, settings: TrialSettings, folder: TrialFolder, model: Path) -> Outcome:
-        meter = TrialCosts()
-        with meter.stage("load"):
-            require_kin(model, self._base(settings))
-            keep(model, folder, self._base(settings).tokenizer)
-        with meter.stage("data"):
+    def _judge_baseline(self, settings: TrialSettings, folder: TrialFolder, model: Path) -> Outcome:
+        costs = TrialCosts()
+        with costs.stage("load"):
+            require_same_architecture(model, self._base(settings))
+            store_model(model, folder, self._base(settings).tokenizer)
+        with costs.stage("data"):
             judge = self._data(settings, self._base(settings)).judge(settings, self._base(settings))
-        with meter.stage("load"):
+        with costs.stage("load"):
             tuned = self._stored(settings, folder.model)
-        with meter.stage("eval"):
-            judgement = BatchHalvingJudge(judge, meter)(tuned)
+        with costs.stage("eval"):
+            judgement = BatchHalvingJudge(judge, costs)(tuned)
         metrics = {
             **best_figures((), judgement.metrics, best_step=0),
             **parameter_figures(count_parameters(tuned)),
-            **meter.metrics(),
+            **costs.metrics(),
             "cost/artifact_mib": size_mib(folder.model),
         }
         value = judgement.value(settings.objective.metric)
@@ -230,34 +244,39 @@ class TransformersRunner:
     def test(
         self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
     ) -> HeldOutLosses:
-        """Judge what a trial has stored, or the untuned base (None), on texts that no search sees.
+        """Evaluate a trial's stored artifact, or the untuned base, on texts that no search uses.
 
-        The base is held as the trial held it, so that the same judge on the validation split finds
-        the trial's own loss.
+        The base has the trial's quantization and dtype, so the same judge on the validation split
+        would reproduce the trial's loss.
+
+        Args:
+            settings: the trial's settings.
+            folder: the trial's folder, or None for the untuned base.
+            kinds: the texts to evaluate on.
 
         Raises:
-            ArtifactError: nothing is stored, or not what the manifest says.
-            DataError: there is no such text.
+            ArtifactError: the artifact is missing or differs from its manifest.
+            DataError: a text is not configured.
         """
-        judges = self._unseen_judges(settings, kinds)
+        judges = self._held_out_judges(settings, kinds)
         if folder is None:
-            return _unseen(judges, self._base(settings).model)
+            return _held_out_losses(judges, self._base(settings).model)
         artifact = folder.artifact
         if artifact is None:
-            raise ArtifactError(f"{folder.path} holds neither an adapter nor a model")
+            raise ArtifactError(f"{folder.path} contains neither an adapter nor a model")
         verify_manifest(artifact)
         if isinstance(settings.adapter, LoraAdapter):
             return self._test_adapter(judges, settings, settings.adapter, artifact)
-        return _unseen(judges, self._stored(settings, artifact))
+        return _held_out_losses(judges, self._stored(settings, artifact))
 
     def _stored(self, settings: TrialSettings, folder: Path) -> PreTrainedModel:
-        """The weights of a full fine-tune, held as they were trained."""
-        self._make_room()  # the stored model comes whole
+        """Load the stored weights of a full fine-tune, with the dtypes of the training."""
+        self._release_base()  # the stored model replaces the base in memory
         stored = settings.model.model_copy(update={"base_model": str(folder), "revision": None})
         return load_base(stored, settings.quantization, trained=True).model
 
-    def _unseen_judges(self, settings: TrialSettings, kinds: Sequence[HeldOutKind]) -> Judges:
-        """They hold no model."""
+    def _held_out_judges(self, settings: TrialSettings, kinds: Sequence[HeldOutKind]) -> Judges:
+        """Return judges of held-out texts, which keep no reference to a model."""
         base = self._base(settings)
         prepared = self._data(settings, base)
         judges = {"test": prepared.test_judge, "general": prepared.general_judge}
@@ -268,28 +287,25 @@ class TransformersRunner:
     ) -> HeldOutLosses:
         model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
         try:
-            return _unseen(judges, model)
+            return _held_out_losses(judges, model)
         finally:
             detach(model)
             if touches_base(adapter):
                 self._warm.clear()
 
-    def _require_room(self, settings: TrialSettings) -> None:
-        """Refuse a full fine-tune whose weights, gradients and optimizer states do not fit by now.
-
-        Whoever else uses the device does not leave it for this study.
-        """
-        self._make_room()
+    def _require_free_memory(self, settings: TrialSettings) -> None:
+        """Refuse a full fine-tune whose weights, gradients and optimizer states exceed free memory."""
+        # Free memory here, not total as for single trials: this decides on a whole arm at its start,
+        # and other processes will not leave the device for this study
+        self._release_base()
         need, have = self.check(settings).held_mib, device_report(device()).free_mib
         if need > have:
             raise DoesNotFit(MemoryShortfall(need_mib=need, have_mib=have))
 
     def _on_clean_base(self, outcome: Outcome) -> Outcome:
-        """The outcome, if the warm base is still what was loaded; an error otherwise.
-
-        A base that a trial has changed would spoil every later one in silence; the next trial loads
-        it anew.
-        """
+        """Return the outcome if the warm base is unchanged, or an error outcome otherwise."""
+        # A changed base would silently falsify every later trial, so the next trial loads it again.
+        # The process stays: the fault is in the trial's code
         changed_weights = [
             name
             for key, base in self._warm.items()
@@ -301,12 +317,13 @@ class TransformersRunner:
         shown = ", ".join(changed_weights[:3]) + (" …" if len(changed_weights) > 3 else "")
         message = (
             f"this trial changed {len(changed_weights)} weights of its frozen base ({shown}), so its "
-            "result does not stand; the next trial gets the base loaded anew"
+            "result is invalid. The base will be loaded again for the next trial"
         )
         return Outcome(cause="error", message=message, steps=outcome.steps)
 
     def _checked(self, settings: TrialSettings) -> tuple[TrialSettings, Outcome | None]:
-        """The settings with their rank decided, or as they are and why the trial is impossible."""
+        """Return settings with the rank decided, or unchanged settings and a refusal."""
+        # The worker's check does not cover finalists and single trials, so every trial is checked here
         try:
             return settings.with_rank(self.check(settings).rank), None
         except (ModelError, ConfigError) as error:
@@ -317,20 +334,20 @@ class TransformersRunner:
         settings: TrialSettings,
         folder: TrialFolder,
         observer: TrialObserver,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Outcome:
         try:
-            return self._train(settings, folder, observer, meter)
+            return self._train(settings, folder, observer, costs)
         except TrialDiverged as error:
-            return Outcome(cause="diverged", message=str(error), steps=meter.steps)
+            return Outcome(cause="diverged", message=str(error), steps=costs.steps)
         except (ModelError, DataError, ConfigError) as error:
             return Outcome(cause="refused", message=str(error))
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
-                self._warm.clear()  # nobody knows what the error left of it
+                self._warm.clear()  # the error may have left the base in any state
                 raise
             message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            return Outcome(cause="oom", message=message, steps=meter.steps)
+            return Outcome(cause="oom", message=message, steps=costs.steps)
         except Exception:
             self._warm.clear()
             raise
@@ -340,39 +357,40 @@ class TransformersRunner:
         settings: TrialSettings,
         folder: TrialFolder,
         observer: TrialObserver,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Outcome:
-        """Train, in micro-batches half the size after each time out of memory.
+        """Train, with micro-batches of half the size after each out of memory.
 
-        Every attempt builds the model anew from the same seed and continues from the newest
-        checkpoint, so that it computes what it would have computed with the smaller micro-batch.
+        Every attempt builds the model from the same seed and continues from the newest checkpoint, so
+        the losses are those of a trial that had the smaller micro-batch from the start (with dropout
+        only in distribution, because masks depend on the micro-batch).
         """
-        with meter.stage("load"):
-            self._base(settings)  # does not fit at all: no micro-batch would help
-        with meter.stage("data"):
-            # nothing here holds the base itself: it is dropped where its weights were trained
+        with costs.stage("load"):
+            self._base(settings)  # outside the loop: if the base does not fit, no micro-batch helps
+        with costs.stage("data"):
+            # No local variable refers to the base, because full fine-tuning releases it on the way
             prepared = self._data(settings, self._base(settings))
-            fits = self._room.fits(prepared)
-        with meter.stage("load"):
+            fits = self._memory.fits(prepared)
+        with costs.stage("load"):
             settings = resolve(settings, fits, on_gpu=device().type == "cuda")
         while True:
             try:
-                outcome = self._attempt(settings, folder, observer, meter)
+                outcome = self._attempt(settings, folder, observer, costs)
                 break
             except (MemoryError, RuntimeError) as error:
                 smaller = halved(settings)
                 if not out_of_memory(error) or smaller is None:
                     raise
-            # only here is the failed step's memory free: its traceback held it
+            # Memory of the failed step is free only after the except block, which holds its traceback
             settings = smaller
-            meter.oom_retries += 1
-            _collect()
+            costs.oom_retries += 1
+            _free_unreferenced()
         if settings.artifacts.merged and folder.adapter.exists():
-            self._make_room()  # the merged model is loaded whole
-            with meter.stage("save"):
+            self._release_base()  # the merged model replaces the base in memory
+            with costs.stage("save"):
                 merged = export_merged(settings, folder)
-            with meter.stage("eval"):
-                meter.figures |= merged_figures(merged, prepared, settings)
+            with costs.stage("eval"):
+                costs.figures |= merged_figures(merged, prepared, settings)
         return outcome
 
     def _attempt(
@@ -380,29 +398,29 @@ class TransformersRunner:
         settings: TrialSettings,
         folder: TrialFolder,
         observer: TrialObserver,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Outcome:
-        with meter.stage("load"):
+        with costs.stage("load"):
             base = self._base(settings)
-        with meter.stage("data"):
+        with costs.stage("data"):
             prepared = self._data(settings, base)
-            self._take_note(settings, base, prepared, folder, meter)
-        asked = PromptAnswers(settings, prepared, base)
-        with meter.stage("eval"):
-            untuned = asked.answers(base.model)
+            self._record_facts(settings, base, prepared, folder, costs)
+        prompt_answers = PromptAnswers(settings, prepared, base)
+        with costs.stage("eval"):
+            untuned = prompt_answers.answers(base.model)
         with (
             self._join(settings, folder.checkpoints) as ranks,
-            self._inputs(settings, base, prepared, ranks, meter) as inputs,
+            self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
-            outcome, trained = train_trial(inputs, settings, folder, observer, meter)
+            outcome, trained = train_trial(inputs, settings, folder, observer, costs)
             if trained is not None:
-                with meter.stage("eval"):
-                    asked.write(untuned, asked.answers(trained), folder)
-        _warn(outcome, prepared, meter)
+                with costs.stage("eval"):
+                    prompt_answers.write(untuned, prompt_answers.answers(trained), folder)
+        _add_advice(outcome, prepared, costs)
         return outcome
 
     def follow(self, settings: TrialSettings, checkpoints: Path, ranks: RankGroup) -> None:
-        """Take part in a trial that another process leads."""
+        """Train as one rank of a trial that another process leads."""
         base = self._base(settings)
         prepared = self._data(settings, base)
         with self._inputs(settings, base, prepared, ranks, TrialCosts()) as inputs:
@@ -415,11 +433,11 @@ class TransformersRunner:
         base: LoadedBase,
         prepared: PreparedData,
         ranks: RankGroup,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> Iterator[TrialInputs]:
-        """What a trial trains, with its adapter on the warm base for as long as the context lasts."""
-        with meter.stage("load"):
-            set_seed(settings.seed)  # before the adapter: its initialisation is random
+        """Yield a trial's inputs, with its adapter on the warm base for the duration of the context."""
+        with costs.stage("load"):
+            set_seed(settings.seed)  # before the adapter, whose initialisation is random
             model = self._trainable(settings, base)
         try:
             with module_restored(base.model):
@@ -433,37 +451,38 @@ class TransformersRunner:
                     ranks=ranks,
                 )
         finally:
-            self._lost_bytes += forget_states()
+            # Later trials must not inherit what libraries keep for the life of a process
+            self._unfreeable_bytes += forget_states()
             if isinstance(model, PeftModel):
                 detach(model)
-            if touches_base(settings.adapter):
+            if touches_base(settings.adapter):  # detach cannot restore the base's own weights
                 self._warm.clear()
 
     def _trainable(self, settings: TrialSettings, base: LoadedBase) -> PreTrainedModel | PeftModel:
-        """The base with its adapter, all of the base, or its shares on the ranks."""
+        """Return the model to train: base and adapter, the base itself, or its shares on the ranks."""
         if isinstance(settings.adapter, LoraAdapter):
             return attach(base.model, settings.adapter)
         if not settings.training.fsdp:
             return base.model
-        self._warm.clear()
+        self._warm.clear()  # load_sharded takes the base's storage
         return load_sharded(base.model, settings.training.shards, base.compute_dtype)
 
     def _base(self, settings: TrialSettings) -> LoadedBase:
-        """The warm base; a trial that trains the base's own weights leaves none behind."""
+        """Return the base of a trial, loaded now or by an earlier trial."""
         trained = not isinstance(settings.adapter, LoraAdapter)
-        liger = use_liger_kernel(settings)  # its layers stay on a base
+        liger = use_liger_kernel(settings)  # Liger's layers stay in a base, so the key contains it
         held = (settings.model.model_dump_json(), settings.quantization.model_dump_json())
         key = " ".join([*held, str(trained), str(liger)])
         if key not in self._warm:
-            self._make_room()  # one base at a time: memory is what it is all about
+            self._release_base()  # before loading: two bases may not fit in memory
             self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
             self._checksums = {key: checksums(self._warm[key].model)}
         return self._warm[key]
 
-    def _make_room(self) -> None:
-        """Let go of the base, and of what earlier trials left in cycles of references."""
+    def _release_base(self) -> None:
+        """Release the base, and objects of earlier trials that only the garbage collector frees."""
         self._warm.clear()
-        _collect()
+        _free_unreferenced()
 
     def _data(self, settings: TrialSettings, base: LoadedBase) -> PreparedData:
         key = (settings.data.model_dump_json(), base.digest)
@@ -471,7 +490,7 @@ class TransformersRunner:
             self._prepared[key] = prepare(settings.data, base)
         return self._prepared[key]
 
-    def _facts(
+    def _arm_baseline(
         self,
         settings: TrialSettings,
         base: LoadedBase,
@@ -497,29 +516,29 @@ class TransformersRunner:
             dtype=dtype_name(base.compute_dtype),
         )
 
-    def _take_note(
+    def _record_facts(
         self,
         settings: TrialSettings,
         base: LoadedBase,
         prepared: PreparedData,
         folder: TrialFolder,
-        meter: TrialCosts,
+        costs: TrialCosts,
     ) -> None:
-        """What the log and the outcome tell of the data and the machine."""
+        """Record the data and the machine for the training log and the outcome, and the data card."""
         training, report = settings.training, device_report(device())
         write_atomic(folder.data_card, prepared.card.markdown())
-        estimate = self._room.estimate_mib(settings, prepared)
-        meter.facts = {
+        estimate = self._memory.estimate_mib(settings, prepared)
+        costs.facts = {
             "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
-            "Precision": f"{base.dtype_reason}; trained weights float32",
+            "Precision": f"{base.dtype_reason}. Trained weights are float32",
             "Checkpointing": "activations recomputed"
             if training.activation_checkpointing
             else "activations kept",
         }
         if base.commit:
-            meter.facts["Base commit"] = base.commit
-        meter.advice = advice(settings, len(prepared.train.rows))
-        meter.figures |= {
+            costs.facts["Base commit"] = base.commit
+        costs.advice = advice(settings, len(prepared.train.rows))
+        costs.figures |= {
             "data/train_rows": float(len(prepared.train.rows)),
             "data/train_target_tokens": float(prepared.train.target_tokens),
             "data/train_truncated": float(prepared.train.truncated),
@@ -527,27 +546,27 @@ class TransformersRunner:
             "data/validation_rows": float(len(prepared.validation.rows)),
         }
         if estimate is not None:
-            meter.figures["cost/estimated_memory_mib"] = estimate
+            costs.figures["cost/estimated_memory_mib"] = estimate
 
 
-def _collect() -> None:
+def _free_unreferenced() -> None:
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _unseen(judges: Judges, model: PreTrainedModel | PeftModel) -> HeldOutLosses:
-    return HeldOutLosses(**{name: _examples(judge, model) for name, judge in judges.items()})
+def _held_out_losses(judges: Judges, model: PreTrainedModel | PeftModel) -> HeldOutLosses:
+    return HeldOutLosses(**{name: _example_losses(judge, model) for name, judge in judges.items()})
 
 
-def _examples(judge: ModelJudge, model: PreTrainedModel | PeftModel) -> ExampleLosses:
+def _example_losses(judge: ModelJudge, model: PreTrainedModel | PeftModel) -> ExampleLosses:
     losses = BatchHalvingJudge(judge, TrialCosts())(model).examples
     return ExampleLosses(
         nll=tuple(loss.nll for loss in losses), tokens=tuple(loss.tokens for loss in losses)
     )
 
 
-def _warn(outcome: Outcome, prepared: PreparedData, meter: TrialCosts) -> None:
-    """A perplexity that no unseen text has earns a sentence in the log."""
+def _add_advice(outcome: Outcome, prepared: PreparedData, costs: TrialCosts) -> None:
+    """Add a warning to the log if the perplexity is implausibly low for unseen text."""
     perplexity = outcome.metrics.get("best/eval_perplexity")
     if perplexity is not None and "text" in prepared.splits.formats:
-        meter.advice += [words for words in [plausibility_warning(perplexity)] if words]
+        costs.advice += [words for words in [plausibility_warning(perplexity)] if words]

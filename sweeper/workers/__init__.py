@@ -1,1 +1,1 @@
-"""Workers train what they are handed; engines host them; a small protocol lies between."""
+"""Workers that run jobs, engines that host workers, and the protocol between driver and worker."""

@@ -1,4 +1,4 @@
-"""Which of this machine's devices a worker computes on, decided before torch is imported."""
+"""The choice of a worker's devices on this machine, made before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sweeper.core.errors import WorkerError
 
 
 def devices_of(worker: int, count: int) -> list[str | None]:
-    """The GPUs of a worker, as CUDA_VISIBLE_DEVICES names them; None for each share of the CPUs.
+    """Return the GPUs of a worker as CUDA_VISIBLE_DEVICES names them, or None for shares of the CPUs.
 
-    Where this process already sees just `count` (a cluster has chosen them), it has them all.
+    A worker gets all GPUs of a process that sees exactly `count`, because a cluster has chosen them.
 
     Raises:
         WorkerError: there are GPUs, but fewer than `count`.

@@ -16,13 +16,13 @@ from sweeper.workers.time_limits import LimitedEngine
 def open_engine(
     workers: WorkerSettings, n_jobs: int, log: Callable[[int], Path], devices: int = 1
 ) -> Engine:
-    """Start the workers; the caller closes the engine in a `finally`.
+    """Start the workers. The caller closes the engine, whatever happens.
 
     Args:
-        workers: who trains, where, and for how long.
-        n_jobs: how many workers (the inline engine has one).
-        log: the file that a worker prints into.
-        devices: how many each worker has (the inline engine's has one).
+        workers: the engine, the trainer, and the time limits.
+        n_jobs: number of workers (the inline engine has one).
+        log: returns the file that a worker prints into.
+        devices: number of devices of each worker (one with the inline engine).
 
     Raises:
         WorkerError: the engine cannot be started here.

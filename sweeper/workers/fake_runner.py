@@ -1,7 +1,7 @@
 """A runner that only pretends to train: smooth metrics over the settings, milliseconds a trial.
 
-For tests of the driver and for trying out a study's set-up. What happens to which trial is told by
-`workers.fake.plan`; everything else finishes.
+For tests of the driver and for trying out a study's set-up. `workers.fake.plan` says which trials fail
+and how. All others finish.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sweeper.config.settings import (
     LOSS_METRICS,
@@ -40,22 +40,24 @@ from sweeper.training.observer import TrialObserver
 
 BASE_LOSS = 4.5
 BASE_SCORE = 0.1
-"""ROUGE of the untuned base, and the user's own metrics, all in 0..1."""
+"""The untuned base's ROUGE and value of the user's own metrics, all in 0..1."""
 BYTES_PER_TOKEN = 4
 EVALUATIONS = 5
 TEST_TOKENS = (8, 12, 10, 9, 11, 10, 10, 10, 10, 10)
-"""Of each example of a test split that does not exist."""
+"""Target tokens of each example of a test split that does not exist."""
 GENERAL_TOKENS = (127,) * 8
-"""Of each window of general text that nobody reads."""
+"""Tokens of each window of a general text that does not exist."""
 GENERAL_LOSS = 3.6
+HANG_SECONDS = 3600.0
 ADAM_BYTES = 16
-"""Of each trained fp32 parameter: itself, its gradient and two moments."""
+"""Bytes for each trained fp32 parameter: itself, its gradient and two moments."""
 
 
 def fake_loss(settings: TrialSettings, fraction: float = 1.0) -> float:
-    """Nats after a fraction of the schedule: a valley in log learning rate, shallower for small r.
+    """Return the nats after a fraction of the schedule: a valley in log learning rate.
 
-    Its floor lies at 5e-3 for LoRA and at 5e-4 for full fine-tuning; seed 0 has no luck.
+    The valley is shallower for small r. Its floor lies at 5e-3 for LoRA and at 5e-4 for full
+    fine-tuning. Seed 0 has no luck.
     """
     adapter = _ranked(settings).adapter
     floor, best = (3.95, 5e-4)
@@ -68,9 +70,10 @@ def fake_loss(settings: TrialSettings, fraction: float = 1.0) -> float:
 
 
 def fake_score(settings: TrialSettings, fraction: float = 1.0) -> float:
-    """ROUGE after a fraction of the schedule: a hill whose top lies at a third of the loss's best rate.
+    """Return the ROUGE after a fraction of the schedule: a hill in log learning rate.
 
-    So the best trial by ROUGE is another one than the best by loss.
+    Its top lies at a third of the loss's best rate, so the best trial by ROUGE is another one than the
+    best by loss.
     """
     best = 5e-3 / 3 if isinstance(settings.adapter, LoraAdapter) else 5e-4 / 3
     distance = math.log10(settings.training.learning_rate / best)
@@ -79,9 +82,9 @@ def fake_score(settings: TrialSettings, fraction: float = 1.0) -> float:
 
 
 def fake_metrics(settings: TrialSettings, fraction: float = 1.0) -> dict[str, float]:
-    """What a judge measures after a fraction of the schedule: 0 is the untuned base.
+    """Return a judge's metrics after a fraction of the schedule (0: the untuned base).
 
-    Generated answers, and so ROUGE and the user's metrics, only where the settings ask for some. A
+    ROUGE and the user's metrics are included only if the settings ask for generated answers. A
     metric that the objective minimises counts errors: one minus the score.
     """
     loss = fake_loss(settings, fraction)
@@ -101,7 +104,7 @@ def fake_metrics(settings: TrialSettings, fraction: float = 1.0) -> dict[str, fl
 
 
 def fake_parameters(settings: TrialSettings) -> float:
-    """Trainable parameters: r times a thousand, or all of the base."""
+    """Return the trainable parameters: r times a thousand, or all of the base."""
     adapter = _ranked(settings).adapter
     return 1000.0 * adapter.rank if isinstance(adapter, LoraAdapter) else 1_000_000.0
 
@@ -118,7 +121,7 @@ FAKE_MODULES = tuple(
 
 
 def fake_mib(settings: TrialSettings) -> float:
-    """Memory of what is trained."""
+    """Return the memory of what is trained, in MiB."""
     return ADAM_BYTES * fake_parameters(settings) / 2**20
 
 
@@ -131,13 +134,14 @@ class FakeRunner:
         self._settings = settings
 
     def probe(self, settings: TrialSettings, adopted: Path | None = None) -> ArmBaseline:
-        """Facts of a base that does not exist.
+        """Return the facts about a base that does not exist.
 
         Raises:
             DoesNotFit: a full fine-tune is larger than `workers.fake.free_mib`.
         """
+        self._ignore("probe")
         if settings.adapter.method == "none" and adopted is None:
-            self.check(settings)
+            self._size(settings)
         counts = {"train": 100, "validation": 10}
         counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
         return ArmBaseline(
@@ -157,12 +161,16 @@ class FakeRunner:
         )
 
     def check(self, settings: TrialSettings) -> TrialSize:
-        """The size of a trial on FAKE_MODULES; a whole number of thousands decides the rank.
+        """Return the size of a trial on FAKE_MODULES, with a rank for each thousand parameters.
 
         Raises:
             ModelError: target_modules or layers_to_transform name what is not among them.
             DoesNotFit: it needs more than `workers.fake.free_mib`.
         """
+        self._ignore("check")
+        return self._size(settings)
+
+    def _size(self, settings: TrialSettings) -> TrialSize:
         ranked = settings
         if isinstance(adapter := settings.adapter, LoraAdapter):
             resolve_targets(adapter.target_modules, FAKE_MODULES, adapter.layers_to_transform)
@@ -182,7 +190,7 @@ class FakeRunner:
         provenance: dict[str, Any],
         observer: TrialObserver,
     ) -> Outcome:
-        """Pretend to train; raises, hangs or dies if the plan says so for this trial."""
+        """Pretend to train, or fail as the plan says for this trial."""
         settings = _ranked(settings)
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
@@ -199,7 +207,7 @@ class FakeRunner:
     def adopt(
         self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
     ) -> Outcome:
-        """Pretend to judge: worth what the fake trainer would have reached."""
+        """Pretend to judge a model that is as good as the fake trainer's."""
         write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
         write_json(folder.provenance, provenance)
         outcome = _ended(settings, 0.0, "finished", 1, 0, 1)
@@ -209,7 +217,8 @@ class FakeRunner:
     def test(
         self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
     ) -> HeldOutLosses:
-        """Its losses on texts that do not exist."""
+        """Return the losses on texts that do not exist."""
+        self._ignore("judge")
         if folder is not None and not folder.outcome.exists():
             raise ArtifactError(f"{folder.path}: fake: nothing was trained here")
         judges = {"test": _on_test_split, "general": _on_general_text}
@@ -244,8 +253,16 @@ class FakeRunner:
             return Outcome(cause="oom", message="fake: out of memory", steps=total)
         return _ended(settings, time.monotonic() - started, "finished", best_step, total, total)
 
+    def _ignore(self, request: Literal["probe", "check", "judge"]) -> None:
+        """Hang or die instead of answering, if the settings say so."""
+        match self._settings.requests.get(request):
+            case "hang":
+                time.sleep(HANG_SECONDS)
+            case "crash":
+                os._exit(9)
+
     def _misbehave(self, plan: str, step: int) -> None:
-        """Half-way, so that something was trained and reported before."""
+        """Fail half-way, so that something was trained and reported before."""
         if step != max(2, self._settings.steps // 2):
             return
         match plan:
@@ -256,11 +273,11 @@ class FakeRunner:
             case "crash":
                 os._exit(9)
             case "hang":
-                time.sleep(3600)
+                time.sleep(HANG_SECONDS)
 
 
 def _on_test_split(settings: TrialSettings, folder: TrialFolder | None) -> ExampleLosses:
-    """A little harder than validation, on examples of which some are harder than others."""
+    """Return losses a little above validation, on examples of which some are harder than others."""
     loss = BASE_LOSS if folder is None else fake_loss(settings)
     nll = tuple(
         count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
@@ -270,7 +287,7 @@ def _on_test_split(settings: TrialSettings, folder: TrialFolder | None) -> Examp
 
 
 def _on_general_text(settings: TrialSettings, folder: TrialFolder | None) -> ExampleLosses:
-    """General text: full fine-tuning forgets ten times as much as LoRA."""
+    """Return losses that show that full fine-tuning forgets ten times as much as LoRA."""
     forgotten = 0.02 if isinstance(settings.adapter, LoraAdapter) else 0.2
     loss = GENERAL_LOSS + (0.0 if folder is None else forgotten)
     nll = tuple(
@@ -280,7 +297,7 @@ def _on_general_text(settings: TrialSettings, folder: TrialFolder | None) -> Exa
 
 
 def _ranked(settings: TrialSettings) -> TrialSettings:
-    """With its rank decided: a thousand parameters for each r."""
+    """Return the settings with their rank decided: a thousand parameters for each r."""
     adapter = settings.adapter
     if not isinstance(adapter, LoraAdapter) or adapter.trainable_parameters is None:
         return settings
@@ -288,7 +305,7 @@ def _ranked(settings: TrialSettings) -> TrialSettings:
 
 
 def _planned(settings: FakeTrainer, folder: TrialFolder) -> str:
-    """The plan speaks of the lora arm's trial numbers."""
+    """Return the planned end of a trial of the lora arm, or of a finalist."""
     if folder.path.parent.name == "finalists":
         return settings.finalists.get(folder.path.name, "finish")
     if folder.path.parent.name != "lora":
@@ -303,7 +320,7 @@ def _save(folder: TrialFolder, step: int, best: float, best_step: int) -> None:
 
 
 def _resume(folder: TrialFolder) -> tuple[int, float, int]:
-    """Step, best value and its step of an earlier attempt."""
+    """Return the last step, the best value and its step of an earlier attempt."""
     path = folder.checkpoints / "fake.json"
     nothing: dict[str, Any] = {"step": 0, "best": None, "best_step": 0}
     state = read_json(path) if path.exists() else nothing

@@ -1,7 +1,7 @@
 """The other processes of a trial that trains on several devices.
 
-A worker leads; its followers wait beside it, each on a device of its own with its own copy of the
-base, and take part in one trial after the other. They live in the worker's session and end with it.
+A worker leads. Each follower has a device and a copy of the base of its own, and takes part in one trial
+after the other. Followers live in the worker's session and end with it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import ConfigError, WorkerError
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
-from sweeper.training.distributed import ALONE, RankGroup, find_meeting, joined, open_meeting
+from sweeper.training.distributed import (
+    SINGLE_PROCESS,
+    RankGroup,
+    join_rendezvous,
+    open_rendezvous,
+    process_group,
+)
 from sweeper.training.micro_batch import out_of_memory
 from sweeper.training.trial_runner import TransformersRunner
 from sweeper.workers.devices import see_only
 from sweeper.workers.worker_log import print_into, tail_of
 
 END_SECONDS = 60.0
-"""How long a follower may take to end its part once the leader has ended its own."""
+"""Time limit of a follower to end its part after the leader has ended its own."""
 REPORT_SECONDS = 5.0
-"""How long a follower may take to say why an exchange with it failed."""
+"""Time limit of a follower to report why an exchange with it failed."""
 REAP_SECONDS = 1.0
 OUT_OF_MEMORY = "out of memory"
 
@@ -48,7 +54,7 @@ class FollowCommand(FrozenValue):
 
 
 class FollowEnded(FrozenValue):
-    """The trial ended for this follower; `problem` is the last line of the error it ended with."""
+    """A follower ended its part of the trial. `problem` is the last line of its error, if any."""
 
     problem: str | None = None
 
@@ -62,28 +68,28 @@ class FollowerProcess:
     log: Path
 
     def report(self, wait_s: float) -> FollowEnded | None:
-        """What became of its part; None if it said nothing in time, or died."""
+        """Return the follower's report, or None if it sent none in time or died."""
         with suppress(EOFError, OSError):
             if self.connection.poll(wait_s):
                 return FollowEnded.model_validate_json(self.connection.recv_bytes())
         return None
 
     def kill(self) -> None:
-        """End it."""
+        """End the follower."""
         self.process.kill()
         self.process.join()
         self.connection.close()
 
 
 class FollowerGroup:
-    """The followers of one worker: started with the first trial that needs them."""
+    """The followers of one worker, started with the first trial that needs them."""
 
     def __init__(self, devices: Sequence[str | None], threads: int, log: Path) -> None:
         """
         Args:
-            devices: of each follower: its GPU as CUDA_VISIBLE_DEVICES names it, or None for CPUs.
-            threads: CPU threads of each.
-            log: the worker's; the followers' stand beside it.
+            devices: each follower's GPU as CUDA_VISIBLE_DEVICES names it, or None for CPUs.
+            threads: CPU threads of each follower.
+            log: the worker's log. The followers' logs lie in the same folder.
         """
         self._devices = devices
         self._threads = threads
@@ -101,18 +107,22 @@ class FollowerGroup:
         """
         size = settings.training.devices_per_trial
         if size == 1:
-            yield ALONE
+            yield SINGLE_PROCESS
             return
         if size > len(self._devices) + 1:
             raise ConfigError([_too_many(size, len(self._devices) + 1)])
-        meeting = open_meeting(size)
+        rendezvous = open_rendezvous(size)
         for rank in range(1, size):
             follow = FollowCommand(
-                settings=settings, checkpoints=checkpoints, rank=rank, size=size, port=meeting.port
+                settings=settings,
+                checkpoints=checkpoints,
+                rank=rank,
+                size=size,
+                port=rendezvous.port,
             )
             self._follower(rank).connection.send_bytes(follow.model_dump_json().encode())
         try:
-            with joined(0, size, meeting) as ranks:
+            with process_group(0, size, rendezvous) as ranks:
                 yield ranks
             self._hear_all(size)
         except BaseException as error:
@@ -120,7 +130,7 @@ class FollowerGroup:
             raise
 
     def close(self) -> None:
-        """End them all."""
+        """End all followers."""
         for follower in self._followers.values():
             follower.kill()
         self._followers.clear()
@@ -146,7 +156,7 @@ class FollowerGroup:
                 raise WorkerError(f"rank {rank} did not end its part of the trial")
 
     def _end(self, error: BaseException) -> None:
-        """After a failure nobody knows where the others stand: the next trial gets new followers.
+        """End all followers after a failure, which leaves them in an unknown state.
 
         Raises:
             MemoryError: a follower's memory ran out, which is why the leader's exchange failed.
@@ -168,7 +178,7 @@ class FollowerGroup:
 
 
 def _fate(rank: int, follower: FollowerProcess, wait_s: float) -> str:
-    """What became of a follower, read before it is killed."""
+    """Return a description of a follower's state, before it is killed."""
     report = follower.report(wait_s)
     if report is not None and report.problem:
         return f"rank {rank}: {report.problem}"
@@ -185,7 +195,7 @@ def _too_many(size: int, have: int) -> str:
 
 
 def _main(connection: Connection, device: str | None, threads: int, log: str) -> None:
-    """A follower from birth to death."""
+    """Run a follower from its start to its end."""
     for number in (*STOPS, *NOTICES):  # the driver decides
         signal.signal(number, signal.SIG_IGN)
     print_into(Path(log))
@@ -196,8 +206,8 @@ def _main(connection: Connection, device: str | None, threads: int, log: str) ->
     while True:
         follow = work.get()
         try:
-            meeting = find_meeting(follow.size, follow.port)
-            with joined(follow.rank, follow.size, meeting) as ranks:
+            rendezvous = join_rendezvous(follow.size, follow.port)
+            with process_group(follow.rank, follow.size, rendezvous) as ranks:
                 runner.follow(follow.settings, follow.checkpoints, ranks)
         except BaseException as error:  # noqa: BLE001 - said to the leader, who decides
             traceback.print_exc()
@@ -209,7 +219,7 @@ def _main(connection: Connection, device: str | None, threads: int, log: str) ->
 
 
 def _listen(connection: Connection, work: queue.Queue[FollowCommand]) -> None:
-    """Read for ever; without a leader there is no reason to go on computing."""
+    """Read commands for ever, and end the process when the leader is gone."""
     try:
         while True:
             work.put(FollowCommand.model_validate_json(connection.recv_bytes()))

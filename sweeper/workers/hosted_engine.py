@@ -1,4 +1,4 @@
-"""What engines with several workers share: who was handed what, and who failed to start."""
+"""The part that engines of several workers share: each worker's current work, and failed starts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,7 @@ from typing import Generic, Protocol, TypeVar
 from sweeper.core.errors import WorkerError
 from sweeper.core.outcome import StopCause
 from sweeper.core.value import FrozenValue
-from sweeper.workers.protocol import (
-    CheckCommand,
-    EndedEvent,
-    JudgeCommand,
-    JudgedEvent,
-    ProbeCommand,
-    SlotsEvent,
-    StopCommand,
-    SubmitCommand,
-    WorkerEvent,
-)
+from sweeper.workers.protocol import SlotsEvent, StopCommand, Work, WorkAnswer, WorkerEvent
 
 MAX_FAILED_STARTS = 3
 
@@ -26,57 +16,50 @@ class WorkerHost(Protocol):
     """The driver's view of one worker."""
 
     started: bool
-    current: SubmitCommand | JudgeCommand | None
+    current: Work | None
+    killed_for: str | None
 
     def send(self, message: FrozenValue) -> None:
-        """Send a command; a worker that just died is noticed by `next_event`."""
+        """Send a command. The death of the worker is noticed by `next_event`."""
 
 
 H = TypeVar("H", bound=WorkerHost)
 
 
 class HostedEngine(Generic[H]):
-    """An engine's orders, each for the host of a worker."""
+    """An engine that passes each order to the host of its worker."""
 
     def __init__(self) -> None:
         self._hosts: dict[int, H] = {}
         self._failed_starts = 0
 
-    def probe(self, worker: int, probe: ProbeCommand | CheckCommand) -> None:
+    def send(self, worker: int, work: Work) -> None:
         """See Engine."""
-        self._hosts[worker].send(probe)
+        self._hosts[worker].current = work
+        self._hosts[worker].send(work)
 
-    def submit(self, worker: int, submit: SubmitCommand) -> None:
-        """See Engine."""
-        self._hosts[worker].current = submit
-        self._hosts[worker].send(submit)
-
-    def test(self, worker: int, test: JudgeCommand) -> None:
-        """See Engine."""
-        self._hosts[worker].current = test
-        self._hosts[worker].send(test)
-
-    def stop(self, trial: str, cause: StopCause) -> None:
+    def stop(self, job: str, cause: StopCause) -> None:
         """See Engine."""
         for host in self._hosts.values():
-            if host.current is not None and host.current.trial == trial:
-                host.send(StopCommand(trial=trial, cause=cause))
+            if host.current is not None and host.current.job == job:
+                host.send(StopCommand(job=job, cause=cause))
 
     def _heard(self, host: H, event: WorkerEvent) -> None:
-        """Take note of what an event says about its host."""
+        """Update a host from an event of its worker."""
         if isinstance(event, SlotsEvent):
             host.started = True
             self._failed_starts = 0
-        elif isinstance(event, EndedEvent | JudgedEvent):
+        elif isinstance(event, WorkAnswer):
             host.current = None
 
     def _died(self, worker: int, host: H, words: str) -> None:
-        """Take note of a death.
+        """Count a worker that died before it announced a slot, unless the driver killed it.
 
         Raises:
-            WorkerError: workers die one after the other before they can do anything.
+            WorkerError: MAX_FAILED_STARTS workers in a row died while they started.
         """
-        if not host.started:
+        # a pause kills workers that still start: that says nothing about the next start
+        if not host.started and host.killed_for is None:
             self._failed_starts += 1
         if self._failed_starts >= MAX_FAILED_STARTS:
             raise WorkerError(f"worker {worker} dies before it can start:\n{words}")

@@ -15,13 +15,11 @@ from sweeper.core.value import FrozenValue
 from sweeper.workers.protocol import (
     COMMANDS,
     EVENTS,
-    CheckCommand,
     CloseCommand,
-    EndedEvent,
-    JudgeCommand,
-    ProbeCommand,
+    LostEvent,
     StopCommand,
-    SubmitCommand,
+    Work,
+    WorkAnswer,
     WorkerCommand,
     WorkerEvent,
     lost,
@@ -31,7 +29,7 @@ from sweeper.workers.worker import CommandQueue, ExitReason, WorkerResources, ma
 
 @dataclass(frozen=True)
 class QueueChannel:
-    """The worker's end of two queues; messages go through JSON, as between processes."""
+    """The worker's end of two queues. Messages pass as JSON, as between processes."""
 
     down: queue.Queue[str]
     up: Callable[[str], None]
@@ -46,35 +44,28 @@ class QueueChannel:
 
 
 class InlineEngine:
-    """One worker thread. A thread cannot be killed: it is left behind, a daemon nobody listens to."""
+    """One worker thread. A killed thread runs on as a daemon, but its events are no longer read."""
 
     def __init__(self, workers: WorkerSettings) -> None:
         self._workers = workers
-        self._current: SubmitCommand | None = None
+        self._current: Work | None = None
         self._start()
 
-    def probe(self, worker: int, probe: ProbeCommand | CheckCommand) -> None:
+    def send(self, worker: int, work: Work) -> None:
         """See Engine."""
-        self._send(probe)
+        self._current = work
+        self._order(work)
 
-    def submit(self, worker: int, submit: SubmitCommand) -> None:
+    def stop(self, job: str, cause: StopCause) -> None:
         """See Engine."""
-        self._current = submit
-        self._send(submit)
-
-    def test(self, worker: int, test: JudgeCommand) -> None:
-        """See Engine."""
-        self._send(test)
-
-    def stop(self, trial: str, cause: StopCause) -> None:
-        """See Engine."""
-        self._send(StopCommand(trial=trial, cause=cause))
+        self._order(StopCommand(job=job, cause=cause))
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine."""
         sent = list(self._up.queue)
-        had_ended = any(isinstance(EVENTS.validate_json(text), EndedEvent) for text in sent)
-        current = None if had_ended else self._current
+        # an answer that waits to be read has freed the worker already
+        answered = any(isinstance(EVENTS.validate_json(text), WorkAnswer) for text in sent)
+        current = None if answered else self._current
         self._start((*sent, lost(0, current, reason, reason).model_dump_json()))
 
     def next_event(self, timeout_s: float) -> WorkerEvent | None:
@@ -83,16 +74,16 @@ class InlineEngine:
             event = EVENTS.validate_json(self._up.get(timeout=timeout_s))
         except queue.Empty:
             return None
-        if isinstance(event, EndedEvent):
+        if isinstance(event, WorkAnswer | LostEvent):
             self._current = None
         return event
 
     def close(self) -> None:
         """See Engine."""
-        self._send(CloseCommand())
+        self._order(CloseCommand())
 
     def _start(self, sent: Sequence[str] = ()) -> None:
-        """A new thread with queues of its own; what the old one sent comes before its first word."""
+        """Start a thread with its own queues, after the unread events of the old thread."""
         self._down: queue.Queue[str] = queue.Queue()
         self._up: queue.Queue[str] = queue.Queue()
         for text in sent:
@@ -100,7 +91,7 @@ class InlineEngine:
         channel = QueueChannel(self._down, self._up.put)
         threading.Thread(target=_serve, args=(self._workers, channel), daemon=True).start()
 
-    def _send(self, message: FrozenValue) -> None:
+    def _order(self, message: FrozenValue) -> None:
         self._down.put(message.model_dump_json())
 
 

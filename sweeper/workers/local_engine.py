@@ -26,9 +26,8 @@ from sweeper.workers.protocol import (
     COMMANDS,
     EVENTS,
     CloseCommand,
-    JudgeCommand,
     LostEvent,
-    SubmitCommand,
+    Work,
     WorkerCommand,
     WorkerEvent,
     lost,
@@ -63,30 +62,30 @@ class ProcessHost:
     connection: Connection
     log: Path
     started: bool = False
-    current: SubmitCommand | JudgeCommand | None = None
+    current: Work | None = None
     killed_for: str | None = None
 
     def send(self, message: FrozenValue) -> None:
-        """Send a command; a worker that just died is noticed by `next_event`."""
+        """Send a command. The death of the worker is noticed by `next_event`."""
         with suppress(OSError):
             self.connection.send_bytes(message.model_dump_json().encode())
 
     def kill(self) -> None:
-        """End the process and everything it started; what it sent can still be read."""
+        """End the process and everything it started. The events it sent can still be read."""
         with suppress(ProcessLookupError):
             if self.process.pid is not None:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
 
     def bury(self) -> int | None:
-        """Wait for the killed process and close its pipe; returns its exit code."""
+        """Wait for the killed process, close its pipe, and return its exit code."""
         self.process.join()
         self.connection.close()
         return self.process.exitcode
 
 
 class LocalEngine(HostedEngine[ProcessHost]):
-    """`n_jobs` worker processes; a dead one is replaced at once."""
+    """An engine of `n_jobs` worker processes. A dead one is replaced at once."""
 
     def __init__(
         self, workers: WorkerSettings, n_jobs: int, devices: int, log: Callable[[int], Path]
@@ -169,7 +168,7 @@ class LocalEngine(HostedEngine[ProcessHost]):
 
 
 def oom_kills() -> int:
-    """How often Linux has killed a process for want of memory, in any container; elsewhere 0."""
+    """Return how often Linux killed a process for lack of memory, in any container. Elsewhere 0."""
     if not VMSTAT.exists():
         return 0
     figures = dict(line.split() for line in VMSTAT.read_text(encoding="ascii").splitlines())
@@ -179,7 +178,7 @@ def oom_kills() -> int:
 def _main(
     connection: Connection, worker: int, workers: str, threads: int, place: WorkerResources
 ) -> None:
-    """The worker process from birth to death."""
+    """Run a worker process from its start to its end."""
     os.setsid()
     for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,8 @@
 """The protocol between driver and worker: frozen messages that travel as JSON.
 
-A worker announces free slots; down go submit, stop, probe, check and close; up come events that carry
-the trial and the attempt. One slot a worker today; packed training announces more and changes nothing
-here.
+A worker announces free slots. The driver sends work (submit, judge, probe, check), and stop and close.
+The worker answers with events that carry the key and the attempt of the job. A worker has one slot
+today. Packed training would announce more without a change of the protocol.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class SubmitCommand(FrozenValue):
     """Train this trial."""
 
     kind: Literal["submit"] = "submit"
-    trial: str
+    job: str
+    """The trial's key, as in "lora/0007"."""
     attempt: int
     folder: Path
     settings: TrialSettings
@@ -46,38 +47,41 @@ class JudgeCommand(FrozenValue):
     Sent only when every search has ended: no search ever sees these figures.
     """
 
-    kind: Literal["test"] = "test"
-    trial: str
+    kind: Literal["judge"] = "judge"
+    job: str
     attempt: int
     settings: TrialSettings
     folder: Path | None
-    """Of the trial whose artifact is judged; None for the untuned base."""
+    """The folder of the trial whose artifact is judged, or None for the untuned base."""
     kinds: tuple[HeldOutKind, ...]
-    """On what."""
+    """The kinds of unseen text to judge on."""
 
 
 class StopCommand(FrozenValue):
     """End this trial at its next step."""
 
     kind: Literal["stop"] = "stop"
-    trial: str
+    job: str
     cause: StopCause
 
 
 class ProbeCommand(FrozenValue):
-    """Tell what an arm's trials have in common, and how good the untuned base is."""
+    """Report what an arm's trials have in common, and how good the untuned base is."""
 
     kind: Literal["probe"] = "probe"
-    arm: str
+    job: str
+    attempt: int
     settings: TrialSettings
     adopted: Path | None = None
-    """The model that is judged in the place of any training."""
+    """The model that is judged instead of any training."""
 
 
 class CheckCommand(FrozenValue):
-    """Tell whether this trial is possible on its model, and how large it is."""
+    """Report whether this trial is possible on its model, and how large it is."""
 
     kind: Literal["check"] = "check"
+    job: str
+    attempt: int
     settings: TrialSettings
 
 
@@ -88,7 +92,7 @@ class CloseCommand(FrozenValue):
 
 
 class SlotsEvent(FrozenValue):
-    """A worker can take this many trials more than it has."""
+    """A worker can take this many jobs more than it has."""
 
     kind: Literal["slots"] = "slots"
     worker: int
@@ -99,7 +103,7 @@ class ProgressEvent(FrozenValue):
     """A trial took steps."""
 
     kind: Literal["progress"] = "progress"
-    trial: str
+    job: str
     attempt: int
     step: int
     total_steps: int
@@ -107,10 +111,10 @@ class ProgressEvent(FrozenValue):
 
 
 class EvaluatedEvent(FrozenValue):
-    """A trial was judged on the validation split; `value` is of the metric that pruning goes by."""
+    """A trial was judged on the validation split. `value` is of the metric that pruning goes by."""
 
     kind: Literal["evaluated"] = "evaluated"
-    trial: str
+    job: str
     attempt: int
     step: int
     total_steps: int
@@ -118,10 +122,10 @@ class EvaluatedEvent(FrozenValue):
 
 
 class WaitingEvent(FrozenValue):
-    """A trial waits for something that a person has to see to; it goes on by itself afterwards."""
+    """A trial waits until a person has freed something, and then continues by itself."""
 
     kind: Literal["waiting"] = "waiting"
-    trial: str
+    job: str
     attempt: int
     message: str
 
@@ -130,26 +134,27 @@ class EndedEvent(FrozenValue):
     """A trial ended, and its folder is complete."""
 
     kind: Literal["ended"] = "ended"
-    trial: str
+    job: str
     attempt: int
     outcome: Outcome
 
 
 class JudgedEvent(FrozenValue):
-    """The answer to a test: the losses, or why there are none."""
+    """The answer to Judge: the losses, or why there are none."""
 
-    kind: Literal["tested"] = "tested"
-    trial: str
+    kind: Literal["judged"] = "judged"
+    job: str
     attempt: int
     losses: HeldOutLosses | None
     message: str | None
 
 
 class ProbedEvent(FrozenValue):
-    """The answer to a probe: facts, or why there are none."""
+    """The answer to Probe: facts, or why there are none."""
 
     kind: Literal["probed"] = "probed"
-    arm: str
+    job: str
+    attempt: int
     facts: ArmBaseline | None
     message: str | None
     misfit: MemoryShortfall | None = None
@@ -157,57 +162,52 @@ class ProbedEvent(FrozenValue):
 
 
 class CheckedEvent(FrozenValue):
-    """A worker's answer to a check: the trial's size, or how it ended before it began."""
+    """The answer to Check: the trial's size, or how it ended before it began."""
 
     kind: Literal["checked"] = "checked"
-    worker: int
+    job: str
+    attempt: int
     size: TrialSize | None
     refusal: Outcome | None
-    """Refused, or an error in the code."""
+    """The outcome of an impossible trial (refused), or of an error in the code. None with a size."""
 
 
 class LostEvent(FrozenValue):
-    """A worker died or was killed; `trial` is what it was training or testing, if anything."""
+    """A worker died or was killed. `job` is the key of its unanswered work, or None without any."""
 
     kind: Literal["lost"] = "lost"
     worker: int
-    trial: str | None
+    job: str | None
     attempt: int
     cause: Literal["crash", "timeout", "oom"]
     message: str
 
 
+Work = SubmitCommand | JudgeCommand | ProbeCommand | CheckCommand
+"""Commands that occupy a slot until they are answered."""
+WorkAnswer = EndedEvent | JudgedEvent | ProbedEvent | CheckedEvent
+"""Events that answer a command of Work and free its slot."""
+
+
 def lost(
     worker: int,
-    current: SubmitCommand | JudgeCommand | None,
+    current: Work | None,
     killed_for: str | None,
     message: str,
     died_of: Literal["crash", "oom"] = "crash",
 ) -> LostEvent:
-    """What becomes of a dead worker's trial: a timeout if the driver killed it, else what it died of."""
+    """Return the event of a dead worker: cause timeout if the driver killed it, else `died_of`."""
     return LostEvent(
         worker=worker,
-        trial=current.trial if current else None,
+        job=current.job if current else None,
         attempt=current.attempt if current else 0,
         cause=died_of if killed_for is None else "timeout",
         message=message if killed_for is None else killed_for,
     )
 
 
-WorkerCommand = (
-    SubmitCommand | JudgeCommand | StopCommand | ProbeCommand | CheckCommand | CloseCommand
-)
-WorkerEvent = (
-    SlotsEvent
-    | ProgressEvent
-    | EvaluatedEvent
-    | WaitingEvent
-    | EndedEvent
-    | JudgedEvent
-    | ProbedEvent
-    | CheckedEvent
-    | LostEvent
-)
+WorkerCommand = Work | StopCommand | CloseCommand
+WorkerEvent = SlotsEvent | ProgressEvent | EvaluatedEvent | WaitingEvent | WorkAnswer | LostEvent
 COMMANDS: TypeAdapter[WorkerCommand] = TypeAdapter(
     Annotated[WorkerCommand, Field(discriminator="kind")]
 )
@@ -215,17 +215,25 @@ EVENTS: TypeAdapter[WorkerEvent] = TypeAdapter(Annotated[WorkerEvent, Field(disc
 
 
 class TrialRunner(Protocol):
-    """What a worker runs: the real trainer, or the fake one of the tests."""
+    """The part of a worker that does the work: the real trainer, or the fake one of the tests."""
 
     @property
     def worn_out(self) -> bool:
-        """Whether so much memory is lost in this process that another should take its place."""
+        """True if this process has lost so much memory that another should take its place."""
 
     def probe(self, settings: TrialSettings, adopted: Path | None) -> ArmBaseline:
-        """Facts shared by the trials of an arm; raises SweeperError if they cannot be had."""
+        """Return the facts shared by the trials of an arm.
+
+        Raises:
+            SweeperError: they cannot be had.
+        """
 
     def check(self, settings: TrialSettings) -> TrialSize:
-        """How large a trial is; raises SweeperError if it is impossible. Loads no weights."""
+        """Return the size of a trial, without loading weights.
+
+        Raises:
+            SweeperError: the trial is impossible.
+        """
 
     def run(
         self,
@@ -234,7 +242,7 @@ class TrialRunner(Protocol):
         provenance: dict[str, Any],
         observer: TrialObserver,
     ) -> Outcome:
-        """Train one trial to its outcome and write its folder."""
+        """Train one trial, write its folder, and return its outcome."""
 
     def adopt(
         self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
@@ -244,32 +252,26 @@ class TrialRunner(Protocol):
     def test(
         self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
     ) -> HeldOutLosses:
-        """Judge a trial's artifact (None: the untuned base) on these kinds of unseen text."""
+        """Return the losses of a trial's artifact (None: the untuned base) on unseen texts."""
 
 
 class Engine(Protocol):
     """Hosts workers somewhere and carries messages to and from them.
 
-    Who calls it: the driver, from one thread. `next_event` is the only call that waits. A worker
-    takes work after it announced a slot (`Slots`); a dead one is announced (`Lost`) and replaced.
+    The dispatcher calls an engine from one thread. `next_event` is the only call that waits. A worker
+    takes work after it announced a slot (`Slots`). A dead worker is announced (`Lost`) and replaced.
     """
 
-    def probe(self, worker: int, probe: ProbeCommand | CheckCommand) -> None:
-        """Have a free worker answer with `Probed` or `Checked`."""
+    def send(self, worker: int, work: Work) -> None:
+        """Hand work to a free slot. Its answer (WorkAnswer) or `Lost` follows."""
 
-    def submit(self, worker: int, submit: SubmitCommand) -> None:
-        """Hand a trial to a free slot; `Ended` or `Lost` follows."""
-
-    def test(self, worker: int, test: JudgeCommand) -> None:
-        """Hand a judgement on unseen texts to a free slot; `Tested` or `Lost` follows."""
-
-    def stop(self, trial: str, cause: StopCause) -> None:
-        """Ask for a trial's end; its `Ended` follows. Unknown trials (just ended) are ignored."""
+    def stop(self, job: str, cause: StopCause) -> None:
+        """Ask a running trial to end. Its `Ended` follows. Unknown keys (just ended) are ignored."""
 
     def kill(self, worker: int, reason: str) -> None:
-        """End a worker at once, whatever it is doing; its `Lost` follows, cause timeout.
+        """End a worker at once, whatever it is doing. Its `Lost` follows with cause timeout.
 
-        What it sent before comes first: a trial that had just ended is not lost.
+        Events that the worker sent before come first: a job that was just answered is not lost.
         """
 
     def next_event(self, timeout_s: float) -> WorkerEvent | None:

@@ -1,11 +1,11 @@
 """The Ray engine: one actor per device, on a running cluster or on a Ray of our own.
 
-Ray places actors and notices dead nodes; it retries nothing (a retry is an attempt, which the driver
-counts). An actor holds the same worker loop as every engine; the driver keeps one open call to each
-actor, which returns with what the worker has sent.
+Ray places actors and notices dead nodes. It retries nothing, because a retry is an attempt, which the
+dispatcher counts. An actor holds the same worker loop as every engine. The driver keeps one open call to
+each actor, which returns the events that the worker has sent.
 
-Where the study's folder is visible to a node, its workers write into it. Where it is not, they write
-into a folder of their own, and the files travel with the events that announce them.
+Workers write into the study's folder if their node sees it. Otherwise they write into a folder of their
+own, and the files travel with the events that announce them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from sweeper.workers.protocol import (
     CloseCommand,
     EndedEvent,
     EvaluatedEvent,
-    JudgeCommand,
     LostEvent,
     SubmitCommand,
+    Work,
     WorkerCommand,
     WorkerEvent,
     lost,
@@ -58,11 +58,11 @@ DRAIN_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
 REACH_SECONDS = 10.0
 PLACEMENT_SECONDS = 600.0
-"""How long no worker at all may find a place."""
+"""Time limit for the first worker to find a place."""
 OBJECT_STORE_BYTES = 128 * 2**20
-"""Of a Ray started here: little but messages passes through it."""
+"""Object store of a Ray that is started here. Little but messages passes through it."""
 STAYS = frozenset({"checkpoints", ".lock"})
-"""What of a trial's folder does not travel: an attempt elsewhere starts anew."""
+"""Files of a trial that do not travel: an attempt on another node starts from the beginning."""
 
 Files = dict[str, bytes]
 """Contents by path relative to the trial's folder."""
@@ -78,13 +78,13 @@ class FolderMark:
     word: str
 
     def is_seen(self) -> bool:
-        """Whether this process sees the very same file."""
+        """Return True if this process sees the very same file."""
         return self.path.is_file() and self.path.read_text(encoding="utf-8") == self.word
 
 
 @dataclass(frozen=True)
 class ClusterShare:
-    """What one worker gets of a cluster."""
+    """The share of a cluster that one worker gets."""
 
     cpus: float
     gpus: int
@@ -95,7 +95,7 @@ class ActorMailbox:
     """The worker's end of the line, inside its actor."""
 
     def __init__(self, home: Path | None) -> None:
-        """`home` is where trials are written if the study's folder is not visible here."""
+        """Use `home` as the folder of trials if the study's folder is not visible here."""
         self._home = home
         self._down: queue.Queue[str] = queue.Queue()
         self._up: queue.Queue[Parcel | None] = queue.Queue()
@@ -110,20 +110,20 @@ class ActorMailbox:
         command = COMMANDS.validate_json(self._down.get())
         if isinstance(command, SubmitCommand) and self._home is not None:
             folder = self._home / command.folder.parent.name / command.folder.name
-            self._folders[command.trial] = folder
+            self._folders[command.job] = folder
             return command.model_copy(update={"folder": folder})
         return command
 
     def order(self, text: str) -> None:
-        """A command from the driver."""
+        """Take a command from the driver."""
         self._down.put(text)
 
     def end(self) -> None:
-        """The worker's loop ended; nothing follows."""
+        """Mark the end of the worker's loop."""
         self._up.put(None)
 
     def take(self, wait_s: float) -> tuple[list[Parcel], bool]:
-        """What was sent since the last call, waiting for the first; and whether nothing follows."""
+        """Wait for parcels and return those since the last call, and True after the very last."""
         parcels: list[Parcel] = []
         with suppress(queue.Empty):
             item = self._up.get(timeout=wait_s) if wait_s else self._up.get_nowait()
@@ -134,7 +134,7 @@ class ActorMailbox:
         return parcels, False
 
     def _files(self, message: FrozenValue) -> Files:
-        folder = self._folders.get(getattr(message, "trial", ""))
+        folder = self._folders.get(getattr(message, "job", ""))
         if folder is None or not isinstance(message, EvaluatedEvent | EndedEvent):
             return {}
         if isinstance(message, EvaluatedEvent):  # so that metrics can be shipped while it trains
@@ -190,18 +190,18 @@ class ActorHost:
     poll: Any
     log: Path
     started: bool = False
-    current: SubmitCommand | JudgeCommand | None = None
+    current: Work | None = None
     killed_for: str | None = None
 
     def send(self, message: FrozenValue) -> None:
-        """Send a command; an actor that just died is noticed by `next_event`."""
+        """Send a command. The death of the actor is noticed by `next_event`."""
         self.actor.order.remote(message.model_dump_json())
 
 
 class RayEngine(HostedEngine[ActorHost]):
-    """`n_jobs` actors; a dead one is replaced as soon as the cluster has a place for it.
+    """An engine of `n_jobs` actors. A dead one is replaced as soon as the cluster has a place.
 
-    What is tested must lie on a file system that the nodes share.
+    A trial that is judged must lie on a file system that the nodes share.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class RayEngine(HostedEngine[ActorHost]):
             raise
 
     def kill(self, worker: int, reason: str) -> None:
-        """See Engine; what the actor still holds is fetched first."""
+        """See Engine. The events that the actor still holds are fetched first."""
         host = self._hosts[worker]
         for _ in range(2):  # the call that is open, and one for what came since
             ready, _ = ray.wait([host.poll], timeout=DRAIN_SECONDS)
@@ -257,7 +257,7 @@ class RayEngine(HostedEngine[ActorHost]):
             self._mark.path.unlink(missing_ok=True)
 
     def _take(self, worker: int) -> bool:
-        """Fetch what a finished call brought; whether the actor lives on."""
+        """Fetch the events of a finished call, and return True if the actor lives on."""
         host = self._hosts[worker]
         try:
             parcels, ended = ray.get(host.poll)
@@ -331,9 +331,9 @@ class RayEngine(HostedEngine[ActorHost]):
 
 @contextmanager
 def _this_machine_only() -> Iterator[None]:
-    """A Ray that is started meanwhile listens on 127.0.0.1, as it does by itself on macOS and Windows.
+    """Have a Ray that is started inside listen on 127.0.0.1, as on macOS and Windows.
 
-    On Linux it listens on every interface, and replaces a loopback address that it is given.
+    On Linux Ray listens on every interface, and replaces a loopback address that it is given.
     """
     constants = ray._private.ray_constants
     name = constants.ENABLE_RAY_CLUSTERS_ENV_VAR
@@ -386,8 +386,9 @@ def connect(address: str | None, n_jobs: int) -> None:
 
 
 def share_of(nodes: Sequence[Mapping[str, Any]], n_jobs: int, devices: int) -> ClusterShare:
-    """What each worker gets: `devices` GPUs of one node where the cluster has any, else as many CPUs as
-    fit n_jobs times.
+    """Return each worker's share: `devices` GPUs of one node if there are any, else CPUs.
+
+    CPUs are shared out so that as many as possible fit n_jobs times.
 
     Raises:
         WorkerError: the cluster has no room for n_jobs workers.
@@ -414,7 +415,7 @@ def _require_room(counts: Sequence[int], n_jobs: int, devices: int, kind: str) -
 
 
 def pack(folder: Path) -> Files:
-    """The files of a trial's folder that are kept, in memory."""
+    """Return the kept files of a trial's folder, with their contents."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -442,6 +443,6 @@ def unpack(folder: Path, files: Files) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Ray's words without its table of ids."""
+    """Return Ray's message without its table of ids."""
     lines = [line for line in str(error).splitlines() if line and not line.startswith("\t")]
     return " ".join(lines[-1:]) or type(error).__name__

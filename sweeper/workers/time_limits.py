@@ -1,8 +1,10 @@
-"""Limits on a trial's time, around any engine: a worker that exceeds one is killed.
+"""Time limits around any engine: a worker that exceeds one is killed.
 
-Two limits. `trial_timeout_s`: how long one attempt may take. `stall_timeout_s`: how long a worker that
-has a trial may say nothing. There is no heartbeat on purpose: a thread that beats beside a hung trial
-would only prove that the thread is well; steps and evaluations are what a living trial sends.
+Three limits. `trial_timeout_s`: how long one attempt of a trial may take. `stall_timeout_s`: how long a
+worker that trains may report nothing. `probe_timeout_s`: how long a worker may take to answer a probe, a
+check or a judgement, which report no progress. There is no heartbeat on purpose: a thread that beats
+next to a hung trial would only prove that the thread is well. Steps and evaluations are what a living
+trial sends.
 """
 
 from __future__ import annotations
@@ -15,62 +17,76 @@ from dataclasses import dataclass
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.outcome import StopCause
 from sweeper.workers.protocol import (
-    CheckCommand,
-    EndedEvent,
     Engine,
     EvaluatedEvent,
-    JudgeCommand,
     LostEvent,
-    ProbeCommand,
     ProgressEvent,
     SubmitCommand,
     WaitingEvent,
+    Work,
+    WorkAnswer,
     WorkerEvent,
 )
 
 
 @dataclass
 class AttemptClock:
-    """The time of one attempt so far."""
+    """The time that one attempt of a job has taken so far, and its limits in seconds."""
 
-    trial: str
+    job: str
+    trains: bool
     started: float
+    total_limit_s: float | None
+    silence_limit_s: float | None
     silence_s: float = 0.0
     killed: bool = False
 
+    def exceeded(self, now: float) -> str | None:
+        """Return why the attempt must end, or None while it is within its limits."""
+        limit_s = self.silence_limit_s
+        if limit_s is not None and self.silence_s >= limit_s:
+            if self.trains:
+                return (
+                    f"killed: no step and no evaluation for {limit_s:g} s (workers.stall_timeout_s)"
+                )
+            return f"killed: no answer for {limit_s:g} s (workers.probe_timeout_s)"
+        limit_s = self.total_limit_s
+        if limit_s is not None and now - self.started >= limit_s:
+            return f"killed: this attempt takes more than {limit_s:g} s (workers.trial_timeout_s)"
+        return None
+
 
 class LimitedEngine:
-    """An engine whose trials have limits.
+    """An engine whose jobs have time limits.
 
-    Silence is counted only while the driver listens and nothing comes: a driver that was itself
-    suspended, or kept waiting by its database, finds the messages first and kills nobody.
+    Silence is counted only while the driver listens and nothing comes. A driver that was itself
+    suspended, or kept waiting by its database, first finds the messages and kills no worker.
     """
 
     def __init__(
         self, engine: Engine, workers: WorkerSettings, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine = engine
-        self._trial_timeout_s = workers.trial_timeout_s
-        self._stall_timeout_s = workers.stall_timeout_s
+        self._limits = workers
         self._clock = clock
-        self._watches: dict[int, AttemptClock] = {}
+        self._clocks: dict[int, AttemptClock] = {}
 
-    def probe(self, worker: int, probe: ProbeCommand | CheckCommand) -> None:
-        """See Engine; loading a base has no limit (it may be a download)."""
-        self._engine.probe(worker, probe)
-
-    def submit(self, worker: int, submit: SubmitCommand) -> None:
+    def send(self, worker: int, work: Work) -> None:
         """See Engine."""
-        self._watches[worker] = AttemptClock(submit.trial, self._clock())
-        self._engine.submit(worker, submit)
+        trains, limits = isinstance(work, SubmitCommand), self._limits
+        # loading a base may be a download, so an answer has a limit of its own
+        self._clocks[worker] = AttemptClock(
+            job=work.job,
+            trains=trains,
+            started=self._clock(),
+            total_limit_s=limits.trial_timeout_s if trains else None,
+            silence_limit_s=limits.stall_timeout_s if trains else limits.probe_timeout_s,
+        )
+        self._engine.send(worker, work)
 
-    def test(self, worker: int, test: JudgeCommand) -> None:
-        """See Engine; loading what is judged has no limit, as for a probe."""
-        self._engine.test(worker, test)
-
-    def stop(self, trial: str, cause: StopCause) -> None:
+    def stop(self, job: str, cause: StopCause) -> None:
         """See Engine."""
-        self._engine.stop(trial, cause)
+        self._engine.stop(job, cause)
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine."""
@@ -80,9 +96,10 @@ class LimitedEngine:
         """See Engine."""
         began = self._clock()
         event = self._engine.next_event(timeout_s)
-        listened_s = min(self._clock() - began, timeout_s)  # more: this process was suspended
-        for watch in self._watches.values():
-            watch.silence_s += listened_s
+        # a longer call means that this process was suspended, not that the workers were silent
+        listened_s = min(self._clock() - began, timeout_s)
+        for clock in self._clocks.values():
+            clock.silence_s += listened_s
         self._note(event)
         self._enforce()
         return event
@@ -94,36 +111,24 @@ class LimitedEngine:
     def _note(self, event: WorkerEvent | None) -> None:
         match event:
             case ProgressEvent() | EvaluatedEvent():
-                for watch in self._watches.values():
-                    if watch.trial == event.trial:
-                        watch.silence_s = 0.0
-            case WaitingEvent():  # for a person; its worker has a patience of its own
-                for watch in self._watches.values():
-                    if watch.trial == event.trial:
-                        watch.silence_s = -math.inf
-            case EndedEvent():
-                kept = self._watches.items()
-                self._watches = {key: value for key, value in kept if value.trial != event.trial}
+                self._set_silence(event.job, 0.0)
+            case WaitingEvent():  # a full disk: the worker has a patience of its own
+                self._set_silence(event.job, -math.inf)
             case LostEvent():
-                self._watches.pop(event.worker, None)
+                self._clocks.pop(event.worker, None)
+        if isinstance(event, WorkAnswer):
+            kept = self._clocks.items()
+            self._clocks = {worker: clock for worker, clock in kept if clock.job != event.job}
+
+    def _set_silence(self, job: str, silence_s: float) -> None:
+        for clock in self._clocks.values():
+            if clock.job == job:
+                clock.silence_s = silence_s
 
     def _enforce(self) -> None:
-        for worker, watch in self._watches.items():
-            reason = self._exceeded(watch)
-            if reason is not None and not watch.killed:
-                watch.killed = True
+        now = self._clock()
+        for worker, clock in self._clocks.items():
+            reason = clock.exceeded(now)
+            if reason is not None and not clock.killed:
+                clock.killed = True  # its Lost may take a while
                 self._engine.kill(worker, reason)
-
-    def _exceeded(self, watch: AttemptClock) -> str | None:
-        if self._stall_timeout_s is not None and watch.silence_s >= self._stall_timeout_s:
-            return (
-                f"killed: no step and no evaluation for {self._stall_timeout_s:g} s "
-                "(workers.stall_timeout_s)"
-            )
-        took = self._clock() - watch.started
-        if self._trial_timeout_s is not None and took >= self._trial_timeout_s:
-            return (
-                f"killed: this attempt takes more than {self._trial_timeout_s:g} s "
-                "(workers.trial_timeout_s)"
-            )
-        return None

@@ -1,4 +1,4 @@
-"""The worker's side: take commands from a channel, run trials, send events.
+"""The worker's side: takes commands from a channel, runs trials, sends events.
 
 Touches neither the study nor MLflow. Ends itself when its driver is gone.
 """
@@ -40,6 +40,8 @@ from sweeper.workers.protocol import (
     SubmitCommand,
     TrialRunner,
     WaitingEvent,
+    Work,
+    WorkAnswer,
     WorkerCommand,
 )
 
@@ -47,26 +49,28 @@ TRACEBACK_LINES = 30
 FULL_BYTES = 2**20
 FULL_DISK_WAIT_S = 2.0
 FULL_DISK_PATIENCE_S = 15 * 60.0
-"""As long as the driver waits for its database, which often lies on the same disk."""
+"""The driver waits as long for its database, which often lies on the same disk."""
 
 
 class WorkerChannel(Protocol):
     """One end of a two-way line to the driver."""
 
     def send(self, message: FrozenValue) -> None:
-        """Send an event; never blocks for long."""
+        """Send an event without blocking for long."""
 
     def receive(self) -> WorkerCommand:
-        """Wait for a command; raises EOFError when the driver is gone."""
+        """Wait for a command and return it.
+
+        Raises:
+            EOFError: the driver is gone.
+        """
 
 
 @dataclass
 class CommandQueue:
-    """Commands sorted by a reader thread: work waits its turn, stops take effect at once."""
+    """Commands from a reader thread: work waits its turn, stops take effect at once."""
 
-    work: queue.Queue[SubmitCommand | JudgeCommand | ProbeCommand | CheckCommand | CloseCommand] = (
-        field(default_factory=queue.Queue)
-    )
+    work: queue.Queue[Work | CloseCommand] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
 
     @classmethod
@@ -77,17 +81,17 @@ class CommandQueue:
         return orders
 
     def _read(self, channel: WorkerChannel) -> None:
-        """Read for ever; a driver that is gone leaves no reason to go on computing."""
+        """Read commands for ever, and end the process when the driver is gone."""
         try:
             while True:
                 command = channel.receive()
                 if isinstance(command, StopCommand):
-                    self.stops[command.trial] = command.cause
+                    self.stops[command.job] = command.cause
                 else:
                     if isinstance(
                         command, SubmitCommand
                     ):  # an older stop was for an earlier attempt
-                        self.stops.pop(command.trial, None)
+                        self.stops.pop(command.job, None)
                     self.work.put(command)
                     if isinstance(command, CloseCommand):
                         return
@@ -104,14 +108,14 @@ class RemoteObserver:
 
     channel: WorkerChannel
     orders: CommandQueue
-    trial: str
+    job: str
     attempt: int
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
         """See Observer."""
         self.channel.send(
             ProgressEvent(
-                trial=self.trial,
+                job=self.job,
                 attempt=self.attempt,
                 step=step,
                 total_steps=total_steps,
@@ -123,7 +127,7 @@ class RemoteObserver:
         """See Observer."""
         self.channel.send(
             EvaluatedEvent(
-                trial=self.trial,
+                job=self.job,
                 attempt=self.attempt,
                 step=step,
                 total_steps=total_steps,
@@ -133,19 +137,19 @@ class RemoteObserver:
 
     def stop_cause(self) -> StopCause | None:
         """See Observer."""
-        return self.orders.stops.get(self.trial)
+        return self.orders.stops.get(self.job)
 
 
 @dataclass(frozen=True)
 class WorkerResources:
-    """What a worker has been given."""
+    """The resources of a worker."""
 
     log: Path
     devices: int = 1
 
 
 class ExitReason(Enum):
-    """Why a worker ended by itself."""
+    """The reason for which a worker ended by itself."""
 
     CLOSED = "closed"
     MEMORY = "its successor starts with clean memory"
@@ -154,7 +158,7 @@ class ExitReason(Enum):
 def serve(
     channel: WorkerChannel, orders: CommandQueue, runner: TrialRunner, worker: int
 ) -> ExitReason:
-    """Run commands one after the other until told to close, or until memory ran out or is lost.
+    """Run commands one after the other until Close, or until memory ran out or is worn out.
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """
@@ -164,17 +168,11 @@ def serve(
         command = orders.work.get()
         if isinstance(command, CloseCommand):
             return ExitReason.CLOSED
-        if isinstance(command, ProbeCommand):
-            channel.send(_probed(command, runner))
-            continue
-        if isinstance(command, CheckCommand):
-            channel.send(_checked(command, runner, worker))
-            continue
-        if isinstance(command, JudgeCommand):
-            channel.send(_tested(command, runner))
+        if not isinstance(command, SubmitCommand):
+            channel.send(_answer(command, runner))
             continue
         outcome = _outcome(command, runner, channel, orders, patience)
-        channel.send(EndedEvent(trial=command.trial, attempt=command.attempt, outcome=outcome))
+        channel.send(EndedEvent(job=command.job, attempt=command.attempt, outcome=outcome))
         if outcome.cause == "oom" or runner.worn_out:
             return ExitReason.MEMORY
 
@@ -182,13 +180,13 @@ def serve(
 def make_runner(
     workers: WorkerSettings, worker: int, threads: int, place: WorkerResources
 ) -> TrialRunner:
-    """The runner of `workers.trainer`; heavy imports happen here, in the worker.
+    """Return the runner of `workers.trainer`, after its heavy imports.
 
     Args:
-        workers: who trains.
-        worker: its number.
+        workers: the settings that name the trainer.
+        worker: the worker's number.
         threads: CPU threads of each of its processes.
-        place: its devices, and where their followers print.
+        place: its devices and its log.
     """
     # OpenMP threads that spin while they wait make a trial several times slower when anything else runs
     # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
@@ -205,6 +203,16 @@ def make_runner(
     return TransformersRunner(threads, FollowerGroup(others, threads, place.log).join)
 
 
+def _answer(command: JudgeCommand | ProbeCommand | CheckCommand, runner: TrialRunner) -> WorkAnswer:
+    match command:
+        case ProbeCommand():
+            return _probed(command, runner)
+        case CheckCommand():
+            return _checked(command, runner)
+        case JudgeCommand():
+            return _judged(command, runner)
+
+
 def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:
     facts: ArmBaseline | None = None
     message: str | None = None
@@ -216,10 +224,12 @@ def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return ProbedEvent(arm=command.arm, facts=facts, message=message, misfit=misfit)
+    return ProbedEvent(
+        job=command.job, attempt=command.attempt, facts=facts, message=message, misfit=misfit
+    )
 
 
-def _checked(command: CheckCommand, runner: TrialRunner, worker: int) -> CheckedEvent:
+def _checked(command: CheckCommand, runner: TrialRunner) -> CheckedEvent:
     size: TrialSize | None = None
     refusal: Outcome | None = None
     try:
@@ -228,10 +238,10 @@ def _checked(command: CheckCommand, runner: TrialRunner, worker: int) -> Checked
         refusal = Outcome(cause="refused", message=str(error))
     except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
         refusal = Outcome(cause="error", message=_traceback())
-    return CheckedEvent(worker=worker, size=size, refusal=refusal)
+    return CheckedEvent(job=command.job, attempt=command.attempt, size=size, refusal=refusal)
 
 
-def _tested(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
+def _judged(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
     losses: HeldOutLosses | None = None
     message: str | None = None
     try:
@@ -241,22 +251,22 @@ def _tested(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
         message = _traceback()
-    return JudgedEvent(trial=command.trial, attempt=command.attempt, losses=losses, message=message)
+    return JudgedEvent(job=command.job, attempt=command.attempt, losses=losses, message=message)
 
 
 @dataclass
 class DiskPatience:
-    """How long a worker has waited for a disk that stays full, over all the trials it was given."""
+    """Measures how long a worker has waited for a full disk, over all its trials."""
 
     waited_s: float = 0.0
 
     @property
     def exhausted(self) -> bool:
-        """Whether the next trial would wait in vain as well."""
+        """True if the next trial would wait in vain as well."""
         return self.waited_s > FULL_DISK_PATIENCE_S
 
     def wait(self) -> None:
-        """For a moment."""
+        """Wait for a moment."""
         time.sleep(FULL_DISK_WAIT_S)
         self.waited_s += FULL_DISK_WAIT_S
 
@@ -268,10 +278,10 @@ def _outcome(
     orders: CommandQueue,
     patience: DiskPatience,
 ) -> Outcome:
-    """Run a trial; on a full disk it waits, and then continues from its newest whole checkpoint."""
-    observer = RemoteObserver(channel, orders, command.trial, command.attempt)
+    """Run a trial. On a full disk, wait and continue from the newest whole checkpoint."""
+    observer = RemoteObserver(channel, orders, command.job, command.attempt)
     folder = TrialFolder(command.folder)
-    told = False
+    announced = False
     while True:
         try:
             outcome = _run(command, runner, folder, observer)
@@ -283,12 +293,10 @@ def _outcome(
         else:
             patience.waited_s = 0.0
             return outcome
-        if not told:
+        if not announced:
             message = f"the disk of {folder.path} is full; waiting for space"
-            channel.send(
-                WaitingEvent(trial=command.trial, attempt=command.attempt, message=message)
-            )
-            told = True
+            channel.send(WaitingEvent(job=command.job, attempt=command.attempt, message=message))
+            announced = True
         if patience.exhausted:
             return Outcome(cause="error", message=f"the disk stays full: {folder.path}")
         patience.wait()
@@ -305,7 +313,7 @@ def _run(
 
 
 def disk_full(error: Exception, folder: Path) -> bool:
-    """Whether a trial failed for want of space; safetensors and torch have errors of their own."""
+    """Return True if a trial failed on a full disk, for which libraries raise errors of their own."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return shutil.disk_usage(folder if folder.exists() else folder.parent).free < FULL_BYTES

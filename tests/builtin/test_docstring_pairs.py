@@ -29,6 +29,7 @@ from sweeper.builtin.docstring_pairs import (
 )
 
 BOUNDS = {"train": (1300, 2300), "validation": (230, 450), "test": (220, 450)}
+LEAST_ROWS = sum(low for low, _ in BOUNDS.values())
 
 
 @cache
@@ -46,7 +47,8 @@ def row(signature: str, summary: str) -> Row:
 
 def test_splits_are_disjoint_by_module() -> None:
     """No module gives rows to two splits, and the held-out modules give none."""
-    groups = [*stdlib_text.TASK_MODULES.values(), stdlib_text.HELD_OUT_MODULES]
+    groups = [*(stdlib_text.TASK_MODULES[split] for split in SPLITS), stdlib_text.HELD_OUT_MODULES]
+    assert all(groups)
     assert not any(left & right for left, right in combinations(groups, 2))
 
 
@@ -66,12 +68,13 @@ def test_library_modules_leave_out_tests_and_site_packages() -> None:
 def test_splits_are_disjoint_by_text() -> None:
     """No normalised row occurs twice, in one split or in two."""
     texts = [row_text(each) for each in all_rows()]
-    assert len(texts) == len(set(texts))
+    assert len(texts) == len(set(texts)) >= LEAST_ROWS
 
 
 def test_no_row_is_nearly_another() -> None:
     """Compared each with each, no two rows are alike: the index behind cleaning misses none."""
     sets = sorted((shingles(row_text(each)) for each in all_rows()), key=len)
+    assert len(sets) >= LEAST_ROWS
     for number, small in enumerate(sets):
         for large in sets[number + 1 :]:
             if NEAR_DUPLICATE_JACCARD * len(large) > len(small):
@@ -88,7 +91,9 @@ def test_row_counts_are_as_documented(split: str) -> None:
 
 def test_rows_are_clean() -> None:
     """Every row is one line of 10 to 300 characters with a signature and no doctest."""
-    for each in all_rows():
+    rows = all_rows()
+    assert len(rows) >= LEAST_ROWS
+    for each in rows:
         assert each.keys() == {"instruction", "input", "output"}
         assert each["instruction"] == INSTRUCTION
         assert 10 <= len(each["output"]) <= 300

@@ -197,7 +197,9 @@ def test_auto_groups_follow_a_base_model_named_in_an_experiment(tmp_path: Path) 
             f"    study_name: {name}\n    params: {{adapter.r: '${{space.r}}'}}\n"
         )
     search = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
-    for plan in studies(["+experiment=one,two", search]):
+    plans = studies(["+experiment=one,two", search])
+    assert [plan.study.study_name for plan in plans] == ["one", "two"]
+    for plan in plans:
         assert dict(plan.presets) == dict.fromkeys(AUTO_GROUPS, "real")
         assert str(plan.arms[0].space["adapter.r"]) == "choice(8, 16, 32, 64)"
 

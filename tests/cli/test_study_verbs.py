@@ -123,10 +123,10 @@ def test_a_study_is_steered_from_another_terminal(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 128 + signal.SIGINT
     for words in (
-        "study pause: paused; 1 trial being trained: each stops with a checkpoint",
+        "study pause: pausing: waiting for 1 running trial to stop",
         "study enqueue: refused: adapter.r=5: not in choice(2, 4, 8, 16, 32)",
-        "study extend --trials 1: arm lora now wants 4 trials instead of 3",
-        "study stop: it ends after the 1 trial being trained; none is started",
+        "study extend --trials 1: arm lora extended from 3 to 4 trials",
+        "study stop: stopping: waiting for 1 running trial to end. No new trials will start.",
         "Resume     python -m sweeper +experiment=lr_rank_sweep",
     ):
         assert words in output

@@ -64,7 +64,7 @@ def test_a_layer_without_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     import torch
 
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda self, x: x.detach().requires_grad_())
-    assert nf4_problem(torch.device("cpu")) == "no gradient comes through a 4-bit layer"
+    assert nf4_problem(torch.device("cpu")) == "no gradient passes through a 4-bit layer"
 
 
 def test_devices_are_judged_by_what_is_free() -> None:

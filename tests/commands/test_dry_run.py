@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from sweeper.commands.dry_run import (
-    TrialFootprint,
     disk,
     draft,
     first_asked,
@@ -24,8 +22,9 @@ from sweeper.commands.dry_run import (
 )
 from sweeper.config.settings import TrialSettings
 from sweeper.config.space import Choice, Interval
+from sweeper.core.outcome import TrialFootprint
 from sweeper.core.paths import StudyFolder, write_json
-from sweeper.modeling.footprint import answer, footprint
+from sweeper.modeling.footprint import footprint, footprint_or_problem
 from sweeper.reporting.results import to_document
 from sweeper.search.study_plan import StudyPlan, single, studies
 from tests.conftest import Program, make_settings
@@ -155,16 +154,16 @@ def test_the_command_to_run_it_has_no_dry_run() -> None:
 def test_footprint_counts_what_training_counts() -> None:
     """1,115,264 weights in the embedded base; r=8 on all linear layers adds 81,920, as trials found."""
     found = footprint(make_settings("adapter.r=8", "adapter.target_modules=all-linear").trial)
-    assert (found["trainable"], found["total"]) == (81_920, 1_115_264 + 81_920)
-    assert found["artifact_mib"] == pytest.approx(81_920 * 4 / 2**20)
+    assert (found.trainable, found.total) == (81_920, 1_115_264 + 81_920)
+    assert found.artifact_mib == pytest.approx(81_920 * 4 / 2**20)
     full = footprint(make_settings("adapter=none", "quantization=none").trial)
-    assert full["trainable"] == full["total"] == 1_115_264
+    assert full.trainable == full.total == 1_115_264
 
 
 def test_footprint_of_nothing_says_why() -> None:
     """A model that cannot be had is a finding, not a stack trace."""
     document = make_settings("model.base_model=/no/such/folder").trial.model_dump(mode="json")
-    found = TrialFootprint.model_validate(json.loads(json.dumps(answer(document))))
+    found = footprint_or_problem(document)
     assert found.trainable is None
     assert "neither a local folder nor a hub id" in (found.problem or "")
 

@@ -72,7 +72,7 @@ def test_parse_domain_refuses_what_has_no_meaning(words: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("tag(lgo, interval(1, 2))", "'lgo' has no meaning; valid: log"),
+        ("tag(lgo, interval(1, 2))", "'lgo' has no meaning. Valid: log"),
         ("tag(log, choice(1, 2))", "belongs to an interval"),
         ("tag(log, range(1, 5))", "belongs to an interval"),
     ],

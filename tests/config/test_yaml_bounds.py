@@ -19,7 +19,9 @@ def _write(tmp_path: Path, text: str) -> Path:
 
 def test_every_packaged_file_is_far_within() -> None:
     """No configuration of ours comes near a bound."""
-    for path in conf_dir().rglob("*.yaml"):
+    paths = list(conf_dir().rglob("*.yaml"))
+    assert conf_dir() / "config.yaml" in paths
+    for path in paths:
         require_bounded(path)
 
 

@@ -300,7 +300,7 @@ def test_embedded_stands_alone(tmp_path: Path) -> None:
     [
         (
             "data.train=[{path: a, weigth: 2}]",
-            r"data\.train\.0\.weigth=2: no such key; valid keys: .*weight",
+            r"data\.train\.0\.weigth=2: no such key. Valid keys: .*weight",
         ),
         (
             "data.train=[{path: a, weight: 0}]",
@@ -309,7 +309,7 @@ def test_embedded_stands_alone(tmp_path: Path) -> None:
         ("data.train=[]", r"data\.train=\[\]: list should have at least 1 item"),
         (
             "data.train=[{path: a, weight: 2}, b]",
-            r"only a has a weight; weigh every source or none",
+            r"only a has a weight. Weigh every source or none",
         ),
         ("data.validation={path: a, weight: 2}", r"weights are for train"),
         (

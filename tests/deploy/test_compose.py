@@ -112,7 +112,9 @@ def test_files_that_images_copy_exist() -> None:
     copies = re.findall(
         r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE
     )
-    for source in " ".join(copies).split():
+    sources = " ".join(copies).split()
+    assert {"sweeper", "hydra_plugins", "conf"} <= set(sources)
+    for source in sources:
         assert (ROOT / source).exists(), source
         assert f"!{source.partition('/')[0]}" in allowed, source
 

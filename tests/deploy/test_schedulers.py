@@ -6,7 +6,7 @@ import configparser
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
@@ -14,6 +14,7 @@ import yaml
 
 from sweeper.cli.verbs import app
 from sweeper.config.compose import conf_dir
+from sweeper.nightly.night_record import Result
 from sweeper.nightly.night_run import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,5 +115,6 @@ def test_compose_profile_runs_the_same_crontab() -> None:
 def test_exit_codes_stand_in_the_page() -> None:
     """docs/nightly.md lists every exit code with its meaning."""
     text = (ROOT / "docs" / "nightly.md").read_text()
+    assert set(EXIT_CODES) == set(get_args(Result))
     for result, code in EXIT_CODES.items():
         assert re.search(rf"^\| {code} \| .*{result}", text, re.MULTILINE), result

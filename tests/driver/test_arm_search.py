@@ -1,4 +1,4 @@
-"""The driver with fake trainers in real worker processes: whatever happens to a trial."""
+"""Whole studies with fake trainers: whatever happens to a trial, and whatever ends the driver."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeper.commands import run_study as session
-from sweeper.commands.run_study import StudySession, run_study
+from sweeper.commands.run_study import run_study
 from sweeper.core.errors import StudyError, StudyLocked, StudyMismatch
+from sweeper.driver import results_writer
+from sweeper.driver.results_writer import ResultsWriter
 from sweeper.reporting.results import StudyResults
-from sweeper.search.states import counts
 from sweeper.search.study_plan import studies
+from sweeper.search.telling import counts
 
-FAKE = ("+experiment=lr_rank_sweep", "workers=fake", "tracking=none")
+FAKE = (
+    *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),
+    "workers.fake.step_seconds=0.0",
+)
+PROCESSES = ("workers.engine=local", "workers.fake.step_seconds=0.005")
+"""For tests in which a worker dies, or two of them work at the same time."""
 ONLY_LORA = "~hydra.sweeper.arms.full"
 
 
@@ -42,10 +48,10 @@ def _causes(tmp_path: Path) -> list[str]:
 
 def test_a_study_runs_every_arm_to_its_total(tmp_path: Path) -> None:
     """12 LoRA trials and the 5 rates of the full arm, and both arms' best come first."""
-    results = _run(tmp_path, "workers.fake.step_seconds=0.0")
+    results = _run(tmp_path)
     lora, full = results.arms
     assert len(lora.trials) == 12
-    assert sorted(trial.point["training.learning_rate"] for trial in full.trials) == [
+    assert sorted(trial.params["training.learning_rate"] for trial in full.trials) == [
         *(3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     ]
     losses = [trial.value for trial in lora.trials if trial.complete]
@@ -57,15 +63,15 @@ def test_results_are_whole_at_the_end_however_seldom_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With next to no time for writing, they are written after the first trial and at the end."""
-    monkeypatch.setattr(session, "WRITING_SHARE", 1e-9)
+    monkeypatch.setattr(results_writer, "WRITING_SHARE", 1e-9)
     written: list[int] = []
-    write = StudySession._write
+    write = ResultsWriter.write
 
-    def counted_write(self: StudySession, results: StudyResults) -> None:
+    def counted_write(self: ResultsWriter, results: StudyResults) -> None:
         written.append(len(results.arms[0].trials))
         write(self, results)
 
-    monkeypatch.setattr(StudySession, "_write", counted_write)
+    monkeypatch.setattr(ResultsWriter, "write", counted_write)
     _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=4", "finalists=none")
     assert written == [1, 4]
 
@@ -82,7 +88,9 @@ def test_oom_and_divergence_are_infeasible_and_counted(tmp_path: Path) -> None:
 
 def test_a_crash_gets_three_attempts(tmp_path: Path) -> None:
     """A trial whose worker always dies is tried three times, then FAIL; the others finish."""
-    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3", "++workers.fake.plan={1:crash}")
+    _run(
+        tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=3", "++workers.fake.plan={1:crash}", *PROCESSES
+    )
     crashed = _trials(tmp_path)[1]
     assert crashed.state is TrialState.FAIL
     assert crashed.user_attrs["attempt"] == 3
@@ -132,7 +140,8 @@ def test_another_question_under_the_same_name_is_refused(tmp_path: Path) -> None
 
 def test_two_slots_are_both_used(tmp_path: Path) -> None:
     """With n_jobs=2 trials overlap in time: no batch barrier, nobody waits."""
-    _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6", "pruner=none")
+    two = ("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6", "pruner=none")
+    _run(tmp_path, ONLY_LORA, *two, *PROCESSES)
     trials = sorted(_trials(tmp_path), key=lambda trial: trial.datetime_start)
     assert any(b.datetime_start < a.datetime_complete for a, b in itertools.pairwise(trials))
     assert len(trials) == 6
@@ -195,7 +204,10 @@ def _wait_for_trials(tmp_path: Path, count: int) -> None:
     raise AssertionError(f"no {count} trials within a minute")
 
 
-SLOW = ("workers.fake.step_seconds=0.03", "pruner=none", "hydra.sweeper.n_trials=6", ONLY_LORA)
+SLOW = (
+    *("workers.engine=local", "workers.fake.step_seconds=0.03", "pruner=none"),
+    *("hydra.sweeper.n_trials=6", ONLY_LORA),
+)
 
 
 def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path: Path) -> None:
@@ -204,6 +216,7 @@ def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path: Path) -> None
     _wait_for_trials(tmp_path, 3)
     spool = tmp_path / "lr_rank_sweep" / "lora" / "trial_0002" / "metrics.jsonl"
     while not (spool.exists() and spool.read_text()):  # in the middle of its steps
+        assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -233,7 +246,13 @@ def test_interrupt_ends_cleanly_and_resumes(tmp_path: Path, number: signal.Signa
 
 def test_a_continued_trial_keeps_the_rungs_it_had_passed(tmp_path: Path) -> None:
     """Interrupted behind a rung, it is a new trial to Optuna, which is told of that rung too."""
-    one = (ONLY_LORA, "workers.fake.step_seconds=0.1", "hydra.sweeper.n_trials=1", "pruner=median")
+    one = (
+        ONLY_LORA,
+        "workers.engine=local",
+        "workers.fake.step_seconds=0.1",
+        "hydra.sweeper.n_trials=1",
+        "pruner=median",
+    )
     process = _start(tmp_path, *one)
     spool = tmp_path / "lr_rank_sweep" / "lora" / "trial_0000" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -252,7 +271,7 @@ def test_a_continued_trial_keeps_the_rungs_it_had_passed(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
     """Stopped in the middle of the full arm and started again, every rate of the grid is trained."""
-    few = ("workers.fake.step_seconds=0.03", "pruner=none", "hydra.sweeper.n_trials=1")
+    few = (*SLOW[:3], "hydra.sweeper.n_trials=1")
     process = _start(tmp_path, *few)
     spool = tmp_path / "lr_rank_sweep" / "full" / "trial_0001" / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -262,7 +281,7 @@ def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     _, full = _run(tmp_path, *few).arms
     finished = [trial for trial in full.trials if trial.complete]
-    rates = sorted(trial.point["training.learning_rate"] for trial in finished)
+    rates = sorted(trial.params["training.learning_rate"] for trial in finished)
     assert rates == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
     assert full.tried == 5
 

@@ -63,13 +63,12 @@ def test_an_adopted_arm_trains_nothing_and_says_so(
     assert not list(Path("outputs/new/full/finalists").glob("trial_*"))
     assert len(results.contrasts) == len(results.forgetting[1:]) == 1
     words = judge(results).words
-    assert (
-        f"it is MLflow run {earlier}, judged anew on this study's rows, of a search of 5" in words
-    )
+    assert f"it is MLflow run {earlier}, evaluated on this study's rows." in words
+    assert "Its search has 5 finished trials." in words
     assert "was trained with" not in words
-    assert "does not say" not in words
+    assert "does not record" not in words
     row = conditions(results).rows[1]
-    assert row[:3] == (f"full fine-tuning (run {earlier[:8]})", "5 of that run's search", "1")
+    assert row[:3] == (f"full fine-tuning (run {earlier[:8]})", "5 in that run's search", "1")
     stored = load_results("new", Path("outputs"))
     assert stored.arms[1].adopted == full.adopted
     assert full.adopted is not None
@@ -99,7 +98,7 @@ def test_what_is_not_known_of_a_run_makes_the_verdict_provisional(earlier: str) 
     other = ("hydra.sweeper.study_name=other", "data.split_seed=7", "data.train=elsewhere.jsonl")
     verdict = judge(_run(*other, f"baseline.run_id={earlier}"))
     assert verdict.words.startswith("PROVISIONAL: ")
-    assert "was trained on other data or splits, so it may have seen rows" in verdict.words
+    assert "was trained on other data or splits, so it may have seen" in verdict.words
     assert "hydra.sweeper.study_name=other_own_baseline" in verdict.text
     assert "hydra.sweeper.baseline.run_id=null" in verdict.text
 

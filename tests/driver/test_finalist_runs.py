@@ -107,7 +107,7 @@ def test_the_verdict_rests_on_the_test_split(ended: tuple[Path, StudyResults]) -
     assert (contrast.split, contrast.seeds, contrast.examples) == ("test", (3, 3), 10)
     verdict = judge(results)
     assert f"(test loss {means[0]:.4f} against {means[1]:.4f})" in verdict.words
-    assert "Seeds: 3 against 3; noise floor" in verdict.words
+    assert "Seeds: 3 against 3. Noise floor" in verdict.words
     report = (tmp_path / "lr_rank_sweep" / "report.md").read_text()
     assert "| test loss |" in report
     assert "## Finalists over seeds" in report
@@ -175,7 +175,7 @@ def test_without_finalists_the_verdict_says_so(tmp_path: Path) -> None:
     assert (results.contrasts, results.untested) == ((), SWITCHED_OFF)
     words = judge(results).words
     assert "One seed each" in words
-    assert f"Not judged on the test split: {SWITCHED_OFF}." in words
+    assert f"Not evaluated on the test split: {SWITCHED_OFF}." in words
 
 
 def test_without_a_test_split_the_verdict_stays_on_validation(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_without_a_test_split_the_verdict_stays_on_validation(tmp_path: Path) ->
     assert [found.arm for found in results.forgetting] == ["lora", "full"]
     verdict = judge(results)
     assert verdict.duels[0].split == "validation"
-    assert f"Not judged on the test split: {NO_TEST_SPLIT}." in verdict.words
+    assert f"Not evaluated on the test split: {NO_TEST_SPLIT}." in verdict.words
 
 
 def test_the_test_split_can_be_left_unread(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_test_split_can_be_left_unread(tmp_path: Path) -> None:
     assert len(_trained(tmp_path)) == 1
     assert not (_finalists(tmp_path) / "test").exists()
     assert [found.arm for found in results.forgetting] == ["lora"]
-    assert f"Not judged on the test split: {LEFT_ALONE}." in judge(results).words
+    assert f"Not evaluated on the test split: {LEFT_ALONE}." in judge(results).words
 
 
 def test_a_used_up_budget_leaves_seeds_out(
@@ -204,7 +204,7 @@ def test_a_used_up_budget_leaves_seeds_out(
     """Device-hours are spent by the search: no further seed, one seed judged on the test split."""
     results = _run(tmp_path, ONLY_LORA, *TWO_BY_THREE, "hydra.sweeper.budget.device_hours=1e-9")
     assert not _trained(tmp_path)
-    assert "of its finalists' seeds left out: the device-hours are used up" in (
+    assert "further seeds of its finalists left out: the device-hours are used up" in (
         capsys.readouterr().out
     )
     final = results.arms[0].final
@@ -270,7 +270,7 @@ def test_full_fine_tuning_that_cannot_fit_is_not_run_and_ends_nothing(
         assert way in output
     stored = load_results("lr_rank_sweep", tmp_path)
     assert stored.misfits == results.misfits
-    assert "Arm full did not fit and was not run" in judge(stored).words
+    assert "Arm full does not fit the device and was not run" in judge(stored).words
     document = json.loads((tmp_path / "lr_rank_sweep" / "results.json").read_text())
     assert document["verdict"]["misfits"]["full"]["have_mib"] == 10
 

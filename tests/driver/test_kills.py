@@ -13,7 +13,8 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeper.search.states import MAX_ATTEMPTS, counts
+from sweeper.driver.jobs import MAX_ATTEMPTS
+from sweeper.search.telling import counts
 
 KILLS = 20
 N_TRIALS = 80

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
@@ -18,11 +19,14 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeper.commands.run_study import run_study
 from sweeper.commands.steer import APPLIED, KEPT, REFUSED, CommandReply, standing, steer
 from sweeper.core.errors import StudyError
+from sweeper.core.outcome import StopCause
 from sweeper.core.paths import StudyFolder, read_json
 from sweeper.core.signals import StopSignal
+from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.budget import StudyBudget
 from sweeper.driver.command_files import (
     CloneTrial,
+    CommandInbox,
     EnqueuePoint,
     ExtendArm,
     PauseStudy,
@@ -32,13 +36,24 @@ from sweeper.driver.command_files import (
     StudyCommand,
     send,
 )
-from sweeper.driver.steering import Steering
+from sweeper.driver.command_handler import CommandHandler
+from sweeper.driver.command_log import CommandLog
+from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.jobs import JobList, JobPhase
+from sweeper.driver.pause_clock import PauseClock
+from sweeper.driver.status_writer import StatusWriter
+from sweeper.driver.study_state import StudyState
+from sweeper.driver.study_supervisor import StudySupervisor
+from sweeper.driver.worker_pool import WorkerPool
+from sweeper.reporting.console import make_console
+from sweeper.reporting.live_view import QuietView
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress
 from sweeper.reporting.study_status import ArmStatus, StudyStatus, is_driven
-from sweeper.search.states import counts
 from sweeper.search.study import QUEUED_BY
 from sweeper.search.study_plan import studies
+from sweeper.search.telling import counts
+from sweeper.workers.protocol import SlotsEvent, Work, WorkerEvent, lost
 
 NAME = "lr_rank_sweep"
 FAKE = (
@@ -157,15 +172,15 @@ def test_a_paused_trial_goes_on_where_it_was_and_what_was_asked_comes_next(tmp_p
 
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=2", SLOWLY)
     assert {name: (reply.exit_code, reply.text) for name, reply in answers.items()} == {
-        "pause": (APPLIED, "paused; 1 trial being trained: each stops with a checkpoint"),
-        "enqueue": (APPLIED, "arm lora tries learning_rate=0.002, r=32 next"),
+        "pause": (APPLIED, "pausing: waiting for 1 running trial to stop"),
+        "enqueue": (APPLIED, "next trial of arm lora: learning_rate=0.002, r=32"),
         "again": (REFUSED, "this very point waits in the queue already"),
         "outside": (REFUSED, "adapter.r=3: not in choice(2, 4, 8, 16, 32)"),
         "clone": (APPLIED, answers["clone"].text),
-        "extend": (APPLIED, "arm lora now wants 3 trials instead of 2"),
-        "paused": (APPLIED, "it is paused already"),
-        "resume": (APPLIED, "it goes on"),
-        "resumed": (APPLIED, "it is running already"),
+        "extend": (APPLIED, "arm lora extended from 2 to 3 trials"),
+        "paused": (APPLIED, "already paused"),
+        "resume": (APPLIED, "study resumed"),
+        "resumed": (APPLIED, "already running"),
     }
     first, second, third = _trials(tmp_path)
     assert {trial.user_attrs["attempt"] for trial in (first, second, third)} == {1}
@@ -174,7 +189,7 @@ def test_a_paused_trial_goes_on_where_it_was_and_what_was_asked_comes_next(tmp_p
     assert (second.params["adapter.r"], second.params["training.learning_rate"]) == (32, 2e-3)
     assert third.params == {**first.params, "training.learning_rate": 1e-2}
     assert third.user_attrs["clone_of"] == 0
-    assert _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2").arms[0].wanted == 3
+    assert _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2").arms[0].n_trials == 3
 
 
 def test_pause_and_resume_in_a_hurry_lose_nothing(tmp_path: Path) -> None:
@@ -216,9 +231,9 @@ def test_arms_that_have_not_begun_or_have_ended_are_steered_as_well(tmp_path: Pa
     assert answers[0].exit_code == KEPT
     assert [(reply.exit_code, reply.text) for reply in answers[1:]] == [
         (REFUSED, "--arm fill: no such arm; choose lora, full"),
-        (APPLIED, "arm lora now wants 2 trials instead of 1"),
-        (APPLIED, "arm full now wants 5 trials instead of 2"),
-        (REFUSED, "arm full walks all 5 points of its grid already"),
+        (APPLIED, "arm lora extended from 1 to 2 trials"),
+        (APPLIED, "arm full extended from 2 to 5 trials"),
+        (REFUSED, "arm full already tries all 5 points of its grid"),
     ]
     assert sum(map(counts, _trials(tmp_path))) == 2
     tried = sorted(_trials(tmp_path, "full"), key=lambda trial: str(trial.datetime_start))
@@ -244,9 +259,9 @@ def test_single_trials_are_ended_for_good(tmp_path: Path) -> None:
 
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=1", SLOWLY)
     assert answers == [
-        "lora/0007 is not being trained; these are: lora/0000",
-        "lora/0000 is ended for good",
-        "lora/0001 is ended for good",
+        "lora/0007 is not running; running now: lora/0000",
+        "lora/0000 stopped for good",
+        "lora/0001 stopped for good",
     ]
     *ended, last = _trials(tmp_path)
     assert [trial.user_attrs["cause"] for trial in ended] == ["cancelled", "cancelled"]
@@ -270,10 +285,10 @@ def test_stop_lets_the_running_trial_end_and_starts_none(tmp_path: Path) -> None
 
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=2", SLOWLY)
     assert answers == [
-        "it ends after the 1 trial being trained; none is started",
-        "it is stopping; `study resume` takes that back, then pause it",
-        "the stop is taken back; it goes on",
-        "it ends after the 1 trial being trained; none is started",
+        "stopping: waiting for 1 running trial to end. No new trials will start.",
+        "the study is stopping; cancel the stop with `study resume`, then pause it",
+        "stop cancelled; study resumed",
+        "stopping: waiting for 1 running trial to end. No new trials will start.",
     ]
     assert [trial.user_attrs["cause"] for trial in _trials(tmp_path)] == ["finished"]
     assert standing(_folder(tmp_path)).state == "stopped"
@@ -289,7 +304,7 @@ def test_a_stop_in_a_pause_ends_the_study(tmp_path: Path) -> None:
         person.waits_for_training(0)
         person.says(PauseStudy())
         person.waits(lambda: person.sees().running[0].state == "paused")
-        assert person.says(StopStudy()).text == "it ends now; nothing is being trained"
+        assert person.says(StopStudy()).text == "stopping now; no trial is running"
 
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=1", SLOWLY)
     assert standing(_folder(tmp_path)).state == "stopped"
@@ -328,12 +343,12 @@ def test_commands_without_a_driver_are_kept_and_obeyed_at_the_next_start(tmp_pat
     assert not is_driven(folder)
     reply = steer(folder, ExtendArm(trials=1), 0.1)
     assert reply.exit_code == KEPT
-    assert "kept until it is started again" in reply.text
+    assert "the command is kept for its next start" in reply.text
     assert f"python -m sweeper {standing(folder).command}" in reply.text
     assert steer(folder, EnqueuePoint(values={"adapter.r": "32"}), 0.1).exit_code == KEPT
     assert steer(folder, EnqueuePoint(values={"adapter.r": "33"}), 0.1).exit_code == KEPT
     assert steer(folder, PauseStudy(), 0.1) == CommandReply(
-        REFUSED, "it is not running: there is nothing to pause"
+        REFUSED, "the study is not running, so there is nothing to pause"
     )
     _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=1")
     assert len(_trials(tmp_path)) == 2
@@ -343,129 +358,168 @@ def test_commands_without_a_driver_are_kept_and_obeyed_at_the_next_start(tmp_pat
     assert list(folder.inbox.iterdir()) == []
 
 
-class Wall:
-    """A clock, a loop and an engine in one: what a pause asks of them is written down."""
+class Devices:
+    """An engine without workers: kills and stops are written down."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.busy: dict[str, int] = {}
-        self.slots = {0: 0, 1: 1}
         self.killed: list[int] = []
         self.words: list[str] = []
-        self.context = self.engine = self.view = self
+        self.events: list[WorkerEvent] = [
+            SlotsEvent(worker=0, free=1),
+            SlotsEvent(worker=1, free=1),
+        ]
 
-    def __call__(self) -> float:
+    def clock(self) -> float:
+        """A clock that only the test moves."""
         return self.now
 
+    def send(self, worker: int, work: Work) -> None:
+        """See Engine."""
+
+    def stop(self, job: str, cause: StopCause) -> None:
+        """See Engine."""
+
     def kill(self, worker: int, reason: str) -> None:
-        """Of Engine."""
+        """See Engine."""
         self.killed.append(worker)
 
-    def event(self, text: str) -> None:
-        """Of View."""
-        self.words.append(text)
+    def next_event(self, timeout_s: float) -> WorkerEvent | None:
+        """See Engine."""
+        return self.events.pop(0) if self.events else None
 
-    def training(self) -> dict[str, int]:
-        """Of Steered."""
-        return self.busy
-
-    def set_aside(self) -> None:
-        """Of Steered."""
+    def close(self) -> None:
+        """See Engine."""
 
 
-def _steering(tmp_path: Path, wall: Wall, *overrides: str) -> Steering:
+@dataclass
+class Steered:
+    """A dispatcher with the supervisor of a study, turned by hand."""
+
+    folder: StudyFolder
+    devices: Devices
+    state: StudyState
+    budget: StudyBudget
+    commands: CommandHandler
+    dispatcher: Dispatcher
+
+    def turn(self, source: JobList[ProbeJob] | None = None) -> None:
+        """Run the loop's parts once, as often as there are events."""
+        self.dispatcher._source = source or self.dispatcher._source
+        for _ in range(1 + len(self.devices.events)):
+            self.dispatcher._hand_out()
+            if (event := self.dispatcher._listen()) is not None:
+                self.dispatcher._route(event)
+            self.dispatcher._attend()
+
+
+def _steered_by_hand(tmp_path: Path, *overrides: str) -> Steered:
     (plan,) = studies([*FAKE, f"output_dir={tmp_path}", *overrides])
-    budget = StudyBudget(plan.study.budget, True, wall)
-    board = StudyProgress(plan.objective)
-    return Steering(plan, _folder(tmp_path), StopSignal(), budget, board, {}, wall)
+    devices, folder = Devices(), _folder(tmp_path)
+    budget = StudyBudget(plan.study.budget, True, devices.clock)
+    state, log = StudyState(plan, StudyProgress(plan.objective)), CommandLog(folder)
+    state.raise_totals(log.totals)
+    status, say = StatusWriter(state, folder, devices.clock), devices.words.append
+    commands = CommandHandler(state, CommandInbox(folder), log, status, say)
+    pool = WorkerPool()
+    pool.host_with(devices)
+    supervisor = StudySupervisor(commands, status, state.board, QuietView(make_console()))
+    clock = PauseClock(budget.paused, devices.clock)
+    dispatcher = Dispatcher(pool, StopSignal(), say, supervisor, clock)
+    return Steered(folder, devices, state, budget, commands, dispatcher)
 
 
 def test_a_pause_ends_the_workers_once_nothing_is_trained(tmp_path: Path) -> None:
-    """They keep the base model on their devices; a trial that is slow to its checkpoint has 20 s."""
-    wall = Wall()
-    steering = _steering(tmp_path, wall)
-    wall.busy = {"lora/0000": 0}
-    send(steering.folder, PauseStudy())
-    steering.read(wall)
-    wall.now = 19.0
-    steering.read(wall)
-    assert wall.killed == []
-    wall.now = 21.0
-    steering.read(wall)
-    steering.read(wall)
-    assert wall.killed == [0]
-    wall.busy = {}
-    steering.read(wall)
-    steering.read(wall)
-    assert wall.killed == [0, 0, 1]
-    assert "paused after 21 s: no worker holds memory of a device" in wall.words
+    """They keep the base model on their devices; a job that is slow to stop has 20 s."""
+    steered = _steered_by_hand(tmp_path)
+    devices = steered.devices
+    probe = ProbeJob("lora", steered.state.plan.arms[0].settings.trial)
+    steered.turn(JobList([probe]))
+    send(steered.folder, PauseStudy())
+    steered.turn()
+    devices.now = 19.0
+    steered.turn()
+    assert devices.killed == []
+    devices.now = 21.0
+    steered.turn()
+    steered.turn()
+    assert devices.killed == [0]
+    devices.events = [lost(0, None, "paused", "")]
+    steered.turn()
+    steered.turn()
+    assert devices.killed == [0, 1]
+    assert (probe.phase, probe.attempt) == (JobPhase.QUEUED, 1)
+    assert "paused after 21 s: all workers ended, their devices are free" in devices.words
 
 
 def test_a_pause_takes_no_wall_clock_time(tmp_path: Path) -> None:
     """An hour's limit, ten minutes used, two hours paused: fifty minutes are left."""
-    wall = Wall()
-    steering = _steering(tmp_path, wall, "hydra.sweeper.budget.wall_clock=1h")
-    arm = steering.budget.of_arm(1.0, 0.0)
-    wall.now = 600.0
-    send(steering.folder, PauseStudy())
-    steering.read(wall)
-    wall.now += 3600.0
-    steering.read(wall)
+    steered = _steered_by_hand(tmp_path, "hydra.sweeper.budget.wall_clock=1h")
+    arm, devices = steered.budget.of_arm(1.0, 0.0), steered.devices
+    devices.now = 600.0
+    send(steered.folder, PauseStudy())
+    steered.turn()
+    devices.now += 3600.0
+    steered.turn()
     assert arm.left([]) == "50 min 00 s left"
-    wall.now += 3600.0
-    send(steering.folder, ResumeStudy())
-    steering.read(wall)
-    assert arm.left([]) == steering.budget.of_arm(1.0, 0.0).left([]) == "50 min 00 s left"
+    devices.now += 3600.0
+    send(steered.folder, ResumeStudy())
+    steered.turn()
+    assert arm.left([]) == steered.budget.of_arm(1.0, 0.0).left([]) == "50 min 00 s left"
 
 
-def test_what_was_meant_for_an_earlier_driver_is_refused(tmp_path: Path) -> None:
+def test_commands_to_an_earlier_driver_are_refused(tmp_path: Path) -> None:
     """A pause or a stop left over by a kill does not hold the next run; a larger total stands."""
-    wall = Wall()
     for command in (PauseStudy(), StopStudy(now=True), ExtendArm(trials=4)):
         send(_folder(tmp_path), command)
-    steering = _steering(tmp_path, wall)
-    steering.catch_up(wall)
-    assert not steering.holds
-    assert steering.total("lora") == 7
-    assert "study pause: refused: it was meant for an earlier run of this study" in wall.words[0]
-    assert _steering(tmp_path, wall).total("lora") == 7
+    steered = _steered_by_hand(tmp_path)
+    steered.commands.catch_up()
+    assert steered.dispatcher.mode == "running"
+    assert steered.state.total("lora") == 7
+    words = "study pause: refused: it was meant for an earlier run of this study"
+    assert words in steered.devices.words[0]
+    assert _steered_by_hand(tmp_path).state.total("lora") == 7
 
 
-def test_a_full_disk_ends_no_study_for_a_look_at_it(
+def test_a_full_disk_does_not_end_a_study_for_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the study stands is written when there is room again."""
-    steering = _steering(tmp_path, Wall())
+    """The status is written when there is room again."""
+    steered = _steered_by_hand(tmp_path)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sweeper.driver.steering.write_json", full)
-    steering.read(Wall())
-    assert not steering.folder.standing.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("sweeper.driver.status_writer.write_json", full)
+        steered.turn()
+        assert not steered.folder.standing.exists()
+    steered.devices.now += 60.0
+    steered.turn()
+    assert standing(steered.folder).study_name == NAME
 
 
 def test_a_damaged_record_is_named_with_the_way_out(tmp_path: Path) -> None:
-    """steering.json is the driver's own; somebody who edited it is told what to do."""
+    """steering.json is the driver's own: an edit that cannot be read is an error with the way out."""
     folder = _folder(tmp_path)
     folder.path.mkdir(parents=True)
     folder.steering.write_text('{"totals": {"lora": "many"}}', encoding="utf-8")
-    with pytest.raises(StudyError, match="move it away to go on"):
-        _steering(tmp_path, Wall())
+    with pytest.raises(StudyError, match="move it away to continue"):
+        _steered_by_hand(tmp_path)
 
 
 KILLED = """
 import os, signal, sys
-from sweeper.driver import steering
+from sweeper.driver import command_handler
 from sweeper.search.study_plan import studies
 from sweeper.commands.run_study import run_study
 moment, arguments = sys.argv[1], sys.argv[2:]
 def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if moment == 'before it is written down':
-    queue = steering.queue
-    steering.queue = lambda *given: (queue(*given), die())
+    queue = command_handler.queue
+    command_handler.queue = lambda *given: (queue(*given), die())
 else:
-    steering.CommandInbox.answer = die
+    command_handler.CommandInbox.answer = die
 run_study(studies(arguments)[0])
 """
 

@@ -14,12 +14,12 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import StudyError, TrialFailed
 from sweeper.core.outcome import TrialSize
 from sweeper.core.paths import TrialFolder, read_json
-from sweeper.driver import arm_search
 from sweeper.reporting.rank_ladder import rank_ladders
 from sweeper.reporting.result_tables import leaderboard
 from sweeper.reporting.results import StudyResults
-from sweeper.search.states import counts
+from sweeper.search import driver
 from sweeper.search.study_plan import studies
+from sweeper.search.telling import counts
 from sweeper.workers.fake_runner import FakeRunner
 from sweeper.workers.local_engine import LocalEngine
 from sweeper.workers.protocol import CheckCommand, CheckedEvent, ProbeCommand
@@ -174,7 +174,7 @@ def test_an_interrupt_during_a_check_loses_no_point(
 
     few = (INLINE, "sampler=grid", "adapter.r=2,4", "adapter.target_modules=mlp")
     with monkeypatch.context() as patch:
-        patch.setattr(arm_search.ArmDriver, "_checked", interrupted)
+        patch.setattr(driver.ArmDriver, "_checked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(tmp_path, *few, "hydra.sweeper.n_trials=2")
     assert _trials(tmp_path)[0].user_attrs["cause"] == "cancelled"
@@ -189,13 +189,13 @@ def test_two_slots_are_used_while_a_point_is_checked(
 ) -> None:
     """Only the worker that is asked waits: a trial ends on the other one before the answer comes."""
     answered: list[int] = []
-    heard = arm_search.ArmDriver._checked
+    heard = driver.ArmDriver._checked
 
-    def hear(self: arm_search.ArmDriver, event: CheckedEvent) -> None:
+    def hear(self: driver.ArmDriver, event: CheckedEvent) -> None:
         answered.append(len(self._live))
         heard(self, event)
 
-    monkeypatch.setattr(arm_search.ArmDriver, "_checked", hear)
+    monkeypatch.setattr(driver.ArmDriver, "_checked", hear)
     _run(
         tmp_path,
         *("workers.engine=local", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6"),
@@ -219,7 +219,7 @@ def test_target_presets_are_compared_at_equal_size(tmp_path: Path) -> None:
         folder = TrialFolder(tmp_path / "s" / "lora" / f"trial_{trial.number:04d}")
         adapter = read_json(folder.config)["adapter"]  # the fake runner writes JSON
         assert (adapter["r"], adapter["trainable_parameters"]) == (20, None)
-    assert {trial.point["adapter.r"] for trial in arm.trials} == {20}
+    assert {trial.params["adapter.r"] for trial in arm.trials} == {20}
     assert {"r", "trainable"} < set(leaderboard(arm).columns)
     assert rank_ladders(results) == []
     configs = sorted((tmp_path / "s" / "lora" / "finalists").glob("trial_*/config.yaml"))

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from sweeper.data.tokens import IGNORED
-from sweeper.evaluation.chunked_head import FINISHES, chunkable
+from sweeper.evaluation.chunked_head import FINISHES, states_at
 from sweeper.evaluation.token_loss import target_nll, token_nll
 
 VOCABULARY = 97
@@ -77,6 +77,15 @@ def batch_of_three() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def needs_whole_logits(model: torch.nn.Module) -> bool:
+    """True if `states_at` returns logits, whose width is the vocabulary, instead of hidden states."""
+    inputs = batch_of_three()
+    targets = inputs.pop("labels") != IGNORED
+    with torch.no_grad():
+        states, _ = states_at(model, inputs, targets)
+    return states.shape[-1] == VOCABULARY
+
+
 def whole_nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The oracle: all logits of the model's own forward, all at once."""
     inputs = {name: values for name, values in batch.items() if name != "labels"}
@@ -114,7 +123,7 @@ def assert_equal_in_chunks(model: torch.nn.Module) -> None:
 def test_chunks_equal_the_whole_computation(kind: str) -> None:
     """Biases, ties, soft caps and scales of known heads survive being applied in chunks."""
     model = tiny(kind, CHUNKED[kind])
-    assert chunkable(model)
+    assert not needs_whole_logits(model)
     assert_equal_in_chunks(model)
 
 
@@ -122,7 +131,7 @@ def test_chunks_equal_the_whole_computation(kind: str) -> None:
 def test_a_class_that_is_not_known_keeps_its_own_forward(kind: str) -> None:
     """Its logits exist whole, at the targets only, and the figures are the same."""
     model = tiny(kind, WHOLE[kind])
-    assert not chunkable(model)
+    assert needs_whole_logits(model)
     assert_equal_in_chunks(model)
 
 
@@ -146,7 +155,7 @@ def test_chunks_go_through_the_adapter(name: str) -> None:
     """LoRA in the body and on the head, a retrained head, new tokens: same loss, same gradients."""
     tied = name == "new tokens"
     model = adapted(name, tie_word_embeddings=tied)
-    assert chunkable(model)
+    assert not needs_whole_logits(model)
     assert_equal_in_chunks(model)
 
 
@@ -215,7 +224,7 @@ def test_a_class_of_the_same_name_elsewhere_is_not_trusted() -> None:
     llama = type(tiny("llama", SMALL))
     theirs = type("LlamaForCausalLM", (llama,), {"__module__": "transformers_modules.theirs"})
     model = theirs(AutoConfig.for_model("llama", **SMALL)).eval()
-    assert not chunkable(model)
+    assert needs_whole_logits(model)
     assert_equal_in_chunks(model)
 
 

@@ -16,7 +16,7 @@ from sweeper.data.encode import encode_evaluation, encode_prompts
 from sweeper.data.tokens import PaddingCollator
 from sweeper.evaluation.judge import HeldOutPrompts, ModelJudge, make_judge, plausibility_warning
 from sweeper.evaluation.rouge import rouge
-from sweeper.evaluation.token_loss import evaluate_loss
+from sweeper.evaluation.token_loss import evaluate_examples, total
 from sweeper.modeling.base_model import LoadedBase, load_base
 from tests.conftest import make_settings
 from tests.data.samples import example, make_data
@@ -59,7 +59,9 @@ def test_every_named_metric_is_measured(base: LoadedBase) -> None:
     judgement = judge(base.model)
     assert set(DIRECTIONS) <= set(judgement.metrics)
     assert all(math.isfinite(value) for value in judgement.metrics.values())
-    loss = evaluate_loss(base.model, judge.rows, PaddingCollator(base.tokenizer.pad_token_id), 8)
+    loss = total(
+        evaluate_examples(base.model, judge.rows, PaddingCollator(base.tokenizer.pad_token_id), 8)
+    )
     assert judgement.value("eval/loss") == pytest.approx(loss.mean, abs=1e-6)
     assert judgement.value("eval/perplexity") == pytest.approx(math.exp(loss.mean), rel=1e-5)
     bits = loss.nll / math.log(2) / sum(judge.row_bytes)

@@ -42,7 +42,7 @@ def test_a_users_metric_is_an_objective_in_either_direction() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective.metric=eval/bleu"], r"eval/bleu: no such metric; choose one of eval/loss, "),
+        (["objective.metric=eval/bleu"], r"eval/bleu: no such metric. Choose one of eval/loss, "),
         (["objective.metric=eval/mine"], "name a function in evaluation.metrics"),
         (["objective.direction=maximize"], "for eval/loss better means minimize"),
         (["objective=rougeL", NONE], r"objective\.metric=eval/rougeL .*generates none"),

@@ -1,16 +1,17 @@
-"""ROUGE against rouge_score itself, against values by hand, and through evaluate's metric."""
+"""ROUGE against rouge_score itself and against values by hand."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from sweeper.config.settings import EvaluationSettings, validate
 from sweeper.core.errors import ConfigError
 from sweeper.evaluation import rouge as module
 from sweeper.evaluation.rouge import KINDS, rouge
+from tests.conftest import make_settings
 
 REFERENCES = [
     "the cat sat on the mat",
@@ -25,72 +26,6 @@ PREDICTIONS = [
     "",
 ]
 
-# evaluate's metric as its repository has it, less the documentation
-METRIC = """
-import absl
-import datasets
-import evaluate
-import nltk
-from rouge_score import rouge_scorer, scoring
-
-
-class Tokenizer:
-    def __init__(self, tokenizer_func):
-        self.tokenizer_func = tokenizer_func
-
-    def tokenize(self, text):
-        return self.tokenizer_func(text)
-
-
-class Rouge(evaluate.Metric):
-    def _info(self):
-        text = datasets.Value("string")
-        return evaluate.MetricInfo(
-            description="", citation="", inputs_description="",
-            features=[datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
-                      datasets.Features({"predictions": text, "references": text})])
-
-    def _compute(self, predictions, references, rouge_types=None, use_aggregator=True,
-                 use_stemmer=False, tokenizer=None):
-        multi_ref = isinstance(references[0], list)
-        if tokenizer is not None:
-            tokenizer = Tokenizer(tokenizer)
-        scorer = rouge_scorer.RougeScorer(rouge_types, use_stemmer=use_stemmer, tokenizer=tokenizer)
-        if use_aggregator:
-            aggregator = scoring.BootstrapAggregator()
-        scores = []
-        for ref, pred in zip(references, predictions):
-            score = scorer.score_multi(ref, pred) if multi_ref else scorer.score(ref, pred)
-            if use_aggregator:
-                aggregator.add_scores(score)
-            else:
-                scores.append(score)
-        if use_aggregator:
-            result = aggregator.aggregate()
-            return {key: result[key].mid.fmeasure for key in result}
-        return {key: [score[key].fmeasure for score in scores] for key in scores[0]}
-"""
-
-
-@pytest.fixture(autouse=True)
-def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty caches of evaluate's own: what this machine holds decides nothing here."""
-    import evaluate.config
-
-    folder = tmp_path / "modules"
-    monkeypatch.setattr(evaluate.config, "HF_MODULES_CACHE", folder)
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path / "metrics")
-    return folder
-
-
-@pytest.fixture
-def metric_folder(tmp_path: Path) -> Path:
-    """A local copy of evaluate's rouge metric."""
-    folder = tmp_path / "rouge"
-    folder.mkdir()
-    (folder / "rouge.py").write_text(METRIC, encoding="utf-8")
-    return folder
-
 
 def test_scores_are_rouge_scores_f_measures() -> None:
     """Every example's F-measure is the library's, and the figure is their plain mean."""
@@ -103,7 +38,6 @@ def test_scores_are_rouge_scores_f_measures() -> None:
         ]
         assert list(found.examples[kind]) == expected
         assert found.means[kind] == pytest.approx(fmean(expected), abs=1e-15)
-    assert found.source == "rouge_score"
     assert found.warning is None
 
 
@@ -117,42 +51,6 @@ def test_rouge_l_is_of_the_whole_text_not_of_its_lines() -> None:
     """Lines in another order cost ROUGE-L what they would cost in one line (that is not Lsum)."""
     one_line = rouge(["b c a"], ["a b c"]).means["rougeL"]
     assert rouge(["b c\na"], ["a\nb c"]).means["rougeL"] == pytest.approx(one_line)
-
-
-@pytest.mark.parametrize("tokenizer", ["ascii", "unicode"])
-def test_evaluates_metric_gives_identical_figures(
-    metric_folder: Path, tokenizer: module.TokenizerName
-) -> None:
-    """A local folder of evaluate's metric and rouge_score agree to the last bit."""
-    through = rouge(PREDICTIONS, REFERENCES, tokenizer, str(metric_folder))
-    direct = rouge(PREDICTIONS, REFERENCES, tokenizer)
-    assert through.means == direct.means
-    assert through.examples == direct.examples
-    assert through.source.startswith("evaluate ")
-
-
-def test_a_cached_metric_is_used_without_asking_a_network(
-    metric_folder: Path, caches: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What an earlier evaluate.load("rouge") left behind is found by itself."""
-    cached = caches / "evaluate_modules" / "metrics" / "evaluate-metric--rouge" / ("a" * 64)
-    cached.mkdir(parents=True)
-    (cached / "rouge.py").write_text((metric_folder / "rouge.py").read_text())
-
-    def no_network(*_: object) -> None:
-        raise AssertionError("a connection was tried")
-
-    monkeypatch.setattr("socket.socket.connect", no_network)
-    found = rouge(PREDICTIONS, REFERENCES)
-    assert found.source == f"evaluate {cached / 'rouge.py'}"
-    monkeypatch.setattr(module, "_cached_script", lambda: None)
-    assert found.means == rouge(PREDICTIONS, REFERENCES).means
-
-
-def test_a_folder_without_a_metric_is_named(tmp_path: Path) -> None:
-    """The message names the key and the script that is missing."""
-    with pytest.raises(ConfigError, match=r"evaluation\.rouge_path=.*no metric script.*empty\.py"):
-        rouge(PREDICTIONS, REFERENCES, path=str(tmp_path / "empty"))
 
 
 def test_other_scripts_score_zero_in_ascii_and_say_so() -> None:
@@ -183,3 +81,13 @@ def test_unicode_tokens(text: str, tokens: list[str]) -> None:
 def test_unicode_equals_ascii_on_ascii_text() -> None:
     """The tokenizers differ only where ascii knows nothing."""
     assert rouge(PREDICTIONS, REFERENCES, "unicode").means == rouge(PREDICTIONS, REFERENCES).means
+
+
+def test_a_stored_rouge_path_is_read_if_it_was_unset() -> None:
+    """An earlier config.yaml with the key's default is read; a path, which has no effect now, is not."""
+    stored = make_settings().evaluation.model_dump()
+    assert (
+        validate(EvaluationSettings, {**stored, "rouge_path": None}) == make_settings().evaluation
+    )
+    with pytest.raises(ConfigError, match=r"rouge_path='/rouge': no such key"):
+        validate(EvaluationSettings, {**stored, "rouge_path": "/rouge"})

@@ -10,13 +10,7 @@ import torch
 from sweeper.data.encode import encode_evaluation
 from sweeper.data.splits import load_splits
 from sweeper.data.tokens import IGNORED, PaddingCollator, Tokens
-from sweeper.evaluation.token_loss import (
-    LossSum,
-    evaluate_examples,
-    evaluate_loss,
-    target_bytes,
-    total,
-)
+from sweeper.evaluation.token_loss import LossSum, evaluate_examples, target_bytes, total
 from sweeper.modeling.base_model import LoadedBase, load_base
 from tests.conftest import make_settings
 from tests.data.samples import example, make_data
@@ -37,7 +31,9 @@ def judged(request: pytest.FixtureRequest) -> Judged:
 def test_loss_is_the_same_for_every_batch_size(judged: Judged) -> None:
     """Batch sizes 1, 8 and 32 agree to 1e-5: sums over tokens, not means over batches."""
     base, rows, collator = judged
-    losses = [evaluate_loss(base.model, rows, collator, size).mean for size in (1, 8, 32)]
+    losses = [
+        total(evaluate_examples(base.model, rows, collator, size)).mean for size in (1, 8, 32)
+    ]
     assert max(losses) - min(losses) < 1e-5
 
 
@@ -46,6 +42,7 @@ def test_loss_of_an_example_is_its_own(judged: Judged) -> None:
     base, rows, collator = judged
     alone = evaluate_examples(base.model, rows[:12], collator, 1)
     backwards = evaluate_examples(base.model, rows[:12][::-1], collator, 12, chunk_size=7)[::-1]
+    assert len(alone) == 12
     for one, other in zip(alone, backwards, strict=True):
         assert one.tokens == other.tokens
         assert one.mean == pytest.approx(other.mean, abs=1e-5)
@@ -62,7 +59,7 @@ def test_loss_is_sum_of_nll_over_sum_of_tokens(judged: Judged) -> None:
             if label != IGNORED:
                 nll -= float(torch.log_softmax(logits[position - 1], -1)[label])
                 tokens += 1
-    loss = evaluate_loss(base.model, rows[:10], collator, 4)
+    loss = total(evaluate_examples(base.model, rows[:10], collator, 4))
     assert loss.tokens == tokens
     assert loss.mean == pytest.approx(nll / tokens, abs=1e-5)
     assert loss.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-4)
@@ -74,7 +71,9 @@ def test_batch_means_would_depend_on_the_batch_size(judged: Judged) -> None:
 
     def mean_of_means(size: int) -> float:
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        means = [evaluate_loss(base.model, batch, collator, size).mean for batch in batches]
+        means = [
+            total(evaluate_examples(base.model, batch, collator, size)).mean for batch in batches
+        ]
         return sum(means) / len(means)
 
     assert abs(mean_of_means(1) - mean_of_means(60)) > 0.01
@@ -84,7 +83,7 @@ def test_evaluation_leaves_the_mode_as_it_was(judged: Judged) -> None:
     """A model in training is in training afterwards."""
     base, rows, collator = judged
     base.model.train()
-    evaluate_loss(base.model, rows[:2], collator, 2)
+    evaluate_examples(base.model, rows[:2], collator, 2)
     assert base.model.training
     base.model.eval()
 

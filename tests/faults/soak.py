@@ -280,7 +280,7 @@ def _study_problems(servers: Servers, driver: Driver) -> list[str]:
     """Optuna's storage: n_trials results, each once and as its folder says; nothing stuck."""
     import optuna
 
-    from sweeper.search.states import counts
+    from sweeper.search.telling import counts
 
     url = servers.environment["SWEEPER_STORAGE"]
     trials = optuna.load_study(study_name=f"{STUDY}/lora", storage=url).get_trials()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from sweeper.search.states import MAX_ATTEMPTS
+from sweeper.driver.jobs import MAX_ATTEMPTS
 from tests.faults.conftest import Launch
 from tests.faults.sweep import EVALUATED, Sweep, spool
 

@@ -60,7 +60,7 @@ def test_a_base_that_is_not_there_says_what_to_give(monkeypatch: pytest.MonkeyPa
     """Offline, an unknown id is answered with that id and the way out, not with a stack trace."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     settings = make_settings("model.base_model=nobody/nothing")
-    with pytest.raises(ModelError, match=r"'nobody/nothing' is no local folder.*give a folder"):
+    with pytest.raises(ModelError, match=r"'nobody/nothing' is not a local folder.*set a folder"):
         load_base(settings.model, settings.quantization, trained=False)
 
 

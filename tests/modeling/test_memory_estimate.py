@@ -13,14 +13,14 @@ from sweeper.modeling import step_memory
 from sweeper.modeling.adapter import attach, count_parameters
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.memory_estimate import (
-    WORDS,
+    LABELS,
     estimate,
     estimate_trial,
     model_on_meta,
     quantized_weights,
     state_bytes,
 )
-from sweeper.modeling.step_memory import PeakBytes, StepWorkload, rehearse
+from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step
 from sweeper.modeling.trial_check import ModelChecks
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, GROUPED, HEADS, SIZE
@@ -132,7 +132,9 @@ def test_shares_are_a_part_of_all_until_the_whole_weights_count(
 
 def _rehearsed(workload: StepWorkload, attention: str = "sdpa", *overrides: str) -> PeakBytes:
     adapter = make_settings("quantization=none", *overrides).adapter
-    return rehearse(model_on_meta(DEEP, adapter, torch.float32, attention), workload, torch.float32)
+    return simulate_step(
+        model_on_meta(DEEP, adapter, torch.float32, attention), workload, torch.float32
+    )
 
 
 def _workload(*, checkpointing: bool = False, length: int = 32, **other: int) -> StepWorkload:
@@ -183,7 +185,7 @@ def test_every_architecture_is_estimated(name: str) -> None:
         attn_implementation="eager" if name in ("gptj", "gemma2") else "sdpa",
         on=CPU,
     )
-    parts = [getattr(found, part) for part in WORDS]
+    parts = [getattr(found, part) for part in LABELS]
     assert all(part >= 0 for part in parts)
     assert found.activations > 0
     assert found.total == pytest.approx(sum(parts))

@@ -110,7 +110,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
     _adapter_of(base, tmp_path / "adapter")
     with pytest.raises(ModelError, match="adapter into"):
         merge(other, tmp_path / "adapter", tmp_path / "merged", "float32")
-    with pytest.raises(ModelError, match="holds no adapter"):
+    with pytest.raises(ModelError, match="contains no adapter"):
         merge(base, other, tmp_path / "merged", "float32")
 
 

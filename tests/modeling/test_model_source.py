@@ -42,11 +42,14 @@ def _model(base_model: str | Path, *overrides: str) -> ModelSettings:
             GatedRepoError("403", response=Mock()),
             ["huggingface.co/org/name", "licence", "HF_TOKEN"],
         ),
-        (RepositoryNotFoundError("404", response=Mock()), ["knows no such model", "HF_TOKEN"]),
+        (
+            RepositoryNotFoundError("404", response=Mock()),
+            ["neither a local folder nor a model on the hub", "HF_TOKEN"],
+        ),
         (RevisionNotFoundError("404", response=Mock()), ["no revision 'v9'"]),
         (
             LocalEntryNotFoundError("offline"),
-            ["sweeper prefetch model.base_model=org/name", "give a folder", "HF_HUB_OFFLINE"],
+            ["sweeper prefetch model.base_model=org/name", "set a folder", "HF_HUB_OFFLINE"],
         ),
         (HFValidationError("bad"), ["neither a local folder nor a hub id"]),
         (RuntimeError("disk full\nlong story"), ["could not be fetched", "disk full"]),
@@ -98,7 +101,9 @@ def test_the_hub_caches_own_layout_is_a_local_folder(tmp_path: Path) -> None:
     (cache / "refs" / "main").write_text(other)
     assert find_source(_model(cache)).commit == other
     assert find_source(_model(cache, f"model.revision={COMMIT}")).commit == COMMIT
-    with pytest.raises(ModelError, match=f"holds no such revision; it holds {COMMIT}, {other}"):
+    with pytest.raises(
+        ModelError, match=f"does not contain this revision. Its revisions are {COMMIT}, {other}"
+    ):
         find_source(_model(cache, "model.revision=v9"))
 
 
@@ -185,9 +190,9 @@ def test_auto_on_a_cpu_is_fp32_and_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(hardware, "_cpu_bf16_units", lambda: ())
     assert str(choose_dtype("auto", CPU)).startswith("float32: this CPU has no AVX512_BF16 or AMX")
     monkeypatch.setattr(hardware, "_cpu_bf16_units", lambda: ("AMX",))
-    assert "model.dtype=bfloat16 is faster" in str(choose_dtype("auto", CPU))
+    assert "model.dtype=bfloat16 would be faster" in str(choose_dtype("auto", CPU))
     assert choose_dtype("auto", CPU).dtype == torch.float32
-    assert choose_dtype("float16", CPU).reason == "model.dtype=float16 asks for it"
+    assert choose_dtype("float16", CPU).reason == "set by model.dtype=float16"
 
 
 def test_the_device_report_has_figures() -> None:

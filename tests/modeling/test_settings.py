@@ -19,17 +19,17 @@ def test_every_quantization_has_the_name_of_its_group_choice(kind: str) -> None:
     ("overrides", "sentence"),
     [
         (["quantization.load_in_8bit=true"], "load_in_4bit and load_in_8bit are both true"),
-        (["adapter=none"], r"quantized base \(nf4\) does not allow; add quantization=none"),
+        (["adapter=none"], r"quantized base \(nf4\) does not allow. Add quantization=none"),
         (
             ["adapter=none", "quantization=int8"],
             r"quantized base \(int8\) does not allow",
         ),
-        (["quantization=int8", "adapter.use_dora=true"], "choose quantization=none, nf4 or fp4"),
-        (["adapter.init_lora_weights=pissa_niter_4"], "fails on a 4-bit.*choose default, gaussian"),
+        (["quantization=int8", "adapter.use_dora=true"], "Choose quantization=none, nf4 or fp4"),
+        (["adapter.init_lora_weights=pissa_niter_4"], "fails on a 4-bit.*Choose default, gaussian"),
         (["adapter.init_lora_weights=eva"], "needs a pass over the data.*choose default, gaussian"),
         (["adapter.init_lora_weights=loftq"], "needs CUDA.*choose default, gaussian, olora"),
         (["adapter.init_lora_weights=true"], "its name here is default"),
-        (["adapter.init_lora_weights=xavier"], "is no initialisation; choose default, gaussian"),
+        (["adapter.init_lora_weights=xavier"], "is no initialisation. Choose default, gaussian"),
         (
             ["adapter.layers_to_transform=last:8"],
             "range such as 0-11 .both ends included., or last-8",

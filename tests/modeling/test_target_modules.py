@@ -110,11 +110,11 @@ def test_a_regular_expression_that_is_wrong_or_matches_nothing_says_so() -> None
     names = linear_modules(on_meta(CONFIGS["gpt2"]))
     with pytest.raises(ModelError, match=r"a full name is transformer\.h\.0\.attn\.c_attn"):
         resolve_targets("regex:c_attn", names)
-    with pytest.raises(ModelError, match="is no regular expression"):
+    with pytest.raises(ModelError, match="is not a regular expression"):
         resolve_targets("regex:(", names)
 
 
 def test_a_preset_that_matches_nothing_lists_what_exists() -> None:
     """An architecture without these names answers with its own."""
-    with pytest.raises(ModelError, match="its linear modules are wide; presets: attention_qv"):
+    with pytest.raises(ModelError, match=r"Its linear modules are wide\. Presets: attention_qv"):
         resolve_targets("mlp", ["block.0.wide"])

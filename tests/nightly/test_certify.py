@@ -77,8 +77,9 @@ def test_every_look_is_recorded_and_counted(tmp_path: Path) -> None:
     assert (first.test_loss, first.untuned_test_loss) == (pytest.approx(4.2), pytest.approx(4.7))
     assert first.difference.value == pytest.approx(-0.5)
     assert first.forgetting == pytest.approx(0.02)
-    assert "better); forgetting +0.0200 nats. This was the first look" in first.words
-    assert "look number 3" in third.words
+    assert "The champion is better (difference -0.5000 nats" in first.words
+    assert "Forgetting: +0.0200 nats. This was the first evaluation" in first.words
+    assert "This was evaluation 3 on this test split." in third.words
     stored = json.loads(models.all[0].tags[f"{CERTIFIED_TAG}2"])
     assert (stored["version"], stored["data_digest"]) == ("1", "a")
 
@@ -88,8 +89,8 @@ def test_worse_than_the_base_is_said(tmp_path: Path) -> None:
     models = Models(_version(tmp_path, "1", "a"))
     figures = _unseen(4.6, None), _unseen(4.5, None)
     found = certify("mine", models, lambda _: figures, _trained_on)  # type: ignore[arg-type]
-    assert "NOT better beyond doubt" in found.words
-    assert "forgetting" not in found.words
+    assert "NOT certainly better" in found.words
+    assert "Forgetting" not in found.words
 
 
 def _write_rows(path: Path, count: int) -> None:
@@ -114,7 +115,7 @@ def test_data_that_changed_since_are_refused_before_anything_is_judged(tmp_path:
     _write_rows(data, 44)
     before = models.all[0]
     with pytest.raises(
-        DataError, match=r"version 1 of 'mine'.*data\.digest is .* not the .* put back the data"
+        DataError, match=r"version 1 of 'mine'.*data\.digest is .* not .* Restore the data"
     ):
         certify("mine", models, judge)  # type: ignore[arg-type]
     assert (len(judged), models.all[0]) == (1, before)
@@ -125,5 +126,5 @@ def test_what_cannot_be_certified_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="has no champion to certify"):
         certify("mine", Models())  # type: ignore[arg-type]
     away = ModelVersion("mine", "1", "s", "lora/0000", tmp_path / "gone", None, {})
-    with pytest.raises(TrackingError, match="not on this machine; certify it where it is"):
+    with pytest.raises(TrackingError, match=r"not on this machine\. Certify it on"):
         certify("mine", Models(away))  # type: ignore[arg-type]

@@ -78,9 +78,17 @@ def test_margin_is_twice_the_seed_spread_where_it_is_known() -> None:
 @pytest.mark.parametrize(
     ("rules", "evidence", "words"),
     [
-        ({"max_size_mib": 10.0}, {"size_mib": 12.0}, "12.0 MiB are over max_size_mib=10"),
-        ({"max_forgetting": 0.1}, {"forgotten": 0.3}, "it forgot 0.3000 nats"),
-        ({"max_forgetting": 0.1}, {}, "no general text is named (evaluation.general_text.source)"),
+        ({"max_size_mib": 10.0}, {"size_mib": 12.0}, "size of 12.0 MiB exceeds max_size_mib=10"),
+        (
+            {"max_forgetting": 0.1},
+            {"forgotten": 0.3},
+            "forgetting of 0.3000 nats exceeds max_forgetting=0.1",
+        ),
+        (
+            {"max_forgetting": 0.1},
+            {},
+            "no general text is configured (evaluation.general_text.source)",
+        ),
     ],
 )
 def test_limits_refuse_a_better_model(

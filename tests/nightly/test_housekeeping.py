@@ -66,17 +66,20 @@ def test_runs_deleted_in_mlflow_go_for_good(tmp_path: Path) -> None:
     client.delete_run(deleted)
     words = registry.collect_deleted(0.0, dry_run=True)
     assert words is not None
-    assert "of 1 deleted runs those older would be removed by: mlflow gc --older-than 0s" in words
+    assert (
+        "of 1 deleted runs, those older than 0s would be removed by: mlflow gc --older-than 0s"
+        in words
+    )
     client.create_registered_model("model")
     version = client.create_model_version("model", "nowhere", deleted)
     held = registry.collect_deleted(0.0, dry_run=False)
     assert held == (
-        "MLflow: none of 1 deleted runs is removed for good: versions of model point at some; "
-        "restore those"
+        "MLflow: none of 1 deleted runs was removed permanently, because versions of model refer to "
+        "some of them. Restore those"
     )
     client.delete_model_version("model", version.version)
     done = registry.collect_deleted(0.0, dry_run=False)
-    assert done == "MLflow: 1 of 1 deleted runs removed for good"
+    assert done == "MLflow: 1 of 1 deleted runs permanently removed"
     assert client.get_run(kept).info.run_id == kept
     assert not list((tmp_path / "artifacts").rglob("*.safetensors"))
     assert registry.collect_deleted(0.0, dry_run=False) is None

@@ -184,7 +184,7 @@ def test_between_nights_it_says_when_the_next_begins(
     """Fired at noon, nothing runs, and the next night is named in local time."""
     write_set({"policy": "fresh"}, time_zone="Europe/Berlin")
     assert run_night("mine", clock=lambda: datetime(2026, 5, 1, 12, tzinfo=UTC)) is None
-    assert "the next begins 2026-05-01 22:00 CEST" in capsys.readouterr().out
+    assert "The next begins 2026-05-01 22:00 CEST" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -210,8 +210,8 @@ def test_failed_trials_are_told_by_cause(write_set: Write) -> None:
     write_set({"policy": "fresh", "overrides": [*FAKE, *SMALL, plan]})
     run_night("mine", clock=_night(0))
     text = _folder().digest.read_text()
-    assert "1 trials ended as diverged" in text
-    assert "1 trials ended as oom" in text
+    assert "1 trial ended as diverged" in text
+    assert "1 trial ended as oom" in text
 
 
 def test_no_experiment_starts_after_the_budget(write_set: Write) -> None:
@@ -268,7 +268,7 @@ def test_worse_than_last_night_is_a_regression(write_set: Write) -> None:
     worse = [*FAKE, *SMALL, "training.learning_rate=1e-5", "hydra.sweeper.warm_start=[]"]
     write_set({"policy": "fresh", "overrides": worse})
     assert run_night("mine", clock=_night(1)) == "regression"
-    assert "worse than the last one" in _folder(1).digest.read_text()
+    assert "worse than on the previous night" in _folder(1).digest.read_text()
 
 
 def test_digest_and_page_say_the_same(write_set: Write) -> None:

@@ -51,7 +51,7 @@ def test_failure_is_a_sentence_without_the_address(
     port, posted = server
     urls = ["json://user:hunter2@127.0.0.1:9", "nonsense://hunter2", f"json://127.0.0.1:{port}"]
     problems = notify(urls, "title", "text")
-    assert problems == ["notify[0]: not sent", "notify[1]: is no address that apprise knows"]
+    assert problems == ["notify[0]: not sent", "notify[1]: apprise does not support this URL"]
     assert len(posted) == 1
 
 

@@ -13,7 +13,8 @@ import yaml
 from mlflow import MlflowClient
 
 from sweeper.core.errors import TrackingError
-from sweeper.nightly.challenge import GateFigures, challenge
+from sweeper.core.outcome import GateFigures
+from sweeper.nightly.challenge import challenge
 from sweeper.nightly.night_record import BestTrial, NightRecord
 from sweeper.nightly.night_run import run_night
 from sweeper.nightly.nightly_set import load_set
@@ -101,7 +102,7 @@ def test_promotion_refusal_promotion_and_rollback(folder: Path) -> None:
     assert "-0.2000 nats against champion version 1" in now.tags["sweeper.reason"]
     text = Path("outputs/nightly/mine/2026-05-03/digest.md").read_text()
     assert "promoted" in text
-    assert "looked at the gate 3 times" in text
+    assert "the gate split has been evaluated 3 times" in text
     assert registry.rollback(MODEL).number == "1"
     assert registry.champion(MODEL) == crowned
     with pytest.raises(TrackingError, match="first champion"):
@@ -126,10 +127,10 @@ def test_a_better_model_that_forgot_too_much_is_refused(folder: Path) -> None:
     decision = record.entries[MODEL].champion
     assert decision is not None
     assert decision.verdict == "kept"
-    assert decision.reason.startswith("it forgot 1.2000 nats, over max_forgetting=1; ")
+    assert decision.reason.startswith("Its forgetting of 1.2000 nats exceeds max_forgetting=1. ")
     assert registry.champion(MODEL) == before
     text = Path("outputs/nightly/mine/2026-05-05/digest.md").read_text()
-    assert "forgetting +1.2000 nats" in text
+    assert "Forgetting +1.2000 nats" in text
 
 
 def _winner(record: NightRecord) -> tuple[str, BestTrial]:
@@ -181,5 +182,5 @@ def test_server_that_is_away_ends_no_night(folder: Path, monkeypatch: pytest.Mon
     record = _night(3, Judge())
     assert record.entries[MODEL].status == "done"
     text = Path("outputs/nightly/mine/2026-05-04/digest.md").read_text()
-    assert "champion not decided: MLflow:" in text
-    assert "digest not recorded: MLflow:" in text
+    assert "no decision on the champion: MLflow:" in text
+    assert "the digest was not recorded: MLflow:" in text

@@ -65,7 +65,7 @@ def make_trial(
     keys = {"learning_rate": RATE, "r": "adapter.r"}
     named = {keys[name]: value for name, value in point.items()}
     outcome = Outcome(cause=cause, best_value=value, metrics=dict(costs or {}))  # type: ignore[arg-type]
-    return TrialResult(arm, number, named or {RATE: 1e-3}, outcome)
+    return TrialResult(arm=arm, number=number, params=named or {RATE: 1e-3}, outcome=outcome)
 
 
 def make_arm(
@@ -84,7 +84,7 @@ def make_arm(
     ranges = {} if rates is None else {RATE: SearchedRange(values=rates, continuous=continuous)}
     return ArmResult(
         name=name,
-        wanted=fields.pop("wanted", len(trials)),
+        n_trials=fields.pop("n_trials", len(trials)),
         method=method,
         base=base,
         objective=objective,
@@ -100,8 +100,14 @@ def make_results(
     *arms: ArmResult, fairness: FairnessRules = FAIRNESS, **fields: Any
 ) -> StudyResults:
     """A study of these arms."""
-    provenance = {"git.commit": "abc"}
-    return StudyResults("mine", "+experiment=mine -m", provenance, tuple(arms), fairness, **fields)
+    return StudyResults(
+        study_name="mine",
+        command="+experiment=mine -m",
+        provenance={"git.commit": "abc"},
+        arms=tuple(arms),
+        fairness=fairness,
+        **fields,
+    )
 
 
 def two_arms(lora: float | None, full: float | None, **fields: Any) -> StudyResults:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,9 @@ import pytest
 from sweeper.config.settings import flatten
 from sweeper.core.outcome import BaselineRun
 from sweeper.driver.trial_sizes import recorded
-from sweeper.reporting.baseline_doubts import strangeness
+from sweeper.reporting.baseline_doubts import baseline_doubts
 from sweeper.reporting.results import ArmResult
-from sweeper.tracking.tracking_ledger import texts
+from sweeper.tracking.tracking_ledger import as_texts
 from tests.conftest import make_settings
 from tests.reporting.studies import FACTS, FAIRNESS, FULL_COSTS, make_arm, make_trial
 
@@ -35,17 +34,17 @@ def _arm(params: dict[str, str], *overrides: str) -> ArmResult:
     )
     settings = flatten(make_settings(*FULL, *overrides).trial.model_dump(mode="json"))
     arm = make_arm("full", [make_trial("full", 0, "finished", 4.0, FULL_COSTS)], "full fine-tuning")
-    return replace(arm, settings=settings, adopted=adopted)
+    return arm.model_copy(update={"settings": settings, "adopted": adopted})
 
 
 def _params(*overrides: str) -> dict[str, str]:
     """What a run of ours says."""
     rate = "training.learning_rate=1e-3"
-    return texts(recorded(make_settings(*FULL, rate, *overrides).trial))
+    return as_texts(recorded(make_settings(*FULL, rate, *overrides).trial))
 
 
 def _doubts(params: dict[str, str], *overrides: str) -> list[str]:
-    return list(strangeness(_arm(params, *overrides), FAIRNESS))
+    return list(baseline_doubts(_arm(params, *overrides), FAIRNESS))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def _doubts(params: dict[str, str], *overrides: str) -> list[str]:
         ("data.packing=true", "data.packing=True", "data.packing=False"),
         ("training.max_steps=32", "training.max_steps=32", "training.max_steps=64"),
         ("training.max_steps=null", "training.num_train_epochs=1", "training.max_steps=64"),
-        ("training.gradient_accumulation_steps=4", "64 examples a step", "16 examples a step"),
+        ("training.gradient_accumulation_steps=4", "64 examples per step", "16 examples per step"),
     ],
 )
 def test_each_way_of_training_otherwise_is_a_doubt(override: str, then: str, now: str) -> None:
@@ -77,9 +76,7 @@ def test_the_same_training_is_no_doubt() -> None:
 def test_what_a_run_does_not_say_is_a_doubt() -> None:
     """Runs before these were recorded, and runs of other programs, which say odd things."""
     silent = {key: text for key, text in _params().items() if not key.startswith("data.t")}
-    assert _doubts(silent) == [
-        "does not say with which data.template, data.train_on it was trained"
-    ]
+    assert _doubts(silent) == ["does not record its data.template, data.train_on"]
     odd = {**_params(), "training.max_steps": "-1", "training.num_train_epochs": "None"}
     odd["training.per_device_train_batch_size"] = "auto"
-    assert _doubts(odd) == ["does not say with which length, effective batch it was trained"]
+    assert _doubts(odd) == ["does not record its length, effective batch"]

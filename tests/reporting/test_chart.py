@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -137,9 +136,8 @@ def _targets(objective: Objective) -> StudyResults:
     """Attention gives 0.2 and 0.5 with ever more parameters, mlp gives 0.3 and 0.4."""
     found = (("attention", 0.2), ("mlp", 0.3), ("mlp", 0.4), ("attention", 0.5))
     trials = [
-        replace(
-            make_trial("lora", number, "finished", value, {TRAINABLE: 10.0 * (number + 1)}),
-            point={TARGETS: name},
+        make_trial("lora", number, "finished", value, {TRAINABLE: 10.0 * (number + 1)}).model_copy(
+            update={"params": {TARGETS: name}}
         )
         for number, (name, value) in enumerate(found)
     ]
@@ -150,16 +148,19 @@ def _targets(objective: Objective) -> StudyResults:
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
-        (LOSS, "Best eval loss by choice, over all other settings: attention 0.2000, mlp 0.3000."),
+        (
+            LOSS,
+            "Best eval loss of each choice, over all other settings: attention 0.2000, mlp 0.3000.",
+        ),
         (
             ROUGE,
-            "Best eval rougeL by choice, over all other settings: attention 0.5000, mlp 0.4000.",
+            "Best eval rougeL of each choice, over all other settings: attention 0.5000, mlp 0.4000.",
         ),
     ],
 )
 def test_target_modules_stand_with_their_best_trial(objective: Objective, words: str) -> None:
     """The best group first, whichever way the objective goes."""
-    assert target_figure(_targets(objective)).words.startswith(words)
+    assert target_figure(_targets(objective)).caption.startswith(words)
 
 
 def test_the_front_of_a_maximised_objective_joins_the_best() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from sweeper.reporting.cost_ledger import cost_sheet, failure_sheet, saved_seconds
@@ -15,7 +13,9 @@ TWINS = ("finished", "duplicate", "duplicate")
 
 def _ended(number: int, cause: str, steps: int, seconds: float, **fields: object) -> TrialResult:
     trial = make_trial("lora", number, cause, 4.0, {"cost/seconds": seconds})
-    return replace(trial, outcome=trial.outcome.model_copy(update={"steps": steps, **fields}))
+    return trial.model_copy(
+        update={"outcome": trial.outcome.model_copy(update={"steps": steps, **fields})}
+    )
 
 
 def test_pruning_saved_the_rest_of_the_steps() -> None:

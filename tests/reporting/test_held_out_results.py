@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from sweeper.core.outcome import ExampleLosses, HeldOutLosses, Outcome
@@ -79,7 +77,7 @@ def test_other_examples_are_not_compared() -> None:
     """Another tokenizer counts other tokens: no contrast, and the verdict says why."""
     results = _settled(lora=_final(4.1, tokens=(2, 3, 6)), full=_final(4.0))
     assert results.contrasts == ()
-    assert f"Not judged on the test split: {OTHER_EXAMPLES}." in judge(results).words
+    assert f"Not evaluated on the test split: {OTHER_EXAMPLES}." in judge(results).words
 
 
 def test_an_arm_without_figures_leaves_the_verdict_on_validation() -> None:
@@ -94,7 +92,9 @@ def test_without_a_test_split_there_is_nothing_to_compare_on() -> None:
     """rows["test"] is 0."""
     lora, full = two_arms(4.05, 4.0).arms
     none = lora.facts.model_copy(update={"rows": {"train": 10, "validation": 2, "test": 0}})
-    results = make_results(replace(lora, facts=none), replace(full, facts=none))
+    results = make_results(
+        lora.model_copy(update={"facts": none}), full.model_copy(update={"facts": none})
+    )
     final = ArmConclusion(_final(4.1).final.model_copy(update={"test_losses": {}}))
     assert settle(results, {"lora": final, "full": final}).untested == NO_TEST_SPLIT
 
@@ -126,7 +126,7 @@ def test_forgetting_is_the_loss_on_general_text_above_each_arms_own_base() -> No
     at = sheet.columns.index("forgetting")
     assert [row[at] for row in sheet.rows] == ["–", "–", "+0.0200", "+0.3000"]
     words = judge(results).words
-    assert "Forgetting (loss on general text against the untuned base): QLoRA +0.0200" in words
+    assert "Forgetting (loss on general text minus the untuned base's): QLoRA +0.0200" in words
     assert "full fine-tuning +0.3000 (95 % interval +0.3000 to +0.3000) nats" in words
     again = from_document(to_document(results))
     assert again.forgetting == results.forgetting

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -56,7 +55,9 @@ def many(count: int) -> StudyResults:
             "training.warmup_ratio": number * 7 % 100 / 1000,
             "adapter.lora_dropout": number * 11 % 10 / 100,
         }
-        trials.append(replace(trial, outcome=outcome, point={**trial.point, **more}))
+        trials.append(
+            trial.model_copy(update={"outcome": outcome, "params": {**trial.params, **more}})
+        )
     full = [make_trial("full", 0, "finished", 4.0, FULL_COSTS)]
     arms = [make_arm("lora", trials), make_arm("full", full, "full fine-tuning", "float32")]
     return make_results(*arms)
@@ -134,9 +135,12 @@ def test_hostile_strings_stay_text() -> None:
     results = all_failed()
     failed = make_trial("lora", 9, "crash", None)
     outcome = failed.outcome.model_copy(update={"message": HOSTILE})
-    arm = make_arm("lora", [replace(failed, outcome=outcome), make_trial("lora", 1, "finished", 4)])
-    results = replace(
-        make_results(arm), study_name=HOSTILE, command=HOSTILE, provenance={HOSTILE: HOSTILE}
+    arm = make_arm(
+        "lora",
+        [failed.model_copy(update={"outcome": outcome}), make_trial("lora", 1, "finished", 4)],
+    )
+    results = make_results(arm).model_copy(
+        update={"study_name": HOSTILE, "command": HOSTILE, "provenance": {HOSTILE: HOSTILE}}
     )
     card = f"# {HOSTILE}\n\n{HOSTILE}\n\n[x](http://evil) ![y](http://evil/z.png)\n"
     evidence = ReportEvidence({}, {"lora": (SampleAnswer("c", HOSTILE, HOSTILE, HOSTILE),)}, card)
@@ -197,11 +201,11 @@ def test_rows_carry_the_command_that_trains_them_again() -> None:
 
 def test_several_studies_share_a_page() -> None:
     """Each has its own part, under a table of all; ids are unique."""
-    first, second = two_arms(4.05, 4.0), replace(many(5), study_name="other")
+    first, second = two_arms(4.05, 4.0), many(5).model_copy(update={"study_name": "other"})
     folder = StudyFolder(Path("outputs/mine"))
     text = page([PageStudy(results, folder, ReportEvidence()) for results in (first, second)])
     found = Page.read(text)
-    assert [e.text for e in found.all("h2")] == ["mine", "other"]
+    assert [e.text for e in found.all("h2")] == ["mine", "other", "Terms"]
     assert found.all("caption")[0].text == "All studies"
     ids = [e.attrs["id"] for e in found.elements if "id" in e.attrs]
     assert len(set(ids)) == len(ids) > 8

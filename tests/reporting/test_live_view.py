@@ -24,7 +24,7 @@ def _board(objective: Objective, values: tuple[float, ...]) -> StudyProgress:
     for number, value in enumerate(values):
         trial = TrialProgress(f"lora/{number}", "lora", number, {"adapter.r": 8})
         trial.evaluated(3.0, objective)
-        trial.ended(Outcome(cause="finished", best_value=value))
+        trial.end(Outcome(cause="finished", best_value=value))
         board.add(trial)
     running = TrialProgress("lora/9", "lora", 9, {"adapter.r": 8}, state="running")
     for loss in (2.0, 2.5):
@@ -86,7 +86,7 @@ def test_the_headline_tells_the_best_and_the_time_left() -> None:
     for number, value in enumerate((4.2, 4.1)):
         trial = TrialProgress(f"lora/{number}", "lora", number, {})
         outcome = Outcome(cause="finished", best_value=value, metrics={"cost/seconds": 60.0})
-        trial.ended(outcome)
+        trial.end(outcome)
         board.add(trial)
     for number in (2, 3):
         board.add(TrialProgress(f"lora/{number}", "lora", number, {}, state="running"))

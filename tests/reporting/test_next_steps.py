@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 
 import pytest
 
@@ -29,7 +28,9 @@ def ranks(*losses: float, noise: float | None = None) -> StudyResults:
         **{"retained": None, "noise": (noise, None)},
     )
     contrasts = () if noise is None else (contrast,)
-    return replace(make_results(make_arm("lora", trials), contrasts=contrasts), command=COMMAND)
+    return make_results(make_arm("lora", trials), contrasts=contrasts).model_copy(
+        update={"command": COMMAND}
+    )
 
 
 def _reasons(results: StudyResults, evidence: ReportEvidence | None = None) -> str:
@@ -63,10 +64,12 @@ def test_gap_between_training_and_evaluation(name: str, key: str) -> None:
     """A gap above a quarter of the gain (0.5 nats) asks for dropout, or for fewer epochs."""
     arm = _alone(name=name, best__eval_minus_train_loss=0.2)
     settings = {**arm.settings, "training.num_train_epochs": 2.0}
-    results = replace(make_results(replace(arm, settings=settings)), command=COMMAND)
+    results = make_results(arm.model_copy(update={"settings": settings})).model_copy(
+        update={"command": COMMAND}
+    )
     assert any(key in step.command for step in next_steps(results, ReportEvidence()))
     quiet = make_results(_alone(name=name, best__eval_minus_train_loss=0.1))
-    assert "by heart" not in _reasons(quiet)
+    assert "memorises" not in _reasons(quiet)
 
 
 def test_length_of_a_trial() -> None:
@@ -92,26 +95,30 @@ def test_nothing_to_say() -> None:
     assert next_steps(make_results(make_arm("lora", [])), ReportEvidence()) == []
 
 
+def _commanded(arm: ArmResult) -> StudyResults:
+    return make_results(arm).model_copy(update={"command": COMMAND})
+
+
 @pytest.mark.parametrize(
-    "results",
+    ("results", "suffix"),
     [
-        ranks(4.2, 4.1, 4.0),
-        replace(make_results(_alone(best__eval_minus_train_loss=0.2)), command=COMMAND),
-        replace(make_results(_alone("oom")), command=COMMAND),
-        replace(
-            make_results(
+        (ranks(4.2, 4.1, 4.0), "ranks"),
+        (_commanded(_alone(best__eval_minus_train_loss=0.2)), "dropout"),
+        (_commanded(_alone("oom")), "memory"),
+        (
+            _commanded(
                 make_arm("lora", [make_trial("lora", 0, "finished", 4.0)], rates=(1e-3, 1e-1))
             ),
-            command=COMMAND,
+            "wider",
         ),
     ],
     ids=["ranks", "gap", "memory", "edge"],
 )
-def test_commands_are_studies_under_a_new_name(results: StudyResults) -> None:
+def test_commands_are_studies_under_a_new_name(results: StudyResults, suffix: str) -> None:
     """What is proposed composes into a valid plan, and resumes no study that asks another question."""
-    for step in next_steps(results, ReportEvidence()):
-        words = shlex.split(step.command)
-        assert words[:3] == ["python", "-m", "sweeper"]
-        plan = studies([word for word in words[3:] if word != "-m"])[0]
-        assert plan.study.study_name.startswith("mine_")
-        assert RATE in plan.arms[0].space
+    (step,) = next_steps(results, ReportEvidence())
+    words = shlex.split(step.command)
+    assert words[:3] == ["python", "-m", "sweeper"]
+    plan = studies([word for word in words[3:] if word != "-m"])[0]
+    assert plan.study.study_name == f"mine_{suffix}"
+    assert RATE in plan.arms[0].space

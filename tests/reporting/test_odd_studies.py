@@ -24,7 +24,7 @@ def test_without_a_baseline_the_untuned_base_is_the_measure() -> None:
     """The gain over it, both values as tiles, and no share of anything."""
     trials = [make_trial("lora", n, "finished", 4.1 + n / 10, LORA_COSTS) for n in range(4)]
     page = _page(make_results(make_arm("lora", trials)))
-    assert "lowers the eval loss by 0.400 nats" in _words(page)
+    assert "lowers the untuned base's eval loss by 0.400 nats" in _words(page)
     assert "no other arm with a finished trial to compare it with" in _words(page)
     assert _tiles(page) == ["4.1000", "4.5000"]
     assert "retains" not in _words(page)
@@ -34,7 +34,7 @@ def test_one_trial_is_one_trial() -> None:
     """In the singular; it is told that one seed decides little, with the command for another."""
     page = _page(make_results(make_arm("lora", [make_trial("lora", 0, "finished", 4.1)])))
     captions = [caption.text for caption in page.all("caption")]
-    assert "lora: 1 trial, 0.0 s in all" in captions
+    assert "lora: 1 trial, 0.0 s in total" in captions
     steps = [step.text for step in page.all("li") if "ol" in step.parents]
     assert len(steps) == 1
     assert "was trained with one seed" in steps[0]
@@ -67,12 +67,14 @@ def test_a_thousand_trials_are_summed_up() -> None:
     rows = [row for row in page.all("tr") if "tbody" in row.parents]
     assert len(rows) > 1001
     captions = " ".join(caption.text for caption in page.all("figcaption"))
-    assert "Shown are the best 60 of 1001 trials." in captions
-    assert "Shown are the first 300 of 1000 by rank." in captions
+    assert "The best 60 of 1001 trials are shown." in captions
+    assert "The best 300 of 1000 trials are shown." in captions
 
 
 def test_equal_values_have_no_winner() -> None:
     """A difference that four digits do not show is nobody's lead."""
     words = _words(_page(two_arms(4.0, 4.0)))
-    assert "The difference is below 0.0001, with no interval to tell whose it is." in words
+    assert (
+        "The difference is below 0.0001, too small to name a winner without an interval." in words
+    )
     assert "is ahead" not in words

@@ -67,7 +67,7 @@ def test_unknown_noise_recommends_nothing() -> None:
     """With one seed nobody knows which differences are chance."""
     ladder = _ladder(None)
     assert ladder.enough is None
-    assert "how much of that is chance is unknown" in ladder.words
+    assert "How much of that is chance is unknown" in ladder.words
 
 
 def test_diminishing_returns_are_said_only_where_they_are() -> None:
@@ -77,7 +77,7 @@ def test_diminishing_returns_are_said_only_where_they_are() -> None:
     rising = _ladder(None, {2: 4.2, 4: 4.15, 8: 4.0})
     assert "with diminishing returns" not in rising.words
     worse = _ladder(None, {2: 4.2, 4: 4.1, 8: 4.15})
-    assert "4: +0.1000, 8: -0.0500, none beyond r=4." in worse.words
+    assert "+0.1000 at r=4, -0.0500 at r=8, none beyond r=4." in worse.words
 
 
 def test_ranks_of_a_maximised_objective_gain_upwards() -> None:
@@ -90,7 +90,7 @@ def test_ranks_of_a_maximised_objective_gain_upwards() -> None:
     assert ladder is not None
     assert [rung.gain for rung in ladder.rungs[1:]] == pytest.approx([0.08, 0.01])
     assert ladder.best.r == 8
-    assert "gain per doubling in eval rougeL 4: +0.0800, 8: +0.0100" in ladder.words
+    assert "gain per doubling in eval rougeL: +0.0800 at r=4, +0.0100 at r=8" in ladder.words
     assert "r=4 is the smallest rank within the noise" in ladder.words
     assert "eval rougeL" in rank_sheet(ladder).columns
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 
 from sweeper.core.paths import StudyFolder, write_json
@@ -14,7 +13,7 @@ from sweeper.reporting.results import from_document, to_document
 from tests.conftest import Program
 from tests.reporting.studies import LORA_COSTS, make_arm, make_results, make_trial, two_arms
 
-BOTH = [two_arms(4.05, 4.0), replace(two_arms(4.1, None), study_name="other")]
+BOTH = [two_arms(4.05, 4.0), two_arms(4.1, None).model_copy(update={"study_name": "other"})]
 
 
 def test_json_is_a_list_of_results() -> None:
@@ -41,8 +40,8 @@ def test_csv_has_one_row_a_trial() -> None:
 
 def test_csv_holds_no_formula() -> None:
     """A text that a spreadsheet would compute is marked as text; negative numbers stay numbers."""
-    trial = replace(
-        make_trial("lora", 0, "finished", 4.0, {"gap": -0.5}), point={"data.template": "=1+1"}
+    trial = make_trial("lora", 0, "finished", 4.0, {"gap": -0.5}).model_copy(
+        update={"params": {"data.template": "=1+1"}}
     )
     text = WRITERS["csv"]([make_results(make_arm("lora", [trial]))], Path("outputs"))
     row = next(csv.DictReader(io.StringIO(text)))

@@ -74,7 +74,7 @@ def test_columns_are_named_after_the_objective() -> None:
     """eval rougeL, and a ROUGE above the base's is a plus."""
     sheet = comparison(two_arms(0.4, 0.5, objective=ROUGE, facts=ROUGE_FACTS))
     row = dict(zip(sheet.columns, sheet.rows[2], strict=True))
-    assert (row["eval rougeL"], row["vs base"]) == ("0.4000", "+0.3000")
+    assert (row["eval rougeL"], row["change"]) == ("0.4000", "+0.3000")
     assert sheet.rows[0][sheet.columns.index("eval rougeL")] == "0.1000"
     assert "eval loss" not in sheet.columns
 
@@ -85,7 +85,7 @@ def test_comparison_has_a_row_per_base_and_per_arm() -> None:
     assert [row[0] for row in sheet.rows] == [
         *("untuned, nf4", "untuned, float32", "QLoRA", "full fine-tuning")
     ]
-    assert sheet.rows[2][sheet.columns.index("vs base")] == "-0.4500"
+    assert sheet.rows[2][sheet.columns.index("change")] == "-0.4500"
     assert "test loss" not in sheet.columns
     assert all(len(row) == len(sheet.columns) for row in sheet.rows)
 
@@ -132,8 +132,8 @@ def test_conditions_name_what_an_arm_was_trained_with() -> None:
     assert row["weights"] == "nf4 + float32"
     assert row["optimiser"] == "adamw_torch"
     assert row["batch"] == "8"
-    assert row["best rate"] == "0.001"
-    assert row["of rates"] == "0.0003…0.03"
+    assert row["learning rate"] == "0.001"
+    assert row["rates searched"] == "0.0003…0.03"
     assert all(len(row) == len(sheet.columns) for row in sheet.rows)
 
 
@@ -177,12 +177,3 @@ def test_report_names_the_studies_that_exist(tmp_path: Path) -> None:
     assert load_results("mine", tmp_path).study_name == "mine"
     with pytest.raises(StudyError, match=r"no results of a study 'other'.*mine"):
         load_results("other", tmp_path)
-
-
-def test_results_of_another_version_say_what_to_do(tmp_path: Path) -> None:
-    """A results.json without this version's format is refused with the way to renew it."""
-    document = to_document(two_arms(4.0, None))
-    del document["format"]
-    write_json(StudyFolder(tmp_path / "old").results, document)
-    with pytest.raises(StudyError, match=r"another version of sweeper; run the study's command"):
-        load_results("old", tmp_path)

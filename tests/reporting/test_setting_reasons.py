@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 from sweeper.config.compose import conf_dir
 from sweeper.config.settings import flatten
@@ -19,7 +18,7 @@ def _reasons(*overrides: str) -> dict[str, tuple[str, str]]:
         make_trial("lora", 1, "finished", 4.2, LORA_COSTS, learning_rate=2e-3, r=16),
     ]
     settings = flatten(make_settings(*overrides).trial.model_dump(mode="json"))
-    arm = replace(make_arm("lora", trials, rates=(1e-4, 1e-2)), settings=settings)
+    arm = make_arm("lora", trials, rates=(1e-4, 1e-2)).model_copy(update={"settings": settings})
     sheet = reason_sheet(arm, {"training.learning_rate": 0.7})
     assert sheet is not None
     return {setting: (value, why) for setting, value, why in sheet.rows}
@@ -28,9 +27,9 @@ def _reasons(*overrides: str) -> dict[str, tuple[str, str]]:
 def test_searched_settings_tell_their_range_and_weight() -> None:
     """A range by its ends, a choice by what was tried; how much it decides, where that is known."""
     found = _reasons()
-    words = "searched from 0.0001 to 0.01; decides 70% of being among the best"
+    words = "searched from 0.0001 to 0.01 (importance 70%)"
     assert found["training.learning_rate"] == ("0.001", words)
-    assert found["adapter.r"] == ("8", "searched; tried: 16, 8")
+    assert found["adapter.r"] == ("8", "searched, values tried: 16, 8")
 
 
 def test_defaults_tell_the_reason_that_conf_gives() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 
@@ -75,7 +74,7 @@ def test_one_seed_and_no_test_split_has_no_interval_and_says_so() -> None:
     """Validation losses of one seed each name who is ahead, but never call a tie or a win."""
     verdict = judge(two_arms(4.05, 4.0))
     assert verdict.duels[0].ahead is None
-    assert "with no interval to tell it from a tie" in verdict.words
+    assert "no confidence interval rules out a tie" in verdict.words
     assert "One seed each" in verdict.words
 
 
@@ -99,21 +98,24 @@ def test_the_test_split_is_what_the_verdict_rests_on() -> None:
     words = _judged(0.03, 0.07).words
     assert "90.0 % (95 % interval 86.0 to 94.0) of full fine-tuning's improvement" in words
     assert "(test loss 4.0600 against 4.0100)" in words
-    assert "noise floor (sd over seeds) 0.0040 (QLoRA), 0.0060 (full fine-tuning) nats" in words
+    assert (
+        "Noise floor (standard deviation over seeds): 0.0040 (QLoRA), 0.0060 (full fine-tuning) nats"
+        in words
+    )
 
 
 def test_an_interval_without_seeds_says_what_it_covers() -> None:
     """With one seed the interval is over examples only."""
-    assert "not for other seeds" in _judged(0.03, 0.07, seeds=(1, 3)).words
+    assert "not other seeds" in _judged(0.03, 0.07, seeds=(1, 3)).words
 
 
 @pytest.mark.parametrize(
     ("lora", "full", "words"),
     [
         (4.6, 4.0, "no better than the untuned base"),
-        (4.0, None, "lowers the eval loss by 0.500 nats. There is no other arm"),
+        (4.0, None, "lowers the untuned base's eval loss by 0.500 nats. There is no other arm"),
         (4.6, None, "is no better than the untuned base"),
-        (4.0, 4.6, "full fine-tuning, which does not improve on the base"),
+        (4.0, 4.6, "because full fine-tuning is no better than the untuned base"),
         (None, None, "No trial has finished, so"),
         (None, 4.0, "QLoRA has no finished trial (1 oom)"),
     ],
@@ -132,16 +134,19 @@ def test_a_maximised_objective_is_worded_the_other_way() -> None:
     assert duel.difference.value == pytest.approx(-0.1)
     assert duel.retained is not None
     assert duel.retained.value == pytest.approx(75.0)
-    assert "retains 75.0 % of full fine-tuning's improvement over the base" in verdict.words
+    assert "retains 75.0 % of full fine-tuning's improvement over the untuned base" in verdict.words
     assert "(validation rougeL 0.4000 against 0.5000)" in verdict.words
-    assert "Full fine-tuning is ahead by 0.1000, with no interval" in verdict.words
+    assert "Full fine-tuning is ahead by 0.1000, but no confidence interval" in verdict.words
     assert "nats" not in verdict.words
     assert verdict.document()["objective"]["metric"] == "eval/rougeL"
 
 
 @pytest.mark.parametrize(
     ("rouge", "words"),
-    [(0.35, "raises the eval rougeL by 0.250."), (0.05, "is no better than the untuned base")],
+    [
+        (0.35, "raises the untuned base's eval rougeL by 0.250."),
+        (0.05, "is no better than the untuned base"),
+    ],
 )
 def test_an_arm_alone_is_held_against_the_base_by_the_objective(rouge: float, words: str) -> None:
     """Above the base is better where the objective is maximised."""
@@ -159,9 +164,10 @@ def test_the_share_has_one_zero_line() -> None:
     """A base that NF4 made worse does not flatter QLoRA: both gains count from the full arm's base."""
     results = two_arms(4.05, 4.0)
     worse = FACTS.model_copy(update={"base_metrics": {"eval/loss": 4.9, "eval/perplexity": 134.0}})
-    lora = dataclasses.replace(results.arms[0], facts=worse)
+    lora = results.arms[0].model_copy(update={"facts": worse})
     assert (
-        "retains 90.0 %" in judge(dataclasses.replace(results, arms=(lora, results.arms[1]))).words
+        "retains 90.0 %"
+        in judge(results.model_copy(update={"arms": (lora, results.arms[1])})).words
     )
 
 
@@ -212,11 +218,12 @@ def test_a_best_rate_at_the_edge_makes_the_verdict_provisional() -> None:
     """The first word is PROVISIONAL, the reason names the range, the command widens that arm's."""
     rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     results = make_results(_lora(5), _full(rates, best=3e-3))
-    verdict = judge(dataclasses.replace(results, command=LR_RANK_SWEEP))
+    verdict = judge(results.model_copy(update={"command": LR_RANK_SWEEP}))
     assert verdict.words.startswith(
-        "PROVISIONAL: the best learning rate of full fine-tuning (0.003)"
+        "PROVISIONAL: another run could change this answer. The best learning rate of full "
+        "fine-tuning (0.003)"
     )
-    assert "outer tenth of its range (3e-05 to 0.003)" in verdict.words
+    assert "outer tenth of its search range (3e-05 to 0.003)" in verdict.words
     (doubt,) = verdict.doubts
     assert verdict.text.endswith("    python -m sweeper " + doubt.command)
     (plan,) = studies(shlex.split(doubt.command)[:-1])
@@ -228,7 +235,9 @@ def test_a_best_rate_at_the_edge_makes_the_verdict_provisional() -> None:
 
 def test_the_lora_arms_range_is_widened_by_its_own_key() -> None:
     """Its command-line override replaces the range of the lora arm and of no other."""
-    verdict = judge(dataclasses.replace(make_results(_lora(5, best=3.2e-4)), command=LR_RANK_SWEEP))
+    verdict = judge(
+        make_results(_lora(5, best=3.2e-4)).model_copy(update={"command": LR_RANK_SWEEP})
+    )
     (doubt,) = verdict.doubts
     lora, full = studies(shlex.split(doubt.command)[:-1])[0].arms
     assert lora.space[RATE] == Interval(3e-5, 3e-2, log=True)
@@ -256,14 +265,14 @@ def test_ranges_widen_by_a_decade() -> None:
 
 def _budgets(results: StudyResults, **rule: object) -> Verdict:
     fairness = FairnessRules.model_validate({**FAIRNESS.model_dump(), **rule})
-    return judge(dataclasses.replace(results, fairness=fairness, command=LR_RANK_SWEEP))
+    return judge(results.model_copy(update={"fairness": fairness, "command": LR_RANK_SWEEP}))
 
 
 def test_an_arm_with_a_smaller_budget_makes_the_verdict_provisional() -> None:
     """Five random trials against twelve; the command gives the arm as many."""
     full = _full((1e-4, 2e-4, 3e-4, 4e-4, 5e-3), best=3e-4, exhaustive=False)
     verdict = _budgets(make_results(_lora(12), full))
-    assert "full fine-tuning was searched with 5 trials against 12 of QLoRA" in verdict.words
+    assert "Full fine-tuning was searched with 5 trials and QLoRA with 12" in verdict.words
     (doubt,) = verdict.doubts
     assert doubt.command == "+experiment=lr_rank_sweep hydra.sweeper.arms.full.n_trials=12 -m"
 
@@ -272,7 +281,7 @@ def test_a_grid_walked_to_its_end_lacks_no_budget() -> None:
     """More trials of a complete grid would find nothing new; an unfinished grid lacks the rest."""
     full = _full((1e-4, 2e-4, 3e-4, 4e-4, 5e-3), best=3e-4)
     assert not _budgets(make_results(_lora(12), full)).provisional
-    assert _budgets(make_results(_lora(12), dataclasses.replace(full, wanted=9))).provisional
+    assert _budgets(make_results(_lora(12), full.model_copy(update={"n_trials": 9}))).provisional
 
 
 def test_budgets_count_in_the_unit_of_the_rule() -> None:

@@ -138,5 +138,5 @@ def test_layer_ranges_are_searched_from_the_command_line_and_from_yaml(
 
 def test_a_layer_range_that_no_model_has_is_found_before_anything_starts() -> None:
     """Its words are wrong whatever the model: an error of the configuration, with the valid forms."""
-    with pytest.raises(ConfigError, match=r"'first-2' names no layers; .*0-11 .*last-8"):
+    with pytest.raises(ConfigError, match=r"'first-2' names no layers. .*0-11 .*last-8"):
         studies([*LORA, "adapter.layers_to_transform=0-1,first-2"])

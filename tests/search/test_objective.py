@@ -53,7 +53,7 @@ def test_the_highest_rouge_wins_though_its_loss_is_the_worst(
     losses = [trial.metric("best/eval_loss") or 0.0 for trial in arm.trials]
     assert values == sorted(values, reverse=True)
     assert arm.best is arm.trials[0]
-    assert arm.best.point["training.learning_rate"] == 1.5e-3
+    assert arm.best.params["training.learning_rate"] == 1.5e-3
     assert losses[0] == max(losses)
     study = _study(tmp_path)
     assert study.direction is optuna.study.StudyDirection.MAXIMIZE
@@ -102,7 +102,7 @@ def test_infeasible_trials_are_worth_the_bases_rouge(tmp_path: Path) -> None:
     assert (failed.state, failed.value) == (TrialState.COMPLETE, pytest.approx(0.1))
     assert failed.constraints == {"infeasible": 1.0}
     assert arm.best is not None
-    assert arm.best.point["training.learning_rate"] == 4e-3
+    assert arm.best.params["training.learning_rate"] == 4e-3
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_bits_per_byte_are_minimised_under_their_own_name(
     """Another loss than nats per token: no unit is claimed for it."""
     (arm,) = _run(tmp_path, "objective.metric=eval/bits_per_byte", RATES, "pruner=none").arms
     assert arm.best is not None
-    assert arm.best.point["training.learning_rate"] == 5e-3
+    assert arm.best.params["training.learning_rate"] == 5e-3
     words = capsys.readouterr().out
     assert "lowers the eval bits_per_byte by" in words
     assert "nats" not in words.replace("nats. There is no other arm", "")  # forgetting's own unit
@@ -272,7 +272,7 @@ def test_a_module_that_the_model_lacks_is_infeasible(
         ]
     )
     (arm,) = run_study(plan).arms
-    outcomes = {trial.point["adapter.target_modules"]: trial.outcome for trial in arm.trials}
+    outcomes = {trial.params["adapter.target_modules"]: trial.outcome for trial in arm.trials}
     assert outcomes["attention"].cause == "finished"
     assert outcomes["no_such_module"].cause == "refused"
     assert "no_such_module" in (outcomes["no_such_module"].message or "")

@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.commands.run_study import run_study
 from sweeper.reporting.results import ArmResult
-from sweeper.search.states import counts
 from sweeper.search.study_plan import studies
+from sweeper.search.telling import counts
 
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),
@@ -47,7 +47,7 @@ def test_a_sampler_that_learns_avoids_the_region(sampler: str, tmp_path: Path) -
     first, last = sum(map(_is_oom, trials[:half])), sum(map(_is_oom, trials[half:]))
     assert last < first
     assert arm.best is not None
-    assert 16 <= int(str(arm.best.point["adapter.r"])) <= 32
+    assert 16 <= int(str(arm.best.params["adapter.r"])) <= 32
 
 
 @pytest.mark.parametrize("sampler", ["random", "optuna"])
@@ -59,7 +59,7 @@ def test_a_sampler_that_cannot_learn_still_ends(sampler: str, tmp_path: Path) ->
     assert any(map(_is_oom, trials))
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     assert arm.best is not None
-    assert int(str(arm.best.point["adapter.r"])) <= 32
+    assert int(str(arm.best.params["adapter.r"])) <= 32
 
 
 def test_a_space_without_room_anywhere_ends(

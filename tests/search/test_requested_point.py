@@ -47,7 +47,7 @@ def test_values_are_read_by_the_grammar_of_the_space() -> None:
         ({"adapter.r": "]["}, "not a search-space expression"),
         (
             {"adapter.rank": "4"},
-            r"adapter.rank: not searched in arm lora; searched are:\n.*r=choice",
+            r"adapter.rank: not searched in arm lora. Searched keys:\n.*r=choice",
         ),
         ({"seed": "4"}, "seed: not searched"),
         ({"../../x": "$(reboot)"}, "not searched"),

@@ -114,7 +114,7 @@ def test_the_same_seed_draws_the_same_in_a_new_study() -> None:
         (["sampler=optuna"], "is named with sampler=optuna"),
         (
             ["sampler=optuna", "hydra.sweeper.sampler.class_name=QMC"],
-            "no such class; valid: .*QMCSampler",
+            "no such class. Valid: .*QMCSampler",
         ),
         (["sampler=optuna", "hydra.sweeper.sampler.class_name=GridSampler"], "sampler=grid"),
         (["sampler=tpe", "hydra.sweeper.sampler.class_name=QMCSampler"], "with no other sampler"),
@@ -126,7 +126,7 @@ def test_the_same_seed_draws_the_same_in_a_new_study() -> None:
             ],
             "unexpected keyword argument 'gama'",
         ),
-        (["pruner=optuna", "hydra.sweeper.pruner.class_name=Nop"], "no such class; valid: .*Hyper"),
+        (["pruner=optuna", "hydra.sweeper.pruner.class_name=Nop"], "no such class. Valid: .*Hyper"),
         (["sampler=grid", "space=real"], "priors change nothing"),
         (["sampler=grid"], "needs choice"),
     ],

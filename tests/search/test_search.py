@@ -59,7 +59,7 @@ def test_a_branch_reaches_the_trial_and_no_other_branch_does(tmp_path: Path) -> 
     pairs = {(each["adapter"]["use_dora"], each["adapter"]["r"]) for each in settings}
     assert pairs <= {(True, 4), (True, 8), (False, 16), (False, 32)}
     assert {dora for dora, _ in pairs} == {True, False}
-    assert all(trial.point["adapter.r"] in (4, 8, 16, 32) for trial in arm.trials)
+    assert all(trial.params["adapter.r"] in (4, 8, 16, 32) for trial in arm.trials)
 
 
 HOPELESS = (
@@ -88,9 +88,9 @@ def test_a_hopeless_trial_is_pruned_and_its_twin_is_not_trained(tmp_path: Path) 
     pruned = arm.trials[-1]
     assert (pruned.number, pruned.outcome.cause) == (4, "pruned")
     assert pruned.outcome.steps < 20
-    _study(tmp_path, "x").enqueue_trial(dict(pruned.point))
+    _study(tmp_path, "x").enqueue_trial(dict(pruned.params))
     arm = _lora(tmp_path, "x", *HOPELESS, "sampler=random", "hydra.sweeper.n_trials=6")
-    again = [t for t in arm.trials if t.point == pruned.point and t.number != pruned.number]
+    again = [t for t in arm.trials if t.params == pruned.params and t.number != pruned.number]
     assert again
     assert {trial.outcome.cause for trial in again} == {"duplicate"}
 
@@ -195,8 +195,8 @@ def test_winners_of_an_earlier_study_are_tried_first(
         "adapter.alpha_over_r=2",
     )
     first = next(trial for trial in arm.trials if trial.number == 0)
-    shared = {key: value for key, value in old.point.items() if key != "adapter.alpha_over_r"}
-    assert first.point == shared
+    shared = {key: value for key, value in old.params.items() if key != "adapter.alpha_over_r"}
+    assert first.params == shared
     output = capsys.readouterr().out
     assert "warm start from old: its best point" in output
     assert "not searched here: adapter.alpha_over_r=" in output
@@ -222,7 +222,7 @@ def test_a_fork_adopts_what_fits_and_trains_the_rest(
     """From ranks 4, 8 to 8, 16: the trials with rank 8 are kept with value and folder, and counted."""
     plan = ("sampler=random", RATE, *FEW)
     old = _lora(tmp_path, "old", *plan, "adapter.r=4,8", "hydra.sweeper.n_trials=6")
-    kept = {t.point["training.learning_rate"]: t for t in old.trials if t.point["adapter.r"] == 8}
+    kept = {t.params["training.learning_rate"]: t for t in old.trials if t.params["adapter.r"] == 8}
     assert 0 < len(kept) < 6
     fork = (*plan, "adapter.r=8,16", "hydra.sweeper.fork_of=old", "hydra.sweeper.n_trials=8")
     new = _lora(tmp_path, "new", *fork)
@@ -315,6 +315,6 @@ def test_steps_are_drawn_without_rounding_errors(tmp_path: Path) -> None:
         *("sampler=grid", RATE.replace("tag(log,interval(3e-4,3e-2))", "1e-3"), *FEW[:2]),
         *("adapter.r=8", "training.warmup_ratio=range(0.0, 0.35, 0.05)", "workers.fake.steps=2"),
     )
-    ratios = sorted(float(str(trial.point["training.warmup_ratio"])) for trial in arm.trials)
+    ratios = sorted(float(str(trial.params["training.warmup_ratio"])) for trial in arm.trials)
     assert ratios == [0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]
     assert {trial.state for trial in _study(tmp_path, "steps").trials} == {TrialState.COMPLETE}

@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 from sweeper.core.outcome import Cause, Outcome
 from sweeper.core.paths import StudyFolder
 from sweeper.driver.device_time import spent_seconds
-from sweeper.search.states import STATES, counts, feasible, tell
+from sweeper.search.states import STATES
+from sweeper.search.telling import counts, feasible, tell
 
 BASE = 4.5
 

@@ -79,7 +79,9 @@ def test_a_model_among_the_artifacts_is_fetched(root: Path, tmp_path: Path) -> N
 def test_what_is_no_baseline_is_refused(root: Path, tmp_path: Path) -> None:
     """No such run, a deleted one, one with an adapter alone, one whose trial's weights are gone."""
     find = BaselineStore(None, root).find
-    with pytest.raises(TrackingError, match=r"baseline\.run_id=abc: this MLflow has no such run"):
+    with pytest.raises(
+        TrackingError, match=r"baseline\.run_id=abc: this MLflow store has no such run"
+    ):
         find("abc", tmp_path)
     client = MlflowClient(local_uri(root))
     deleted = _run(root, {})
@@ -88,8 +90,8 @@ def test_what_is_no_baseline_is_refused(root: Path, tmp_path: Path) -> None:
         find(deleted, tmp_path)
     adapter = _run(root, {})
     client.log_text(adapter, "{}", "adapter/adapter_config.json")
-    with pytest.raises(TrackingError, match="holds an adapter and no full model"):
+    with pytest.raises(TrackingError, match="has an adapter but no full model"):
         find(adapter, tmp_path)
     gone = _run(root, {"folder": "outputs/s/full/trial_0000"})
-    with pytest.raises(TrackingError, match=r"nor is there outputs/s/full/trial_0000/model"):
+    with pytest.raises(TrackingError, match=r"and outputs/s/full/trial_0000/model is missing"):
         find(gone, tmp_path)

@@ -21,7 +21,7 @@ from sweeper.core.paths import TrialFolder
 from sweeper.tracking import mlflow_tracker
 from sweeper.tracking.mlflow_tracker import MlflowTracker
 from sweeper.tracking.tracker import StudyRecord, TrialRecord
-from sweeper.tracking.tracking_ledger import TrackingLedger, left
+from sweeper.tracking.tracking_ledger import TrackingLedger, count_pending
 from sweeper.tracking.tracking_server import TrackingServer, local_uri
 
 LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
@@ -180,7 +180,7 @@ def test_the_next_process_ships_what_was_left(tmp_path: Path, trial: TrialRecord
     """MLflow was away for a whole study; a later process, told nothing, records it all."""
     assert _record(tmp_path, trial, NOWHERE) != []
     later = TrackingLedger(tmp_path / "mine" / ".tracking")
-    assert left(later, TrackingServer(None, tmp_path / "mlruns").name).points == 4
+    assert count_pending(later, TrackingServer(None, tmp_path / "mlruns").name).points == 4
     assert _tracker(tmp_path).close() == []
     child, parent = sorted(_runs(tmp_path), key=lambda run: run.info.run_name)
     assert child.info.status == parent.info.status == "FINISHED"
@@ -331,7 +331,7 @@ def test_two_processes_do_not_ship_one_study_at_once(
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
         (problem,) = _record(tmp_path, trial)
-    assert "another process ships" in problem
+    assert "another process is shipping" in problem
     assert _tracker(tmp_path).close() == []
     assert len(_history(tmp_path)) == 2
 

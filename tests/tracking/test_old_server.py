@@ -40,7 +40,7 @@ def _record(folder: Path, uri: str, trial: TrialRecord) -> list[str]:
 def test_an_older_server_gets_what_it_can_hold(tmp_path: Path, server: OldServer) -> None:
     """Runs, points, tags and the adapter as artifacts; that it has no LoggedModels is said once."""
     (remark,) = _record(tmp_path, server.uri, make_trial(tmp_path))
-    assert "is MLflow 2.9.2, which has no LoggedModels" in remark
+    assert "runs MLflow 2.9.2, which has no LoggedModels" in remark
     assert [run["info"]["status"] for run in server.runs.values()] == ["FINISHED", "FINISHED"]
     assert server.steps("eval/loss") == [1, 2]
     assert list(server.files)[-1] == f"{list(server.runs)[1]}/adapter/manifest.json"
@@ -64,7 +64,7 @@ def test_wrong_credentials_are_said_with_what_to_set(
     """401 is no outage: it is said, with MLflow's own variables; the password is not shown."""
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "otto")
     (problem,) = _record(tmp_path, server.uri, make_trial(tmp_path))
-    assert "refuses us" in problem
+    assert "refuses access" in problem
     assert (
         "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN" in problem
     )

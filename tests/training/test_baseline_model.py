@@ -15,7 +15,7 @@ from sweeper.core.errors import ArtifactError, ModelError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import TrialFolder
 from sweeper.modeling.base_model import load_base
-from sweeper.training.baseline_model import require_kin
+from sweeper.training.baseline_model import require_same_architecture
 from sweeper.training.trial_runner import TransformersRunner
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
@@ -67,19 +67,21 @@ def test_what_is_no_kin_is_refused(tiny_base: Path, rows_file: Path, tmp_path: P
     """Other sizes, another vocabulary, an adapter, changed files: each with its words."""
     settings = _settings(tiny_base, rows_file)
     base = load_base(settings.model, settings.quantization, trained=True)
-    require_kin(tiny_base, base)
-    with pytest.raises(ModelError, match=r"its architecture differs: hidden_size 128 and not 32"):
-        require_kin(BASE_DIR, base)
+    require_same_architecture(tiny_base, base)
+    with pytest.raises(
+        ModelError, match=r"[Ii]ts architecture differs: hidden_size 128 instead of 32"
+    ):
+        require_same_architecture(BASE_DIR, base)
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(ModelError, match="another vocabulary"):
-        require_kin(other, base)
+    with pytest.raises(ModelError, match="a different vocabulary"):
+        require_same_architecture(other, base)
     (other / "manifest.json").write_text('{"files": {}}')
     with pytest.raises(ArtifactError, match="not in the manifest"):
-        require_kin(other, base)
+        require_same_architecture(other, base)
     (other / "config.json").rename(other / "adapter_config.json")
     with pytest.raises(ModelError, match="is an adapter, not a base"):
-        require_kin(other, base)
+        require_same_architecture(other, base)

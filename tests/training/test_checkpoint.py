@@ -10,7 +10,7 @@ import pytest
 
 from sweeper.core.paths import TrialFolder, read_json, write_json
 from sweeper.core.spool import read_spool
-from sweeper.training.checkpoint import fall_back, newest_checkpoint, thin_out
+from sweeper.training.checkpoint import fall_back, newest_checkpoint, remove_old
 from tests.training.conftest import RunTiny
 from tests.training.recorder import Recorder
 
@@ -130,7 +130,7 @@ def test_a_trial_goes_on_from_the_whole_one_and_says_so(
     assert [step for step, _ in resumed] == [6, 8]
     assert resumed == [pytest.approx(item, abs=1e-6) for item in whole[2:]]
     text = folder.log_text.read_text(encoding="utf-8")
-    assert "Continued      from step 4; checkpoint-6 is damaged (adapter_model" in text
+    assert "Continued      from step 4, because checkpoint-6 is damaged (adapter_model" in text
     assert not folder.checkpoints.exists()
 
 
@@ -182,9 +182,9 @@ def test_the_newest_checkpoints_stay_and_the_best_besides(tmp_path: Path) -> Non
     """save_total_limit=2: a damaged newest one falls back to the one before, not to a best long ago."""
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    thin_out(tmp_path, 2, best_step=4)
+    remove_old(tmp_path, 2, best_step=4)
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (4, 8, 10)}
-    thin_out(tmp_path, 2, best_step=None)
+    remove_old(tmp_path, 2, best_step=None)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-8", "checkpoint-10"}
 
 

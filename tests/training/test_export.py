@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sweeper.core.manifest import verify_manifest
 from sweeper.data.tokens import PaddingCollator
-from sweeper.evaluation.token_loss import evaluate_loss
+from sweeper.evaluation.token_loss import evaluate_examples, total
 from sweeper.training.trial_runner import TransformersRunner
 from tests.training.conftest import RunTiny
 
@@ -31,9 +31,8 @@ def test_merged_model_is_worth_what_was_trained(run_tiny: RunTiny) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder.merged, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder.merged)
     (data,) = runner._prepared.values()
-    loss = evaluate_loss(
-        model, data.validation.rows, PaddingCollator(tokenizer.pad_token_id), 4
-    ).mean
+    collator = PaddingCollator(tokenizer.pad_token_id)
+    loss = total(evaluate_examples(model, data.validation.rows, collator, 4)).mean
     assert loss == pytest.approx(outcome.best_value, abs=1e-4)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from sweeper.core.errors import ArtifactError, DataError
+from sweeper.core.outcome import GateRequest
 from sweeper.core.paths import TrialFolder
 from sweeper.data.duplicates import normalised
 from sweeper.data.splits import load_examples, load_splits
 from sweeper.nightly.certify import judge_here
-from sweeper.nightly.challenge import CHALLENGER, CHAMPION, GateFigures, judge_apart
-from sweeper.training.gate_judge import GateRequest, judge_on_gate
+from sweeper.nightly.challenge import CHALLENGER, CHAMPION, judge_in_subprocess, judged
+from sweeper.training.gate_judge import judge_on_gate
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 
@@ -72,10 +73,9 @@ def test_forgetting_is_measured_beside_the_gate(trial: TrialFolder, gate: Path) 
     answer = judge_on_gate(GateRequest(gate=str(gate), trials={CHALLENGER: trial.path}))
     assert answer.general_tokens == [127] * 16
     assert set(answer.general) == {"base", CHALLENGER}
-    figures = GateFigures.model_validate(answer.model_dump())
     by_hand = sum(answer.general[CHALLENGER]) - sum(answer.general["base"])
-    assert figures.forgotten(CHALLENGER) == pytest.approx(by_hand / (16 * 127))
-    assert figures.forgotten(CHALLENGER) != 0
+    assert answer.forgotten(CHALLENGER) == pytest.approx(by_hand / (16 * 127))
+    assert answer.forgotten(CHALLENGER) != 0
 
 
 def test_a_certificate_rests_on_the_trials_own_test_split(trial: TrialFolder) -> None:
@@ -114,7 +114,7 @@ def test_rows_of_other_splits_but_for_case_are_left_out(
 
 def test_gate_of_trained_rows_is_refused(trial: TrialFolder, rows_file: Path) -> None:
     """The training file itself is no gate."""
-    with pytest.raises(DataError, match="0 of its 40 rows stand in no other split"):
+    with pytest.raises(DataError, match="0 of its 40 rows occur in no other split"):
         judge_on_gate(GateRequest(gate=str(rows_file), trials={CHALLENGER: trial.path}))
 
 
@@ -134,10 +134,10 @@ def test_missing_and_changed_adapters_are_refused(trial: TrialFolder, gate: Path
 def test_a_process_of_its_own_answers(trial: TrialFolder, gate: Path, tmp_path: Path) -> None:
     """Two trials and the base come back as figures; what cannot be judged comes back as a sentence."""
     trials = {CHALLENGER: trial.path, CHAMPION: trial.path}
-    figures = judge_apart(str(gate), trials)
+    figures = judge_in_subprocess(str(gate), trials)
     assert figures.problem is None
     assert figures.nll[CHALLENGER] == pytest.approx(figures.nll[CHAMPION])
-    assert figures.of("base").nll.shape == (1, 30)
-    missing = judge_apart(str(tmp_path / "gone.jsonl"), trials)
+    assert judged(figures, "base").nll.shape == (1, 30)
+    missing = judge_in_subprocess(str(tmp_path / "gone.jsonl"), trials)
     assert missing.problem is not None
     assert "gone.jsonl" in missing.problem

@@ -23,7 +23,7 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.paths import TrialFolder
 from sweeper.data.tokens import PaddingCollator
 from sweeper.evaluation.judge import Judgement, ModelJudge
-from sweeper.evaluation.token_loss import evaluate_loss
+from sweeper.evaluation.token_loss import evaluate_examples, total
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.training.prepared_data import PreparedData, prepare
 from tests.training.conftest import RunTiny
@@ -75,7 +75,7 @@ def test_highest_rouge_is_kept_where_the_objective_maximizes(
     monkeypatch.undo()
     model, base, data, _ = _reloaded(folder)
     collator = PaddingCollator(base.tokenizer.pad_token_id)
-    stored = evaluate_loss(model, data.validation.rows, collator, 4).mean
+    stored = total(evaluate_examples(model, data.validation.rows, collator, 4)).mean
     assert stored == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -107,7 +107,9 @@ def test_best_weights_of_a_full_fine_tune_are_stored(
     model = AutoModelForCausalLM.from_pretrained(folder.model, dtype=torch.float32)
     rows = prepare(settings.data, loaded).validation.rows
     collator = PaddingCollator(loaded.tokenizer.pad_token_id)
-    assert evaluate_loss(model, rows, collator, 4).mean == pytest.approx(losses[1], abs=1e-5)
+    assert total(evaluate_examples(model, rows, collator, 4)).mean == pytest.approx(
+        losses[1], abs=1e-5
+    )
 
 
 def test_best_checkpoint_is_found_where_the_folder_has_moved(
@@ -133,7 +135,7 @@ def test_best_checkpoint_is_found_where_the_folder_has_moved(
     assert outcome.best_value == pytest.approx(killer.losses[1][1], abs=1e-5)
     model, base, data, _ = _reloaded(folder)
     collator = PaddingCollator(base.tokenizer.pad_token_id)
-    stored = evaluate_loss(model, data.validation.rows, collator, 4).mean
+    stored = total(evaluate_examples(model, data.validation.rows, collator, 4)).mean
     assert stored == pytest.approx(killer.losses[1][1], abs=1e-5)
 
 
@@ -145,7 +147,7 @@ def test_value_is_of_the_whole_split_where_the_looks_are_capped(run_tiny: RunTin
     model, base, data, _ = _reloaded(folder)
     assert len(data.validation.rows) > 1
     collator = PaddingCollator(base.tokenizer.pad_token_id)
-    whole = evaluate_loss(model, data.validation.rows, collator, 4).mean
+    whole = total(evaluate_examples(model, data.validation.rows, collator, 4)).mean
     assert outcome.best_value == pytest.approx(whole, abs=1e-5)
     assert outcome.metrics["best/eval_loss"] == outcome.best_value
     assert abs(whole - capped) > 1e-3

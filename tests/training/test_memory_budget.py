@@ -12,7 +12,7 @@ from sweeper.core.outcome import TrialSize
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import DeviceReport
 from sweeper.training.memory_budget import MemoryBudget
-from sweeper.training.micro_batch import sparing
+from sweeper.training.micro_batch import smallest_form
 from sweeper.training.prepared_data import prepare
 from tests.conftest import make_settings
 
@@ -63,7 +63,7 @@ def test_a_trial_larger_than_the_device_is_refused(
     known: bool,
     message: str | None,
 ) -> None:
-    """In its most sparing form, against all of the device's memory, whatever is free of it."""
+    """In its most smallest_form form, against all of the device's memory, whatever is free of it."""
     overrides = (f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none")
     settings = make_settings(*overrides, "training.per_device_train_batch_size=8").trial
     prepared = prepare(
@@ -88,7 +88,7 @@ def test_the_sparing_form_keeps_the_effective_batch() -> None:
             *("training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=2"),
             f"training.activation_checkpointing={asked}",
         )
-        least = sparing(settings.trial).training
+        least = smallest_form(settings.trial).training
         assert least.per_device_train_batch_size == 1
         assert least.effective_batch_size == 16
         assert least.activation_checkpointing is recomputed

@@ -51,7 +51,7 @@ def test_losses_are_those_of_the_smaller_micro_batch_from_the_start(
     assert retried == direct
     assert retried == [pytest.approx(item, abs=2e-4) for item in whole]
     text = folder.log_text.read_text(encoding="utf-8")
-    assert "2 × 8 accumulation = 16 examples a step (after 2 times out of memory)" in text
+    assert "2 × 8 accumulation = 16 examples per step (after running out of memory 2 times)" in text
 
 
 @pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])

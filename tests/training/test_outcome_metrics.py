@@ -26,16 +26,16 @@ def test_a_stage_within_a_stage_pauses_the_outer_one(monkeypatch: pytest.MonkeyP
     """3 s of training around 2 s of evaluation, which itself is left by an exception."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    meter = TrialCosts()
-    with meter.stage("train"):
+    costs = TrialCosts()
+    with costs.stage("train"):
         now += 1.0
-        with suppress(MemoryError), meter.stage("eval"):
+        with suppress(MemoryError), costs.stage("eval"):
             now += 2.0
             raise MemoryError
         now += 2.0
-        assert meter.seconds("train") == 3.0
+        assert costs.seconds("train") == 3.0
     now += 5.0
-    metrics = meter.metrics()
+    metrics = costs.metrics()
     assert [metrics[f"cost/{name}_seconds"] for name in STAGES] == [0, 0, 3, 2, 0]
     assert metrics["cost/seconds"] == 10.0
 
@@ -44,18 +44,18 @@ def test_rates_count_neither_padding_nor_prompt_twice(monkeypatch: pytest.Monkey
     """Two micro-batches of 2 x 4 with 3 padded positions: 13 tokens, 5 targets, 4 samples in 2 s."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    meter = TrialCosts()
+    costs = TrialCosts()
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     other = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     ids = torch.zeros(2, 4, dtype=torch.long)
-    with meter.stage("train"):
-        meter.saw(
+    with costs.stage("train"):
+        costs.add_step(
             [{"input_ids": ids, "attention_mask": m} for m in (mask, other)],
             torch.tensor(5),
             devices=1,
         )
         now += 2.0
-    metrics = meter.metrics()
+    metrics = costs.metrics()
     assert metrics["cost/tokens_per_second"] == 6.5
     assert metrics["cost/target_tokens_per_second"] == 2.5
     assert metrics["cost/samples_per_second"] == 2.0
@@ -98,11 +98,11 @@ def test_log_holds_what_the_reports_logs_hold(run_tiny: RunTiny) -> None:
     rows = round(figures["data/train_rows"])
     left = rows - 16 * (math.ceil(rows / 16) - 1)
     for words in (
-        "8 × 2 accumulation = 16 examples a step\n",
-        f"{math.ceil(rows / 16)} an epoch, the last of {left} examples",
+        "8 × 2 accumulation = 16 examples per step\n",
+        f"{math.ceil(rows / 16)} per epoch, the last with {left} examples",
         "% of the total",
         "% of the base",
-        *("Precision      float32: ", "; trained weights float32\n"),
+        *("Precision      float32: ", ". Trained weights are float32\n"),
         f"{figures['train/mean_loss']:.4f} mean over the run",
         f"Best eval/loss {min(loss for _, loss in losses):.4f}",
         "Stored         adapter/adapter_model.safetensors, ",

@@ -112,12 +112,12 @@ def test_advice_on_large_batches() -> None:
     assert not advice(make_settings(f"{batch}=32"), 1000)
     full = make_settings(f"{batch}=64", "adapter=none", "quantization=none")
     assert not advice(full, 1000)
-    assert "more than the 10 training rows" in advice(make_settings(f"{batch}=16"), 10)[0]
+    assert "larger than the 10 training rows" in advice(make_settings(f"{batch}=16"), 10)[0]
 
 
 def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for by name without a GPU it is an error; auto goes without it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="use_liger_kernel=true: needs a CUDA GPU"):
+    with pytest.raises(ConfigError, match="use_liger_kernel=true needs a CUDA GPU"):
         use_liger_kernel(make_settings("training.use_liger_kernel=true").trial)
     assert not use_liger_kernel(make_settings("training.use_liger_kernel=auto").trial)

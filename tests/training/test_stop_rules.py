@@ -12,16 +12,16 @@ from tests.conftest import make_settings
 NAN = math.nan
 
 
-def _watch(*overrides: str, total_steps: int = 100) -> StopRules:
+def _rules(*overrides: str, total_steps: int = 100) -> StopRules:
     settings = make_settings(*overrides)
     return StopRules(settings.training, settings.objective, total_steps)
 
 
-def _stopped_at(watch: StopRules, losses: list[float]) -> int | None:
-    """The step, 10 for each evaluation, at which the watch says stop."""
+def _stopped_at(rules: StopRules, losses: list[float]) -> int | None:
+    """The step, 10 for each evaluation, at which the rules say stop."""
     for number, loss in enumerate(losses, start=1):
-        watch.evaluated(10 * number, {"eval/loss": loss})
-        if watch.stop:
+        rules.add_evaluation(10 * number, {"eval/loss": loss})
+        if rules.stop:
             return 10 * number
     return None
 
@@ -45,7 +45,7 @@ def test_patience_and_the_first_step_that_may_stop(
     overrides: list[str], expected: int | None
 ) -> None:
     """Evaluations before min_fraction count, but none of them stops the trial."""
-    assert _stopped_at(_watch(*overrides), [3.0, 3.1, 3.2, 3.3, 3.4, 3.5]) == expected
+    assert _stopped_at(_rules(*overrides), [3.0, 3.1, 3.2, 3.3, 3.4, 3.5]) == expected
 
 
 def test_small_improvements_add_up_to_the_threshold() -> None:
@@ -61,22 +61,22 @@ def test_moving_average_can_be_the_signal() -> None:
     losses = [4.0, 3.0, 3.9, 3.05, 3.6, 3.02, 3.3]
     common = ["training.early_stopping_patience=3", "training.early_stopping_min_fraction=0"]
     average = ["training.early_stopping_metric=eval/loss_moving_average"]
-    assert _stopped_at(_watch(*common), losses) == 50
-    assert _stopped_at(_watch(*common, *average), losses) is None
+    assert _stopped_at(_rules(*common), losses) == 50
+    assert _stopped_at(_rules(*common, *average), losses) is None
 
 
 @pytest.mark.parametrize(("signal", "expected"), [("objective", 40), ("eval/loss", None)])
 def test_more_is_better_where_the_objective_says_so(signal: str, expected: int | None) -> None:
     """ROUGE-L that falls while the loss falls too: patience runs out by the one, not by the other."""
-    watch = _watch(
+    rules = _rules(
         *("objective=rougeL", "evaluation.generation.num_examples=1"),
         *("training.early_stopping_patience=2", "training.early_stopping_min_fraction=0"),
         f"training.early_stopping_metric={signal}",
     )
     stopped = None
     for number, score in enumerate([0.1, 0.3, 0.2, 0.1, 0.05], start=1):
-        watch.evaluated(10 * number, {"eval/loss": 3 - 0.1 * number, "eval/rougeL": score})
-        stopped = stopped or (10 * number if watch.stop else None)
+        rules.add_evaluation(10 * number, {"eval/loss": 3 - 0.1 * number, "eval/rougeL": score})
+        stopped = stopped or (10 * number if rules.stop else None)
     assert stopped == expected
 
 
@@ -90,28 +90,30 @@ def test_more_is_better_where_the_objective_says_so(signal: str, expected: int |
 )
 def test_what_is_not_finite_is_divergence(metrics: dict[str, float], words: str) -> None:
     """Loss and gradient norm of every logged step are looked at."""
-    watch = _watch()
-    watch.trained(5, metrics)
-    assert words in (watch.diverged or "")
-    assert "step 5" in (watch.diverged or "")
+    rules = _rules()
+    rules.add_training_step(5, metrics)
+    assert words in (rules.diverged or "")
+    assert "step 5" in (rules.diverged or "")
 
 
 def test_an_overflow_under_loss_scaling_is_none() -> None:
     """fp16 finds its loss scale by overflowing: such a step is skipped, not a divergence."""
-    watch = _watch()
-    watch.trained(1, {"train/loss": 1.0, "train/grad_norm": math.inf, "train/loss_scale": 32768.0})
-    assert watch.diverged is None
+    rules = _rules()
+    rules.add_training_step(
+        1, {"train/loss": 1.0, "train/grad_norm": math.inf, "train/loss_scale": 32768.0}
+    )
+    assert rules.diverged is None
 
 
 def test_a_loss_far_above_the_first_is_divergence_when_it_lasts() -> None:
     """Twice the first training loss in two evaluations in a row; one alone is forgiven."""
-    watch = _watch("training.divergence_threshold=2", "training.divergence_patience=2")
-    watch.trained(1, {"train/loss": 3.0})
+    rules = _rules("training.divergence_threshold=2", "training.divergence_patience=2")
+    rules.add_training_step(1, {"train/loss": 3.0})
     for step, loss in [(10, 6.1), (20, 5.9), (30, 6.1)]:
-        watch.evaluated(step, {"eval/loss": loss})
-    assert watch.diverged is None
-    watch.evaluated(40, {"eval/loss": 6.2})
-    assert watch.diverged == (
+        rules.add_evaluation(step, {"eval/loss": loss})
+    assert rules.diverged is None
+    rules.add_evaluation(40, {"eval/loss": 6.2})
+    assert rules.diverged == (
         "eval/loss is 6.2 at step 40, more than 2 times the first loss (3) in 2 evaluations"
     )
 
@@ -119,12 +121,12 @@ def test_a_loss_far_above_the_first_is_divergence_when_it_lasts() -> None:
 def test_replayed_rows_bring_a_new_watch_to_the_same_state() -> None:
     """Stopping where the uninterrupted trial stops is all that a resumed one needs."""
     losses = [3.0, 2.9, 2.95, 2.96, 2.97, 2.98]
-    whole = _stopped_at(_watch("training.early_stopping_patience=3"), losses)
-    watch = _watch("training.early_stopping_patience=3")
+    whole = _stopped_at(_rules("training.early_stopping_patience=3"), losses)
+    rules = _rules("training.early_stopping_patience=3")
     rows = [{"step": 10 * i, "eval/loss": loss} for i, loss in enumerate(losses[:3], start=1)]
-    watch.replay([{"step": 5, "train/loss": 3.1}, *rows])
-    assert not watch.stop
+    rules.replay([{"step": 5, "train/loss": 3.1}, *rows])
+    assert not rules.stop
     for step, loss in [(40, 2.96), (50, 2.97)]:
-        watch.evaluated(step, {"eval/loss": loss})
-    assert watch.stop
+        rules.add_evaluation(step, {"eval/loss": loss})
+    assert rules.stop
     assert whole == 50

@@ -24,18 +24,18 @@ EVERY_ROW = (
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, torch.Tensor]]:
     """The micro-batches that are trained on, as they come."""
     batches: list[Mapping[str, torch.Tensor]] = []
-    saw = TrialCosts.saw
+    add_step = TrialCosts.add_step
 
     def remember(
-        meter: TrialCosts,
+        costs: TrialCosts,
         shown: Sequence[Mapping[str, torch.Tensor]],
         targets: torch.Tensor,
         devices: int,
     ) -> None:
         batches.extend(shown)
-        saw(meter, shown, targets, devices)
+        add_step(costs, shown, targets, devices)
 
-    monkeypatch.setattr(TrialCosts, "saw", remember)
+    monkeypatch.setattr(TrialCosts, "add_step", remember)
     return batches
 
 

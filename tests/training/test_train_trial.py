@@ -19,7 +19,7 @@ from sweeper.core.outcome import Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.spool import MetricsSpool
 from sweeper.data.tokens import PaddingCollator
-from sweeper.evaluation.token_loss import evaluate_loss
+from sweeper.evaluation.token_loss import evaluate_examples, total
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import DeviceReport
 from sweeper.training.checkpoint import newest_checkpoint, seal
@@ -56,7 +56,7 @@ def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
     data = prepare(settings.data, fresh)
     collator = PaddingCollator(fresh.tokenizer.pad_token_id)
-    again = evaluate_loss(model, data.validation.rows, collator, 8).mean
+    again = total(evaluate_examples(model, data.validation.rows, collator, 8)).mean
     assert again == pytest.approx(outcome.best_value, abs=1e-3)
     judged = data.judge(settings.trial, fresh)(model).value("eval/loss")
     assert judged == pytest.approx(outcome.best_value, abs=1e-5)
@@ -73,7 +73,7 @@ def test_full_fine_tune_stores_a_model_with_the_reported_loss(
     base = load_base(settings.model, settings.quantization, trained=True)
     data = prepare(settings.data, base)
     collator = PaddingCollator(base.tokenizer.pad_token_id)
-    loss = evaluate_loss(model, data.validation.rows, collator, 8).mean
+    loss = total(evaluate_examples(model, data.validation.rows, collator, 8)).mean
     assert loss == pytest.approx(outcome.best_value, abs=1e-3)
     assert (
         outcome.metrics["parameters/trainable"] == outcome.metrics["parameters/total"] == 1_115_264
@@ -90,7 +90,7 @@ def test_bf16_is_computed_in_by_training_and_judging_alike(rows_file: Path, tmp_
     model = PeftModel.from_pretrained(fresh.model, tmp_path / "t" / "adapter")
     data = prepare(settings.data, fresh)
     collator = PaddingCollator(fresh.tokenizer.pad_token_id)
-    again = evaluate_loss(model, data.validation.rows, collator, 32, torch.bfloat16).mean
+    again = total(evaluate_examples(model, data.validation.rows, collator, 32, torch.bfloat16)).mean
     assert again == pytest.approx(outcome.best_value, abs=1e-3)
 
 

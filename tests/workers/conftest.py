@@ -24,7 +24,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "0123456789abcdef" * 4)
 
 def make_workers(engine: str, fake: FakeTrainer, address: str | None = None) -> WorkerSettings:
     """Settings of an engine with the fake trainer and no limits."""
-    limits = {"trial_timeout_s": None, "stall_timeout_s": None}
+    limits = {"trial_timeout_s": None, "stall_timeout_s": None, "probe_timeout_s": None}
     return WorkerSettings.model_validate(
         {"engine": engine, "trainer": "fake", "address": address, "fake": fake, **limits}
     )

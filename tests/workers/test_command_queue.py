@@ -32,12 +32,12 @@ class Line:
 
 def _submit(trial: str) -> SubmitCommand:
     settings = make_settings().trial
-    return SubmitCommand(trial=trial, attempt=1, folder=Path(), settings=settings, provenance={})
+    return SubmitCommand(job=trial, attempt=1, folder=Path(), settings=settings, provenance={})
 
 
 def test_a_stop_does_not_reach_the_next_attempt_of_its_trial() -> None:
     """Paused just before its end and handed out again, a trial is not stopped by the old order."""
-    stopped = [StopCommand(trial=trial, cause="cancelled") for trial in ("lora/0000", "lora/0001")]
+    stopped = [StopCommand(job=trial, cause="cancelled") for trial in ("lora/0000", "lora/0001")]
     orders = CommandQueue.listen(Line(*stopped, _submit("lora/0000"), CloseCommand()))
     assert isinstance(orders.work.get(timeout=10), SubmitCommand)
     assert isinstance(orders.work.get(timeout=10), CloseCommand)

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from sweeper.core.errors import WorkerError
 from sweeper.workers.engines import open_engine
 from sweeper.workers.local_engine import LocalEngine
 from sweeper.workers.protocol import (
+    CheckCommand,
     EndedEvent,
     Engine,
     EvaluatedEvent,
@@ -27,6 +29,8 @@ from sweeper.workers.protocol import (
     ProgressEvent,
     SlotsEvent,
     SubmitCommand,
+    Work,
+    WorkAnswer,
     WorkerEvent,
 )
 from sweeper.workers.worker_log import begin_log, tail_of
@@ -43,12 +47,18 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
     engines: list[Engine] = []
     address = request.getfixturevalue("ray_cluster").address if request.param == "ray" else None
 
-    def open_(steps: int = 10, step_seconds: float = 0.001, **plan: str) -> Engine:
+    def open_(
+        steps: int = 10,
+        step_seconds: float = 0.001,
+        requests: dict[str, str] | None = None,
+        **plan: str,
+    ) -> Engine:
         fake = FakeTrainer(
             step_seconds=step_seconds,
             steps=steps,
             plan={int(key[1:]): value for key, value in plan.items()},
             finalists={},
+            requests=requests or {},
             free_mib=None,
             room_mib=None,
         )
@@ -62,7 +72,7 @@ def open_one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
 
 
 def until(
-    engine: Engine, kind: type, timeout_s: float = 60
+    engine: Engine, kind: Any, timeout_s: float = 60
 ) -> tuple[list[WorkerEvent], WorkerEvent]:
     seen: list[WorkerEvent] = []
     deadline = time.monotonic() + timeout_s
@@ -73,20 +83,20 @@ def until(
         if isinstance(event, kind):
             return seen, event
         seen.append(event)
-    raise AssertionError(f"no {kind.__name__} within {timeout_s} s; saw {seen}")
+    raise AssertionError(f"no {kind} within {timeout_s} s; saw {seen}")
 
 
 def submit_trial(engine: Engine, tmp_path: Path, number: int = 0) -> SubmitCommand:
     _, slot = until(engine, SlotsEvent)
     assert isinstance(slot, SlotsEvent)
     submit = SubmitCommand(
-        trial=f"lora/{number:04d}",
+        job=f"lora/{number:04d}",
         attempt=1,
         folder=tmp_path / "lora" / f"trial_{number:04d}",
         settings=make_settings().trial,
         provenance={},
     )
-    engine.submit(slot.worker, submit)
+    engine.send(slot.worker, submit)
     return submit
 
 
@@ -98,7 +108,7 @@ def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
     losses = [event.value for event in seen if isinstance(event, EvaluatedEvent)]
     steps = [event.step for event in seen if isinstance(event, EvaluatedEvent)]
     assert isinstance(ended, EndedEvent)
-    assert ended.trial == submit.trial
+    assert ended.job == submit.job
     assert ended.outcome.cause == "finished"
     assert ended.outcome.best_value == min(losses)
     assert steps == sorted(steps)
@@ -110,23 +120,23 @@ def test_a_probe_is_answered(open_one: Open) -> None:
     engine = open_one()
     _, slot = until(engine, SlotsEvent)
     assert isinstance(slot, SlotsEvent)
-    engine.probe(slot.worker, ProbeCommand(arm="lora", settings=make_settings().trial))
+    engine.send(slot.worker, ProbeCommand(job="lora", attempt=1, settings=make_settings().trial))
     _, probed = until(engine, ProbedEvent)
     assert isinstance(probed, ProbedEvent)
     assert probed.facts is not None
 
 
 def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Path) -> None:
-    """Test: the loss of each example of the untuned base; of a folder with nothing in it, the reason."""
+    """Judge: the loss of each example of the untuned base; of an empty folder, the reason."""
     engine = open_one()
     answers = []
     for folder in (None, tmp_path / "nothing"):
         _, slot = until(engine, SlotsEvent)
         assert isinstance(slot, SlotsEvent)
-        engine.test(
+        engine.send(
             slot.worker,
             JudgeCommand(
-                trial="x",
+                job="x",
                 attempt=1,
                 settings=make_settings().trial,
                 folder=folder,
@@ -148,7 +158,7 @@ def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) ->
     engine = open_one(steps=100_000)
     submit = submit_trial(engine, tmp_path)
     time.sleep(0.3)
-    engine.stop(submit.trial, "pruned")
+    engine.stop(submit.job, "pruned")
     _, ended = until(engine, EndedEvent)
     assert isinstance(ended, EndedEvent)
     assert ended.outcome.cause == "pruned"
@@ -191,12 +201,75 @@ def test_a_killed_trial_is_lost_as_timeout_and_the_worker_replaced(
     engine.kill(0, "because the test says so")
     _, lost = until(engine, LostEvent)
     assert isinstance(lost, LostEvent)
-    assert (lost.trial, lost.attempt, lost.cause) == (submit.trial, 1, "timeout")
+    assert (lost.job, lost.attempt, lost.cause) == (submit.job, 1, "timeout")
     assert lost.message == "because the test says so"
     submit_trial(engine, tmp_path, number=1)
     _, second = until(engine, EndedEvent)
     assert isinstance(second, EndedEvent)
     assert second.outcome.cause == "finished"
+
+
+def _request(kind: str) -> Work:
+    settings = make_settings().trial
+    requests: dict[str, Work] = {
+        "probe": ProbeCommand(job="lora probe", attempt=2, settings=settings),
+        "check": CheckCommand(job="lora/0000", attempt=2, settings=settings),
+        "judge": JudgeCommand(
+            job="lora/0000_untuned", attempt=2, settings=settings, folder=None, kinds=("test",)
+        ),
+    }
+    return requests[kind]
+
+
+@pytest.mark.parametrize("kind", ["probe", "check", "judge"])
+def test_a_worker_killed_in_a_request_names_it_and_is_replaced(
+    open_one: Open, tmp_path: Path, kind: str
+) -> None:
+    """Kill during a probe, a check or a judgement: Lost carries its key, and the next trial trains."""
+    engine, request = open_one(requests={kind: "hang"}), _request(kind)
+    _, slot = until(engine, SlotsEvent)
+    assert isinstance(slot, SlotsEvent)
+    engine.send(slot.worker, request)
+    assert engine.next_event(0.3) is None
+    engine.kill(slot.worker, "because the test says so")
+    _, lost = until(engine, LostEvent)
+    assert isinstance(lost, LostEvent)
+    assert (lost.job, lost.attempt, lost.cause) == (request.job, 2, "timeout")
+    submit_trial(engine, tmp_path)
+    _, ended = until(engine, EndedEvent)
+    assert isinstance(ended, EndedEvent)
+    assert ended.outcome.cause == "finished"
+
+
+def test_workers_killed_while_they_start_are_replaced(open_one: Open, tmp_path: Path) -> None:
+    """Kill before any slot was announced, as often as a pause may: no job is lost, no start failed."""
+    engine = open_one()
+    for _ in range(3):
+        engine.kill(0, "because the test says so")
+        _, lost = until(engine, LostEvent)
+        assert isinstance(lost, LostEvent)
+        assert (lost.job, lost.cause) == (None, "timeout")
+    submit_trial(engine, tmp_path)
+    _, ended = until(engine, EndedEvent)
+    assert isinstance(ended, EndedEvent)
+    assert ended.outcome.cause == "finished"
+
+
+@pytest.mark.parametrize("kind", ["probe", "check", "judge"])
+def test_a_request_that_was_answered_is_not_lost(open_one: Open, kind: str) -> None:
+    """Kill after the answer was sent but not heard: the answer comes first, the loss names nothing."""
+    engine, request = open_one(), _request(kind)
+    _, slot = until(engine, SlotsEvent)
+    assert isinstance(slot, SlotsEvent)
+    engine.send(slot.worker, request)
+    time.sleep(0.5)  # until it has been answered
+    engine.kill(slot.worker, "too late")
+    _, answer = until(engine, WorkAnswer)
+    assert isinstance(answer, WorkAnswer)
+    assert answer.job == request.job
+    _, lost = until(engine, LostEvent)
+    assert isinstance(lost, LostEvent)
+    assert lost.job is None
 
 
 def test_a_trial_that_had_ended_is_not_lost(open_one: Open, tmp_path: Path) -> None:
@@ -213,7 +286,7 @@ def test_a_trial_that_had_ended_is_not_lost(open_one: Open, tmp_path: Path) -> N
     assert ended.outcome.cause == "finished"
     _, lost = until(engine, LostEvent)
     assert isinstance(lost, LostEvent)
-    assert lost.trial is None
+    assert lost.job is None
 
 
 def _local(tmp_path: Path, **plan: str) -> LocalEngine:
@@ -222,6 +295,7 @@ def _local(tmp_path: Path, **plan: str) -> LocalEngine:
         steps=1000,
         plan={0: plan.get("n0", "finish")},
         finalists={},
+        requests={},
         free_mib=None,
         room_mib=None,
     )
@@ -237,7 +311,7 @@ def test_a_killed_worker_is_announced_and_replaced(tmp_path: Path) -> None:
         os.kill(engine._hosts[0].process.pid or 0, signal.SIGKILL)
         _, lost = until(engine, LostEvent)
         assert isinstance(lost, LostEvent)
-        assert (lost.trial, lost.attempt) == (submit.trial, 1)
+        assert (lost.job, lost.attempt) == (submit.job, 1)
         assert "exit code -9" in lost.message
         until(engine, SlotsEvent)
     finally:
@@ -259,7 +333,7 @@ def test_signals_to_every_process_end_no_worker(tmp_path: Path) -> None:
         ):
             os.kill(engine._hosts[0].process.pid or 0, number)
         time.sleep(0.3)
-        engine.stop(submit.trial, "cancelled")
+        engine.stop(submit.job, "cancelled")
         _, ended = until(engine, EndedEvent)
         assert isinstance(ended, EndedEvent)
         assert ended.outcome.cause == "cancelled"

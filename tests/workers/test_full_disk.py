@@ -73,7 +73,7 @@ def _serve(
 ) -> list[FrozenValue]:
     orders, channel = CommandQueue(), Sent()
     submit = SubmitCommand(
-        trial="lora/0000",
+        job="lora/0000",
         attempt=1,
         folder=tmp_path,
         settings=make_settings().trial,

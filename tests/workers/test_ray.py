@@ -123,7 +123,7 @@ def test_a_mailbox_sends_the_spool_with_evaluations_and_all_at_the_end(tmp_path:
     """A trial that trains out of sight: metrics on the way, the folder at the end, nothing left."""
     box = ActorMailbox(tmp_path)
     submit = SubmitCommand(
-        trial="lora/0003",
+        job="lora/0003",
         attempt=1,
         folder=Path("/not/here/lora/trial_0003"),
         settings=make_settings().trial,
@@ -136,8 +136,8 @@ def test_a_mailbox_sends_the_spool_with_evaluations_and_all_at_the_end(tmp_path:
     command.folder.mkdir(parents=True)
     (command.folder / "metrics.jsonl").write_text("{}\n")
     (command.folder / "outcome.json").write_text("{}")
-    box.send(EvaluatedEvent(trial="lora/0003", attempt=1, step=1, total_steps=2, value=1.0))
-    box.send(EndedEvent(trial="lora/0003", attempt=1, outcome=Outcome(cause="finished")))
+    box.send(EvaluatedEvent(job="lora/0003", attempt=1, step=1, total_steps=2, value=1.0))
+    box.send(EndedEvent(job="lora/0003", attempt=1, outcome=Outcome(cause="finished")))
     box.end()
     parcels, ended = box.take(wait_s=0)
     assert [sorted(files) for _, files in parcels] == [
@@ -175,7 +175,13 @@ def test_results_come_back_from_nodes_that_do_not_see_the_folder(
 ) -> None:
     """The outcome, the spool and the provenance lie in the driver's folder when Ended arrives."""
     fake = FakeTrainer(
-        step_seconds=0.001, steps=10, plan={}, finalists={}, free_mib=None, room_mib=None
+        step_seconds=0.001,
+        steps=10,
+        plan={},
+        finalists={},
+        requests={},
+        free_mib=None,
+        room_mib=None,
     )
     engine = FarEngine(
         make_workers("ray", fake, ray_cluster.address), 1, 1, lambda worker: tmp_path / "log"
@@ -199,7 +205,13 @@ def test_a_lost_node_is_announced_and_its_worker_replaced_where_there_is_room(
     """Two nodes, one worker each; one node dies: Lost names the trial; a new node gets a new worker."""
     node = ray_cluster.add_node(num_cpus=1, **SMALL)
     fake = FakeTrainer(
-        step_seconds=0.05, steps=10_000, plan={}, finalists={}, free_mib=None, room_mib=None
+        step_seconds=0.05,
+        steps=10_000,
+        plan={},
+        finalists={},
+        requests={},
+        free_mib=None,
+        room_mib=None,
     )
     workers = make_workers("ray", fake, ray_cluster.address)
     engine = RayEngine(workers, 2, 1, lambda worker: tmp_path / f"{worker}.log")
@@ -208,7 +220,7 @@ def test_a_lost_node_is_announced_and_its_worker_replaced_where_there_is_room(
         ray_cluster.remove_node(node, allow_graceful=False)
         _, lost = until(engine, LostEvent, timeout_s=120)
         assert isinstance(lost, LostEvent)
-        assert lost.trial in {submit.trial for submit in submits.values()}
+        assert lost.job in {submit.job for submit in submits.values()}
         assert lost.cause == "crash"
         node = ray_cluster.add_node(num_cpus=1, **SMALL)
         _, slots = until(engine, SlotsEvent, timeout_s=120)

@@ -1,5 +1,7 @@
 """Rebuild the embedded base model from the running Python's standard library.
 
+    python tools/pretrain_base.py --out FOLDER
+
 Knows the recipe: which text, which tokenizer, which architecture, which schedule; and measures
 what it writes on the model card. Does not know the task: its rows are kept out of the text, and
 nothing here is chosen by their loss. Needs torch and transformers, no network.
@@ -19,9 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import transformers
+import typer
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,11 +52,11 @@ WEIGHT_DECAY = 0.1
 MAX_GRAD_NORM = 1.0
 LOSS_WINDOW = 100
 
-REBUILD_COMMAND = "sweeper build-base"
+REBUILD_COMMAND = "python tools/pretrain_base.py"
 
 
 @dataclass(frozen=True)
-class PretrainingText:
+class Text:
     """Pre-training documents, one docstring or reference topic each.
 
     `held_out` comes from modules, and has documents, that `train` has none of. `task_repeats`
@@ -128,7 +132,7 @@ def build_base(
     return report
 
 
-def pretraining_text() -> PretrainingText:
+def pretraining_text() -> Text:
     """Docstrings of the modules outside the task, and the language reference for training.
 
     Each document occurs once: the library repeats some word for word, also across modules.
@@ -144,7 +148,7 @@ def pretraining_text() -> PretrainingText:
             held_out[source.docstring] = None
         else:
             train[source.docstring] = None
-    return PretrainingText(list(train), [text for text in held_out if text not in train], repeats)
+    return Text(list(train), [text for text in held_out if text not in train], repeats)
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -202,7 +206,7 @@ def held_out_losses(
     return loss, loss / math.log(2) * tokens / sum(len(text.encode()) for text in texts)
 
 
-def model_card(report: BaseReport, text: PretrainingText) -> str:
+def model_card(report: BaseReport, text: Text) -> str:
     """README.md of the base: Hub front matter, then data, recipe, measured figures and limits."""
     epochs = report.trained_tokens / report.text_tokens
     return f"""\
@@ -222,7 +226,7 @@ A Llama-architecture language model of {report.parameters:,} parameters, pre-tra
 the text that every Python installation carries. It exists so that a fine-tuning sweep can run
 offline, on a laptop's CPU, on a base that really learned something.
 
-Rebuild: `{REBUILD_COMMAND}` (a few minutes on two cores).
+Rebuild: `{REBUILD_COMMAND} --out FOLDER`, in a checkout of sweeper (a few minutes on two cores).
 
 ## Data
 
@@ -404,3 +408,16 @@ def _publish(
         if out.exists():
             out.rename(Path(folder, "earlier"))
         fresh.rename(out)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2_600_000,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+) -> None:
+    """Pre-train the embedded base model again from the standard library's text (minutes)."""
+    build_base(out, tokens=tokens, seed=seed)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,126 @@
+"""The conclusion of a study's run: the answer is written, recorded and printed."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+
+from optuna.storages import BaseStorage
+from rich.console import Console
+
+from sweeper.commands.retention import delete, kept, losers
+from sweeper.core.errors import TrackingError
+from sweeper.core.paths import StudyFolder, size_mib
+from sweeper.driver.results_writer import ResultsWriter
+from sweeper.reporting.html_page import write_page
+from sweeper.reporting.live_view import print_answer, print_results
+from sweeper.reporting.result_tables import markdown_report
+from sweeper.reporting.results import StudyResults
+from sweeper.reporting.tracked_metrics import study_figures
+from sweeper.reporting.verdict import judge, with_override
+from sweeper.search.study_plan import StudyPlan
+from sweeper.tracking.tracker import RunStatus, Tracker
+from sweeper.tracking.tracker_factory import browse_command, make_registry
+
+
+@dataclass
+class StudyConclusion:
+    """Concludes a run, whether or not the study came to its end."""
+
+    folder: StudyFolder
+    storage: BaseStorage
+    tracker: Tracker
+    console: Console
+    writer: ResultsWriter
+
+    def conclude(self, status: RunStatus) -> StudyResults:
+        """Write, record and print the results that there are."""
+        results = self.writer.collect()
+        if results.arms:
+            self.writer.write(results)
+            self._show(results, status)
+            write_page(results, self.folder, self.storage)
+        if status == "FINISHED" and results.arms:
+            adapters = self._plan.study.retention.adapters
+            most = sys.maxsize if adapters is None else adapters
+            self.tracker.keep(kept(results, self.folder, most))
+        self._close_tracker(results, status)
+        if status == "FINISHED" and results.arms:
+            self._make_room(results)
+        return results
+
+    @property
+    def _plan(self) -> StudyPlan:
+        return self.writer.state.plan
+
+    def _close_tracker(self, results: StudyResults, status: RunStatus) -> None:
+        self.tracker.close_study(
+            status,
+            *study_figures(results),
+            markdown_report(results, judge(results)) if results.arms else "",
+            [path for path in self.folder.answers if path.exists()],
+        )
+        left = self.tracker.close(hurry=status == "KILLED")
+        for problem in left:
+            self.console.print(f"not recorded in MLflow: {problem}", style="yellow")
+        if left:
+            command = f"python -m sweeper sync {self._plan.study.study_name}{self._elsewhere()}"
+            self.console.print(f"Record     {command}", highlight=False, soft_wrap=True)
+
+    def _show(self, results: StudyResults, status: RunStatus) -> None:
+        if self._plan.settings.verbosity == "quiet":
+            print_answer(results, self.console)
+            text = f"\nResults    {self.folder.page}"
+        else:
+            print_results(results, self.console)
+            text = self._next_commands(results, status)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _make_room(self, results: StudyResults) -> None:
+        """Remove the losers' weights (sweeper.commands.retention), and print what the study takes up."""
+        adapters = self._plan.study.retention.adapters
+        freed, words = 0.0, ""
+        if adapters is not None and losers(results, self.folder, adapters):
+            try:
+                registry = make_registry(self._plan.settings.tracking)
+                held = [] if registry is None else [each.folder for each in registry.champions()]
+                freed = delete(losers(results, self.folder, adapters, held))
+                words = (
+                    f"; {freed:,.1f} MiB of losers' weights freed (retention.adapters={adapters})"
+                )
+            except TrackingError as error:
+                words = (
+                    f"; nothing freed, because it is unknown which trial is a champion ({error})"
+                )
+        used = size_mib(self.folder.path)
+        text = f"Disk       {used:,.1f} MiB in {self.folder.path}{words}"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _next_commands(self, results: StudyResults, status: RunStatus) -> str:
+        plan, folder = self._plan, self.folder
+        name, total = plan.study.study_name, plan.study.n_trials
+        lines = ["", f"Results    {folder.page}"]
+        best = results.arms[0].best
+        if best is not None:
+            trial = folder.trial(best.arm, best.number)
+            lines.append(f"Best       {trial.artifact or trial.path}")
+        if status == "FAILED":
+            return "\n".join(lines)
+        if status == "KILLED":
+            return "\n".join([*lines, f"Resume     python -m sweeper {plan.command}"])
+        extended = with_override(plan.command, "hydra.sweeper.n_trials", str(2 * total))
+        new = with_override(plan.command, "hydra.sweeper.study_name", f"{name}_2")
+        return "\n".join(
+            [
+                *lines,
+                f"Read       python -m sweeper report {name}{self._elsewhere()}",
+                f"Browse     {browse_command(plan.settings.tracking)}",
+                f"Extend     python -m sweeper {extended}",
+                f"Anew       python -m sweeper {new}",
+            ]
+        )
+
+    def _elsewhere(self) -> str:
+        output_dir = self._plan.settings.output_dir
+        return "" if output_dir == "outputs" else f" --output-dir {shlex.quote(output_dir)}"

@@ -1,0 +1,90 @@
+"""The probe of an arm: its facts and its untuned base, from a worker that has loaded the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import StudyError, WorkerError
+from sweeper.core.outcome import ArmBaseline, Outcome
+from sweeper.core.value import MemoryShortfall
+from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.jobs import Job, JobList, JobPhase, LostCause
+from sweeper.workers.protocol import Engine, ProbeCommand, ProbedEvent, WorkerEvent
+
+
+@dataclass(eq=False)
+class ProbeJob(Job):
+    """A request for the facts about an arm."""
+
+    name: str
+    settings: TrialSettings
+    adopted: Path | None = None
+    answer: ProbedEvent | None = None
+    lost: Outcome | None = None
+    """The outcome of a probe that no worker survived."""
+
+    @property
+    def key(self) -> str:
+        """See Job: as in "lora probe"."""
+        return f"{self.name} probe"
+
+    def send(self, engine: Engine, worker: int) -> JobPhase:
+        """See Job."""
+        probe = ProbeCommand(
+            job=self.key, attempt=self.attempt, settings=self.settings, adopted=self.adopted
+        )
+        engine.send(worker, probe)
+        return JobPhase.RUNNING
+
+    def on_event(self, event: WorkerEvent) -> JobPhase | None:
+        """See Job."""
+        if not isinstance(event, ProbedEvent):
+            return None
+        self.answer = event
+        return JobPhase.ENDED
+
+    def fail(self, cause: LostCause, message: str) -> None:
+        """See Job."""
+        self.lost = Outcome(cause=cause, message=message)
+
+
+def run_probe(
+    dispatcher: Dispatcher, name: str, settings: TrialSettings, adopted: Path | None = None
+) -> ProbedEvent | Outcome:
+    """Return a worker's answer to a probe, or the outcome of a probe that no worker survived.
+
+    Args:
+        dispatcher: its workers answer.
+        name: the arm's.
+        settings: of any trial of the arm.
+        adopted: an earlier run's model that is judged instead of any training.
+    """
+    job = ProbeJob(name, settings, adopted)
+    dispatcher.run(JobList([job]))
+    answer = job.answer or job.lost
+    assert answer is not None, "a probe ends with an answer or with its worker"
+    return answer
+
+
+def probe_arm(
+    dispatcher: Dispatcher, name: str, settings: TrialSettings, adopted: Path | None = None
+) -> ArmBaseline | MemoryShortfall:
+    """Return the facts about an arm, or the memory that its trainings lack. See `run_probe`.
+
+    Raises:
+        StudyError: there are no facts, for instance because the base model cannot be had.
+        WorkerError: the worker died in every attempt.
+    """
+    answer = run_probe(dispatcher, name, settings, adopted)
+    if isinstance(answer, Outcome):
+        raise WorkerError(
+            "the worker died each time that it loaded the base model and the data:\n"
+            f"{answer.message}"
+        )
+    if answer.misfit is not None:
+        return answer.misfit
+    if answer.facts is None:
+        raise StudyError(f"arm {name}: {answer.message}")
+    return answer.facts

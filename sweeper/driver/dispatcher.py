@@ -1,0 +1,304 @@
+"""The dispatcher: the one loop that hands jobs to workers and listens to them.
+
+Whatever the kind of job, the dispatcher hands it to a free slot, passes events on, gives a job whose
+worker died another attempt, and stops, pauses and cancels it. Between two turns a supervisor obeys
+commands, and an interrupt is looked at. There is no batch barrier: the moment a slot is free the source
+is asked for the next job.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Literal, Protocol
+
+from sweeper.core.errors import CommandRefused, StudyError
+from sweeper.core.signals import StopSignal
+from sweeper.driver.jobs import MAX_ATTEMPTS, Job, JobList, JobPhase, JobSource
+from sweeper.driver.pause_clock import PAUSE_PATIENCE_SECONDS, PauseClock
+from sweeper.driver.worker_pool import WorkerPool
+from sweeper.workers.protocol import EndedEvent, LostEvent, SlotsEvent, WaitingEvent, WorkerEvent
+
+POLL_SECONDS = 1.0
+CANCEL_SECONDS = 10.0
+"""Silence after which cancelled jobs are no longer waited for."""
+
+DispatchMode = Literal["running", "paused", "stopping"]
+
+
+class Supervisor(Protocol):
+    """Looks after a run between two turns of the loop."""
+
+    def on_turn(self, dispatcher: Dispatcher, source: JobSource[Any]) -> None:
+        """Obey commands and report the state of the run."""
+
+
+class Unsupervised:
+    """A supervisor of runs that take no commands."""
+
+    def on_turn(self, dispatcher: Dispatcher, source: JobSource[Any]) -> None:
+        """See Supervisor."""
+
+
+class JobTable:
+    """The open jobs of a run: those that occupy a worker, by key, and those that wait for one."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, Job] = {}
+        self.queue: deque[Job] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self.running or self.queue)
+
+    def all(self) -> list[Job]:
+        """Return every open job, those that are only checked after those that run."""
+        running = sorted(self.running.values(), key=lambda job: job.phase is JobPhase.CHECKING)
+        return [*running, *self.queue]
+
+    def on(self, worker: int) -> list[Job]:
+        """Return the jobs that a worker runs."""
+        return [job for job in self.running.values() if job.worker == worker]
+
+    def any_runs(self, jobs: Sequence[Job]) -> bool:
+        """Return True if one of these jobs still occupies a worker."""
+        return any(job.key in self.running for job in jobs)
+
+    def requeue(self, job: Job, *, first: bool = False) -> None:
+        """Put a job back into the queue."""
+        self.running.pop(job.key, None)
+        job.phase = JobPhase.QUEUED
+        (self.queue.appendleft if first else self.queue.append)(job)
+
+    def remove(self, job: Job) -> None:
+        """Forget a job."""
+        self.running.pop(job.key, None)
+        if job in self.queue:
+            self.queue.remove(job)
+
+
+class Dispatcher:
+    """Runs the jobs of one source after the other on one pool of workers."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        interrupt: StopSignal,
+        announce: Callable[[str], None],
+        supervisor: Supervisor | None = None,
+        pause_clock: PauseClock | None = None,
+    ) -> None:
+        """
+        Args:
+            pool: the workers.
+            interrupt: checked once a turn.
+            announce: takes a sentence for the person who follows the run.
+            supervisor: called once a turn. A run without one takes no commands.
+            pause_clock: measures pauses.
+        """
+        self.mode: DispatchMode = "running"
+        self._pool = pool
+        self._interrupt = interrupt
+        self._announce = announce
+        self._supervisor = supervisor or Unsupervised()
+        self._pause_clock = pause_clock or PauseClock()
+        self._jobs = JobTable()
+        self._source: JobSource[Any] = JobList[Job](())
+
+    @property
+    def busy(self) -> list[Job]:
+        """The jobs that occupy a worker."""
+        return list(self._jobs.running.values())
+
+    def run(self, source: JobSource[Any], resumed: Sequence[Job] = ()) -> None:
+        """Run all jobs of a source to their ends.
+
+        Args:
+            source: asked for a job whenever a slot is free.
+            resumed: jobs that an earlier run left behind, which come first.
+
+        Raises:
+            StudyError: the source cannot continue.
+            KeyboardInterrupt: a person or a signal stopped the run.
+            WorkerError: workers cannot start.
+            All open jobs were cancelled before the first two are raised.
+        """
+        self._source = source
+        self._jobs.queue.extend(resumed)
+        try:
+            # before the first job: commands that were kept may raise the total or come first
+            self._attend()
+            # a paused run without any job still waits for its resume
+            while self.mode != "running" or self._jobs or not source.done:
+                self._interrupt.check()
+                self._hand_out()
+                if (event := self._listen()) is not None:
+                    self._route(event)
+                self._attend()
+        except (KeyboardInterrupt, StudyError):
+            self._cancel()
+            raise
+
+    def pause(self) -> None:
+        """Stop all running jobs, to be continued after `resume`, and start none until then."""
+        self.mode = "paused"
+        self._pause_clock.begin()
+        for job in self._jobs.running.values():
+            if job.phase is JobPhase.RUNNING and job.stoppable:
+                self._pool.engine.stop(job.key, "cancelled")
+            # a check or a probe cannot be stopped: it ends soon, or its worker is ended with the pause
+            if job.phase is not JobPhase.DROPPING:
+                job.phase = JobPhase.PAUSING
+
+    def resume(self) -> None:
+        """Start jobs again, after a pause or a stop."""
+        if self.mode == "paused":
+            self._pause_clock.count()
+        self.mode = "running"
+
+    def stop(self, *, now: bool) -> None:
+        """Start no further job and end the run after the running ones, or at once with `now`."""
+        self.mode = "stopping"
+        if now:
+            self._interrupt.request()
+
+    def drop(self, key: str) -> None:
+        """Stop one job for good.
+
+        Raises:
+            Refused: there is no such job, or it is of a kind that cannot be dropped.
+        """
+        jobs = {job.key: job for job in self._jobs.all() if job.stoppable}
+        if key not in jobs:
+            raise CommandRefused(f"{key} is not running; running now: {', '.join(jobs) or 'none'}")
+        job = jobs[key]
+        job.drop()
+        phase, job.phase = job.phase, JobPhase.DROPPING
+        if phase is JobPhase.QUEUED:  # no worker will say that it ended
+            job.cancel()
+            self._end(job)
+        elif phase is JobPhase.RUNNING:
+            self._pool.engine.stop(key, "cancelled")
+
+    def _attend(self) -> None:
+        """Let the supervisor act, then keep a pause or a stop."""
+        self._supervisor.on_turn(self, self._source)
+        busy = self.busy
+        if self.mode == "stopping" and not busy:
+            self._interrupt.request()
+        if self.mode != "paused":
+            return
+        self._pause_clock.count()
+        if not busy and not self._pause_clock.workers_ended:
+            # an idle worker keeps the base model in the memory of its device
+            self._pool.kill_all("paused")
+            self._pause_clock.workers_ended = True
+            seconds = self._pause_clock.seconds
+            self._announce(
+                f"paused after {seconds:.0f} s: all workers ended, their devices are free"
+            )
+        elif busy and self._pause_clock.patience_is_over():
+            for job in busy:
+                seconds = PAUSE_PATIENCE_SECONDS
+                self._announce(
+                    f"{job.key} has not stopped within {seconds:.0f} s: ending its worker"
+                )
+                self._pool.engine.kill(job.worker, "paused, and took too long to stop")
+
+    def _hand_out(self) -> None:
+        if self.mode != "running":
+            return
+        queue = self._jobs.queue
+        for worker in self._pool.free_workers():
+            job: Job | None = queue.popleft() if queue else self._source.next_job()
+            if job is None:
+                return
+            self._pool.occupy(worker)
+            job.worker = worker
+            self._jobs.running[job.key] = job
+            job.phase = job.send(self._pool.engine, worker)
+
+    def _listen(self) -> WorkerEvent | None:
+        event = self._pool.engine.next_event(POLL_SECONDS)
+        if event is not None:
+            self._pool.note(event)
+        return event
+
+    def _route(self, event: WorkerEvent) -> None:
+        """Pass an event on to the job that it concerns."""
+        if isinstance(event, LostEvent):
+            # by worker: an engine may no longer know which job a dead worker ran
+            for lost in self._jobs.on(event.worker):
+                self._lost(lost, event)
+        elif not isinstance(event, SlotsEvent):
+            job = self._jobs.running.get(event.job)
+            if job is None or job.attempt != event.attempt:
+                return  # sent before the job was lost or ended
+            if isinstance(event, WaitingEvent):
+                self._announce(f"{job.key}: {event.message}")
+            else:
+                self._advance(job, event)
+
+    def _advance(self, job: Job, event: WorkerEvent) -> None:
+        stopped = isinstance(event, EndedEvent) and event.outcome.cause == "cancelled"
+        # a job that came to another end while it was asked to pause has its result
+        if stopped and job.phase is JobPhase.PAUSING:
+            self._jobs.requeue(job)
+            job.on_requeued(paused=True)
+            return
+        match job.on_event(event):
+            case JobPhase.ENDED:
+                self._end(job)
+            case JobPhase.QUEUED if job.phase is JobPhase.DROPPING:
+                job.cancel()
+                self._end(job)
+            case JobPhase.QUEUED:
+                # it was taken from the source before everything else that waits
+                self._jobs.requeue(job, first=True)
+            case JobPhase.PRUNING:
+                job.phase = JobPhase.PRUNING
+                self._pool.engine.stop(job.key, "pruned")
+
+    def _lost(self, job: Job, event: LostEvent) -> None:
+        """Give a job whose worker died another attempt, or end it."""
+        self._announce(f"{job.key}: {event.message.splitlines()[0]}")
+        if job.phase is JobPhase.DROPPING:
+            job.cancel()
+            self._end(job)
+        elif job.phase is JobPhase.PAUSING:
+            self._jobs.requeue(job)
+            job.on_requeued(paused=True)
+        elif event.cause == "oom" or job.attempt >= MAX_ATTEMPTS:
+            # after oom no attempt: the job would run out of memory again
+            job.fail(event.cause, event.message)
+            self._end(job)
+        else:
+            job.attempt += 1
+            self._jobs.requeue(job)
+            job.on_requeued(paused=False)
+
+    def _end(self, job: Job) -> None:
+        self._jobs.remove(job)
+        self._source.finished(job)
+        job.phase = JobPhase.ENDED
+
+    def _cancel(self) -> None:
+        """Stop what runs, wait a moment for it, and cancel whatever is still open then."""
+        stopping = [
+            job for job in self.busy if job.stoppable and job.phase is not JobPhase.CHECKING
+        ]
+        # other jobs do not react to a stop: they end with their workers
+        for job in stopping:
+            self._pool.engine.stop(job.key, "cancelled")
+        silent_s = 0.0
+        while self._jobs.any_runs(stopping) and silent_s < CANCEL_SECONDS:
+            event = self._listen()
+            # only silence counts: a trial that still writes its checkpoint may take longer
+            silent_s += POLL_SECONDS if event is None else 0.0
+            if isinstance(event, EndedEvent | LostEvent):
+                with suppress(StudyError):  # the run ends already
+                    self._route(event)
+        for job in self._jobs.all():
+            job.cancel()
+            self._end(job)
+        self._source.abandon()

@@ -1,0 +1,153 @@
+"""Jobs and their sources: the two protocols of everything that the dispatcher hands to workers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Generic, Literal, Protocol, TypeVar
+
+from sweeper.core.errors import CommandRefused
+from sweeper.workers.protocol import Engine, WorkerEvent
+
+MAX_ATTEMPTS = 3
+"""Executions of one job before the death of its worker is its outcome."""
+
+LostCause = Literal["crash", "timeout", "oom"]
+
+
+class JobPhase(Enum):
+    """The phases of a job. Only the dispatcher moves a job from one phase to the next."""
+
+    QUEUED = "waits for a free slot"
+    CHECKING = "a worker checks whether it is possible"
+    RUNNING = "a worker runs it"
+    PRUNING = "the pruner has asked it to stop"
+    PAUSING = "a pause has asked it to stop, to be continued"
+    DROPPING = "a person has asked it to stop for good"
+    ENDED = "it has a result"
+
+
+@dataclass(eq=False, kw_only=True)
+class Job(ABC):
+    """Work that occupies one slot of a worker until it is answered."""
+
+    attempt: int = 1
+    phase: JobPhase = JobPhase.QUEUED
+    worker: int = -1
+    """The worker that the current attempt was handed to."""
+    stoppable: ClassVar[bool] = False
+    """True if a worker reacts to Stop. Other jobs end by themselves or with their worker."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """The job's name in the protocol, unique among the jobs of a run."""
+
+    @abstractmethod
+    def send(self, engine: Engine, worker: int) -> JobPhase:
+        """Send the job's next command to a free slot and return CHECKING or RUNNING."""
+
+    @abstractmethod
+    def on_event(self, event: WorkerEvent) -> JobPhase | None:
+        """Take an event of the current attempt.
+
+        Returns:
+            ENDED once the job has its result, QUEUED if it needs another slot at once, PRUNING if it
+            should be stopped as hopeless, None if nothing changes.
+        """
+
+    @abstractmethod
+    def fail(self, cause: LostCause, message: str) -> None:
+        """Store the result of a job whose last attempt was lost with its worker."""
+
+    def cancel(self) -> None:  # noqa: B027 - most jobs keep no result when they are cancelled
+        """Store the result of a job that was cancelled before its end."""
+
+    def on_requeued(self, *, paused: bool) -> None:  # noqa: B027 - few jobs show that they wait
+        """React to a return to the queue, after a pause or with a new attempt."""
+
+    def drop(self) -> None:
+        """Prepare to be stopped for good.
+
+        Raises:
+            Refused: a job of this kind cannot be dropped.
+        """
+        raise CommandRefused(
+            f"{self.key} is not a trial of a search, so it cannot be stopped on its own"
+        )
+
+
+AnyJob = TypeVar("AnyJob", bound=Job)
+
+
+class JobSource(Protocol[AnyJob]):
+    """A supply of jobs that the dispatcher runs to its end."""
+
+    @property
+    def done(self) -> bool:
+        """True if no further job will come, given that no job is open."""
+
+    @property
+    def budget_left(self) -> str:
+        """Remaining budget as text, or "" when there is no limit."""
+
+    def next_job(self) -> AnyJob | None:
+        """Return the next job to start, or None if there is none at the moment."""
+
+    def finished(self, job: AnyJob) -> None:
+        """Take the result of a job. Its phase still says how it came to its end."""
+
+    def abandon(self) -> None:
+        """Record work that was begun but never became a job, after all jobs were cancelled."""
+
+
+class JobList(Generic[AnyJob]):
+    """A source of jobs that are known in advance."""
+
+    def __init__(
+        self,
+        jobs: Iterable[AnyJob],
+        finished: Callable[[AnyJob], None] = lambda job: None,
+        refusal: Callable[[], str | None] = lambda: None,
+        budget_left: Callable[[], str] = lambda: "",
+    ) -> None:
+        """
+        Args:
+            jobs: started in this order.
+            finished: called with each job that has ended.
+            refusal: asked before each start for the reason to start none, if there is one.
+            budget_left: returns the remaining budget as text.
+        """
+        self._waiting = deque(jobs)
+        self._finished = finished
+        self._refusal = refusal
+        self._budget_left = budget_left
+        self.refused: str | None = None
+        """The reason why the rest of the jobs was not started."""
+
+    @property
+    def done(self) -> bool:
+        """See JobSource."""
+        return not self._waiting
+
+    @property
+    def budget_left(self) -> str:
+        """See JobSource."""
+        return self._budget_left()
+
+    def next_job(self) -> AnyJob | None:
+        """See JobSource."""
+        if self._waiting and (refused := self._refusal()) is not None:
+            self.refused = refused
+            self._waiting.clear()
+        return self._waiting.popleft() if self._waiting else None
+
+    def finished(self, job: AnyJob) -> None:
+        """See JobSource."""
+        self._finished(job)
+
+    def abandon(self) -> None:
+        """See JobSource: jobs that were not started leave no trace."""

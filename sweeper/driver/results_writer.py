@@ -1,0 +1,77 @@
+"""Writes results.json and report.md while a study runs and at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sweeper.core.paths import StudyFolder, write_atomic, write_json
+from sweeper.core.value import MemoryShortfall
+from sweeper.driver.study_state import StudyState
+from sweeper.reporting.finalist_results import ArmConclusion
+from sweeper.reporting.held_out_results import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
+from sweeper.reporting.result_tables import markdown_report
+from sweeper.reporting.results import StudyResults, collect_arm, to_document
+from sweeper.reporting.verdict import judge
+
+WRITING_SHARE = 0.05
+"""Share of the driver's time that may be spent on results while a study runs."""
+
+
+@dataclass
+class ResultsWriter:
+    """Collects the results of all arms from their studies, and writes them."""
+
+    state: StudyState
+    folder: StudyFolder
+    provenance: Mapping[str, str]
+    announce: Callable[[str], None]
+    misfits: dict[str, MemoryShortfall] = field(default_factory=dict)
+    """Arms that are larger than the device, by name."""
+    finals: dict[str, ArmConclusion] | None = None
+    """The arms' finalists, once they have run."""
+    _next_write: float = 0.0
+
+    def collect(self) -> StudyResults:
+        """Return the results so far."""
+        plan, studies = self.state.plan, self.state.studies
+        results = StudyResults(
+            study_name=plan.study.study_name,
+            command=plan.command,
+            provenance=self.provenance,
+            arms=tuple(
+                collect_arm(arm, studies[arm.name], plan.study.costs)
+                for arm in plan.arms
+                if arm.name in studies
+            ),
+            fairness=plan.study.fairness,
+            untested=NOT_ENDED if plan.study.finalists.top else SWITCHED_OFF,
+            misfits=self.misfits,
+        )
+        if self.finals is None:
+            return results
+        untested = None if plan.study.finalists.test else LEFT_ALONE
+        return settle(results.model_copy(update={"untested": untested}), self.finals)
+
+    def on_trial_finished(self) -> None:
+        """Write the results, so that a report can be read while the study runs or after a crash.
+
+        Skipped while trials end faster than hundreds of them can be written.
+        """
+        began = time.monotonic()
+        if began < self._next_write:
+            return
+        try:
+            self.write(self.collect())
+        except OSError as error:  # a full disk: the storage has it all, the next trial tries again
+            self.announce(f"results are not written: {error}")
+        took = time.monotonic() - began
+        self._next_write = began + took / WRITING_SHARE
+
+    def write(self, results: StudyResults) -> None:
+        """Write results.json and report.md."""
+        verdict = judge(results)
+        document = {**to_document(results), "verdict": verdict.document()}
+        write_json(self.folder.results, document)
+        write_atomic(self.folder.report, markdown_report(results, verdict))

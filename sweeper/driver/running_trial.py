@@ -1,0 +1,196 @@
+"""A trial of a search as a job: checked, trained, watched by the pruner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from optuna.trial import Trial
+
+from sweeper.config.settings import RunSettings, metric_words
+from sweeper.config.space import Point
+from sweeper.core.outcome import Outcome, TrialSize
+from sweeper.driver.arm_context import ArmContext
+from sweeper.driver.jobs import Job, JobPhase, LostCause
+from sweeper.driver.trial_sizes import KnownSizes, decided, recorded
+from sweeper.reporting.study_progress import TrialProgress
+from sweeper.search.pruning import PruningGuard, as_told, audited
+from sweeper.search.study import DROPPED
+from sweeper.tracking.tracker import TrialRecord
+from sweeper.workers.protocol import (
+    CheckCommand,
+    CheckedEvent,
+    EndedEvent,
+    Engine,
+    EvaluatedEvent,
+    ProgressEvent,
+    SubmitCommand,
+    WorkerEvent,
+)
+
+
+@dataclass
+class WorkTimer:
+    """Measures a trial's seconds of work by the budget's clock, pauses left out."""
+
+    clock: Callable[[], float]
+    started: float = 0.0
+    """The moment at which the work would have begun without pauses, or 0 before its begin."""
+    _before_pause: float = 0.0
+    _paused: bool = False
+
+    def start(self) -> None:
+        """Start or continue."""
+        self.started, self._paused = self.clock() - self._before_pause, False
+
+    def pause(self) -> None:
+        """Stand still until the next start."""
+        self._before_pause, self._paused = self.seconds, True
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work so far."""
+        if self._paused or not self.started:
+            return self._before_pause
+        return self.clock() - self.started
+
+
+@dataclass(eq=False)
+class PreparedTrial:
+    """A trial that was asked and whose point is valid."""
+
+    trial: Trial
+    point: Point
+    settings: RunSettings
+    record: TrialRecord
+    view: TrialProgress
+    guard: PruningGuard
+    """Decides when the trial is hopeless."""
+
+
+@dataclass(eq=False)
+class RunningTrial(Job):
+    """A trial between ask and tell."""
+
+    context: ArmContext
+    prepared: PreparedTrial
+    sizes: KnownSizes
+    timer: WorkTimer
+    audited: bool = False
+    """True if the pruner would have stopped it, and it continues to find out whether that is right."""
+    outcome: Outcome | None = None
+    stoppable: ClassVar[bool] = True
+
+    @property
+    def key(self) -> str:
+        """See Job: the key of the trial's record, as in "lora/0007"."""
+        return self.prepared.record.key
+
+    def send(self, engine: Engine, worker: int) -> JobPhase:
+        """See Job: a check if the trial's size is not known yet, else the trial."""
+        settings, adopted = self.prepared.settings, self.context.adopted
+        size = self.sizes.size(settings)
+        if size is None and adopted is None:
+            check = CheckCommand(job=self.key, attempt=self.attempt, settings=settings.trial)
+            engine.send(worker, check)
+            return JobPhase.CHECKING
+        if size is not None:  # an adopted model has none, because it is not trained
+            self._take_size(size)
+        # stored before the worker starts: attempts that end with the driver count as well
+        self.prepared.trial.set_user_attr("attempt", self.attempt)
+        self.prepared.view.state = "running"
+        self.timer.start()
+        self.context.services.tracker.start(self.prepared.record)
+        engine.send(
+            worker,
+            SubmitCommand(
+                job=self.key,
+                attempt=self.attempt,
+                folder=self.prepared.record.folder.path.resolve(),
+                settings=settings.trial.with_rank(None if size is None else size.rank),
+                provenance={**self.context.origin, "attempt": self.attempt},
+                adopted=None if adopted is None else adopted.model,
+            ),
+        )
+        return JobPhase.RUNNING
+
+    def on_event(self, event: WorkerEvent) -> JobPhase | None:
+        """See Job."""
+        view = self.prepared.view
+        match event:
+            case ProgressEvent():
+                view.progressed(event.step, event.total_steps, event.tokens_per_second)
+            case EvaluatedEvent():
+                return self._evaluated(event)
+            case CheckedEvent():
+                return self._checked(event)
+            case EndedEvent():
+                self.outcome = event.outcome
+                return JobPhase.ENDED
+        return None
+
+    def fail(self, cause: LostCause, message: str) -> None:
+        """See Job: a trial whose check ends every worker is refused, like all of its structure."""
+        if self.phase is JobPhase.CHECKING:
+            # a refusal, unlike a crash, keeps the sampler away from other points of this structure
+            words = f"no worker survived the check whether it is possible: {message}"
+            self.outcome = Outcome(cause="refused", message=words)
+            self.sizes.learn(self.prepared.settings, self.outcome)
+        else:
+            self.outcome = Outcome(cause=cause, message=message, steps=self.prepared.view.step)
+
+    def cancel(self) -> None:
+        """See Job."""
+        self.outcome = Outcome(cause="cancelled")
+
+    def on_requeued(self, *, paused: bool) -> None:
+        """See Job: after a pause the attempt continues from its checkpoint."""
+        if paused:
+            self.timer.pause()
+        self.prepared.view.state = "paused" if paused else "waiting"
+
+    def drop(self) -> None:
+        """See Job: stored first, so that a killed driver drops the trial when it starts again."""
+        self.prepared.trial.set_user_attr(DROPPED, True)
+
+    def _checked(self, event: CheckedEvent) -> JobPhase:
+        self.outcome = event.refusal
+        answer = event.size or event.refusal
+        assert answer is not None, f"the check of {self.key} has neither a size nor a refusal"
+        self.sizes.learn(self.prepared.settings, answer)
+        return JobPhase.QUEUED if event.refusal is None else JobPhase.ENDED
+
+    def _take_size(self, size: TrialSize) -> None:
+        prepared = self.prepared
+        params = recorded(prepared.settings.trial, size, prepared.point)
+        prepared.record = replace(prepared.record, params=params)
+        if sized := decided(prepared.settings, size):
+            prepared.trial.set_user_attr("sized", sized)
+            prepared.view.point = {**prepared.point, "adapter.r": sized["rank"]}
+
+    def _evaluated(self, event: EvaluatedEvent) -> JobPhase | None:
+        view, objective = self.prepared.view, self.context.objective
+        view.step, view.total_steps = event.step, event.total_steps
+        view.evaluated(event.value, objective)
+        self.context.services.tracker.ship(self.prepared.record)
+        told = as_told(objective, event.value)  # Optuna has one direction for all values
+        hopeless = self.prepared.guard.evaluated(event.step, event.total_steps, told)
+        # the guard sees every evaluation, but a trial that stops already is not stopped again
+        if not hopeless or self.audited or self.phase is not JobPhase.RUNNING:
+            return None
+        return self._prune_or_audit(event)
+
+    def _prune_or_audit(self, event: EvaluatedEvent) -> JobPhase | None:
+        pruner, announce = self.context.pruner, self.context.services.view.event
+        self.audited = audited(pruner, self.context.arm.sampler.seed, self.key)
+        if self.audited:
+            self.prepared.trial.set_user_attr("audited", True)
+            announce(f"{self.key}: the pruner would stop it; kept running as an audit trial")
+            return None
+        judged = metric_words(self.context.objective.judged_while_training)
+        announce(
+            f"{self.key} pruned at step {event.step} of {event.total_steps}: {judged} "
+            f"{event.value:.4f}, worse than the other trials at this point (pruner={pruner.name})"
+        )
+        return JobPhase.PRUNING

@@ -1,0 +1,78 @@
+"""Writes standing.json: where the study stands, for the verbs that look at it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from sweeper.core.paths import StudyFolder, write_json
+from sweeper.driver.arm_status import arm_standing
+from sweeper.driver.command_log import TIME_FORMAT
+from sweeper.driver.study_state import StudyState
+from sweeper.reporting.study_status import (
+    StudyPhase,
+    StudyStatus,
+    process_of_driver,
+    trial_standing,
+)
+from sweeper.tracking.tracker import RunStatus
+
+STATUS_SECONDS = 2.0
+END_STATES: dict[RunStatus, StudyPhase] = {
+    "FINISHED": "finished",
+    "KILLED": "stopped",
+    "FAILED": "failed",
+}
+
+
+class StatusWriter:
+    """Writes the file when the study's phase changes, and every STATUS_SECONDS in between."""
+
+    def __init__(
+        self, state: StudyState, folder: StudyFolder, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._state = state
+        self._folder = folder
+        self._clock = clock
+        self._since = time.strftime(TIME_FORMAT)
+        self._written_at = -STATUS_SECONDS
+        self._phase: StudyPhase = "starting"
+
+    def enter(self, phase: StudyPhase) -> None:
+        """Change the study's phase, and write the file if it is another one."""
+        if phase != self._phase:
+            self._phase = phase
+            # shown in the headline of the live table
+            self._state.board.note = phase if phase in ("paused", "stopping") else ""
+            self.write()
+
+    def end(self, status: RunStatus) -> None:
+        """Write the last phase of this run."""
+        self.enter(END_STATES[status])
+
+    def write_if_due(self) -> None:
+        """Write the file if STATUS_SECONDS have passed."""
+        if self._clock() - self._written_at >= STATUS_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the file."""
+        self._written_at = self._clock()
+        state, (process, host) = self._state, process_of_driver()
+        standing = StudyStatus(
+            study_name=state.plan.study.study_name,
+            state=self._phase,
+            command=state.plan.command,
+            since=self._since,
+            process=process,
+            host=host,
+            objective=state.plan.objective,
+            left=state.board.left,
+            arms=tuple(arm_standing(arm, state.studies.get(arm.name)) for arm in state.plan.arms),
+            running=tuple(
+                trial_standing(trial) for trial in state.board.trials.values() if not trial.ended
+            ),
+        )
+        with suppress(OSError):  # a full disk must not end the study for its status
+            write_json(self._folder.standing, standing.model_dump(mode="json"))

@@ -1,0 +1,231 @@
+"""The run of a study: its arms one after the other, then their finalists."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from optuna.storages import BaseStorage
+
+from sweeper.config.settings import metric_words
+from sweeper.core.errors import StudyError
+from sweeper.core.outcome import ArmBaseline, BaselineRun
+from sweeper.core.value import MemoryShortfall
+from sweeper.driver.arm_context import ArmContext
+from sweeper.driver.arm_probe import probe_arm
+from sweeper.driver.arm_search import ArmSearch
+from sweeper.driver.budget import ArmBudget, StudyBudget
+from sweeper.driver.command_handler import CommandHandler
+from sweeper.driver.device_time import spent_seconds
+from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.finalist_runs import FinalistRuns
+from sweeper.driver.results_writer import ResultsWriter
+from sweeper.driver.study_services import StudyServices
+from sweeper.driver.worker_pool import WorkerPool
+from sweeper.reporting.result_tables import describe_data
+from sweeper.search.first_points import fill_study
+from sweeper.search.study import counted, open_study
+from sweeper.search.study_plan import LORA, ArmPlan
+from sweeper.tracking.tracker_factory import make_baselines
+from sweeper.workers.engines import open_engine
+
+PAGED = "training.optim=paged_adamw_8bit"
+"""Its states need no memory of the device: they move to the host's memory and back."""
+
+
+@dataclass
+class StudyRun:
+    """Runs the searches of all arms, then their finalists."""
+
+    services: StudyServices
+    storage: BaseStorage
+    pool: WorkerPool
+    dispatcher: Dispatcher
+    commands: CommandHandler
+    budget: StudyBudget
+    results: ResultsWriter
+    _ran: dict[str, int] = field(default_factory=dict)
+    """The total to which each arm was run."""
+    _devices: int = 0
+    """The devices of each worker in the pool."""
+    _announced: bool = False
+    """True once the data and the device were announced."""
+
+    def __post_init__(self) -> None:
+        self._state = self.results.state
+
+    def run(self) -> None:
+        """Run everything that the plan wants.
+
+        Raises:
+            SweeperError: the study cannot continue.
+            KeyboardInterrupt: a person or a signal stopped the study.
+        """
+        self.commands.catch_up()
+        while (arm := self._next_arm()) is not None:
+            self._host([arm])
+            self._run_arm(arm)
+            self._ran[arm.name] = self._state.total(arm.name)
+        self._state.searches_ended = True
+        self._host(self._state.plan.arms)
+        self._run_finalists()
+
+    def _next_arm(self) -> ArmPlan | None:
+        """Return the first arm that was not run to its total. An extended arm comes again."""
+        arms = [arm for arm in self._state.plan.arms if self._ran.get(arm.name) != arm.n_trials]
+        # an adopted arm costs little, and its problems are best known first
+        return min(arms, key=lambda arm: arm.run_id is None, default=None)
+
+    def _host(self, arms: Sequence[ArmPlan]) -> None:
+        """Have workers that are wide enough for the trials of these arms.
+
+        Arms run one after the other, so a wide trial never waits for enough narrow ones to end.
+        """
+        devices = max(arm.settings.training.devices_per_trial for arm in arms)
+        if devices == self._devices:
+            return
+        self.pool.close()  # the next engine needs the devices of this one
+        plan = self._state.plan
+        count = max(1, plan.study.n_jobs // devices)
+        log = self.services.folder.worker_log
+        self.pool.host_with(open_engine(plan.settings.workers, count, log, devices))
+        self._devices = devices
+
+    def _run_arm(self, arm: ArmPlan) -> None:
+        adopted = self._adopted(arm)
+        model = None if adopted is None else adopted.model
+        facts = probe_arm(self.dispatcher, arm.name, arm.settings.trial, model)
+        if isinstance(facts, MemoryShortfall):
+            self._leave_out(arm, facts)
+            return
+        arm = self._state.arm(arm.name)  # a command may have raised its total during the probe
+        context = self._open_arm(arm, facts, adopted)
+        search = ArmSearch(
+            context, lambda: self._state.total(arm.name), self.results.on_trial_finished
+        )
+        search.run(self.dispatcher)
+        # its trial has a copy now
+        shutil.rmtree(self.services.folder.adopted(arm.name), ignore_errors=True)
+
+    def _open_arm(
+        self, arm: ArmPlan, facts: ArmBaseline, adopted: BaselineRun | None
+    ) -> ArmContext:
+        """Open the arm's study, fill it with the points to try first, and announce the arm."""
+        base_value = facts.base_value(self._state.plan.objective.metric)
+        plan = self._state.plan
+        study = open_study(plan, arm, facts, self.storage)
+        self._state.studies[arm.name] = study
+        self.commands.on_arm_opened()  # points for this arm may wait in the inbox
+        if adopted is not None:
+            study.set_user_attr("adopted", adopted.model_dump(mode="json"))
+        words = fill_study(study, plan, arm, facts, self.storage)
+        budget = self._arm_budget(arm)
+        words += [left] if (left := budget.left([])) else []
+        self._announce(arm, facts, counted(study), words)
+        self.services.board.open_arm(arm.name, arm.n_trials, base_value)
+        return ArmContext(
+            arm=arm,
+            study=study,
+            facts=facts,
+            pruner=plan.study.pruner,
+            costs=plan.study.costs,
+            budget=budget,
+            services=self.services,
+            adopted=adopted,
+        )
+
+    def _adopted(self, arm: ArmPlan) -> BaselineRun | None:
+        """Return the run that replaces the arm's search, if there is one.
+
+        Once that run was judged, the trial's own copy of its model is enough.
+
+        Raises:
+            TrackingError: there is no such run, or it holds no model.
+        """
+        if arm.run_id is None:
+            return None
+        study = self._state.studies.get(arm.name)
+        if study is not None and counted(study):
+            known = BaselineRun.model_validate(study.user_attrs["adopted"])
+            own = self.services.folder.trial(arm.name, 0).model
+            return known.model_copy(update={"model": own.resolve()})
+        baselines = make_baselines(self._state.plan.settings.tracking)
+        return baselines.find(arm.run_id, self.services.folder.adopted(arm.name))
+
+    def _leave_out(self, arm: ArmPlan, misfit: MemoryShortfall) -> None:
+        """Announce that an arm cannot fit. The other arms still run.
+
+        Raises:
+            StudyError: no arm fits.
+        """
+        self.results.misfits[arm.name] = misfit
+        words = [f"arm {arm.name} is not run: {misfit}", *self._ways_out(arm)]
+        if len(self.results.misfits) == len(self._state.plan.arms):
+            raise StudyError("\n".join(words))
+        for line in words:
+            self.services.view.event(line)
+
+    def _ways_out(self, arm: ArmPlan) -> list[str]:
+        smaller = "    a smaller base:           model.base_model=PATH_OR_HUB_ID"
+        if arm.name == LORA:
+            return [f"    a paged 8-bit optimizer:  {PAGED}", smaller]
+        where = f"hydra.sweeper.arms.{arm.name}"
+        overrides = ",".join((*self._state.plan.study.arms[arm.name].overrides, PAGED))
+        return [
+            f"    a paged 8-bit optimizer:  {shlex.quote(f'{where}.overrides=[{overrides}]')}",
+            smaller,
+            "    an earlier full run:      baseline.run_id=MLFLOW_RUN_ID",
+            f"    a study without it:       {shlex.quote(f'~{where}')}",
+        ]
+
+    def _run_finalists(self) -> None:
+        """Train further seeds of the best trials, and judge the winners on unseen texts."""
+        plan, studies = self._state.plan, self._state.studies
+        if plan.study.finalists.top == 0:
+            return
+        runs = FinalistRuns(
+            wanted=plan.study.finalists,
+            budget=self.budget.of_arm(1.0, self._spent(), self._devices),
+            services=self.services,
+            dispatcher=self.dispatcher,
+        )
+        arms = [(arm, studies[arm.name]) for arm in plan.arms if arm.name in studies]
+        self.results.finals = runs.run(arms)
+
+    def _arm_budget(self, arm: ArmPlan) -> ArmBudget:
+        """Return the arm's share of what the study may still use."""
+        plan, studies = self._state.plan, self._state.studies
+        wanted = {
+            each.name: max(
+                0, each.n_trials - (counted(studies[each.name]) if each.name in studies else 0)
+            )
+            for each in plan.arms
+        }
+        names = list(wanted)
+        following = sum(wanted[name] for name in names[names.index(arm.name) :])
+        share = wanted[arm.name] / max(1, following)
+        return self.budget.of_arm(share, self._spent(), self._devices)
+
+    def _spent(self) -> float:
+        """Return the device time of all trials and finalists so far, in seconds."""
+        return spent_seconds(self._state.studies, self.services.folder)
+
+    def _announce(self, arm: ArmPlan, facts: ArmBaseline, done: int, words: Sequence[str]) -> None:
+        say = self.services.view.event
+        if not self._announced:
+            self._announced = True
+            say(f"data: {describe_data(facts)}")
+            say(f"device: {facts.device}, computing in {facts.dtype}")
+        text = f"arm {arm.name}: {arm.n_trials} trials"
+        if arm.run_id is not None:
+            text = f"arm {arm.name}: adopted from MLflow run {arm.run_id}, judged and not trained"
+        elif done >= arm.n_trials:
+            text += ", all of them done before: nothing to train"
+        elif done:
+            text += f", {done} of them done before"
+        metric = self._state.plan.objective.metric
+        say(f"{text}; untuned base: {metric_words(metric)} {facts.base_value(metric):.4f}")
+        for word in words:
+            say(f"arm {arm.name}: {word}")

@@ -1,0 +1,21 @@
+"""The services that every part of a running study uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sweeper.core.paths import StudyFolder
+from sweeper.reporting.study_progress import StudyProgress, StudyView
+from sweeper.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class StudyServices:
+    """The study's folder, its tracker, its view with the board, and the provenance of this process."""
+
+    folder: StudyFolder
+    tracker: Tracker
+    view: StudyView
+    board: StudyProgress
+    provenance: Mapping[str, str]

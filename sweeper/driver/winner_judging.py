@@ -1,0 +1,118 @@
+"""The judging of an arm's winner and of its untuned base on the test split and on general text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeper.core.outcome import ArmBaseline, ExampleLosses, HeldOutKind, HeldOutLosses
+from sweeper.core.paths import write_atomic
+from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.finalist_jobs import Candidate, JudgeJob
+from sweeper.driver.jobs import JobList
+from sweeper.driver.study_services import StudyServices
+from sweeper.reporting.finalist_results import ArmConclusion, FinalistRanking, unseen_metrics
+
+KIND_NAMES: Mapping[HeldOutKind, str] = {"test": "the test split", "general": "general text"}
+
+
+@dataclass
+class WinnerJudging:
+    """Judges the seeds of one winner and its untuned base, unless their judgements are on disk."""
+
+    services: StudyServices
+    reads_test: bool
+    """True if the test split may be read."""
+    winner: Candidate
+    facts: ArmBaseline
+
+    def run(self, final: FinalistRanking, dispatcher: Dispatcher) -> ArmConclusion:
+        """Return the arm's end with the losses on the unseen texts that there are."""
+        kinds = self._kinds()
+        if not kinds:
+            return ArmConclusion(final)
+        untuned = JudgeJob(f"{self._trial_key}_untuned", self.winner.settings, None, kinds)
+        seeds = self._seed_jobs(kinds)
+        jobs = [untuned, *seeds.values()]
+        self._judge(jobs, dispatcher)
+        found = {seed: job.losses for seed, job in seeds.items() if job.losses}
+        ended = ArmConclusion.judged(final, found, untuned.losses or HeldOutLosses())
+        for seed in found:
+            self._record(ended, seed, self._files(seeds[seed]))
+        return ended
+
+    @property
+    def _trial_key(self) -> str:
+        return f"{self.winner.arm.name}/{self.winner.number:04d}"
+
+    def _kinds(self) -> tuple[HeldOutKind, ...]:
+        """Return the kinds of unseen text that exist and may be read."""
+        tested = self.reads_test and self.facts.rows.get("test", 0)
+        general = self.facts.general_digest is not None
+        return (*(("test",) if tested else ()), *(("general",) if general else ()))
+
+    def _seed_jobs(self, kinds: tuple[HeldOutKind, ...]) -> dict[int, JudgeJob]:
+        """Return a job for each seed of the winner that was trained to its end."""
+        winner = self.winner
+        own = self.services.folder.trial(winner.arm.name, winner.number)
+        trained = {winner.settings.seed: (own, winner.settings)}
+        for training in winner.trainings:
+            if training.complete:
+                trained[training.settings.seed] = (training.record.folder, training.settings)
+        return {
+            seed: JudgeJob(f"{self._trial_key}_seed_{seed}", settings, folder, kinds)
+            for seed, (folder, settings) in trained.items()
+        }
+
+    def _files(self, job: JudgeJob) -> dict[HeldOutKind, Path]:
+        """Return the file in which a model's losses on each kind of text are kept."""
+        folder, arm = self.services.folder, self.winner.arm.name
+        name = f"trial_{job.key.split('/')[-1]}"
+        files: dict[HeldOutKind, Path] = {
+            "test": folder.test_examples(arm, name),
+            "general": folder.general_examples(arm, self.facts.general_digest or "", name),
+        }
+        return {kind: files[kind] for kind in job.kinds}
+
+    def _judge(self, jobs: Sequence[JudgeJob], dispatcher: Dispatcher) -> None:
+        """Read the judgements that are stored, run the others, and store them."""
+        stored = {job.key: _stored(self._files(job)) for job in jobs}
+        for job in jobs:
+            if len(stored[job.key]) == len(job.kinds):
+                job.losses = HeldOutLosses(**stored[job.key])
+        missing = [job for job in jobs if job.losses is None]
+        if missing:
+            words = " and ".join(KIND_NAMES[kind] for kind in missing[0].kinds)
+            self.services.view.event(f"arm {self.winner.arm.name}: judging the winner on {words}")
+        dispatcher.run(JobList(missing))
+        for job in missing:
+            if job.losses is None:
+                reason = (job.problem or "no answer").splitlines()[-1]
+                self.services.view.event(f"{job.key}: not judged: {reason}")
+                continue
+            # kinds that were judged before keep their figures
+            job.losses = job.losses.model_copy(update=stored[job.key])
+            for kind, path in self._files(job).items():
+                if (examples := getattr(job.losses, kind)) is not None:
+                    write_atomic(path, examples.model_dump_json())
+
+    def _record(self, ended: ArmConclusion, seed: int, files: Mapping[HeldOutKind, Path]) -> None:
+        """Add a seed's figures to its run, dated by the files, so that a repeat adds nothing."""
+        trained = {training.settings.seed: training.record for training in self.winner.trainings}
+        record = trained.get(seed) or self.winner.record(self.services.folder)
+        metrics = unseen_metrics(
+            ended.final.test_losses.get(seed),
+            ended.final.general_losses.get(seed),
+            ended.final.untuned_general_loss,
+        )
+        judged_at = max(path.stat().st_mtime for path in files.values())
+        self.services.tracker.amend(record, metrics, judged_at)
+
+
+def _stored(files: Mapping[HeldOutKind, Path]) -> dict[str, ExampleLosses]:
+    return {
+        kind: ExampleLosses.model_validate_json(path.read_text(encoding="utf-8"))
+        for kind, path in files.items()
+        if path.exists()
+    }
