@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all faults lint format ui report nightly servers servers-stop pictures audit bench soak wheel clean
+.PHONY: help setup sweep test test-all test-versions faults lint format ui report nightly servers servers-stop pictures audit bench soak wheel clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## Create .venv with everything pinned in constraints.txt
 
@@ -28,6 +28,9 @@ test: $(READY)  ## Run the tests (minutes)
 
 test-all: $(READY)  ## Run every test, the slow ones too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-versions: $(READY)  ## Run tests at both ends of pyproject's ranges, in environments of their own (an hour)
+	$(BIN)/python -m tests.versions
 
 faults: $(READY)  ## Inject every fault of docs/reliability.md, and show which cases pass
 	$(BIN)/python -m tests.faults
@@ -83,5 +86,5 @@ wheel: $(READY)  ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel
 
 clean:  ## Remove what was built and cached; keeps .venv, outputs/ and mlruns/
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build .venv-versions .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find sweeper tests hydra_plugins -name __pycache__ -type d -prune -exec rm -rf {} +

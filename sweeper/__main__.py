@@ -5,15 +5,22 @@ Kept light: spawned workers import this module, and --help must answer at once.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sweeper.core.errors import ConfigError, SweeperError
 from sweeper.core.redaction import holds_password, redact
+
+if TYPE_CHECKING:
+    from sweeper.config.compose import CommandLine
+    from sweeper.config.settings import RunSettings
+    from sweeper.search.study_plan import StudyPlan
 
 MAX_OVERRIDE = 10_000
 MAX_OVERRIDES = 1_000
@@ -51,43 +58,100 @@ def run_studies(overrides: Sequence[str]) -> None:
 
 def _hydra(argv: Sequence[str]) -> None:
     """Check the whole command line, then let Hydra run it."""
-    from sweeper.cli.verbs import VERBS
     from sweeper.config import compose
-    from sweeper.search.study_plan import single, studies
 
     refuse_overrides([text for text in argv if not text.startswith("-")])
     line = compose.parse_command_line(argv)
-    if line.overrides and line.overrides[0].isidentifier():
-        raise ConfigError([f"{line.overrides[0]}: no such verb; verbs: {', '.join(VERBS)}"])
-    compose.refuse_unknown_flags(line.flags)
-    overrides = compose.with_user_conf(line.overrides, Path.cwd())
-    if line.trains:
-        plans = studies(overrides) if line.multirun else [single(overrides)]
-        if any(plan.dry_run for plan in plans):  # before Hydra makes a folder
-            from sweeper.commands.dry_run import show
+    kept, words = _sorted_words(line.overrides, compose.experiment_names(Path.cwd()))
+    overrides = compose.complete_overrides(kept, Path.cwd())
+    wrong_flags = compose.flag_problems(line.flags)
+    problems = [*wrong_flags, *words]
+    plans: Sequence[StudyPlan | RunSettings] = []
+    try:
+        # beside a wrong flag the overrides are checked as if they were to be trained
+        plans, overrides = _checked(line.without_wrong_flags() if wrong_flags else line, overrides)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    if any(plan.dry_run for plan in plans):  # before Hydra makes a folder
+        from sweeper.commands.dry_run import show
 
-            return show(plans)
-    elif not {"-c", "--cfg"}.isdisjoint(line.flags):
-        overrides = compose.with_auto_groups(overrides)  # what is shown is what would run
+        return show(plans)
     sys.argv = [sys.argv[0], *line.flags, *overrides]
     _hydra_application()
 
 
-def refuse_overrides(overrides: Sequence[str]) -> None:
-    """What no override may be, before any parser sees it.
+def _checked(
+    line: CommandLine, overrides: list[str]
+) -> tuple[Sequence[StudyPlan | RunSettings], list[str]]:
+    """Return what a command line would run, and the overrides that Hydra is to be given.
 
     Raises:
-        ConfigError: it holds a password (a command line is seen by every user of the machine, and is
-            stored with the results), or it is longer or deeper than anybody writes.
+        ConfigError: everything that is wrong with the overrides.
+    """
+    from sweeper.config import compose
+    from sweeper.search.study_plan import studies
+
+    if line.multirun and line.trains:
+        return studies(overrides), overrides
+    if line.trains:
+        return [_single(overrides)], overrides
+    if {"-c", "--cfg"}.isdisjoint(line.flags):
+        return [], overrides
+    fixed, _ = compose.split_sweeps(overrides) if line.multirun else (overrides, {})
+    _, problems = compose.compose_leniently(fixed)
+    if problems:
+        raise ConfigError(problems)
+    return [], compose.with_auto_groups(overrides)  # what is shown is what would run
+
+
+def _single(overrides: Sequence[str]) -> RunSettings:
+    """Return the settings of a single trial, for which a study's settings would do nothing."""
+    from sweeper.config.override_hints import needs_study
+    from sweeper.search.study_plan import single
+
+    problems = [problem for problem in map(needs_study, overrides) if problem is not None]
+    try:
+        settings = single(overrides)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def _sorted_words(words: Sequence[str], experiments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments that are overrides, and what is wrong with the others."""
+    from sweeper.cli.verbs import VERBS
+    from sweeper.config.override_hints import is_override, refused_words
+
+    overrides = [text for text in words if is_override(text)]
+    others = [text for text in words if not is_override(text)]
+    first = words[0] if words else ""
+    if first.isidentifier() and first not in experiments:
+        close = difflib.get_close_matches(first, VERBS, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        # the words behind a misspelt verb are its arguments, so nothing is said about them
+        return overrides, [f"{first}: no such verb; {meant}verbs: {', '.join(VERBS)}"]
+    return overrides, refused_words(others, experiments)
+
+
+def refuse_overrides(overrides: Sequence[str]) -> None:
+    """Check overrides before any parser sees them.
+
+    Raises:
+        ConfigError: an override holds a password (every user of the machine sees a command line, and
+            the results store it), or is longer or more deeply nested than the limits.
     """
     keys = [text.partition("=")[0][:80] for text in overrides if holds_password(text)]
     problems = [
-        f"{key}: holds a password, which the process list shows to everybody; put the URL into "
+        f"{key}: holds a password, which the process list shows to every user; put the URL into "
         f"an environment variable and write '{key}=${{oc.env:NAME}}'"
         for key in keys
     ]
     long = [text for text in overrides if len(text) > MAX_OVERRIDE]
-    problems += [f"{text[:40]}…: is longer than {MAX_OVERRIDE} characters" for text in long]
+    problems += [f"{text[:40]}…: is longer than {MAX_OVERRIDE:,} characters" for text in long]
     deep = [text for text in overrides if _nested(text) > MAX_NESTED]
     problems += [f"{text[:40]}…: nested deeper than {MAX_NESTED} levels" for text in deep]
     if len(overrides) > MAX_OVERRIDES:
@@ -97,7 +161,7 @@ def refuse_overrides(overrides: Sequence[str]) -> None:
 
 
 def _nested(text: str) -> int:
-    """How many brackets are open at once."""
+    """Return the largest number of brackets that are open at once."""
     steps = (1 if letter in "[{(" else -1 if letter in "]})" else 0 for letter in text)
     return max(itertools.accumulate(steps, initial=0))
 
@@ -119,7 +183,7 @@ def _hydra_application() -> None:
         folder = TrialFolder(Path(hydra_config.runtime.output_dir))
         _or_exit(lambda: run_single(single(overrides), folder, shlex.join(overrides)))
 
-    decorate = hydra.main(str(compose.conf_dir()), "config", version_base="1.3")
+    decorate = hydra.main(str(compose.conf_dir()), "config", **compose.HYDRA_BASE)
     decorate(application)()
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import run_in_process
+
 CANARY = "c4n4ry0f7h3d4y"
 STUDY = (
     *("+experiment=lr_rank_sweep", "workers=fake", "~hydra.sweeper.arms.full"),
@@ -72,13 +74,7 @@ def test_a_secret_given_by_reference_comes_out_nowhere(tmp_path: Path, tracking:
 def test_a_literal_password_on_the_command_line_is_refused(tmp_path: Path) -> None:
     """Exit 2, the key and the way out; the password itself is not repeated, and nothing is written."""
     override = f"hydra.sweeper.storage=postgresql+psycopg://me:{CANARY}@db/optuna"
-    result = subprocess.run(
-        [sys.executable, "-m", "sweeper", *STUDY, override, "-m"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_in_process([*STUDY, override, "-m"], tmp_path)
     assert result.returncode == 2
     assert "'hydra.sweeper.storage=${oc.env:NAME}'" in result.stderr
     assert CANARY not in result.stdout + result.stderr

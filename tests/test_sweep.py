@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from sweeper.tracking.tracking_server import local_uri
-from tests.conftest import run_program
+from tests.conftest import run_in_process, run_program
 
 SMALL = (
     *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=2"),
@@ -143,10 +143,10 @@ def test_the_same_command_says_that_it_is_finished(swept: tuple[Path, str]) -> N
 
 def test_report_reads_the_study(swept: tuple[Path, str]) -> None:
     """`sweeper report NAME` shows the same tables without a worker."""
-    result = run_program(["report", "lr_rank_sweep"], swept[0])
+    result = run_in_process(["report", "lr_rank_sweep"], swept[0])
     assert result.returncode == 0, result.stderr
     assert "Arms side by side" in result.stdout
-    missing = run_program(["report", "nope"], swept[0])
+    missing = run_in_process(["report", "nope"], swept[0])
     assert missing.returncode == 1
     assert "lr_rank_sweep" in missing.stderr
 
@@ -176,7 +176,7 @@ def test_a_single_trial_writes_its_folder_and_one_run(tmp_path: Path, rows_file:
     client = MlflowClient(local_uri(tmp_path / "mlruns"))
     experiment = client.get_experiment_by_name("single trials")
     assert len(client.search_runs([experiment.experiment_id])) == 1
-    again = run_program(["trial", str(folder), "--into", "again"], tmp_path)
+    again = run_in_process(["trial", str(folder), "--into", "again"], tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     first = json.loads((folder / "outcome.json").read_text())
     second = json.loads((tmp_path / "again" / "outcome.json").read_text())

@@ -1,4 +1,4 @@
-"""The verbs: reading and steering. Training is Hydra overrides (see __main__)."""
+"""The verbs of the command line, which read and steer studies. __main__ handles training."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 
 @app.callback()
 def verbs() -> None:
-    """Read studies and re-run trials; to train, see `python -m sweeper --help`."""
+    """Read studies and train trials again. To train, see `python -m sweeper --help`."""
 
 
 @app.command()
 def report(
-    names: Annotated[list[str], typer.Argument(help="One study_name or several.")],
+    names: Annotated[list[str], typer.Argument(help="One or more study_names.")],
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
     form: Annotated[
         str, typer.Option("--format", help="terminal, html, md, json, csv or svg.")
     ] = "terminal",
-    output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write to.")] = None,
 ) -> None:
-    """Show studies: leaderboards, comparison, verdict; as one HTML page with every figure."""
+    """Show leaderboards, comparison and verdict of studies, or write an HTML page with every figure."""
     from sweeper.core.errors import ConfigError
     from sweeper.core.paths import write_atomic
     from sweeper.reporting.console import make_console
@@ -43,13 +43,13 @@ def report(
     from sweeper.reporting.results import load_results
 
     if form not in FORMATS:
-        raise ConfigError([f"--format {form}: no such format; choose {', '.join(FORMATS)}"])
+        raise ConfigError([f"--format {form}: no such format. Choose {', '.join(FORMATS)}"])
     if form == "svg" and len(names) > 1:
-        raise ConfigError(["--format svg: a picture shows one study; name one"])
+        raise ConfigError(["--format svg: a picture shows one study. Name only one"])
     results = [load_results(name, output_dir) for name in names]
     if form == "terminal":
         if output is not None:
-            raise ConfigError([f"--output {output}: a terminal has no file; add --format"])
+            raise ConfigError([f"--output {output}: terminal output has no file. Add --format"])
         for found in results:
             print_results(found, make_console())
         return
@@ -66,20 +66,28 @@ def report(
 def best(
     name: Annotated[str, typer.Argument(help="The study_name.")],
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
-    arm: Annotated[str | None, typer.Option(help="Of which arm; the first one's.")] = None,
-    number: Annotated[int | None, typer.Option("--trial", help="Not the best, but this.")] = None,
-    as_yaml: Annotated[bool, typer.Option("--yaml", help="Print it as an experiment.")] = False,
-    adapter: Annotated[bool, typer.Option("--adapter", help="Print its folder alone.")] = False,
-    merge: Annotated[Path | None, typer.Option(help="Merge it with its base into this.")] = None,
+    arm: Annotated[
+        str | None, typer.Option(help="Name of the arm. Default: the first one.")
+    ] = None,
+    number: Annotated[
+        int | None, typer.Option("--trial", help="This trial instead of the best.")
+    ] = None,
+    as_yaml: Annotated[
+        bool, typer.Option("--yaml", help="Print it as an experiment's YAML.")
+    ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Print only the folder of its adapter.")
+    ] = False,
+    merge: Annotated[Path | None, typer.Option(help="Folder for the merged model.")] = None,
 ) -> None:
-    """Use a study's winner: how to load, ask, serve, merge, publish and train it again."""
+    """Show how to load, query, serve, merge, publish and retrain a study's winner."""
     from sweeper.core.errors import ConfigError
     from sweeper.core.paths import StudyFolder
     from sweeper.reporting.results import load_results
     from sweeper.reporting.winner import experiment_yaml, find_winner, usage
 
     if as_yaml + adapter + (merge is not None) > 1:
-        raise ConfigError(["--yaml, --adapter and --merge: give one of them"])
+        raise ConfigError(["--yaml, --adapter and --merge exclude each other. Give one of them"])
     results = load_results(name, output_dir)
     winner = find_winner(results, StudyFolder(output_dir / name), arm, number)
     if as_yaml:
@@ -98,26 +106,26 @@ def best(
 
 @app.command()
 def generate(
-    adapters: Annotated[list[Path], typer.Argument(help="Trials' folders or their adapter/.")],
-    prompt: Annotated[list[str], typer.Option(help="What to ask; may be given several times.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Where an answer is cut.")] = 128,
+    adapters: Annotated[list[Path], typer.Argument(help="Folders of trials, or their adapter/.")],
+    prompt: Annotated[list[str], typer.Option(help="Prompt. May be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 128,
 ) -> None:
-    """Ask the untuned base and adapters the same prompts, side by side on one loaded base."""
+    """Answer prompts with the untuned base and with adapters, side by side, on one loaded base."""
     _quiet()
     from sweeper.commands.generate import side_by_side
 
-    for asked in side_by_side(adapters, prompt, max_new_tokens):
-        typer.echo(f"\n# {asked.prompt}")
-        for name, answer in asked.answers.items():
+    for answered in side_by_side(adapters, prompt, max_new_tokens):
+        typer.echo(f"\n# {answered.prompt}")
+        for name, answer in answered.answers.items():
             typer.echo(f"\n## {name}\n{answer.strip()}")
 
 
 @app.command()
 def trial(
-    folder: Annotated[Path, typer.Argument(help="A trial's folder, with its config.yaml.")],
-    into: Annotated[Path, typer.Option(help="Where the new trial goes.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a trial, with its config.yaml.")],
+    into: Annotated[Path, typer.Option(help="Folder of the new trial.")],
 ) -> None:
-    """Train a trial again by hand, from the config.yaml of an earlier one."""
+    """Train a trial again from its config.yaml."""
     from sweeper.commands.run_trial import run_single
     from sweeper.config.compose import compose, read_yaml
     from sweeper.config.settings import RunSettings, stored_settings, validate
@@ -127,7 +135,7 @@ def trial(
     source = TrialFolder(folder).config
     if not source.exists():
         raise StudyError(
-            f"{source}: no such file; give a folder like outputs/STUDY/lora/trial_0007"
+            f"{source}: no such file. Give a folder like outputs/STUDY/lora/trial_0007"
         )
     stored = read_yaml(source)
     trial = stored_settings(stored).model_dump(mode="json")
@@ -140,23 +148,23 @@ def reproduce(
     run: Annotated[
         str,
         typer.Argument(
-            help="A trial's folder, MLflow run id, STUDY/ARM/NUMBER, or STUDY (winner)."
+            help="Folder of a trial, MLflow run id, STUDY/ARM/NUMBER, or STUDY (its winner)."
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of workers and tracking alone: workers=inline")
+        list[str] | None, typer.Argument(help="Only of workers and tracking: workers=inline")
     ] = None,
-    into: Annotated[Path | None, typer.Option(help="Where the new trial goes.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Folder of the new trial.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
 ) -> None:
-    """Train a recorded trial again and hold it against its record; say what differs (docs/reproduce.md).
+    """Train a recorded trial again and compare it with its record (docs/reproduce.md).
 
-    Exit codes: 0 reproduced; 1 it cannot be tried; 2 a wrong argument; 10 another figure, or none;
-    11 other data or another base: not trained.
+    Exit codes: 0 reproduced, 1 not possible, 2 wrong argument, 10 another value or a failed training,
+    11 other data or another base, not trained.
     """
     from sweeper.commands import reproduce as again
     from sweeper.config.settings import TrackingSettings, validate
@@ -179,15 +187,16 @@ def reproduce(
 @app.command()
 def prefetch(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="As for training: +experiment=X data.train=org/name")
+        list[str] | None,
+        typer.Argument(help="The overrides of the training: +experiment=X data.train=org/name"),
     ] = None,
 ) -> None:
-    """Fill the hub cache with all that these overrides need, for workers without a network."""
-    from sweeper.config.compose import with_user_conf
+    """Download what these overrides need into the hub cache, for workers without a network."""
+    from sweeper.config.compose import complete_overrides
     from sweeper.data.prefetch import prefetch as fetch
     from sweeper.search.study_plan import single, studies
 
-    given = with_user_conf(overrides or [], Path.cwd())
+    given = complete_overrides(overrides or [], Path.cwd())
     if any(text.startswith("+experiment=") for text in given):
         settings = [arm.settings for plan in studies(given) for arm in plan.arms]
     else:
@@ -199,11 +208,11 @@ def prefetch(
 @app.command()
 def doctor(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="What would be trained, as overrides.")
+        list[str] | None, typer.Argument(help="The overrides of the planned training.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
-    """Check devices, packages, disk, tokens, MLflow and the database; exit code 1 if one fails."""
+    """Check devices, packages, disk, tokens, MLflow and the database. Exit with 1 if a check fails."""
     from sweeper.commands.doctor import examine, print_findings, sound, to_json
     from sweeper.reporting.console import make_console
 
@@ -217,24 +226,24 @@ def doctor(
 
 @app.command()
 def sync(
-    words: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME…] [tracking.uri=…]", help="Studies; all under --output-dir without one."
+            metavar="[NAME…] [tracking.uri=…]", help="Studies. Default: all in --output-dir."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow does not have.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only print what MLflow lacks.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
 ) -> None:
-    """Record in MLflow what it missed: it was away, or the study was killed (docs/servers.md).
+    """Record in MLflow what an outage or a kill left out (docs/servers.md).
 
-    Exit codes: 0 MLflow has everything; 1 something is left, or a study runs; 2 a wrong setting.
+    Exit codes: 0 MLflow has everything, 1 something is left or a study is running, 2 a wrong setting.
     """
     from sweeper.commands.sync import sync as record
     from sweeper.search.study_plan import single
 
-    names = [word for word in words or [] if "=" not in word]
-    tracking = single([word for word in words or [] if "=" in word]).tracking
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    tracking = single([argument for argument in arguments or [] if "=" in argument]).tracking
     whole = True
     for synced in record(names, output_dir, tracking, dry_run=dry_run):
         typer.echo(synced)
@@ -244,14 +253,15 @@ def sync(
 
 @app.command()
 def nightly(
-    name: Annotated[str, typer.Argument(help="A set: conf/nightly/NAME.yaml.")],
+    name: Annotated[str, typer.Argument(help="Name of a set: conf/nightly/NAME.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Of the set: nightly.budget.wall_clock=2h")
+        list[str] | None, typer.Argument(help="Overrides of the set: nightly.budget.wall_clock=2h")
     ] = None,
 ) -> None:
-    """Run tonight's night of a set, once, however often this is fired (docs/nightly.md).
+    """Run a set of experiments once per night, however often this is started (docs/nightly.md).
 
-    Exit codes: 0 no change, or nothing to run; 1 failure; 10 new champion; 11 regression.
+    Exit codes: 0 no change or nothing to run, 1 failure, 2 wrong configuration, 10 new champion,
+    11 regression.
     """
     from sweeper.nightly.night_run import EXIT_CODES, run_night
 
@@ -262,22 +272,22 @@ def nightly(
 @app.command()
 def clean(
     name: Annotated[str | None, typer.Argument(help="The study_name.")] = None,
-    keep_adapters: Annotated[int, typer.Option(min=0, help="Best adapters that stay.")] = 3,
+    keep_adapters: Annotated[int, typer.Option(min=0, help="Number of best adapters to keep.")] = 3,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
     bases: Annotated[
         bool, typer.Option("--bases", help="Empty the cache of quantized bases instead.")
     ] = False,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="tracking=… of the registry whose champion stays.")
+        list[str] | None, typer.Argument(help="tracking=… of the registry whose champions stay.")
     ] = None,
 ) -> None:
-    """Delete the weights of a study's losers; the winners', all figures and reports stay."""
+    """Delete the weights of a study's losers. The winners' weights, metrics and reports stay."""
     from sweeper.commands.retention import removals, remove
     from sweeper.core.errors import ConfigError
 
     if (name is None) != bases:
-        raise ConfigError(["name the study to clean, or give --bases alone"])
+        raise ConfigError(["Name the study to clean, or give only --bases"])
     if name is None:
         return _clean_bases(dry_run)
     held = [found.folder for found in _registry_champions(overrides or [])]
@@ -301,17 +311,19 @@ def _clean_bases(dry_run: bool) -> None:
 
 app.add_typer(study_verbs.app, name="study")
 
-champions = typer.Typer(no_args_is_help=True, help="Which model is the champion, and since when.")
+champions = typer.Typer(no_args_is_help=True, help="Show or change the champion, the model in use.")
 app.add_typer(champions, name="champion")
-Model = Annotated[str, typer.Argument(help="The registered model: an entry of a nightly set.")]
+Model = Annotated[
+    str, typer.Argument(help="Name of the registered model, an entry of a nightly set.")
+]
 Where = Annotated[
-    list[str] | None, typer.Argument(help="Which MLflow, as overrides: tracking.uri=…")
+    list[str] | None, typer.Argument(help="Override of the MLflow server: tracking.uri=…")
 ]
 
 
 @champions.command()
 def show(model: Model, overrides: Where = None) -> None:
-    """Show the champion: its version, its trial, and the evidence that made it."""
+    """Show the champion with its version, its trial and the evidence for it."""
     version = _registry(overrides or []).champion(model)
     if version is None:
         typer.echo(f"{model}: no champion yet")
@@ -325,7 +337,7 @@ def show(model: Model, overrides: Where = None) -> None:
 def promote(
     model: Model,
     study: Annotated[str, typer.Argument(help="The study_name.")],
-    trial: Annotated[str, typer.Argument(help="Arm and number: lora/0007.")],
+    trial: Annotated[str, typer.Argument(help="Arm and number, such as lora/0007.")],
     overrides: Where = None,
 ) -> None:
     """Make a trial's adapter the champion by hand."""
@@ -340,7 +352,7 @@ def certify(
     overrides: Where = None,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
 ) -> None:
-    """Judge the champion on the test split, which no night reads; every look is recorded and counted."""
+    """Judge the champion on the test split, which no night reads. Each evaluation is recorded."""
     _quiet()
     from sweeper.nightly.certify import certify as look
     from sweeper.nightly.certify import evaluation_by_study
@@ -356,13 +368,13 @@ def certify(
 
 @champions.command()
 def rollback(model: Model, overrides: Where = None) -> None:
-    """Give the champion's place back to the one before."""
+    """Make the previous champion the champion again."""
     version = _registry(overrides or []).rollback(model)
     typer.echo(f"{model}: version {version.number} is the champion again")
 
 
 def _quiet() -> None:
-    """Before a model is loaded here: the answer shall not stand between libraries' warnings and bars."""
+    """Silence the warnings and progress bars of libraries before a model is loaded."""
     from sweeper.core.quiet import silence_libraries
 
     silence_libraries()
@@ -379,12 +391,14 @@ def _registry(overrides: list[str]) -> ModelRegistry:
 
     registry = make_registry(single(overrides).tracking)
     if registry is None:
-        raise ConfigError(["tracking=none: there is no registry without MLflow"])
+        raise ConfigError(
+            ["tracking=none: there is no registry without MLflow. Use tracking=mlflow"]
+        )
     return registry
 
 
 def _registry_champions(overrides: list[str]) -> list[ModelVersion]:
-    """The champions of all models, whose weights are never deleted; none without MLflow."""
+    """Return the champions of all models, or [] without MLflow. Their weights are never deleted."""
     from sweeper.search.study_plan import single
     from sweeper.tracking.tracker_factory import make_registry
 

@@ -57,7 +57,7 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
     Raises:
         ConfigError: the overrides are wrong.
     """
-    fixed, _ = compose.split_sweeps(compose.with_user_conf(overrides, Path.cwd()))
+    fixed, _ = compose.split_sweeps(compose.complete_overrides(overrides, Path.cwd()))
     settings = single(fixed)
     study = validate(StudySettings, compose.compose(fixed).sweeper, "hydra.sweeper")
     folder = StudyFolder(Path(settings.output_dir) / study.study_name)

@@ -7,15 +7,16 @@ that is wrong at once. Knows nothing of what the settings mean (sweeper.config.s
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins import file_config_source
@@ -27,6 +28,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sweeper.config import override_hints as hints
 from sweeper.config.grammar import format_override, in_hydras_words, read_override
 from sweeper.config.settings import EMBEDDED, flatten
 from sweeper.config.space import Scalar, word
@@ -37,19 +39,19 @@ CONFIG_NAME = "config"
 AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
-SHORT_KEYS = ("sampler.", "pruner.", "finalists.", "budget.", "baseline.")
-"""Keys that need no `hydra.sweeper.` in front on the command line."""
 FLAGS_WITH_VALUE = frozenset(
     {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name"}
     | {"-cd", "--config-dir", "--experimental-rerun", "-sc", "--shell-completion"}
 )
-
-
 FLAGS = frozenset(
     {"-m", "--multirun", "-r", "--run", "-h", "--help", "--hydra-help", "--version"}
     | {"-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-sc", "--shell-completion"}
 )
-"""Flags that are passed on to Hydra. The others name configurations that nobody has checked."""
+"""Flags that are passed on to Hydra. Its other flags bring in unchecked configurations."""
+HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
+"""What Hydra is told of the defaults we expect: 1.3 warns without it, and 1.4 warns with it."""
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
+"""What Hydra raises for a wrong override. ValueError: a group that is given a number or a list."""
 TARGETS = frozenset(
     {
         "hydra_plugins.sweeper_study.study_sweeper.StudySweeper",
@@ -58,6 +60,10 @@ TARGETS = frozenset(
 )
 """What Hydra may instantiate: this program's sweeper, and the launcher it never uses."""
 LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
+
+
+_READ: dict[tuple[str, str, int, int], ConfigResult] = {}
+"""Configuration files as read, by provider, path, time of writing and size."""
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
@@ -69,9 +75,15 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
     def load_config(self, config_path: str) -> ConfigResult:
         """Raises ConfigError for a file without bounds."""
         path = Path(self.path, self._normalize_file_name(config_path))
-        if path.is_file():
+        if not path.is_file():
+            return super().load_config(config_path)  # says what is missing
+        status = path.stat()
+        # one command composes several times, and a quarter of each is the parsing of YAML
+        read = (self.provider, str(path), status.st_mtime_ns, status.st_size)
+        if read not in _READ:
             require_bounded(path)
-        return super().load_config(config_path)
+            _READ[read] = super().load_config(config_path)
+        return copy.deepcopy(_READ[read])  # Hydra takes the defaults list out of it
 
 
 SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
@@ -97,13 +109,17 @@ class CommandLine:
 
     @property
     def multirun(self) -> bool:
-        """Whether a study was asked for."""
+        """True if the command line asks for a study."""
         return not {"-m", "--multirun"}.isdisjoint(self.flags)
 
     @property
     def trains(self) -> bool:
-        """Whether the command runs something, rather than showing help or the config."""
+        """True if the command trains, False if it shows help or the config."""
         return set(self.flags) <= {"-m", "--multirun", "-r", "--run"}
+
+    def without_wrong_flags(self) -> CommandLine:
+        """Return the same overrides with -m as the only flag, if it was given."""
+        return CommandLine(("-m",) if self.multirun else (), self.overrides)
 
 
 def conf_dir() -> Path:
@@ -126,38 +142,75 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
             if token in FLAGS_WITH_VALUE:
                 flags.extend(value for value in [next(tokens, None)] if value is not None)
         else:
-            overrides.append(in_hydras_words(_in_full(token)))
+            overrides.append(_as_composed(token))
     return CommandLine(tuple(flags), tuple(overrides))
 
 
-def _in_full(override: str) -> str:
-    """`pruner.audit_fraction=0.1` for `hydra.sweeper.pruner.audit_fraction=0.1`."""
-    mark = override[: len(override) - len(override.lstrip("+~"))]
-    key = override[len(mark) :]
-    return f"{mark}hydra.sweeper.{key}" if key.startswith(SHORT_KEYS) else override
+def _as_composed(override: str) -> str:
+    """Return an override as Hydra takes it: short keys in full, our grammar in Hydra's words."""
+    return in_hydras_words(hints.in_full(override))
+
+
+def flag_problems(flags: Sequence[str]) -> list[str]:
+    """Return what is wrong with flags, above all those that bring in an unchecked configuration."""
+    values = {value for flag, value in itertools.pairwise(flags) if flag in FLAGS_WITH_VALUE}
+    wrong = [flag for flag in flags if not _is_flag(flag) and flag not in values]
+    return [_flag_problem(flag, flags[flags.index(flag) + 1 :]) for flag in wrong]
+
+
+def _is_flag(flag: str) -> bool:
+    name, equals, _ = flag.partition("=")
+    return name in FLAGS and (not equals or name in FLAGS_WITH_VALUE or name == "--info")
+
+
+def _flag_problem(flag: str, after: Sequence[str]) -> str:
+    name, _, value = flag.partition("=")
+    if name in FLAGS:
+        return f"{flag}: {name} takes no value"
+    if name in ("-cn", "--config-name"):
+        chosen = value or next(iter(after), "NAME")
+        return (
+            f"{flag}: no such flag; put your configuration into ./conf/experiment/{chosen}.yaml and "
+            f"choose it with +experiment={chosen}"
+        )
+    if name.startswith("--") and not name.startswith("--config") and name not in FLAGS_WITH_VALUE:
+        key = name.removeprefix("--").replace("-", "_")
+        return (
+            f"{flag}: no such flag; settings are written without dashes: {key}={value or 'VALUE'}"
+        )
+    return (
+        f"{flag}: no such flag; to add configuration files put them into ./conf "
+        "(or name their folder: hydra.searchpath=[file:///path])"
+    )
 
 
 def refuse_unknown_flags(flags: Sequence[str]) -> None:
-    """Raises ConfigError for a flag by which an unchecked configuration (or a pickle) would come in."""
-    values = {value for flag, value in itertools.pairwise(flags) if flag in FLAGS_WITH_VALUE}
-    unknown = [flag for flag in flags if flag.partition("=")[0] not in FLAGS and flag not in values]
-    if unknown:
-        raise ConfigError(
-            [
-                f"{flag}: no such flag; to add configuration files put them into ./conf "
-                "(or name their folder: hydra.searchpath=[file:///path])"
-                for flag in unknown
-            ]
-        )
+    """Check that no flag brings in an unchecked configuration (or a pickle).
+
+    Raises:
+        ConfigError: names every flag that is not allowed.
+    """
+    if problems := flag_problems(flags):
+        raise ConfigError(problems)
 
 
-def with_user_conf(overrides: Sequence[str], cwd: Path) -> list[str]:
-    """Let the user's own ./conf be searched too, unless it is the packaged one or they set a path."""
+def experiment_names(cwd: Path) -> list[str]:
+    """Return the names of the experiments in the packaged conf/ and in the user's own ./conf."""
+    folders = (conf_dir() / "experiment", cwd / "conf" / "experiment")
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+
+
+def complete_overrides(overrides: Sequence[str], cwd: Path) -> list[str]:
+    """Return overrides as Hydra takes them, with the user's own ./conf on the search path.
+
+    The search path stays as it is where ./conf is the packaged one, or an override sets the path.
+    """
+    full = [_as_composed(override) for override in overrides]
     conf = cwd / "conf"
-    taken = any(override.lstrip("+").startswith("hydra.searchpath=") for override in overrides)
+    taken = any(override.lstrip("+").startswith("hydra.searchpath=") for override in full)
     if taken or not conf.is_dir() or conf.resolve() == conf_dir().resolve():
-        return list(overrides)
-    return [*overrides, f"hydra.searchpath=[{word('file://' + str(conf.resolve()))}]"]
+        return full
+    return [*full, f"hydra.searchpath=[{word('file://' + str(conf.resolve()))}]"]
 
 
 def with_auto_groups(overrides: Sequence[str]) -> list[str]:
@@ -165,8 +218,8 @@ def with_auto_groups(overrides: Sequence[str]) -> list[str]:
     fixed = [text for text in overrides if not _is_sweep(text)]
     try:
         composition = _compose(fixed)
-    except (HydraException, OmegaConfBaseException):
-        return list(overrides)  # whoever composes next says what is wrong
+    except REFUSALS:
+        return list(overrides)  # the next caller to compose says what is wrong
     if composition.config["model"]["base_model"] == EMBEDDED:
         return list(overrides)
     auto = {group for group in AUTO_GROUPS if composition.choices.get(group) == "auto"}
@@ -182,7 +235,7 @@ def compose(overrides: Sequence[str]) -> Composition:
     """
     try:
         return _compose(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except REFUSALS as error:
         raise ConfigError([_reason(error)]) from None
 
 
@@ -205,23 +258,24 @@ def compose_group(
 
 
 def compose_leniently(overrides: Sequence[str]) -> tuple[Composition, list[str]]:
-    """Compose what can be composed; everything else comes back as problems, one per override."""
-    try:
-        return _compose(overrides), []
-    except (HydraException, OmegaConfBaseException):
-        pass
+    """Compose what can be composed, and return the rest as problems, one per override."""
+    moved = {text: answer for text in overrides if (answer := hints.moved(text)) is not None}
+    remaining = [text for text in overrides if text not in moved]
+    with suppress(*REFUSALS):
+        return _compose(remaining), list(moved.values())
     accepted: list[str] = []
     refused: list[tuple[str, Exception]] = []
-    for override in sorted(overrides, key=_groups_first):
+    for override in sorted(remaining, key=_groups_first):
         try:
             _compose([*accepted, override])
             accepted.append(override)
-        except (HydraException, OmegaConfBaseException) as error:
+        except REFUSALS as error:
             refused.append((override, error))
     if not refused:  # each is right alone, but not all together
-        raise ConfigError([f"{' '.join(overrides)}: these do not fit together"])
+        raise ConfigError([f"{' '.join(remaining)}: these do not fit together", *moved.values()])
     valid = _compose(accepted)
-    return valid, [_explain(override, error, valid) for override, error in refused]
+    explained = [_explain(override, error, valid) for override, error in refused]
+    return valid, [*moved.values(), *explained]
 
 
 def expand_experiments(overrides: Sequence[str]) -> list[list[str]]:
@@ -294,7 +348,7 @@ def _hydra() -> Iterator[None]:
     if GlobalHydra.instance().is_initialized():
         yield
     else:
-        with initialize_config_dir(str(conf_dir()), job_name="sweeper", version_base="1.3"):
+        with initialize_config_dir(str(conf_dir()), job_name="sweeper", **HYDRA_BASE):
             yield
 
 
@@ -309,7 +363,7 @@ def _compose(overrides: Sequence[str]) -> Composition:
 def _composed_or_refused(overrides: tuple[str, ...]) -> Composition | Exception:
     try:
         return _compose_anew(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except REFUSALS as error:
         return error
 
 
@@ -383,31 +437,56 @@ def _groups_first(override: str) -> bool:
 
 
 def _explain(override: str, error: Exception, valid: Composition) -> str:
-    """The override, why Hydra refused it, and what would be valid."""
-    key = key_of(override)
+    """Return the override, why Hydra refused it, and what would be valid."""
+    key, value = key_of(override), override.partition("=")[2]
+    text = f"{error} {error.__cause__}"
+    if read_override(override) is None:
+        return hints.unreadable(override)
     if _is_sweep(override):
-        return f"{override}: several values make a study; add -m"
-    if "not in struct" in str(error) or "not in struct" in str(error.__cause__):
-        if key in flatten({**valid.config, "hydra": {"sweeper": valid.sweeper}}):
-            return f"{override}: to replace a whole mapping write ++{override}"
-        return f"{override}: no such key; {_suggest(key, valid)}"
+        return f"{override}: several values make a study; add -m{_comma_hint(key, value)}"
+    if "not in struct" in text:
+        return f"{override}: no such key; {unknown_key(key, valid)}"
+    if found := re.search(r"Could not find '([\w/]+?)/([^']*)'", text):
+        return f"{override}: {hints.unknown_choice(found[1], found[2], _options(text))}"
+    if "must be a string or a list" in text:
+        return f"{override}: {hints.unknown_choice(key, value, group_choices(key))}"
+    if "Could not append" in text or "more than once in the final defaults list" in text:
+        return f"{override}: {key} exists already; write it without the +: {key}={value}"
+    if "No match in the defaults list" in text and group_choices(key):
+        return f"{override}: {key} has no default to replace; write +{key}={value}"
+    if "No match in the defaults list" in text:
+        return f"{override}: no such group; {unknown_key(key, valid)}"
     return f"{override}: {_reason(error)}"
 
 
-def _suggest(key: str, valid: Composition) -> str:
-    node: Any = {**valid.config, "hydra": {"sweeper": valid.sweeper}}
-    parent: list[str] = []
-    for part in key.split(".")[:-1]:
-        if not (isinstance(node, dict) and part in node):
-            break
-        node = node[part]
-        parent.append(part)
-    names = sorted(str(name) for name in node) if isinstance(node, dict) else []
-    wanted = key.split(".")[len(parent)] if len(parent) < len(key.split(".")) else key
-    close = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"did you mean {'.'.join([*parent, close[0]])}? " if close else ""
-    place = ".".join(parent) or "the top level"
-    return f"{hint}valid keys of {place}: {', '.join(names)}"
+def _comma_hint(key: str, value: str) -> str:
+    """Return what else a comma may have meant where nothing is ever searched."""
+    if key.partition(".")[0] not in ("data", "model", "output_dir", "tracking"):
+        return ""
+    several = f", or list several sources: '{key}=[{value}]'" if key.startswith("data.") else ""
+    return f" (if the comma belongs to a name, quote it: {hints.quoted(key, value)}{several})"
+
+
+def unknown_key(key: str, valid: Composition) -> str:
+    """Return what to type in the place of a key that a valid composition does not have."""
+    sweeper = {
+        **valid.sweeper,
+        "params": None,
+        "arms": None,
+    }  # their keys are named in full elsewhere
+    return hints.unknown_key(key, flatten({**valid.config, "hydra": {"sweeper": sweeper}}))
+
+
+def group_choices(group: str) -> list[str]:
+    """Return the names of a packaged group's choices."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def _options(text: str) -> list[str]:
+    """Return the choices that Hydra lists in its error, one on a line behind its headline."""
+    _, _, listed = text.partition("Available options")
+    names = (line.strip() for line in listed.splitlines()[1:])
+    return [name for name in itertools.takewhile(str, names) if re.fullmatch(r"[\w./-]+", name)]
 
 
 def _reason(error: Exception) -> str:

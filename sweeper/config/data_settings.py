@@ -129,7 +129,7 @@ class DataSettings(SettingsSection):
         if weighted and self.balance_by is not None:
             raise ValueError(
                 f"balance_by={self.balance_by} and the sources' weights both decide how often "
-                "rows occur. Set balance_by=null or leave the weights out"
+                "rows occur. Set data.balance_by=null or leave the weights out"
             )
         if any(item.weight is not None for item in sources(self.validation) + sources(self.test)):
             raise ValueError("weights are for train. Validation and test are taken as they are")

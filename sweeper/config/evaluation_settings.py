@@ -113,7 +113,7 @@ class EvaluationSettings(SettingsSection):
         if self.metrics and self.generation.num_examples == 0:
             raise ValueError(
                 f"metrics={sorted(self.metrics)} judge generated answers, and "
-                "generation.num_examples=0 generates none. Set it to 1 or more"
+                "evaluation.generation.num_examples=0 generates none. Set it to 1 or more"
             )
         return self
 

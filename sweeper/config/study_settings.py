@@ -47,7 +47,11 @@ class PrunerSettings(SettingsSection):
         if guarded != bool(self.rungs) or self.rungs != sorted(set(self.rungs)):
             raise ValueError(
                 f"rungs={self.rungs}: pruner={self.name} needs "
-                + ("increasing per-mille of the schedule" if guarded else "no rungs: rungs=[]")
+                + (
+                    "increasing per-mille of the schedule"
+                    if guarded
+                    else "no rungs: pruner.rungs=[]"
+                )
             )
         if (self.percentile is None) == (self.name == "percentile"):
             raise ValueError(f"percentile={self.percentile} belongs to pruner=percentile alone")
@@ -171,7 +175,7 @@ class StudySettings(SettingsSection):
         if self.costs and self.baseline.run_id is not None:
             raise ValueError(
                 f"costs={self.costs}: what an adopted run cost is not measured here, so it has no place "
-                "on a front. Set costs=[] or baseline.run_id=null"
+                "on a front. Set hydra.sweeper.costs=[] or baseline.run_id=null"
             )
         return self
 

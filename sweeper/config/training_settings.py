@@ -84,11 +84,11 @@ class TrainingSettings(SettingsSection):
     def _fsdp_has_devices(self) -> TrainingSettings:
         if self.fsdp and self.devices_per_trial == 1:
             raise ValueError(
-                "fsdp=true spreads a model over devices: set devices_per_trial to 2 or more"
+                "training.fsdp=true spreads a model over devices: set devices_per_trial to 2 or more"
             )
         if self.fsdp and self.optim not in SHARDABLE:
             raise ValueError(
-                f"fsdp=true: optim={self.optim} cannot be spread over devices. Choose "
+                f"training.fsdp=true: training.optim={self.optim} cannot be spread over devices. Choose "
                 f"{' or '.join(SHARDABLE)}"
             )
         return self

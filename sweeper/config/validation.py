@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
@@ -52,8 +53,10 @@ def _describe(item: Mapping[str, Any], kind: type[SettingsSection], where: str) 
     message = str(item["msg"]).removeprefix("Value error, ")
     match item["type"]:
         case "extra_forbidden":
-            valid = ", ".join(sorted(_section_at(kind, location[:-1]).model_fields))
-            return f"{key}={item['input']!r}: no such key. Valid keys: {valid}"
+            valid = sorted(_section_at(kind, location[:-1]).model_fields)
+            close = difflib.get_close_matches(location[-1], valid, n=1)
+            meant = f"Did you mean {'.'.join([*key.split('.')[:-1], *close])}? " if close else ""
+            return f"{key}={item['input']!r}: no such key. {meant}Valid keys: {', '.join(valid)}"
         case "missing":
             return f"{key}: missing"
         case "value_error":

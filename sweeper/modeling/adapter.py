@@ -56,10 +56,17 @@ def attach(model: PreTrainedModel, settings: LoraAdapter) -> PeftModel:
     """
     config = lora_config(model, settings)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         # PEFT raises ValueError for a combination of options that leaves nothing to adapt
         raise ModelError(one_line("adapter", error)) from error
+    # PEFT renders a model card into every checkpoint, 45 ms each; the artifact gets a card of ours
+    adapted.create_or_update_model_card = _write_no_card
+    return adapted
+
+
+def _write_no_card(output_dir: str) -> None:
+    """Leave `output_dir` without PEFT's model card."""
 
 
 def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:

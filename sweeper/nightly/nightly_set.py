@@ -153,7 +153,7 @@ class NightlySet(SettingsSection):
     def overrides_of(self, entry: SetEntry) -> list[str]:
         """Return the Hydra overrides of every study of an entry, on any night."""
         added = [f"+experiment={entry.experiment}", f"output_dir={word(self.output_dir)}"]
-        return compose.with_user_conf([*added, *entry.overrides], Path.cwd())
+        return compose.complete_overrides([*added, *entry.overrides], Path.cwd())
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
             [f"{name!r} is no valid name of a set. Sets are files conf/nightly/NAME.yaml."]
         )
     # A user's conf/nightly/ in the current folder is searched as well.
-    given = compose.with_user_conf(list(overrides), Path.cwd())
+    given = compose.complete_overrides(list(overrides), Path.cwd())
     # `written` holds unresolved values, in which a reference still looks like one.
     values, written = compose.compose_group("nightly", name, given)
     problems = _literal_urls(written)

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sweeper.config import compose, grammar
+from sweeper.config.override_hints import moved
 from sweeper.config.settings import (
     ArmSettings,
     Objective,
@@ -159,7 +160,7 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     fixed, swept = compose.split_sweeps(overrides)
     composition, problems = compose.compose_leniently(fixed)
     problems += _setting_problems(composition.config)
-    problems += _unknown_keys(swept, composition.config, composition.choices)
+    problems += _unknown_keys(swept, composition)
     problems += _given_twice(fixed, swept)
     try:
         study = validate(StudySettings, composition.sweeper, "hydra.sweeper")
@@ -235,13 +236,15 @@ def _given_twice(fixed: Sequence[str], swept: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _unknown_keys(
-    swept: Mapping[str, Scalar], config: Mapping[str, Any], choices: Mapping[str, str]
-) -> list[str]:
+def _unknown_keys(swept: Mapping[str, Scalar], composition: compose.Composition) -> list[str]:
+    """Return, for each searched key that is neither a setting nor a group, what to type instead."""
+    unknown = [
+        key for key in swept if key not in composition.choices and not _has(composition.config, key)
+    ]
     return [
-        f"{key}={words}: {key} is no setting to sweep over"
-        for key, words in swept.items()
-        if key not in choices and not _has(config, key)
+        moved(f"{key}={swept[key]}")
+        or f"{key}={swept[key]}: no such key to search; {compose.unknown_key(key, composition)}"
+        for key in unknown
     ]
 
 
@@ -349,7 +352,9 @@ def _arm(
     problems += _never_searched(space)
     points = [_prior(prior, space) for prior in priors]
     if points and sampler.name == "grid":
-        problems.append("sampler=grid tries every point, so priors change nothing. Set priors=[]")
+        problems.append(
+            "sampler=grid tries every point, so priors change nothing. Set hydra.sweeper.priors=[]"
+        )
     count = _grid_count(space, n_trials, sampler, problems)
     if problems:
         raise ConfigError(
@@ -395,7 +400,7 @@ def _point_problems(space: Space, fixed: Point, overrides: Sequence[str]) -> lis
         values = {key: value for key, value in point.items() if "." in key}
         groups = _as_overrides({key: point[key] for key in point if key not in values})
         composition, found = compose.compose_leniently([*overrides, *groups])
-        found += _unknown_keys(values, composition.config, composition.choices)
+        found += _unknown_keys(values, composition)
         if not found:
             found = _setting_problems(compose.with_values(composition.unresolved, values))
         problems += [problem for problem in found if problem not in problems]

@@ -81,7 +81,7 @@ def _warmup_problems(training: TrainingSettings, total: int) -> list[str]:
         return []
     return [
         f"training.warmup_steps={steps} is more than half of the run, which has {total} steps. "
-        f"Set at most {total // 2}, or warmup_steps=null and a warmup_ratio"
+        f"Set at most {total // 2}, or training.warmup_steps=null and a warmup_ratio"
     ]
 
 
@@ -92,7 +92,7 @@ def _save_problems(training: TrainingSettings, every: int, per_epoch: int) -> li
     return [
         f"training.save_steps={training.save_steps} is not a multiple of "
         f"training.eval_steps={training.eval_steps} (every checkpoint needs an evaluation). "
-        "Set save_steps=null to save at every evaluation"
+        "Set training.save_steps=null to save at every evaluation"
     ]
 
 

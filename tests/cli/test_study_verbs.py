@@ -286,11 +286,13 @@ def test_stop_takes_options_that_belong_together(
     assert words in str(refused.exception)
 
 
-def test_the_program_exits_with_the_documented_codes(program: Program, ended: StudyFolder) -> None:
-    """In a process of its own, from the folder of the project: 3 kept, 2 unknown, no traceback."""
-    kept = program("study", "extend", NAME, "--trials", "1")
+def test_the_program_exits_with_the_documented_codes(
+    in_process: Program, ended: StudyFolder
+) -> None:
+    """From the folder of the project: 3 kept, 2 unknown, no traceback."""
+    kept = in_process("study", "extend", NAME, "--trials", "1")
     assert kept.returncode == KEPT, kept.stderr
-    unknown = program("study", "show", "nope")
+    unknown = in_process("study", "show", "nope")
     assert unknown.returncode == 2
     assert "no study 'nope' under outputs/; studies there: lr_rank_sweep" in unknown.stderr
     assert "Traceback" not in unknown.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,12 @@ CPU = FACTS.model_copy(update={"device": "cpu, 2 threads"})
 
 
 @pytest.fixture(scope="module")
-def user(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder."""
-    return tmp_path_factory.mktemp("user")
+def user(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """A user's folder, with a store of its own."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "mlruns").mkdir()
+    shutil.copy(empty_store, folder / "mlruns")
+    return folder
 
 
 @pytest.fixture(scope="module")

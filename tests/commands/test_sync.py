@@ -21,6 +21,7 @@ from sweeper.config.settings import TrackingSettings
 from sweeper.core.errors import StudyError
 from sweeper.search.study_plan import studies
 from sweeper.tracking import mlflow_tracker
+from tests.conftest import Program
 
 NAME = "lr_rank_sweep"
 FAKE = [
@@ -151,16 +152,14 @@ def test_unknown_and_untracked_studies_are_named(uri: str) -> None:
         _sync(uri, NAME)
 
 
-def test_the_verb_says_what_is_left_by_its_exit_code(uri: str, tmp_path: Path) -> None:
+def test_the_verb_says_what_is_left_by_its_exit_code(uri: str, in_process: Program) -> None:
     """0: MLflow has everything; 1: something is left; 2: a wrong setting."""
     _study(f"tracking.uri={NOWHERE}")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
-    def verb(*words: str) -> int:
-        command = [sys.executable, "-m", "sweeper", "sync", *words]
-        return subprocess.run(command, cwd=tmp_path, env=environment, check=False).returncode
+    def exit_code(*words: str) -> int:
+        return in_process("sync", *words).returncode
 
-    assert verb("tracking.uri=17=x", "nonsense=1") == 2
-    assert verb(NAME, "--dry-run") == 0
-    assert verb("nope") == 1
-    assert verb(NAME, f"tracking.uri={uri}") == 0
+    assert exit_code("tracking.uri=17=x", "nonsense=1") == 2
+    assert exit_code(NAME, "--dry-run") == 0
+    assert exit_code("nope") == 1
+    assert exit_code(NAME, f"tracking.uri={uri}") == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sweeper.__main__ import _single
 from sweeper.cli.verbs import VERBS
 from sweeper.config.compose import compose, conf_dir, parse_command_line
 from sweeper.search.study_plan import single, studies
@@ -128,4 +129,4 @@ def test_command_in_a_text_or_yaml_is_valid(command: str) -> None:
     if line.overrides and line.overrides[0] in VERBS:
         return
     if line.trains:
-        studies(line.overrides) if line.multirun else single(line.overrides)
+        studies(line.overrides) if line.multirun else _single(line.overrides)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sweeper.config import compose
 from sweeper.config.compose import conf_dir, read_yaml
 from sweeper.config.yaml_bounds import MAX_NODES, require_bounded
 from sweeper.core.errors import ConfigError
@@ -49,3 +50,16 @@ def test_what_is_no_yaml_is_left_to_its_reader(tmp_path: Path) -> None:
     """The reader says what is wrong, and where."""
     require_bounded(_write(tmp_path, "a: [1, 2\nb: 3\n"))
     require_bounded(_write(tmp_path, "a: *nowhere\n"))
+
+
+def test_a_configuration_file_is_read_again_once_it_has_changed(tmp_path: Path) -> None:
+    """Of the same length, and composed in between: the new value counts."""
+    file = tmp_path / "mine" / "a.yaml"
+    file.parent.mkdir()
+    overrides = [f"hydra.searchpath=[file://{tmp_path}]", "+mine=a"]
+    found = []
+    for seed in (1, 2):
+        file.write_text(f"# @package _global_\nseed: {seed}\n", encoding="utf-8")
+        compose._composed_or_refused.cache_clear()
+        found.append(compose.compose(overrides).config["seed"])
+    assert found == [1, 2]

@@ -15,7 +15,9 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
+from sweeper.commands.run_study import run_study
 from sweeper.core.signals import StopRequested, deferred_interrupt
+from sweeper.search.study_plan import studies
 
 STUDY = (
     *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "pruner=none"),
@@ -59,7 +61,7 @@ def _trials(tmp_path: Path) -> list[optuna.trial.FrozenTrial]:
     ],
 )
 def test_a_stopped_study_exits_with_its_code_and_continues_where_it_was(
-    tmp_path: Path, number: signal.Signals, exit_code: int
+    tmp_path: Path, number: signal.Signals, exit_code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checkpoint, final states, the resume command; then at most one step is taken twice."""
     process = _start(tmp_path)
@@ -73,15 +75,9 @@ def test_a_stopped_study_exits_with_its_code_and_continues_where_it_was(
     reached = json.loads((folder / "checkpoints" / "fake.json").read_text())["step"]
     assert 0 < reached < 20
     before = (folder / "metrics.jsonl").read_text().splitlines()
-    again = subprocess.run(
-        [sys.executable, "-m", "sweeper", *STUDY, "workers.fake.step_seconds=0.0", "-m"],
-        *(-1, None, None, subprocess.PIPE, subprocess.STDOUT),
-        cwd=tmp_path,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert again.returncode == 0, again.stdout
+    monkeypatch.chdir(tmp_path)
+    (again,) = studies([*STUDY, "workers.fake.step_seconds=0.0", "workers.engine=inline"])
+    run_study(again)
     continued = _trials(tmp_path)[1]
     assert continued.user_attrs["continues"] == 0
     assert continued.params == stopped.params

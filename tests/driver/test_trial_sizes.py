@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import optuna
@@ -206,7 +207,9 @@ def test_two_slots_are_used_while_a_point_is_checked(
     assert 1 in answered
 
 
-def test_target_presets_are_compared_at_equal_size(tmp_path: Path) -> None:
+def test_target_presets_are_compared_at_equal_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The rank that followed is what was trained, shown and repeated; it is no rank ladder."""
     results = _run(
         tmp_path,
@@ -222,6 +225,9 @@ def test_target_presets_are_compared_at_equal_size(tmp_path: Path) -> None:
     assert {trial.params["adapter.r"] for trial in arm.trials} == {20}
     assert {"r", "trainable"} < set(leaderboard(arm).columns)
     assert rank_ladders(results) == []
+    ended = re.findall(r"lora/\d{4} finished.*", capsys.readouterr().out)
+    assert len(ended) == 2
+    assert all("r=20" in line for line in ended), "shown as each trial ends"
     configs = sorted((tmp_path / "s" / "lora" / "finalists").glob("trial_*/config.yaml"))
     assert {read_json(config)["adapter"]["r"] for config in configs} == {20}
 

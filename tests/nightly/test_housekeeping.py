@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,9 @@ def test_nothing_is_deleted_while_champions_are_unknown(
     assert loser.exists()
 
 
-def test_runs_deleted_in_mlflow_go_for_good(tmp_path: Path) -> None:
+def test_runs_deleted_in_mlflow_go_for_good(tmp_path: Path, empty_store: Path) -> None:
     """A dry run names the command; a registered version's run holds all back; then MLflow collects."""
+    shutil.copy(empty_store, tmp_path)
     registry, client = ModelRegistry(None, tmp_path), MlflowClient(local_uri(tmp_path))
     experiment = client.create_experiment("mine", (tmp_path / "artifacts").as_uri())
     kept, deleted = (client.create_run(experiment).info.run_id for _ in range(2))

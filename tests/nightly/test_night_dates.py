@@ -57,7 +57,19 @@ class UnsyncedNights(NightLog):
             yield self._kept
 
 
-@pytest.mark.parametrize(("zone", "begins"), zip(ZONES, cycle([time(22, 0), time(2, 30)])))
+@pytest.mark.parametrize(
+    ("zone", "begins"),
+    [
+        # an hour that is skipped in the one, half an hour in the other
+        ("Europe/Berlin", time(22, 0)),
+        ("Australia/Lord_Howe", time(2, 30)),
+        *(
+            pytest.param(zone, begins, marks=pytest.mark.slow)
+            for zone, begins in zip(ZONES, cycle([time(22, 0), time(2, 30)]), strict=False)
+            if zone not in ("Europe/Berlin", "Australia/Lord_Howe")
+        ),
+    ],
+)
 def test_each_local_date_runs_exactly_once(zone: str, begins: time, tmp_path: Path) -> None:
     """A scheduler that fires early, late, twice or again after hours runs each of 400 nights once."""
     rhythm, chance = _rhythm(zone, begins), random.Random(zone)

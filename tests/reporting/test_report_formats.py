@@ -63,12 +63,12 @@ def test_pages_have_their_place() -> None:
     assert default_path(BOTH, outputs) == outputs / "report.html"
 
 
-def test_report_verb_writes_files(program: Program, tmp_path: Path) -> None:
+def test_report_verb_writes_files(in_process: Program, tmp_path: Path) -> None:
     """--format html writes the page and names it; an unknown format lists those that exist."""
     write_json(StudyFolder(tmp_path / "outputs" / "mine").results, to_document(BOTH[0]))
-    result = program("report", "mine", "--format", "html", "--output", "there/x.html")
+    result = in_process("report", "mine", "--format", "html", "--output", "there/x.html")
     assert result.stdout.strip() == "there/x.html", result.stderr
     assert (tmp_path / "there" / "x.html").read_text().startswith("<!doctype html>")
-    refused = program("report", "mine", "--format", "pdf")
+    refused = in_process("report", "mine", "--format", "pdf")
     assert refused.returncode == 2
     assert "choose terminal, html, md, json, csv, svg" in refused.stderr

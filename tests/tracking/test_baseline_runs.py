@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from sweeper.tracking.tracking_server import local_uri
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     """A store of this module's own, with one experiment."""
     root = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, root)
     MlflowClient(local_uri(root)).create_experiment("mine", (root / "artifacts").as_uri())
     return root
 

@@ -138,11 +138,22 @@ def test_parent_child_metrics_and_artifacts(tmp_path: Path, trial: TrialRecord) 
     assert parent.data.tags["mlflow.note.content"] == "# the answer"
 
 
-def test_recording_again_changes_nothing(tmp_path: Path, trial: TrialRecord) -> None:
+def test_recording_again_changes_nothing(
+    tmp_path: Path, trial: TrialRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a restart the same runs go on: no second run, no second point."""
     _record(tmp_path, trial)
     before = {run.info.run_id: run.data.metrics for run in _runs(tmp_path)}
+    sent: list[str] = []
+    log_batch = MlflowClient.log_batch
+
+    def watched(client: MlflowClient, run: str, metrics: Any = (), **more: Any) -> Any:
+        sent.extend(metric.key for metric in metrics)
+        return log_batch(client, run, metrics=metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", watched)
     _record(tmp_path, trial)
+    assert sent == [], "SQLite drops a point that it has, other stores keep both"
     assert {run.info.run_id: run.data.metrics for run in _runs(tmp_path)} == before
     assert len(_history(tmp_path)) == 2
     assert len(_history(tmp_path, "best/eval_loss")) == 1

@@ -16,12 +16,18 @@ from tests.training.recorder import Recorder
 RunTiny = Callable[..., tuple[Outcome, list[tuple[int, float]], TrialFolder]]
 
 
-@pytest.fixture
-def run_tiny(tiny_base: Path, rows_file: Path, tmp_path: Path) -> RunTiny:
-    """Run a trial on `tiny_base` in a folder of the test: (outcome, evaluations, folder)."""
+@pytest.fixture(scope="module")
+def warm_runner() -> TransformersRunner:
+    """The runner of a module's trials, warm from the second one on as a worker's is."""
+    return TransformersRunner(threads=1)
+
+
+@pytest.fixture(scope="module")
+def run_tiny_at(tiny_base: Path, rows_file: Path, warm_runner: TransformersRunner) -> RunTiny:
+    """Run a trial on `tiny_base` in a given folder: (outcome, evaluations, folder)."""
 
     def run(
-        name: str,
+        path: Path,
         *overrides: str,
         runner: TransformersRunner | None = None,
         observer: Recorder | None = None,
@@ -31,8 +37,14 @@ def run_tiny(tiny_base: Path, rows_file: Path, tmp_path: Path) -> RunTiny:
             *("training.max_steps=6", "training.eval_steps=2", "training.logging_steps=1"),
             *overrides,
         ).trial
-        recorder, folder = observer or Recorder(), TrialFolder(tmp_path / name)
-        outcome = (runner or TransformersRunner(threads=1)).run(settings, folder, {}, recorder)
+        recorder, folder = observer or Recorder(), TrialFolder(path)
+        outcome = (runner or warm_runner).run(settings, folder, {}, recorder)
         return outcome, recorder.losses, folder
 
     return run
+
+
+@pytest.fixture
+def run_tiny(run_tiny_at: RunTiny, tmp_path: Path) -> RunTiny:
+    """Run a trial on `tiny_base` in a folder of the test: (outcome, evaluations, folder)."""
+    return lambda name, *overrides, **options: run_tiny_at(tmp_path / name, *overrides, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,17 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("name", CONFIGS)
+FAST = (("gpt2", "nf4"), ("qwen3", "none"))
+"""Transposed weights under 4 bits, and plain ones in full precision."""
+
+
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow)
+        for pair in itertools.product(CONFIGS, ("nf4", "none"))
+    ],
+)
 def test_architecture_trains_with_the_real_preset(
     name: str, quantization: str, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sweeper.core.outcome import Outcome
 from sweeper.core.paths import TrialFolder, read_json, write_json
 from sweeper.core.spool import read_spool
 from sweeper.training.checkpoint import fall_back, newest_checkpoint, remove_old
@@ -15,6 +16,7 @@ from tests.training.conftest import RunTiny
 from tests.training.recorder import Recorder
 
 STEPS = ("training.max_steps=8", "training.logging_steps=2")
+Whole = tuple[Outcome, list[tuple[int, float]]]
 
 
 def _truncate(checkpoint: Path) -> None:
@@ -65,24 +67,28 @@ class Killer(Recorder):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the killed attempt is kept for all tests."""
-    return tmp_path_factory.mktemp("kept") / "killed"
+def kept(run_tiny_at: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trial that was killed in step 7 of 8; each test copies it."""
+    path = tmp_path_factory.mktemp("kept") / "killed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sweeper.training.trial_callback.PROGRESS_SECONDS", 0.0)
+        with pytest.raises(Killed):
+            run_tiny_at(path, *STEPS, observer=Killer())
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(run_tiny_at: RunTiny, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The outcome and the evaluations of the same trial, never interrupted."""
+    outcome, losses, _ = run_tiny_at(tmp_path_factory.mktemp("whole"), *STEPS)
+    return outcome, losses
 
 
 @pytest.fixture
-def killed(
-    run_tiny: RunTiny, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
-) -> TrialFolder:
+def killed(tmp_path: Path, kept: Path) -> TrialFolder:
     """A trial that was killed in step 7 of 8, with checkpoints of steps 4 and 6."""
     folder = TrialFolder(tmp_path / "killed")
-    if not kept.exists():
-        monkeypatch.setattr("sweeper.training.trial_callback.PROGRESS_SECONDS", 0.0)
-        with pytest.raises(Killed):
-            run_tiny("killed", *STEPS, observer=Killer())
-        shutil.copytree(folder.path, kept)
-    else:
-        shutil.copytree(kept, folder.path)
+    shutil.copytree(kept, folder.path)
     names = sorted(path.name for path in folder.checkpoints.iterdir())
     assert names == ["checkpoint-4", "checkpoint-6", "spent.json"]
     return folder
@@ -120,15 +126,14 @@ def test_a_damaged_best_checkpoint_rules_out_those_that_refer_to_it(killed: Tria
 
 
 def test_a_trial_goes_on_from_the_whole_one_and_says_so(
-    killed: TrialFolder, run_tiny: RunTiny
+    killed: TrialFolder, whole: Whole, run_tiny: RunTiny
 ) -> None:
     """With the newest bit-flipped: the losses of a run never interrupted, and a line in the log."""
-    _, whole, _ = run_tiny("whole", *STEPS)
     _flip_a_bit(killed.checkpoints / "checkpoint-6")
     outcome, resumed, folder = run_tiny("killed", *STEPS)
     assert outcome.cause == "finished"
     assert [step for step, _ in resumed] == [6, 8]
-    assert resumed == [pytest.approx(item, abs=1e-6) for item in whole[2:]]
+    assert resumed == [pytest.approx(item, abs=1e-6) for item in whole[1][2:]]
     text = folder.log_text.read_text(encoding="utf-8")
     assert "Continued      from step 4, because checkpoint-6 is damaged (adapter_model" in text
     assert not folder.checkpoints.exists()
@@ -152,7 +157,9 @@ def test_rows_grouped_by_length_come_in_the_same_order_after_a_kill(
     assert [row["train/loss"] for row in trained] == pytest.approx(losses, abs=1e-6)
 
 
-def test_what_earlier_attempts_cost_is_counted(killed: TrialFolder, run_tiny: RunTiny) -> None:
+def test_what_earlier_attempts_cost_is_counted(
+    killed: TrialFolder, whole: Whole, run_tiny: RunTiny
+) -> None:
     """Seconds, by stage and in all, CPU time and tokens, up to the newest checkpoint."""
     spent = read_json(killed.spent)
     spent["elapsed"] += 1000.0
@@ -161,11 +168,11 @@ def test_what_earlier_attempts_cost_is_counted(killed: TrialFolder, run_tiny: Ru
     outcome, _, folder = run_tiny("killed", *STEPS)
     assert 1000 < outcome.metrics["cost/seconds"] < 1200
     assert 900 < outcome.metrics["cost/train_seconds"] < 1000
-    whole, _, _ = run_tiny("whole", *STEPS)
+    uninterrupted, _ = whole
     for name in ("samples", "target_tokens"):
         figure = f"cost/{name}_per_second"
         total = outcome.metrics[figure] * outcome.metrics["cost/train_seconds"]
-        expected = whole.metrics[figure] * whole.metrics["cost/train_seconds"]
+        expected = uninterrupted.metrics[figure] * uninterrupted.metrics["cost/train_seconds"]
         assert total == pytest.approx(expected, rel=1e-6), name
     assert not folder.spent.exists()
 
@@ -176,6 +183,12 @@ def test_a_cancelled_trials_costs_are_not_its_successors(killed: TrialFolder) ->
     successor.continue_from(killed)
     assert newest_checkpoint(successor.checkpoints) is not None
     assert not successor.spent.exists()
+
+
+def test_a_checkpoint_holds_no_model_card(killed: TrialFolder) -> None:
+    """PEFT would render one at every save; the artifact gets ours, once."""
+    assert list(killed.checkpoints.rglob("adapter_config.json"))
+    assert not list(killed.checkpoints.rglob("README.md"))
 
 
 def test_the_newest_checkpoints_stay_and_the_best_besides(tmp_path: Path) -> None:

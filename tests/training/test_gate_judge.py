@@ -36,11 +36,26 @@ def gate(tmp_path: Path) -> Path:
     return _write(tmp_path / "gate.jsonl", 500, 30)
 
 
+@pytest.fixture(scope="module")
+def validation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten rows by which the trial chose its checkpoint."""
+    return _write(tmp_path_factory.mktemp("chosen") / "validation.jsonl", 900, 10)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    run_tiny_at: RunTiny, validation: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TrialFolder:
+    """A trial that never saw the gate; each test copies it."""
+    folder = tmp_path_factory.mktemp("trained")
+    return run_tiny_at(folder, f"data.validation={validation}", "training.eval_steps=6")[2]
+
+
 @pytest.fixture
-def trial(run_tiny: RunTiny, tmp_path: Path) -> TrialFolder:
-    """A trial that never saw the gate."""
-    validation = _write(tmp_path / "validation.jsonl", 900, 10)
-    return run_tiny("a", f"data.validation={validation}", "training.eval_steps=6")[2]
+def trial(trained: TrialFolder, tmp_path: Path) -> TrialFolder:
+    """A copy of the trial that never saw the gate."""
+    shutil.copytree(trained.path, tmp_path / "a")
+    return TrialFolder(tmp_path / "a")
 
 
 def test_losses_are_those_of_the_trials_own_judge(
@@ -58,11 +73,11 @@ def test_losses_are_those_of_the_trials_own_judge(
 
 
 def test_rows_of_other_splits_are_left_out(
-    trial: TrialFolder, gate: Path, rows_file: Path, tmp_path: Path
+    trial: TrialFolder, gate: Path, rows_file: Path, validation: Path
 ) -> None:
     """Five rows of the training file and the ten validation rows are counted and not judged."""
     trained = rows_file.read_text().splitlines(keepends=True)[:5]
-    chosen = (tmp_path / "validation.jsonl").read_text()
+    chosen = validation.read_text()
     gate.write_text(gate.read_text() + "".join(trained) + chosen)
     answer = judge_on_gate(GateRequest(gate=str(gate), trials={CHALLENGER: trial.path}))
     assert (len(answer.tokens), answer.left_out) == (30, 15)

@@ -118,7 +118,8 @@ def test_warm_base_gives_the_losses_of_a_fresh_one(run_tiny: RunTiny) -> None:
     other = ("adapter.r=32", "training.learning_rate=0.03")
     run_tiny("a", "quantization=nf4", *other, runner=runner)
     _, warm, _ = run_tiny("b", "quantization=nf4", runner=runner)
-    _, fresh, _ = run_tiny("c", "quantization=nf4")
+    cold = TransformersRunner(threads=1)
+    _, fresh, _ = run_tiny("c", "quantization=nf4", runner=cold)
     assert len(warm) == 3
     assert warm == fresh
 
@@ -204,7 +205,7 @@ def test_out_of_memory_before_the_first_step_is_an_outcome(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40 GiB")
 
     monkeypatch.setattr("sweeper.training.trial_runner.load_base", too_large)
-    outcome, _, _ = run_tiny("t")
+    outcome, _, _ = run_tiny("t", runner=TransformersRunner(threads=1))
     assert (outcome.cause, outcome.steps) == ("oom", 0)
 
 
@@ -217,7 +218,8 @@ def test_a_trial_larger_than_the_device_is_refused_before_a_weight_is_loaded(
     monkeypatch.setattr(
         "sweeper.training.trial_runner.load_base", lambda *_, **__: pytest.fail("loaded")
     )
-    outcome, _, folder = run_tiny("t", "adapter.r=null", "adapter.trainable_parameters=8k")
+    sized = ("adapter.r=null", "adapter.trainable_parameters=8k")
+    outcome, _, folder = run_tiny("t", *sized, runner=TransformersRunner(threads=1))
     assert (outcome.cause, outcome.steps) == ("refused", 0)
     assert "the training does not fit: weights, gradients and optimizer states need" in (
         outcome.message or ""
