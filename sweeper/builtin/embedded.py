@@ -1,7 +1,6 @@
-"""Embedded default: a tiny pre-trained base model and a real data set that need no download.
+"""Location of the embedded base model, a tiny pre-trained model that needs no download.
 
-Knows where the shipped base lies. Neither loads nor trains it (tools/pretrain_base.py does): this
-package imports neither torch nor transformers.
+The model is built by tools/pretrain_base.py. This module imports neither torch nor transformers.
 """
 
 from pathlib import Path

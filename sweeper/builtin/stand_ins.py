@@ -20,7 +20,7 @@ PREFIX = "stand_in:"
 """Prefix of stand-ins' names: `model.base_model=stand_in:qwen3`, `data.train=stand_in:finetome`."""
 
 VERSION = 1
-"""Version of the stand-ins' contents. Raise it when they change, so that old builds are not reused."""
+"""Version of the stand-ins' contents, to be raised if they change, so that old builds are not used."""
 
 
 def stand_in_folder(kind: str, name: str, build: Callable[[Path], None]) -> Path:

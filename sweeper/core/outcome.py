@@ -198,15 +198,18 @@ class ArmBaseline(FrozenValue):
 
 
 class TrialFootprint(FrozenValue):
-    """How large a trial would be; figures that are not known are None."""
+    """Estimated size of a trial for a dry run. Unknown figures are None."""
 
     trainable: int | None = None
+    """Number of trainable parameters."""
     total: int | None = None
+    """Number of all parameters, base and adapter."""
     artifact_mib: float | None = None
+    """MiB of the stored adapter or model."""
     peak_mib: float | None = None
-    """Device memory."""
+    """MiB of device memory at the peak."""
     problem: str | None = None
-    """Why nothing is known: the model cannot be had, or the adapter does not fit it."""
+    """Reason why there are no figures: the model is unavailable, or the adapter does not suit it."""
 
 
 GATE_BASE = "base"
@@ -214,31 +217,35 @@ GATE_BASE = "base"
 
 
 class GateRequest(FrozenValue):
-    """Which stored adapters are to be judged on which gate."""
+    """Request to evaluate stored adapters on a gate (the held-out data that decides on champions)."""
 
     gate: str
-    """A file, a folder or a hub id, read as the first trial's `data` section says."""
+    """File, folder or hub id of the gate, read according to the first trial's `data` section."""
     trials: dict[str, Path]
-    """Folders of trials by name; the untuned base is the first one's."""
+    """Folders of the trials by name. The first trial determines the untuned base."""
 
 
 class GateFigures(FrozenValue):
-    """Losses of several models on the same examples in the same order, or why there are none."""
+    """Losses of several models on the same examples in the same order, or the reason for having none."""
 
     tokens: list[int] = Field(default_factory=list)
     """Target tokens of each example."""
     nll: dict[str, list[float]] = Field(default_factory=dict)
-    """Summed negative log-likelihood of each example in nats, by model; `base` among them."""
+    """Summed negative log-likelihood of each example in nats, by model. One model is `base`."""
     left_out: int = 0
-    """Rows of the gate that stand in another split of a model."""
+    """Number of rows of the gate that were dropped because a split of a trial contains them."""
     general_tokens: list[int] = Field(default_factory=list)
-    """Target tokens of each window of general text; empty if the first trial names none."""
+    """Target tokens of each window of general text. Empty if the first trial has no general text."""
     general: dict[str, list[float]] = Field(default_factory=dict)
-    """As nll, of those windows."""
+    """Summed negative log-likelihood of each window of general text in nats, by model."""
     problem: str | None = None
 
     def forgotten(self, name: str) -> float | None:
-        """Nats per token that one model is worse than the untuned base on general text."""
+        """Return the increase of the loss on general text over the untuned base, in nats per token.
+
+        Returns:
+            A positive number if the model has forgotten, or None without general text.
+        """
         if not self.general_tokens:
             return None
         nll = math.fsum(self.general[name]) - math.fsum(self.general[GATE_BASE])

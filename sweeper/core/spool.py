@@ -48,7 +48,7 @@ class MetricsSpool:
             before = file.tell()
             try:
                 _write_all(file.fileno(), line.encode())
-            except OSError:
+            except OSError:  # a full disk: remove the part of the line that was written
                 file.truncate(before)
                 raise
 

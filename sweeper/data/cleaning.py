@@ -57,7 +57,7 @@ def clean(
     Args:
         examples: The examples of one source.
         rules: Rules that apply, with their limits.
-        seen: Texts of earlier sources. The texts of `examples` are added to it.
+        seen: Texts of earlier sources. The texts of `examples` are added.
         drops: Counter of the dropped examples.
     """
     kept = []

@@ -35,7 +35,7 @@ AUTO_QUANTILE = 0.99
 AUTO_MULTIPLE = 8
 """Tokens to whose multiple `auto` rounds up, because GPU matrix units work on multiples of 8."""
 AUTO_CAP = 4096
-"""Upper limit of `auto` in tokens. Without it a few outliers could set the activation memory."""
+"""Upper limit of `auto` in tokens, so that a few outliers do not set the activation memory."""
 MOST_CHARS = 32
 """Upper bound of the mean number of characters per token of a text."""
 SHORTEST_BLOCK = 2
@@ -232,6 +232,7 @@ def _documents(examples: Sequence[Example], setup: TokenizerSetup) -> list[list[
 
 def _max_length(settings: DataSettings, lengths: Sequence[int], limit: int | None) -> int:
     if settings.max_length != "auto":
+        # An error and not the smaller of the two: the user chose the length on purpose.
         if limit is not None and settings.max_length > limit:
             raise DataError(
                 f"data.max_length={settings.max_length}: the model has only {limit} positions. Use "

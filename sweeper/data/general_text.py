@@ -99,4 +99,5 @@ def embedded_documents() -> list[str]:
     The modules were held out of pre-training to measure the base. The embedded data set takes its rows
     from other modules, so no split contains these docstrings.
     """
+    # Two of the 225 docstrings (68 characters) also occur in the pre-training text.
     return list(dict.fromkeys(found.docstring for found in documented(HELD_OUT_MODULES)))

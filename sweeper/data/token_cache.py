@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CODE_VERSION = 2
-"""Version of the encoding. Raise it when encode, tokens, templates or packing change their output."""
+"""Version of the encoding, to be raised if encode, tokens, templates or packing change their output."""
 KEPT_BYTES = 4 * 2**30
 """Maximum size of the cache in bytes. Least recently used files are removed first."""
 OPTIONS = ("template", "train_on", "max_length", "over_length", "packing")

@@ -1,8 +1,7 @@
-"""ROUGE-1, ROUGE-2 and ROUGE-L between answers and references: F-measures, plain means over examples.
+"""ROUGE-1, ROUGE-2 and ROUGE-L between answers and references, as mean F-measures over the examples.
 
-rouge_score computes them, as it does inside evaluate's own metric, whose aggregation (a bootstrap
-without a seed) is not used. ROUGE-L is the sentence-level one: the longest common subsequence of the
-whole texts (Lin 2004, section 3.1).
+The scores are computed by rouge_score, which the rouge metric of `evaluate` uses as well. ROUGE-L is the
+sentence-level variant: the longest common subsequence of the whole texts (Lin 2004, section 3.1).
 """
 
 from __future__ import annotations
@@ -70,11 +69,14 @@ def rouge(
     """Score predictions against their references.
 
     Args:
-        tokenizer: `ascii` is rouge_score's own, the one published figures use.
+        predictions: Generated answers.
+        references: Expected answers, one for each prediction.
+        tokenizer: Key of TOKENIZERS. `ascii` is rouge_score's own tokenizer, used in publications.
     """
     assert len(predictions) == len(references) > 0
-    words = TOKENIZERS[tokenizer]()
-    scorer = RougeScorer(list(KINDS), tokenizer=words)
+    splitter = TOKENIZERS[tokenizer]()
+    scorer = RougeScorer(list(KINDS), tokenizer=splitter)
     rows = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
+    # The means are plain: the default aggregation of `evaluate` is a bootstrap without a seed.
     scores = {kind: [float(row[kind].fmeasure) for row in rows] for kind in KINDS}
-    return RougeScores(scores, sum(not words.tokenize(reference) for reference in references))
+    return RougeScores(scores, sum(not splitter.tokenize(reference) for reference in references))

@@ -28,7 +28,7 @@ def pair_answers(
 ) -> list[SampleAnswer]:
     """Return the prompts with both models' answers, in the order of the prompts."""
     rows = zip(prompts, base, tuned, strict=True)
-    return [SampleAnswer(prompt.category, prompt.prompt, *answers) for prompt, *answers in rows]
+    return [SampleAnswer(item.category, item.prompt, *answers) for item, *answers in rows]
 
 
 def seen_in_training(

@@ -66,7 +66,8 @@ def total(losses: Sequence[LossSum]) -> LossSum:
 
 def target_bytes(rows: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the UTF-8 bytes of each row's target text. Special tokens (end of text) have none."""
-    # Bytes are counted on decoded targets, so that no earlier stage has to pass texts along.
+    # Bytes are counted on decoded targets, so that no earlier stage has to pass texts along. The end
+    # token adds nats but no bytes: ending the answer is part of the task.
     return [_bytes_of(row["labels"], tokenizer) for row in rows]
 
 

@@ -65,7 +65,7 @@ def test_a_function_judges_the_answers(allowed: str) -> None:
 def test_a_module_outside_the_list_is_never_imported(allowed: list[str]) -> None:
     """The allow-list names modules and packages, not beginnings of their names."""
     with pytest.raises(
-        ConfigError, match=r"module my_metrics\.answers is not among .*add it there"
+        ConfigError, match=r"module my_metrics\.answers is not among .*Add it there"
     ):
         evaluation({"brevity": "my_metrics.answers:words"}, allowed)
 
