@@ -146,7 +146,7 @@ def refuse_overrides(overrides: Sequence[str]) -> None:
     """
     keys = [text.partition("=")[0][:80] for text in overrides if holds_password(text)]
     problems = [
-        f"{key}: holds a password, which the process list shows to every user; put the URL into "
+        f"{key}: holds a password, which the process list shows to every user. Put the URL into "
         f"an environment variable and write '{key}=${{oc.env:NAME}}'"
         for key in keys
     ]
@@ -155,7 +155,7 @@ def refuse_overrides(overrides: Sequence[str]) -> None:
     deep = [text for text in overrides if _nested(text) > MAX_NESTED]
     problems += [f"{text[:40]}…: nested deeper than {MAX_NESTED} levels" for text in deep]
     if len(overrides) > MAX_OVERRIDES:
-        problems.append(f"{len(overrides):,} overrides; at most {MAX_OVERRIDES:,}")
+        problems.append(f"{len(overrides):,} overrides. At most {MAX_OVERRIDES:,}")
     if problems:
         raise ConfigError(problems)
 

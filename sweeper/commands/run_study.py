@@ -166,6 +166,6 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
     except Timeout:
         who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
         raise StudyLocked(
-            f"study {folder.path.name!r} is already run by another driver (process {who}); wait for "
+            f"study {folder.path.name!r} is already run by another driver (process {who}). Wait for "
             "it, or start another study with hydra.sweeper.study_name=NAME"
         ) from None

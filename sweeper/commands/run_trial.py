@@ -66,7 +66,7 @@ def train_single(
         KeyboardInterrupt: the user stopped it.
     """
     if folder.outcome.exists():
-        raise StudyError(f"{folder.path} holds a trial already; give another folder")
+        raise StudyError(f"{folder.path} holds a trial already. Give another folder")
     record = TrialRecord(
         f"single/{folder.path.name}", folder, recorded(settings.trial), provenance(command)
     )

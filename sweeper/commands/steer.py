@@ -71,7 +71,7 @@ def standing(folder: StudyFolder) -> StudyStatus:
         found = StudyStatus.model_validate_json(folder.standing.read_bytes())
     except ValidationError:
         raise CommandRefused(
-            f"{folder.standing} was written by another version of sweeper; run the study's command "
+            f"{folder.standing} was written by another version of sweeper. Run the study's command "
             "again to write a new one"
         ) from None
     if found.state not in ENDED and not is_driven(folder):
@@ -126,7 +126,7 @@ def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> Comma
     if not driven:
         return CommandReply(
             KEPT,
-            f"the study is not running; the command is kept for its next start:{_start(folder)}",
+            f"the study is not running. The command is kept for its next start:{_start(folder)}",
         )
     answer = _wait(folder, identity, timeout_s)
     if answer is not None:
@@ -134,14 +134,14 @@ def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> Comma
     if is_driven(folder):
         return CommandReply(
             KEPT,
-            f"no answer within {timeout_s:g} s (a driver that waits for its database answers later); "
-            "the command is kept, and obeyed as soon as it is read",
+            f"no answer within {timeout_s:g} s (a driver that waits for its database answers later). "
+            "The command is kept, and obeyed as soon as it is read",
         )
     if isinstance(command, TO_A_DRIVER):
         withdraw(folder, identity)
         return CommandReply(REFUSED, "the study's driver ended before it read the command")
     return CommandReply(
-        KEPT, f"the driver has ended; the command is kept for the next start:{_start(folder)}"
+        KEPT, f"the driver has ended. The command is kept for the next start:{_start(folder)}"
     )
 
 

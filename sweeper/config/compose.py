@@ -173,16 +173,16 @@ def _flag_problem(flag: str, after: Sequence[str]) -> str:
     if name in ("-cn", "--config-name"):
         chosen = value or next(iter(after), "NAME")
         return (
-            f"{flag}: no such flag; put your configuration into ./conf/experiment/{chosen}.yaml and "
+            f"{flag}: no such flag. Put your configuration into ./conf/experiment/{chosen}.yaml and "
             f"choose it with +experiment={chosen}"
         )
     if name.startswith("--") and not name.startswith("--config") and name not in FLAGS_WITH_VALUE:
         key = name.removeprefix("--").replace("-", "_")
         return (
-            f"{flag}: no such flag; settings are written without dashes: {key}={value or 'VALUE'}"
+            f"{flag}: no such flag. Settings are written without dashes: {key}={value or 'VALUE'}"
         )
     return (
-        f"{flag}: no such flag; to add configuration files put them into ./conf "
+        f"{flag}: no such flag. To add configuration files put them into ./conf "
         "(or name their folder: hydra.searchpath=[file:///path])"
     )
 
@@ -400,7 +400,7 @@ def _refuse_code(config: object) -> None:
         ConfigError: a value is neither in TARGETS nor in LOGGING_CLASSES.
     """
     problems = [
-        f"{key}={value!r}: a configuration must not name code to run; remove it"
+        f"{key}={value!r}: a configuration must not name code to run. Remove it"
         for key, value in _leaves(config)
         if _is_code(key, value)
     ]
@@ -448,7 +448,7 @@ def _explain(override: str, error: Exception, valid: Composition) -> str:
     if read_override(override) is None:
         return hints.unreadable(override)
     if _is_sweep(override):
-        return f"{override}: several values make a study; add -m{_comma_hint(key, value)}"
+        return f"{override}: several values make a study. Add -m{_comma_hint(key, value)}"
     if "not in struct" in text:
         return f"{override}: no such key; {unknown_key(key, valid)}"
     if found := re.search(r"Could not find '([\w/]+?)/([^']*)'", text):
@@ -456,9 +456,9 @@ def _explain(override: str, error: Exception, valid: Composition) -> str:
     if "must be a string or a list" in text:
         return f"{override}: {hints.unknown_choice(key, value, group_choices(key))}"
     if "Could not append" in text or "more than once in the final defaults list" in text:
-        return f"{override}: {key} exists already; write it without the +: {key}={value}"
+        return f"{override}: {key} exists already. Write it without the +: {key}={value}"
     if "No match in the defaults list" in text and group_choices(key):
-        return f"{override}: {key} has no default to replace; write +{key}={value}"
+        return f"{override}: {key} has no default to replace. Write +{key}={value}"
     if "No match in the defaults list" in text:
         return f"{override}: no such group; {unknown_key(key, valid)}"
     return f"{override}: {_reason(error)}"
@@ -501,5 +501,5 @@ def _reason(error: Exception) -> str:
     first = first.removeprefix(f"In '{CONFIG_NAME}': ")
     options = [line for line in lines[1:] if ":" not in line and line != first]
     if "Available options" in str(error):
-        return f"{first}; available: {', '.join(options)}"
+        return f"{first}. Available: {', '.join(options)}"
     return first

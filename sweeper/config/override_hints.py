@@ -172,7 +172,7 @@ def needs_study(override: str) -> str | None:
         shown = override.replace(SWEEPER, "", 1) if shortened(key) != key else override
         return (
             f"{shown}: {shortened(key)} is a setting of a study, and this command trains a single "
-            "trial; add -m to run a study"
+            "trial. Add -m to run a study"
         )
     return None
 
@@ -185,10 +185,10 @@ def is_override(text: str) -> bool:
 def refused_words(words: Sequence[str], experiments: Sequence[str]) -> list[str]:
     """Return what to type in the place of arguments that are no overrides."""
     named = [word for word in words if word in experiments]
-    problems = [f"{name}: is an experiment; choose it with +experiment={name}" for name in named]
+    problems = [f"{name}: is an experiment. Choose it with +experiment={name}" for name in named]
     if others := [word for word in words if word not in named]:
         problems.append(
-            f"{' '.join(others)}: is not of the form KEY=VALUE; write no space around the =, and "
+            f"{' '.join(others)}: is not of the form KEY=VALUE. Write no space around the =, and "
             "quote a value that contains spaces: 'data.train=\"my file.jsonl\"'"
         )
     return problems
@@ -200,21 +200,21 @@ def moved(override: str) -> str | None:
     value = rest[1:]
     answer: str | None = None
     if key == "hydra/sweeper" and value != "study":
-        answer = "-m always runs a study of this program, with Optuna inside; remove it"
+        answer = "-m always runs a study of this program, with Optuna inside. Remove it"
     elif key.startswith("hydra/sweeper/"):
         answer = _hydra_group(key.rpartition("/")[2], value)
     elif key == "hydra/launcher" and value != "basic":
         answer = (
-            "trials are started by this program's workers, not by a launcher; for several devices "
+            "trials are started by this program's workers, not by a launcher. For several devices "
             "write n_jobs=4, for a cluster workers=ray (docs/cluster.md)"
         )
     elif key.startswith("hydra.launcher."):
-        answer = "this program uses no launcher; for several devices write n_jobs=4"
+        answer = "this program uses no launcher. For several devices write n_jobs=4"
     elif key == f"{SWEEPER}direction":
-        answer = f"the direction belongs to the objective; write objective.direction={value}"
+        answer = f"the direction belongs to the objective. Write objective.direction={value}"
     elif key.startswith(f"{SWEEPER}params."):
         own = key.removeprefix(f"{SWEEPER}params.")
-        answer = f"a key is searched under its own name; write {shell_word(f'{own}={value}')} -m"
+        answer = f"a key is searched under its own name. Write {shell_word(f'{own}={value}')} -m"
     return None if answer is None else f"{override}: {answer}"
 
 
@@ -222,7 +222,7 @@ def _hydra_group(name: str, value: str) -> str:
     if (name, value) in CHOICE_ALIASES:
         return f"write {CHOICE_ALIASES[name, value]}"
     if name in STUDY_GROUPS:
-        return f"here that group is called {name}; write {name}={value}"
+        return f"here that group is called {name}. Write {name}={value}"
     return "no such group"
 
 
@@ -292,23 +292,23 @@ def unreadable(override: str) -> str:
     call = _CALL.match(value)
     if call and call[1] in FOREIGN_FUNCTIONS:
         words = FOREIGN_FUNCTIONS[call[1]]
-        return f"{override}: there is no {call[1]}(…); write '{key}={words}'"
+        return f"{override}: there is no {call[1]}(…). Write '{key}={words}'"
     if call and call[1] in HYDRA_FUNCTIONS:
-        return f"{override}: cannot be read; check the commas and brackets of {call[1]}(…)"
+        return f"{override}: cannot be read. Check the commas and brackets of {call[1]}(…)"
     if value.startswith(("[", "{")) and value[-1] not in "]}":
         return (
-            f"{override}: a bracket is not closed; if the value contains spaces, put single quotes "
+            f"{override}: a bracket is not closed. If the value contains spaces, put single quotes "
             "around the whole: 'data.columns={instruction: question}'"
         )
     if value.startswith(("[", "{")):
         return (
-            f"{override}: cannot be read as a {'list' if value[0] == '[' else 'mapping'}; put double "
+            f"{override}: cannot be read as a {'list' if value[0] == '[' else 'mapping'}. Put double "
             "quotes around items with special characters: 'data.train=[\"a#1.jsonl\", b.jsonl]'"
         )
     special = sorted(set(re.sub(r"[\w./@+-]", "", value)))
     return (
         f"{override}: Hydra's grammar does not allow {' '.join(special) or 'this value'} here "
-        f"without quotes; write {quoted(mark + key, value)}"
+        f"without quotes. Write {quoted(mark + key, value)}"
     )
 
 

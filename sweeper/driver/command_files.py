@@ -152,7 +152,7 @@ class CommandInbox:
         except OSError:
             self._left_alone.add(path.name)
             aside = path
-        return f"inbox/{path.name} is no command ({_reason(error)}); it is left as {aside.name}"
+        return f"inbox/{path.name} is no command ({_reason(error)}). It is left as {aside.name}"
 
 
 def send(folder: StudyFolder, command: StudyCommand) -> str:

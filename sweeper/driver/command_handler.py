@@ -38,7 +38,7 @@ from sweeper.search.study import CLONE_OF, counted, enqueue, first_draws
 from sweeper.search.study_plan import ArmPlan
 
 SEARCHES_ENDED = (
-    "every search of this study has ended, and its finalists are running; send the command again when "
+    "every search of this study has ended, and its finalists are running. Send the command again when "
     "the study has ended: it is then kept for the next start"
 )
 
@@ -134,7 +134,7 @@ class CommandHandler:
             case StopTrial():
                 if self.state.searches_ended:
                     raise CommandRefused(
-                        "every search of this study has ended; its finalists run to their end"
+                        "every search of this study has ended. Its finalists run to their end"
                     )
                 key = f"{self.state.arm(command.arm).name}/{command.trial:04d}"
                 dispatcher.drop(key)
@@ -217,12 +217,12 @@ def _pause(dispatcher: Dispatcher) -> str:
         return "already paused"
     if dispatcher.mode == "stopping":
         raise CommandRefused(
-            "the study is stopping; cancel the stop with `study resume`, then pause it"
+            "the study is stopping. Cancel the stop with `study resume`, then pause it"
         )
     dispatcher.pause()
     if busy := dispatcher.busy:
         return f"pausing: waiting for {_count(busy)} to stop"
-    return "paused; no trial is running"
+    return "paused. No trial is running"
 
 
 def _resume(dispatcher: Dispatcher) -> str:
@@ -230,13 +230,13 @@ def _resume(dispatcher: Dispatcher) -> str:
     if before == "running":
         return "already running"
     dispatcher.resume()
-    return "study resumed" if before == "paused" else "stop cancelled; study resumed"
+    return "study resumed" if before == "paused" else "stop cancelled. Study resumed"
 
 
 def _stop(command: StopStudy, dispatcher: Dispatcher) -> str:
     dispatcher.stop(now=command.now)
     if not (busy := dispatcher.busy):
-        return "stopping now; no trial is running"
+        return "stopping now. No trial is running"
     if command.now:
         return f"stopping now: waiting for {_count(busy)} to stop"
     return f"stopping: waiting for {_count(busy)} to end. No new trials will start."

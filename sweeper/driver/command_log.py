@@ -69,6 +69,6 @@ def _read(folder: StudyFolder) -> CommandRecord:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]["msg"]
         raise StudyError(
-            f"{folder.steering} cannot be read ({problem}); move it away to continue: the trials that "
+            f"{folder.steering} cannot be read ({problem}). Move it away to continue: the trials that "
             "`study extend` has added are then forgotten, and can be added again"
         ) from None

@@ -170,7 +170,7 @@ class Dispatcher:
         """
         jobs = {job.key: job for job in self._jobs.all() if job.stoppable}
         if key not in jobs:
-            raise CommandRefused(f"{key} is not running; running now: {', '.join(jobs) or 'none'}")
+            raise CommandRefused(f"{key} is not running. Running now: {', '.join(jobs) or 'none'}")
         job = jobs[key]
         job.drop()
         phase, job.phase = job.phase, JobPhase.DROPPING

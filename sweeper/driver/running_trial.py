@@ -181,7 +181,7 @@ class RunningTrial(Job):
         self.audited = audited(pruner, self.context.arm.sampler.seed, self.key)
         if self.audited:
             self.prepared.trial.set_user_attr("audited", True)
-            announce(f"{self.key}: the pruner would stop it; kept running as an audit trial")
+            announce(f"{self.key}: the pruner would stop it. Kept running as an audit trial")
             return None
         judged = metric_words(self.context.objective.judged_while_training)
         announce(

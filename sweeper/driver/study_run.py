@@ -226,6 +226,6 @@ class StudyRun:
         elif done:
             text += f", {done} of them done before"
         metric = self._state.plan.objective.metric
-        say(f"{text}; untuned base: {metric_words(metric)} {facts.base_value(metric):.4f}")
+        say(f"{text}. Untuned base: {metric_words(metric)} {facts.base_value(metric):.4f}")
         for word in words:
             say(f"arm {arm.name}: {word}")

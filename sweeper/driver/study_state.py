@@ -33,7 +33,7 @@ class StudyState:
         if name is None:
             return self.plan.arms[0]
         if name not in arms:
-            raise CommandRefused(f"--arm {name}: no such arm; choose {', '.join(arms)}")
+            raise CommandRefused(f"--arm {name}: no such arm. Choose {', '.join(arms)}")
         return arms[name]
 
     def total(self, arm: str) -> int:

@@ -85,7 +85,7 @@ class TrialRecorder:
         else:
             answer = outcome.model_copy(update={"cause": "duplicate", "message": message})
         self._tell(trial, answer)
-        words = f"{self.context.arm.name} {trial.number}: {message}; not trained again"
+        words = f"{self.context.arm.name} {trial.number}: {message}, not trained again"
         self.context.services.view.event(words)
 
     def recall_finished(self) -> None:
@@ -120,6 +120,6 @@ class TrialRecorder:
         self._errors[place] += 1
         if self._errors[place] >= MAX_SAME_ERRORS:
             raise StudyError(
-                f"the same error ended {MAX_SAME_ERRORS} trials of arm {self.context.arm.name}; "
-                f"the study stops here:\n{message}"
+                f"the same error ended {MAX_SAME_ERRORS} trials of arm {self.context.arm.name}. "
+                f"The study stops here:\n{message}"
             )

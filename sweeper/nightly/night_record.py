@@ -145,7 +145,7 @@ class _Numbered(BaseModel):
 
 def _unread(folder: NightFolder, reason: str) -> str:
     return (
-        f"{folder.record} is not read ({reason}): no night continues from it; its studies stay: "
+        f"{folder.record} is not read ({reason}): no night continues from it. Its studies stay: "
         "python -m sweeper study list"
     )
 

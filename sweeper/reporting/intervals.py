@@ -70,7 +70,7 @@ class SeedLosses:
     def __post_init__(self) -> None:
         if self.nll.ndim != 2 or self.tokens.shape != self.nll.shape[1:] or self.nll.size == 0:
             raise ValueError(
-                f"nll is [seeds, examples] and tokens [examples]; got {self.nll.shape} "
+                f"nll is [seeds, examples] and tokens [examples]. Got {self.nll.shape} "
                 f"and {self.tokens.shape}"
             )
         if not (np.isfinite(self.nll).all() and (self.tokens > 0).all()):

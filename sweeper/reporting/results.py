@@ -195,7 +195,7 @@ class ArmResult(FrozenValue):
 
     @property
     def seconds_per_trial(self) -> float | None:
-        """Median worker seconds of the complete trials, because a single time is too noisy to compare."""
+        """Median worker seconds of the complete trials. A single time is too noisy to compare."""
         times = [trial.metric("cost/seconds") for trial in self.trials if trial.complete]
         known = [seconds for seconds in times if seconds is not None]
         return statistics.median(known) if known else None

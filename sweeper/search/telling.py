@@ -30,7 +30,7 @@ def judged(outcome: Outcome, costs: Sequence[str]) -> Outcome:
         message = "ended without a single evaluation"
     elif missing:
         known = ", ".join(sorted(outcome.metrics)) or "none"
-        message = f"has no metric {missing[0]} for hydra.sweeper.costs; its metrics: {known}"
+        message = f"has no metric {missing[0]} for hydra.sweeper.costs. Its metrics: {known}"
     else:
         return outcome
     return outcome.model_copy(update={"cause": "error", "message": message})

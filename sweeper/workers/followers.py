@@ -190,7 +190,7 @@ def _fate(rank: int, follower: FollowerProcess, wait_s: float) -> str:
 def _too_many(size: int, have: int) -> str:
     return (
         f"training.devices_per_trial={size}: this worker has {have} "
-        f"{'device' if have == 1 else 'devices'}; workers=inline trains on one"
+        f"{'device' if have == 1 else 'devices'}, and workers=inline trains on one"
     )
 
 

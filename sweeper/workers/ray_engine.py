@@ -358,7 +358,7 @@ def connect(address: str | None, n_jobs: int) -> None:
         if os.environ["RAY_AUTH_MODE"] != "token":
             raise WorkerError(
                 f"RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: without a token anyone who reaches this "
-                "machine's ports can run code here; unset it, or start Ray yourself and give "
+                "machine's ports can run code here. Unset it, or start Ray yourself and give "
                 "workers.address"
             )
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
@@ -409,7 +409,7 @@ def _require_room(counts: Sequence[int], n_jobs: int, devices: int, kind: str) -
     if room < n_jobs:
         raise WorkerError(
             f"the Ray cluster has room for {room} of {n_jobs} workers of {devices} {kind} on one node "
-            f"each, {sum(counts)} {kind} in all; lower hydra.sweeper.n_jobs or "
+            f"each, {sum(counts)} {kind} in all. Lower hydra.sweeper.n_jobs or "
             "training.devices_per_trial, or add nodes first"
         )
 

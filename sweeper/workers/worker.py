@@ -294,7 +294,7 @@ def _outcome(
             patience.waited_s = 0.0
             return outcome
         if not announced:
-            message = f"the disk of {folder.path} is full; waiting for space"
+            message = f"the disk of {folder.path} is full. Waiting for space"
             channel.send(WaitingEvent(job=command.job, attempt=command.attempt, message=message))
             announced = True
         if patience.exhausted:

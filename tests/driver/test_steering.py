@@ -259,7 +259,7 @@ def test_single_trials_are_ended_for_good(tmp_path: Path) -> None:
 
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=1", SLOWLY)
     assert answers == [
-        "lora/0007 is not running; running now: lora/0000",
+        "lora/0007 is not running. Running now: lora/0000",
         "lora/0000 stopped for good",
         "lora/0001 stopped for good",
     ]
@@ -286,8 +286,8 @@ def test_stop_lets_the_running_trial_end_and_starts_none(tmp_path: Path) -> None
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=2", SLOWLY)
     assert answers == [
         "stopping: waiting for 1 running trial to end. No new trials will start.",
-        "the study is stopping; cancel the stop with `study resume`, then pause it",
-        "stop cancelled; study resumed",
+        "the study is stopping. Cancel the stop with `study resume`, then pause it",
+        "stop cancelled. Study resumed",
         "stopping: waiting for 1 running trial to end. No new trials will start.",
     ]
     assert [trial.user_attrs["cause"] for trial in _trials(tmp_path)] == ["finished"]
@@ -304,7 +304,7 @@ def test_a_stop_in_a_pause_ends_the_study(tmp_path: Path) -> None:
         person.waits_for_training(0)
         person.says(PauseStudy())
         person.waits(lambda: person.sees().running[0].state == "paused")
-        assert person.says(StopStudy()).text == "stopping now; no trial is running"
+        assert person.says(StopStudy()).text == "stopping now. No trial is running"
 
     _steered(tmp_path, acts, ONLY_LORA, "hydra.sweeper.n_trials=1", SLOWLY)
     assert standing(_folder(tmp_path)).state == "stopped"

@@ -59,7 +59,7 @@ def test_the_highest_rouge_wins_though_its_loss_is_the_worst(
     assert study.direction is optuna.study.StudyDirection.MAXIMIZE
     assert study.best_trial.number == arm.best.number
     output = capsys.readouterr().out
-    assert "untuned base: eval rougeL 0.1000" in output
+    assert "Untuned base: eval rougeL 0.1000" in output
     assert f"lora/0004 finished, eval rougeL {values[0]:.4f}" in output
     assert f"raises the eval rougeL by {values[0] - 0.1:.3f}." in output
     report = (tmp_path / "s" / "report.md").read_text()
@@ -160,7 +160,7 @@ def test_a_single_trial_names_what_it_is_judged_by(
     """The base by the objective, the evaluations by the metric that pruning goes by."""
     run_single(make_settings(*ROUGE, *FAKE), TrialFolder(tmp_path / "one"), "")
     output = capsys.readouterr().out
-    assert "untuned base: eval rougeL 0.1000" in output
+    assert "Untuned base: eval rougeL 0.1000" in output
     assert "step 20 of 20: eval loss 3." in output
 
 
