@@ -23,7 +23,7 @@ OPENING = re.compile(
     r"Once|Before|After|If|For|When)\b"
 )
 ARCHAIC = re.compile(
-    r"\b(nobody|whoever|whatever|anew|beside|goes on|(?:is|are|was|were) told|held against|thereof)\b",
+    r"\b(nobody|whoever|anew|beside|goes on|(?:is|are|was|were) told|held against|thereof)\b",
     re.IGNORECASE,
 )
 LIMITS = {

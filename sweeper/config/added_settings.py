@@ -1,7 +1,7 @@
 """Settings that were added after studies had been stored, with the value that keeps the old behaviour.
 
-Whoever adds a setting that trials depend on adds one line to ADDED_SETTINGS. Stored questions, nights
-and trials' configs that lack the key are then read as if they had that value, so studies of the past
+A new setting that trials depend on gets one line in ADDED_SETTINGS. Stored questions, nights and
+trials' configs that lack the key are then read as if they had that value, so studies of the past
 are resumed, continued, forked and used. A setting without a line makes them another question.
 """
 
@@ -57,7 +57,9 @@ def stored_settings(config: Mapping[str, Any]) -> TrialSettings:
 
 
 def _with_added(config: dict[str, Any]) -> dict[str, Any]:
-    """Fill in the missing keys that ADDED_SETTINGS names; only the model knows which ones it misses."""
+    """Fill in the missing keys that ADDED_SETTINGS names. pydantic's errors say which ones are
+    missing.
+    """
     try:
         TrialSettings.model_validate(config)
     except ValidationError as error:

@@ -1,7 +1,8 @@
-"""Composing with Hydra and OmegaConf: overrides in, plain resolved dicts out.
+"""Composition with Hydra and OmegaConf: from overrides to plain resolved dicts.
 
-Hydra reports the first bad override and stops; here every override is tried, so that a user sees all
-that is wrong at once. Knows nothing of what the settings mean (sweeper.config.settings does).
+Hydra reports the first bad override and stops. Here every override is tried, so that a user sees
+all mistakes at once. The module does not know what the settings mean (sweeper.config.settings
+does).
 """
 
 from __future__ import annotations
@@ -49,31 +50,33 @@ FLAGS = frozenset(
 )
 """Flags that are passed on to Hydra. Its other flags bring in unchecked configurations."""
 HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
-"""What Hydra is told of the defaults we expect: 1.3 warns without it, and 1.4 warns with it."""
+"""Version of Hydra's defaults to expect. Hydra 1.3 warns without this argument, and 1.4 warns with it.
+"""
 REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
-"""What Hydra raises for a wrong override. ValueError: a group that is given a number or a list."""
+"""Errors that Hydra raises for a wrong override. ValueError: a group that is given a number or a list.
+"""
 TARGETS = frozenset(
     {
         "hydra_plugins.sweeper_study.study_sweeper.StudySweeper",
         "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     }
 )
-"""What Hydra may instantiate: this program's sweeper, and the launcher it never uses."""
+"""Classes that Hydra may instantiate: this program's sweeper, and the launcher it never uses."""
 LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
 
 
 _READ: dict[tuple[str, str, int, int], ConfigResult] = {}
-"""Configuration files as read, by provider, path, time of writing and size."""
+"""Parsed configuration files by provider, path, modification time and size."""
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
-    """Hydra's reader of configuration files, but none that would fill the memory.
+    """Hydra's reader of configuration files, with limits on their size.
 
-    Under the name of Hydra's own, which for that reason does not replace it.
+    It has the name of Hydra's own reader, which Hydra therefore does not register over it.
     """
 
     def load_config(self, config_path: str) -> ConfigResult:
-        """Raises ConfigError for a file without bounds."""
+        """Read a file. Raises ConfigError if the file exceeds a limit."""
         path = Path(self.path, self._normalize_file_name(config_path))
         if not path.is_file():
             return super().load_config(config_path)  # says what is missing
@@ -91,7 +94,7 @@ SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
 
 @dataclass(frozen=True)
 class Composition:
-    """A composed configuration: the trial's part, the study's part, and which files were chosen."""
+    """A composed configuration: the trial's part, the study's part, and the choices of groups."""
 
     config: dict[str, Any]
     sweeper: dict[str, Any]
@@ -102,7 +105,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class CommandLine:
-    """Hydra's command line, sorted: flags first, so that -m may stand anywhere."""
+    """Hydra's command line with flags sorted to the front, so that -m may stand anywhere."""
 
     flags: tuple[str, ...]
     overrides: tuple[str, ...]
@@ -123,14 +126,14 @@ class CommandLine:
 
 
 def conf_dir() -> Path:
-    """The configuration that travels with the package: inside a wheel, or beside it in a checkout."""
+    """Return the packaged configuration folder: inside a wheel, or next to the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "conf", package.parent / "conf")
     return next(path for path in candidates if (path / f"{CONFIG_NAME}.yaml").is_file())
 
 
 def parse_command_line(argv: Sequence[str]) -> CommandLine:
-    """Sort flags before overrides; argparse alone refuses `+experiment=e -m key=value`."""
+    """Sort flags before overrides. argparse alone refuses `+experiment=e -m key=value`."""
     flags: list[str] = []
     overrides: list[str] = []
     tokens = iter(argv)
@@ -214,7 +217,7 @@ def complete_overrides(overrides: Sequence[str], cwd: Path) -> list[str]:
 
 
 def with_auto_groups(overrides: Sequence[str]) -> list[str]:
-    """Replace the choice `auto` by what the base model asks for; wrong overrides pass unchanged."""
+    """Replace the choice `auto` by the one for the base model. Wrong overrides pass unchanged."""
     fixed = [text for text in overrides if not _is_sweep(text)]
     try:
         composition = _compose(fixed)
@@ -231,7 +234,8 @@ def compose(overrides: Sequence[str]) -> Composition:
     """Compose conf/config.yaml with overrides (no sweeps among them) into plain values.
 
     Raises:
-        ConfigError: Hydra refused it; only its first reason (`compose_leniently` collects all).
+        ConfigError: Hydra refused an override. Only the first reason (`compose_leniently` collects
+            all).
     """
     try:
         return _compose(overrides)
@@ -242,10 +246,11 @@ def compose(overrides: Sequence[str]) -> Composition:
 def compose_group(
     group: str, name: str, overrides: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One choice of a group that no trial has: its values, and what was written (with references).
+    """Compose one choice of a group that no trial has, and return its values with and without
+    references.
 
     Raises:
-        ConfigError: all that Hydra refused.
+        ConfigError: names everything that Hydra refused.
     """
     composition, problems = compose_leniently([f"+{group}={name}", *overrides])
     if problems:
@@ -279,7 +284,7 @@ def compose_leniently(overrides: Sequence[str]) -> tuple[Composition, list[str]]
 
 
 def expand_experiments(overrides: Sequence[str]) -> list[list[str]]:
-    """`+experiment=a,b` asks for two studies; everything else belongs to both."""
+    """Split `+experiment=a,b` into one command line for each study. Other overrides belong to all."""
     for index, text in enumerate(overrides):
         override = read_override(text)
         if override is not None and override.key_or_group == "experiment":
@@ -305,14 +310,14 @@ def split_sweeps(overrides: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def key_of(override: str) -> str:
-    """The dotted key or group an override speaks of."""
+    """Return the dotted key or group of an override."""
     return override.partition("=")[0].lstrip("+~")
 
 
 def with_values(config: DictConfig, point: Mapping[str, Scalar]) -> dict[str, Any]:
-    """A composed config with dotted keys set, each text read as Hydra would read it.
+    """Return a composed config with dotted keys set, each text read as Hydra would read it.
 
-    Says the same as composing again with these overrides, fifty times as fast; group choices need
+    Equal to composing again with these overrides, and fifty times as fast. Group choices need
     `compose`.
     """
     changed = copy.deepcopy(config)
@@ -325,15 +330,15 @@ def with_values(config: DictConfig, point: Mapping[str, Scalar]) -> dict[str, An
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
-    """The composed config as YAML text."""
+    """Return the composed config as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A composed config back from its YAML file.
+    """Read a composed config from its YAML file.
 
     Raises:
-        ConfigError: it holds none, or more than a configuration can.
+        ConfigError: the file holds no mapping, or more than a configuration may.
     """
     require_bounded(path)
     container = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
@@ -344,7 +349,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Hydra is a process-wide singleton: use the running application's, or one of our own."""
+    """Initialise Hydra, or use the running application's: Hydra is a singleton of the process."""
     if GlobalHydra.instance().is_initialized():
         yield
     else:
@@ -389,10 +394,10 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
 
 
 def _refuse_code(config: object) -> None:
-    """Hydra calls whatever `_target_` names, and logging whatever `()` and `class` name.
+    """Refuse values that name code: Hydra calls every `_target_`, and logging every `()` and `class`.
 
     Raises:
-        ConfigError: something else than TARGETS and LOGGING_CLASSES, whoever wrote it there.
+        ConfigError: a value is neither in TARGETS nor in LOGGING_CLASSES.
     """
     problems = [
         f"{key}={value!r}: a configuration must not name code to run; remove it"
@@ -414,7 +419,7 @@ def _is_code(key: str, value: object) -> bool:
 
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every value with its dotted key; lists count their items."""
+    """Yield every value with its dotted key, where lists count their items."""
     items: Iterator[tuple[object, object]]
     if isinstance(node, Mapping):
         items = iter(node.items())
@@ -460,7 +465,7 @@ def _explain(override: str, error: Exception, valid: Composition) -> str:
 
 
 def _comma_hint(key: str, value: str) -> str:
-    """Return what else a comma may have meant where nothing is ever searched."""
+    """Return other meanings of a comma, for a key that is never searched."""
     if key.partition(".")[0] not in ("data", "model", "output_dir", "tracking"):
         return ""
     several = f", or list several sources: '{key}=[{value}]'" if key.startswith("data.") else ""
@@ -468,7 +473,7 @@ def _comma_hint(key: str, value: str) -> str:
 
 
 def unknown_key(key: str, valid: Composition) -> str:
-    """Return what to type in the place of a key that a valid composition does not have."""
+    """Return the key to type instead of one that a valid composition does not have."""
     sweeper = {
         **valid.sweeper,
         "params": None,
@@ -490,7 +495,7 @@ def _options(text: str) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """Hydra's own words without its layout: the first line and the available options."""
+    """Return Hydra's message without its layout: the first line and the available options."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = lines[0] if lines else type(error).__name__
     first = first.removeprefix(f"In '{CONFIG_NAME}': ")

@@ -1,8 +1,8 @@
-"""Commands to a running study and their answers, as files: what both sides of them must agree on.
+"""Files of commands to a running study and of their answers, as sender and driver agree on them.
 
-A command is one JSON file renamed into the study's inbox/, its answer one of the same name in outbox/.
-Whoever sends writes the first and removes the second; the driver does the rest. Knows no Optuna, and
-not what a command does (sweeper.driver.steering).
+A command is one JSON file renamed into the study's inbox/. Its answer has the same name in outbox/.
+The sender writes the command and removes the answer, the driver does the rest. The module knows
+neither Optuna nor the effect of a command (sweeper.driver.command_handler).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class PauseStudy(FrozenValue):
 
 
 class ResumeStudy(FrozenValue):
-    """Go on: takes back a pause, or a stop that still waits for trials."""
+    """Continue after a pause, or cancel a stop that still waits for trials."""
 
     verb: Literal["resume"] = "resume"
 
 
 class StopStudy(FrozenValue):
-    """Start nothing new and end; `now` ends the running trials as well, with a checkpoint."""
+    """Start no new trial and end. `now` ends the running trials as well, with a checkpoint."""
 
     verb: Literal["stop"] = "stop"
     now: bool = False
@@ -65,7 +65,7 @@ class ExtendArm(FrozenValue):
 
 
 class EnqueuePoint(FrozenValue):
-    """Try a point next; what it leaves open is drawn by the sampler."""
+    """Try a point next. The sampler draws the keys that it leaves open."""
 
     verb: Literal["enqueue"] = "enqueue"
     values: dict[str, str]
@@ -85,14 +85,14 @@ StudyCommand = (
     PauseStudy | ResumeStudy | StopStudy | StopTrial | ExtendArm | EnqueuePoint | CloneTrial
 )
 TO_A_DRIVER = (PauseStudy, ResumeStudy, StopStudy)
-"""Commands to the driver of the moment: they mean nothing to its successor."""
+"""Commands that are meant for the current driver only. Its successor refuses them."""
 _COMMANDS: TypeAdapter[StudyCommand] = TypeAdapter(
     Annotated[StudyCommand, Field(discriminator="verb")]
 )
 
 
 class CommandAnswer(FrozenValue):
-    """What became of a command."""
+    """The answer to a command."""
 
     ok: bool
     text: str
@@ -100,7 +100,7 @@ class CommandAnswer(FrozenValue):
 
 @dataclass(frozen=True)
 class CommandFile:
-    """A command and its name, by which it is known for ever."""
+    """A command with its id, which names it in every file."""
 
     id: str
     command: StudyCommand
@@ -108,20 +108,21 @@ class CommandFile:
 
 @dataclass
 class CommandInbox:
-    """The driver's side. Reading an empty inbox costs one listing of a folder."""
+    """The driver's side of the command files. Reading an empty inbox costs one directory listing."""
 
     folder: StudyFolder
     _left_alone: set[str] = field(default_factory=set)
-    """Names that could not even be set aside."""
+    """Names of damaged files that could not be renamed."""
 
     def __post_init__(self) -> None:
         for path in (self.folder.inbox, self.folder.outbox):
             path.mkdir(parents=True, exist_ok=True)
 
     def letters(self) -> Iterator[CommandFile | str]:
-        """What has arrived, the oldest first; a sentence for each file that is no command.
+        """Return the commands that have arrived, the oldest first, and a message for each damaged
+        file.
 
-        Such a file is renamed, so that it is met once.
+        A damaged file is renamed, so that it is reported once.
         """
         for name in sorted(_names(self.folder.inbox)):
             if not name.endswith(_SUFFIX) or name.startswith(".") or name in self._left_alone:
@@ -135,12 +136,12 @@ class CommandInbox:
                 yield self._set_aside(path, error)
 
     def answer(self, letter: CommandFile, answer: CommandAnswer) -> None:
-        """Answer a command and remove it, in this order: killed in between, it is answered again."""
+        """Write the answer, then remove the command. A driver killed in between answers again."""
         write_atomic(self.folder.outbox / f"{letter.id}{_SUFFIX}", answer.model_dump_json())
         (self.folder.inbox / f"{letter.id}{_SUFFIX}").unlink(missing_ok=True)
 
     def forget_answers(self) -> None:
-        """Remove answers to whoever did not wait for them."""
+        """Remove answers that their senders did not wait for."""
         for name in _names(self.folder.outbox):
             (self.folder.outbox / name).unlink(missing_ok=True)
 
@@ -155,14 +156,14 @@ class CommandInbox:
 
 
 def send(folder: StudyFolder, command: StudyCommand) -> str:
-    """Put a command into a study's inbox; its id comes back. Ids sort by the time they were made."""
+    """Put a command into a study's inbox and return its id. Ids sort by the time of sending."""
     identity = f"{time.time_ns():020d}-{uuid4().hex[:8]}"
     write_atomic(folder.inbox / f"{identity}{_SUFFIX}", command.model_dump_json())
     return identity
 
 
 def take_answer(folder: StudyFolder, identity: str) -> CommandAnswer | None:
-    """The answer to a command, once; None while there is none."""
+    """Return the answer to a command and remove its file, or return None while there is none."""
     path = folder.outbox / f"{identity}{_SUFFIX}"
     try:
         answer = CommandAnswer.model_validate_json(path.read_bytes())
@@ -173,7 +174,7 @@ def take_answer(folder: StudyFolder, identity: str) -> CommandAnswer | None:
 
 
 def withdraw(folder: StudyFolder, identity: str) -> None:
-    """Take a command back that nobody has read."""
+    """Remove a command that the driver has not read yet."""
     (folder.inbox / f"{identity}{_SUFFIX}").unlink(missing_ok=True)
 
 
@@ -192,7 +193,7 @@ def _id_of(name: str) -> str:
 
 
 def _content(path: Path) -> bytes:
-    """Never waits: a pipe or a device in the inbox is no command, and neither is a link."""
+    """Read a file without ever waiting: pipes, devices and links in the inbox are refused."""
     if path.is_symlink() or not path.is_file():
         if not path.exists() and not path.is_symlink():
             raise FileNotFoundError(path)

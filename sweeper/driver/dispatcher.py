@@ -261,7 +261,8 @@ class Dispatcher:
 
     def _lost(self, job: Job, event: LostEvent) -> None:
         """Give a job whose worker died another attempt, or end it."""
-        self._announce(f"{job.key}: {event.message.splitlines()[0]}")
+        first_line, _, _ = event.message.partition("\n")
+        self._announce(f"{job.key}: {first_line}")
         if job.phase is JobPhase.DROPPING:
             job.cancel()
             self._end(job)

@@ -131,14 +131,9 @@ class RunningTrial(Job):
         return None
 
     def fail(self, cause: LostCause, message: str) -> None:
-        """See Job: a trial whose check ends every worker is refused, like all of its structure."""
-        if self.phase is JobPhase.CHECKING:
-            # a refusal, unlike a crash, keeps the sampler away from other points of this structure
-            words = f"no worker survived the check whether it is possible: {message}"
-            self.outcome = Outcome(cause="refused", message=words)
-            self.sizes.learn(self.prepared.settings, self.outcome)
-        else:
-            self.outcome = Outcome(cause=cause, message=message, steps=self.prepared.view.step)
+        """See Job."""
+        # also after a check: the death of a worker is no property of the point
+        self.outcome = Outcome(cause=cause, message=message, steps=self.prepared.view.step)
 
     def cancel(self) -> None:
         """See Job."""

@@ -29,16 +29,16 @@ class KnownSizes:
             self._refusals[settings.structure] = answer
 
     def size(self, settings: TrialSettings) -> TrialSize | None:
-        """Return the size of a trial; None if it is impossible or was not checked yet."""
+        """Return the size of a trial, or None if it is impossible or was not checked yet."""
         return self._sizes.get(settings.structure)
 
     def refusal(self, settings: TrialSettings) -> Outcome | None:
-        """Return the outcome of an impossible trial; None if it is possible or was not checked yet."""
+        """Return the outcome of an impossible trial, or None if it is possible or unchecked."""
         return self._refusals.get(settings.structure)
 
 
 def decided(settings: TrialSettings, size: TrialSize) -> dict[str, int] | None:
-    """Return the wanted parameters and the rank that followed; None where settings give the rank."""
+    """Return the requested parameters and the derived rank, or None if settings give the rank."""
     adapter = settings.adapter
     if not isinstance(adapter, LoraAdapter) or adapter.trainable_parameters is None:
         return None

@@ -1,6 +1,6 @@
-"""Results: what a study's storage says, as plain values ready to be shown; results.json is their dump.
+"""Results of a study as plain values, read from its storage. results.json is their dump.
 
-Reads Optuna's storage and the study's folder; needs no worker, no torch and no MLflow.
+Reads Optuna's storage and the study's folder. Needs no worker, no torch and no MLflow.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from sweeper.search.study import shown_point
 from sweeper.search.study_plan import ArmPlan
 
 FORMAT = 4
-"""Version of results.json. It rises only when a reader of the version before would be misled: a new key
-with a default leaves it as it is."""
+"""Version of results.json. It rises only when a reader of the version before would be misled: a new
+key with a default leaves it as it is.
+"""
 NEWER = "a newer version wrote it: read it with that version"
 DERIVED = {"format", "verdict"}
 """Keys of results.json that readers of other programs want, and that follow from the others."""
@@ -53,13 +54,13 @@ class SearchedRange(FrozenValue):
 
 
 class TrialResult(FrozenValue):
-    """One finished trial; in results.json its outcome's keys stand beside its own."""
+    """One finished trial. In results.json its outcome's keys stand next to its own."""
 
     arm: str = Field(exclude=True)
     number: int
     params: Mapping[str, Scalar]
     audited: bool = False
-    """Whether the pruner would have stopped it, and it went on to find out if that was right."""
+    """True if the pruner would have stopped the trial, which was kept running as an audit."""
     outcome: Outcome
 
     @model_validator(mode="before")
@@ -79,22 +80,24 @@ class TrialResult(FrozenValue):
 
     @property
     def value(self) -> float | None:
-        """The objective's value of the kept checkpoint, if the trial may be compared by it."""
+        """The objective's value of the kept checkpoint, or None if the trial must not be compared by
+        it.
+        """
         feasible = not STATES[self.outcome.cause].infeasible
         return self.outcome.best_value if feasible else None
 
     @property
     def complete(self) -> bool:
-        """Whether it ran to its own end, so that it can be the best."""
+        """True if the trial ran to its own end, so that it can be the best."""
         return STATES[self.outcome.cause].complete
 
     def metric(self, name: str) -> float | None:
-        """A figure of the trial, if it has it."""
+        """Return a metric of the trial, or None if it has none of that name."""
         return self.outcome.metrics.get(name)
 
 
 class ArmResult(FrozenValue):
-    """An arm: what it started from, and its trials, the best first."""
+    """An arm: its baseline and its trials, the best first."""
 
     name: str = Field(exclude=True)
     method: str
@@ -104,19 +107,19 @@ class ArmResult(FrozenValue):
     facts: ArmBaseline
     trials: tuple[TrialResult, ...]
     settings: Mapping[str, Any]
-    """This study's for its trials, as dotted keys, before any point of its space."""
+    """The arm's settings as dotted keys, before any point of its space."""
     ranges: Mapping[str, SearchedRange]
-    """Of the searched keys that are numbers."""
+    """The searched numbers, by key."""
     exhaustive: bool
-    """Its space is a grid, and the arm walks all of it."""
+    """True if the space is a grid and the arm tries all of it."""
     costs: tuple[str, ...] = ()
-    """Metrics that are minimised beside the objective."""
+    """Metrics that are minimised together with the objective."""
     front: tuple[int, ...] = ()
     """Numbers of the trials on the Pareto front of objective and costs."""
     final: FinalistRanking | None = None
-    """How its best configurations did over several seeds, once that is known."""
+    """The ranking of the finalists, once they are trained."""
     adopted: BaselineRun | None = None
-    """The earlier run that stands in for its search; costs and training are then that run's."""
+    """The earlier run that replaces the search. Costs and training are then that run's."""
 
     @model_validator(mode="before")
     @classmethod
@@ -135,17 +138,17 @@ class ArmResult(FrozenValue):
 
     @property
     def base_value(self) -> float:
-        """The objective's value of the untuned base, as this arm holds it."""
+        """The objective's value of the untuned base with this arm's quantization."""
         return self.facts.base_value(self.objective.metric)
 
     def setting(self, key: str) -> Any:
-        """A setting of its best trial; of all its trials if it is not searched."""
+        """Return a setting of the best trial, or of all trials if it is not searched."""
         assert self.best is not None
         return self.best.params.get(key, self.trained_with.get(key))
 
     @cached_property
     def trained_with(self) -> Mapping[str, Any]:
-        """Its settings; how an adopted model was trained only its run knows."""
+        """Return the arm's settings, or an adopted model's as its run recorded them."""
         if self.adopted is None:
             return self.settings
         run = self.adopted.settings
@@ -154,7 +157,7 @@ class ArmResult(FrozenValue):
 
     @property
     def finished(self) -> int:
-        """Trials that ran to their own end."""
+        """The trials that ran to their own end."""
         return sum(trial.complete for trial in self.trials)
 
     @cached_property
@@ -168,7 +171,7 @@ class ArmResult(FrozenValue):
 
     @property
     def audit(self) -> PruningAudit | None:
-        """How often the pruner was wrong, if it was audited."""
+        """The pruner's error rate, or None without audits."""
         complete = [trial for trial in self.trials if trial.complete]
         return audit(
             self.objective,
@@ -186,27 +189,27 @@ class ArmResult(FrozenValue):
 
     @property
     def tried(self) -> int:
-        """Trials that were trained to some end of their own."""
+        """The trials that were trained and ended on their own."""
         idle = ("refused", "duplicate", "cancelled")
         return sum(trial.outcome.cause not in idle for trial in self.trials)
 
     @property
     def seconds_per_trial(self) -> float | None:
-        """Median worker time of the complete trials; one trial's time is too noisy to compare."""
+        """Median worker seconds of the complete trials, because a single time is too noisy to compare."""
         times = [trial.metric("cost/seconds") for trial in self.trials if trial.complete]
         known = [seconds for seconds in times if seconds is not None]
         return statistics.median(known) if known else None
 
     @cached_property
     def seconds(self) -> float:
-        """Device time of all trials."""
+        """Device seconds of all trials."""
         if self.adopted is not None:
             return self.adopted.seconds
         return sum(device_seconds(trial.outcome.spent) for trial in self.trials)
 
 
 class StudyResults(FrozenValue):
-    """A study as a whole; its dump is results.json, but for the verdict."""
+    """A whole study. results.json is its dump with the verdict added."""
 
     study_name: str
     command: str
@@ -214,13 +217,13 @@ class StudyResults(FrozenValue):
     """Date, code, packages and machine of the run that wrote these results."""
     fairness: FairnessRules
     contrasts: tuple[ArmContrast, ...] = ()
-    """Arms against their reference on the test split, once finalists were judged on it."""
+    """Contrasts of arms with their reference on the test split, once finalists were judged on it."""
     forgetting: tuple[ArmContrast, ...] = ()
-    """Arms against their untuned base on general text, once finalists were judged on it."""
+    """Contrasts of arms with their untuned base on general text, once finalists were judged on it."""
     untested: str | None = None
-    """Why the arms are not compared on the test split, for people."""
+    """Reason why the arms are not compared on the test split, for the user."""
     misfits: Mapping[str, MemoryShortfall] = Field(default_factory=dict)
-    """Arms that were not run because their trainings are larger than the device, by name."""
+    """Arms that were not run because their trainings exceed the device's memory, by name."""
     arms: tuple[ArmResult, ...]
 
     @model_validator(mode="before")
@@ -246,25 +249,29 @@ class StudyResults(FrozenValue):
 
     @property
     def objective(self) -> Objective:
-        """What the trials of every arm are worth; the arms share it (search.plan)."""
+        """The objective that all arms share."""
         return self.arms[0].objective
 
     @property
     def decisive(self) -> tuple[ArmContrast, ...]:
-        """The contrasts that the verdict may rest on: they are of losses, so only by that objective."""
+        """Contrasts that the verdict may rest on. They are of losses, so only a loss objective has
+        any.
+        """
         return self.contrasts if self.objective.metric == "eval/loss" else ()
 
     def contrast(self, name: str) -> ArmContrast | None:
-        """How an arm did on the test split, against its reference."""
+        """Return the contrast of an arm with its reference on the test split."""
         return next((found for found in self.decisive if found.arm == name), None)
 
     def forgotten(self, name: str) -> IntervalEstimate | None:
-        """How much worse an arm's winner is than its base on general text, in nats per token."""
+        """Return an arm's forgetting: the increase of its winner's loss on general text, in nats per
+        token.
+        """
         found = (each.difference for each in self.forgetting if each.arm == name)
         return next(found, None)
 
     def seeds(self, name: str) -> int:
-        """With how many seeds an arm's best configuration was judged: on the test split, or once."""
+        """Return the number of seeds with which an arm's best configuration was judged."""
         counts = {
             arm.name: len(arm.final.test_losses) or 1 for arm in self.arms if arm.final is not None
         }
@@ -274,7 +281,7 @@ class StudyResults(FrozenValue):
 
 
 def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
-    """What an arm has so far, from its storage."""
+    """Collect an arm's results from its storage."""
     facts = ArmBaseline.model_validate(study.user_attrs["facts"])
     stored = study.user_attrs.get("adopted")
     adopted = None if stored is None else BaselineRun.model_validate(stored)
@@ -311,18 +318,18 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
 
 
 def _has_all_of(count: int, points: Iterable[object]) -> bool:
-    """Without going through all of a grid that has far more."""
+    """Return True if n_trials covers the grid, without listing all of a larger grid."""
     return sum(1 for _ in itertools.islice(points, count + 1)) <= count
 
 
 def equal_size(arm: ArmResult) -> bool:
-    """Whether the arm's ranks follow from adapter.trainable_parameters."""
+    """Return True if the arm's ranks follow from adapter.trainable_parameters."""
     key = "adapter.trainable_parameters"
     return arm.settings.get(key) is not None or any(key in trial.params for trial in arm.trials)
 
 
 def _at_the_costs_of(adopted: BaselineRun | None, outcome: Outcome) -> Outcome:
-    """What a training cost, where only a judgement was paid here."""
+    """Return the trial with the costs of its original training, where this study only judged it."""
     if adopted is None:
         return outcome
     own = {
@@ -338,7 +345,7 @@ def _is_training(key: str) -> bool:
 
 
 def headline(results: StudyResults) -> tuple[dict[str, float], Point]:
-    """What a study's own run shows: the figures and the point of the first arm's best trial."""
+    """Return the metrics and the point of the first arm's best trial, for the study's own run."""
     arm = results.arms[0] if results.arms else None
     if arm is None or arm.best is None:
         return {}, {}
@@ -348,7 +355,7 @@ def headline(results: StudyResults) -> tuple[dict[str, float], Point]:
 
 
 def number_ranges(space: Space) -> dict[str, SearchedRange]:
-    """The domains of a space that are ranges of numbers."""
+    """Return the domains of a space that are ranges of numbers."""
     ranges: dict[str, SearchedRange] = {}
     for key, domain in space.items():
         if isinstance(domain, Interval):
@@ -365,7 +372,7 @@ def number_ranges(space: Space) -> dict[str, SearchedRange]:
 
 
 def _method(arm: ArmPlan) -> str:
-    """What an arm does, in the field's words."""
+    """Return the arm's method: LoRA, QLoRA, DoRA, full fine-tuning, …"""
     settings = arm.settings
     if not isinstance(settings.adapter, LoraAdapter):
         return "full fine-tuning"
@@ -375,7 +382,7 @@ def _method(arm: ArmPlan) -> str:
 
 
 def _base_name(arm: ArmPlan, facts: ArmBaseline) -> str:
-    """How an arm holds its base: nf4, fp4, int8, or the dtype."""
+    """Return the base's quantization or dtype: nf4, fp4, int8, bf16, …"""
     kind = arm.settings.quantization.kind
     return facts.dtype if kind == "none" else kind
 
@@ -384,7 +391,8 @@ def load_results(study_name: str, output_dir: Path) -> StudyResults:
     """Read a study's results.
 
     Raises:
-        StudyError: there is no such study; lists those that exist.
+        StudyError: there is no such study, or its results.json is of another format. Lists the
+            studies.
     """
     path = StudyFolder(output_dir / study_name).results
     if not path.exists():
@@ -419,7 +427,7 @@ def _first(error: ValidationError | KeyError) -> str:
 
 
 def _written_again(document: Mapping[str, Any]) -> str:
-    """The command that keeps a study's answer: results.json follows from the study's storage."""
+    """Return the command that writes results.json again from the study's storage."""
     command = document.get("command", "THE STUDY'S COMMAND")
     return (
         "to keep its answer, run its command: it trains no finished trial again, and writes the file "
@@ -428,7 +436,7 @@ def _written_again(document: Mapping[str, Any]) -> str:
 
 
 def rank(trials: list[TrialResult], objective: Objective) -> tuple[TrialResult, ...]:
-    """Complete trials with the best value first, then pruned ones likewise, then the failed ones."""
+    """Return the rank order: complete trials by value, then pruned ones by value, then failed ones."""
 
     def order(trial: TrialResult) -> tuple[int, float, int]:
         if trial.value is None:
@@ -439,12 +447,12 @@ def rank(trials: list[TrialResult], objective: Objective) -> tuple[TrialResult, 
 
 
 def to_document(results: StudyResults) -> dict[str, Any]:
-    """Return what results.json holds of results, but for the verdict."""
+    """Return the content of results.json without the verdict."""
     return results.model_dump(mode="json")
 
 
 def from_document(document: Mapping[str, Any]) -> StudyResults:
-    """Return the results that results.json holds.
+    """Return the results in a document of results.json.
 
     Raises:
         ValidationError: the document is not of this version's format.

@@ -13,7 +13,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from sweeper.commands import run_trial
@@ -62,13 +62,14 @@ def test_a_probe_that_freezes_ends_the_study_after_three_attempts(
     assert capsys.readouterr().out.count("lora probe: killed: no answer for 0.3 s") == 3
 
 
-def test_a_trial_whose_check_freezes_is_refused(tmp_path: Path) -> None:
-    """Three attempts, then the sampler learns that the point is impossible; the study ends by itself."""
+def test_a_trial_whose_check_freezes_is_lost_with_its_worker(tmp_path: Path) -> None:
+    """Three attempts, then a timeout that uses budget, so that the study ends by itself."""
     _run(tmp_path, *_hanging("check"))
-    outcomes = [trial.user_attrs["outcome"] for trial in _trials(tmp_path)]
-    assert {outcome["cause"] for outcome in outcomes} == {"refused"}
-    assert "no worker survived the check" in outcomes[0]["message"]
-    assert "workers.probe_timeout_s" in outcomes[0]["message"]
+    (trial,) = _trials(tmp_path)
+    assert trial.state is TrialState.FAIL
+    outcome = trial.user_attrs["outcome"]
+    assert outcome["cause"] == "timeout"
+    assert outcome["message"] == "killed: no answer for 0.3 s (workers.probe_timeout_s)"
 
 
 def test_a_judgement_that_freezes_is_left_out(

@@ -15,15 +15,23 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import StudyError, TrialFailed
 from sweeper.core.outcome import TrialSize
 from sweeper.core.paths import TrialFolder, read_json
+from sweeper.driver.jobs import JobPhase
+from sweeper.driver.running_trial import RunningTrial
 from sweeper.reporting.rank_ladder import rank_ladders
 from sweeper.reporting.result_tables import leaderboard
 from sweeper.reporting.results import StudyResults
-from sweeper.search import driver
 from sweeper.search.study_plan import studies
 from sweeper.search.telling import counts
 from sweeper.workers.fake_runner import FakeRunner
 from sweeper.workers.local_engine import LocalEngine
-from sweeper.workers.protocol import CheckCommand, CheckedEvent, ProbeCommand
+from sweeper.workers.protocol import (
+    CheckCommand,
+    CheckedEvent,
+    EndedEvent,
+    Engine,
+    Work,
+    WorkerEvent,
+)
 from tests.conftest import make_settings
 
 LORA = ("+experiment=lr_rank_sweep", "~hydra.sweeper.arms.full", "hydra.sweeper.study_name=s")
@@ -142,17 +150,17 @@ def test_a_worker_that_dies_in_a_check_is_replaced_and_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twice it answers; three times it does not, and the point ends as lost by its worker."""
-    probe, deaths = LocalEngine.probe, [0]
+    send, deaths = LocalEngine.send, [0]
 
-    def dying(engine: LocalEngine, worker: int, message: ProbeCommand | CheckCommand) -> None:
+    def dying(engine: LocalEngine, worker: int, message: Work) -> None:
         fatal = isinstance(message, CheckCommand) and "mlp" in message.settings.structure
         if isinstance(message, CheckCommand) and (fatal or deaths[0] < 1):
             deaths[0] += 1
             engine.kill(worker, "dies in a check")
         else:
-            probe(engine, worker, message)
+            send(engine, worker, message)
 
-    monkeypatch.setattr(LocalEngine, "probe", dying)
+    monkeypatch.setattr(LocalEngine, "send", dying)
     _run(
         tmp_path,
         *("workers.engine=local", "sampler=grid", "adapter.r=2", "hydra.sweeper.n_trials=2"),
@@ -175,7 +183,7 @@ def test_an_interrupt_during_a_check_loses_no_point(
 
     few = (INLINE, "sampler=grid", "adapter.r=2,4", "adapter.target_modules=mlp")
     with monkeypatch.context() as patch:
-        patch.setattr(driver.ArmDriver, "_checked", interrupted)
+        patch.setattr(RunningTrial, "_checked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             _run(tmp_path, *few, "hydra.sweeper.n_trials=2")
     assert _trials(tmp_path)[0].user_attrs["cause"] == "cancelled"
@@ -190,13 +198,24 @@ def test_two_slots_are_used_while_a_point_is_checked(
 ) -> None:
     """Only the worker that is asked waits: a trial ends on the other one before the answer comes."""
     answered: list[int] = []
-    heard = driver.ArmDriver._checked
+    running: set[str] = set()
+    send, on_event = RunningTrial.send, RunningTrial.on_event
 
-    def hear(self: driver.ArmDriver, event: CheckedEvent) -> None:
-        answered.append(len(self._live))
-        heard(self, event)
+    def sent(job: RunningTrial, engine: Engine, worker: int) -> JobPhase:
+        phase = send(job, engine, worker)
+        if phase is JobPhase.RUNNING:
+            running.add(job.key)
+        return phase
 
-    monkeypatch.setattr(driver.ArmDriver, "_checked", hear)
+    def heard(job: RunningTrial, event: WorkerEvent) -> JobPhase | None:
+        if isinstance(event, CheckedEvent):
+            answered.append(len(running))
+        elif isinstance(event, EndedEvent):
+            running.discard(job.key)
+        return on_event(job, event)
+
+    monkeypatch.setattr(RunningTrial, "send", sent)
+    monkeypatch.setattr(RunningTrial, "on_event", heard)
     _run(
         tmp_path,
         *("workers.engine=local", "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6"),

@@ -98,8 +98,9 @@ def _values(document: dict[str, Any]) -> dict[str, list[tuple[int, float | None]
 def test_a_finished_study_is_extended(past: Path) -> None:
     """A larger total adds trials to those that were there."""
     before = _outcomes("finished")
-    results = _run(*FINISHED, *WHOLE, "tracking=none")
-    assert (_arm(results).tried, _arm(results, "full").tried) == (12, 4)
+    more = ("hydra.sweeper.n_trials=10", "hydra.sweeper.arms.full.n_trials=3")
+    results = _run(*FINISHED, *more, "finalists=none", "tracking=none")
+    assert (_arm(results).tried, _arm(results, "full").tried) == (10, 3)
     assert before.items() <= _outcomes("finished").items()
 
 
@@ -138,8 +139,8 @@ def test_a_finished_study_is_forked(past: Path) -> None:
 def test_a_finished_study_warms_another(past: Path) -> None:
     """The winner's point of the past is the first that a new study tries."""
     warm = ("hydra.sweeper.study_name=warm", "hydra.sweeper.warm_start=[finished]")
-    results = _run(*FAKE, *SMALL, *warm, "tracking=none")
-    first = next(trial for trial in _arm(results).trials if trial.number == 0)
+    short = ("hydra.sweeper.n_trials=1", "~hydra.sweeper.arms.full", "finalists=none")
+    (first,) = _arm(_run(*FAKE, *warm, *short, "tracking=none")).trials
     best = _arm(load_results("finished", Path("outputs"))).best
     assert best is not None
     assert first.params == best.params

@@ -10,11 +10,12 @@ import pytest
 
 from sweeper.commands.run_study import run_study
 from sweeper.core.errors import StudyError
+from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import NightFolder, NightsFolder, StudyFolder, write_json
 from sweeper.nightly.night_record import read_record
 from sweeper.nightly.night_run import run_night
 from sweeper.search import study as stored_study
-from sweeper.search.study import open_storage
+from sweeper.search.study import open_storage, open_study
 from sweeper.search.study_plan import studies
 from tests.past.judge import judge
 from tests.past.past import FAKE, FINISHED, FIRST_NIGHT, MODEL, SET
@@ -29,21 +30,23 @@ def _loaded(name: str, folder: StudyFolder = FOLDER) -> optuna.Study:
 
 
 def test_a_new_study_says_its_format(past: Path) -> None:
-    """The number is stored with the question."""
+    """The number is stored with the question; an old study stays as it was."""
     (plan,) = studies([*NEW, *ONE_ARM])
-    run_study(plan)
-    found = _loaded("new/lora", StudyFolder(Path("outputs/new"))).user_attrs
-    assert found["format"] == stored_study.FORMAT
+    old = _loaded("finished/lora")
+    facts = ArmBaseline.model_validate(old.user_attrs["facts"])
+    storage = open_storage(None, StudyFolder(Path("outputs/new")))
+    new = open_study(plan, plan.arms[0], facts, storage)
+    assert new.user_attrs["format"] == stored_study.FORMAT
+    assert "format" not in old.user_attrs
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         FINISHED,
-        (*NEW, *ONE_ARM, "hydra.sweeper.warm_start=[finished]"),
         (*NEW, *ONE_ARM, "hydra.sweeper.fork_of=finished"),
     ],
-    ids=["resumed", "warms", "forked"],
+    ids=["resumed", "forked"],
 )
 def test_a_study_of_a_newer_version_is_refused(past: Path, overrides: tuple[str, ...]) -> None:
     """Both formats are named, and what keeps its answer; nothing is written to the study."""

@@ -63,10 +63,10 @@ def test_optuna_draws_from_the_very_domain_that_was_typed(
     low: int, width: int, scale: int | None, form: str
 ) -> None:
     """Bounds, log, whole numbers and steps reach Optuna as they were typed, and draws obey them."""
-    a, b = (number if scale is None else number / scale for number in (low, low + width))
+    a, b, stop = (low + up if scale is None else (low + up) / scale for up in (0, width, width + 1))
     plain = f"int(interval({a}, {b}))" if scale is None else f"interval({a}, {b})"
     unit = 1 if scale is None else 1 / scale
-    words = {"{}": plain, "log": f"tag(log, {plain})", "step": f"range({a}, {b + unit}, {unit})"}
+    words = {"{}": plain, "log": f"tag(log, {plain})", "step": f"range({a}, {stop}, {unit})"}
     domain = parse_domain("x", words[form])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=low))
     trial = study.ask()
