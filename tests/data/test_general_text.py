@@ -95,7 +95,7 @@ def test_a_missing_file_is_found_before_anything_runs(tmp_path: Path) -> None:
     (problem,) = path_problems(make_data(), missing)
     assert problem.startswith("evaluation.general_text.source=")
     assert "gone.txt: no such file or folder" in problem
-    with pytest.raises(ConfigError, match="leave its weight and format out"):
+    with pytest.raises(ConfigError, match="Leave its weight and format out"):
         _settings({"path": "a.txt", "weight": 2})
 
 

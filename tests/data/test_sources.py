@@ -300,7 +300,7 @@ def test_embedded_stands_alone(tmp_path: Path) -> None:
     [
         (
             "data.train=[{path: a, weigth: 2}]",
-            r"data\.train\.0\.weigth=2: no such key. Valid keys: .*weight",
+            r"weigth=2: no such key\. Did you mean data\.train\.0\.weight\? Valid keys: .*weight",
         ),
         (
             "data.train=[{path: a, weight: 0}]",
