@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 import pytest
 
+from sweeper.config import added_settings
 from sweeper.config.added_settings import ADDED_SETTINGS
 from sweeper.config.compose import compose, read_yaml, to_yaml
 from sweeper.config.settings import TrialSettings, changed_parts, flatten, stored_settings, validate
@@ -23,7 +24,6 @@ from sweeper.nightly.nightly_set import load_set
 from sweeper.search.study import open_storage, open_study
 from sweeper.search.study_plan import StudyPlan, studies
 from sweeper.search.warm_start import fork
-from sweeper.settings import added_settings
 from tests.past.past import FAKE, FINISHED, FIRST_NIGHT, MODEL, SET, SMALL
 
 ADDED = "adapter.trainable_parameters"
