@@ -63,7 +63,7 @@ def test_pickled_weights_are_refused_unread(
     load_base(settings.model, settings.quantization, trained=False)
     (base / "model.safetensors").unlink()
     with pytest.raises(
-        ModelError, match=r"no \*\.safetensors weights .*other formats can run code"
+        ModelError, match=r"no \*\.safetensors weights .*Other formats can run code"
     ):
         load_base(settings.model, settings.quantization, trained=False)
     assert not trace.exists()

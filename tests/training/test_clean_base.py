@@ -113,7 +113,7 @@ def test_a_trial_that_changes_its_base_fails_and_the_next_one_starts_clean(
     assert spoilt.cause == "error"
     assert spoilt.best_value is None
     assert "model.norm.weight" in str(spoilt.message)
-    assert "does not stand" in folder.outcome.read_text(encoding="utf-8")
+    assert "its result is invalid" in folder.outcome.read_text(encoding="utf-8")
     monkeypatch.undo()
     again, _, _ = run_tiny("again", runner=runner)
     assert again.best_value == first.best_value

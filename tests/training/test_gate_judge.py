@@ -141,7 +141,7 @@ def test_missing_and_changed_adapters_are_refused(trial: TrialFolder, gate: Path
     with pytest.raises(ArtifactError, match="changed"):
         judge_on_gate(request)
     shutil.rmtree(trial.adapter)
-    with pytest.raises(ArtifactError, match="is not there"):
+    with pytest.raises(ArtifactError, match="is missing"):
         judge_on_gate(request)
 
 

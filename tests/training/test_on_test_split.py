@@ -107,7 +107,7 @@ def test_weights_that_were_changed_are_not_judged(
     with pytest.raises(ArtifactError, match=r"adapter_config\.json: changed"):
         runner.test(settings, folder, ["test"])
     folder.clear_results()
-    with pytest.raises(ArtifactError, match="holds neither an adapter nor a model"):
+    with pytest.raises(ArtifactError, match="contains neither an adapter nor a model"):
         runner.test(settings, folder, ["test"])
 
 
