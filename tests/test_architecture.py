@@ -160,7 +160,9 @@ def test_foreign_library_has_one_seam(library: str) -> None:
         for path, text in texts.items()
         if library in {name.split(".")[0] for name in imports(path, text, ())}
     }
-    assert users == SEAMS[library]
+    assert users == SEAMS[library], (
+        f"import {library} in one of {sorted(SEAMS[library])}, or change SEAMS with the reason"
+    )
 
 
 def test_one_loop_listens_to_workers() -> None:
@@ -181,7 +183,8 @@ def test_every_module_has_a_room() -> None:
     """No file lies loose at the top of the package, and every room has its row."""
     loose = {path.stem for path in PACKAGE.glob("*.py")}
     assert loose == {"__init__", "__main__"}
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(LEVEL)
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms == set(LEVEL), "give the room its row in LAYERS and in docs/architecture.md"
 
 
 def test_module_names_are_unique() -> None:

@@ -15,8 +15,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sweeper.cli.verbs import VERBS, app
+from sweeper.config.compose import group_choices
 from sweeper.config.override_hints import SHORT_KEYS, SHORT_SECTIONS
 from sweeper.core import errors
+from sweeper.data.row_formats import FORMATS
 from sweeper.workers import protocol
 from tests import versions
 
@@ -31,8 +33,23 @@ def test_help_lists_every_verb() -> None:
     """`python -m sweeper --help` names the verbs in the order of cli.VERBS, which are typer's."""
     header = yaml.safe_load(_read("conf/config.yaml"))["hydra"]["help"]["header"]
     (listed,) = re.findall(r"^Verbs: (.*)\.$", header, flags=re.MULTILINE)
-    assert tuple(listed.split(", ")) == VERBS
-    assert set(typer.main.get_command(app).commands) == set(VERBS)  # type: ignore[attr-defined]
+    assert tuple(listed.split(", ")) == VERBS, "the line `Verbs:` of conf/config.yaml"
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert set(commands) == set(VERBS), "@app.command and VERBS of sweeper/cli/verbs.py differ"
+
+
+def test_docs_list_every_sampler_pruner_and_format() -> None:
+    """docs/search.md and docs/data.md name each choice, and so does the comment of data.format."""
+    for group in ("sampler", "pruner"):
+        page = _read("docs/search.md").partition(f"## {group.title()}s\n")[2].partition("\n## ")[0]
+        listed = {word.removeprefix(f"{group}=") for word in re.findall(r"`([\w=]+)[` ]", page)}
+        missing = set(group_choices(group)) - listed
+        assert not missing, f"docs/search.md, {group.title()}s: {sorted(missing)}"
+    table = _read("docs/data.md").partition("## Formats of a row\n")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(FORMATS), "docs/data.md"
+    (comment,) = re.findall(r"^format:.*\n(?: +#.*\n)*", _read("conf/data/default.yaml"), re.M)
+    missing = set(FORMATS) - set(re.findall(r"\w+", comment))
+    assert not missing, f"conf/data/default.yaml, the comment of format: {sorted(missing)}"
 
 
 def _kinds(union: Any) -> list[str]:
@@ -45,8 +62,8 @@ def test_architecture_lists_every_message() -> None:
     text = " ".join(_read("docs/architecture.md").split())
     (down,) = re.findall(r"Down: ([a-z, ]+)\.", text)
     (up,) = re.findall(r"Up: ([a-z, ]+)\.", text)
-    assert down.split(", ") == _kinds(protocol.WorkerCommand)
-    assert up.split(", ") == _kinds(protocol.WorkerEvent)
+    assert down.split(", ") == _kinds(protocol.WorkerCommand), "docs/architecture.md, Down:"
+    assert up.split(", ") == _kinds(protocol.WorkerEvent), "docs/architecture.md, Up:"
 
 
 def test_short_keys_are_listed_where_people_look() -> None:

@@ -91,7 +91,7 @@ def test_two_experiments_are_two_plans() -> None:
 
 def test_a_sweep_without_m_says_to_add_it() -> None:
     """Several values without -m are answered with what to type."""
-    with pytest.raises(ConfigError, match=r"adapter\.r=2,4: several values make a study; add -m"):
+    with pytest.raises(ConfigError, match=r"adapter\.r=2,4: several values make a study\. Add -m"):
         single(["adapter.r=2,4"])
 
 
@@ -214,7 +214,7 @@ def test_a_misspelt_verb_lists_the_verbs(program: Program) -> None:
     """A bare word is taken for a verb, not for a broken override."""
     result = program("reports", "lr_rank_sweep")
     assert result.returncode == 2
-    assert f"reports: no such verb; verbs: {', '.join(VERBS)}" in result.stderr
+    assert f"reports: no such verb; did you mean report? verbs: {', '.join(VERBS)}" in result.stderr
 
 
 def test_priors_need_not_name_every_key() -> None:

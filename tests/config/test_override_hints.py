@@ -117,34 +117,35 @@ def test_a_path_with_odd_characters_works_or_its_hint_does(
     assert _answer(shlex.quote(typed), monkeypatch) == ""
 
 
+SAMPLERS = f"available: {', '.join(group_choices('sampler'))}"
 HINTS = {
     "experiment=nope -m": ["no such choice", "lr_rank_sweep"],
     "lr_rank_sweep -m": ["+experiment=lr_rank_sweep"],
     "reprot lr_rank_sweep": ["did you mean report?"],
-    "n_trials=3": ["n_trials is a setting of a study", "add -m"],
-    "hydra.sweeper.n_jobs=2": ["n_jobs is a setting of a study", "add -m"],
+    "n_trials=3": ["n_trials is a setting of a study", "Add -m"],
+    "hydra.sweeper.n_jobs=2": ["n_jobs is a setting of a study", "Add -m"],
     "study_name=x seed=abc": ["study_name is a setting of a study", "seed='abc'"],
-    "sampler=gp": ["sampler is a setting of a study", "add -m"],
+    "sampler=gp": ["sampler is a setting of a study", "Add -m"],
     "pruner.audit_fraction=0.1": ["pruner.audit_fraction is a setting of a study"],
-    f"hydra/sweeper/sampler=tpe {SWEEP}": ["write sampler=tpe"],
+    f"hydra/sweeper/sampler=tpe {SWEEP}": ["Write sampler=tpe"],
     f"hydra/sweeper/sampler=cmaes {SWEEP}": ["sampler.class_name=CmaEsSampler"],
-    f"hydra/sweeper=basic {SWEEP}": ["remove it"],
-    f"+hydra/sweeper=optuna {SWEEP}": ["remove it"],
+    f"hydra/sweeper=basic {SWEEP}": ["Remove it"],
+    f"+hydra/sweeper=optuna {SWEEP}": ["Remove it"],
     f"hydra/launcher=joblib {SWEEP}": ["n_jobs=4", "workers=ray"],
     f"hydra.launcher.n_jobs=2 {SWEEP}": ["n_jobs=4"],
     f"hydra.sweeper.direction=maximize {SWEEP}": ["objective.direction=maximize"],
     f"'hydra.sweeper.params.adapter.r=choice(2,4)' {SWEEP}": ["'adapter.r=choice(2,4)' -m"],
-    f"+hydra.sweeper.n_trials=3 {SWEEP}": ["write it without the +"],
-    f"+sampler=tpe {SWEEP}": ["write it without the +: sampler=tpe"],
-    f"sampler=xyz {SWEEP}": ["available: gp, grid, optuna, random, tpe"],
-    f"sampler=5 {SWEEP}": ["available: gp, grid, optuna, random, tpe"],
+    f"+hydra.sweeper.n_trials=3 {SWEEP}": ["Write it without the +"],
+    f"+sampler=tpe {SWEEP}": ["Write it without the +: sampler=tpe"],
+    f"sampler=xyz {SWEEP}": [SAMPLERS],
+    f"sampler=5 {SWEEP}": [SAMPLERS],
     "workers=4": ["did you mean n_jobs=4?"],
     "quantization=nf5": ["did you mean quantization=nf4?"],
     "quantization=4bit": ["write quantization=nf4"],
     "adapter=qlora": ["write adapter=lora quantization=nf4"],
     "model=Qwen/Qwen3-0.6B-Base": ["did you mean model.base_model=Qwen/Qwen3-0.6B-Base?"],
     "data=my.jsonl": ["did you mean data.train=my.jsonl?"],
-    "nightly=default": ["write +nightly=default"],
+    "nightly=default": ["Write +nightly=default"],
     "lr=1e-3": ["did you mean training.learning_rate?"],
     "learning_rate=1e-3": ["did you mean training.learning_rate?"],
     "training.lr=1e-3": ["did you mean training.learning_rate?"],
@@ -153,10 +154,10 @@ HINTS = {
     "epochs=3": ["did you mean training.num_train_epochs?"],
     f"n_trails=3 {SWEEP}": ["did you mean n_trials?"],
     f"'lr=interval(1e-4,1e-2)' {SWEEP}": ["did you mean training.learning_rate?"],
-    "'data.colums={a: b}'": ["did you mean data.columns?"],
+    "'data.colums={a: b}'": ["Did you mean data.columns?"],
     "data.columns={a: b}": ["a bracket is not closed", "single quotes around the whole"],
     "'data.train=[a#b.jsonl]'": ["double quotes around items"],
-    "data.train=my.jsonl,val.jsonl": ["'data.train=[my.jsonl,val.jsonl]'", "add -m"],
+    "data.train=my.jsonl,val.jsonl": ["'data.train=[my.jsonl,val.jsonl]'", "Add -m"],
     "data.train=my file.jsonl": ["quote a value that contains spaces"],
     "adapter.r = 8": ["adapter.r = 8: is not of the form KEY=VALUE"],
     f"'training.learning_rate=loguniform(1e-4,1e-2)' {SWEEP}": ["tag(log, interval(LOW, HIGH))"],
@@ -205,7 +206,10 @@ def test_aliases_lead_to_settings_that_exist() -> None:
 def test_aliases_of_choices_compose(alias: tuple[str, str]) -> None:
     """What stands in the place of another program's choice is a valid study, or a valid trial."""
     group, choice = alias
-    assert choice not in group_choices(group)
+    assert choice not in group_choices(group), (
+        f"conf/{group}/{choice}.yaml exists, so {choice} is no other program's word any more. Remove "
+        f"{alias} from CHOICE_ALIASES in sweeper/config/override_hints.py"
+    )
     overrides = parse_command_line(CHOICE_ALIASES[alias].split()).overrides
     assert studies(overrides) if group in STUDY_GROUPS else single(overrides)
 

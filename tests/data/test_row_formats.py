@@ -65,7 +65,9 @@ def test_format_is_found_by_its_columns_and_read(name: str) -> None:
 
 def test_settings_know_every_format() -> None:
     """data.format may be auto or any key of FORMATS, and nothing else."""
-    assert set(FormatName.__args__) == {"auto", *FORMATS}
+    assert set(FormatName.__args__) == {"auto", *FORMATS}, (
+        "FormatName of sweeper/config/data_settings.py and FORMATS of sweeper/data/row_formats.py differ"
+    )
 
 
 def test_metamath_is_question_answer() -> None:

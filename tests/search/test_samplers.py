@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler
 
 from sweeper.config.grammar import parse_domain
 from sweeper.config.settings import SamplerSettings
 from sweeper.config.space import Branch, Branches, Choice, Interval, Space
+from sweeper.config.study_settings import SamplerName
 from sweeper.core.errors import ConfigError
 from sweeper.search.samplers import make_sampler
 from sweeper.search.study import adopt, drawn, suggest
@@ -33,9 +37,7 @@ def _named(name: str, **changes: object) -> SamplerSettings:
 @pytest.mark.parametrize(
     "settings",
     [
-        _named("tpe"),
-        _named("random"),
-        _named("gp"),
+        *map(_named, get_args(SamplerName)),
         _named("optuna", class_name="QMCSampler"),
         _named("optuna", class_name="NSGAIISampler", kwargs={"population_size": 4}),
     ],
@@ -43,7 +45,10 @@ def _named(name: str, **changes: object) -> SamplerSettings:
 )
 def test_every_sampler_draws_inside_a_space_with_branches(settings: SamplerSettings) -> None:
     """Bounds, steps, choices with null, and only the drawn branch's keys, past the random start."""
-    study = optuna.create_study(sampler=make_sampler(settings, SPACE, 12, drawn=0))
+    sampler = make_sampler(settings, SPACE, 12, drawn=0)
+    # Optuna would take its own default for None, and every draw below would be right.
+    assert isinstance(sampler, BaseSampler), "add its case to make_sampler"
+    study = optuna.create_study(sampler=sampler)
     for number in range(10):
         trial = study.ask()
         point = suggest(trial, SPACE)
