@@ -121,4 +121,4 @@ class SingleTrial(Job):
         self.console.print(f"data: {describe_data(facts)}", highlight=False, soft_wrap=True)
         metric = self.settings.objective.metric
         value = facts.base_value(metric)
-        self.console.print(f"untuned base: {metric_words(metric)} {value:.4f}", highlight=False)
+        self.console.print(f"Untuned base: {metric_words(metric)} {value:.4f}", highlight=False)

@@ -71,7 +71,7 @@ def test_points_are_those_that_the_study_would_try(tmp_path: Path) -> None:
     run_study(plan)
     (arm,) = load_results("lr_rank_sweep", tmp_path).arms
     trained = sorted(arm.trials, key=lambda trial: trial.number)
-    assert [trial.point for trial in trained] == asked
+    assert [trial.params for trial in trained] == asked
 
 
 def test_priors_and_grids_come_first() -> None:

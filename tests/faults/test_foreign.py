@@ -20,6 +20,8 @@ from sweeper.training.checkpoint import newest_checkpoint
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
 from tests.training.conftest import run_tiny as run_tiny
+from tests.training.conftest import run_tiny_at as run_tiny_at
+from tests.training.conftest import warm_runner as warm_runner
 from tests.training.recorder import Recorder
 
 

@@ -26,8 +26,8 @@ def test_every_quantization_has_the_name_of_its_group_choice(kind: str) -> None:
         ),
         (["quantization=int8", "adapter.use_dora=true"], "Choose quantization=none, nf4 or fp4"),
         (["adapter.init_lora_weights=pissa_niter_4"], "fails on a 4-bit.*Choose default, gaussian"),
-        (["adapter.init_lora_weights=eva"], "needs a pass over the data.*choose default, gaussian"),
-        (["adapter.init_lora_weights=loftq"], "needs CUDA.*choose default, gaussian, olora"),
+        (["adapter.init_lora_weights=eva"], "needs a pass over the data.*Choose default, gaussian"),
+        (["adapter.init_lora_weights=loftq"], "needs CUDA.*Choose default, gaussian, olora"),
         (["adapter.init_lora_weights=true"], "its name here is default"),
         (["adapter.init_lora_weights=xavier"], "is no initialisation. Choose default, gaussian"),
         (

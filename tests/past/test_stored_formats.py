@@ -85,7 +85,7 @@ def test_an_unreadable_night_is_refused_in_one_sentence(past: Path, text: str, r
     with pytest.raises(StudyError) as refusal:
         read_record(_night())
     assert f"night.json is not read ({reason}" in str(refusal.value)
-    assert str(refusal.value).endswith("its studies stay: python -m sweeper study list")
+    assert str(refusal.value).endswith("Its studies stay: python -m sweeper study list")
     assert "\n" not in str(refusal.value)
 
 
@@ -100,5 +100,5 @@ def test_a_night_after_an_unreadable_one_says_so(past: Path) -> None:
     assert second is not None
     decided = second.entries[MODEL].decided
     assert decided is not None
-    assert (decided.choice, decided.reason) == ("new", "its first night")
+    assert (decided.choice, decided.reason) == ("new", "first night")
     assert "2026-05-01/night.json is not read (it is of format 2" in _night(1).digest.read_text()

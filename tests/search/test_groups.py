@@ -94,6 +94,7 @@ def test_target_modules_are_searched_at_equal_size(
         "adapter.target_modules=choice(attention,mlp)",
     )
     study = tmp_path / "outputs" / "lr_rank_sweep" / "lora"
+    assert len(trials) > 1
     for trial in trials:
         rank = {"attention": 15, "mlp": 10}[trial["params"]["adapter.target_modules"]]
         stored = json.loads(
@@ -111,8 +112,8 @@ def test_groups_of_models_need_a_metric_that_compares_them() -> None:
     with pytest.raises(ConfigError) as caught:
         studies([*LORA, "model=choice(embedded,embedded)"])
     assert (
-        "model: cannot be searched by eval/loss, which depends on the model's tokenizer; "
-        "searching it needs objective.metric=eval/bits_per_byte"
+        "model: cannot be searched by eval/loss, which depends on the model's tokenizer. "
+        "Searching it needs objective.metric=eval/bits_per_byte"
     ) in str(caught.value)
 
 

@@ -118,12 +118,12 @@ def test_a_point_that_is_known_is_refused_with_its_fate() -> None:
 def test_the_point_of_an_earlier_trial() -> None:
     """Of one that was drawn; not of one that waits, and not of one that never was."""
     arm, study = _arm(), _study()
-    with pytest.raises(CommandRefused, match="no trial 0; it has no trial yet"):
+    with pytest.raises(CommandRefused, match=r"no trial 0\. It has no trial yet"):
         earlier_point(study, arm, 0)
     drawn = suggest(study.ask(), arm.space)
     queue(study, {"adapter.r": 4}, "a", {})
     assert earlier_point(study, arm, 0) == drawn
     with pytest.raises(CommandRefused, match="trial 1 of arm lora waits in the queue"):
         earlier_point(study, arm, 1)
-    with pytest.raises(CommandRefused, match="no trial 7; it has trials 0 to 1"):
+    with pytest.raises(CommandRefused, match=r"no trial 7\. It has trials 0 to 1"):
         earlier_point(study, arm, 7)
