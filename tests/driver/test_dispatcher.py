@@ -273,7 +273,11 @@ def test_a_paused_trial_continues_in_the_same_attempt(
     job = _trial(tmp_path)
     _supervised(engine, Turns(JobPhase.RUNNING, Dispatcher.pause)).run(JobList([job]))
     assert engine.stopped == [(job.key, "cancelled")]
-    assert [type(work).__name__ for work in engine.sent] == ["Check", "Submit", "Submit"]
+    assert [type(work).__name__ for work in engine.sent] == [
+        "CheckCommand",
+        "SubmitCommand",
+        "SubmitCommand",
+    ]
     assert (job.attempt, job.outcome) == (1, Outcome(cause="finished"))
 
 
@@ -282,7 +286,7 @@ def test_a_trial_that_finishes_while_it_is_paused_has_finished(tmp_path: Path) -
     engine = StoppableEngine(_answer)
     job = _trial(tmp_path)
     _supervised(engine, Turns(JobPhase.RUNNING, Dispatcher.pause)).run(JobList([job]))
-    assert [type(work).__name__ for work in engine.sent] == ["Check", "Submit"]
+    assert [type(work).__name__ for work in engine.sent] == ["CheckCommand", "SubmitCommand"]
     assert job.outcome == Outcome(cause="finished")
 
 
