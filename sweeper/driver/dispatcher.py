@@ -203,7 +203,7 @@ class Dispatcher:
                 self._announce(
                     f"{job.key} has not stopped within {seconds:.0f} s: ending its worker"
                 )
-                self._pool.engine.kill(job.worker, "paused, and took too long to stop")
+                self._pool.kill(job.worker, "paused, and took too long to stop")
 
     def _hand_out(self) -> None:
         if self.mode != "running":

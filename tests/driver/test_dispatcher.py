@@ -317,3 +317,48 @@ def test_a_dropped_trial_ends_as_cancelled_and_is_not_continued(
     _supervised(engine, turns).run(JobList([job]))
     assert job.outcome == Outcome(cause="cancelled")
     assert len(engine.sent) == (1 if phase is JobPhase.CHECKING else 2)
+
+
+class MortalEngine(StoppableEngine):
+    """An engine whose killed workers answer nothing more, and whose `Lost` comes late."""
+
+    def __init__(self) -> None:
+        super().__init__(_cancelled)
+        self.killed: list[int] = []
+        self._events.append(SlotsEvent(worker=1, free=1))
+
+    def send(self, worker: int, work: Work) -> None:
+        """See Engine."""
+        if any(isinstance(event, LostEvent) and event.worker == worker for event in self._events):
+            self.sent.append(work)
+        else:
+            super().send(worker, work)
+
+    def kill(self, worker: int, reason: str) -> None:
+        """See Engine."""
+        self.killed.append(worker)
+        gone = lost(worker, None, reason, "")
+        self._events.extend((gone, SlotsEvent(worker=worker, free=1)))
+
+
+class HastyPerson(Turns):
+    """A supervisor that pauses, and resumes as soon as the workers were told to end."""
+
+    def __init__(self, engine: MortalEngine) -> None:
+        super().__init__(JobPhase.RUNNING, Dispatcher.pause)
+        self._engine = engine
+
+    def on_turn(self, dispatcher: Dispatcher, source: JobSource[Any]) -> None:
+        """See Supervisor."""
+        if dispatcher.mode == "running" or self._engine.killed:
+            super().on_turn(dispatcher, source)
+
+
+def test_a_resume_right_after_a_pause_hands_nothing_to_a_dying_worker(tmp_path: Path) -> None:
+    """The idle workers were killed, and neither loss has arrived: the trial waits for a successor."""
+    engine, job = MortalEngine(), _trial(tmp_path)
+    _supervised(engine, HastyPerson(engine)).run(JobList([job]))
+    assert engine.killed == [0, 1]
+    assert (job.attempt, job.outcome) == (1, Outcome(cause="finished"))
+    submitted = [work for work in engine.sent if isinstance(work, SubmitCommand)]
+    assert len(submitted) == 2
