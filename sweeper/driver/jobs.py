@@ -25,7 +25,7 @@ class JobPhase(Enum):
     CHECKING = "a worker checks whether it is possible"
     RUNNING = "a worker runs it"
     PRUNING = "the pruner has asked it to stop"
-    PAUSING = "a pause has asked it to stop, to be continued"
+    PAUSING = "a pause has asked it to stop, or has ended its worker: it will be continued"
     DROPPING = "a person has asked it to stop for good"
     ENDED = "it has a result"
 
@@ -73,7 +73,7 @@ class Job(ABC):
         """Prepare to be stopped for good.
 
         Raises:
-            Refused: a job of this kind cannot be dropped.
+            CommandRefused: a job of this kind cannot be dropped.
         """
         raise CommandRefused(
             f"{self.key} is not a trial of a search, so it cannot be stopped on its own"

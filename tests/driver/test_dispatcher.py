@@ -362,3 +362,55 @@ def test_a_resume_right_after_a_pause_hands_nothing_to_a_dying_worker(tmp_path: 
     assert (job.attempt, job.outcome) == (1, Outcome(cause="finished"))
     submitted = [work for work in engine.sent if isinstance(work, SubmitCommand)]
     assert len(submitted) == 2
+
+
+def _pause_and_resume(dispatcher: Dispatcher) -> None:
+    dispatcher.pause()
+    dispatcher.resume()
+
+
+def test_a_crash_after_a_short_pause_costs_an_attempt(tmp_path: Path) -> None:
+    """A judgement cannot be stopped: the pause changed nothing about it, so three attempts are all."""
+    waits = SlotsEvent(worker=1, free=0)
+    engine = ScriptedEngine(lambda worker, work: (waits, lost(worker, work, None, "dead"), SLOT))
+    job = _judge(tmp_path)
+    _supervised(engine, Turns(JobPhase.RUNNING, _pause_and_resume)).run(JobList([job]))
+    assert [work.attempt for work in engine.sent] == [1, 2, MAX_ATTEMPTS]
+
+
+def _pause(dispatcher: Dispatcher, key: str) -> None:
+    dispatcher.pause()
+
+
+@pytest.mark.parametrize("act", [_pause, Dispatcher.drop])
+def test_an_interrupt_does_not_wait_for_a_check(
+    tmp_path: Path, act: Callable[[Dispatcher, str], None]
+) -> None:
+    """A worker that checks does not react to Stop, also if the trial was paused or dropped."""
+    record = TrialRecord("single/trial", TrialFolder(tmp_path / "trial"), {})
+    job = DroppableTrial(record, SETTINGS, NullTracker(), Console(file=io.StringIO()))
+    engine = ScriptedEngine(lambda worker, work: (SlotsEvent(worker=1, free=0),))
+
+    def act_and_interrupt(dispatcher: Dispatcher) -> None:
+        act(dispatcher, job.key)
+        dispatcher.stop(now=True)
+
+    dispatcher = _supervised(engine, Turns(JobPhase.CHECKING, act_and_interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        dispatcher.run(JobList([job]))
+    assert (engine.stopped, job.outcome) == ([], Outcome(cause="cancelled"))
+
+
+def test_a_trial_dropped_during_its_check_ends_at_once(tmp_path: Path) -> None:
+    """Whatever the check finds, the trial was dropped: it is not recorded as refused."""
+    record = TrialRecord("single/trial", TrialFolder(tmp_path / "trial"), {})
+    job = DroppableTrial(record, SETTINGS, NullTracker(), Console(file=io.StringIO()))
+    refusal = Outcome(cause="refused", message="no such layer")
+
+    def script(worker: int, work: Work) -> Sequence[WorkerEvent]:
+        answer = CheckedEvent(job=work.job, attempt=1, size=None, refusal=refusal)
+        return (SlotsEvent(worker=1, free=0), answer, SLOT)
+
+    turns = Turns(JobPhase.CHECKING, lambda dispatcher: dispatcher.drop(job.key))
+    _supervised(ScriptedEngine(script), turns).run(JobList([job]))
+    assert job.outcome == Outcome(cause="cancelled")
