@@ -110,6 +110,11 @@ class Dispatcher:
         """The jobs that occupy a worker."""
         return list(self._jobs.running.values())
 
+    @property
+    def ends_now(self) -> bool:
+        """True if the run ends before its next turn, which nothing can cancel."""
+        return self._interrupt.number is not None
+
     def run(self, source: JobSource[Any], resumed: Sequence[Job] = ()) -> None:
         """Run all jobs of a source to their ends.
 
