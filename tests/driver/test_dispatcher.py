@@ -233,7 +233,7 @@ class Turns:
 def _supervised(engine: Engine, turns: Turns) -> Dispatcher:
     pool = WorkerPool()
     pool.host_with(engine)
-    return Dispatcher(pool, StopSignal(), [].append, turns)
+    return Dispatcher(pool, StopSignal(), list[str]().append, turns)
 
 
 class StoppableEngine(ScriptedEngine):
