@@ -14,8 +14,6 @@ class WorkerPool:
     def __init__(self) -> None:
         self._engine: Engine | None = None
         self._free: dict[int, int] = {}
-        self._killed: set[int] = set()
-        """Workers that were killed and whose loss has not arrived."""
 
     def __enter__(self) -> Self:
         return self
@@ -43,7 +41,6 @@ class WorkerPool:
         """End all workers."""
         engine, self._engine = self._engine, None
         self._free.clear()
-        self._killed.clear()
         if engine is not None:
             engine.close()
 
@@ -58,19 +55,16 @@ class WorkerPool:
     def note(self, event: WorkerEvent) -> None:
         """Update the free slots from an event."""
         if isinstance(event, SlotsEvent):
-            # a worker that was killed may have announced a slot just before
-            self._free[event.worker] = 0 if event.worker in self._killed else event.free
+            self._free[event.worker] = event.free
         elif isinstance(event, LostEvent):
             self._free.pop(event.worker, None)  # the successor announces its own slots
-            self._killed.discard(event.worker)
 
     def kill(self, worker: int, reason: str) -> None:
         """End a worker. It takes no job until its loss has arrived and its successor has a slot."""
-        self._killed.add(worker)
-        self._free[worker] = 0
+        self._free.pop(worker, None)
         self.engine.kill(worker, reason)
 
     def kill_all(self, reason: str) -> None:
         """End every worker that has announced itself. Their successors start without a model."""
-        for worker in sorted(self._free.keys() - self._killed):
+        for worker in list(self._free):
             self.kill(worker, reason)

@@ -271,7 +271,8 @@ class Engine(Protocol):
     def kill(self, worker: int, reason: str) -> None:
         """End a worker at once, whatever it is doing. Its `Lost` follows with cause timeout.
 
-        Events that the worker sent before come first: a job that was just answered is not lost.
+        Events that the worker sent before come first: a job that was just answered is not lost. A slot
+        among them is announced as none (free=0), because the worker takes no work any more.
         """
 
     def next_event(self, timeout_s: float) -> WorkerEvent | None:

@@ -38,6 +38,7 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
+from sweeper.workers.time_limits import LimitedEngine
 from tests.conftest import make_settings
 from tests.driver.scripted import ScriptedEngine
 
@@ -357,7 +358,8 @@ class HastyPerson(Turns):
 def test_a_resume_right_after_a_pause_hands_nothing_to_a_dying_worker(tmp_path: Path) -> None:
     """The idle workers were killed, and neither loss has arrived: the trial waits for a successor."""
     engine, job = MortalEngine(), _trial(tmp_path)
-    _supervised(engine, HastyPerson(engine)).run(JobList([job]))
+    limited = LimitedEngine(engine, make_settings("workers=fake").workers)
+    _supervised(limited, HastyPerson(engine)).run(JobList([job]))
     assert engine.killed == [0, 1]
     assert (job.attempt, job.outcome) == (1, Outcome(cause="finished"))
     submitted = [work for work in engine.sent if isinstance(work, SubmitCommand)]
