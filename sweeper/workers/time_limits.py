@@ -92,7 +92,7 @@ class LimitedEngine:
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine."""
-        if worker not in self._killed:  # its Lost may take a while
+        if worker not in self._killed:  # its LostEvent may take a while
             self._killed.add(worker)
             self._engine.kill(worker, reason)
 
