@@ -270,7 +270,8 @@ class Dispatcher:
         if job.phase is JobPhase.DROPPING:
             job.cancel()
             self._end(job)
-        elif job.phase is JobPhase.PAUSING:
+        elif job.phase is JobPhase.PAUSING and event.cause == "timeout":
+            # ended on purpose, which costs no attempt
             self._jobs.requeue(job)
             job.on_requeued(paused=True)
         elif event.cause == "oom" or job.attempt >= MAX_ATTEMPTS:

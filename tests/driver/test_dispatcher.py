@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from rich.console import Console
@@ -416,3 +416,20 @@ def test_a_trial_dropped_during_its_check_ends_at_once(tmp_path: Path) -> None:
     turns = Turns(JobPhase.CHECKING, lambda dispatcher: dispatcher.drop(job.key))
     _supervised(ScriptedEngine(script), turns).run(JobList([job]))
     assert job.outcome == Outcome(cause="cancelled")
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        ("crash", (2, Outcome(cause="finished"))),
+        ("oom", (1, Outcome(cause="oom", message="died"))),
+    ],
+)
+def test_a_worker_that_dies_by_itself_in_a_pause_costs_an_attempt(
+    tmp_path: Path, cause: Literal["crash", "oom"], expected: tuple[int, Outcome]
+) -> None:
+    """Only the pause's own kill is free: a trial that kills its workers has three attempts in all."""
+    engine = StoppableEngine(lambda work: lost(0, work, None, "died", cause))
+    job = _trial(tmp_path)
+    _supervised(engine, Turns(JobPhase.RUNNING, Dispatcher.pause)).run(JobList([job]))
+    assert (job.attempt, job.outcome) == expected
