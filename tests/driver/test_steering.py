@@ -230,7 +230,7 @@ def test_arms_that_have_not_begun_or_have_ended_are_steered_as_well(tmp_path: Pa
     _steered(tmp_path, acts, *few)
     assert answers[0].exit_code == KEPT
     assert [(reply.exit_code, reply.text) for reply in answers[1:]] == [
-        (REFUSED, "--arm fill: no such arm; choose lora, full"),
+        (REFUSED, "--arm fill: no such arm. Choose lora, full"),
         (APPLIED, "arm lora extended from 1 to 2 trials"),
         (APPLIED, "arm full extended from 2 to 5 trials"),
         (REFUSED, "arm full already tries all 5 points of its grid"),
@@ -343,7 +343,7 @@ def test_commands_without_a_driver_are_kept_and_obeyed_at_the_next_start(tmp_pat
     assert not is_driven(folder)
     reply = steer(folder, ExtendArm(trials=1), 0.1)
     assert reply.exit_code == KEPT
-    assert "the command is kept for its next start" in reply.text
+    assert "The command is kept for its next start" in reply.text
     assert f"python -m sweeper {standing(folder).command}" in reply.text
     assert steer(folder, EnqueuePoint(values={"adapter.r": "32"}), 0.1).exit_code == KEPT
     assert steer(folder, EnqueuePoint(values={"adapter.r": "33"}), 0.1).exit_code == KEPT
@@ -504,7 +504,7 @@ def test_a_damaged_record_is_named_with_the_way_out(tmp_path: Path) -> None:
     folder = _folder(tmp_path)
     folder.path.mkdir(parents=True)
     folder.steering.write_text('{"totals": {"lora": "many"}}', encoding="utf-8")
-    with pytest.raises(StudyError, match="move it away to continue"):
+    with pytest.raises(StudyError, match="Move it away to continue"):
         _steered_by_hand(tmp_path)
 
 
