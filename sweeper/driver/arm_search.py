@@ -27,7 +27,6 @@ from sweeper.tracking.tracker import TrialRecord, dataset_record
 
 MAX_FRUITLESS = 2
 """Fruitless trials per trial wanted: a search ends that finds only impossible points and duplicates."""
-AT_WORK = (JobPhase.RUNNING, JobPhase.PRUNING, JobPhase.PAUSING, JobPhase.DROPPING)
 
 
 class ArmSearch:
@@ -130,9 +129,9 @@ class ArmSearch:
         return allowed and self._refusal is None
 
     def _started(self) -> list[float]:
-        """Return when each trial that is at work was started."""
-        at_work = [job for job in self._open.values() if job.phase in AT_WORK]
-        return [job.timer.started for job in at_work if job.timer.started]
+        """Return when each open trial would have been started if it had never waited."""
+        now, timers = self._context.budget.clock(), [job.timer for job in self._open.values()]
+        return [now - timer.seconds for timer in timers if timer.started]
 
     def _prepare(
         self, trial: Trial, point: Point, reported: Iterable[int] = ()

@@ -124,6 +124,8 @@ class CommandHandler:
         self, command: PauseStudy | ResumeStudy | StopStudy | StopTrial, dispatcher: Dispatcher
     ) -> str:
         """Obey a command to the driver and return the answer."""
+        if dispatcher.ends_now and isinstance(command, PauseStudy | ResumeStudy):
+            raise CommandRefused("the study stops at once. The same command continues it later")
         match command:
             case PauseStudy():
                 return _pause(dispatcher)

@@ -110,6 +110,11 @@ class Dispatcher:
         """The jobs that occupy a worker."""
         return list(self._jobs.running.values())
 
+    @property
+    def ends_now(self) -> bool:
+        """True if the run ends before its next turn, which nothing can cancel."""
+        return self._interrupt.number is not None
+
     def run(self, source: JobSource[Any], resumed: Sequence[Job] = ()) -> None:
         """Run all jobs of a source to their ends.
 
@@ -144,10 +149,9 @@ class Dispatcher:
         self.mode = "paused"
         self._pause_clock.begin()
         for job in self._jobs.running.values():
+            # a check or a probe cannot be stopped: it ends soon, or its worker is ended with the pause
             if job.phase is JobPhase.RUNNING and job.stoppable:
                 self._pool.engine.stop(job.key, "cancelled")
-            # a check or a probe cannot be stopped: it ends soon, or its worker is ended with the pause
-            if job.phase is not JobPhase.DROPPING:
                 job.phase = JobPhase.PAUSING
 
     def resume(self) -> None:
@@ -166,7 +170,7 @@ class Dispatcher:
         """Stop one job for good.
 
         Raises:
-            Refused: there is no such job, or it is of a kind that cannot be dropped.
+            CommandRefused: there is no such job, or it is of a kind that cannot be dropped.
         """
         jobs = {job.key: job for job in self._jobs.all() if job.stoppable}
         if key not in jobs:
@@ -174,7 +178,8 @@ class Dispatcher:
         job = jobs[key]
         job.drop()
         phase, job.phase = job.phase, JobPhase.DROPPING
-        if phase is JobPhase.QUEUED:  # no worker will say that it ended
+        # a check cannot be stopped, and nobody waits for its answer any more
+        if phase in (JobPhase.QUEUED, JobPhase.CHECKING):
             job.cancel()
             self._end(job)
         elif phase is JobPhase.RUNNING:
@@ -203,7 +208,9 @@ class Dispatcher:
                 self._announce(
                     f"{job.key} has not stopped within {seconds:.0f} s: ending its worker"
                 )
-                self._pool.engine.kill(job.worker, "paused, and took too long to stop")
+                if job.phase is not JobPhase.DROPPING:
+                    job.phase = JobPhase.PAUSING  # its loss costs no attempt
+                self._pool.kill(job.worker, "paused, and took too long to stop")
 
     def _hand_out(self) -> None:
         if self.mode != "running":
@@ -249,9 +256,6 @@ class Dispatcher:
         match job.on_event(event):
             case JobPhase.ENDED:
                 self._end(job)
-            case JobPhase.QUEUED if job.phase is JobPhase.DROPPING:
-                job.cancel()
-                self._end(job)
             case JobPhase.QUEUED:
                 # it was taken from the source before everything else that waits
                 self._jobs.requeue(job, first=True)
@@ -266,7 +270,8 @@ class Dispatcher:
         if job.phase is JobPhase.DROPPING:
             job.cancel()
             self._end(job)
-        elif job.phase is JobPhase.PAUSING:
+        elif job.phase is JobPhase.PAUSING and event.cause == "timeout":
+            # ended on purpose, which costs no attempt
             self._jobs.requeue(job)
             job.on_requeued(paused=True)
         elif event.cause == "oom" or job.attempt >= MAX_ATTEMPTS:

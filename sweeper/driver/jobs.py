@@ -19,13 +19,18 @@ LostCause = Literal["crash", "timeout", "oom"]
 
 
 class JobPhase(Enum):
-    """The phases of a job. Only the dispatcher moves a job from one phase to the next."""
+    """The phases of a job. Only the dispatcher moves a job from one phase to the next.
+
+    A job that needs no check goes from QUEUED to RUNNING to ENDED. One that does is CHECKING first, and
+    then QUEUED again. A stop is asked for only in RUNNING: PRUNING, PAUSING and DROPPING say by whom,
+    and a drop takes precedence. A loss of the worker and the end of a pause lead back to QUEUED.
+    """
 
     QUEUED = "waits for a free slot"
     CHECKING = "a worker checks whether it is possible"
     RUNNING = "a worker runs it"
     PRUNING = "the pruner has asked it to stop"
-    PAUSING = "a pause has asked it to stop, to be continued"
+    PAUSING = "a pause has asked it to stop, or has ended its worker: it will be continued"
     DROPPING = "a person has asked it to stop for good"
     ENDED = "it has a result"
 
@@ -39,12 +44,13 @@ class Job(ABC):
     worker: int = -1
     """The worker that the current attempt was handed to."""
     stoppable: ClassVar[bool] = False
-    """True if a worker reacts to Stop. Other jobs end by themselves or with their worker."""
+    """True if a worker that runs the job obeys StopCommand. Other jobs end by themselves or with their
+    worker."""
 
     @property
     @abstractmethod
     def key(self) -> str:
-        """The job's name in the protocol, unique among the jobs of a run."""
+        """The job's name in the protocol, unique among the jobs of a run, the same in each attempt."""
 
     @abstractmethod
     def send(self, engine: Engine, worker: int) -> JobPhase:
@@ -73,7 +79,7 @@ class Job(ABC):
         """Prepare to be stopped for good.
 
         Raises:
-            Refused: a job of this kind cannot be dropped.
+            CommandRefused: a job of this kind cannot be dropped.
         """
         raise CommandRefused(
             f"{self.key} is not a trial of a search, so it cannot be stopped on its own"
@@ -98,7 +104,10 @@ class JobSource(Protocol[AnyJob]):
         """Return the next job to start, or None if there is none at the moment."""
 
     def finished(self, job: AnyJob) -> None:
-        """Take the result of a job. Its phase still says how it came to its end."""
+        """Take a job that has its result, or that was cancelled and has none.
+
+        Its phase is not ENDED yet. DROPPING says that a person has stopped it.
+        """
 
     def abandon(self) -> None:
         """Record work that was begun but never became a job, after all jobs were cancelled."""
@@ -117,7 +126,7 @@ class JobList(Generic[AnyJob]):
         """
         Args:
             jobs: started in this order.
-            finished: called with each job that has ended.
+            finished: called with each job that has ended or was cancelled.
             refusal: asked before each start for the reason to start none, if there is one.
             budget_left: returns the remaining budget as text.
         """

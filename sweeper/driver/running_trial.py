@@ -32,27 +32,27 @@ from sweeper.workers.protocol import (
 
 @dataclass
 class WorkTimer:
-    """Measures a trial's seconds of work by the budget's clock, pauses left out."""
+    """Measures a trial's seconds of work in all its attempts by the budget's clock."""
 
     clock: Callable[[], float]
     started: float = 0.0
-    """The moment at which the work would have begun without pauses, or 0 before its begin."""
-    _before_pause: float = 0.0
-    _paused: bool = False
+    """The moment at which the work would have begun without waits, or 0 before its begin."""
+    _before_wait: float = 0.0
+    _waits: bool = False
 
     def start(self) -> None:
         """Start or continue."""
-        self.started, self._paused = self.clock() - self._before_pause, False
+        self.started, self._waits = self.clock() - self._before_wait, False
 
     def pause(self) -> None:
         """Stand still until the next start."""
-        self._before_pause, self._paused = self.seconds, True
+        self._before_wait, self._waits = self.seconds, True
 
     @property
     def seconds(self) -> float:
         """Seconds of work so far."""
-        if self._paused or not self.started:
-            return self._before_pause
+        if self._waits or not self.started:
+            return self._before_wait
         return self.clock() - self.started
 
 
@@ -141,8 +141,7 @@ class RunningTrial(Job):
 
     def on_requeued(self, *, paused: bool) -> None:
         """See Job: after a pause the attempt continues from its checkpoint."""
-        if paused:
-            self.timer.pause()
+        self.timer.pause()
         self.prepared.view.state = "paused" if paused else "waiting"
 
     def drop(self) -> None:

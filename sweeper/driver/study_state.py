@@ -27,7 +27,7 @@ class StudyState:
         """Return an arm by its name, or the first one without a name.
 
         Raises:
-            Refused: there is no arm of this name.
+            CommandRefused: there is no arm of this name.
         """
         arms = {arm.name: arm for arm in self.plan.arms}
         if name is None:

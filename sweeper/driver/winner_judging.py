@@ -76,7 +76,7 @@ class WinnerJudging:
         return {kind: files[kind] for kind in job.kinds}
 
     def _judge(self, jobs: Sequence[JudgeJob], dispatcher: Dispatcher) -> None:
-        """Read the judgements that are stored, run the others, and store them."""
+        """Read the judgements that are stored, run the others, and store each as it ends."""
         stored = {job.key: _stored(self._files(job)) for job in jobs}
         for job in jobs:
             if len(stored[job.key]) == len(job.kinds):
@@ -85,17 +85,20 @@ class WinnerJudging:
         if missing:
             words = " and ".join(KIND_NAMES[kind] for kind in missing[0].kinds)
             self.services.view.event(f"arm {self.winner.arm.name}: judging the winner on {words}")
-        dispatcher.run(JobList(missing))
-        for job in missing:
-            if job.losses is None:
-                reason = (job.problem or "no answer").splitlines()[-1]
+        dispatcher.run(JobList(missing, lambda job: self._ended(job, stored[job.key])))
+
+    def _ended(self, job: JudgeJob, stored: Mapping[str, ExampleLosses]) -> None:
+        """Store a judgement, or say why there is none."""
+        if job.losses is None:
+            if job.problem is not None:  # none if the run was stopped: the next one judges it
+                reason = (job.problem.splitlines() or ["no answer"])[-1]
                 self.services.view.event(f"{job.key}: not judged: {reason}")
-                continue
-            # kinds that were judged before keep their figures
-            job.losses = job.losses.model_copy(update=stored[job.key])
-            for kind, path in self._files(job).items():
-                if (examples := getattr(job.losses, kind)) is not None:
-                    write_atomic(path, examples.model_dump_json())
+            return
+        # kinds that were judged before keep their figures
+        job.losses = job.losses.model_copy(update=stored)
+        for kind, path in self._files(job).items():
+            if (examples := getattr(job.losses, kind)) is not None:
+                write_atomic(path, examples.model_dump_json())
 
     def _record(self, ended: ArmConclusion, seed: int, files: Mapping[HeldOutKind, Path]) -> None:
         """Add a seed's figures to its run, dated by the files, so that a repeat adds nothing."""

@@ -59,7 +59,12 @@ class WorkerPool:
         elif isinstance(event, LostEvent):
             self._free.pop(event.worker, None)  # the successor announces its own slots
 
+    def kill(self, worker: int, reason: str) -> None:
+        """End a worker. It takes no job until its loss has arrived and its successor has a slot."""
+        self._free.pop(worker, None)
+        self.engine.kill(worker, reason)
+
     def kill_all(self, reason: str) -> None:
         """End every worker that has announced itself. Their successors start without a model."""
         for worker in list(self._free):
-            self.engine.kill(worker, reason)
+            self.kill(worker, reason)

@@ -35,11 +35,11 @@ class QueueChannel:
     up: Callable[[str], None]
 
     def send(self, message: FrozenValue) -> None:
-        """See Channel."""
+        """See WorkerChannel."""
         self.up(message.model_dump_json())
 
     def receive(self) -> WorkerCommand:
-        """See Channel."""
+        """See WorkerChannel."""
         return COMMANDS.validate_json(self.down.get())
 
 

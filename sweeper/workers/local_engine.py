@@ -46,11 +46,11 @@ class PipeChannel:
     connection: Connection
 
     def send(self, message: FrozenValue) -> None:
-        """See Channel."""
+        """See WorkerChannel."""
         self.connection.send_bytes(message.model_dump_json().encode())
 
     def receive(self) -> WorkerCommand:
-        """See Channel."""
+        """See WorkerChannel."""
         return COMMANDS.validate_json(self.connection.recv_bytes())
 
 

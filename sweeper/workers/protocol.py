@@ -140,7 +140,7 @@ class EndedEvent(FrozenValue):
 
 
 class JudgedEvent(FrozenValue):
-    """The answer to Judge: the losses, or why there are none."""
+    """The answer to JudgeCommand: the losses, or why there are none."""
 
     kind: Literal["judged"] = "judged"
     job: str
@@ -150,7 +150,7 @@ class JudgedEvent(FrozenValue):
 
 
 class ProbedEvent(FrozenValue):
-    """The answer to Probe: facts, or why there are none."""
+    """The answer to ProbeCommand: facts, or why there are none."""
 
     kind: Literal["probed"] = "probed"
     job: str
@@ -162,7 +162,7 @@ class ProbedEvent(FrozenValue):
 
 
 class CheckedEvent(FrozenValue):
-    """The answer to Check: the trial's size, or how it ended before it began."""
+    """The answer to CheckCommand: the trial's size, or how it ended before it began."""
 
     kind: Literal["checked"] = "checked"
     job: str
@@ -259,19 +259,21 @@ class Engine(Protocol):
     """Hosts workers somewhere and carries messages to and from them.
 
     The dispatcher calls an engine from one thread. `next_event` is the only call that waits. A worker
-    takes work after it announced a slot (`Slots`). A dead worker is announced (`Lost`) and replaced.
+    takes work after it announced a slot (SlotsEvent). A dead worker is announced (LostEvent) and
+    replaced.
     """
 
     def send(self, worker: int, work: Work) -> None:
-        """Hand work to a free slot. Its answer (WorkAnswer) or `Lost` follows."""
+        """Hand work to a free slot. Its answer (WorkAnswer) or LostEvent follows."""
 
     def stop(self, job: str, cause: StopCause) -> None:
-        """Ask a running trial to end. Its `Ended` follows. Unknown keys (just ended) are ignored."""
+        """Ask a running trial to end. Its EndedEvent follows. Unknown keys are ignored."""
 
     def kill(self, worker: int, reason: str) -> None:
-        """End a worker at once, whatever it is doing. Its `Lost` follows with cause timeout.
+        """End a worker at once, whatever it is doing. Its LostEvent follows with cause timeout.
 
-        Events that the worker sent before come first: a job that was just answered is not lost.
+        Events that the worker sent before come first: a job that was just answered is not lost. A slot
+        among them is announced as none (free=0), because the worker takes no work any more.
         """
 
     def next_event(self, timeout_s: float) -> WorkerEvent | None:

@@ -102,11 +102,11 @@ class ActorMailbox:
         self._folders: dict[str, Path] = {}
 
     def send(self, message: FrozenValue) -> None:
-        """See Channel."""
+        """See WorkerChannel."""
         self._up.put((message.model_dump_json(), self._files(message)))
 
     def receive(self) -> WorkerCommand:
-        """See Channel."""
+        """See WorkerChannel."""
         command = COMMANDS.validate_json(self._down.get())
         if isinstance(command, SubmitCommand) and self._home is not None:
             folder = self._home / command.folder.parent.name / command.folder.name

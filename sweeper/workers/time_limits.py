@@ -21,6 +21,7 @@ from sweeper.workers.protocol import (
     EvaluatedEvent,
     LostEvent,
     ProgressEvent,
+    SlotsEvent,
     SubmitCommand,
     WaitingEvent,
     Work,
@@ -39,7 +40,6 @@ class AttemptClock:
     total_limit_s: float | None
     silence_limit_s: float | None
     silence_s: float = 0.0
-    killed: bool = False
 
     def exceeded(self, now: float) -> str | None:
         """Return why the attempt must end, or None while it is within its limits."""
@@ -70,6 +70,8 @@ class LimitedEngine:
         self._limits = workers
         self._clock = clock
         self._clocks: dict[int, AttemptClock] = {}
+        self._killed: set[int] = set()
+        """Workers whose loss has not arrived."""
 
     def send(self, worker: int, work: Work) -> None:
         """See Engine."""
@@ -90,7 +92,9 @@ class LimitedEngine:
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine."""
-        self._engine.kill(worker, reason)
+        if worker not in self._killed:  # its LostEvent may take a while
+            self._killed.add(worker)
+            self._engine.kill(worker, reason)
 
     def next_event(self, timeout_s: float) -> WorkerEvent | None:
         """See Engine."""
@@ -100,6 +104,8 @@ class LimitedEngine:
         listened_s = min(self._clock() - began, timeout_s)
         for clock in self._clocks.values():
             clock.silence_s += listened_s
+        if isinstance(event, SlotsEvent) and event.worker in self._killed:
+            event = SlotsEvent(worker=event.worker, free=0)
         self._note(event)
         self._enforce()
         return event
@@ -116,6 +122,7 @@ class LimitedEngine:
                 self._set_silence(event.job, -math.inf)
             case LostEvent():
                 self._clocks.pop(event.worker, None)
+                self._killed.discard(event.worker)
         if isinstance(event, WorkAnswer):
             kept = self._clocks.items()
             self._clocks = {worker: clock for worker, clock in kept if clock.job != event.job}
@@ -129,6 +136,5 @@ class LimitedEngine:
         now = self._clock()
         for worker, clock in self._clocks.items():
             reason = clock.exceeded(now)
-            if reason is not None and not clock.killed:
-                clock.killed = True  # its Lost may take a while
-                self._engine.kill(worker, reason)
+            if reason is not None:
+                self.kill(worker, reason)

@@ -112,7 +112,7 @@ class RemoteObserver:
     attempt: int
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
-        """See Observer."""
+        """See TrialObserver."""
         self.channel.send(
             ProgressEvent(
                 job=self.job,
@@ -124,7 +124,7 @@ class RemoteObserver:
         )
 
     def evaluated(self, step: int, total_steps: int, value: float) -> None:
-        """See Observer."""
+        """See TrialObserver."""
         self.channel.send(
             EvaluatedEvent(
                 job=self.job,
@@ -136,7 +136,7 @@ class RemoteObserver:
         )
 
     def stop_cause(self) -> StopCause | None:
-        """See Observer."""
+        """See TrialObserver."""
         return self.orders.stops.get(self.job)
 
 
@@ -158,7 +158,7 @@ class ExitReason(Enum):
 def serve(
     channel: WorkerChannel, orders: CommandQueue, runner: TrialRunner, worker: int
 ) -> ExitReason:
-    """Run commands one after the other until Close, or until memory ran out or is worn out.
+    """Run commands one after the other until CloseCommand, or until memory ran out or is worn out.
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """

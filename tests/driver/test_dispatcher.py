@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from rich.console import Console
@@ -38,6 +38,7 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
+from sweeper.workers.time_limits import LimitedEngine
 from tests.conftest import make_settings
 from tests.driver.scripted import ScriptedEngine
 
@@ -233,7 +234,7 @@ class Turns:
 def _supervised(engine: Engine, turns: Turns) -> Dispatcher:
     pool = WorkerPool()
     pool.host_with(engine)
-    return Dispatcher(pool, StopSignal(), [].append, turns)
+    return Dispatcher(pool, StopSignal(), list[str]().append, turns)
 
 
 class StoppableEngine(ScriptedEngine):
@@ -317,3 +318,118 @@ def test_a_dropped_trial_ends_as_cancelled_and_is_not_continued(
     _supervised(engine, turns).run(JobList([job]))
     assert job.outcome == Outcome(cause="cancelled")
     assert len(engine.sent) == (1 if phase is JobPhase.CHECKING else 2)
+
+
+class MortalEngine(StoppableEngine):
+    """An engine whose killed workers answer nothing more, and whose `Lost` comes late."""
+
+    def __init__(self) -> None:
+        super().__init__(_cancelled)
+        self.killed: list[int] = []
+        self._events.append(SlotsEvent(worker=1, free=1))
+
+    def send(self, worker: int, work: Work) -> None:
+        """See Engine."""
+        if any(isinstance(event, LostEvent) and event.worker == worker for event in self._events):
+            self.sent.append(work)
+        else:
+            super().send(worker, work)
+
+    def kill(self, worker: int, reason: str) -> None:
+        """See Engine."""
+        self.killed.append(worker)
+        gone = lost(worker, None, reason, "")
+        self._events.extend((gone, SlotsEvent(worker=worker, free=1)))
+
+
+class HastyPerson(Turns):
+    """A supervisor that pauses, and resumes as soon as the workers were told to end."""
+
+    def __init__(self, engine: MortalEngine) -> None:
+        super().__init__(JobPhase.RUNNING, Dispatcher.pause)
+        self._engine = engine
+
+    def on_turn(self, dispatcher: Dispatcher, source: JobSource[Any]) -> None:
+        """See Supervisor."""
+        if dispatcher.mode == "running" or self._engine.killed:
+            super().on_turn(dispatcher, source)
+
+
+def test_a_resume_right_after_a_pause_hands_nothing_to_a_dying_worker(tmp_path: Path) -> None:
+    """The idle workers were killed, and neither loss has arrived: the trial waits for a successor."""
+    engine, job = MortalEngine(), _trial(tmp_path)
+    limited = LimitedEngine(engine, make_settings("workers=fake").workers)
+    _supervised(limited, HastyPerson(engine)).run(JobList([job]))
+    assert engine.killed == [0, 1]
+    assert (job.attempt, job.outcome) == (1, Outcome(cause="finished"))
+    submitted = [work for work in engine.sent if isinstance(work, SubmitCommand)]
+    assert len(submitted) == 2
+
+
+def _pause_and_resume(dispatcher: Dispatcher) -> None:
+    dispatcher.pause()
+    dispatcher.resume()
+
+
+def test_a_crash_after_a_short_pause_costs_an_attempt(tmp_path: Path) -> None:
+    """A judgement cannot be stopped: the pause changed nothing about it, so three attempts are all."""
+    waits = SlotsEvent(worker=1, free=0)
+    engine = ScriptedEngine(lambda worker, work: (waits, lost(worker, work, None, "dead"), SLOT))
+    job = _judge(tmp_path)
+    _supervised(engine, Turns(JobPhase.RUNNING, _pause_and_resume)).run(JobList([job]))
+    assert [work.attempt for work in engine.sent] == [1, 2, MAX_ATTEMPTS]
+
+
+def _pause(dispatcher: Dispatcher, key: str) -> None:
+    dispatcher.pause()
+
+
+@pytest.mark.parametrize("act", [_pause, Dispatcher.drop])
+def test_an_interrupt_does_not_wait_for_a_check(
+    tmp_path: Path, act: Callable[[Dispatcher, str], None]
+) -> None:
+    """A worker that checks does not react to Stop, also if the trial was paused or dropped."""
+    record = TrialRecord("single/trial", TrialFolder(tmp_path / "trial"), {})
+    job = DroppableTrial(record, SETTINGS, NullTracker(), Console(file=io.StringIO()))
+    engine = ScriptedEngine(lambda worker, work: (SlotsEvent(worker=1, free=0),))
+
+    def act_and_interrupt(dispatcher: Dispatcher) -> None:
+        act(dispatcher, job.key)
+        dispatcher.stop(now=True)
+
+    dispatcher = _supervised(engine, Turns(JobPhase.CHECKING, act_and_interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        dispatcher.run(JobList([job]))
+    assert (engine.stopped, job.outcome) == ([], Outcome(cause="cancelled"))
+
+
+def test_a_trial_dropped_during_its_check_ends_at_once(tmp_path: Path) -> None:
+    """Whatever the check finds, the trial was dropped: it is not recorded as refused."""
+    record = TrialRecord("single/trial", TrialFolder(tmp_path / "trial"), {})
+    job = DroppableTrial(record, SETTINGS, NullTracker(), Console(file=io.StringIO()))
+    refusal = Outcome(cause="refused", message="no such layer")
+
+    def script(worker: int, work: Work) -> Sequence[WorkerEvent]:
+        answer = CheckedEvent(job=work.job, attempt=1, size=None, refusal=refusal)
+        return (SlotsEvent(worker=1, free=0), answer, SLOT)
+
+    turns = Turns(JobPhase.CHECKING, lambda dispatcher: dispatcher.drop(job.key))
+    _supervised(ScriptedEngine(script), turns).run(JobList([job]))
+    assert job.outcome == Outcome(cause="cancelled")
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        ("crash", (2, Outcome(cause="finished"))),
+        ("oom", (1, Outcome(cause="oom", message="died"))),
+    ],
+)
+def test_a_worker_that_dies_by_itself_in_a_pause_costs_an_attempt(
+    tmp_path: Path, cause: Literal["crash", "oom"], expected: tuple[int, Outcome]
+) -> None:
+    """Only the pause's own kill is free: a trial that kills its workers has three attempts in all."""
+    engine = StoppableEngine(lambda work: lost(0, work, None, "died", cause))
+    job = _trial(tmp_path)
+    _supervised(engine, Turns(JobPhase.RUNNING, Dispatcher.pause)).run(JobList([job]))
+    assert (job.attempt, job.outcome) == expected

@@ -21,11 +21,14 @@ from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import train_single
 from sweeper.core.errors import TrialFailed, WorkerError
 from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.command_files import PauseStudy, ResumeStudy, StopStudy, send, take_answer
+from sweeper.driver.jobs import JobPhase
 from sweeper.reporting.results import StudyResults
 from sweeper.search.study_plan import studies
 from sweeper.tracking.provenance import provenance
 from sweeper.workers.inline_engine import InlineEngine
+from sweeper.workers.protocol import Engine
 from tests.conftest import make_settings
 
 NAME = "lr_rank_sweep"
@@ -104,10 +107,18 @@ class Person(threading.Thread):
             self.answers.append(answer.text)
 
 
-def test_commands_are_obeyed_while_a_worker_loads_the_model(tmp_path: Path) -> None:
+def test_commands_are_obeyed_while_a_worker_loads_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A probe that takes for ever and has no limit: the study is paused, resumed and stopped."""
     person = Person(StudyFolder(tmp_path / NAME), PauseStudy(), ResumeStudy(), StopStudy(now=True))
-    person.start()
+    send_probe = ProbeJob.send
+
+    def send_and_tell(job: ProbeJob, engine: Engine, worker: int) -> JobPhase:
+        person.start()
+        return send_probe(job, engine, worker)
+
+    monkeypatch.setattr(ProbeJob, "send", send_and_tell)
     hanging = ("++workers.fake.requests={probe: hang}", "workers.probe_timeout_s=null")
     with pytest.raises(KeyboardInterrupt):
         _run(tmp_path, *hanging)

@@ -550,3 +550,18 @@ def test_kill_9_between_reading_and_answering_applies_a_command_once(
     assert sum(QUEUED_BY in trial.user_attrs for trial in _trials(tmp_path)) == 1
     assert len(read_json(folder.steering)["commands"]) == 2
     assert list(folder.inbox.iterdir()) == []
+
+
+def test_a_stop_at_once_cannot_be_cancelled(tmp_path: Path) -> None:
+    """Commands that arrive together with `stop --now` are told that it is too late."""
+    steered = _steered_by_hand(tmp_path)
+    for command in (StopStudy(now=True), ResumeStudy(), PauseStudy()):
+        send(steered.folder, command)
+    steered.turn()
+    too_late = "refused: the study stops at once. The same command continues it later"
+    assert steered.devices.words == [
+        "study stop --now: stopping now. No trial is running",
+        f"study resume: {too_late}",
+        f"study pause: {too_late}",
+    ]
+    assert steered.dispatcher.mode == "stopping"

@@ -240,3 +240,24 @@ def test_null_is_no_limit() -> None:
     engine.send(1, ProbeCommand(job="lora", attempt=1, settings=SETTINGS))
     _listen(engine, 10_000)
     assert inner.killed == {}
+
+
+class LateKill(ScriptedEngine):
+    """An engine whose worker had sent its answer and a slot before it was killed."""
+
+    def kill(self, worker: int, reason: str) -> None:
+        self.killed[worker] = reason
+        self.script.append((0.0, lost(worker, None, reason, "")))
+        self.script.append((0.0, SlotsEvent(worker=worker, free=1)))
+
+
+def test_a_killed_worker_offers_no_slot() -> None:
+    """The answer counts, the slot after it does not: another job would die with the worker."""
+    ended = EndedEvent(job="lora/0000", attempt=2, outcome=Outcome(cause="finished"))
+    engine = LateKill([(31.0, _progress()), (0.0, ended), (0.0, SlotsEvent(worker=0, free=1))])
+    limited = _limited(engine, trial_timeout_s=30)
+    limited.send(0, _submit())
+    events = _listen(limited, 5)
+    assert list(engine.killed) == [0]
+    assert events[1] == ended
+    assert [event.free for event in events if isinstance(event, SlotsEvent)] == [0, 1]
