@@ -136,6 +136,8 @@ class StudySession:
         presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
         name, board = self._plan.study.study_name, self._state.board
         view.event(f"study {name} ({presets}): loading the base model and the data")
+        if self._plan.name_note:
+            view.event(self._plan.name_note)
         budget = StudyBudget(self._plan.study.budget, self._plan.objective.direction == "minimize")
         commands = CommandHandler(
             self._state, CommandInbox(self._folder), self._log, self._status, view.event

@@ -147,7 +147,7 @@ class MlflowTracker:
         study, earlier = self._ledger.study, self._earlier
         if not self._opened or study is None or study.ending is not None:
             return  # the parent run was not touched, or has its new end
-        kept = {"ending": study.before or ending(status)}
+        kept: dict[str, Any] = {"ending": study.before or ending(status)}
         if earlier is not None:
             # another time of opening, so that the earlier tags are shipped again
             kept |= {"tags": earlier.tags, "artifacts": earlier.artifacts, "opened_ms": now_ms()}
