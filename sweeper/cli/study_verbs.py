@@ -21,6 +21,9 @@ app = typer.Typer(
     "2 refused or wrong, 3 kept because no driver has answered.",
 )
 Name = Annotated[str, typer.Argument(help="The study_name.")]
+NameOrNewest = Annotated[
+    str | None, typer.Argument(help="The study_name. Default: the newest study.")
+]
 Where = Annotated[Path, typer.Option("--output-dir", help="Where studies are kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Patience = Annotated[
@@ -55,12 +58,14 @@ def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: Name, output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
+def show(name: NameOrNewest = None, output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     """Show one study: arms, running trials with their progress, best, queue, remaining budget."""
+    from sweeper.commands.newest_study import named_or_newest
     from sweeper.commands.steer import standing, study_folder
     from sweeper.reporting.console import make_console
     from sweeper.reporting.status_tables import print_status
 
+    name = named_or_newest(name, output_dir, "standing.json")
     found = standing(study_folder(name, output_dir))
     if as_json:
         _print_json(found.model_dump(mode="json"))
@@ -70,7 +75,10 @@ def show(name: Name, output_dir: Where = OUTPUTS, as_json: Json = False) -> None
 
 @app.command()
 def pause(
-    name: Name, timeout: Patience = TIMEOUT_S, output_dir: Where = OUTPUTS, as_json: Json = False
+    name: NameOrNewest = None,
+    timeout: Patience = TIMEOUT_S,
+    output_dir: Where = OUTPUTS,
+    as_json: Json = False,
 ) -> None:
     """Stop the running trials with a checkpoint and free their devices. The driver keeps running."""
     from sweeper.driver.command_files import PauseStudy
@@ -80,7 +88,10 @@ def pause(
 
 @app.command()
 def resume(
-    name: Name, timeout: Patience = TIMEOUT_S, output_dir: Where = OUTPUTS, as_json: Json = False
+    name: NameOrNewest = None,
+    timeout: Patience = TIMEOUT_S,
+    output_dir: Where = OUTPUTS,
+    as_json: Json = False,
 ) -> None:
     """Continue after a pause, or cancel a stop that still waits for trials."""
     from sweeper.driver.command_files import ResumeStudy
@@ -90,7 +101,7 @@ def resume(
 
 @app.command()
 def stop(
-    name: Name,
+    name: NameOrNewest = None,
     now: Annotated[bool, typer.Option("--now", help="Do not wait for running trials.")] = False,
     trial: Annotated[int | None, typer.Option(min=0, help="End this one trial for good.")] = None,
     arm: OneArm = None,
@@ -112,8 +123,8 @@ def stop(
 
 @app.command()
 def extend(
-    name: Name,
     trials: Annotated[int, typer.Option(min=1, max=100_000, help="How many more.")],
+    name: NameOrNewest = None,
     arm: OneArm = None,
     timeout: Patience = TIMEOUT_S,
     output_dir: Where = OUTPUTS,
@@ -161,10 +172,12 @@ def clone(
 
 
 def _steer(
-    name: str, command: StudyCommand, timeout_s: float, output_dir: Path, as_json: bool
+    name: str | None, command: StudyCommand, timeout_s: float, output_dir: Path, as_json: bool
 ) -> None:
+    from sweeper.commands.newest_study import named_or_newest
     from sweeper.commands.steer import REFUSED, steer, study_folder
 
+    name = named_or_newest(name, output_dir, "standing.json")
     reply = steer(study_folder(name, output_dir), command, timeout_s)
     if as_json:
         _print_json(reply.document(name, command))

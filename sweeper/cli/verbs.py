@@ -27,7 +27,9 @@ def verbs() -> None:
 
 @app.command()
 def report(
-    names: Annotated[list[str], typer.Argument(help="One or more study_names.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="One or more study_names. Default: the newest study.")
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
     form: Annotated[
         str, typer.Option("--format", help="terminal, html, md, json, csv or svg.")
@@ -35,6 +37,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="File to write to.")] = None,
 ) -> None:
     """Show leaderboards, comparison and verdict of studies, or write an HTML page with every figure."""
+    from sweeper.commands.newest_study import named_or_newest
     from sweeper.core.errors import ConfigError
     from sweeper.core.paths import write_atomic
     from sweeper.reporting.console import make_console
@@ -44,6 +47,7 @@ def report(
 
     if form not in FORMATS:
         raise ConfigError([f"--format {form}: no such format. Choose {', '.join(FORMATS)}"])
+    names = names or [named_or_newest(None, output_dir, "results.json")]
     if form == "svg" and len(names) > 1:
         raise ConfigError(["--format svg: a picture shows one study. Name only one"])
     results = [load_results(name, output_dir) for name in names]
@@ -64,7 +68,9 @@ def report(
 
 @app.command()
 def best(
-    name: Annotated[str, typer.Argument(help="The study_name.")],
+    name: Annotated[
+        str | None, typer.Argument(help="The study_name. Default: the newest study.")
+    ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
     arm: Annotated[
         str | None, typer.Option(help="Name of the arm. Default: the first one.")
@@ -81,6 +87,7 @@ def best(
     merge: Annotated[Path | None, typer.Option(help="Folder for the merged model.")] = None,
 ) -> None:
     """Show how to load, query, serve, merge, publish and retrain a study's winner."""
+    from sweeper.commands.newest_study import named_or_newest
     from sweeper.core.errors import ConfigError
     from sweeper.core.paths import StudyFolder
     from sweeper.reporting.results import load_results
@@ -88,6 +95,7 @@ def best(
 
     if as_yaml + adapter + (merge is not None) > 1:
         raise ConfigError(["--yaml, --adapter and --merge exclude each other. Give one of them"])
+    name = named_or_newest(name, output_dir, "results.json")
     results = load_results(name, output_dir)
     winner = find_winner(results, StudyFolder(output_dir / name), arm, number)
     if as_yaml:
@@ -146,11 +154,12 @@ def trial(
 @app.command()
 def reproduce(
     run: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="Folder of a trial, MLflow run id, STUDY/ARM/NUMBER, or STUDY (its winner)."
+            help="Folder of a trial, MLflow run id, STUDY/ARM/NUMBER, or STUDY (its winner). "
+            "Default: the newest study."
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Only of workers and tracking: workers=inline")
     ] = None,
@@ -167,14 +176,18 @@ def reproduce(
     11 other data or another base, not trained.
     """
     from sweeper.commands import reproduce as again
+    from sweeper.commands.newest_study import named_or_newest
     from sweeper.config.settings import TrackingSettings, validate
     from sweeper.core.paths import TrialFolder
     from sweeper.core.quiet import silence_libraries
     from sweeper.reporting.console import make_console
     from sweeper.tracking.tracker_factory import make_store
 
+    if run is not None and "=" in run:  # an override, without a study before it
+        overrides, run = [run, *(overrides or [])], None
     machine = again.machinery(overrides or [])
     store = make_store(validate(TrackingSettings, machine["tracking"], "tracking"))
+    run = named_or_newest(run, output_dir, "results.json")
     record = again.find_record(run, output_dir, store)
     silence_libraries()
     folder = TrialFolder(into or again.new_folder(output_dir, record))

@@ -28,6 +28,7 @@ from sweeper.config import compose
 from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.console import say
+from sweeper.search.study_naming import name_study
 from sweeper.search.study_plan import single
 from sweeper.tracking.tracker_factory import LOCAL_STORE
 from sweeper.tracking.tracking_server import local_uri
@@ -59,8 +60,9 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
     """
     fixed, _ = compose.split_sweeps(compose.complete_overrides(overrides, Path.cwd()))
     settings = single(fixed)
-    study = validate(StudySettings, compose.compose(fixed).sweeper, "hydra.sweeper")
-    folder = StudyFolder(Path(settings.output_dir) / study.study_name)
+    composition = compose.compose(fixed)
+    study = validate(StudySettings, composition.sweeper, "hydra.sweeper")
+    folder = StudyFolder(Path(settings.output_dir) / name_study(fixed, composition).name)
     database = study.storage or f"sqlite:///{folder.database}"
     checks: list[Callable[[], list[DoctorFinding]]] = [
         devices,

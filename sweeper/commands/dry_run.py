@@ -87,6 +87,8 @@ def show_study(plan: StudyPlan, console: Console, estimator: Estimator = estimat
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     name = plan.study.study_name
     _line(console, f"dry run of study {name}: nothing is trained, stored or tracked")
+    if plan.name_note:
+        _line(console, plan.name_note)
     _show_settings(console, plan.settings)
     earlier = _earlier(plan)
     drafts = [draft(arm) for arm in plan.arms]

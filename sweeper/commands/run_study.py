@@ -37,7 +37,7 @@ from sweeper.reporting.console import make_console
 from sweeper.reporting.live_view import make_view
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress, StudyView
-from sweeper.search.study import find_study, open_storage, share_cache
+from sweeper.search.study import find_study, open_storage, require_same_settings, share_cache
 from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
@@ -80,10 +80,14 @@ class StudySession:
         self._console = console
         self._interrupt = interrupt
         self._storage = share_cache(storage)
-        self._provenance = provenance(plan.command)
-        self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
         studies = {name: study for name, study in found.items() if study is not None}
+        for arm in plan.arms:
+            if arm.name in studies:
+                require_same_settings(studies[arm.name], plan, arm)
+        self._provenance = provenance(plan.command)
+        self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
+        self._recorded = False
         self._state = StudyState(plan, StudyProgress(plan.objective), studies)
         self._log = CommandLog(folder)
         self._state.raise_totals(self._log.totals)
@@ -92,7 +96,8 @@ class StudySession:
     def run(self) -> StudyResults:
         """See run_study."""
         end: RunStatus = "FAILED"
-        self._tracker.open_study(self._record())
+        if not self._state.studies:
+            self._open_record()  # else the stored question is confirmed first
         writer = ResultsWriter(self._state, self._folder, self._provenance, self._warn)
         try:
             with (
@@ -105,21 +110,34 @@ class StudySession:
             end = "KILLED"
             raise
         finally:
-            results = StudyConclusion(
+            conclusion = StudyConclusion(
                 self._folder, self._storage, self._tracker, self._console, writer
-            ).conclude(end)
-            self._status.end(end)
+            )
+            if self._recorded:
+                results = conclusion.conclude(end)
+                self._status.end(end)
+            else:
+                conclusion.leave_answer(end)
+                self._status.restore()
         return results
 
     @property
     def _plan(self) -> StudyPlan:
         return self._state.plan
 
+    def _open_record(self) -> None:
+        """Open the study's run in MLflow, once."""
+        if not self._recorded:
+            self._recorded = True
+            self._tracker.open_study(self._record())
+
     def _make_run(self, view: StudyView, pool: WorkerPool, writer: ResultsWriter) -> StudyRun:
         """Put the parts of a run together."""
         presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
         name, board = self._plan.study.study_name, self._state.board
         view.event(f"study {name} ({presets}): loading the base model and the data")
+        if self._plan.name_note:
+            view.event(self._plan.name_note)
         budget = StudyBudget(self._plan.study.budget, self._plan.objective.direction == "minimize")
         commands = CommandHandler(
             self._state, CommandInbox(self._folder), self._log, self._status, view.event
@@ -138,6 +156,7 @@ class StudySession:
             commands=commands,
             budget=budget,
             results=writer,
+            on_confirmed=self._open_record,
         )
 
     def _warn(self, text: str) -> None:

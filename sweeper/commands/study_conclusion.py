@@ -35,8 +35,33 @@ class StudyConclusion:
     writer: ResultsWriter
 
     def conclude(self, status: RunStatus) -> StudyResults:
-        """Write, record and print the results that there are."""
-        results = self.writer.collect()
+        """Write, record and print the results that there are.
+
+        Results of a run that ended early replace an earlier answer only if they are richer.
+        """
+        try:
+            results = self.writer.collect()
+            if status == "FINISHED" or self.writer.is_surpassed_by(results):
+                self._write(results, status)
+            else:
+                self.leave_answer(status)
+        except BaseException:
+            # a full disk, a database that is away, or Ctrl-C: MLflow keeps what it had
+            self.leave_answer("FAILED" if status == "FINISHED" else status)
+            raise
+        return results
+
+    def leave_answer(self, status: RunStatus) -> None:
+        """Leave the files and MLflow's run as an earlier run left them, and print where they are."""
+        if self.writer.earlier is not None:
+            self._print(f"\nAnswer     {self.writer.earlier}, from an earlier run")
+        if status == "KILLED":
+            self._print(f"Resume     python -m sweeper {self._plan.command}")
+        self.tracker.keep_ending(status)
+        self._close_shipping(status)
+
+    def _write(self, results: StudyResults, status: RunStatus) -> None:
+        """Write, record and print results that are the study's answer from now on."""
         if results.arms:
             self.writer.write(results)
             self._show(results, status)
@@ -48,7 +73,6 @@ class StudyConclusion:
         self._close_tracker(results, status)
         if status == "FINISHED" and results.arms:
             self._make_room(results)
-        return results
 
     @property
     def _plan(self) -> StudyPlan:
@@ -61,12 +85,19 @@ class StudyConclusion:
             markdown_report(results, judge(results)) if results.arms else "",
             [path for path in self.folder.answers if path.exists()],
         )
+        self._close_shipping(status)
+
+    def _close_shipping(self, status: RunStatus) -> None:
+        """Wait until MLflow has everything, and print what is left for `sync`."""
         left = self.tracker.close(hurry=status == "KILLED")
         for problem in left:
             self.console.print(f"not recorded in MLflow: {problem}", style="yellow")
         if left:
             command = f"python -m sweeper sync {self._plan.study.study_name}{self._elsewhere()}"
-            self.console.print(f"Record     {command}", highlight=False, soft_wrap=True)
+            self._print(f"Record     {command}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _show(self, results: StudyResults, status: RunStatus) -> None:
         if self._plan.settings.verbosity == "quiet":

@@ -13,6 +13,7 @@ from sweeper.reporting.finalist_results import ArmConclusion
 from sweeper.reporting.held_out_results import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.result_tables import markdown_report
 from sweeper.reporting.results import StudyResults, collect_arm, to_document
+from sweeper.reporting.stored_answer import StoredAnswer, find_answer
 from sweeper.reporting.verdict import judge
 
 WRITING_SHARE = 0.05
@@ -31,7 +32,12 @@ class ResultsWriter:
     """Arms that are larger than the device, by name."""
     finals: dict[str, ArmConclusion] | None = None
     """The arms' finalists, once they have run."""
+    earlier: StoredAnswer | None = field(init=False)
+    """The answer that was there before this run."""
     _next_write: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.earlier = find_answer(self.folder)
 
     def collect(self) -> StudyResults:
         """Return the results so far."""
@@ -54,16 +60,23 @@ class ResultsWriter:
         untested = None if plan.study.finalists.test else LEFT_ALONE
         return settle(results.model_copy(update={"untested": untested}), self.finals)
 
+    def is_surpassed_by(self, results: StudyResults) -> bool:
+        """Return True if results of an unfinished run may replace the answer that was there before."""
+        return self.earlier is None or self.earlier.yields_to(results)
+
     def on_trial_finished(self) -> None:
         """Write the results, so that a report can be read while the study runs or after a crash.
 
-        Skipped while trials end faster than hundreds of them can be written.
+        Skipped while trials end faster than hundreds of them can be written, and while the answer
+        of an earlier run is richer.
         """
         began = time.monotonic()
         if began < self._next_write:
             return
+        results = self.collect()
         try:
-            self.write(self.collect())
+            if self.is_surpassed_by(results):
+                self.write(results)
         except OSError as error:  # a full disk: the storage has it all, the next trial tries again
             self.announce(f"results are not written: {error}")
         took = time.monotonic() - began

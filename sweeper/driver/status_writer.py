@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from sweeper.core.paths import StudyFolder, write_json
+from sweeper.core.paths import StudyFolder, write_atomic, write_json
 from sweeper.driver.arm_status import arm_standing
 from sweeper.driver.command_log import TIME_FORMAT
 from sweeper.driver.study_state import StudyState
@@ -38,6 +38,7 @@ class StatusWriter:
         self._since = time.strftime(TIME_FORMAT)
         self._written_at = -STATUS_SECONDS
         self._phase: StudyPhase = "starting"
+        self._earlier = folder.standing.read_text("utf-8") if folder.standing.exists() else None
 
     def enter(self, phase: StudyPhase) -> None:
         """Change the study's phase, and write the file if it is another one."""
@@ -50,6 +51,12 @@ class StatusWriter:
     def end(self, status: RunStatus) -> None:
         """Write the last phase of this run."""
         self.enter(END_STATES[status])
+
+    def restore(self) -> None:
+        """Write the status that was there before this run, which has changed nothing."""
+        if self._earlier is not None:
+            with suppress(OSError):
+                write_atomic(self._folder.standing, self._earlier)
 
     def write_if_due(self) -> None:
         """Write the file if STATUS_SECONDS have passed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from optuna.storages import BaseStorage
@@ -46,6 +46,8 @@ class StudyRun:
     commands: CommandHandler
     budget: StudyBudget
     results: ResultsWriter
+    on_confirmed: Callable[[], None]
+    """Called when an arm's study is known to answer the plan's question."""
     _ran: dict[str, int] = field(default_factory=dict)
     """The total to which each arm was run."""
     _devices: int = 0
@@ -116,6 +118,7 @@ class StudyRun:
         base_value = facts.base_value(self._state.plan.objective.metric)
         plan = self._state.plan
         study = open_study(plan, arm, facts, self.storage)
+        self.on_confirmed()
         self._state.studies[arm.name] = study
         self.commands.on_arm_opened()  # points for this arm may wait in the inbox
         if adopted is not None:

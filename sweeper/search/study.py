@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import Literal
 
 import optuna
@@ -55,6 +56,8 @@ WITHOUT_EFFECT = (
 )
 """Settings, or sections of them, that change no trial's value."""
 MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
+DATA_DIGEST, BASE_DIGEST = "data digest", "base model digest"
+"""Parts of a question that are known once a worker has loaded the data and the model."""
 FORMAT = 1
 """Version of an arm's study in Optuna's storage: its attributes, and those of its trials. It rises only
 when an older program would misread them; a setting that is added is a line of ADDED_SETTINGS instead."""
@@ -271,14 +274,30 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> dict[str, str
 
     The number of trials, the sampler and package versions are not part of the question.
     """
+    digests = {DATA_DIGEST: facts.data_digest, BASE_DIGEST: facts.base_digest}
+    return {**digests, **_configured_question(plan, arm)}
+
+
+def require_same_settings(study: optuna.Study, plan: StudyPlan, arm: ArmPlan) -> None:
+    """Refuse a stored study of another question, as far as that shows before the model is loaded.
+
+    Raises:
+        StudyMismatch: the study of this name has other spaces or settings.
+    """
+    before: dict[str, str] = study.user_attrs.get("question", {})
+    known = {key: text for key, text in before.items() if key not in (DATA_DIGEST, BASE_DIGEST)}
+    if known:
+        _refuse_changes(known, _configured_question(plan, arm), plan, arm)
+
+
+def _configured_question(plan: StudyPlan, arm: ArmPlan) -> dict[str, str]:
+    """Return the parts of the question that follow from the configuration alone."""
     # The value under a searched key is overwritten by every trial, so it is no part of the
     # question.
     decided = always_decided(arm.space)
     return {
         "costs": ", ".join(plan.study.costs) or "none",
         **({} if arm.run_id is None else {"adopted run": arm.run_id}),
-        "data digest": facts.data_digest,
-        "base model digest": facts.base_digest,
         **{f"space {key}": str(domain) for key, domain in arm.space.items()},
         **{key: text for key, text in settings_as_json(arm).items() if key not in decided},
     }
@@ -301,6 +320,12 @@ def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: A
         study.set_user_attr("format", FORMAT)
         study.set_user_attr("question", asked)
         return
+    _refuse_changes(before, asked, plan, arm)
+
+
+def _refuse_changes(
+    before: dict[str, str], asked: dict[str, str], plan: StudyPlan, arm: ArmPlan
+) -> None:
     if changed := changed_parts(before, asked):
         name = plan.study.study_name
         lines = [
@@ -314,5 +339,6 @@ def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: A
             f"    start a new study:      hydra.sweeper.study_name={name}_2\n"
             "    keep what still fits:   "
             f"hydra.sweeper.study_name={name}_2 hydra.sweeper.fork_of={name}\n"
-            "    continue the old one:   give the values it was started with"
+            "    continue the old one:   give the values it was started with\n"
+            f"    read its answer:        {StudyFolder(Path(plan.settings.output_dir) / name).page}"
         )

@@ -29,6 +29,7 @@ from sweeper.core.errors import ConfigError
 from sweeper.data.sources import path_problems
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
+from sweeper.search.study_naming import StudyNaming, name_study
 
 LORA = "lora"
 """Name of the arm that `hydra.sweeper.params` describes."""
@@ -101,6 +102,8 @@ class StudyPlan:
     """The presets that were chosen for groups set to `auto`, by group."""
     command: str
     """The user's arguments after `python -m sweeper`, for reports and error messages."""
+    name_note: str = ""
+    """Sentence about a study_name that the command line does not give, or ""."""
 
     @property
     def settings(self) -> RunSettings:
@@ -162,8 +165,11 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     problems += _setting_problems(composition.config)
     problems += _unknown_keys(swept, composition)
     problems += _given_twice(fixed, swept)
+    own = str(composition.sweeper["study_name"])
+    naming = StudyNaming(own) if problems else name_study(fixed, composition)
     try:
-        study = validate(StudySettings, composition.sweeper, "hydra.sweeper")
+        named = {**composition.sweeper, "study_name": naming.name}
+        study = validate(StudySettings, named, "hydra.sweeper")
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from None
     problems += _library_problems(study)
@@ -175,7 +181,8 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     presets = {
         group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
     }
-    return StudyPlan(experiment, study, arms, presets, _command(overrides))
+    command = _command([*overrides, *naming.overrides])
+    return StudyPlan(experiment, study, arms, presets, command, naming.note)
 
 
 def _untracked_baseline(study: StudySettings, config: Mapping[str, Any]) -> list[str]:

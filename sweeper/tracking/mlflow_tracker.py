@@ -56,6 +56,8 @@ class MlflowTracker:
         name = None if server.uri is None else server.name
         self._store = StoreAddress(uri=name, root=str(server.root.resolve()))
         self._shipper = RunShipper(self._server, self._ledger)
+        self._earlier = self._ledger.study
+        self._opened = False
         self._due = dict.fromkeys(self._ledger.keys)
         self._changed = threading.Condition()
         self._closing = False
@@ -80,6 +82,7 @@ class MlflowTracker:
             opened_ms=now,
             before=None if before is None else before.ending or before.before,
         )
+        self._opened = True
         self._save_entry(entry)
 
     def start(self, trial: TrialRecord) -> None:
@@ -137,6 +140,21 @@ class MlflowTracker:
         names = tuple(self._ledger.relative(path) for path in artifacts)
         end = study_ending(status, metrics, params, note).or_equal(study.before)
         self._save_entry(study.model_copy(update={"ending": end, "artifacts": names}))
+        self._end_open_trials()
+
+    def keep_ending(self, status: RunStatus) -> None:
+        """Implement Tracker.keep_ending."""
+        study, earlier = self._ledger.study, self._earlier
+        if not self._opened or study is None or study.ending is not None:
+            return  # the parent run was not touched, or has its new end
+        kept: dict[str, Any] = {"ending": study.before or ending(status)}
+        if earlier is not None:
+            # another time of opening, so that the earlier tags are shipped again
+            kept |= {"tags": earlier.tags, "artifacts": earlier.artifacts, "opened_ms": now_ms()}
+        self._save_entry(study.model_copy(update=kept))
+        self._end_open_trials()
+
+    def _end_open_trials(self) -> None:
         for trial in list(self._ledger.trials.values()):
             if trial.ending is None:  # started before a crash, and not resumed since
                 self._save_entry(trial.model_copy(update={"ending": ending("KILLED")}))

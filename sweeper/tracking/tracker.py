@@ -130,6 +130,13 @@ class Tracker(Protocol):
             artifacts: files, and folders of files, to upload.
         """
 
+    def keep_ending(self, status: RunStatus) -> None:
+        """Restore the parent run's earlier end, because this start ended early and added nothing.
+
+        Args:
+            status: the final state if the parent run has no earlier end.
+        """
+
     def close(self, *, hurry: bool = False) -> list[str]:
         """Wait for the shipping, and return one line for each part that could not be recorded.
 
@@ -173,6 +180,9 @@ class NullTracker:
         note: str,
         artifacts: Sequence[Path],
     ) -> None:
+        """Do nothing."""
+
+    def keep_ending(self, status: RunStatus) -> None:
         """Do nothing."""
 
     def close(self, *, hurry: bool = False) -> list[str]:

@@ -153,7 +153,7 @@ def test_a_pause_ends_the_process_that_holds_the_model(
             *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
             *("~hydra.sweeper.arms.full", "finalists=none", "hydra.sweeper.n_trials=1"),
             *("space=tiny", "training=tiny", "evaluation=tiny", "training.max_steps=4000"),
-            *("training.eval_steps=50", "-m"),
+            *("training.eval_steps=50", f"hydra.sweeper.study_name={NAME}", "-m"),
         ],
         cwd=tmp_path,
         stdout=subprocess.PIPE,

@@ -29,6 +29,7 @@ FAKE = (
 )
 PROCESSES = ("workers.engine=local", "workers.fake.step_seconds=0.005")
 """For tests in which a worker dies, or two of them work at the same time."""
+NAMED = "hydra.sweeper.study_name=lr_rank_sweep"
 ONLY_LORA = "~hydra.sweeper.arms.full"
 
 
@@ -129,13 +130,15 @@ def test_another_question_under_the_same_name_is_refused(tmp_path: Path) -> None
         _run(
             tmp_path,
             *(ONLY_LORA, "hydra.sweeper.n_trials=2", "adapter.r=2,4"),
-            *("training.num_train_epochs=3", "data.train=other.jsonl"),
+            "training.num_train_epochs=3",
         )
     message = str(caught.value)
     assert "space adapter.r: choice(2, 4, 8, 16, 32) then, choice(2, 4) now" in message
     assert "training.num_train_epochs: 1.0 then, 3.0 now" in message
-    assert "data digest" in message
     assert "hydra.sweeper.study_name=lr_rank_sweep_2" in message
+    assert str(tmp_path / "lr_rank_sweep" / "report.html") in message
+    with pytest.raises(StudyMismatch, match="data digest: fake embedded then"):
+        _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2", "data.train=other.jsonl", NAMED)
 
 
 def test_two_slots_are_both_used(tmp_path: Path) -> None:

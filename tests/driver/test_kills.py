@@ -107,7 +107,7 @@ def _real(base: Path, rows: Path) -> tuple[str, ...]:
         *("training.learning_rate=1e-3,3e-3,1e-2", "adapter.r=choice(2,4,8,16)"),
         *("adapter.alpha_over_r=2", "adapter.target_modules=attention,mlp"),
         *("training.warmup_ratio=0.05", "pruner=none", "training.early_stopping_patience=null"),
-        *("hydra.sweeper.n_trials=24", "-m"),
+        *("hydra.sweeper.n_trials=24", "hydra.sweeper.study_name=lr_rank_sweep", "-m"),
     )
 
 

@@ -27,7 +27,8 @@ def _sweep(program: Program, folder: Path, *arguments: str) -> list[dict[str, An
     """The trials of a sweep from the command line, with the settings that each was trained with."""
     given = {argument.partition("=")[0] for argument in arguments}
     small = (argument for argument in SMALL if argument.partition("=")[0] not in given)
-    result = program(*small, *arguments, "-m", timeout_s=TIMEOUT_S)
+    named = "hydra.sweeper.study_name=lr_rank_sweep"
+    result = program(*small, *arguments, named, "-m", timeout_s=TIMEOUT_S)
     assert result.returncode == 0, result.stdout + result.stderr
     study = folder / "outputs" / "lr_rank_sweep"
     trials = json.loads((study / "results.json").read_text())["arms"]["lora"]["trials"]

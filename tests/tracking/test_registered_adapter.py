@@ -34,6 +34,7 @@ def swept(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("training=tiny", "space=tiny", "evaluation=tiny", "finalists=none", "workers=inline"),
         *("training.max_steps=4", "training.eval_steps=2", "hydra.sweeper.n_trials=3"),
         *("~hydra.sweeper.arms.full", "pruner=none", "hydra.sweeper.retention.adapters=2"),
+        "hydra.sweeper.study_name=lr_rank_sweep",
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
