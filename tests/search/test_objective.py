@@ -61,10 +61,10 @@ def test_the_highest_rouge_wins_though_its_loss_is_the_worst(
     output = capsys.readouterr().out
     assert "Untuned base: eval rougeL 0.1000" in output
     assert f"lora/0004 finished, eval rougeL {values[0]:.4f}" in output
-    assert f"raises the untuned base's eval rougeL by {values[0] - 0.1:.3f}." in output
+    assert f"raises the eval rougeL by {values[0] - 0.1:.3f}." in output
     report = (tmp_path / "s" / "report.md").read_text()
     assert "eval rougeL" in report
-    assert "eval loss" not in report.partition("## Terms")[0]
+    assert "eval loss" not in report
     assert f"+{values[0] - 0.1:.4f}" in report
 
 
@@ -135,7 +135,7 @@ def test_bits_per_byte_are_minimised_under_their_own_name(
     assert arm.best is not None
     assert arm.best.params["training.learning_rate"] == 5e-3
     words = capsys.readouterr().out
-    assert "lowers the untuned base's eval bits_per_byte by" in words
+    assert "lowers the eval bits_per_byte by" in words
     assert "nats" not in words.replace("nats. There is no other arm", "")  # forgetting's own unit
 
 
@@ -150,7 +150,7 @@ def test_a_base_that_the_objective_does_not_measure_ends_the_study(
         return facts.model_copy(update={"base_metrics": {"eval/loss": 4.5, "cost/x": 1.0}})
 
     monkeypatch.setattr(FakeRunner, "probe", without_rouge)
-    with pytest.raises(StudyError, match=r"objective.metric=eval/rougeL: .* It has eval/loss\.$"):
+    with pytest.raises(StudyError, match=r"objective.metric=eval/rougeL: .* it has eval/loss$"):
         _run(tmp_path, *ROUGE, RATES)
 
 
@@ -227,7 +227,7 @@ def test_arms_share_the_objective() -> None:
 
 def test_the_direction_is_the_objectives_own() -> None:
     """hydra.sweeper.direction is no key any more: objective.direction is."""
-    with pytest.raises(ConfigError, match="the direction belongs to the objective"):
+    with pytest.raises(ConfigError, match=r"hydra.sweeper.direction.*(no such key|Could not)"):
         studies([*LORA, "+hydra.sweeper.direction=minimize"])
 
 
@@ -268,10 +268,7 @@ def test_a_module_that_the_model_lacks_is_infeasible(
             *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
             *("training.max_steps=2", "training.eval_steps=2", "training.learning_rate=1e-3"),
             *("space=tiny", "training=tiny", "evaluation=tiny", "data.max_length=128"),
-            *(
-                "adapter.target_modules=choice(attention,no_such_module)",
-                "hydra.sweeper.study_name=lr_rank_sweep",
-            ),
+            "adapter.target_modules=choice(attention,no_such_module)",
         ]
     )
     (arm,) = run_study(plan).arms
