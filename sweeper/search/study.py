@@ -328,6 +328,7 @@ def _refuse_changes(
 ) -> None:
     if changed := changed_parts(before, asked):
         name = plan.study.study_name
+        page = StudyFolder(Path(plan.settings.output_dir) / name).page
         lines = [
             f"    {key}: {stored_text(before, key) or 'absent'} then, {asked.get(key, 'absent')} now"
             for key in changed
@@ -339,6 +340,6 @@ def _refuse_changes(
             f"    start a new study:      hydra.sweeper.study_name={name}_2\n"
             "    keep what still fits:   "
             f"hydra.sweeper.study_name={name}_2 hydra.sweeper.fork_of={name}\n"
-            "    continue the old one:   give the values it was started with\n"
-            f"    read its answer:        {StudyFolder(Path(plan.settings.output_dir) / name).page}"
+            "    continue the old one:   give the values it was started with"
+            + (f"\n    read its answer:        {page}" if page.exists() else "")
         )

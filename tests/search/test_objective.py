@@ -268,10 +268,7 @@ def test_a_module_that_the_model_lacks_is_infeasible(
             *(f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none"),
             *("training.max_steps=2", "training.eval_steps=2", "training.learning_rate=1e-3"),
             *("space=tiny", "training=tiny", "evaluation=tiny", "data.max_length=128"),
-            *(
-                "adapter.target_modules=choice(attention,no_such_module)",
-                "hydra.sweeper.study_name=lr_rank_sweep",
-            ),
+            "adapter.target_modules=choice(attention,no_such_module)",
         ]
     )
     (arm,) = run_study(plan).arms
