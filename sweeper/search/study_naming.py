@@ -57,7 +57,10 @@ def name_study(overrides: Sequence[str], composition: compose.Composition) -> St
 def _own_parts(overrides: Sequence[str], settings: RunSettings) -> list[str]:
     """Return words for the model and the data where they are not the experiment's."""
     kept = [
-        text for text in overrides if compose.key_of(text) in ("experiment", "hydra.searchpath")
+        # a stand-in belongs to its experiment: it is not the user's own model or data
+        text
+        for text in overrides
+        if compose.key_of(text) in ("experiment", "stand_in", "hydra.searchpath")
     ]
     base_model, train = (
         settings.model.base_model,

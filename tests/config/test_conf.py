@@ -48,9 +48,10 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_is_a_valid_study(experiment: str) -> None:
     """An experiment composes into a plan whose spaces pass the settings' own rules."""
-    (plan,) = studies([f"+experiment={experiment}", *OWN_FILES.get(experiment, [])])
+    own_files = OWN_FILES.get(experiment, [])
+    (plan,) = studies([f"+experiment={experiment}", *own_files])
     assert plan.experiment == experiment
-    assert plan.study.study_name == experiment
+    assert plan.study.study_name == (f"{experiment}_train" if own_files else experiment)
     assert plan.arms[0].name == "lora"
 
 

@@ -177,6 +177,7 @@ def _job(number: int, chance: random.Random) -> Job:
 @pytest.mark.parametrize("first", range(0, 400, 100))
 def test_every_job_ends_once_whatever_happens(first: int) -> None:
     """A hundred runs of six jobs: attempts count crashes alone, and only drops and stops cancel."""
+    finished = 0
     for seed in range(first, first + 100):
         chance = random.Random(seed)
         engine, pool = ChaosEngine(chance, chance.choice([1, 2, 3])), WorkerPool()
@@ -192,6 +193,8 @@ def test_every_job_ends_once_whatever_happens(first: int) -> None:
         assert stopped or len(ended) == JOBS, seed
         for job in ended:
             _check(job, engine.crashes[job.key], stopped, f"seed {seed}: {job.key}")
+        finished += len(ended)
+    assert finished > 50 * JOBS
 
 
 def _check(job: Job, crashes: int, stopped: bool, where: str) -> None:

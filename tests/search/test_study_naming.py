@@ -72,7 +72,7 @@ def _trials(name: str) -> int:
         ((EXPERIMENT, "data.train=my.jsonl", "study_name=named"), "named"),
         ((EXPERIMENT, "data.train=my.jsonl", "hydra.sweeper.study_name=named"), "named"),
         (("experiment=llama3_ranks",), "llama3_ranks"),
-        (("experiment=llama3_ranks", "stand_in=tiny"), "llama3_ranks_llama3_finetome"),
+        (("experiment=llama3_ranks", "stand_in=tiny"), "llama3_ranks"),
         (("data.train=my.jsonl", "adapter.r=4,8"), "default_my"),
     ],
 )
