@@ -51,7 +51,11 @@ def test_experiment_is_a_valid_study(experiment: str) -> None:
     own_files = OWN_FILES.get(experiment, [])
     (plan,) = studies([f"+experiment={experiment}", *own_files])
     assert plan.experiment == experiment
-    assert plan.study.study_name == (f"{experiment}_train" if own_files else experiment)
+    # A file of one's own is part of the name: book.txt, train.jsonl.
+    own_name = "_".join(
+        [experiment, *(Path(own_files[0]).stem.split("=")[-1:] if own_files else [])]
+    )
+    assert plan.study.study_name == own_name
     assert plan.arms[0].name == "lora"
 
 
