@@ -21,7 +21,15 @@ from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.pruning import as_told, make_watch
 from sweeper.search.states import STATES
-from sweeper.search.study import DROPPED, adopt, ask, counted, steering_tags, suggest, twin
+from sweeper.search.study import (
+    DROPPED,
+    ask,
+    counted,
+    find_duplicate,
+    reattach_orphans,
+    steering_tags,
+    suggest,
+)
 from sweeper.search.telling import counts, feasible
 from sweeper.tracking.tracker import TrialRecord, dataset_record
 
@@ -81,7 +89,7 @@ class ArmSearch:
             trial = ask(self._context.study)
             point = suggest(trial, self._context.arm.space)
             # training the same point again would cost a trial and teach the sampler nothing
-            if earlier := twin(self._context.study, point):
+            if earlier := find_duplicate(self._context.study, point):
                 self._recorder.answer_duplicate(trial, earlier)
                 continue
             job = self._prepare(trial, point)
@@ -177,7 +185,7 @@ class ArmSearch:
 
     def _orphans(self) -> list[RunningTrial]:
         """Return the trials that a killed driver left behind, with one attempt more."""
-        found = [self._orphan(trial) for trial in adopt(self._context.study)]
+        found = [self._orphan(trial) for trial in reattach_orphans(self._context.study)]
         return [job for job in found if job is not None]
 
     def _orphan(self, trial: Trial) -> RunningTrial | None:

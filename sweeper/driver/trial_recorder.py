@@ -14,7 +14,7 @@ from sweeper.driver.arm_context import ArmContext
 from sweeper.driver.running_trial import PreparedTrial
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.states import STATES
-from sweeper.search.study import adopt, ask_again, shown_point
+from sweeper.search.study import ask_again, reattach_orphans, shown_point
 from sweeper.search.telling import judged, tell
 from sweeper.tracking.tracker import TrialRecord
 
@@ -105,7 +105,7 @@ class TrialRecorder:
 
     def cancel_unprepared(self) -> None:
         """Record trials as cancelled that were asked, but interrupted before they became jobs."""
-        for trial in adopt(self.context.study):
+        for trial in reattach_orphans(self.context.study):
             ask_again(self.context.study, trial, self.context.arm.space)
             self._tell(trial, Outcome(cause="cancelled"))
 

@@ -77,9 +77,11 @@ def queue(study: optuna.Study, draw: Draw, identity: str, attributes: Mapping[st
     trials = study.get_trials(deepcopy=False)
     if any(trial.user_attrs.get(QUEUED_BY) == identity for trial in trials):
         return  # killed between doing it and saying so
-    twin = next((trial for trial in trials if is_taken(trial) and draw_of(trial) == draw), None)
-    if twin is not None:
-        raise CommandRefused(f"this very point {_fate(twin)}")
+    duplicate = next(
+        (trial for trial in trials if is_taken(trial) and draw_of(trial) == draw), None
+    )
+    if duplicate is not None:
+        raise CommandRefused(f"this very point {_fate(duplicate)}")
     study.enqueue_trial(draw, user_attrs={QUEUED_BY: identity, **attributes})
 
 

@@ -250,7 +250,7 @@ def _decided_rank(trial: FrozenTrial) -> int | None:
     return sized.get("rank")
 
 
-def adopt(study: optuna.Study) -> list[Trial]:
+def reattach_orphans(study: optuna.Study) -> list[Trial]:
     """Return the trials that a dead driver left RUNNING as trials that can be told."""
     # Trial(study, id) is the only way to tell a trial that another process asked for. Optuna
     # advises against it, so the version is pinned and the cases are tested.
@@ -263,7 +263,7 @@ def counted(study: optuna.Study) -> int:
     return sum(map(counts, study.get_trials(deepcopy=False)))
 
 
-def twin(study: optuna.Study, point: Point) -> FrozenTrial | None:
+def find_duplicate(study: optuna.Study, point: Point) -> FrozenTrial | None:
     """Return an earlier trial at exactly this point that has a result or was pruned, if any."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return next((other for other in done if point_of(other) == point), None)

@@ -119,7 +119,7 @@ def fork(
         origin = f"{name}/{arm.name}/{trial.number:04d}"
         if origin not in adopted:
             passed = _passed(trial, plan.study.pruner.rungs)
-            _adopt(study, arm, trial, point, draw, origin, passed)
+            _copy_trial(study, arm, trial, point, draw, origin, passed)
             number = len(study.get_trials(deepcopy=False)) - 1
             new = _folder(plan, plan.study.study_name).trial(arm.name, number).path
             _link(new, _folder(plan, name).trial(arm.name, trial.number).path)
@@ -181,7 +181,7 @@ def _passed(trial: FrozenTrial, rungs: Sequence[int]) -> dict[str, Any]:
     return {key: noted[key] for key in known if key in noted}
 
 
-def _adopt(
+def _copy_trial(
     study: optuna.Study,
     arm: ArmPlan,
     trial: FrozenTrial,

@@ -195,7 +195,7 @@ class TransformersRunner:
                 shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def adopt(
+    def judge_baseline(
         self,
         settings: TrialSettings,
         folder: TrialFolder,

@@ -204,7 +204,7 @@ class FakeRunner:
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
-    def adopt(
+    def judge_baseline(
         self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
     ) -> Outcome:
         """Pretend to judge a model that is as good as the fake trainer's."""

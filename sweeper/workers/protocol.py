@@ -244,7 +244,7 @@ class TrialRunner(Protocol):
     ) -> Outcome:
         """Train one trial, write its folder, and return its outcome."""
 
-    def adopt(
+    def judge_baseline(
         self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
     ) -> Outcome:
         """Judge a model that another run trained and keep it as a trial of this study."""

@@ -308,7 +308,7 @@ def _run(
     command: SubmitCommand, runner: TrialRunner, folder: TrialFolder, observer: RemoteObserver
 ) -> Outcome:
     if command.adopted is not None:
-        return runner.adopt(command.settings, folder, command.provenance, command.adopted)
+        return runner.judge_baseline(command.settings, folder, command.provenance, command.adopted)
     return runner.run(command.settings, folder, command.provenance, observer)
 
 

@@ -17,7 +17,7 @@ from sweeper.config.space import Branch, Branches, Choice, Interval, Space
 from sweeper.config.study_settings import SamplerName
 from sweeper.core.errors import ConfigError
 from sweeper.search.samplers import make_sampler
-from sweeper.search.study import adopt, drawn, suggest
+from sweeper.search.study import drawn, reattach_orphans, suggest
 from sweeper.search.study_plan import studies
 
 BASE = SamplerSettings(name="tpe", seed=0, n_startup_trials=4, class_name=None, kwargs={})
@@ -98,7 +98,7 @@ def test_a_resumed_study_does_not_repeat_its_draws() -> None:
         return study
 
     run().ask()  # killed before it could draw
-    orphan = suggest(adopt(run())[0], SPACE)  # killed before it could ask
+    orphan = suggest(reattach_orphans(run())[0], SPACE)  # killed before it could ask
     asked = suggest(run().ask(), SPACE)
     assert orphan["x"] != asked["x"]
 

@@ -36,7 +36,7 @@ def test_an_adopted_model_is_worth_what_its_own_trial_was(
     own, _, trained = run_tiny("full", *FULL, "training.learning_rate=1e-2", runner=runner)
     shutil.rmtree(trained.path / "checkpoints", ignore_errors=True)
     settings, folder = _settings(tiny_base, rows_file), TrialFolder(tmp_path / "adopted")
-    outcome = runner.adopt(settings, folder, {"adopted.run_id": "x"}, trained.model)
+    outcome = runner.judge_baseline(settings, folder, {"adopted.run_id": "x"}, trained.model)
     assert outcome.cause == "finished"
     assert outcome.best_value == pytest.approx(own.best_value, abs=1e-6)
     assert outcome.steps == 0
@@ -57,7 +57,7 @@ def test_a_model_without_a_tokenizer_gets_the_bases(
     for name in ("config.json", "model.safetensors"):
         shutil.copy2(tiny_base / name, bare)
     runner, folder = TransformersRunner(threads=1), TrialFolder(tmp_path / "adopted")
-    outcome = runner.adopt(_settings(tiny_base, rows_file), folder, {}, bare)
+    outcome = runner.judge_baseline(_settings(tiny_base, rows_file), folder, {}, bare)
     assert (outcome.cause, outcome.message) == ("finished", None)
     assert (folder.model / "tokenizer_config.json").exists()
     assert not (bare / "tokenizer_config.json").exists()

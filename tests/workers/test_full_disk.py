@@ -37,7 +37,7 @@ class FullDisk:
     ) -> HeldOutLosses:
         raise NotImplementedError
 
-    def adopt(
+    def judge_baseline(
         self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
     ) -> Outcome:
         raise NotImplementedError
