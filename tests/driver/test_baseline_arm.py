@@ -44,7 +44,7 @@ def earlier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         model = Path(f"outputs/old/full/trial_{best.number:04d}/model")
         model.mkdir()
         (model / "config.json").write_text("{}")
-        client = MlflowClient(local_uri(Path("mlruns")))
+        client = MlflowClient(local_uri(Path("mlruns").resolve()))
         experiment = client.get_experiment_by_name("lr_rank_sweep")
         query = f"tags.`sweeper.trial` = 'full/{best.number:04d}'"
         (run,) = client.search_runs([experiment.experiment_id], filter_string=query)

@@ -124,7 +124,8 @@ def test_stages_add_up_to_the_trial(run_tiny: RunTiny) -> None:
     total = sum(metrics[f"cost/{name}_seconds"] for name in STAGES)
     assert all(metrics[f"cost/{name}_seconds"] > 0 for name in STAGES)
     assert total <= metrics["cost/seconds"]
-    assert total > 0.7 * metrics["cost/seconds"]
+    # On a busy machine the log alone may take a third of so short a trial.
+    assert total > 0.5 * metrics["cost/seconds"]
     cpu = sum(metrics[f"cost/{name}_cpu_seconds"] for name in STAGES)
     assert 0 < cpu <= metrics["cost/cpu_seconds"]
 
