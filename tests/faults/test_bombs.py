@@ -94,7 +94,7 @@ CONFIGURATIONS = {
     ),
     "million_keys": (
         lambda f: _experiment(f, "".join(f"k{n}: 1\n" for n in range(1_000_000))),
-        "bomb.yaml: 10 MiB; a configuration has at most 1 MiB",
+        "bomb.yaml: 10 MiB. A configuration has at most 1 MiB",
     ),
     "many_keys": (
         lambda f: _experiment(f, "".join(f"k{n}: 1\n" for n in range(80_000))),
@@ -109,7 +109,7 @@ CONFIGURATIONS = {
         lambda _: ["model.base_model=" + "[" * 4000 + "]" * 4000],
         "nested deeper than 50 levels",
     ),
-    "many_overrides": (lambda _: [f"+a{n}=1" for n in range(20_000)], "20,000 overrides; at most"),
+    "many_overrides": (lambda _: [f"+a{n}=1" for n in range(20_000)], "20,000 overrides. At most"),
 }
 
 
