@@ -56,7 +56,7 @@ class ArmSide:
 
 @dataclass(frozen=True)
 class CostRatios:
-    """What an arm takes, divided by what its reference takes; None where either is unknown."""
+    """Costs of an arm divided by those of its reference. None where either is unknown."""
 
     trainable: float | None
     time: float | None
