@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sweeper.core.errors import StudyError
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.value import FrozenValue
 
 Cause = Literal[
@@ -53,6 +54,8 @@ class Outcome(FrozenValue):
     metrics: dict[str, float] = Field(default_factory=dict)
     message: str | None = None
     """Reason of a failure for people, or the traceback of a code error."""
+    inputs: InputDigests | None = None
+    """Digests of what the trial read. None: an older version stored the outcome, or it read nothing."""
 
     @property
     def spent(self) -> dict[str, float]:
@@ -173,6 +176,27 @@ class ArmBaseline(FrozenValue):
     dtype: str
     general_digest: str | None = None
     """Digest of the windows of general text, or None without general text."""
+    config_digest: str | None = None
+    """Digest of the base configuration. None here and below: an older version stored the facts."""
+    judged_digest: str | None = None
+    """Digest of the encoded rows that are judged, with the settings of the judge."""
+    trained_digest: str | None = None
+    """Digest of the encoded rows that are trained on."""
+    test_digest: str | None = None
+    """Digest of the encoded test rows, or None without a test split."""
+
+    @property
+    def inputs(self) -> InputDigests:
+        """The digests that every trial on this data and this base model must find again."""
+        return InputDigests(
+            data=self.data_digest,
+            base=self.base_digest,
+            config=self.config_digest,
+            judged=self.judged_digest,
+            trained=self.trained_digest,
+            test=self.test_digest,
+            general=self.general_digest,
+        )
 
     @property
     def repeatable(self) -> bool:

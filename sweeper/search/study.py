@@ -8,7 +8,6 @@ driver and is reattached.
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,8 @@ import optuna
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
-from sweeper.config.settings import TrialSettings, changed_parts, flatten, stored_text
+from sweeper.config.decisive_settings import decisive_settings
+from sweeper.config.settings import TrialSettings, changed_parts, stored_text
 from sweeper.config.space import (
     Choice,
     Domain,
@@ -38,24 +38,6 @@ from sweeper.search.storage import PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.telling import counts
 
-DIGESTED = ("model.base_model", "model.revision", "data.train", "data.validation", "data.test")
-"""Settings that name things whose content has a digest. A data source may be a mapping of its own."""
-WITHOUT_EFFECT = (
-    "artifacts",  # what is stored beside the kept weights
-    "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
-    "evaluation.generation.batch_size",
-    "evaluation.general_text",  # read when every search has ended
-    "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
-    "training.logging_steps",
-    "training.save_steps",  # a new best is saved at once, whatever this says
-    "training.save_total_limit",  # the best checkpoint is never among those deleted
-    "training.loss_chunk_size",  # the same loss, computed in pieces
-    "training.micro_batch",  # the effective batch stays
-    "training.devices_per_trial",  # and devices share it
-    "training.fsdp",  # or the weights as well
-)
-"""Settings, or sections of them, that change no trial's value."""
-MACHINERY = (*DIGESTED, *WITHOUT_EFFECT)
 DATA_DIGEST, BASE_DIGEST = "data digest", "base model digest"
 """Parts of a question that are known once a worker has loaded the data and the model."""
 FORMAT = 1
@@ -305,12 +287,7 @@ def _configured_question(plan: StudyPlan, arm: ArmPlan) -> dict[str, str]:
 
 def settings_as_json(arm: ArmPlan) -> dict[str, str]:
     """Return an arm's settings before any point is applied, without those that change no result."""
-    settings = flatten(arm.settings.trial.model_dump(mode="json"))
-    return {key: json.dumps(value) for key, value in settings.items() if not _is_machinery(key)}
-
-
-def _is_machinery(key: str) -> bool:
-    return any(f"{key}.".startswith(f"{name}.") for name in MACHINERY)
+    return decisive_settings(arm.settings.trial)
 
 
 def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:

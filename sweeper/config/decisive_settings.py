@@ -1,0 +1,53 @@
+"""The settings that decide a trial's result, as texts and as one digest.
+
+A study's question is made of them, and a trial's folder is identified by them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from sweeper.config.added_settings import ADDED_SETTINGS
+from sweeper.config.section import flatten
+from sweeper.config.trial_settings import TrialSettings
+
+DIGESTED = ("model.base_model", "model.revision", "data.train", "data.validation", "data.test")
+"""Settings that name things whose content has a digest. A data source may be a mapping of its own."""
+WITHOUT_EFFECT = (
+    "artifacts",  # what is stored beside the kept weights
+    "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
+    "evaluation.generation.batch_size",
+    "evaluation.general_text",  # read when every search has ended
+    "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
+    "training.logging_steps",
+    "training.save_steps",  # a new best is saved at once, whatever this says
+    "training.save_total_limit",  # the best checkpoint is never among those deleted
+    "training.loss_chunk_size",  # the same loss, computed in pieces
+    "training.micro_batch",  # the effective batch stays
+    "training.devices_per_trial",  # and devices share it
+    "training.fsdp",  # or the weights as well
+)
+"""Settings, or sections of them, that change no trial's value."""
+
+
+def decisive_settings(settings: TrialSettings) -> dict[str, str]:
+    """Return the settings that decide a trial's result, as JSON texts by dotted key."""
+    found = flatten(settings.model_dump(mode="json"))
+    return {key: json.dumps(value) for key, value in found.items() if not _is_left_out(key)}
+
+
+def settings_digest(settings: TrialSettings) -> str:
+    """Return the sha256 of the settings that decide a trial's result."""
+    # A setting that a later version adds must not change the digests of today, so a setting at the
+    # value that reproduces the old behaviour is left out.
+    decided = {
+        key: text
+        for key, text in decisive_settings(settings).items()
+        if key not in ADDED_SETTINGS or text != json.dumps(ADDED_SETTINGS[key])
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+
+def _is_left_out(key: str) -> bool:
+    return any(f"{key}.".startswith(f"{name}.") for name in (*DIGESTED, *WITHOUT_EFFECT))
