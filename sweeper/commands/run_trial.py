@@ -13,6 +13,7 @@ from sweeper.core.paths import TrialFolder
 from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import deferred_interrupt
 from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.job_waits import JobWaits
 from sweeper.driver.single_trial import SingleTrial
 from sweeper.driver.trial_sizes import recorded
 from sweeper.driver.worker_pool import WorkerPool
@@ -83,7 +84,9 @@ def train_single(
                     settings.training.devices_per_trial,
                 )
             )
-            outcome = trial.run(Dispatcher(pool, interrupt, _announcer(console)), accept)
+            say = _announcer(console)
+            waits = JobWaits(say, settings.workers)
+            outcome = trial.run(Dispatcher(pool, interrupt, say, waits=waits), accept)
     except KeyboardInterrupt as stop:
         outcome, stopped = Outcome(cause="cancelled"), stop
     status = STATES[outcome.cause].status or "FAILED"

@@ -100,7 +100,9 @@ def require_layers(folder: Path, where: str) -> None:
     # each layer has a tensor of its own at least
     most = MAX_LAYERS if tensors is None else tensors
     if _as_count(layers) > most:
-        held = f"at most {most:,} are supported" if tensors is None else f"its weights hold {most:,}"
+        held = (
+            f"at most {most:,} are supported" if tensors is None else f"its weights hold {most:,}"
+        )
         raise ModelError(
             f"{where}: config.json declares {layers:,} layers ({name}), but {held}"
             f"{'' if tensors is None else ' tensors'}. Restore the config.json that was stored with "

@@ -79,7 +79,8 @@ class ProcessHost:
 
     def bury(self) -> int | None:
         """Wait for the killed process, close its pipe, and return its exit code."""
-        self.process.join()
+        # a process that waits for a dead network disk ends only when the disk is back
+        self.process.join(CLOSE_SECONDS)
         self.connection.close()
         return self.process.exitcode
 
