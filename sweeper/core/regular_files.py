@@ -5,7 +5,6 @@ Opening a pipe waits for its writer, and some devices never end. Nothing is open
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,13 +20,13 @@ _KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
 def irregular(path: Path) -> str | None:
     """Return why a path cannot be read as a file, or None for files, folders and missing paths."""
     try:
-        mode = os.stat(path).st_mode
+        mode = path.stat().st_mode
     except (OSError, ValueError):  # its reader says what is wrong with the path
         return None
     kind = next((words for matches, words in _KINDS if matches(mode)), None)
     if kind is None:
         return None
-    link = f"a link to {os.path.realpath(path)}, " if path.is_symlink() else ""
+    link = f"a link to {path.resolve()}, " if path.is_symlink() else ""
     return f"{path} is {link}{kind}, not a regular file. Put a copy of the content in its place"
 
 
@@ -40,11 +39,7 @@ def irregular_in(folder: Path, subfolders: Sequence[str] = ()) -> str | None:
     """
     for place in (folder, *(folder / name for name in subfolders)):
         if place.is_dir():
-            found = (irregular(Path(entry.path)) for entry in sorted(os.scandir(place), key=_name))
-            if problem := next((words for words in found if words), None):
-                return problem
+            for path in sorted(place.iterdir()):
+                if problem := irregular(path):
+                    return problem
     return None
-
-
-def _name(entry: os.DirEntry[str]) -> str:
-    return entry.name

@@ -1,10 +1,10 @@
 """Time limits around any engine: a worker that exceeds one is killed.
 
-A worker has `START_SECONDS` to announce its first slot. Then three limits. `trial_timeout_s`: how long one attempt of a trial may take. `stall_timeout_s`: how long a
-worker that trains may report nothing. `probe_timeout_s`: how long a worker may take to answer a probe, a
-check or a judgement, which report no progress. There is no heartbeat on purpose: a thread that beats
-next to a hung trial would only prove that the thread is well. Steps and evaluations are what a living
-trial sends.
+Four limits. `START_SECONDS`: how long a worker may take until its first slot. `trial_timeout_s`: how
+long one attempt of a trial may take. `stall_timeout_s`: how long a worker that trains may report
+nothing. `probe_timeout_s`: how long a worker may take to answer a probe, a check or a judgement, which
+report no progress. There is no heartbeat on purpose: a thread that beats next to a hung trial would only
+prove that the thread is well. Steps and evaluations are what a living trial sends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from sweeper.workers.protocol import (
     WorkAnswer,
     WorkerEvent,
 )
-
 
 START_SECONDS = 900.0
 """Time limit of a worker to import its libraries, which a busy network disk can make slow."""
