@@ -35,7 +35,9 @@ def test_a_template_that_never_ends_is_an_error_of_the_template(
 ) -> None:
     """Within the limit, with the setting and what to look for."""
     monkeypatch.setattr("sweeper.data.templates.WATCH", RenderWatch(0.2))
-    with pytest.raises(DataError, match=r"own\.jinja: one conversation is not rendered within 0\.2"):
+    with pytest.raises(
+        DataError, match=r"own\.jinja: one conversation is not rendered within 0\.2"
+    ):
         _render(ENDLESS[kind], tmp_path)
 
 

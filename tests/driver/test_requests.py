@@ -19,8 +19,9 @@ from rich.console import Console
 from sweeper.commands import run_trial
 from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import train_single
-from sweeper.core.errors import TrialFailed, WorkerError
+from sweeper.core.errors import StudyError, TrialFailed, WorkerError
 from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.driver import job_waits
 from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.command_files import PauseStudy, ResumeStudy, StopStudy, send, take_answer
 from sweeper.driver.jobs import JobPhase
@@ -85,6 +86,45 @@ def test_a_judgement_that_freezes_is_left_out(
     assert final.test_losses == {}
     words = "lora/0000_untuned: not judged: killed: no answer for 0.3 s (workers.probe_timeout_s)"
     assert words in capsys.readouterr().out
+
+
+def _used_up(monkeypatch: pytest.MonkeyPatch, request: str) -> tuple[str, ...]:
+    """Overrides of a study whose time ends at once, and whose requests hang without a limit."""
+    monkeypatch.setattr(job_waits, "LAST_SECONDS", 0.3)
+    hanging = f"++workers.fake.requests={{{request}: hang}}"
+    return (hanging, "workers.probe_timeout_s=null", "hydra.sweeper.budget.wall_clock=2s")
+
+
+def test_a_probe_that_hangs_is_not_waited_for_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without any other limit: the study ends, and says that it needs more time."""
+    with pytest.raises(StudyError, match=r"time is used up before the base .*sweeper\.budget"):
+        _run(tmp_path, *_used_up(monkeypatch, "probe"))
+    printed = capsys.readouterr().out
+    assert "lora probe: not waited for any longer: the time is used up" in printed
+    assert "arm lora is not run: the time is used up" in printed
+
+
+def test_a_check_that_hangs_is_cancelled_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial was not at fault, so the next run of the study tries it again."""
+    results = _run(tmp_path, *_used_up(monkeypatch, "check"))
+    (trial,) = _trials(tmp_path)
+    assert trial.user_attrs["cause"] == "cancelled"
+    assert [arm.best for arm in results.arms] == [None]
+
+
+def test_a_judgement_that_hangs_costs_the_judgement_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer of what there is: the search's best trial, without losses on unseen texts."""
+    results = _run(tmp_path, "finalists=tiny", *_used_up(monkeypatch, "judge"))
+    assert results.arms[0].best is not None
+    final = results.arms[0].final
+    assert final is not None
+    assert final.test_losses == {}
 
 
 class Person(threading.Thread):

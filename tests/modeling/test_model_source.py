@@ -234,7 +234,9 @@ def test_a_model_of_pipes_and_devices_is_refused_unopened(
     else:
         path.symlink_to(target)
     for read in (find_source, load_config):
-        with pytest.raises(ModelError, match=rf"model\.base_model=.*{name} is .*not a regular file"):
+        with pytest.raises(
+            ModelError, match=rf"model\.base_model=.*{name} is .*not a regular file"
+        ):
             read(_model(path.parent))
 
 
