@@ -111,8 +111,9 @@ def test_a_check_that_hangs_is_cancelled_when_the_time_is_used_up(
 ) -> None:
     """The trial was not at fault, so the next run of the study tries it again."""
     results = _run(tmp_path, *_used_up(monkeypatch, "check"))
-    (trial,) = _trials(tmp_path)
+    trial, again = _trials(tmp_path)
     assert trial.user_attrs["cause"] == "cancelled"
+    assert again.state is TrialState.WAITING
     assert [arm.best for arm in results.arms] == [None]
 
 
