@@ -20,7 +20,7 @@ PLACES = {
     # the position of the limit among the arguments, None where only a keyword names it
     **{"get": 1, "join": 0, "wait": 0, "wait_for": 1, "poll": 0, "acquire": None, "result": 0},
     **{"select": 3, "communicate": None, "recv": None, "recv_bytes": None, "receive": None},
-    **{"next_event": 0, "accept": None, "create_connection": 1, "sleep": 0, "connect": None},
+    **{"next_event": 0, "accept": None, "create_connection": 1, "connect": None},
 }
 """Methods that can wait, and the position of their limit."""
 FUNCTIONS = {
@@ -56,7 +56,14 @@ BOUNDED = {
     "sweeper/workers/followers.py:_main work.get": DRIVER,
     "sweeper/workers/followers.py:report self.connection.recv_bytes": "poll has seen a report",
     "sweeper/workers/inline_engine.py:receive self.down.get": "a daemon thread of the driver",
-    "sweeper/workers/local_engine.py:_event host.connection.recv_bytes": "wait has seen an event",
+    "sweeper/commands/steer.py:_wait time.sleep": "the loop ends at its time limit",
+    "sweeper/data/render_limit.py:_watch time.sleep": "a daemon thread that watches for ever",
+    "sweeper/search/storage.py:__init__ time.sleep": "a loop of STARTS turns",
+    "sweeper/search/storage.py:repeated sleep": "the loop ends after PATIENCE_S",
+    "sweeper/workers/local_engine.py:_read self.connection.recv_bytes": (
+        "a daemon thread that ends with the worker. The driver reads its queue with a limit"
+    ),
+    "sweeper/workers/fake_runner.py:_train time.sleep": "a loop of workers.fake.steps turns",
     "sweeper/workers/local_engine.py:receive self.connection.recv_bytes": DRIVER,
     "sweeper/workers/ray_engine.py:_take ray.get": "ray.wait has seen the answer",
     "sweeper/workers/ray_engine.py:receive self._down.get": "Ray ends an actor with its driver",
@@ -69,16 +76,24 @@ BOUNDED = {
 
 def waiting_calls(source: str) -> Iterator[str]:
     """Yield each call that can wait and has no limit, after the name of its function."""
-    yield from _waiting(ast.parse(source), "")
+    yield from _waiting(ast.parse(source), "", looping=False)
 
 
-def _waiting(node: ast.AST, function: str) -> Iterator[str]:
+def _waiting(node: ast.AST, function: str, *, looping: bool) -> Iterator[str]:
     if isinstance(node, ast.FunctionDef):
-        function = node.name
-    if isinstance(node, ast.Call) and _can_wait(node) and not _is_limited(node):
+        function, looping = node.name, False
+    looping |= isinstance(node, ast.While | ast.For)
+    if isinstance(node, ast.Call) and (
+        (_can_wait(node) and not _is_limited(node)) or (looping and _is_sleep(node))
+    ):
         yield f"{function} {ast.unparse(node.func)}"
     for child in ast.iter_child_nodes(node):
-        yield from _waiting(child, function)
+        yield from _waiting(child, function, looping=looping)
+
+
+def _is_sleep(call: ast.Call) -> bool:
+    """True for a sleep, which in a loop may wait for ever."""
+    return ast.unparse(call.func).rpartition(".")[2] == "sleep"
 
 
 def _can_wait(call: ast.Call) -> bool:
@@ -137,6 +152,12 @@ def _found() -> list[str]:
 def test_a_wait_without_a_limit_is_found(call: str) -> None:
     """Whatever waits for another thread, process, machine, file or person."""
     assert list(waiting_calls(f"def it():\n    {call}\n")) == [f"it {call.partition('(')[0]}"]
+
+
+def test_a_loop_that_sleeps_is_found() -> None:
+    """It may never end, which no argument shows."""
+    loop = "def it():\n    while not done():\n        if slow():\n            time.sleep(1)\n"
+    assert list(waiting_calls(loop)) == ["it time.sleep"]
 
 
 @pytest.mark.parametrize(
