@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.driver.jobs import Job, JobPhase
@@ -20,7 +21,7 @@ SAY_AFTER_SECONDS = 10.0
 LAST_SECONDS = 60.0
 """Wait for an answer after the end of the study's time, if no earlier answer took longer."""
 LAST_FACTOR = 2.0
-"""The same in multiples of the longest answer of this run: longer than that is a hang."""
+"""The same in multiples of the longest answer or start of this run: longer than that is a hang."""
 LONGEST_TURN_SECONDS = 2.0
 """A longer turn of the dispatcher means that the driver was suspended or waited for its database."""
 
@@ -80,17 +81,17 @@ class JobWaits:
         passed_s, self._turned = min(now - self._turned, LONGEST_TURN_SECONDS), now
         silent = {_key(job): job for job in busy if is_silent(job)}
         self._waits = {key: self._waits.get(key, SilentWait()) for key in silent}
-        for key, wait in self._waits.items():
-            self._add(wait, passed_s, lambda job=silent[key]: self._words(job))  # type: ignore[misc]
+        for key, job in silent.items():
+            self._add(self._waits[key], passed_s, partial(self._words, job))
         if starting:
             self._add(self._start, passed_s, self._start_words)
         else:
+            self._note(self._start)
             self._start = SilentWait()
 
     def answered(self, job: Job) -> None:
         """Note that a job was answered, which shows how long an answer may take."""
-        wait = self._waits.get(_key(job), SilentWait())
-        self._longest_s = max(self._longest_s, wait.seconds)
+        self._note(self._waits.get(_key(job), SilentWait()))
 
     def hanging(self, busy: Sequence[Job]) -> list[Job]:
         """Return the jobs that are not worth waiting for any longer."""
@@ -105,6 +106,9 @@ class JobWaits:
     def patience_s(self) -> float:
         """Seconds of silence after the end of the study's time that count as a hang."""
         return max(LAST_SECONDS, LAST_FACTOR * self._longest_s)
+
+    def _note(self, ended: SilentWait) -> None:
+        self._longest_s = max(self._longest_s, ended.seconds)
 
     def _hangs(self, key: tuple[str, int, JobPhase]) -> bool:
         return min(self._waits[key].seconds, self._seconds_over()) >= self.patience_s
