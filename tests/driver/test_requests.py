@@ -19,7 +19,9 @@ from rich.console import Console
 from sweeper.commands import run_trial
 from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import train_single
+from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import StudyError, TrialFailed, WorkerError
+from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.driver import job_waits
 from sweeper.driver.arm_probe import ProbeJob
@@ -28,6 +30,7 @@ from sweeper.driver.jobs import JobPhase
 from sweeper.reporting.results import StudyResults
 from sweeper.search.study_plan import studies
 from sweeper.tracking.provenance import provenance
+from sweeper.workers.fake_runner import FakeRunner
 from sweeper.workers.inline_engine import InlineEngine
 from sweeper.workers.protocol import Engine
 from tests.conftest import make_settings
@@ -126,6 +129,28 @@ def test_a_judgement_that_hangs_costs_the_judgement_when_the_time_is_used_up(
     final = results.arms[0].final
     assert final is not None
     assert final.test_losses == {}
+
+
+def test_an_arm_that_hangs_costs_only_itself_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second arm's base never loads: the study ends with the answer of the first."""
+    probe = FakeRunner.probe
+
+    def hang_in_full(
+        runner: FakeRunner, settings: TrialSettings, adopted: Path | None = None
+    ) -> ArmBaseline:
+        if settings.adapter.method == "none":
+            time.sleep(3600)
+        return probe(runner, settings, adopted)
+
+    monkeypatch.setattr(FakeRunner, "probe", hang_in_full)
+    overrides = [each for each in FAKE if each != "~hydra.sweeper.arms.full"]
+    ends = _used_up(monkeypatch, "none")[1:]
+    (plan,) = studies([*overrides, f"output_dir={tmp_path}", *ends])
+    results = run_study(plan)
+    assert [arm.name for arm in results.arms if arm.best is not None] == ["lora"]
+    assert "arm full is not run: the time is used up" in capsys.readouterr().out
 
 
 class Person(threading.Thread):
