@@ -6,6 +6,7 @@ Reads configurations and hashes weights, but loads no model.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,16 +116,20 @@ def _as_count(value: object) -> int:
 
 
 def _count_tensors(folder: Path) -> int | None:
-    """Return the number of tensors in a folder's safetensors files, or None if it is unknown."""
-    count = 0
-    files = list(folder.glob("*.safetensors"))
+    """Return the number of a model's tensors, or None if it is unknown."""
     try:
-        for path in files:
-            with safe_open(path, framework="numpy") as weights:
-                count += len(weights.keys())
-    except (OSError, SafetensorError):  # the loader says what is wrong with the file
-        return None
-    return count if files else None
+        for index in folder.glob("*.safetensors.index.json"):
+            return len(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        # one of several shards says nothing: a download may have been interrupted
+        whole = (path for path in folder.glob("*.safetensors") if "-of-" not in path.name)
+        return max(map(_tensors_of, whole), default=None)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None  # the loader says what is wrong with the file
+
+
+def _tensors_of(path: Path) -> int:
+    with safe_open(path, framework="numpy") as weights:
+        return len(weights.keys())
 
 
 def load_config(settings: ModelSettings) -> PretrainedConfig:

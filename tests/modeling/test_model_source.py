@@ -253,6 +253,12 @@ def test_more_layers_than_the_weights_hold_are_refused(tmp_path: Path) -> None:
     for read in (find_source, load_config):
         with pytest.raises(ModelError, match=words):
             read(_model(folder))
-    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ModelError, match=r"300,000 layers .* but its weights hold 1 tensors"):
+        load_config(_model(folder))
+    index.unlink()
+    # one shard of an interrupted download says nothing
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(ModelError, match=r"300,000 layers .* but at most 10,000 are supported"):
         load_config(_model(folder))
