@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from sweeper.commands.dry_run import estimate
+from sweeper.core.errors import SweeperError
+from sweeper.nightly.challenge import judge_in_subprocess
+from sweeper.tracking import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
@@ -180,3 +185,20 @@ def test_every_wait_of_the_product_is_bounded() -> None:
     assert len(SOURCES) > 100
     assert sorted(found) == sorted(BOUNDED), "give the call a limit, or explain it in BOUNDED"
     assert all(BOUNDED.values())
+
+
+@pytest.mark.parametrize(
+    ("limit", "wait"),
+    [
+        ("sweeper.commands.dry_run.ESTIMATE_SECONDS", lambda: estimate([])),
+        ("sweeper.nightly.challenge.GATE_SECONDS", lambda: judge_in_subprocess("gate", {})),
+        ("sweeper.tracking.registry.GC_SECONDS", lambda: registry._run_gc("sqlite://", "1d")),
+    ],
+)
+def test_a_process_that_gives_no_answer_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, limit: str, wait: Callable[[], object]
+) -> None:
+    """The process is ended, and the message says how long it had."""
+    monkeypatch.setattr(limit, 0.05)
+    with pytest.raises(SweeperError, match="gave no answer for|did not end within"):
+        wait()
