@@ -200,5 +200,5 @@ def test_a_process_that_gives_no_answer_is_an_error(
 ) -> None:
     """The process is ended, and the message says how long it had."""
     monkeypatch.setattr(limit, 0.05)
-    with pytest.raises(SweeperError, match="gave no answer for|did not end within"):
+    with pytest.raises(SweeperError, match=r"gave no answer for|did not end within"):
         wait()
