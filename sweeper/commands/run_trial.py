@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.settings import RunSettings
 from sweeper.core.errors import StudyError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import deferred_interrupt
+from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.job_waits import JobWaits
 from sweeper.driver.single_trial import SingleTrial
 from sweeper.driver.trial_sizes import recorded
@@ -86,7 +89,8 @@ def train_single(
             )
             say = _announcer(console)
             waits = JobWaits(say, settings.workers)
-            outcome = trial.run(Dispatcher(pool, interrupt, say, waits=waits), accept)
+            dispatcher = Dispatcher(pool, interrupt, say, waits=waits)
+            outcome = trial.run(dispatcher, lambda facts: _accept(facts, trial, accept))
     except KeyboardInterrupt as stop:
         outcome, stopped = Outcome(cause="cancelled"), stop
     status = STATES[outcome.cause].status or "FAILED"
@@ -100,6 +104,29 @@ def train_single(
     if status != "FINISHED":
         raise TrialFailed(f"the trial ended as {outcome.cause}: {outcome.message}")
     return outcome
+
+
+def _accept(facts: ArmBaseline, trial: SingleTrial, accept: Callable[[ArmBaseline], None]) -> None:
+    """Refuse a folder in which another trial was begun, then ask the caller.
+
+    Raises:
+        StudyError: the folder holds the work of another trial.
+    """
+    folder = trial.record.folder
+    identity = TrialIdentity(
+        study=None,
+        trial=None,
+        seed=trial.settings.seed,
+        settings=settings_digest(trial.settings),
+        inputs=facts.inputs.of_training,
+    )
+    if reasons := contradictions(folder, identity):
+        raise StudyError(
+            f"{folder.path} holds the beginning of another trial ({', '.join(reasons)}). "
+            "Give another folder"
+        )
+    accept(facts)
+    write_identity(folder, identity)
 
 
 def _announcer(console: Console) -> Callable[[str], None]:

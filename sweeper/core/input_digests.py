@@ -40,6 +40,11 @@ class InputDigests(FrozenValue):
     general: str | None = None
     """The windows of general text."""
 
+    @property
+    def of_training(self) -> InputDigests:
+        """The digests of what a training follows from. Held-out texts are read after it."""
+        return self.model_copy(update={"test": None, "general": None})
+
     def differences(self, found: InputDigests) -> dict[str, tuple[str, str]]:
         """Return the digests that are known here and in `found` and differ, as pairs by field."""
         return {
