@@ -40,6 +40,11 @@ class InputDigests(FrozenValue):
     general: str | None = None
     """The windows of general text."""
 
+    def updated(self, found: InputDigests) -> InputDigests:
+        """Return these digests with those that are known in `found` in their place."""
+        known = {name: text for name in INPUT_NAMES if (text := getattr(found, name)) is not None}
+        return self.model_copy(update=known)
+
     def differences(self, found: InputDigests) -> dict[str, tuple[str, str]]:
         """Return the digests that are known here and in `found` and differ, as pairs by field."""
         return {

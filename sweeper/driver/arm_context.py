@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import optuna
 
-from sweeper.config.settings import Objective, PrunerSettings
+from sweeper.config.input_sources import expected_inputs
+from sweeper.config.settings import Objective, PrunerSettings, TrialSettings
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, BaselineRun
 from sweeper.core.paths import TrialFolder
 from sweeper.driver.budget import ArmBudget
@@ -46,6 +48,10 @@ class ArmContext:
         """Code, machine, data and base: the origin of this arm's results."""
         adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
         return {**origin(self.services.provenance, self.facts), **adopted}
+
+    def expected(self, settings: TrialSettings) -> InputDigests:
+        """Return the digests that a trial of this arm must find."""
+        return expected_inputs(self.facts, self.arm.settings.trial, settings)
 
     def key(self, number: int) -> str:
         """Return a trial's key, as in "lora/0007"."""

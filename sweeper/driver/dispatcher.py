@@ -11,14 +11,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
-from sweeper.core.errors import CommandRefused, StudyError
+from sweeper.core.errors import CommandRefused, InputsChanged, StudyError
 from sweeper.core.signals import StopSignal
 from sweeper.driver.jobs import MAX_ATTEMPTS, Job, JobList, JobPhase, JobSource
 from sweeper.driver.pause_clock import PAUSE_PATIENCE_SECONDS, PauseClock
 from sweeper.driver.worker_pool import WorkerPool
-from sweeper.workers.protocol import EndedEvent, LostEvent, SlotsEvent, WaitingEvent, WorkerEvent
+from sweeper.workers.protocol import (
+    EndedEvent,
+    InputsChangedEvent,
+    LostEvent,
+    SlotsEvent,
+    WaitingEvent,
+    WorkerEvent,
+)
 
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 10.0
@@ -124,9 +131,10 @@ class Dispatcher:
 
         Raises:
             StudyError: the source cannot continue.
+            InputsChanged: a worker found other data or another base model than its job expects.
             KeyboardInterrupt: a person or a signal stopped the run.
             WorkerError: workers cannot start.
-            All open jobs were cancelled before the first two are raised.
+            All open jobs were cancelled before the first three are raised.
         """
         self._source = source
         self._jobs.queue.extend(resumed)
@@ -243,6 +251,8 @@ class Dispatcher:
                 return  # sent before the job was lost or ended
             if isinstance(event, WaitingEvent):
                 self._announce(f"{job.key}: {event.message}")
+            elif isinstance(event, InputsChangedEvent):
+                self._refuse_inputs(job, event)
             else:
                 self._advance(job, event)
 
@@ -262,6 +272,15 @@ class Dispatcher:
             case JobPhase.PRUNING:
                 job.phase = JobPhase.PRUNING
                 self._pool.engine.stop(job.key, "pruned")
+
+    def _refuse_inputs(self, job: Job, event: InputsChangedEvent) -> NoReturn:
+        """End the run, and leave the job open, so that the next run continues it."""
+        if job.phase is JobPhase.DROPPING:
+            job.cancel()
+            self._end(job)
+        else:
+            self._jobs.requeue(job, first=True)
+        raise InputsChanged(f"{job.key} found other data or another base model:\n{event.message}")
 
     def _lost(self, job: Job, event: LostEvent) -> None:
         """Give a job whose worker died another attempt, or end it."""
@@ -301,7 +320,7 @@ class Dispatcher:
             event = self._listen()
             # only silence counts: a trial that still writes its checkpoint may take longer
             silent_s += POLL_SECONDS if event is None else 0.0
-            if isinstance(event, EndedEvent | LostEvent):
+            if isinstance(event, EndedEvent | LostEvent | InputsChangedEvent):
                 with suppress(StudyError):  # the run ends already
                     self._route(event)
         for job in self._jobs.all():

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from sweeper.config.settings import TrialSettings
 from sweeper.config.space import Point
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import HeldOutKind, HeldOutLosses, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.driver.jobs import Job, JobPhase, LostCause
@@ -36,6 +37,8 @@ class FinalistTraining(Job):
     settings: TrialSettings
     view: TrialProgress
     services: StudyServices
+    expected: InputDigests
+    """Digests that the training must find."""
     outcome: Outcome | None = None
     stoppable: ClassVar[bool] = True
 
@@ -62,6 +65,7 @@ class FinalistTraining(Job):
                 folder=self.record.folder.path.resolve(),
                 settings=self.settings,
                 provenance={**self.record.tags, "attempt": self.attempt},
+                expected=self.expected,
             ),
         )
         return JobPhase.RUNNING
@@ -111,6 +115,8 @@ class JudgeJob(Job):
     folder: TrialFolder | None
     """The folder of the judged trial, or None for the untuned base."""
     kinds: tuple[HeldOutKind, ...]
+    expected: InputDigests
+    """Digests that the judgement must find."""
     losses: HeldOutLosses | None = None
     problem: str | None = None
     """The reason for no losses."""
@@ -130,6 +136,7 @@ class JudgeJob(Job):
                 settings=self.settings,
                 folder=None if self.folder is None else self.folder.path.resolve(),
                 kinds=self.kinds,
+                expected=self.expected,
             ),
         )
         return JobPhase.RUNNING

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.config.input_sources import expected_inputs
 from sweeper.config.settings import FinalistSettings
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.driver.budget import ArmBudget, typical_seconds
@@ -94,7 +95,8 @@ class FinalistRuns:
         params = recorded(settings, searched=candidate.point)
         record = TrialRecord(key, folder, params, tags, dataset_record(facts, settings.data))
         view = TrialProgress(key=key, arm=_title(arm), number=number, point=candidate.point)
-        return FinalistTraining(record, settings, view, self.services)
+        expected = expected_inputs(facts, arm.settings.trial, settings)
+        return FinalistTraining(record, settings, view, self.services, expected)
 
     def _train(self, arm: ArmPlan, candidates: Sequence[Candidate], facts: ArmBaseline) -> None:
         trainings = [training for each in candidates for training in each.trainings]

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sweeper.config.input_sources import expected_inputs
+from sweeper.config.settings import TrialSettings
 from sweeper.core.outcome import ArmBaseline, ExampleLosses, HeldOutKind, HeldOutLosses
-from sweeper.core.paths import write_atomic
+from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_jobs import Candidate, JudgeJob
 from sweeper.driver.jobs import JobList
@@ -32,7 +34,7 @@ class WinnerJudging:
         kinds = self._kinds()
         if not kinds:
             return ArmConclusion(final)
-        untuned = JudgeJob(f"{self._trial_key}_untuned", self.winner.settings, None, kinds)
+        untuned = self._job("untuned", self.winner.settings, None, kinds)
         seeds = self._seed_jobs(kinds)
         jobs = [untuned, *seeds.values()]
         self._judge(jobs, dispatcher)
@@ -61,9 +63,19 @@ class WinnerJudging:
             if training.complete:
                 trained[training.settings.seed] = (training.record.folder, training.settings)
         return {
-            seed: JudgeJob(f"{self._trial_key}_seed_{seed}", settings, folder, kinds)
+            seed: self._job(f"seed_{seed}", settings, folder, kinds)
             for seed, (folder, settings) in trained.items()
         }
+
+    def _job(
+        self,
+        name: str,
+        settings: TrialSettings,
+        folder: TrialFolder | None,
+        kinds: tuple[HeldOutKind, ...],
+    ) -> JudgeJob:
+        expected = expected_inputs(self.facts, self.winner.arm.settings.trial, settings)
+        return JudgeJob(f"{self._trial_key}_{name}", settings, folder, kinds, expected)
 
     def _files(self, job: JudgeJob) -> dict[HeldOutKind, Path]:
         """Return the file in which a model's losses on each kind of text are kept."""
