@@ -18,6 +18,10 @@ INPUT_NAMES: Mapping[str, str] = {
 """Names of the digests in questions and messages."""
 
 
+ASKED = ("data", "base", "config", "judged")
+"""Digests that are part of a study's question. What is trained on is part of each trial."""
+
+
 class InputDigests(FrozenValue):
     """The digests (sha256) of a trial's data and base model. None stands for an unknown digest.
 
