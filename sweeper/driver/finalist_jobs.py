@@ -115,7 +115,7 @@ class JudgeJob(Job):
     folder: TrialFolder | None
     """The folder of the judged trial, or None for the untuned base."""
     kinds: tuple[HeldOutKind, ...]
-    expected: InputDigests
+    expected: InputDigests | None = None
     """Digests that the judgement must find."""
     losses: HeldOutLosses | None = None
     problem: str | None = None
