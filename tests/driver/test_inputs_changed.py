@@ -149,9 +149,19 @@ TWO = ("hydra.sweeper.n_jobs=2",)
         ("rows.jsonl", _remove, FINALISTS, (), "rows digest"),
         ("template.jinja", _write_unnoticed, JUDGING, (), "data.template=template.jinja"),
         ("base/config.json", _empty, BETWEEN, (), "base configuration digest"),
-        ("base/model.safetensors", _write, _in_a_pause, PROCESSES, "base model digest"),
-        ("base/tokenizer.json", _write, DEATH, (*PROCESSES, *CRASH), "model.base_model=base"),
         ("rows.jsonl", _make_folder, BETWEEN, (*PROCESSES, *TWO), "rows digest"),
+        pytest.param(
+            *("base/model.safetensors", _write, _in_a_pause, PROCESSES, "base model digest"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("base/tokenizer.json", _write, DEATH, (*PROCESSES, *CRASH), "model.base_model=base"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("rows.jsonl", _empty, FINALISTS, (*PROCESSES, *TWO), "rows digest"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("base/chat_template.jinja", _write, BETWEEN, (), "model.base_model=base"),
             marks=pytest.mark.slow,
