@@ -129,7 +129,10 @@ def fake_inputs(settings: TrialSettings) -> InputDigests:
     data, base = settings.data, Path(settings.model.base_model)
     train = [source.path for source in sources(data.train)]
     judged = [source.path for source in sources(data.validation)] or train
-    rules = [data.template, *(base / name for name in ("tokenizer.json", "chat_template.jinja"))]
+    rules: list[str | Path] = [
+        data.template,
+        *(base / name for name in ("tokenizer.json", "chat_template.jinja")),
+    ]
     weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     return InputDigests(
         data=f"fake {data.train}",

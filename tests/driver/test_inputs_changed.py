@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from safetensors.torch import load_file, save_file
 
 from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import run_single
@@ -236,6 +238,47 @@ def test_a_cancelled_trial_keeps_its_checkpoint(
     found = [json.loads(line)["step"] for line in spool.read_text().splitlines()]
     assert found[: len(steps)] == steps
     assert found == sorted(set(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rows.jsonl", "base/model.safetensors"])
+def test_a_real_study_stops_and_continues(
+    tiny_base: Path, rows_file: Path, files: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Its workers end with a pause, and those after it load the base and the data again."""
+    shutil.rmtree("base")
+    shutil.copytree(tiny_base, "base")
+    shutil.copy(rows_file, "rows.jsonl")
+    path = files / name
+    before = path.read_bytes()
+    (plan,) = studies(
+        [
+            *(text for text in FAKE if not text.startswith(("workers", "~"))),
+            *("~hydra.sweeper.arms.full", *TWO, "model.base_model=base", "data.train=rows.jsonl"),
+            *("space=tiny", "training=tiny", "evaluation=tiny", "quantization=none"),
+            *("training.max_steps=40", "training.eval_steps=20", "data.max_length=128"),
+        ]
+    )
+
+    def change() -> None:
+        other = Path(name).with_name("other")
+        if name == "rows.jsonl":
+            other.write_bytes(b"".join(before.splitlines(keepends=True)[1:]))
+        else:
+            weights = load_file(path)
+            save_file({key: value * 1.1 for key, value in weights.items()}, other, {"format": "pt"})
+        other.replace(path)
+
+    with monkeypatch.context() as patch:
+        _in_a_pause(patch, change)
+        with pytest.raises(StudyMismatch) as stopped:
+            run_study(plan)
+    part = "data digest" if name == "rows.jsonl" else "base model digest"
+    assert f"    {part}: " in str(stopped.value)
+    path.write_bytes(before)
+    run_study(plan)
+    assert _causes().count("finished") == N_TRIALS
+    assert set(_causes()) == {"finished", "cancelled"}
 
 
 def test_arms_on_the_same_files_must_find_the_same(
