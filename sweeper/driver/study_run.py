@@ -140,12 +140,15 @@ class StudyRun:
 
     def _mismatch(self, changed: InputsChanged) -> StudyMismatch:
         name = self._state.plan.study.study_name
+        commits = {facts.base_commit for _, facts in self._probed.values()} - {None}
         return StudyMismatch(
             f"study {name!r} was stopped, because its data or base model were changed while it ran. "
             f"{changed}\n"
             "  ways out:\n"
             "    continue this study:    put the earlier files back, and give the same command again\n"
             f"    start a new study:      hydra.sweeper.study_name={name}_2"
+            # a branch of the hub may have moved
+            + "".join(f"\n    take the hub's commit:  model.revision={each}" for each in commits)
         )
 
     def _open_arm(

@@ -84,10 +84,16 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
     Raises:
         ModelError: see `find_source`, or transformers does not support the configuration.
     """
+    return load_config_and_digest(settings)[0]
+
+
+def load_config_and_digest(settings: ModelSettings) -> tuple[PretrainedConfig, str]:
+    """Return the configuration of a base model and its digest. See `load_config`."""
     source = _locate(settings, CONFIG)
     require_unquantized_base(source.folder, f"model.base_model={settings.base_model!r}")
     try:
-        return AutoConfig.from_pretrained(source.folder, **NO_CODE)
+        config = AutoConfig.from_pretrained(source.folder, **NO_CODE)
+        return config, config_digest(source.folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
 

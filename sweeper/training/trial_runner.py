@@ -24,7 +24,6 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from sweeper.config.compose import to_yaml
-from sweeper.config.input_sources import OF_THE_TEXTS, require_same, unreadable
 from sweeper.config.settings import LoraAdapter, TrialSettings
 from sweeper.core.errors import (
     ArtifactError,
@@ -50,18 +49,17 @@ from sweeper.core.spool import finite
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
 from sweeper.data.packing import require_isolation
-from sweeper.data.splits import load_splits
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
 from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
-from sweeper.modeling.model_source import read_base_files
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
 from sweeper.training.baseline_model import require_same_architecture, store_model
 from sweeper.training.distributed import Join, RankGroup, single_process
 from sweeper.training.export import export_merged, merged_figures
+from sweeper.training.job_inputs import JobInputs
 from sweeper.training.memory_budget import MemoryBudget
 from sweeper.training.micro_batch import halved, out_of_memory, resolve
 from sweeper.training.observer import TrialObserver
@@ -107,10 +105,8 @@ class TransformersRunner:
         """Checksums of the warm base's weights as they were loaded."""
         self._prepared: dict[tuple[str, str, int | None], PreparedData] = {}
         """Data by their settings, the tokenizer's digest and the model's positions."""
-        self._expected = InputDigests()
-        """Digests that the current job expects."""
-        self._found = InputDigests()
-        """Digests of what was loaded for the current job."""
+        self._job = JobInputs()
+        """Digests that the current job expects, and those of what was loaded for it."""
         self._checks = ModelChecks()
         self._memory = MemoryBudget()
         self._join = join
@@ -168,12 +164,13 @@ class TransformersRunner:
             try:
                 return self._size(settings)
             except ModelError:
-                self._require_base_files(settings)
+                self._job.require_base_files(settings)
                 raise
 
     def _size(self, settings: TrialSettings) -> TrialSize:
         refuse_fp16_on_cpu(settings)
         size = self._checks.size(settings, device())
+        self._job.note(settings, InputDigests(config=self._checks.config_digest(settings)))
         data = settings.data.model_dump_json()
         # Activations are counted if an earlier trial's data tell the length of the longest row
         known = (found for (key, *_), found in self._prepared.items() if key == data)
@@ -208,7 +205,7 @@ class TransformersRunner:
             outcome = refusal or self._outcome(settings, folder, observer, costs)
             outcome = self._on_clean_base(outcome)
             metrics = {**outcome.metrics, **finite(costs.metrics())}
-            outcome = outcome.model_copy(update={"metrics": metrics, "inputs": self._found})
+            outcome = outcome.model_copy(update={"metrics": metrics, "inputs": self._job.found})
             text, document = training_log(settings, outcome, folder, started, costs)
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
@@ -245,7 +242,7 @@ class TransformersRunner:
                 outcome = self._judge_baseline(settings, folder, model)
             except (ModelError, DataError, ConfigError, ArtifactError) as error:
                 outcome = Outcome(cause="refused", message=str(error))
-            outcome = outcome.model_copy(update={"inputs": self._found})
+            outcome = outcome.model_copy(update={"inputs": self._job.found})
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
         return outcome
 
@@ -321,16 +318,15 @@ class TransformersRunner:
         prepared = self._data(settings, base)
         judges = {"test": prepared.test_judge, "general": prepared.general_judge}
         if "general" in kinds:
-            self._note(settings, self._general_digest(settings, prepared))
+            self._job.note(settings, self._general_digest(settings, prepared))
         return {kind: judges[kind](settings, base) for kind in kinds}
 
     def _general_digest(self, settings: TrialSettings, prepared: PreparedData) -> InputDigests:
         try:
             return InputDigests(general=digest(prepared.general_rows(settings)))
         except DataError as error:
-            if self._expected.general is None:
-                raise
-            raise unreadable(self._expected, ["general"], settings, error) from error
+            self._job.require_general(settings, error)
+            raise
 
     def _test_adapter(
         self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
@@ -377,7 +373,7 @@ class TransformersRunner:
         try:
             return settings.with_rank(self._size(settings).rank), None
         except (ModelError, ConfigError) as error:
-            self._require_base_files(settings)
+            self._job.require_base_files(settings)
             return settings, Outcome(cause="refused", message=str(error))
 
     def _outcome(
@@ -439,8 +435,7 @@ class TransformersRunner:
         if settings.artifacts.merged and folder.adapter.exists():
             self._release_base()  # the merged model replaces the base in memory
             # Merging reads the base's files again, which were read before the training
-            self._expected = self._expected.updated(self._found)
-            self._require_base_files(settings)
+            self._job.require_loaded_files(settings)
             with costs.stage("save"):
                 merged = export_merged(settings, folder)
             with costs.stage("eval"):
@@ -463,7 +458,7 @@ class TransformersRunner:
         with costs.stage("eval"):
             untuned = prompt_answers.answers(base.model)
         with (
-            self._join(settings, folder.checkpoints, self._found) as ranks,
+            self._join(settings, folder.checkpoints, self._job.found) as ranks,
             self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
             outcome, trained = train_trial(inputs, settings, folder, observer, costs)
@@ -543,11 +538,11 @@ class TransformersRunner:
             try:
                 self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
             except ModelError:
-                self._require_base_files(settings)
+                self._job.require_base_files(settings)
                 raise
             self._checksums = {key: checksums(self._warm[key].model)}
         base = self._warm[key]
-        self._note(settings, InputDigests(base=base.digest, config=base.config_digest))
+        self._job.note(settings, InputDigests(base=base.digest, config=base.config_digest))
         return base
 
     def _release_base(self) -> None:
@@ -564,15 +559,15 @@ class TransformersRunner:
             prepared = self._prepared[key]
             found = prepared.inputs(settings, base)
         except (DataError, ConfigError) as error:
-            self._require_data(settings, error)
+            self._job.require_data(settings, error)
             raise
-        self._note(settings, found)
+        self._job.note(settings, found)
         return prepared
 
     @contextmanager
     def _expecting(self, expected: InputDigests | None) -> Iterator[None]:
         """Compare everything that is loaded within the context with a job's digests."""
-        self._expected, self._found = expected or InputDigests(), InputDigests()
+        self._job = JobInputs(expected or InputDigests())
         try:
             yield
         except InputsChanged:
@@ -582,12 +577,7 @@ class TransformersRunner:
             self._checks = ModelChecks()
             raise
         finally:
-            self._expected = InputDigests()
-
-    def _note(self, settings: TrialSettings, found: InputDigests) -> None:
-        """Record what was loaded, and refuse what the job does not expect."""
-        self._found = self._found.updated(found)
-        require_same(self._expected, found, settings)
+            self._job = JobInputs()  # a probe expects nothing
 
     def _confirm_inputs(self, settings: TrialSettings, costs: TrialCosts) -> None:
         """Load base and data to compare them with the digests that the job expects, if it does.
@@ -595,7 +585,7 @@ class TransformersRunner:
         Raises:
             InputsChanged: they differ, or cannot be loaded any more.
         """
-        if self._expected == InputDigests():
+        if not self._job.checked:
             return
         with suppress(ModelError, DataError, ConfigError, MemoryError, RuntimeError):
             # Any other problem is met again, and becomes the trial's outcome
@@ -603,29 +593,6 @@ class TransformersRunner:
                 base = self._base(settings)
             with costs.stage("data"):
                 self._data(settings, base)
-
-    def _require_base_files(self, settings: TrialSettings) -> None:
-        """Refuse a base model whose files are not those that the job expects, or cannot be read."""
-        if self._expected.base is None:
-            return
-        try:
-            found = read_base_files(settings.model)
-        except ModelError as error:
-            raise unreadable(self._expected, ["base"], settings, error) from error
-        require_same(self._expected, found, settings)
-
-    def _require_data(self, settings: TrialSettings, error: DataError | ConfigError) -> None:
-        """Refuse data that the job expects and that cannot be prepared any more."""
-        if self._expected.judged is not None:  # this model has encoded these data before
-            names = ["data", *OF_THE_TEXTS]
-            raise unreadable(self._expected, names, settings, error) from error
-        if self._expected.data is None:
-            return
-        try:
-            found = load_splits(settings.data).digest
-        except DataError as now:
-            raise unreadable(self._expected, ["data"], settings, now) from now
-        require_same(self._expected, InputDigests(data=found), settings)
 
     def _arm_baseline(
         self,

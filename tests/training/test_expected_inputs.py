@@ -268,10 +268,15 @@ def test_a_check_does_not_blame_the_trial_for_a_removed_base(
     files: Path, expected: InputDigests
 ) -> None:
     """A refusal would teach the sampler that the point is impossible."""
-    settings = _settings(files)
+    settings, runner = _settings(files), _new_worker()
+    assert runner.check(settings, expected).total > 0
+    _set("hidden_act", "gelu")(files / CONFIG)
+    with pytest.raises(InputsChanged, match="base configuration digest"):
+        _new_worker().check(settings, expected)
     shutil.rmtree(files / "base")
     with pytest.raises(InputsChanged, match="unreadable now"):
         _new_worker().check(settings, expected)
+    assert runner.check(settings).total > 0  # as known as before, and nothing is expected
 
 
 def test_a_reload_within_a_trial_is_compared(
@@ -304,6 +309,13 @@ def test_a_merge_reads_the_base_that_was_trained_on(
     with pytest.raises(InputsChanged, match="base model digest"):
         _run(_new_worker(), files, settings)
     assert not (files / "trial" / "outcome.json").exists()
+
+
+def test_a_probe_after_a_job_expects_nothing(files: Path, expected: InputDigests) -> None:
+    """The next arm may have other data, and a warm worker probes it."""
+    runner = _new_worker()
+    _run(runner, files, _settings(files), expected)
+    assert runner.probe(_settings(files, "data.split_seed=3")).data_digest != expected.data
 
 
 def test_the_files_are_read_again_when_they_are_back(files: Path, expected: InputDigests) -> None:
