@@ -25,6 +25,7 @@ from sweeper.driver.command_files import CommandInbox
 from sweeper.driver.command_handler import CommandHandler
 from sweeper.driver.command_log import CommandLog
 from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.folder_owner import record_owner, settle_owner
 from sweeper.driver.pause_clock import PauseClock
 from sweeper.driver.results_writer import ResultsWriter
 from sweeper.driver.status_writer import StatusWriter
@@ -37,7 +38,13 @@ from sweeper.reporting.console import make_console
 from sweeper.reporting.live_view import make_view
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress, StudyView
-from sweeper.search.study import find_study, open_storage, require_same_settings, share_cache
+from sweeper.search.study import (
+    find_study,
+    open_storage,
+    require_same_settings,
+    share_cache,
+    study_uuid,
+)
 from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import RunStatus, StudyRecord
@@ -85,6 +92,8 @@ class StudySession:
         for arm in plan.arms:
             if arm.name in studies:
                 require_same_settings(studies[arm.name], plan, arm)
+        stored = next(filter(None, map(study_uuid, studies.values())), None)
+        self._uuid, self._moved = settle_owner(folder, stored, opened=bool(studies))
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._recorded = False
@@ -125,6 +134,11 @@ class StudySession:
     def _plan(self) -> StudyPlan:
         return self._state.plan
 
+    def _confirm(self) -> None:
+        """Take the folder for the study, and open its run in MLflow."""
+        record_owner(self._folder, self._uuid)
+        self._open_record()
+
     def _open_record(self) -> None:
         """Open the study's run in MLflow, once."""
         if not self._recorded:
@@ -136,14 +150,17 @@ class StudySession:
         presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
         name, board = self._plan.study.study_name, self._state.board
         view.event(f"study {name} ({presets}): loading the base model and the data")
-        if self._plan.name_note:
-            view.event(self._plan.name_note)
+        for note in (self._plan.name_note, *self._moved):
+            if note:
+                view.event(note)
         budget = StudyBudget(self._plan.study.budget, self._plan.objective.direction == "minimize")
         commands = CommandHandler(
             self._state, CommandInbox(self._folder), self._log, self._status, view.event
         )
         return StudyRun(
-            services=StudyServices(self._folder, self._tracker, view, board, self._provenance),
+            services=StudyServices(
+                self._folder, self._tracker, view, board, self._provenance, self._uuid
+            ),
             storage=self._storage,
             pool=pool,
             dispatcher=Dispatcher(
@@ -156,7 +173,7 @@ class StudySession:
             commands=commands,
             budget=budget,
             results=writer,
-            on_confirmed=self._open_record,
+            on_confirmed=self._confirm,
         )
 
     def _warn(self, text: str) -> None:

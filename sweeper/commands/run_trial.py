@@ -6,13 +6,16 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.settings import RunSettings
 from sweeper.core.errors import InputsChanged, StudyError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import deferred_interrupt
+from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.single_trial import SingleTrial
 from sweeper.driver.trial_sizes import recorded
 from sweeper.driver.worker_pool import WorkerPool
@@ -83,7 +86,8 @@ def train_single(
                     settings.training.devices_per_trial,
                 )
             )
-            outcome = trial.run(Dispatcher(pool, interrupt, _announcer(console)), accept)
+            dispatcher = Dispatcher(pool, interrupt, _announcer(console))
+            outcome = trial.run(dispatcher, lambda facts: _accept(facts, trial, accept))
     except KeyboardInterrupt as stop:
         outcome, stopped = Outcome(cause="cancelled"), stop
     except InputsChanged as changed:
@@ -99,6 +103,29 @@ def train_single(
     if status != "FINISHED":
         raise TrialFailed(f"the trial ended as {outcome.cause}: {outcome.message}")
     return outcome
+
+
+def _accept(facts: ArmBaseline, trial: SingleTrial, accept: Callable[[ArmBaseline], None]) -> None:
+    """Refuse a folder in which another trial was begun, then ask the caller.
+
+    Raises:
+        StudyError: the folder holds the work of another trial.
+    """
+    folder = trial.record.folder
+    identity = TrialIdentity(
+        study=None,
+        trial=None,
+        seed=trial.settings.seed,
+        settings=settings_digest(trial.settings),
+        inputs=facts.inputs.of_training,
+    )
+    if reasons := contradictions(folder, identity):
+        raise StudyError(
+            f"{folder.path} holds the beginning of another trial ({', '.join(reasons)}). "
+            "Give another folder"
+        )
+    accept(facts)
+    write_identity(folder, identity)
 
 
 def _with_ways_out(changed: InputsChanged) -> TrialFailed:

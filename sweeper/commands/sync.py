@@ -67,6 +67,7 @@ def sync(
     """
     tracked = [path.parent for path in sorted(output_dir.glob("*/.tracking"))]
     tracked += [path.parent for path in sorted(output_dir.glob("single/*/.tracking"))]
+    tracked += [path.parent for path in sorted(output_dir.glob("*/set_aside/studies/*/.tracking"))]
     known = {path.relative_to(output_dir).as_posix(): path for path in tracked}
     if unknown := [name for name in names if name not in known]:
         listed = f"tracked there: {', '.join(known)}" if known else "nothing was tracked there"

@@ -28,13 +28,14 @@ from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sweeper.config import override_hints as hints
 from sweeper.config.grammar import format_override, in_hydras_words, read_override
 from sweeper.config.settings import EMBEDDED, flatten
 from sweeper.config.space import Scalar, word
 from sweeper.config.yaml_bounds import require_bounded
-from sweeper.core.errors import ConfigError
+from sweeper.core.errors import ConfigError, first_line
 
 CONFIG_NAME = "config"
 AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
@@ -338,10 +339,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a composed config from its YAML file.
 
     Raises:
-        ConfigError: the file holds no mapping, or more than a configuration may.
+        ConfigError: the file holds no mapping, is no YAML, or holds more than a configuration may.
     """
     require_bounded(path)
-    container = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    try:
+        container = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        where = getattr(error, "problem_mark", None)
+        line = "" if where is None else f":{where.line + 1}"
+        raise ConfigError([f"{path}{line}: {first_line(error)}"]) from None
     if not isinstance(container, dict):
         raise ConfigError([f"{path}: holds no configuration"])
     return {str(key): value for key, value in container.items()}

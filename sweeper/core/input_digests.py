@@ -44,6 +44,11 @@ class InputDigests(FrozenValue):
     general: str | None = None
     """The windows of general text."""
 
+    @property
+    def of_training(self) -> InputDigests:
+        """The digests of what a training follows from. Held-out texts are read after it."""
+        return self.model_copy(update={"test": None, "general": None})
+
     def updated(self, found: InputDigests) -> InputDigests:
         """Return these digests with those that are known in `found` in their place."""
         known = {name: text for name in INPUT_NAMES if (text := getattr(found, name)) is not None}

@@ -81,6 +81,11 @@ class TrialFolder:
         return self.path / "provenance.json"
 
     @property
+    def identity(self) -> Path:
+        """The trial and the inputs that the folder belongs to (sweeper.core.trial_identity)."""
+        return self.path / "identity.json"
+
+    @property
     def log_text(self) -> Path:
         """Training log for people."""
         return self.path / "training_log.txt"
@@ -208,6 +213,16 @@ class StudyFolder:
         return self.path / "standing.json"
 
     @property
+    def identity(self) -> Path:
+        """The UUID of the study that the folder belongs to (sweeper.driver.folder_owner)."""
+        return self.path / "identity.json"
+
+    @property
+    def set_aside(self) -> Path:
+        """Folder of trials, and of whole studies, that do not belong to this study."""
+        return self.path / "set_aside"
+
+    @property
     def tracking(self) -> Path:
         """MLflow ledger of the study's runs (sweeper.tracking.tracking_ledger)."""
         return self.path / ".tracking"
@@ -257,14 +272,18 @@ class StudyFolder:
         """Return the folder for the downloaded model of an arm's baseline run."""
         return self.path / arm / "adopted"
 
-    def test_examples(self, arm: str, name: str) -> Path:
-        """Return the file of a model's losses on the test split, given the model's name."""
-        return self.finalists(arm) / "test" / f"{name}.json"
+    def judged_examples(self, arm: str, kind: str, digest: str, name: str) -> Path:
+        """Return the file of a model's losses on a text.
 
-    def general_examples(self, arm: str, digest: str, name: str) -> Path:
-        """Return the file of a model's losses on the general text with this digest."""
-        # The digest is part of the path, so that losses on another text are measured, not reused.
-        return self.finalists(arm) / "general" / digest[:12] / f"{name}.json"
+        Args:
+            arm: the arm's name.
+            kind: "test" or "general".
+            digest: the digest of everything that the losses follow from.
+            name: the model's name, such as trial_0007_seed_0.
+        """
+        # The digest is part of the path, so that losses of another model or on another text are
+        # measured, not reused.
+        return self.finalists(arm) / kind / digest[:12] / f"{name}.json"
 
 
 @dataclass(frozen=True)

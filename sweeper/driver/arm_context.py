@@ -49,8 +49,8 @@ class ArmContext:
         adopted = {} if self.adopted is None else {"adopted.run_id": self.adopted.run_id}
         return {**origin(self.services.provenance, self.facts), **adopted}
 
-    def expected(self, settings: TrialSettings) -> InputDigests:
-        """Return the digests that a trial of this arm must find."""
+    def inputs(self, settings: TrialSettings) -> InputDigests:
+        """Return the digests that a trial must find, as far as the arm's facts tell them."""
         return expected_inputs(self.facts, self.arm.settings.trial, settings)
 
     def key(self, number: int) -> str:

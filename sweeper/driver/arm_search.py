@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from sweeper.config.decisive_settings import settings_digest
+from sweeper.config.settings import RunSettings
 from sweeper.config.space import Point
 from sweeper.core.errors import ConfigError
 from sweeper.core.outcome import Outcome
@@ -14,6 +16,7 @@ from sweeper.core.spool import read_spool
 from sweeper.driver.arm_context import ArmContext
 from sweeper.driver.budget import typical_seconds
 from sweeper.driver.dispatcher import Dispatcher
+from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import MAX_ATTEMPTS, JobPhase
 from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
 from sweeper.driver.trial_recorder import TrialRecorder
@@ -25,6 +28,7 @@ from sweeper.search.study import (
     DROPPED,
     ask,
     counted,
+    decided_rank,
     find_duplicate,
     reattach_orphans,
     steering_tags,
@@ -158,9 +162,6 @@ class ArmSearch:
             self._recorder.refuse(trial, view, str(error))
             return None
         folder = context.folder(number)
-        # a cancelled trial is final for Optuna, so its checkpoints are continued by a new trial
-        if (earlier := trial.user_attrs.get("continues")) is not None:
-            folder.continue_from(context.folder(int(earlier)))
         params = recorded(settings.trial, searched=point)
         if context.adopted is not None:
             params = context.adopted.params
@@ -168,6 +169,7 @@ class ArmSearch:
         record = TrialRecord(
             key, folder, params, tags, dataset_record(context.facts, settings.data)
         )
+        self._claim(record, settings, trial)
         guard = make_watch(
             context.pruner, settings.training, trial, reported, self._measured(folder)
         )
@@ -175,6 +177,19 @@ class ArmSearch:
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
         self._open[key] = job
         return job
+
+    def _claim(self, record: TrialRecord, settings: RunSettings, trial: Trial) -> None:
+        """Make the trial's folder its own, with the checkpoints of the trial that it continues."""
+        context, claims = self._context, self._context.services.claims
+        ranked = settings.trial.with_rank(decided_rank(trial))
+        inputs = context.inputs(settings.trial)
+        identity = claims.claim(record, settings.trial, inputs, also=[ranked])
+        # a cancelled trial is final for Optuna, so its checkpoints are continued by a new trial
+        if (number := trial.user_attrs.get("continues")) is not None:
+            earlier = context.folder(int(number))
+            whatever_number = identity.model_copy(update={"trial": None})
+            if not contradictions(earlier, whatever_number, [settings_digest(ranked)]):
+                record.folder.continue_from(earlier)
 
     def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
         """Return the (step, value) pairs that earlier attempts measured, in Optuna's sign."""

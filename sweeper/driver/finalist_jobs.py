@@ -161,6 +161,8 @@ class Candidate:
     number: int
     point: Point
     settings: TrialSettings
+    asked: TrialSettings
+    """The settings before a rank was derived from adapter.trainable_parameters."""
     own: Outcome
     """The outcome of the search's trial."""
     trainings: list[FinalistTraining] = field(default_factory=list)

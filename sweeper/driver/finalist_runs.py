@@ -26,7 +26,7 @@ from sweeper.driver.winner_judging import WinnerJudging
 from sweeper.reporting.finalist_results import ArmConclusion, FinalistRanking, choose
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.states import STATES
-from sweeper.search.study import settings_of, shown_point
+from sweeper.search.study import point_of, settings_of, shown_point
 from sweeper.search.study_plan import ArmPlan
 from sweeper.tracking.provenance import origin
 from sweeper.tracking.tracker import TrialRecord, dataset_record
@@ -73,7 +73,14 @@ class FinalistRuns:
                 found.append((order, trial.number, trial, outcome))
         best = sorted(found, key=lambda item: item[:2])[: self.wanted.top]
         candidates = [
-            Candidate(arm, number, shown_point(trial), settings_of(arm, trial), outcome)
+            Candidate(
+                arm,
+                number,
+                shown_point(trial),
+                settings_of(arm, trial),
+                arm.settings_at(point_of(trial)).trial,
+                outcome,
+            )
             for _, number, trial, outcome in best
         ]
         for candidate in candidates:
@@ -100,6 +107,8 @@ class FinalistRuns:
 
     def _train(self, arm: ArmPlan, candidates: Sequence[Candidate], facts: ArmBaseline) -> None:
         trainings = [training for each in candidates for training in each.trainings]
+        for training in trainings:
+            self.services.claims.claim(training.record, training.settings, training.expected)
         missing = [training for training in trainings if not training.reuse_outcome()]
         if missing:
             numbers = ", ".join(str(each.number) for each in candidates)

@@ -96,7 +96,7 @@ class RunningTrial(Job):
                 job=self.key,
                 attempt=self.attempt,
                 settings=settings.trial,
-                expected=self.context.expected(settings.trial),
+                expected=self.context.inputs(settings.trial),
             )
             engine.send(worker, check)
             return JobPhase.CHECKING
@@ -116,7 +116,7 @@ class RunningTrial(Job):
                 settings=settings.trial.with_rank(None if size is None else size.rank),
                 provenance={**self.context.origin, "attempt": self.attempt},
                 adopted=None if adopted is None else adopted.model,
-                expected=self.context.expected(settings.trial),
+                expected=self.context.inputs(settings.trial),
             ),
         )
         return JobPhase.RUNNING

@@ -157,7 +157,7 @@ class StudyRun:
         """Open the arm's study, fill it with the points to try first, and announce the arm."""
         base_value = facts.base_value(self._state.plan.objective.metric)
         plan = self._state.plan
-        study = open_study(plan, arm, facts, self.storage)
+        study = open_study(plan, arm, facts, self.storage, self.services.study)
         self.on_confirmed()
         self._state.studies[arm.name] = study
         self.commands.on_arm_opened()  # points for this arm may wait in the inbox

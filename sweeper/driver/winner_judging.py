@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.input_sources import expected_inputs
 from sweeper.config.settings import TrialSettings
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, ExampleLosses, HeldOutKind, HeldOutLosses
 from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.trial_identity import TrialIdentity
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_jobs import Candidate, JudgeJob
+from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import JobList
 from sweeper.driver.study_services import StudyServices
 from sweeper.reporting.finalist_results import ArmConclusion, FinalistRanking, unseen_metrics
@@ -58,7 +64,7 @@ class WinnerJudging:
         """Return a job for each seed of the winner that was trained to its end."""
         winner = self.winner
         own = self.services.folder.trial(winner.arm.name, winner.number)
-        trained = {winner.settings.seed: (own, winner.settings)}
+        trained = {winner.settings.seed: (own, winner.settings)} if self._owns(own) else {}
         for training in winner.trainings:
             if training.complete:
                 trained[training.settings.seed] = (training.record.folder, training.settings)
@@ -74,18 +80,49 @@ class WinnerJudging:
         folder: TrialFolder | None,
         kinds: tuple[HeldOutKind, ...],
     ) -> JudgeJob:
-        expected = expected_inputs(self.facts, self.winner.arm.settings.trial, settings)
-        return JudgeJob(f"{self._trial_key}_{name}", settings, folder, kinds, expected)
+        # the seed does not change what is read
+        return JudgeJob(f"{self._trial_key}_{name}", settings, folder, kinds, self._inputs)
+
+    def _owns(self, folder: TrialFolder) -> bool:
+        """Return True if the winner's folder holds the winner's model, and say so if it does not."""
+        settings = self.winner.settings
+        # neither study nor number: the folder of a copied trial is that of the study it came from
+        identity = TrialIdentity(
+            study=None,
+            trial=None,
+            seed=settings.seed,
+            settings=settings_digest(settings),
+            inputs=self._inputs.of_training,
+        )
+        asked = settings_digest(self.winner.asked)
+        reasons = contradictions(folder, identity, [asked])
+        if reasons:
+            self.services.view.event(
+                f"{self._trial_key}: not judged: {folder.path} holds the work of another trial "
+                f"({', '.join(reasons)})"
+            )
+        return not reasons
+
+    @property
+    def _inputs(self) -> InputDigests:
+        winner = self.winner
+        return expected_inputs(self.facts, winner.arm.settings.trial, winner.settings)
 
     def _files(self, job: JudgeJob) -> dict[HeldOutKind, Path]:
         """Return the file in which a model's losses on each kind of text are kept."""
+        return {kind: self._file(job, kind) for kind in job.kinds}
+
+    def _file(self, job: JudgeJob, kind: HeldOutKind) -> Path:
         folder, arm = self.services.folder, self.winner.arm.name
         name = f"trial_{job.key.split('/')[-1]}"
-        files: dict[HeldOutKind, Path] = {
-            "test": folder.test_examples(arm, name),
-            "general": folder.general_examples(arm, self.facts.general_digest or "", name),
-        }
-        return {kind: files[kind] for kind in job.kinds}
+        text = {"test": self.facts.test_digest, "general": self.facts.general_digest}[kind]
+        parts = [text, settings_digest(job.settings), self._inputs.of_training.model_dump()]
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        path = folder.judged_examples(arm, kind, digest, name)
+        # an older version's files were found by the model's name alone, or with the text's digest
+        earlier = folder.finalists(arm) / kind / ("" if kind == "test" else f"{text}"[:12])
+        older = earlier / path.name
+        return older if older.exists() and not path.exists() else path
 
     def _judge(self, jobs: Sequence[JudgeJob], dispatcher: Dispatcher) -> None:
         """Read the judgements that are stored, run the others, and store each as it ends."""

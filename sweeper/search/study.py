@@ -50,6 +50,8 @@ MEASURED = (*_ASKED, DTYPE, TARGET_TOKENS)
 FORMAT = 1
 """Version of an arm's study in Optuna's storage: its attributes, and those of its trials. It rises only
 when an older program would misread them; a setting that is added is a line of ADDED_SETTINGS instead."""
+UUID = "uuid"
+"""User attribute of each arm's study: the UUID of the study, which its folder holds as well."""
 QUEUED_BY = "queued_by"
 """User attribute of a trial that a command queued: the command's id."""
 CLONE_OF = "clone_of"
@@ -80,9 +82,16 @@ def optuna_name(study_name: str, arm: str) -> str:
 
 
 def open_study(
-    plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
+    plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage, uuid: str
 ) -> optuna.Study:
     """Create or resume the Optuna study of an arm.
+
+    Args:
+        plan: the study.
+        arm: its arm.
+        facts: the facts about the arm.
+        storage: the study's storage.
+        uuid: the study's UUID, stored unless an earlier run has stored one.
 
     Raises:
         StudyMismatch: the study of this name has other spaces, settings, data or base model.
@@ -100,8 +109,17 @@ def open_study(
     _check_question(study, plan, arm, facts)
     # After load_if_exists, because the seed depends on the values drawn so far.
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
+    if study_uuid(study) is None:
+        study.set_user_attr(UUID, uuid)
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     return study
+
+
+def study_uuid(study: optuna.Study) -> str | None:
+    """Return the UUID of the study that an arm belongs to, or None if an older version stored it."""
+    # in the storage, so that a copied or moved database keeps its folder
+    uuid: str | None = study.user_attrs.get(UUID)
+    return uuid
 
 
 def require_readable(study: optuna.Study) -> None:
@@ -224,17 +242,18 @@ def point_of(trial: FrozenTrial) -> Point:
 
 def shown_point(trial: FrozenTrial) -> Point:
     """Return the point with the rank that followed from adapter.trainable_parameters."""
-    rank = _decided_rank(trial)
+    rank = decided_rank(trial)
     return {**point_of(trial), **({} if rank is None else {"adapter.r": rank})}
 
 
 def settings_of(arm: ArmPlan, trial: FrozenTrial) -> TrialSettings:
     """Return the settings that a trial was trained with."""
     settings: TrialSettings = arm.settings_at(point_of(trial)).trial
-    return settings.with_rank(_decided_rank(trial))
+    return settings.with_rank(decided_rank(trial))
 
 
-def _decided_rank(trial: FrozenTrial) -> int | None:
+def decided_rank(trial: BaseTrial) -> int | None:
+    """Return the rank that followed from adapter.trainable_parameters, or None if it is not known."""
     sized: dict[str, int] = trial.user_attrs.get("sized", {})
     return sized.get("rank")
 

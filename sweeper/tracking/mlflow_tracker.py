@@ -87,7 +87,7 @@ class MlflowTracker:
 
     def start(self, trial: TrialRecord) -> None:
         """Implement Tracker.start."""
-        known = self._ledger.trials.get(trial.key)
+        known = self._known(trial)
         if known is None:
             self._save_entry(self._entry(trial))
         elif known.ending is not None:
@@ -95,7 +95,7 @@ class MlflowTracker:
 
     def ship(self, trial: TrialRecord) -> None:
         """Implement Tracker.ship."""
-        self._wake(trial.key)
+        self._wake(self._ledger.key_of(trial.key))
 
     def end(
         self,
@@ -105,10 +105,21 @@ class MlflowTracker:
         tags: Mapping[str, str],
     ) -> None:
         """Implement Tracker.end."""
-        known = self._ledger.trials.get(trial.key) or self._entry(trial)
+        known = self._known(trial) or self._entry(trial)
         end = ending(status, metrics, tags).or_equal(known.ending, known.before)
         if end != known.ending:
             self._save_entry(known.model_copy(update={"ending": end}))
+
+    def set_aside(self, trial: TrialRecord, moved_to: TrialFolder) -> None:
+        """Implement Tracker.set_aside."""
+        known = self._known(trial)
+        if known is not None:
+            moved = {
+                "aside": True,
+                "folder": self._ledger.relative(moved_to.path),
+                "ending": known.ending or known.before or ending("KILLED"),
+            }
+            self._save_entry(known.model_copy(update=moved))
 
     def keep(self, folders: Sequence[TrialFolder]) -> None:
         """Implement Tracker.keep."""
@@ -119,7 +130,7 @@ class MlflowTracker:
 
     def amend(self, trial: TrialRecord, metrics: Mapping[str, float], measured_at: float) -> None:
         """Implement Tracker.amend."""
-        known = self._ledger.trials.get(trial.key) or self._entry(trial)
+        known = self._known(trial) or self._entry(trial)
         more = RunAmendment(metrics=dict(metrics), time_ms=int(measured_at * 1000))
         if more not in known.amendments:
             amendments = (*known.amendments, more)
@@ -170,9 +181,12 @@ class MlflowTracker:
             *self._describe_unshipped(),
         ]
 
+    def _known(self, trial: TrialRecord) -> TrialEntry | None:
+        return self._ledger.trials.get(self._ledger.key_of(trial.key))
+
     def _entry(self, trial: TrialRecord) -> TrialEntry:
         return TrialEntry(
-            key=trial.key,
+            key=self._ledger.key_of(trial.key),
             uid=uuid4().hex,
             folder=self._ledger.relative(trial.folder.path),
             params=as_texts(trial.params),

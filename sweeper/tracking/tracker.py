@@ -100,6 +100,12 @@ class Tracker(Protocol):
     ) -> None:
         """Record the rest of the spool, the artifacts and the final state, unless they are recorded."""
 
+    def set_aside(self, trial: TrialRecord, moved_to: TrialFolder) -> None:
+        """Detach the run of earlier work in the trial's folder, which was moved.
+
+        The trial itself gets a run of its own.
+        """
+
     def keep(self, folders: Sequence[TrialFolder]) -> None:
         """Upload the weights of these trials only. Metrics of all trials are recorded."""
 
@@ -164,6 +170,9 @@ class NullTracker:
         metrics: Mapping[str, float],
         tags: Mapping[str, str],
     ) -> None:
+        """Do nothing."""
+
+    def set_aside(self, trial: TrialRecord, moved_to: TrialFolder) -> None:
         """Do nothing."""
 
     def keep(self, folders: Sequence[TrialFolder]) -> None:

@@ -117,6 +117,8 @@ class TrialEntry(FrozenValue):
     tags: dict[str, str]
     dataset: DatasetRecord | None = None
     started_ms: int
+    aside: bool = False
+    """True if the folder was set aside, because it did not belong to the trial of this key."""
     kept: bool = False
     """True if the trial's weights are kept and must be uploaded."""
     amendments: tuple[RunAmendment, ...] = ()
@@ -198,6 +200,17 @@ class TrackingLedger:
     def keys(self) -> list[str]:
         """Keys of all runs, with the parent first."""
         return [STUDY, *self.trials] if self.study else list(self.trials)
+
+    def key_of(self, key: str) -> str:
+        """Return the key under which a trial's run is recorded.
+
+        As in "lora/0007", or "lora/0007_2" if the run under the first key was set aside.
+        """
+        found, number = key, 1
+        while (entry := self.trials.get(found)) is not None and entry.aside:
+            number += 1
+            found = f"{key}_{number}"
+        return found
 
     def trial_folder(self, entry: TrialEntry) -> TrialFolder:
         """Return the folder of an entry's trial."""

@@ -44,17 +44,24 @@ def test_a_judgement_is_stored_before_the_next_one_ends(tmp_path: Path) -> None:
         return (answer, SlotsEvent(worker=worker, free=1))
 
     pool.host_with(ScriptedEngine(script))
-    candidate = Candidate(arm, 7, {}, arm.settings.trial, Outcome(cause="finished", best_value=2.0))
+    candidate = Candidate(
+        arm,
+        7,
+        {},
+        arm.settings.trial,
+        arm.settings.trial,
+        Outcome(cause="finished", best_value=2.0),
+    )
     folder, board = StudyFolder(tmp_path / "study"), StudyProgress(plan.objective)
-    services = StudyServices(folder, NullTracker(), QuietView(make_console()), board, {})
+    services = StudyServices(folder, NullTracker(), QuietView(make_console()), board, {}, "uuid")
     facts = FakeRunner(plan.settings.workers.fake).probe(arm.settings.trial)
     judging = WinnerJudging(services, True, candidate, facts)
     final = FinalistRanking(finalists=(candidate.finalist(),), winner=7)
     with pytest.raises(KeyboardInterrupt):
         judging.run(final, Dispatcher(pool, interrupt, list[str]().append))
     assert judged == ["lora/0007_untuned", "lora/0007_seed_0"]
-    assert folder.test_examples("lora", "trial_0007_untuned").exists()
-    assert folder.general_examples("lora", "fake", "trial_0007_untuned").exists()
+    stored = {path.parents[1].name for path in folder.path.rglob("trial_0007_untuned.json")}
+    assert stored == {"test", "general"}
 
     interrupt.number = None
     pool.close()

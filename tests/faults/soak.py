@@ -4,7 +4,8 @@
 
 The real program with the fake trainer and two workers on a real PostgreSQL and a real MLflow server
 (deploy/servers.sh). Every kill is SIGKILL. A killed driver is started again by the same command, a
-killed server comes back after up to 20 seconds. When all kills are done the study is left alone, and
+killed server comes back after up to 20 seconds. Now and then a worker is frozen for good, the data file
+is replaced until a worker refuses it, or the same name is started on another storage for a moment. When all kills are done the study is left alone, and
 then every promise is checked; exit code 0 if all are kept. soak.json tells what was done and found.
 """
 
@@ -33,8 +34,15 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "soak"
 PASSWORD = "soak3c1d9e"
-VICTIMS = {"worker": 0.55, "driver": 0.25, "postgres": 0.1, "mlflow": 0.1}
-"""Which share of the kills meets whom."""
+VICTIMS = {
+    **{"worker": 0.48, "driver": 0.22, "postgres": 0.09, "mlflow": 0.09},
+    **{"frozen worker": 0.05, "data file": 0.04, "other storage": 0.03},
+}
+"""Which share of the faults meets whom."""
+REFUSED = "found other data or another base model"
+"""What the driver says where a worker refuses another data file."""
+ROWS, OTHER_ROWS = ("".join(f'{{"text": "{word} {n}"}}\n' for n in range(9)) for word in "ab")
+LIMITS = ("workers.stall_timeout_s=15", "workers.probe_timeout_s=30")
 AWAY_SECONDS = 20.0
 """The longest time a killed server stays away before it is started again."""
 EXTENSION = 50
@@ -124,15 +132,26 @@ class Driver:
     excused: Counter[str] = field(default_factory=Counter)
     """Ends that nobody can avoid, by their words."""
     process: subprocess.Popen[bytes] | None = None
+    tampered_at: float | None = None
+    """When the data file was replaced; None while it is the study's own."""
+    refusals: int = 0
+    """How often the study stopped because of it."""
+
+    @property
+    def rows(self) -> Path:
+        """The data file."""
+        return self.folder / "rows.jsonl"
 
     @property
     def study(self) -> Path:
         """The study's folder."""
         return self.folder / "outputs" / STUDY
 
-    def start(self) -> None:
+    def start(self, *overrides: str) -> None:
         """The same command, every time."""
         self.runs += 1
+        if self.runs == 1:
+            self.rows.write_text(ROWS)
         with (self.folder / f"run_{self.runs:03d}.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [
@@ -140,7 +159,9 @@ class Driver:
                     *("finalists=none", "~hydra.sweeper.arms.full", "hydra.sweeper.n_jobs=2"),
                     *(f"hydra.sweeper.study_name={STUDY}", f"hydra.sweeper.n_trials={self.trials}"),
                     f"workers.fake.step_seconds={self.step_seconds}",
-                    *("hydra.sweeper.storage=${oc.env:SWEEPER_STORAGE}", "-m"),
+                    *("data.train=rows.jsonl", "data.format=text", *LIMITS),
+                    *(overrides or ["hydra.sweeper.storage=${oc.env:SWEEPER_STORAGE}"]),
+                    "-m",
                 ],
                 cwd=self.folder,
                 env={**os.environ, **self.environment},
@@ -174,15 +195,46 @@ class Driver:
         self.start()
         return True
 
-    def kill_worker(self, draw: random.Random) -> bool:
-        """SIGKILL to one of the workers, whatever it is at."""
+    def kill_worker(self, draw: random.Random, number: int = signal.SIGKILL) -> bool:
+        """A signal to one of the workers, whatever it is at."""
         workers = self.workers()
         if not workers:
             return False
         try:
-            draw.choice(workers).kill()
+            draw.choice(workers).send_signal(number)
         except psutil.NoSuchProcess:
             return False
+        return True
+
+    def tamper(self, draw: random.Random) -> bool:
+        """Replace the data file, and kill a worker, whose successor reads it."""
+        if self.tampered_at is not None or not self.kill_worker(draw):
+            return False
+        self.rows.write_text(OTHER_ROWS)
+        self.tampered_at = time.monotonic()
+        return True
+
+    def put_back(self) -> None:
+        """Put the study's own data file back, if no worker had to read the other one."""
+        if self.tampered_at is not None and time.monotonic() - self.tampered_at > AWAY_SECONDS:
+            self._restore()
+
+    def _restore(self) -> None:
+        self.rows.write_text(ROWS)
+        self.tampered_at = None
+
+    def mistake(self, draw: random.Random) -> bool:
+        """Start the same name on another storage for a moment, then go on."""
+        assert self.process is not None
+        if self.tampered_at is not None or self.process.poll() is not None:
+            return False
+        self.process.kill()
+        self.process.wait()
+        self.start("hydra.sweeper.storage=sqlite:///other.db", "tracking=none")
+        time.sleep(draw.uniform(0, AWAY_SECONDS))
+        self.process.kill()
+        self.process.wait()
+        self.start()
         return True
 
     def revive(self) -> bool:
@@ -192,6 +244,11 @@ class Driver:
         if code in (None, 0):
             return code == 0
         text = (self.folder / f"run_{self.runs:03d}.log").read_text()
+        if self.tampered_at is not None and code == 1 and _refused(text):
+            self._restore()
+            self.refusals += 1
+            self.start()
+            return False
         words = next((words for words in EXCUSED if words in text), None)
         if code == 1 and words is not None:
             self.excused[words] += 1
@@ -201,6 +258,14 @@ class Driver:
         self.unasked.append(f"run {self.runs} ended with {code}: " + " | ".join(tail))
         self.start()
         return False
+
+
+def _refused(text: str) -> bool:
+    """Return True if a driver ended because it, or a worker, found other data."""
+    words = " ".join(text.split())
+    return REFUSED in words or (
+        "was started with another question" in words and "rows digest" in words
+    )
 
 
 @dataclass
@@ -233,11 +298,15 @@ def soak(
         "driver": driver.kill,
         "postgres": lambda: servers.kill("postgres", draw.uniform(0, AWAY_SECONDS)),
         "mlflow": lambda: servers.kill("mlflow", draw.uniform(0, AWAY_SECONDS)),
+        "frozen worker": lambda: driver.kill_worker(draw, signal.SIGSTOP),
+        "data file": lambda: driver.tamper(draw),
+        "other storage": lambda: driver.mistake(draw),
     }
     victims = draw.choices(list(VICTIMS), list(VICTIMS.values()), k=kills)
     end = None
     while True:
         servers.mend()
+        driver.put_back()
         outcomes.look()
         ended = driver.revive()
         if ended and done.total() < kills:
@@ -292,7 +361,7 @@ def _study_problems(servers: Servers, driver: Driver) -> list[str]:
     for trial in counted:
         path = driver.study / "lora" / f"trial_{trial.number:04d}" / "outcome.json"
         told = trial.user_attrs["outcome"]
-        if told["cause"] == "crash":
+        if told["cause"] in ("crash", "timeout"):
             if trial.user_attrs["attempt"] < 3:
                 problems.append(f"trial {trial.number} was given up before its third attempt")
         elif json.loads(path.read_text()) != told:
@@ -378,6 +447,7 @@ def main() -> None:
         "kills": dict(kills),
         "runs of the driver": driver.runs,
         "excused ends": dict(driver.excused),
+        "refusals of another data file": driver.refusals,
         "seed": asked.seed,
         "broken promises": problems,
     }

@@ -43,7 +43,7 @@ def _open(plan: StudyPlan, alter: Callable[[dict[str, str]], object]) -> list[op
         alter(question)
         stored.set_user_attr("question", question)
         facts = ArmBaseline.model_validate(stored.user_attrs["facts"])
-        opened.append(open_study(plan, arm, facts, storage))
+        opened.append(open_study(plan, arm, facts, storage, "uuid"))
     return opened
 
 
@@ -151,7 +151,7 @@ def test_a_fork_adopts_trials_without_added_settings(
     storage = open_storage(None, StudyFolder(Path("outputs/forked")))
     stored = optuna.load_study(study_name="finished/lora", storage=open_storage(None, FOLDER))
     facts = ArmBaseline.model_validate(stored.user_attrs["facts"])
-    study = open_study(plan, plan.arms[0], facts, storage)
+    study = open_study(plan, plan.arms[0], facts, storage, "uuid")
     words = fork(study, plan, plan.arms[0], facts, storage)
     assert words == ["fork of finished: 8 of its 8 trials fit this study"]
 

@@ -35,7 +35,7 @@ def test_a_new_study_says_its_format(past: Path) -> None:
     old = _loaded("finished/lora")
     facts = ArmBaseline.model_validate(old.user_attrs["facts"])
     storage = open_storage(None, StudyFolder(Path("outputs/new")))
-    new = open_study(plan, plan.arms[0], facts, storage)
+    new = open_study(plan, plan.arms[0], facts, storage, "uuid")
     assert new.user_attrs["format"] == stored_study.FORMAT
     assert "format" not in old.user_attrs
 

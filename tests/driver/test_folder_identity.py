@@ -1,0 +1,318 @@
+"""What lies in a study's folder is continued only by the study and the trial that wrote it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import optuna
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from rich.console import Console
+
+from sweeper.commands.run_study import run_study
+from sweeper.commands.run_trial import train_single
+from sweeper.core.errors import StudyError, StudyMismatch
+from sweeper.core.paths import StudyFolder, TrialFolder, read_json, write_atomic, write_json
+from sweeper.reporting.results import StudyResults, load_results
+from sweeper.search.study_plan import single, studies
+
+NAME = "mine"
+FAKE = (
+    *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
+    *("workers.engine=inline", "workers.fake.step_seconds=0.0", "pruner=none", "verbosity=quiet"),
+    *("~hydra.sweeper.arms.full", "hydra.sweeper.n_trials=2"),
+    *("hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"),
+)
+LOW, HIGH = "training.learning_rate=0.001", "training.learning_rate=0.02"
+FOLDER = StudyFolder(Path("outputs", NAME))
+OTHER_STORAGE = "hydra.sweeper.storage=sqlite:///other.db"
+Sever = Callable[[], tuple[str, ...]]
+"""Separates the folder from its study's storage, and returns the overrides that the next start needs."""
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+    """A folder with an empty store of MLflow."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def _run(*overrides: str, recorded: bool = False) -> StudyResults:
+    tracking = f"tracking.uri=sqlite:///{Path.cwd()}/mlflow.db" if recorded else "tracking=none"
+    (plan,) = studies([*FAKE, tracking, *overrides])
+    return run_study(plan)
+
+
+def _answer() -> list[object]:
+    """The part of the stored answer that the time of day does not change."""
+    return [
+        (arm.best, arm.tried, arm.final and arm.final.test_losses)
+        for arm in load_results(NAME, Path("outputs")).arms
+    ]
+
+
+def _runs() -> dict[str, list[Run]]:
+    """The runs in MLflow by their names, the oldest first."""
+    client = MlflowClient(f"sqlite:///{Path.cwd()}/mlflow.db")
+    experiment = client.get_experiment_by_name("lr_rank_sweep")
+    found: dict[str, list[Run]] = {}
+    for run in client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]):
+        found.setdefault(run.info.run_name, []).append(run)
+    return found
+
+
+def _kill_in(folder: TrialFolder) -> None:
+    """Leave a finished fake trial as if it had been killed after its checkpoint at step 8."""
+    folder.outcome.unlink()
+    write_json(folder.checkpoints / "fake.json", {"step": 8, "best": 0.1, "best_step": 8})
+
+
+def _steps(folder: TrialFolder) -> list[int]:
+    return [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()]
+
+
+def _settings(folder: TrialFolder) -> dict[str, object]:
+    config = json.loads(folder.config.read_text())
+    return {"lr": config["training"]["learning_rate"], "r": config["adapter"]["r"]}
+
+
+def _switched() -> tuple[str, ...]:
+    return (OTHER_STORAGE,)
+
+
+def _deleted() -> tuple[str, ...]:
+    FOLDER.database.unlink()
+    return ()
+
+
+def _emptied() -> tuple[str, ...]:
+    storage = f"sqlite:///{FOLDER.database}"
+    for name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=name, storage=storage)
+    return ()
+
+
+def _truncated() -> tuple[str, ...]:
+    FOLDER.database.write_bytes(b"")
+    return ()
+
+
+def _replaced() -> tuple[str, ...]:
+    """The database of another study of the same name, as after a mistaken copy."""
+    kept = FOLDER.path.rename("kept")
+    _run(HIGH, "hydra.sweeper.n_trials=1")
+    FOLDER.database.rename("database")
+    shutil.rmtree(FOLDER.path)
+    kept.rename(FOLDER.path)
+    Path("database").rename(FOLDER.database)
+    return ()
+
+
+@pytest.mark.parametrize("sever", [_switched, _deleted, _emptied, _truncated, _replaced])
+def test_a_trial_never_continues_the_work_of_another_study(
+    sever: Sever, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed at 1e-3, then started at 2e-2 on another storage: trained from the first step.
+
+    The earlier folders are as they were, under another name.
+    """
+    _run(LOW)
+    _kill_in(FOLDER.trial("lora", 1))
+    before = {
+        str(path.relative_to(FOLDER.path)): path.read_bytes()
+        for path in (FOLDER.path / "lora").rglob("*")
+        if path.is_file()
+    }
+    overrides = sever()
+    capsys.readouterr()
+    results = _run(HIGH, *overrides, "verbosity=normal")
+    continued = FOLDER.trial("lora", 1)
+    assert _settings(continued)["lr"] == 0.02
+    assert _steps(continued)[0] < 8
+    (aside,) = (FOLDER.set_aside / "studies").iterdir()
+    after = {name: (aside / name).read_bytes() for name in before}
+    assert after == before
+    text = " ".join(capsys.readouterr().out.split())
+    assert "holds the trials of another study of this name" in text
+    assert str(aside) in text.replace(" ", "")
+    assert results.arms[0].tried == 2
+
+
+def test_a_study_gets_its_trials_back() -> None:
+    """Two storages in turn under one name: each finds its own trials, answer and runs again."""
+    _run(LOW, recorded=True)
+    answer, database = _answer(), FOLDER.database.read_bytes()
+    low = {path.name for path in (FOLDER.path / "lora").iterdir()}
+    (earlier,) = _runs()["lora/0000"]
+    high = (HIGH, OTHER_STORAGE, "hydra.sweeper.n_trials=1")
+    _run(*high, recorded=True)
+    assert _answer() != answer
+    assert FOLDER.database.read_bytes() == database
+    _run(LOW, recorded=True)
+    assert {path.name for path in (FOLDER.path / "lora").iterdir()} == low
+    assert _answer() == answer
+    assert [_settings(FOLDER.trial("lora", number))["lr"] for number in (0, 1)] == [0.001] * 2
+    _run(*high, recorded=True)
+    assert _settings(FOLDER.trial("lora", 0))["lr"] == 0.02
+    runs = _runs()
+    assert [run.info.status for run in runs[NAME]] == ["FINISHED", "FINISHED"]
+    first, second = runs["lora/0000"]
+    assert first.data.to_dictionary() == earlier.data.to_dictionary()
+    assert second.data.params["training.learning_rate"] == "0.02"
+
+
+def test_a_start_that_ends_early_leaves_the_answer_of_the_other_study() -> None:
+    """A mistaken storage and a question that fails: every file of the answer stays as it was."""
+    _run(LOW)
+    before = {path: path.read_bytes() for path in FOLDER.answers if path.is_file()}
+    with pytest.raises(StudyMismatch, match="fork_of=nowhere"):
+        _run(LOW, OTHER_STORAGE, "hydra.sweeper.fork_of=nowhere")
+    assert {path: path.read_bytes() for path in FOLDER.answers if path.is_file()} == before
+    answer = _answer()
+    _run(LOW)
+    assert _answer() == answer
+    assert FOLDER.trial("lora", 0).outcome.exists()
+
+
+@pytest.mark.parametrize("name", ["copy.db", "outputs/mine/copy.db"])
+def test_a_copied_database_keeps_the_folder(name: str) -> None:
+    """The study was moved to another storage, as docs/servers.md suggests: nothing is set aside."""
+    _run(LOW)
+    answer = _answer()
+    shutil.copy(FOLDER.database, name)
+    FOLDER.database.unlink()
+    _run(LOW, f"hydra.sweeper.storage=sqlite:///{name}")
+    assert not FOLDER.set_aside.exists()
+    assert _answer() == answer
+
+
+def test_trials_later_than_a_restored_database_are_set_aside(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The backup knows two of four trials, and draws others: those start from their first step.
+
+    MLflow keeps the earlier runs, and the new trials have runs of their own.
+    """
+    _run(LOW, recorded=True)
+    shutil.copy(FOLDER.database, "backup.db")
+    _run(LOW, "hydra.sweeper.n_trials=4", recorded=True)
+    later = FOLDER.trial("lora", 3)
+    _kill_in(later)
+    was = _settings(later)
+    shutil.copy("backup.db", FOLDER.database)
+    capsys.readouterr()
+    other_draws = ("sampler=random", "hydra.sweeper.sampler.seed=7")
+    _run(LOW, "hydra.sweeper.n_trials=4", *other_draws, "verbosity=normal", recorded=True)
+    assert _settings(later) != was
+    assert _steps(later)[0] < 8
+    aside = TrialFolder(FOLDER.set_aside / "trials" / "lora" / "trial_0003")
+    assert _settings(aside) == was
+    assert (aside.checkpoints / "fake.json").exists()
+    assert "lora/0003" in capsys.readouterr().out
+    runs = _runs()
+    assert runs["lora/0003"][0].data.params["adapter.r"] == str(was["r"])
+    assert runs["lora/0003_2"][0].data.params["adapter.r"] == str(_settings(later)["r"])
+
+
+def _another_seed(folder: TrialFolder) -> None:
+    _altered(folder, "seed", 5)
+
+
+def _another_rate(folder: TrialFolder) -> None:
+    config = json.loads(folder.config.read_text())
+    config["training"]["learning_rate"] = 0.5
+    write_atomic(folder.config, json.dumps(config))
+    folder.identity.unlink()
+
+
+def _another_number(folder: TrialFolder) -> None:
+    _altered(folder, "trial", "lora/0009_seed_1")
+
+
+def _another_base(folder: TrialFolder) -> None:
+    identity = read_json(folder.identity)
+    _altered(folder, "inputs", {**identity["inputs"], "base": "another"})
+
+
+def _another_base_of_old(folder: TrialFolder) -> None:
+    origin = read_json(folder.provenance)
+    write_json(folder.provenance, {**origin, "base.digest": "another"})
+    folder.identity.unlink()
+
+
+def _unreadable(folder: TrialFolder) -> None:
+    write_atomic(folder.config, "training: [")
+    folder.identity.unlink()
+
+
+def _altered(folder: TrialFolder, key: str, value: object) -> None:
+    write_json(folder.identity, {**read_json(folder.identity), key: value})
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        *(_another_seed, _another_rate, _another_number),
+        *(_another_base, _another_base_of_old, _unreadable),
+    ],
+)
+def test_the_outcome_of_another_finalist_is_not_reused(
+    alter: Callable[[TrialFolder], None],
+) -> None:
+    """Whatever contradicts: the finalist is trained again, and the folder is kept under set_aside."""
+    _run(LOW)
+    (path,) = FOLDER.finalists("lora").glob("trial_*_seed_1")
+    finalist = TrialFolder(path)
+    was = finalist.outcome.stat().st_ino
+    alter(finalist)
+    _run(LOW)
+    assert finalist.outcome.stat().st_ino != was
+    aside = FOLDER.set_aside / "trials" / "lora" / "finalists" / path.name
+    assert TrialFolder(aside).outcome.stat().st_ino == was
+
+
+def test_the_folders_of_an_older_version_are_recognised() -> None:
+    """Without any identity, config.yaml and provenance.json show that nothing contradicts."""
+    _run(LOW)
+    answer = _answer()
+    for path in FOLDER.path.rglob("identity.json"):
+        path.unlink()
+    storage = f"sqlite:///{FOLDER.database}"
+    study = optuna.load_study(study_name=f"{NAME}/lora", storage=storage)
+    study._storage.set_study_user_attr(study._study_id, "uuid", None)
+    _run(LOW)
+    assert not FOLDER.set_aside.exists()
+    assert _answer() == answer
+    assert FOLDER.identity.exists()
+
+
+def test_losses_of_another_model_are_judged_again() -> None:
+    """The losses on the test split belong to settings and inputs, not to a trial's number."""
+    _run(LOW)
+    files = sorted(FOLDER.finalists("lora").glob("test/*/*.json"))
+    assert len(files) == 3
+    _run(HIGH, OTHER_STORAGE)
+    assert not set(files) & set(FOLDER.finalists("lora").glob("test/*/*.json"))
+
+
+def test_a_single_trial_refuses_the_beginning_of_another() -> None:
+    """`sweeper trial --into FOLDER` does not continue what another trial has begun there."""
+    folder = TrialFolder(Path("again"))
+
+    def train(rate: str) -> None:
+        fake = ("workers=fake", "workers.engine=inline", "workers.fake.step_seconds=0.0")
+        settings = single([*fake, rate, "tracking=none"])
+        train_single(settings, folder, "", Console(quiet=True))
+
+    train(LOW)
+    _kill_in(folder)
+    with pytest.raises(StudyError, match="holds the beginning of another trial"):
+        train(HIGH)
+    assert (folder.checkpoints / "fake.json").exists()
+    train(LOW)
+    assert folder.outcome.exists()
