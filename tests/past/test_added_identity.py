@@ -36,7 +36,7 @@ def _facts(**changes: Any) -> ArmBaseline:
 
 def _open(**changes: Any) -> optuna.Study:
     (plan,) = studies(FINISHED)
-    return open_study(plan, plan.arms[0], _facts(**changes), open_storage(None, FOLDER))
+    return open_study(plan, plan.arms[0], _facts(**changes), open_storage(None, FOLDER), "uuid")
 
 
 def test_the_past_gets_its_identity_when_it_is_opened(past: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_fork_needs_the_same_judged_rows(
         _open()
     plan = _fork_plan()
     storage, facts = open_storage(None, StudyFolder(Path("outputs/forked"))), _facts(**changes)
-    study = open_study(plan, plan.arms[0], facts, storage)
+    study = open_study(plan, plan.arms[0], facts, storage, "uuid")
     if words is None:
         assert fork(study, plan, plan.arms[0], facts, storage)
         return
