@@ -148,10 +148,19 @@ TWO = ("hydra.sweeper.n_jobs=2",)
     ("name", "change", "when", "overrides", "words"),
     [
         ("rows.jsonl", _write, BETWEEN, (), "data.template=template.jinja"),
-        ("rows.jsonl", _remove, FINALISTS, (), "rows digest"),
+        pytest.param(
+            *("rows.jsonl", _remove, FINALISTS, (), "rows digest"),
+            marks=pytest.mark.slow,
+        ),
         ("template.jinja", _write_unnoticed, JUDGING, (), "data.template=template.jinja"),
-        ("base/config.json", _empty, BETWEEN, (), "base configuration digest"),
-        ("rows.jsonl", _make_folder, BETWEEN, (*PROCESSES, *TWO), "rows digest"),
+        pytest.param(
+            *("base/config.json", _empty, BETWEEN, (), "base configuration digest"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("rows.jsonl", _make_folder, BETWEEN, (*PROCESSES, *TWO), "rows digest"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("base/model.safetensors", _write, _in_a_pause, PROCESSES, "base model digest"),
             marks=pytest.mark.slow,

@@ -190,8 +190,14 @@ def test_an_outcome_tells_what_was_read(files: Path, expected: InputDigests) -> 
     [
         (("evaluation.max_samples=3",), {"judged"}),
         (("evaluation.per_device_eval_batch_size=2", "training.learning_rate=0.01"), set()),
-        (("data.max_length=32", "data.over_length=truncate"), {"trained"}),
-        (("data.train_on=everything",), {"judged", "trained", "test"}),
+        pytest.param(
+            ("data.max_length=32", "data.over_length=truncate"),
+            {"trained"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("data.train_on=everything",), {"judged", "trained", "test"}, marks=pytest.mark.slow
+        ),
         pytest.param(("data.packing=true",), {"trained"}, marks=pytest.mark.slow),
         pytest.param(
             ("data.split_seed=5",), {"data", "judged", "trained", "test"}, marks=pytest.mark.slow
@@ -244,6 +250,7 @@ def test_equal_weights_with_another_tokenizer_are_judged_on_their_own_tokens(fil
     assert second.base_metrics["eval/loss"] != first.base_metrics["eval/loss"]
 
 
+@pytest.mark.slow
 def test_a_chat_template_decides_the_tokens(files: Path) -> None:
     """It lies beside equal weights, and is part of what is judged, like a template of one's own."""
     settings = _settings(files, "data.template=chat")
