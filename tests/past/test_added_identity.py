@@ -96,10 +96,13 @@ def _fork_plan() -> StudyPlan:
     ("opened", "changes", "words"),
     [
         (False, {}, None),
-        (True, {}, None),
+        pytest.param(True, {}, None, marks=pytest.mark.slow),
         (True, {"judged_digest": "x"}, "judged rows digest: j then, x now"),
         (False, {"target_tokens": 521}, "target tokens of the validation split: "),
-        (False, {"dtype": "bfloat16"}, "computed dtype: float32 then, bfloat16 now"),
+        pytest.param(
+            *(False, {"dtype": "bfloat16"}, "computed dtype: float32 then, bfloat16 now"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_fork_needs_the_same_judged_rows(

@@ -124,18 +124,34 @@ CHANGES = [
     pytest.param("rows.jsonl", _drop_a_row, "data digest", id="rows"),
     pytest.param("rows.jsonl", _remove, "data digest", id="rows removed"),
     pytest.param("rows.jsonl", _empty, "data digest", id="rows emptied"),
-    pytest.param("rows.jsonl", _make_folder, "data digest", id="rows a folder"),
+    pytest.param(
+        "rows.jsonl", _make_folder, "data digest", id="rows a folder", marks=pytest.mark.slow
+    ),
     pytest.param("template.jinja", _shorten, "judged rows digest", id="template"),
-    pytest.param("template.jinja", _remove, "judged rows digest", id="template removed"),
-    pytest.param("template.jinja", _make_folder, "judged rows digest", id="template a folder"),
+    pytest.param(
+        "template.jinja",
+        _remove,
+        "judged rows digest",
+        id="template removed",
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        "template.jinja",
+        _make_folder,
+        "judged rows digest",
+        id="template a folder",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(TOKENIZER, _forget_a_merge, "judged rows digest", id="tokenizer"),
     pytest.param(TOKENIZER, _empty, "base model digest", id="tokenizer emptied"),
     pytest.param(CONFIG, _set("rms_norm_eps", 0.1), "base configuration digest", id="config"),
     pytest.param(CONFIG, _remove, "base model digest", id="config removed"),
-    pytest.param(CONFIG, _empty, "base model digest", id="config emptied"),
+    pytest.param(CONFIG, _empty, "base model digest", id="config emptied", marks=pytest.mark.slow),
     pytest.param(WEIGHTS, _other_weights, "base model digest", id="weights"),
     pytest.param(WEIGHTS, _empty, "base model digest", id="weights emptied"),
-    pytest.param(WEIGHTS, _make_folder, "base model digest", id="weights a folder"),
+    pytest.param(
+        WEIGHTS, _make_folder, "base model digest", id="weights a folder", marks=pytest.mark.slow
+    ),
     pytest.param("base", _remove, "base model digest", id="base removed"),
 ]
 
