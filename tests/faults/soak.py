@@ -5,8 +5,9 @@
 The real program with the fake trainer and two workers on a real PostgreSQL and a real MLflow server
 (deploy/servers.sh). Every kill is SIGKILL. A killed driver is started again by the same command, a
 killed server comes back after up to 20 seconds. Now and then a worker is frozen for good, the data file
-is replaced until a worker refuses it, or the same name is started on another storage for a moment. When all kills are done the study is left alone, and
-then every promise is checked; exit code 0 if all are kept. soak.json tells what was done and found.
+is replaced until a worker refuses it, or the same name is started on another storage for a moment.
+When all faults are done the study is left alone, and then every promise is checked; exit code 0 if all
+are kept. soak.json tells what was done and found.
 """
 
 from __future__ import annotations
@@ -228,6 +229,8 @@ class Driver:
         assert self.process is not None
         if self.tampered_at is not None or self.process.poll() is not None:
             return False
+        identity = self.study / "identity.json"
+        own = identity.read_text() if identity.exists() else None
         self.process.kill()
         self.process.wait()
         self.start("hydra.sweeper.storage=sqlite:///other.db", "tracking=none")
@@ -235,6 +238,11 @@ class Driver:
         self.process.kill()
         self.process.wait()
         self.start()
+        deadline = time.monotonic() + END_SECONDS
+        while own is not None and not (identity.exists() and identity.read_text() == own):
+            assert time.monotonic() < deadline, "the study's own trials never came back"
+            self.revive()
+            time.sleep(0.1)
         return True
 
     def revive(self) -> bool:
