@@ -97,7 +97,7 @@ def test_the_verdict_rests_on_the_test_split(ended: tuple[Path, StudyResults]) -
     means = []
     for arm in results.arms:
         assert arm.final is not None
-        pattern = f"test/trial_{arm.final.winner:04d}_seed_*.json"
+        pattern = f"test/*/trial_{arm.final.winner:04d}_seed_*.json"
         found = [
             json.loads(path.read_text()) for path in _finalists(tmp_path, arm.name).glob(pattern)
         ]
