@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.settings import RunSettings
-from sweeper.core.errors import StudyError, TrialFailed
+from sweeper.core.errors import InputsChanged, StudyError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.quiet import silence_libraries
@@ -76,7 +76,7 @@ def train_single(
     )
     tracker = make_tracker(settings.tracking, folder.tracking)
     trial = SingleTrial(record, settings.trial, tracker, console)
-    stopped: KeyboardInterrupt | None = None
+    stopped: KeyboardInterrupt | TrialFailed | None = None
     try:
         with deferred_interrupt() as interrupt, WorkerPool() as pool:
             pool.host_with(
@@ -93,6 +93,8 @@ def train_single(
             outcome = trial.run(dispatcher, lambda facts: _accept(facts, trial, accept))
     except KeyboardInterrupt as stop:
         outcome, stopped = Outcome(cause="cancelled"), stop
+    except InputsChanged as changed:
+        outcome, stopped = Outcome(cause="cancelled"), _with_ways_out(changed)
     status = STATES[outcome.cause].status or "FAILED"
     tracker.end(trial.record, status, outcome.metrics, {"cause": outcome.cause})
     if status == "FINISHED":
@@ -127,6 +129,15 @@ def _accept(facts: ArmBaseline, trial: SingleTrial, accept: Callable[[ArmBaselin
         )
     accept(facts)
     write_identity(folder, identity)
+
+
+def _with_ways_out(changed: InputsChanged) -> TrialFailed:
+    return TrialFailed(
+        f"trial {changed}\n"
+        "  ways out:\n"
+        "    continue this trial:    put the earlier files back, and give the same command again\n"
+        "    train on the new ones:  give another folder"
+    )
 
 
 def _announcer(console: Console) -> Callable[[str], None]:

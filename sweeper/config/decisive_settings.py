@@ -39,14 +39,19 @@ def decisive_settings(settings: TrialSettings) -> dict[str, str]:
 
 def settings_digest(settings: TrialSettings) -> str:
     """Return the sha256 of the settings that decide a trial's result."""
+    decided = digested_settings(settings)
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
+
+
+def digested_settings(settings: TrialSettings) -> dict[str, str]:
+    """Return the decisive settings that a digest covers, as JSON texts by dotted key."""
     # A setting that a later version adds must not change the digests of today, so a setting at the
     # value that reproduces the old behaviour is left out.
-    decided = {
+    return {
         key: text
         for key, text in decisive_settings(settings).items()
         if key not in ADDED_SETTINGS or text != json.dumps(ADDED_SETTINGS[key])
     }
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 
 def _is_left_out(key: str) -> bool:

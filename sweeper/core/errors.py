@@ -7,7 +7,8 @@ SweeperError
 │   └── DoesNotFit     a training needs more memory than the device has
 ├── StudyError         the study cannot be opened, resumed or found
 │   ├── StudyLocked    another driver is running the study
-│   └── StudyMismatch  the study's name is taken by a study with another configuration
+│   ├── StudyMismatch  the study's name is taken by a study with another configuration
+│   └── InputsChanged  data or base model were changed while a run used them
 ├── CommandRefused     a command to a running study cannot be carried out (exit 2)
 ├── TrialFailed        a single trial ended without a result
 ├── ArtifactError      stored weights differ from their manifest
@@ -79,6 +80,10 @@ class StudyLocked(StudyError):
 
 class StudyMismatch(StudyError):
     """The study of this name was started with another configuration."""
+
+
+class InputsChanged(StudyError):
+    """Data or base model differ from those that a job expects, or can no longer be loaded."""
 
 
 class CommandRefused(SweeperError):

@@ -18,6 +18,10 @@ INPUT_NAMES: Mapping[str, str] = {
 """Names of the digests in questions and messages."""
 
 
+ASKED = ("data", "base", "config", "judged")
+"""Digests that are part of a study's question. What is trained on is part of each trial."""
+
+
 class InputDigests(FrozenValue):
     """The digests (sha256) of a trial's data and base model. None stands for an unknown digest.
 
@@ -44,6 +48,11 @@ class InputDigests(FrozenValue):
     def of_training(self) -> InputDigests:
         """The digests of what a training follows from. Held-out texts are read after it."""
         return self.model_copy(update={"test": None, "general": None})
+
+    def updated(self, found: InputDigests) -> InputDigests:
+        """Return these digests with those that are known in `found` in their place."""
+        known = {name: text for name in INPUT_NAMES if (text := getattr(found, name)) is not None}
+        return self.model_copy(update=known)
 
     def differences(self, found: InputDigests) -> dict[str, tuple[str, str]]:
         """Return the digests that are known here and in `found` and differ, as pairs by field."""

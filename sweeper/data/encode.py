@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sweeper.config.settings import DataSettings
@@ -23,6 +24,7 @@ from sweeper.data.tokens import (
     TokenizerSetup,
     Tokens,
     encode_prompt,
+    rows_digest,
     tokenize,
 )
 
@@ -61,6 +63,11 @@ class EncodedSplit:
     max_length: int = 0
     truncated: int = 0
     drops: DropCounts = field(default_factory=DropCounts)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 over the rows, in order."""
+        return rows_digest(self.rows)
 
     @property
     def dropped(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import optuna
 
+from sweeper.config.input_sources import expected_inputs
 from sweeper.config.settings import Objective, PrunerSettings, TrialSettings
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, BaselineRun
@@ -49,8 +50,8 @@ class ArmContext:
         return {**origin(self.services.provenance, self.facts), **adopted}
 
     def inputs(self, settings: TrialSettings) -> InputDigests:
-        """Return the digests of the inputs of a trial, as far as the arm's facts tell them."""
-        return known_inputs(self.arm.settings.trial, self.facts, settings)
+        """Return the digests that a trial must find, as far as the arm's facts tell them."""
+        return expected_inputs(self.facts, self.arm.settings.trial, settings)
 
     def key(self, number: int) -> str:
         """Return a trial's key, as in "lora/0007"."""
@@ -59,18 +60,3 @@ class ArmContext:
     def folder(self, number: int) -> TrialFolder:
         """Return a trial's folder."""
         return self.services.folder.trial(self.arm.name, number)
-
-
-def known_inputs(
-    probed: TrialSettings, facts: ArmBaseline, settings: TrialSettings
-) -> InputDigests:
-    """Return the digests of the inputs of a trial, as far as an arm's facts tell them.
-
-    Args:
-        probed: the settings with which the facts were measured.
-        facts: the facts about the arm.
-        settings: the trial's settings, whose data are the arm's.
-    """
-    # where base models are searched, the facts are about one of them only
-    same_base = settings.model == probed.model
-    return facts.inputs if same_base else InputDigests(data=facts.data_digest)

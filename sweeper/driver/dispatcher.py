@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
-from sweeper.core.errors import CommandRefused, StudyError
+from sweeper.core.errors import CommandRefused, InputsChanged, StudyError
 from sweeper.core.signals import StopSignal
 from sweeper.driver.job_waits import JobWaits, is_silent
 from sweeper.driver.jobs import MAX_ATTEMPTS, Job, JobList, JobPhase, JobSource
@@ -21,6 +21,7 @@ from sweeper.driver.pause_clock import PAUSE_PATIENCE_SECONDS, PauseClock
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.workers.protocol import (
     EndedEvent,
+    InputsChangedEvent,
     LostEvent,
     SlotsEvent,
     WaitingEvent,
@@ -136,9 +137,10 @@ class Dispatcher:
 
         Raises:
             StudyError: the source cannot continue.
+            InputsChanged: a worker found other data or another base model than its job expects.
             KeyboardInterrupt: a person or a signal stopped the run.
             WorkerError: workers cannot start.
-            All open jobs were cancelled before the first two are raised.
+            All open jobs were cancelled before the first three are raised.
         """
         self._source = source
         self._jobs.queue.extend(resumed)
@@ -285,6 +287,8 @@ class Dispatcher:
                 return  # sent before the job was lost or ended
             if isinstance(event, WaitingEvent):
                 self._announce(f"{job.key}: {event.message}")
+            elif isinstance(event, InputsChangedEvent):
+                self._refuse_inputs(job, event)
             else:
                 self._advance(job, event)
 
@@ -306,6 +310,15 @@ class Dispatcher:
             case JobPhase.PRUNING:
                 job.phase = JobPhase.PRUNING
                 self._pool.engine.stop(job.key, "pruned")
+
+    def _refuse_inputs(self, job: Job, event: InputsChangedEvent) -> NoReturn:
+        """End the run, and leave the job open, so that the next run continues it."""
+        if job.phase is JobPhase.DROPPING:
+            job.cancel()
+            self._end(job)
+        else:
+            self._jobs.requeue(job, first=True)
+        raise InputsChanged(f"{job.key} found other data or another base model:\n{event.message}")
 
     def _lost(self, job: Job, event: LostEvent) -> None:
         """Give a job whose worker died another attempt, or end it."""
@@ -349,7 +362,7 @@ class Dispatcher:
             event = self._listen()
             # only silence counts: a trial that still writes its checkpoint may take longer
             silent_s += POLL_SECONDS if event is None else 0.0
-            if isinstance(event, EndedEvent | LostEvent):
+            if isinstance(event, EndedEvent | LostEvent | InputsChangedEvent):
                 with suppress(StudyError):  # the run ends already
                     self._route(event)
         for job in self._jobs.all():

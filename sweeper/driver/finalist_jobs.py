@@ -7,8 +7,10 @@ from typing import ClassVar
 
 from sweeper.config.settings import TrialSettings
 from sweeper.config.space import Point
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import HeldOutKind, HeldOutLosses, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.jobs import Job, JobPhase, LostCause
 from sweeper.driver.study_services import StudyServices
 from sweeper.reporting.finalist_results import FinalistResult, SeedRepeat
@@ -36,6 +38,9 @@ class FinalistTraining(Job):
     settings: TrialSettings
     view: TrialProgress
     services: StudyServices
+    expected: InputDigests
+    """Digests that the training must find."""
+    identity: TrialIdentity
     outcome: Outcome | None = None
     stoppable: ClassVar[bool] = True
 
@@ -51,6 +56,7 @@ class FinalistTraining(Job):
 
     def send(self, engine: Engine, worker: int) -> JobPhase:
         """See Job."""
+        write_identity(self.record.folder, self.identity)
         self.view.state = "running"
         self.services.board.add(self.view)
         self.services.tracker.start(self.record)
@@ -62,6 +68,7 @@ class FinalistTraining(Job):
                 folder=self.record.folder.path.resolve(),
                 settings=self.settings,
                 provenance={**self.record.tags, "attempt": self.attempt},
+                expected=self.expected,
             ),
         )
         return JobPhase.RUNNING
@@ -111,6 +118,8 @@ class JudgeJob(Job):
     folder: TrialFolder | None
     """The folder of the judged trial, or None for the untuned base."""
     kinds: tuple[HeldOutKind, ...]
+    expected: InputDigests | None = None
+    """Digests that the judgement must find."""
     losses: HeldOutLosses | None = None
     problem: str | None = None
     """The reason for no losses."""
@@ -131,6 +140,7 @@ class JudgeJob(Job):
                 settings=self.settings,
                 folder=None if self.folder is None else self.folder.path.resolve(),
                 kinds=self.kinds,
+                expected=self.expected,
             ),
         )
         return JobPhase.RUNNING

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.config.input_sources import expected_inputs
 from sweeper.config.settings import FinalistSettings
 from sweeper.core.outcome import ArmBaseline, Outcome
-from sweeper.driver.arm_context import known_inputs
 from sweeper.driver.budget import ArmBudget, typical_seconds
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_jobs import Candidate, FinalistTraining
@@ -102,13 +102,12 @@ class FinalistRuns:
         params = recorded(settings, searched=candidate.point)
         record = TrialRecord(key, folder, params, tags, dataset_record(facts, settings.data))
         view = TrialProgress(key=key, arm=_title(arm), number=number, point=candidate.point)
-        return FinalistTraining(record, settings, view, self.services)
+        expected = expected_inputs(facts, arm.settings.trial, settings)
+        identity = self.services.claims.claim(record, settings, expected)
+        return FinalistTraining(record, settings, view, self.services, expected, identity)
 
     def _train(self, arm: ArmPlan, candidates: Sequence[Candidate], facts: ArmBaseline) -> None:
         trainings = [training for each in candidates for training in each.trainings]
-        for training in trainings:
-            inputs = known_inputs(arm.settings.trial, facts, training.settings)
-            self.services.claims.claim(training.record, training.settings, inputs)
         missing = [training for training in trainings if not training.reuse_outcome()]
         if missing:
             numbers = ", ".join(str(each.number) for each in candidates)

@@ -94,7 +94,12 @@ class RunningTrial(Job):
         settings, adopted = self.prepared.settings, self.context.adopted
         size = self.sizes.size(settings)
         if size is None and adopted is None:
-            check = CheckCommand(job=self.key, attempt=self.attempt, settings=settings.trial)
+            check = CheckCommand(
+                job=self.key,
+                attempt=self.attempt,
+                settings=settings.trial,
+                expected=self.context.inputs(settings.trial),
+            )
             engine.send(worker, check)
             return JobPhase.CHECKING
         if size is not None:  # an adopted model has none, because it is not trained
@@ -114,6 +119,7 @@ class RunningTrial(Job):
                 settings=settings.trial.with_rank(None if size is None else size.rank),
                 provenance={**self.context.origin, "attempt": self.attempt},
                 adopted=None if adopted is None else adopted.model,
+                expected=self.context.inputs(settings.trial),
             ),
         )
         return JobPhase.RUNNING

@@ -9,6 +9,7 @@ from typing import ClassVar
 from rich.console import Console
 
 from sweeper.config.settings import TrialSettings, metric_words
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, Outcome, TrialSize
 from sweeper.driver.arm_probe import run_probe
 from sweeper.driver.dispatcher import Dispatcher
@@ -38,6 +39,8 @@ class SingleTrial(Job):
     console: Console
     size: TrialSize | None = None
     outcome: Outcome | None = None
+    expected: InputDigests | None = None
+    """Digests of the probe, which the training must find again."""
     stoppable: ClassVar[bool] = True
 
     def run(self, dispatcher: Dispatcher, accept: Callable[[ArmBaseline], None]) -> Outcome:
@@ -49,6 +52,7 @@ class SingleTrial(Job):
 
         Raises:
             KeyboardInterrupt: a person or a signal stopped the trial.
+            InputsChanged: data or base model were changed after the probe.
             WorkerError: workers cannot start.
         """
         answer = run_probe(dispatcher, "single", self.settings)
@@ -57,6 +61,7 @@ class SingleTrial(Job):
         if answer.facts is None:
             return Outcome(cause="refused", message=answer.message)
         self._describe(answer.facts)
+        self.expected = answer.facts.inputs
         accept(answer.facts)
         dispatcher.run(JobList([self]))
         assert self.outcome is not None, "the dispatcher runs a job to its outcome"
@@ -70,7 +75,12 @@ class SingleTrial(Job):
     def send(self, engine: Engine, worker: int) -> JobPhase:
         """See Job: a check first, then the trial."""
         if self.size is None:
-            check = CheckCommand(job=self.key, attempt=self.attempt, settings=self.settings)
+            check = CheckCommand(
+                job=self.key,
+                attempt=self.attempt,
+                settings=self.settings,
+                expected=self.expected,
+            )
             engine.send(worker, check)
             return JobPhase.CHECKING
         self.record = replace(self.record, params=recorded(self.settings, self.size))
@@ -83,6 +93,7 @@ class SingleTrial(Job):
                 folder=self.record.folder.path.resolve(),
                 settings=self.settings.with_rank(self.size.rank),
                 provenance=dict(self.record.tags),
+                expected=self.expected,
             ),
         )
         return JobPhase.RUNNING

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from optuna.storages import BaseStorage
 
+from sweeper.config.input_sources import describe_changes, expected_inputs
 from sweeper.config.settings import metric_words
-from sweeper.core.errors import StudyError
+from sweeper.core.errors import InputsChanged, StudyError, StudyMismatch
 from sweeper.core.outcome import ArmBaseline, BaselineRun
 from sweeper.core.value import MemoryShortfall
 from sweeper.driver.arm_context import ArmContext
@@ -50,6 +51,8 @@ class StudyRun:
     """Called when an arm's study is known to answer the plan's question."""
     _ran: dict[str, int] = field(default_factory=dict)
     """The total to which each arm was run."""
+    _probed: dict[str, tuple[ArmPlan, ArmBaseline]] = field(default_factory=dict)
+    """The arms that this run has probed, and the facts about them."""
     _devices: int = 0
     """The devices of each worker in the pool."""
     _announced: bool = False
@@ -62,9 +65,16 @@ class StudyRun:
         """Run everything that the plan wants.
 
         Raises:
+            StudyMismatch: data or base model were changed while the study ran.
             SweeperError: the study cannot continue.
             KeyboardInterrupt: a person or a signal stopped the study.
         """
+        try:
+            self._run_arms()
+        except InputsChanged as changed:
+            raise self._mismatch(changed) from changed
+
+    def _run_arms(self) -> None:
         self.commands.catch_up()
         while (arm := self._next_arm()) is not None:
             self._host([arm])
@@ -111,6 +121,7 @@ class StudyRun:
         if isinstance(facts, MemoryShortfall):
             self._leave_out(arm, facts)
             return
+        self._require_same_inputs(arm, facts)
         arm = self._state.arm(arm.name)  # a command may have raised its total during the probe
         context = self._open_arm(arm, facts, adopted)
         search = ArmSearch(
@@ -119,6 +130,35 @@ class StudyRun:
         search.run(self.dispatcher)
         # its trial has a copy now
         shutil.rmtree(self.services.folder.adopted(arm.name), ignore_errors=True)
+
+    def _require_same_inputs(self, arm: ArmPlan, facts: ArmBaseline) -> None:
+        """Refuse an arm that finds other files than an arm before it, where both name the same.
+
+        Raises:
+            InputsChanged: arms that are compared with each other would answer different questions.
+        """
+        settings = arm.settings.trial
+        for other, known in self._probed.values():
+            expected = expected_inputs(known, other.settings.trial, settings)
+            if lines := describe_changes(expected, facts.inputs, settings):
+                words = (
+                    f"arm {arm.name} found other data or another base model than arm {other.name}"
+                )
+                raise InputsChanged("\n".join([f"{words}:", *lines]))
+        self._probed[arm.name] = arm, facts
+
+    def _mismatch(self, changed: InputsChanged) -> StudyMismatch:
+        name = self._state.plan.study.study_name
+        commits = {facts.base_commit for _, facts in self._probed.values()} - {None}
+        return StudyMismatch(
+            f"study {name!r} was stopped, because its data or base model were changed while it ran. "
+            f"{changed}\n"
+            "  ways out:\n"
+            "    continue this study:    put the earlier files back, and give the same command again\n"
+            f"    start a new study:      hydra.sweeper.study_name={name}_2"
+            # a branch of the hub may have moved
+            + "".join(f"\n    take the hub's commit:  model.revision={each}" for each in commits)
+        )
 
     def _open_arm(
         self, arm: ArmPlan, facts: ArmBaseline, adopted: BaselineRun | None

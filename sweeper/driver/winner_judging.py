@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeper.config.decisive_settings import settings_digest
+from sweeper.config.input_sources import expected_inputs
+from sweeper.config.settings import TrialSettings
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, ExampleLosses, HeldOutKind, HeldOutLosses
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.trial_identity import TrialIdentity
-from sweeper.driver.arm_context import known_inputs
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_jobs import Candidate, JudgeJob
 from sweeper.driver.folder_claims import contradictions
@@ -39,7 +40,7 @@ class WinnerJudging:
         kinds = self._kinds()
         if not kinds:
             return ArmConclusion(final)
-        untuned = JudgeJob(f"{self._trial_key}_untuned", self.winner.settings, None, kinds)
+        untuned = self._job("untuned", self.winner.settings, None, kinds)
         seeds = self._seed_jobs(kinds)
         jobs = [untuned, *seeds.values()]
         self._judge(jobs, dispatcher)
@@ -68,9 +69,19 @@ class WinnerJudging:
             if training.complete:
                 trained[training.settings.seed] = (training.record.folder, training.settings)
         return {
-            seed: JudgeJob(f"{self._trial_key}_seed_{seed}", settings, folder, kinds)
+            seed: self._job(f"seed_{seed}", settings, folder, kinds)
             for seed, (folder, settings) in trained.items()
         }
+
+    def _job(
+        self,
+        name: str,
+        settings: TrialSettings,
+        folder: TrialFolder | None,
+        kinds: tuple[HeldOutKind, ...],
+    ) -> JudgeJob:
+        # the seed does not change what is read
+        return JudgeJob(f"{self._trial_key}_{name}", settings, folder, kinds, self._inputs)
 
     def _owns(self, folder: TrialFolder) -> bool:
         """Return True if the winner's folder holds the winner's model, and say so if it does not."""
@@ -95,7 +106,7 @@ class WinnerJudging:
     @property
     def _inputs(self) -> InputDigests:
         winner = self.winner
-        return known_inputs(winner.arm.settings.trial, self.facts, winner.settings)
+        return expected_inputs(self.facts, winner.arm.settings.trial, winner.settings)
 
     def _files(self, job: JudgeJob) -> dict[HeldOutKind, Path]:
         """Return the file in which a model's losses on each kind of text are kept."""

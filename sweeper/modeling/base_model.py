@@ -6,6 +6,7 @@ Independent of adapters and training.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,12 +23,15 @@ from transformers import (
 
 from sweeper.config.settings import ModelSettings, QuantizationSettings
 from sweeper.core.errors import ModelError
+from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
 from sweeper.modeling.model_source import (
     NO_CODE,
+    config_digest,
     find_source,
+    load_tokenizer,
     one_line,
     weights_bytes,
     weights_digest,
@@ -43,12 +46,19 @@ class LoadedBase:
     tokenizer: PreTrainedTokenizerBase
     digest: str
     """sha256 of the weight files."""
+    config_digest: str
+    """sha256 of the configuration."""
     commit: str | None
     """The hub's commit hash of the files, or None for files that are not from the hub."""
     compute_dtype: torch.dtype
     """Dtype of the forward pass. Trained weights are always fp32."""
     dtype_reason: str
     """Reason for the dtype as text, such as "bfloat16: the GPU (sm_80) computes in it"."""
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """The sha256 of the tokenizer with its chat template."""
+        return tokenizer_digest(self.tokenizer)
 
 
 def load_base(
@@ -68,18 +78,31 @@ def load_base(
     on = device()
     precision = choose_dtype(settings.dtype, on)
     dtype = torch.float32 if trained else precision.dtype
-    digest = weights_digest(source.folder)
+    where = f"model.base_model={settings.base_model!r}"
+    digest, configured = weights_digest(source.folder), config_digest(source.folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    tokenizer = load_tokenizer(source.folder, where)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, **NO_CODE)
         if quantization.kind == "none":
             model = _load(source.folder, settings, options)
         else:
-            model = _quantized(source.folder, settings, quantization, options, digest)
+            digests = (digest, configured)
+            model = _quantized(source.folder, settings, quantization, options, digests)
     except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
+        raise ModelError(one_line(where, error)) from error
+    # The digests stand for what was loaded, so the files must not change in between
+    if (weights_digest(source.folder), config_digest(source.folder)) != (digest, configured):
+        raise ModelError(f"{where}: its files were changed while they were loaded")
     complete_tokenizer(tokenizer, model, settings)
-    return LoadedBase(model, tokenizer, digest, source.commit, precision.dtype, str(precision))
+    return LoadedBase(
+        model,
+        tokenizer,
+        digest,
+        configured,
+        source.commit,
+        precision.dtype,
+        str(precision),
+    )
 
 
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
@@ -101,7 +124,7 @@ def _quantized(
     settings: ModelSettings,
     quantization: QuantizationSettings,
     options: dict[str, Any],
-    digest: str,
+    digests: tuple[str, str],
 ) -> PreTrainedModel:
     """Return a quantized base prepared for adapters, from the cache if that is faster."""
     config = bits_and_bytes(quantization, options["dtype"], device())
@@ -121,7 +144,7 @@ def _quantized(
         # The full configuration, so a changed default of transformers changes the key
         decided = config.to_json_string(use_diff=False)
         key = quantized_cache.QuantizationKey(
-            digest, decided, dtype_name(options["dtype"]), device().type
+            *digests, decided, dtype_name(options["dtype"]), device().type
         )
         model = quantized_cache.quantized_once(key, quantized_cache.cache_folder(), quantize, load)
     prepared: PreTrainedModel = prepare_model_for_kbit_training(

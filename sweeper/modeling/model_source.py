@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,13 +22,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from sweeper.builtin import stand_ins
 from sweeper.builtin.embedded import BASE_DIR
 from sweeper.builtin.stand_in_models import model_folder
 from sweeper.config.settings import EMBEDDED, ModelSettings
 from sweeper.core.errors import ModelError, first_line
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.regular_files import irregular_in
 
 CONFIG = ("config.json", "adapter_config.json")
@@ -38,6 +39,8 @@ NOT_THE_MODEL = ("*/*.safetensors", "*/*.json", "consolidated*")
 """Patterns of second copies of the weights that some repositories contain."""
 NO_CODE = {"trust_remote_code": False}
 """Option for every from_pretrained. The default would ask at the terminal about running remote code."""
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+"""Keys of a configuration that change with a copy of the model, and change no computation here."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEMPLATES = "additional_chat_templates"
 """Folder of a model's further chat templates, which its tokenizer reads."""
@@ -138,11 +141,17 @@ def load_config(settings: ModelSettings) -> PretrainedConfig:
     Raises:
         ModelError: see `find_source`, or transformers does not support the configuration.
     """
+    return load_config_and_digest(settings)[0]
+
+
+def load_config_and_digest(settings: ModelSettings) -> tuple[PretrainedConfig, str]:
+    """Return the configuration of a base model and its digest. See `load_config`."""
     source = _locate(settings, CONFIG)
     require_unquantized_base(source.folder, f"model.base_model={settings.base_model!r}")
     require_layers(source.folder, f"model.base_model={settings.base_model!r}")
     try:
-        return AutoConfig.from_pretrained(source.folder, **NO_CODE)
+        config = AutoConfig.from_pretrained(source.folder, **NO_CODE)
+        return config, config_digest(source.folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
 
@@ -153,21 +162,81 @@ def one_line(where: str, error: BaseException) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """Return the sha256 over the safetensors files of a folder, in the order of their names."""
-    # Cached by size and time, because hashing takes a second per GiB and each load asks for the digest
-    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-    return _digest(tuple((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats))
+    """Return the sha256 over the safetensors files of a folder, in the order of their names.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    try:
+        return _digest(tuple(map(_state, sorted(folder.glob("*.safetensors")))))
+    except OSError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
+FileState = tuple[Path, int, int, int, int]
+
+
+def _state(path: Path) -> FileState:
+    # Size and time of modification stay if `cp -p` or `rsync -t` replaces a file
+    stat = path.stat()
+    return path, stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns
 
 
 @lru_cache(maxsize=8)
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
+def _digest(files: tuple[FileState, ...]) -> str:
+    # Cached, because hashing takes a second per GiB and each load asks for the digest
     digest = hashlib.sha256()
-    for path, _, _ in files:
+    for path, *_ in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(2**20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def config_digest(folder: Path) -> str:
+    """Return the sha256 of a base model's configuration.
+
+    Raises:
+        ModelError: config.json cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        config = _lasting(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(one_line(str(path), error)) from error
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _lasting(value: object) -> object:
+    """Return a configuration without VOLATILE keys, also in the configurations of its parts."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _lasting(each) for key, each in value.items() if key not in VOLATILE}
+
+
+def load_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder.
+
+    Raises:
+        ModelError: the folder has none, or its files are broken.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
+        raise ModelError(one_line(where, error)) from error
+    return tokenizer
+
+
+def read_base_files(settings: ModelSettings) -> InputDigests:
+    """Return the digests of a base model's weights and configuration.
+
+    Raises:
+        ModelError: see `find_source`, or a file of the model or its tokenizer cannot be read.
+    """
+    folder = find_source(settings).folder
+    load_tokenizer(folder, f"model.base_model={settings.base_model!r}")
+    return InputDigests(base=weights_digest(folder), config=config_digest(folder))
 
 
 def weights_bytes(folder: Path) -> int:

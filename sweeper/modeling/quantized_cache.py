@@ -49,6 +49,8 @@ class QuantizationKey:
 
     base: str
     """Digest of the weight files."""
+    config: str
+    """Digest of the configuration, which an entry contains as well."""
     quantization: str
     """Quantization settings as JSON, without `auto`."""
     dtype: str

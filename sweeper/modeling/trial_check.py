@@ -25,7 +25,7 @@ from sweeper.modeling.memory_estimate import (
     model_on_meta,
     quantized_weights,
 )
-from sweeper.modeling.model_source import load_config
+from sweeper.modeling.model_source import load_config_and_digest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +41,8 @@ class ModelChecks:
     """Checks trials against their models, and caches configurations and results."""
 
     def __init__(self) -> None:
-        self._configs: dict[str, PretrainedConfig] = {}
+        self._configs: dict[str, tuple[PretrainedConfig, str]] = {}
+        """Configurations and their digests by the model's settings."""
         self._sizes: dict[str, TrialSize] = {}
 
     def size(self, settings: TrialSettings, on: torch.device) -> TrialSize:
@@ -54,11 +55,18 @@ class ModelChecks:
         # A check costs about a CPU second on an 8B architecture. `structure` is all it depends on
         key = settings.structure
         if key not in self._sizes:
-            model_key = settings.model.model_dump_json()
-            if model_key not in self._configs:
-                self._configs[model_key] = load_config(settings.model)
-            self._sizes[key] = size_on_meta(settings, self._configs[model_key], on)
+            self._sizes[key] = size_on_meta(settings, self._config(settings)[0], on)
         return self._sizes[key]
+
+    def config_digest(self, settings: TrialSettings) -> str:
+        """Return the digest of the configuration that a trial was checked against."""
+        return self._config(settings)[1]
+
+    def _config(self, settings: TrialSettings) -> tuple[PretrainedConfig, str]:
+        key = settings.model.model_dump_json()
+        if key not in self._configs:
+            self._configs[key] = load_config_and_digest(settings.model)
+        return self._configs[key]
 
 
 def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.device) -> TrialSize:

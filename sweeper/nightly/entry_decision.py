@@ -15,7 +15,7 @@ from sweeper.core.paths import StudyFolder
 from sweeper.driver.device_time import spent_seconds
 from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord
 from sweeper.nightly.nightly_set import LoadedSet, SetEntry
-from sweeper.nightly.study_identity import identity, question_of
+from sweeper.nightly.study_identity import identity, question_of, with_templates
 from sweeper.search.study import counted, find_study, open_storage
 from sweeper.search.study_plan import StudyPlan
 
@@ -115,7 +115,7 @@ def _trained_nights(entry: SetEntry, history: Sequence[NightRecord]) -> list[Ent
 def _choose(entry: SetEntry, parts: dict[str, str], last: EntryRecord | None) -> tuple[str, str]:
     if last is None or last.decided is None:
         return "new", "first night"
-    before = last.decided.identity
+    before = with_templates(last.decided.identity, parts)
     if entry.policy == "fresh":
         return "new", "policy fresh starts a study every night"
     if entry.policy == "continue":

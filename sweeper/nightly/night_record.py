@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError
 from sweeper.config.settings import Objective, stored_text
 from sweeper.config.space import Scalar
 from sweeper.core.errors import StudyError
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.paths import NightFolder, NightsFolder, write_atomic
 from sweeper.core.value import FrozenValue
 from sweeper.nightly.champion import ChampionDecision
@@ -30,7 +31,10 @@ FORMAT = 1
 default instead."""
 # Suffixes, because each part begins with the name of its arm.
 JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.max_samples")
-"""Suffixes of the identity parts that must be equal for two values to be comparable."""
+"""Suffixes of the identity parts that must be equal for two values to be comparable, if the digests
+of what was judged are not known."""
+METRIC = ": objective.metric"
+"""Suffix of the part that must be equal besides these digests."""
 
 
 class BestTrial(FrozenValue):
@@ -44,6 +48,8 @@ class BestTrial(FrozenValue):
     """The untuned base's value of the same metric."""
     objective: Objective
     point: dict[str, Scalar]
+    inputs: InputDigests | None = None
+    """Digests of what the study's models were judged on. None: an earlier version stored the record."""
 
     def gain(self, over: BestTrial) -> float:
         """Return the improvement over another trial. Below zero this trial is worse."""
@@ -176,8 +182,19 @@ def comparable(entry: EntryRecord, last: EntryRecord) -> bool:
     if entry.decided is None or last.decided is None:
         return False
     then, now = last.decided.identity, entry.decided.identity
+    judged = _judged_alike(entry.best, last.best)
+    if judged is not None:
+        return judged and all(then.get(part) == now[part] for part in now if part.endswith(METRIC))
     # A changed space or sampler finds another best, but measures it in the same way.
     return all(stored_text(then, part) == now[part] for part in now if part.endswith(JUDGED_ON))
+
+
+def _judged_alike(best: BestTrial | None, last: BestTrial | None) -> bool | None:
+    """Return True if two trials were judged on the same rows and base model, None if that is unknown."""
+    if best is None or last is None or best.inputs is None or last.inputs is None:
+        return None
+    known = [(each.judged, each.base, each.config) for each in (best.inputs, last.inputs)]
+    return None if None in (*known[0], *known[1]) else known[0] == known[1]
 
 
 def regressed(entry: EntryRecord, last: EntryRecord | None, tolerance: float) -> bool:

@@ -416,6 +416,7 @@ def _best(arm: ArmResult) -> BestTrial | None:
         base_value=arm.base_value,
         objective=arm.objective,
         point=dict(found.params),
+        inputs=arm.facts.inputs,
     )
 
 

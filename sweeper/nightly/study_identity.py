@@ -6,6 +6,7 @@ night is worth running. All others also decide whether a study may be continued.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -19,6 +20,8 @@ from sweeper.search.study import settings_as_json
 from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.provenance import provenance
 
+TEMPLATE = ": template file"
+"""Suffix of the part with the digest of a template that data.template names by its path."""
 CODE = "code "
 """Prefix of the parts that hold versions of programs."""
 HUB_SECONDS = 20.0
@@ -40,11 +43,25 @@ def identity(plan: StudyPlan) -> dict[str, str]:
         # Arms usually share their data, and reading them takes long.
         digests[key] = digests.get(key) or load_splits(data).digest
         parts[f"{arm.name}: data digest"] = digests[key]
+        parts |= _template_part(arm.name, Path(data.template).expanduser())
         parts[f"{arm.name}: adopted run"] = arm.run_id or "none"
         parts[f"{arm.name}: base model"] = _base_version(arm.settings.model)
         parts |= {f"{arm.name}: space {key}": str(domain) for key, domain in arm.space.items()}
         parts |= {f"{arm.name}: {key}": text for key, text in settings_as_json(arm).items()}
     return parts | _code(plan)
+
+
+def _template_part(arm: str, path: Path) -> dict[str, str]:
+    """Return the part of a template file, or nothing for a template that is known by its name."""
+    # Without it the study of a changed template would refuse to be continued, every night.
+    if not path.is_file():
+        return {}
+    return {f"{arm}{TEMPLATE}": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def with_templates(before: dict[str, str], now: dict[str, str]) -> dict[str, str]:
+    """Return a stored identity, with today's template files where an earlier version stored none."""
+    return {**{name: now[name] for name in now if name.endswith(TEMPLATE)}, **before}
 
 
 def question_of(parts: dict[str, str]) -> dict[str, str]:

@@ -8,14 +8,16 @@ driver and is reattached.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
 
 from sweeper.config.decisive_settings import decisive_settings
+from sweeper.config.input_sources import named_by
 from sweeper.config.settings import TrialSettings, changed_parts, stored_text
 from sweeper.config.space import (
     Choice,
@@ -30,6 +32,7 @@ from sweeper.config.space import (
     walk,
 )
 from sweeper.core.errors import StudyError, StudyMismatch
+from sweeper.core.input_digests import ASKED, INPUT_NAMES
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
 from sweeper.search.pruning import make_pruner
@@ -38,7 +41,11 @@ from sweeper.search.storage import PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.telling import counts
 
-DATA_DIGEST, BASE_DIGEST = "data digest", "base model digest"
+DTYPE = "computed dtype"
+TARGET_TOKENS = "target tokens of the validation split"
+"""Stands for the digest of the judged rows in questions that earlier versions stored."""
+_ASKED = {INPUT_NAMES[name]: name for name in ASKED}
+MEASURED = (*_ASKED, DTYPE, TARGET_TOKENS)
 """Parts of a question that are known once a worker has loaded the data and the model."""
 FORMAT = 1
 """Version of an arm's study in Optuna's storage: its attributes, and those of its trials. It rises only
@@ -275,8 +282,28 @@ def question(plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> dict[str, str
 
     The number of trials, the sampler and package versions are not part of the question.
     """
-    digests = {DATA_DIGEST: facts.data_digest, BASE_DIGEST: facts.base_digest}
-    return {**digests, **_configured_question(plan, arm)}
+    found = facts.inputs.model_dump()
+    digests = {part: found[name] for part, name in _ASKED.items() if found[name] is not None}
+    return {**digests, DTYPE: facts.dtype, **_configured_question(plan, arm)}
+
+
+def completed_questions(
+    study: optuna.Study, asked: dict[str, str], facts: ArmBaseline
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return a stored question and today's with the parts that earlier versions did not store.
+
+    Those versions stored the facts of their runs. What these do not tell is taken to be as it is today.
+    """
+    before: dict[str, str] = study.user_attrs["question"]
+    then: Mapping[str, Any] = study.user_attrs.get("facts", {})
+    known = {DTYPE: then.get("dtype", facts.dtype)}
+    added = {part: known.get(part, asked[part]) for part in MEASURED if part in asked}
+    tokens = then.get("target_tokens", facts.target_tokens)
+    # The same texts under another template or tokenizer have other target tokens
+    if INPUT_NAMES["judged"] not in before and tokens != facts.target_tokens:
+        added[TARGET_TOKENS] = str(tokens)
+        asked = {**asked, TARGET_TOKENS: str(facts.target_tokens)}
+    return {**added, **before}, asked
 
 
 def require_same_settings(study: optuna.Study, plan: StudyPlan, arm: ArmPlan) -> None:
@@ -286,7 +313,7 @@ def require_same_settings(study: optuna.Study, plan: StudyPlan, arm: ArmPlan) ->
         StudyMismatch: the study of this name has other spaces or settings.
     """
     before: dict[str, str] = study.user_attrs.get("question", {})
-    known = {key: text for key, text in before.items() if key not in (DATA_DIGEST, BASE_DIGEST)}
+    known = {key: text for key, text in before.items() if key not in MEASURED}
     if known:
         _refuse_changes(known, _configured_question(plan, arm), plan, arm)
 
@@ -311,12 +338,20 @@ def settings_as_json(arm: ArmPlan) -> dict[str, str]:
 
 def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
     asked = question(plan, arm, facts)
-    before = study.user_attrs.get("question")
-    if before is None:
+    if "question" not in study.user_attrs:
         study.set_user_attr("format", FORMAT)
         study.set_user_attr("question", asked)
         return
-    _refuse_changes(before, asked, plan, arm)
+    before, now = completed_questions(study, asked, facts)
+    _refuse_changes(before, now, plan, arm)
+    if before != study.user_attrs["question"]:
+        study.set_user_attr("question", before)
+
+
+def _files_of(part: str, arm: ArmPlan) -> str:
+    """Return the settings in brackets that name the files behind a measured part."""
+    name = "judged" if part == TARGET_TOKENS else _ASKED.get(part)
+    return "" if name is None else named_by((name,), arm.settings.trial)
 
 
 def _refuse_changes(
@@ -327,6 +362,7 @@ def _refuse_changes(
         page = StudyFolder(Path(plan.settings.output_dir) / name).page
         lines = [
             f"    {key}: {stored_text(before, key) or 'absent'} then, {asked.get(key, 'absent')} now"
+            f"{_files_of(key, arm)}"
             for key in changed
         ]
         raise StudyMismatch(

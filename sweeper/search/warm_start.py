@@ -23,6 +23,8 @@ from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
 from sweeper.search.states import STATES
 from sweeper.search.study import (
+    MEASURED,
+    completed_questions,
     open_storage,
     optuna_name,
     point_of,
@@ -34,7 +36,7 @@ from sweeper.search.study import (
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.telling import counts
 
-SAME = ("objective.metric", "objective.direction", "costs", "data digest", "base model digest")
+SAME = ("objective.metric", "objective.direction", "costs", *MEASURED)
 """Parts of the question in which a study and the study it forks must agree."""
 RUNG = "completed_rung_"
 """Prefix of Optuna's attribute for a trial's value at a rung. The rung's number follows."""
@@ -214,10 +216,12 @@ def _link(new: Path, old: Path) -> None:
 
 # Spaces may differ in a fork; what makes values comparable may not.
 def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
-    before, now = old.user_attrs["question"], question(plan, arm, facts)
+    before, now = completed_questions(old, question(plan, arm, facts), facts)
     then = {key: stored_text(before, key) for key in SAME}
     changed = [
-        f"    {key}: {then[key]} then, {now[key]} now" for key in SAME if then[key] != now[key]
+        f"    {key}: {then[key]} then, {now.get(key)} now"
+        for key in SAME
+        if then[key] != now.get(key)
     ]
     if changed:
         raise StudyMismatch(

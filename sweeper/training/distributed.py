@@ -23,6 +23,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from transformers import TrainerCallback, TrainerControl
 
 from sweeper.config.settings import TrialSettings
+from sweeper.core.input_digests import InputDigests
 from sweeper.modeling.hardware import device
 
 HOST = "127.0.0.1"
@@ -62,12 +63,17 @@ class RankGroup:
 
 SINGLE_PROCESS = RankGroup()
 
-Join = Callable[[TrialSettings, Path], AbstractContextManager[RankGroup]]
-"""Starts the ranks that a trial with these settings needs. All of them use its checkpoint folder."""
+Join = Callable[[TrialSettings, Path, InputDigests], AbstractContextManager[RankGroup]]
+"""Starts the ranks that a trial with these settings needs.
+
+All of them use its checkpoint folder, and must find the digests of what the leader has loaded.
+"""
 
 
 @contextmanager
-def single_process(settings: TrialSettings, checkpoints: Path) -> Iterator[RankGroup]:
+def single_process(
+    settings: TrialSettings, checkpoints: Path, found: InputDigests
+) -> Iterator[RankGroup]:
     """Yield a group of this process alone: the default Join of a runner without followers."""
     assert settings.training.devices_per_trial == 1, "only a runner with followers can gather them"
     yield SINGLE_PROCESS

@@ -17,6 +17,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from sweeper.config.compose import read_yaml
+from sweeper.config.input_sources import describe_changes
 from sweeper.config.settings import (
     DataSettings,
     GeneralTextSettings,
@@ -24,9 +25,10 @@ from sweeper.config.settings import (
     stored_settings,
 )
 from sweeper.core.errors import ArtifactError, DataError, SweeperError
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
-from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest
-from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest, Outcome
+from sweeper.core.paths import TrialFolder, read_json, write_atomic
 from sweeper.data.encode import encode_evaluation
 from sweeper.data.examples import Example
 from sweeper.data.general_text import general_rows
@@ -34,7 +36,7 @@ from sweeper.data.splits import load_examples, load_splits, seen_texts
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import make_judge
 from sweeper.evaluation.token_loss import LossSum
-from sweeper.modeling.base_model import load_base
+from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.training.prepared_data import positions
 
 MIN_EXAMPLES = 20
@@ -49,7 +51,7 @@ def judge_on_gate(request: GateRequest) -> GateFigures:
     Raises:
         DataError: the gate or the general text cannot be read, too few rows of the gate are new to all
             models, or the models' tokens differ.
-        ArtifactError: an adapter is missing or differs from its manifest.
+        ArtifactError: an adapter is missing or differs from its manifest, or its base model was changed.
     """
     settings = {
         name: stored_settings(read_yaml(TrialFolder(folder).config))
@@ -136,6 +138,7 @@ def _losses(
         if not trial.adapter.is_dir():
             raise ArtifactError(f"{trial.adapter} is missing (deleted by `sweeper clean`?)")
         verify_manifest(trial.adapter)
+        _require_own_base(trial, settings, base)
         model = PeftModel.from_pretrained(base.model, str(trial.adapter))
     limit = positions(base.model)
     length = settings.data.max_length if isinstance(settings.data.max_length, int) else limit
@@ -159,6 +162,26 @@ def _losses(
         return judge(model).examples
 
     return losses(rows), losses(windows) if windows else []
+
+
+def _require_own_base(trial: TrialFolder, settings: TrialSettings, base: LoadedBase) -> None:
+    """Refuse an adapter whose base model was replaced since its training."""
+    # Its weights would be added to others, and it would lose against any challenger
+    found = InputDigests(base=base.digest, config=base.config_digest)
+    if lines := describe_changes(_trained_on(trial), found, settings):
+        raise ArtifactError(
+            "\n".join([f"{trial.adapter}: its base model has changed since its training:", *lines])
+        )
+
+
+def _trained_on(trial: TrialFolder) -> InputDigests:
+    """Return the digests of what a trial has read, as far as its version stored them."""
+    if trial.outcome.exists():
+        outcome = Outcome.model_validate_json(trial.outcome.read_text(encoding="utf-8"))
+        if outcome.inputs is not None:
+            return outcome.inputs
+    stored = read_json(trial.provenance) if trial.provenance.exists() else {}
+    return InputDigests(base=stored.get("base.digest"))
 
 
 def main(request: str, answer: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sweeper.config.settings import DataSettings, TrialSettings
 from sweeper.core.errors import DataError
+from sweeper.core.input_digests import InputDigests
 from sweeper.data.data_card import DataCard
 from sweeper.data.encode import EncodedSplit, encode_evaluation, encode_prompts, encode_train
 from sweeper.data.examples import ChatMessage, Example, RawRow
@@ -17,6 +18,7 @@ from sweeper.data.splits import DataSplits, load_splits
 from sweeper.data.token_cache import cache_folder, cached, fingerprint
 from sweeper.data.tokens import EncodedPrompt, Tokens
 from sweeper.evaluation.judge import HeldOutPrompts, ModelJudge, make_judge
+from sweeper.evaluation.judge_digest import judge_digest
 from sweeper.evaluation.sample_answers import require_unseen
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class PreparedData:
     """Tokens that the model can attend to, or None if its configuration names no limit."""
     _general: dict[str, list[Tokens]] = field(default_factory=dict, repr=False, compare=False)
     """Windows of general text, by the settings of the general text as JSON."""
+    _judged: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
+    """Digests of the judged rows, by base model and the settings of the evaluation as JSON."""
 
     @cached_property
     def card(self) -> DataCard:
@@ -52,6 +56,30 @@ class PreparedData:
         """The validation examples as prompts with reference answers, or None if there are none."""
         examples = self.splits.examples["validation"]
         return HeldOutPrompts.of(encode_prompts(examples, self.tokenizer, self.settings))
+
+    @cached_property
+    def data_digest(self) -> str:
+        """The sha256 over the examples of all splits."""
+        return self.splits.digest
+
+    def inputs(self, settings: TrialSettings, base: LoadedBase) -> InputDigests:
+        """Return the digests of the data: their texts, and their rows as a model sees them.
+
+        Raises:
+            DataError: the template cannot render a prompt.
+            ConfigError: a user-defined metric cannot be imported.
+        """
+        key = f"{base.digest} {base.config_digest} {settings.evaluation.model_dump_json()}"
+        if key not in self._judged:
+            judge = self.judge(settings, base)
+            rows = self.validation.digest
+            self._judged[key] = judge_digest(judge, rows, settings, base.model)
+        return InputDigests(
+            data=self.data_digest,
+            judged=self._judged[key],
+            trained=self.train.digest,
+            test=None if self.test is None else self.test.digest,
+        )
 
     def judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
         """Return the judge of the whole validation split."""

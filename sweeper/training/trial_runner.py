@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from sweeper.core.errors import (
     ConfigError,
     DataError,
     DoesNotFit,
+    InputsChanged,
     ModelError,
     TrialDiverged,
 )
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import (
     ArmBaseline,
@@ -57,12 +59,13 @@ from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_
 from sweeper.training.baseline_model import require_same_architecture, store_model
 from sweeper.training.distributed import Join, RankGroup, single_process
 from sweeper.training.export import export_merged, merged_figures
+from sweeper.training.job_inputs import JobInputs
 from sweeper.training.memory_budget import MemoryBudget
 from sweeper.training.micro_batch import halved, out_of_memory, resolve
 from sweeper.training.observer import TrialObserver
 from sweeper.training.optimizer import forget_states
 from sweeper.training.outcome_metrics import best_figures, parameter_figures
-from sweeper.training.prepared_data import PreparedData, prepare
+from sweeper.training.prepared_data import PreparedData, positions, prepare
 from sweeper.training.prompt_answers import PromptAnswers
 from sweeper.training.schedule import advice
 from sweeper.training.sharded_trainer import load_sharded
@@ -100,7 +103,10 @@ class TransformersRunner:
         self._warm: dict[str, LoadedBase] = {}
         self._checksums: dict[str, dict[str, int]] = {}
         """Checksums of the warm base's weights as they were loaded."""
-        self._prepared: dict[tuple[str, str], PreparedData] = {}
+        self._prepared: dict[tuple[str, str, int | None], PreparedData] = {}
+        """Data by their settings, the tokenizer's digest and the model's positions."""
+        self._job = JobInputs()
+        """Digests that the current job expects, and those of what was loaded for it."""
         self._checks = ModelChecks()
         self._memory = MemoryBudget()
         self._join = join
@@ -146,18 +152,28 @@ class TransformersRunner:
         facts = self._arm_baseline(settings, base, prepared, judgement)
         return facts.model_copy(update={"general_digest": windows})
 
-    def check(self, settings: TrialSettings) -> TrialSize:
+    def check(self, settings: TrialSettings, expected: InputDigests | None = None) -> TrialSize:
         """Return the size of a trial without loading any weights.
 
         Raises:
+            InputsChanged: the trial is impossible on other files than the expected ones.
             ModelError: the trial is impossible on its model, or exceeds the device's memory.
             ConfigError: the settings do not fit this machine.
         """
+        with self._expecting(expected):
+            try:
+                return self._size(settings)
+            except ModelError:
+                self._job.require_base_files(settings)
+                raise
+
+    def _size(self, settings: TrialSettings) -> TrialSize:
         refuse_fp16_on_cpu(settings)
         size = self._checks.size(settings, device())
+        self._job.note(settings, InputDigests(config=self._checks.config_digest(settings)))
         data = settings.data.model_dump_json()
         # Activations are counted if an earlier trial's data tell the length of the longest row
-        known = (found for (key, _), found in self._prepared.items() if key == data)
+        known = (found for (key, *_), found in self._prepared.items() if key == data)
         self._memory.require(settings.with_rank(size.rank), size, next(known, None))
         return size
 
@@ -167,24 +183,29 @@ class TransformersRunner:
         folder: TrialFolder,
         provenance: Mapping[str, Any],
         observer: TrialObserver,
+        expected: InputDigests | None = None,
     ) -> Outcome:
         """Train one trial and write its folder. Failures of the trial itself are outcomes.
 
         Raises:
+            InputsChanged: data or base model differ from the expected ones. The checkpoints stay.
             Exception: an error in the code, which the worker reports with its traceback.
         """
         folder.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.lock, timeout=LOCK_SECONDS):
+        with FileLock(folder.lock, timeout=LOCK_SECONDS), self._expecting(expected):
+            started, costs = time.time(), TrialCosts.continued(folder.spent)
+            self._confirm_inputs(
+                settings, costs
+            )  # before anything of an earlier attempt is removed
             folder.clear_results()
             write_json(folder.provenance, provenance)
-            started, costs = time.time(), TrialCosts.continued(folder.spent)
             # The stored config has the decided rank, so that this file alone trains the same trial again
             settings, refusal = self._checked(settings)
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             outcome = refusal or self._outcome(settings, folder, observer, costs)
             outcome = self._on_clean_base(outcome)
             metrics = {**outcome.metrics, **finite(costs.metrics())}
-            outcome = outcome.model_copy(update={"metrics": metrics})
+            outcome = outcome.model_copy(update={"metrics": metrics, "inputs": self._job.found})
             text, document = training_log(settings, outcome, folder, started, costs)
             write_atomic(folder.log_text, text)
             write_json(folder.log_json, document)
@@ -201,16 +222,19 @@ class TransformersRunner:
         folder: TrialFolder,
         provenance: Mapping[str, Any],
         model: Path,
+        expected: InputDigests | None = None,
     ) -> Outcome:
         """Evaluate a model that another run trained on the validation split, and store it as a trial.
 
         All metrics come from this evaluation. The costs of the model's training are unknown here.
 
         Raises:
+            InputsChanged: data or base model differ from the expected ones.
             Exception: an error in the code, which the worker reports with its traceback.
         """
         folder.path.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.lock, timeout=LOCK_SECONDS):
+        with FileLock(folder.lock, timeout=LOCK_SECONDS), self._expecting(expected):
+            self._confirm_inputs(settings, TrialCosts())
             folder.clear_results()
             write_atomic(folder.config, to_yaml(settings.model_dump(mode="json")))
             write_json(folder.provenance, provenance)
@@ -218,6 +242,7 @@ class TransformersRunner:
                 outcome = self._judge_baseline(settings, folder, model)
             except (ModelError, DataError, ConfigError, ArtifactError) as error:
                 outcome = Outcome(cause="refused", message=str(error))
+            outcome = outcome.model_copy(update={"inputs": self._job.found})
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
         return outcome
 
@@ -242,7 +267,11 @@ class TransformersRunner:
         return Outcome(cause="finished", best_value=value, best_step=0, metrics=finite(metrics))
 
     def test(
-        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder | None,
+        kinds: Sequence[HeldOutKind],
+        expected: InputDigests | None = None,
     ) -> HeldOutLosses:
         """Evaluate a trial's stored artifact, or the untuned base, on texts that no search uses.
 
@@ -253,11 +282,19 @@ class TransformersRunner:
             settings: the trial's settings.
             folder: the trial's folder, or None for the untuned base.
             kinds: the texts to evaluate on.
+            expected: the digests of data and base model that the search has found.
 
         Raises:
+            InputsChanged: data or base model differ from the expected ones.
             ArtifactError: the artifact is missing or differs from its manifest.
             DataError: a text is not configured.
         """
+        with self._expecting(expected):
+            return self._test(settings, folder, kinds)
+
+    def _test(
+        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
+    ) -> HeldOutLosses:
         judges = self._held_out_judges(settings, kinds)
         if folder is None:
             return _held_out_losses(judges, self._base(settings).model)
@@ -280,7 +317,16 @@ class TransformersRunner:
         base = self._base(settings)
         prepared = self._data(settings, base)
         judges = {"test": prepared.test_judge, "general": prepared.general_judge}
+        if "general" in kinds:
+            self._job.note(settings, self._general_digest(settings, prepared))
         return {kind: judges[kind](settings, base) for kind in kinds}
+
+    def _general_digest(self, settings: TrialSettings, prepared: PreparedData) -> InputDigests:
+        try:
+            return InputDigests(general=digest(prepared.general_rows(settings)))
+        except DataError as error:
+            self._job.require_general(settings, error)
+            raise
 
     def _test_adapter(
         self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
@@ -325,8 +371,9 @@ class TransformersRunner:
         """Return settings with the rank decided, or unchanged settings and a refusal."""
         # The worker's check does not cover finalists and single trials, so every trial is checked here
         try:
-            return settings.with_rank(self.check(settings).rank), None
+            return settings.with_rank(self._size(settings).rank), None
         except (ModelError, ConfigError) as error:
+            self._job.require_base_files(settings)
             return settings, Outcome(cause="refused", message=str(error))
 
     def _outcome(
@@ -387,6 +434,8 @@ class TransformersRunner:
             _free_unreferenced()
         if settings.artifacts.merged and folder.adapter.exists():
             self._release_base()  # the merged model replaces the base in memory
+            # Merging reads the base's files again, which were read before the training
+            self._job.require_loaded_files(settings)
             with costs.stage("save"):
                 merged = export_merged(settings, folder)
             with costs.stage("eval"):
@@ -409,7 +458,7 @@ class TransformersRunner:
         with costs.stage("eval"):
             untuned = prompt_answers.answers(base.model)
         with (
-            self._join(settings, folder.checkpoints) as ranks,
+            self._join(settings, folder.checkpoints, self._job.found) as ranks,
             self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
             outcome, trained = train_trial(inputs, settings, folder, observer, costs)
@@ -419,12 +468,23 @@ class TransformersRunner:
         _add_advice(outcome, prepared, costs)
         return outcome
 
-    def follow(self, settings: TrialSettings, checkpoints: Path, ranks: RankGroup) -> None:
-        """Train as one rank of a trial that another process leads."""
-        base = self._base(settings)
-        prepared = self._data(settings, base)
-        with self._inputs(settings, base, prepared, ranks, TrialCosts()) as inputs:
-            follow_trial(inputs, settings, checkpoints)
+    def follow(
+        self,
+        settings: TrialSettings,
+        checkpoints: Path,
+        ranks: RankGroup,
+        expected: InputDigests,
+    ) -> None:
+        """Train as one rank of a trial that another process leads.
+
+        Raises:
+            InputsChanged: this process has loaded other data or another base model than the leader.
+        """
+        with self._expecting(expected):
+            base = self._base(settings)
+            prepared = self._data(settings, base)
+            with self._inputs(settings, base, prepared, ranks, TrialCosts()) as inputs:
+                follow_trial(inputs, settings, checkpoints)
 
     @contextmanager
     def _inputs(
@@ -475,9 +535,15 @@ class TransformersRunner:
         key = " ".join([*held, str(trained), str(liger)])
         if key not in self._warm:
             self._release_base()  # before loading: two bases may not fit in memory
-            self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
+            try:
+                self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
+            except ModelError:
+                self._job.require_base_files(settings)
+                raise
             self._checksums = {key: checksums(self._warm[key].model)}
-        return self._warm[key]
+        base = self._warm[key]
+        self._job.note(settings, InputDigests(base=base.digest, config=base.config_digest))
+        return base
 
     def _release_base(self) -> None:
         """Release the base, and objects of earlier trials that only the garbage collector frees."""
@@ -485,10 +551,48 @@ class TransformersRunner:
         _free_unreferenced()
 
     def _data(self, settings: TrialSettings, base: LoadedBase) -> PreparedData:
-        key = (settings.data.model_dump_json(), base.digest)
-        if key not in self._prepared:
-            self._prepared[key] = prepare(settings.data, base)
-        return self._prepared[key]
+        # Equal weights say nothing about tokenizer and chat template, which decide the tokens
+        key = (settings.data.model_dump_json(), base.tokenizer_digest, positions(base.model))
+        try:
+            if key not in self._prepared:
+                self._prepared[key] = prepare(settings.data, base)
+            prepared = self._prepared[key]
+            found = prepared.inputs(settings, base)
+        except (DataError, ConfigError) as error:
+            self._job.require_data(settings, error)
+            raise
+        self._job.note(settings, found)
+        return prepared
+
+    @contextmanager
+    def _expecting(self, expected: InputDigests | None) -> Iterator[None]:
+        """Compare everything that is loaded within the context with a job's digests."""
+        self._job = JobInputs(expected or InputDigests())
+        try:
+            yield
+        except InputsChanged:
+            # When the files have been put back, they must be read again
+            self._warm.clear()
+            self._prepared.clear()
+            self._checks = ModelChecks()
+            raise
+        finally:
+            self._job = JobInputs()  # a probe expects nothing
+
+    def _confirm_inputs(self, settings: TrialSettings, costs: TrialCosts) -> None:
+        """Load base and data to compare them with the digests that the job expects, if it does.
+
+        Raises:
+            InputsChanged: they differ, or cannot be loaded any more.
+        """
+        if not self._job.checked:
+            return
+        with suppress(ModelError, DataError, ConfigError, MemoryError, RuntimeError):
+            # Any other problem is met again, and becomes the trial's outcome
+            with costs.stage("load"):
+                base = self._base(settings)
+            with costs.stage("data"):
+                self._data(settings, base)
 
     def _arm_baseline(
         self,
@@ -498,13 +602,14 @@ class TransformersRunner:
         judgement: Judgement,
     ) -> ArmBaseline:
         splits, metrics = prepared.splits, judgement.metrics
+        found = prepared.inputs(settings, base)
         report = device_report(device())
         return ArmBaseline(
             base_digest=base.digest,
             base_commit=base.commit,
             base_metrics=finite(metrics),
             base_parameters=int(base.model.num_parameters()),
-            data_digest=splits.digest,
+            data_digest=prepared.data_digest,
             data_source=splits.source,
             data_format=splits.format,
             rows={**splits.counts, "train": len(prepared.train.rows)},
@@ -514,6 +619,10 @@ class TransformersRunner:
             if device().type == "cpu"
             else report.name,
             dtype=dtype_name(base.compute_dtype),
+            config_digest=base.config_digest,
+            judged_digest=found.judged,
+            trained_digest=found.trained,
+            test_digest=found.test,
         )
 
     def _record_facts(

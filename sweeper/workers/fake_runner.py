@@ -6,23 +6,27 @@ and how. All others finish.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from sweeper.config.input_sources import require_same
 from sweeper.config.settings import (
     LOSS_METRICS,
     ROUGE_METRICS,
     FakeTrainer,
     LoraAdapter,
     TrialSettings,
+    sources,
 )
 from sweeper.core.errors import ArtifactError, DoesNotFit, TrialDiverged
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import (
     ArmBaseline,
     Cause,
@@ -120,6 +124,35 @@ FAKE_MODULES = tuple(
 """The linear modules of a base that does not exist: Llama's."""
 
 
+def fake_inputs(settings: TrialSettings) -> InputDigests:
+    """Return digests of the local files that the settings name. Other names stand for their content."""
+    data, base = settings.data, Path(settings.model.base_model)
+    train = [source.path for source in sources(data.train)]
+    judged = [source.path for source in sources(data.validation)] or train
+    rules: list[str | Path] = [
+        data.template,
+        *(base / name for name in ("tokenizer.json", "chat_template.jinja")),
+    ]
+    weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    return InputDigests(
+        data=f"fake {data.train}",
+        base=_content(weights) if weights else "fake",
+        config=_content([base / "config.json"]),
+        judged=_content([*judged, *rules]),
+        trained=_content([*train, *rules]),
+        test="fake" if data.test_ratio else None,
+        general="fake" if settings.evaluation.general_text.source else None,
+    )
+
+
+def _content(names: Iterable[str | Path]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        path = Path(name)
+        digest.update(path.read_bytes() if path.is_file() else str(name).encode())
+    return digest.hexdigest()
+
+
 def fake_mib(settings: TrialSettings) -> float:
     """Return the memory of what is trained, in MiB."""
     return ADAM_BYTES * fake_parameters(settings) / 2**20
@@ -144,12 +177,13 @@ class FakeRunner:
             self._size(settings)
         counts = {"train": 100, "validation": 10}
         counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
+        found = fake_inputs(settings)
         return ArmBaseline(
-            base_digest="fake",
+            base_digest=found.base or "",
             base_commit=None,
             base_metrics=fake_metrics(settings, 0.0),
             base_parameters=1_000_000,
-            data_digest=f"fake {settings.data.train}",
+            data_digest=found.data or "",
             data_source="fake",
             data_format="alpaca",
             rows=counts,
@@ -157,10 +191,14 @@ class FakeRunner:
             target_tokens=100,
             device="fake",
             dtype="float32",
-            general_digest="fake" if settings.evaluation.general_text.source else None,
+            general_digest=found.general,
+            config_digest=found.config,
+            judged_digest=found.judged,
+            trained_digest=found.trained,
+            test_digest=found.test,
         )
 
-    def check(self, settings: TrialSettings) -> TrialSize:
+    def check(self, settings: TrialSettings, expected: InputDigests | None = None) -> TrialSize:
         """Return the size of a trial on FAKE_MODULES, with a rank for each thousand parameters.
 
         Raises:
@@ -189,8 +227,14 @@ class FakeRunner:
         folder: TrialFolder,
         provenance: dict[str, Any],
         observer: TrialObserver,
+        expected: InputDigests | None = None,
     ) -> Outcome:
-        """Pretend to train, or fail as the plan says for this trial."""
+        """Pretend to train, or fail as the plan says for this trial.
+
+        Raises:
+            InputsChanged: a file has other content than expected.
+        """
+        found = _required(settings, expected)
         settings = _ranked(settings)
         folder.path.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
@@ -199,26 +243,47 @@ class FakeRunner:
             outcome = self._train(settings, folder, observer)
         except TrialDiverged as error:
             outcome = Outcome(cause="diverged", message=str(error), steps=2)
+        outcome = outcome.model_copy(update={"inputs": found})
         write_atomic(folder.outcome, outcome.model_dump_json())
         if outcome.cause != "cancelled":
             shutil.rmtree(folder.checkpoints, ignore_errors=True)
         return outcome
 
     def judge_baseline(
-        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: dict[str, Any],
+        model: Path,
+        expected: InputDigests | None = None,
     ) -> Outcome:
-        """Pretend to judge a model that is as good as the fake trainer's."""
+        """Pretend to judge a model that is as good as the fake trainer's.
+
+        Raises:
+            InputsChanged: a file has other content than expected.
+        """
+        found = _required(settings, expected)
         write_atomic(folder.config, json.dumps(settings.model_dump(mode="json")))
         write_json(folder.provenance, provenance)
         outcome = _ended(settings, 0.0, "finished", 1, 0, 1)
+        outcome = outcome.model_copy(update={"inputs": found})
         write_atomic(folder.outcome, outcome.model_dump_json())
         return outcome
 
     def test(
-        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder | None,
+        kinds: Sequence[HeldOutKind],
+        expected: InputDigests | None = None,
     ) -> HeldOutLosses:
-        """Return the losses on texts that do not exist."""
+        """Return the losses on texts that do not exist.
+
+        Raises:
+            InputsChanged: a file has other content than expected.
+        """
         self._ignore("judge")
+        _required(settings, expected)
         if folder is not None and not folder.outcome.exists():
             raise ArtifactError(f"{folder.path}: fake: nothing was trained here")
         judges = {"test": _on_test_split, "general": _on_general_text}
@@ -274,6 +339,12 @@ class FakeRunner:
                 os._exit(9)
             case "hang":
                 time.sleep(HANG_SECONDS)
+
+
+def _required(settings: TrialSettings, expected: InputDigests | None) -> InputDigests:
+    found = fake_inputs(settings)
+    require_same(expected or InputDigests(), found, settings)
+    return found
 
 
 def _on_test_split(settings: TrialSettings, folder: TrialFolder | None) -> ExampleLosses:

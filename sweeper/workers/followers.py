@@ -20,7 +20,8 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from sweeper.config.settings import TrialSettings
-from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.errors import ConfigError, InputsChanged, WorkerError
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
 from sweeper.training.distributed import (
@@ -51,12 +52,16 @@ class FollowCommand(FrozenValue):
     rank: int
     size: int
     port: int
+    expected: InputDigests
+    """Digests of what the leader has loaded."""
 
 
 class FollowEnded(FrozenValue):
     """A follower ended its part of the trial. `problem` is the last line of its error, if any."""
 
     problem: str | None = None
+    changed: str | None = None
+    """Differences between what the follower and the leader have loaded, if any."""
 
 
 @dataclass
@@ -97,12 +102,15 @@ class FollowerGroup:
         self._followers: dict[int, FollowerProcess] = {}
 
     @contextmanager
-    def join(self, settings: TrialSettings, checkpoints: Path) -> Iterator[RankGroup]:
+    def join(
+        self, settings: TrialSettings, checkpoints: Path, found: InputDigests
+    ) -> Iterator[RankGroup]:
         """See Join.
 
         Raises:
             ConfigError: the trial wants more devices than this worker has.
             MemoryError: a follower ran out of memory.
+            InputsChanged: a follower found other data or another base model than this process.
             WorkerError: a follower failed or died; this worker is of no further use.
         """
         size = settings.training.devices_per_trial
@@ -119,6 +127,7 @@ class FollowerGroup:
                 rank=rank,
                 size=size,
                 port=rendezvous.port,
+                expected=found,
             )
             self._follower(rank).connection.send_bytes(follow.model_dump_json().encode())
         try:
@@ -160,26 +169,30 @@ class FollowerGroup:
 
         Raises:
             MemoryError: a follower's memory ran out, which is why the leader's exchange failed.
+            InputsChanged: a follower has loaded other data or another base model.
             WorkerError: a follower failed otherwise, or died.
         """
         followers, self._followers = self._followers, {}
         exchange_failed = isinstance(error, RuntimeError) and not out_of_memory(error)
+        wait_s = REPORT_SECONDS if exchange_failed else 0.0
+        reports = {rank: follower.report(wait_s) for rank, follower in followers.items()}
         words = [
-            _fate(rank, follower, REPORT_SECONDS if exchange_failed else 0.0)
-            for rank, follower in followers.items()
+            _fate(rank, follower, reports[rank], wait_s) for rank, follower in followers.items()
         ]
         for follower in followers.values():
             follower.kill()
         if not exchange_failed:
             return
+        for report in reports.values():
+            if report is not None and report.changed is not None:
+                raise InputsChanged(report.changed) from error
         if any(OUT_OF_MEMORY in fate for fate in words):
             raise MemoryError("; ".join(words)) from error
         raise WorkerError("\n".join([str(error), *words])) from error
 
 
-def _fate(rank: int, follower: FollowerProcess, wait_s: float) -> str:
+def _fate(rank: int, follower: FollowerProcess, report: FollowEnded | None, wait_s: float) -> str:
     """Return a description of a follower's state, before it is killed."""
-    report = follower.report(wait_s)
     if report is not None and report.problem:
         return f"rank {rank}: {report.problem}"
     follower.process.join(min(wait_s, REAP_SECONDS))  # its sockets close before it counts as dead
@@ -208,11 +221,13 @@ def _main(connection: Connection, device: str | None, threads: int, log: str) ->
         try:
             rendezvous = join_rendezvous(follow.size, follow.port)
             with process_group(follow.rank, follow.size, rendezvous) as ranks:
-                runner.follow(follow.settings, follow.checkpoints, ranks)
+                runner.follow(follow.settings, follow.checkpoints, ranks, follow.expected)
         except BaseException as error:  # noqa: BLE001 - said to the leader, who decides
             traceback.print_exc()
             words = f"{OUT_OF_MEMORY}: " if out_of_memory(error) else ""
-            report = FollowEnded(problem=f"{words}{type(error).__name__}: {error}")
+            changed = str(error) if isinstance(error, InputsChanged) else None
+            problem = f"{words}{type(error).__name__}: {error}"
+            report = FollowEnded(problem=problem, changed=changed)
             connection.send_bytes(report.model_dump_json().encode())
             os._exit(1)  # the leader's exchange fails at once
         connection.send_bytes(FollowEnded().model_dump_json().encode())

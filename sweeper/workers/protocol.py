@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from sweeper.config.settings import TrialSettings
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import (
     ArmBaseline,
     HeldOutKind,
@@ -39,6 +40,8 @@ class SubmitCommand(FrozenValue):
     provenance: dict[str, Any]
     adopted: Path | None = None
     """A model that another run trained: it is judged and kept, and nothing is trained."""
+    expected: InputDigests | None = None
+    """Digests that the worker must find when it loads data and base model."""
 
 
 class JudgeCommand(FrozenValue):
@@ -55,6 +58,8 @@ class JudgeCommand(FrozenValue):
     """The folder of the trial whose artifact is judged, or None for the untuned base."""
     kinds: tuple[HeldOutKind, ...]
     """The kinds of unseen text to judge on."""
+    expected: InputDigests | None = None
+    """See SubmitCommand."""
 
 
 class StopCommand(FrozenValue):
@@ -83,6 +88,8 @@ class CheckCommand(FrozenValue):
     job: str
     attempt: int
     settings: TrialSettings
+    expected: InputDigests | None = None
+    """See SubmitCommand. A trial that is impossible on other files is not refused for it."""
 
 
 class CloseCommand(FrozenValue):
@@ -172,6 +179,16 @@ class CheckedEvent(FrozenValue):
     """The outcome of an impossible trial (refused), or of an error in the code. None with a size."""
 
 
+class InputsChangedEvent(FrozenValue):
+    """A worker found other data or another base model than a command expects, and did nothing."""
+
+    kind: Literal["changed"] = "changed"
+    job: str
+    attempt: int
+    message: str
+    """A line for each difference: both digests, and the settings that name the files."""
+
+
 class LostEvent(FrozenValue):
     """A worker died or was killed. `job` is the key of its unanswered work, or None without any."""
 
@@ -185,7 +202,7 @@ class LostEvent(FrozenValue):
 
 Work = SubmitCommand | JudgeCommand | ProbeCommand | CheckCommand
 """Commands that occupy a slot until they are answered."""
-WorkAnswer = EndedEvent | JudgedEvent | ProbedEvent | CheckedEvent
+WorkAnswer = EndedEvent | JudgedEvent | ProbedEvent | CheckedEvent | InputsChangedEvent
 """Events that answer a command of Work and free its slot."""
 
 
@@ -228,10 +245,11 @@ class TrialRunner(Protocol):
             SweeperError: they cannot be had.
         """
 
-    def check(self, settings: TrialSettings) -> TrialSize:
+    def check(self, settings: TrialSettings, expected: InputDigests | None) -> TrialSize:
         """Return the size of a trial, without loading weights.
 
         Raises:
+            InputsChanged: the base model is not the expected one.
             SweeperError: the trial is impossible.
         """
 
@@ -241,18 +259,40 @@ class TrialRunner(Protocol):
         folder: TrialFolder,
         provenance: dict[str, Any],
         observer: TrialObserver,
+        expected: InputDigests | None,
     ) -> Outcome:
-        """Train one trial, write its folder, and return its outcome."""
+        """Train one trial, write its folder, and return its outcome.
+
+        Raises:
+            InputsChanged: data or base model are not the expected ones. The checkpoints stay.
+        """
 
     def judge_baseline(
-        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: dict[str, Any],
+        model: Path,
+        expected: InputDigests | None,
     ) -> Outcome:
-        """Judge a model that another run trained and keep it as a trial of this study."""
+        """Judge a model that another run trained and keep it as a trial of this study.
+
+        Raises:
+            InputsChanged: data or base model are not the expected ones.
+        """
 
     def test(
-        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder | None,
+        kinds: Sequence[HeldOutKind],
+        expected: InputDigests | None,
     ) -> HeldOutLosses:
-        """Return the losses of a trial's artifact (None: the untuned base) on unseen texts."""
+        """Return the losses of a trial's artifact (None: the untuned base) on unseen texts.
+
+        Raises:
+            InputsChanged: data or base model are not the expected ones.
+        """
 
 
 class Engine(Protocol):

@@ -43,6 +43,7 @@ from sweeper.workers.protocol import (
     CloseCommand,
     EndedEvent,
     EvaluatedEvent,
+    InputsChangedEvent,
     LostEvent,
     SubmitCommand,
     Work,
@@ -135,7 +136,8 @@ class ActorMailbox:
 
     def _files(self, message: FrozenValue) -> Files:
         folder = self._folders.get(getattr(message, "job", ""))
-        if folder is None or not isinstance(message, EvaluatedEvent | EndedEvent):
+        answers = EvaluatedEvent | EndedEvent | InputsChangedEvent
+        if folder is None or not isinstance(message, answers):
             return {}
         if isinstance(message, EvaluatedEvent):  # so that metrics can be shipped while it trains
             return {"metrics.jsonl": (folder / "metrics.jsonl").read_bytes()}

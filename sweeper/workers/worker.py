@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sweeper.config.settings import WorkerSettings
-from sweeper.core.errors import DoesNotFit, SweeperError, WorkerError
+from sweeper.core.errors import DoesNotFit, InputsChanged, SweeperError, WorkerError
 from sweeper.core.outcome import ArmBaseline, HeldOutLosses, Outcome, StopCause, TrialSize
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
@@ -30,6 +30,7 @@ from sweeper.workers.protocol import (
     CloseCommand,
     EndedEvent,
     EvaluatedEvent,
+    InputsChangedEvent,
     JudgeCommand,
     JudgedEvent,
     ProbeCommand,
@@ -171,7 +172,11 @@ def serve(
         if not isinstance(command, SubmitCommand):
             channel.send(_answer(command, runner))
             continue
-        outcome = _outcome(command, runner, channel, orders, patience)
+        try:
+            outcome = _outcome(command, runner, channel, orders, patience)
+        except InputsChanged as error:
+            channel.send(_changed(command, error))
+            continue
         channel.send(EndedEvent(job=command.job, attempt=command.attempt, outcome=outcome))
         if outcome.cause == "oom" or runner.worn_out:
             return ExitReason.MEMORY
@@ -204,13 +209,20 @@ def make_runner(
 
 
 def _answer(command: JudgeCommand | ProbeCommand | CheckCommand, runner: TrialRunner) -> WorkAnswer:
-    match command:
-        case ProbeCommand():
-            return _probed(command, runner)
-        case CheckCommand():
-            return _checked(command, runner)
-        case JudgeCommand():
-            return _judged(command, runner)
+    try:
+        match command:
+            case ProbeCommand():
+                return _probed(command, runner)
+            case CheckCommand():
+                return _checked(command, runner)
+            case JudgeCommand():
+                return _judged(command, runner)
+    except InputsChanged as error:
+        return _changed(command, error)
+
+
+def _changed(command: Work, error: InputsChanged) -> InputsChangedEvent:
+    return InputsChangedEvent(job=command.job, attempt=command.attempt, message=str(error))
 
 
 def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:
@@ -233,7 +245,9 @@ def _checked(command: CheckCommand, runner: TrialRunner) -> CheckedEvent:
     size: TrialSize | None = None
     refusal: Outcome | None = None
     try:
-        size = runner.check(command.settings)
+        size = runner.check(command.settings, command.expected)
+    except InputsChanged:
+        raise
     except SweeperError as error:
         refusal = Outcome(cause="refused", message=str(error))
     except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
@@ -246,7 +260,9 @@ def _judged(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
     message: str | None = None
     try:
         folder = None if command.folder is None else TrialFolder(command.folder)
-        losses = runner.test(command.settings, folder, command.kinds)
+        losses = runner.test(command.settings, folder, command.kinds, command.expected)
+    except InputsChanged:
+        raise
     except SweeperError as error:
         message = str(error)
     except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
@@ -285,8 +301,8 @@ def _outcome(
     while True:
         try:
             outcome = _run(command, runner, folder, observer)
-        except WorkerError:
-            raise  # not the trial's fault: the worker ends, and the trial continues on its successor
+        except (WorkerError, InputsChanged):
+            raise  # not the trial's fault: it continues on another worker, or in another run
         except Exception as error:  # noqa: BLE001 - the worker's edge: one trial must not end the worker
             if not disk_full(error, folder.path):
                 return Outcome(cause="error", message=_traceback())
@@ -308,8 +324,10 @@ def _run(
     command: SubmitCommand, runner: TrialRunner, folder: TrialFolder, observer: RemoteObserver
 ) -> Outcome:
     if command.adopted is not None:
-        return runner.judge_baseline(command.settings, folder, command.provenance, command.adopted)
-    return runner.run(command.settings, folder, command.provenance, observer)
+        return runner.judge_baseline(
+            command.settings, folder, command.provenance, command.adopted, command.expected
+        )
+    return runner.run(command.settings, folder, command.provenance, observer, command.expected)
 
 
 def disk_full(error: Exception, folder: Path) -> bool:

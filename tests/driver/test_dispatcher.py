@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from rich.console import Console
 
-from sweeper.core.errors import StudyError
+from sweeper.core.errors import InputsChanged, StudyError
 from sweeper.core.outcome import HeldOutLosses, Outcome, StopCause, TrialSize
 from sweeper.core.paths import TrialFolder
 from sweeper.core.signals import StopSignal
@@ -27,6 +28,7 @@ from sweeper.workers.protocol import (
     CheckedEvent,
     EndedEvent,
     Engine,
+    InputsChangedEvent,
     JudgeCommand,
     JudgedEvent,
     LostEvent,
@@ -138,6 +140,29 @@ def test_a_request_that_always_kills_its_worker_fails_after_three(
     _dispatcher(engine).run(JobList([job]))
     assert [work.attempt for work in engine.sent] == [1, 2, MAX_ATTEMPTS]
     assert _problem(job) == "dead"
+
+
+@pytest.mark.parametrize("make_job", JOBS)
+def test_changed_inputs_end_the_run_and_leave_the_job_open(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    """Whatever the job, it is cancelled without a result, and other running jobs are stopped."""
+
+    def script(worker: int, work: Work) -> Sequence[WorkerEvent]:
+        if work.job == "single/other":
+            return (_answer(work), SLOT) if isinstance(work, CheckCommand) else ()
+        differs = InputsChangedEvent(job=work.job, attempt=work.attempt, message="    data digest")
+        return (differs, SlotsEvent(worker=worker, free=1))
+
+    job, other, ended = make_job(tmp_path), _trial(tmp_path), list[Job]()
+    other.record = replace(other.record, key="single/other")
+    engine = ScriptedEngine(script, workers=2)
+    with pytest.raises(InputsChanged, match=f"{job.key} found other data or another base model"):
+        _dispatcher(engine).run(JobList([other, job], ended.append))
+    assert {each.key for each in ended} == {job.key, other.key}
+    assert other.outcome == Outcome(cause="cancelled")
+    if isinstance(job, SingleTrial):
+        assert job.outcome == Outcome(cause="cancelled")
 
 
 def test_a_job_that_ran_out_of_memory_is_not_sent_again(tmp_path: Path) -> None:

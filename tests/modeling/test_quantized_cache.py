@@ -83,17 +83,18 @@ def test_other_settings_are_another_entry(tiny_base: Path, cache: Path) -> None:
     _load(tiny_base, "nf4")
     _load(tiny_base, "fp4")
     assert len(_entries(cache)) == 2
-    one = QuantizationKey("digest", "{}", "float32", "cpu")
+    one = QuantizationKey("digest", "c", "{}", "float32", "cpu")
     others = (
-        QuantizationKey("other", "{}", "float32", "cpu"),
-        QuantizationKey("digest", "{1}", "float32", "cpu"),
-        QuantizationKey("digest", "{}", "bfloat16", "cpu"),
-        QuantizationKey("digest", "{}", "float32", "cuda"),
-        QuantizationKey("digest", "{}", "float32", "cpu", bitsandbytes="0"),
-        QuantizationKey("digest", "{}", "float32", "cpu", transformers="0"),
+        QuantizationKey("other", "c", "{}", "float32", "cpu"),
+        QuantizationKey("digest", "other", "{}", "float32", "cpu"),
+        QuantizationKey("digest", "c", "{1}", "float32", "cpu"),
+        QuantizationKey("digest", "c", "{}", "bfloat16", "cpu"),
+        QuantizationKey("digest", "c", "{}", "float32", "cuda"),
+        QuantizationKey("digest", "c", "{}", "float32", "cpu", bitsandbytes="0"),
+        QuantizationKey("digest", "c", "{}", "float32", "cpu", transformers="0"),
     )
     assert one.name not in {other.name for other in others}
-    assert one.name == QuantizationKey("digest", "{}", "float32", "cpu").name
+    assert one.name == QuantizationKey("digest", "c", "{}", "float32", "cpu").name
 
 
 def test_a_worker_killed_while_it_stores_leaves_no_entry(

@@ -15,7 +15,7 @@ from sweeper.modeling import trial_check
 from sweeper.modeling.adapter import attach, lora_config
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import _control_groups
-from sweeper.modeling.model_source import load_config
+from sweeper.modeling.model_source import load_config, load_config_and_digest
 from sweeper.modeling.trial_check import TOLERANCE, ModelChecks, nearest_rank, size_on_meta
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, on_meta
@@ -217,13 +217,13 @@ def test_one_structure_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def reading(model):  # type: ignore[no-untyped-def]
         read.append(model.base_model)
-        return load_config(model)
+        return load_config_and_digest(model)
 
     def building(settings: TrialSettings, *rest):  # type: ignore[no-untyped-def]
         built.append(settings.structure)
         return size_on_meta(settings, *rest)
 
-    monkeypatch.setattr(trial_check, "load_config", reading)
+    monkeypatch.setattr(trial_check, "load_config_and_digest", reading)
     monkeypatch.setattr(trial_check, "size_on_meta", building)
     checks = ModelChecks()
     for overrides in (

@@ -104,6 +104,39 @@ def test_three_nights_start_continue_and_start_anew_after_a_data_change(write_se
     assert trials[0] == second.best.point
 
 
+def test_a_changed_template_starts_a_new_study(write_set: Write) -> None:
+    """A file that data.template names is part of the night's identity; an older night lacks the part."""
+    Path("own.jinja").write_text("{{ messages }}")
+    write_set(
+        {
+            "policy": "continue",
+            "extend_by": 1,
+            "n_trials": 1,
+            "overrides": [*FAKE, *SMALL, "data.template=own.jinja"],
+        }
+    )
+    run_night("mine", clock=_night(0))
+    _forget_templates(_folder(0).record)
+    run_night("mine", clock=_night(1))
+    Path("own.jinja").write_text("{{ messages[0] }}")
+    run_night("mine", clock=_night(2))
+    entries = [_record(number).entries["lr_rank_sweep"] for number in range(3)]
+    assert [entry.status for entry in entries] == ["done"] * 3
+    decided = [entry.decided for entry in entries]
+    assert [each.choice for each in decided if each] == ["new", "continue", "new"]
+    assert decided[2]
+    assert decided[2].reason == "changed: lora: template file"
+
+
+def _forget_templates(record: Path) -> None:
+    """Take out of a night what an earlier version did not store."""
+    night = json.loads(record.read_text())
+    (entry,) = night["entries"].values()
+    assert entry["decided"]["identity"].pop("lora: template file")
+    assert entry["best"].pop("inputs")
+    record.write_text(json.dumps(night))
+
+
 def test_a_night_pays_for_each_point_once(write_set: Write) -> None:
     """A space of two points asked for three trials: the time is that of the two trained."""
     two = [*FAKE, *SMALL, "sampler=random", "training.learning_rate=choice(1e-3, 2e-3)"]

@@ -145,6 +145,23 @@ def test_missing_and_changed_adapters_are_refused(trial: TrialFolder, gate: Path
         judge_on_gate(request)
 
 
+@pytest.mark.parametrize("stored", ["outcome", "provenance"])
+def test_an_adapter_is_not_judged_on_another_base(
+    trial: TrialFolder, gate: Path, stored: str
+) -> None:
+    """The folder of its base holds other weights than it was trained on; older trials tell it too."""
+    outcome = json.loads(trial.outcome.read_text())
+    assert outcome["inputs"]["base"]
+    outcome["inputs"]["base"] = "0" * 64
+    if stored == "provenance":
+        outcome["inputs"] = None
+        trial.provenance.write_text(json.dumps({"base.digest": "0" * 64}))
+    trial.outcome.write_text(json.dumps(outcome))
+    request = GateRequest(gate=str(gate), trials={CHALLENGER: trial.path})
+    with pytest.raises(ArtifactError, match="its base model has changed since its training"):
+        judge_on_gate(request)
+
+
 @pytest.mark.slow
 def test_a_process_of_its_own_answers(trial: TrialFolder, gate: Path, tmp_path: Path) -> None:
     """Two trials and the base come back as figures; what cannot be judged comes back as a sentence."""

@@ -18,6 +18,7 @@ import pytest
 
 from sweeper.config.settings import FakeTrainer
 from sweeper.core.errors import WorkerError
+from sweeper.core.input_digests import InputDigests
 from sweeper.workers.engines import open_engine
 from sweeper.workers.local_engine import LocalEngine, ProcessHost
 from sweeper.workers.protocol import (
@@ -25,6 +26,7 @@ from sweeper.workers.protocol import (
     EndedEvent,
     Engine,
     EvaluatedEvent,
+    InputsChangedEvent,
     JudgeCommand,
     JudgedEvent,
     LostEvent,
@@ -155,6 +157,36 @@ def test_a_judgement_on_the_test_split_is_answered(open_one: Open, tmp_path: Pat
     assert base.losses.test is not None
     assert len(base.losses.test.nll) == len(base.losses.test.tokens) > 0
     assert (nothing.losses, "nothing was trained here" in (nothing.message or "")) == (None, True)
+
+
+def test_work_on_changed_files_is_refused(open_one: Open, tmp_path: Path) -> None:
+    """Submit, then judge: both answers say what differs, and the worker takes further work."""
+    engine, other = open_one(), InputDigests(base="other")
+    settings = make_settings().trial
+    folder = tmp_path / "lora" / "trial_0000"
+    commands = (
+        SubmitCommand(
+            **{"job": "x", "attempt": 2, "provenance": {}},
+            folder=folder,
+            settings=settings,
+            expected=other,
+        ),
+        JudgeCommand(
+            **{"job": "x", "attempt": 2, "folder": None, "kinds": ("test",)},
+            settings=settings,
+            expected=other,
+        ),
+    )
+    for command in commands:
+        _, slot = until(engine, SlotsEvent)
+        assert isinstance(slot, SlotsEvent)
+        engine.send(slot.worker, command)
+        _, refused = until(engine, InputsChangedEvent)
+        assert isinstance(refused, InputsChangedEvent)
+        assert (refused.job, refused.attempt) == ("x", 2)
+        assert "base model digest: other then, fake now" in refused.message
+    assert not (folder / "outcome.json").exists()
+    until(engine, SlotsEvent)
 
 
 def test_a_stop_ends_the_trial_with_its_cause(open_one: Open, tmp_path: Path) -> None:

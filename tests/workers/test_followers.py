@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.errors import ConfigError, InputsChanged, WorkerError
+from sweeper.core.paths import TrialFolder
+from sweeper.training.trial_runner import TransformersRunner
 from sweeper.workers.devices import devices_of
 from sweeper.workers.followers import FollowerGroup
 from tests.conftest import make_settings
@@ -62,6 +67,30 @@ def test_a_dead_follower_is_the_workers_fault(train: Train) -> None:
     assert outcome.cause == "finished"
     assert [step for step, _ in recorder.losses] == [4, 6]
     assert len(spooled(folder, "eval/loss")) == 3
+
+
+@pytest.mark.slow
+def test_a_follower_that_loads_other_files_ends_no_trial(
+    tiny_base: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    """The leader holds the earlier rows in memory, and its follower reads those of today."""
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(rows_file, rows)
+    followers = FollowerGroup([None], threads=1, log=tmp_path / "worker_0.log")
+    runner = TransformersRunner(1, followers.join)
+    settings = make_settings(
+        *(f"model.base_model={tiny_base}", f"data.train={rows}", "quantization=none"),
+        *("training.max_steps=2", "training.devices_per_trial=2"),
+        "training.per_device_train_batch_size=4",
+    ).trial
+    expected = runner.probe(settings).inputs
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[1:]))
+    try:
+        with pytest.raises(InputsChanged, match="data digest: "):
+            runner.run(settings, TrialFolder(tmp_path / "t"), {}, Recorder(), expected)
+    finally:
+        followers.close()
+    assert not (tmp_path / "t" / "outcome.json").exists()
 
 
 def test_a_worker_without_followers_says_so(train: Train) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import StudyError
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, HeldOutKind, HeldOutLosses, Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.value import FrozenValue
@@ -33,12 +34,21 @@ class FullDisk:
         raise NotImplementedError
 
     def test(
-        self, settings: TrialSettings, folder: TrialFolder | None, kinds: Sequence[HeldOutKind]
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder | None,
+        kinds: Sequence[HeldOutKind],
+        expected: InputDigests | None,
     ) -> HeldOutLosses:
         raise NotImplementedError
 
     def judge_baseline(
-        self, settings: TrialSettings, folder: TrialFolder, provenance: dict[str, Any], model: Path
+        self,
+        settings: TrialSettings,
+        folder: TrialFolder,
+        provenance: dict[str, Any],
+        model: Path,
+        expected: InputDigests | None,
     ) -> Outcome:
         raise NotImplementedError
 
@@ -48,6 +58,7 @@ class FullDisk:
         folder: TrialFolder,
         provenance: dict[str, Any],
         observer: TrialObserver,
+        expected: InputDigests | None,
     ) -> Outcome:
         if self.times:
             self.times -= 1
