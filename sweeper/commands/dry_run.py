@@ -49,6 +49,8 @@ class ArmDraft:
     problems: tuple[str | None, ...]
 
 
+ESTIMATE_SECONDS = 900.0
+"""Time limit of counting, which takes a second for each model and may fetch its configuration first."""
 Estimator = Callable[[Sequence[TrialSettings]], list[TrialFootprint]]
 
 
@@ -56,16 +58,22 @@ def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     """Count the parameters of trials in a process with torch, and return one footprint each.
 
     Raises:
-        WorkerError: that process died.
+        WorkerError: that process died or gave no answer.
     """
     asked = json.dumps([one.model_dump(mode="json") for one in settings])
-    answer = subprocess.run(
-        [sys.executable, "-m", "sweeper.modeling.footprint"],
-        input=asked,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-m", "sweeper.modeling.footprint"],
+            input=asked,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=ESTIMATE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise WorkerError(
+            f"the process that counts parameters gave no answer for {ESTIMATE_SECONDS / 60:g} min"
+        ) from None
     if answer.returncode != 0:
         raise WorkerError(f"the process that counts parameters died:\n{answer.stderr.strip()}")
     documents = json.loads(answer.stdout.splitlines()[-1])

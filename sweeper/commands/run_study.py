@@ -26,6 +26,7 @@ from sweeper.driver.command_handler import CommandHandler
 from sweeper.driver.command_log import CommandLog
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.folder_owner import record_owner, settle_owner
+from sweeper.driver.job_waits import JobWaits
 from sweeper.driver.pause_clock import PauseClock
 from sweeper.driver.results_writer import ResultsWriter
 from sweeper.driver.status_writer import StatusWriter
@@ -169,6 +170,7 @@ class StudySession:
                 view.event,
                 StudySupervisor(commands, self._status, board, view),
                 PauseClock(budget.paused),
+                JobWaits(view.event, self._plan.settings.workers, budget.seconds_over),
             ),
             commands=commands,
             budget=budget,

@@ -16,6 +16,7 @@ from sweeper.core.signals import deferred_interrupt
 from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.folder_claims import contradictions
+from sweeper.driver.job_waits import JobWaits
 from sweeper.driver.single_trial import SingleTrial
 from sweeper.driver.trial_sizes import recorded
 from sweeper.driver.worker_pool import WorkerPool
@@ -86,7 +87,9 @@ def train_single(
                     settings.training.devices_per_trial,
                 )
             )
-            dispatcher = Dispatcher(pool, interrupt, _announcer(console))
+            say = _announcer(console)
+            waits = JobWaits(say, settings.workers)
+            dispatcher = Dispatcher(pool, interrupt, say, waits=waits)
             outcome = trial.run(dispatcher, lambda facts: _accept(facts, trial, accept))
     except KeyboardInterrupt as stop:
         outcome, stopped = Outcome(cause="cancelled"), stop

@@ -120,7 +120,10 @@ class _BoundedGzip(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._zip.readinto(buffer)
+        # A file that is read whole asks for all of it at once, and gzip would unpack all of it before
+        # the ratio is checked.
+        with memoryview(buffer) as view:
+            count = self._zip.readinto(view[:UNZIPPED_BYTES])
         self._count += count
         packed = max(1, self._stream.tell())
         if self._count > FREE_BYTES and self._count > MAX_EXPANSION * packed:

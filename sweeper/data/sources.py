@@ -29,6 +29,7 @@ from sweeper.config.settings import (
     sources,
 )
 from sweeper.core.errors import DataError, SweeperError
+from sweeper.core.regular_files import irregular
 from sweeper.data.examples import DropCounts, RawRow
 from sweeper.data.row_files import (
     READERS,
@@ -91,6 +92,8 @@ def path_problem(path: str) -> str | None:
     if path.startswith(stand_ins.PREFIX):
         return unknown_stand_in(path)
     local = Path(path).expanduser()
+    if problem := irregular(local):
+        return problem
     if not local.exists():
         return f"{path}: no such file or folder{_close_matches(local)}"
     if local.is_file() and file_kind(local.name)[0] is None:
@@ -111,6 +114,7 @@ def all_sources(
 def path_problems(data: DataSettings, general: GeneralTextSettings) -> list[str]:
     """Return a message for each invalid path of a configuration. Nothing is opened."""
     found = [(key, path_problem(source.path)) for key, _, source in all_sources(data, general)]
+    found.append(("data.template", irregular(Path(data.template).expanduser())))
     return [f"{key}={problem}" for key, problem in found if problem]
 
 

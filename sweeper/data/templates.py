@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import jinja2
 
 from sweeper.core.errors import DataError, first_line
+from sweeper.core.regular_files import irregular
 from sweeper.data.examples import ChatMessage, Example
+from sweeper.data.render_limit import WATCH, RenderTooSlow
 from sweeper.data.row_formats import FORMATS, UnusableRow
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ LLAMA_DATE = "26 Jul 2024"
 """Date passed to chat templates: the fallback date of Llama 3.1's own template."""
 # Llama 3.1+ templates print today's date, so without a fixed date a study's data would change at
 # midnight.
+
+MAX_RENDERED_CHARS = 64 * 2**20
+"""Maximum characters of a rendered conversation. A row holds at most a quarter of them."""
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -152,8 +157,14 @@ class JinjaTemplate:
     owns_tokens: bool
 
     def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
-        text = self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return str(text)
+        text = str(
+            self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
+        if len(text) > MAX_RENDERED_CHARS:
+            raise UnusableRow(
+                f"the template {self.name} renders more than {MAX_RENDERED_CHARS:,} characters"
+            )
+        return text
 
     def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
         # transformers needs a fast tokenizer for the assistant mask.
@@ -171,15 +182,26 @@ class JinjaTemplate:
 
     def _apply(self, messages: Sequence[ChatMessage], **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(
-                [self._variables(message) for message in messages],
-                chat_template=self.source,
-                date_string=LLAMA_DATE,
-                **options,
-            )
+            with WATCH.limited():
+                return self.tokenizer.apply_chat_template(
+                    [self._variables(message) for message in messages],
+                    chat_template=self.source,
+                    date_string=LLAMA_DATE,
+                    **options,
+                )
+        except RenderTooSlow:
+            raise DataError(
+                f"data.template={self.name}: one conversation is not rendered within "
+                f"{WATCH.limit_s:g} s of CPU time. Look for nested loops and for macros that call "
+                "themselves, or use data.template=instruction"
+            ) from None
         except jinja2.TemplateSyntaxError as error:
             raise DataError(f"data.template={self.name}: line {error.lineno}: {error}") from None
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        # The sandbox raises OverflowError for a long range. A macro can call itself without an end.
+        except (
+            *(jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError),
+            MemoryError,
+        ) as error:
             reason = first_line(error)
             raise UnusableRow(f"the template {self.name} rejects the row: {reason}") from None
 
@@ -202,8 +224,11 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 def template_problem(name: str) -> str | None:
     """Return why a value of data.template is invalid, or None. Needs no tokenizer."""
-    if name in NAMES or Path(name).expanduser().is_file():
+    path = Path(name).expanduser()
+    if name in NAMES or path.is_file():
         return None
+    if problem := irregular(path):
+        return f"data.template={problem}"
     return f"data.template={name}: not one of {', '.join(NAMES)}, and no such file"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import StudyError, WorkerError
@@ -24,6 +25,7 @@ class ProbeJob(Job):
     answer: ProbedEvent | None = None
     lost: Outcome | None = None
     """The outcome of a probe that no worker survived."""
+    activity: ClassVar[str] = "loading base and data"
 
     @property
     def key(self) -> str:
@@ -53,7 +55,9 @@ class ProbeJob(Job):
 def run_probe(
     dispatcher: Dispatcher, name: str, settings: TrialSettings, adopted: Path | None = None
 ) -> ProbedEvent | Outcome:
-    """Return a worker's answer to a probe, or the outcome of a probe that no worker survived.
+    """Return a worker's answer to a probe, or the outcome of a probe that has no answer.
+
+    The outcome is `cancelled` if the study's time ended before the answer.
 
     Args:
         dispatcher: its workers answer.
@@ -63,15 +67,15 @@ def run_probe(
     """
     job = ProbeJob(name, settings, adopted)
     dispatcher.run(JobList([job]))
-    answer = job.answer or job.lost
-    assert answer is not None, "a probe ends with an answer or with its worker"
-    return answer
+    return job.answer or job.lost or Outcome(cause="cancelled", message="the time is used up")
 
 
 def probe_arm(
     dispatcher: Dispatcher, name: str, settings: TrialSettings, adopted: Path | None = None
-) -> ArmBaseline | MemoryShortfall:
+) -> ArmBaseline | MemoryShortfall | None:
     """Return the facts about an arm, or the memory that its trainings lack. See `run_probe`.
+
+    Returns None if the study's time ended before the answer.
 
     Raises:
         StudyError: there are no facts, for instance because the base model cannot be had.
@@ -79,6 +83,8 @@ def probe_arm(
     """
     answer = run_probe(dispatcher, name, settings, adopted)
     if isinstance(answer, Outcome):
+        if answer.cause == "cancelled":
+            return None
         raise WorkerError(
             "the worker died each time that it loaded the base model and the data:\n"
             f"{answer.message}"

@@ -13,6 +13,7 @@ from sweeper.core.errors import ConfigError
 from sweeper.core.outcome import Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.spool import read_spool
+from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.arm_context import ArmContext
 from sweeper.driver.budget import typical_seconds
 from sweeper.driver.dispatcher import Dispatcher
@@ -169,16 +170,16 @@ class ArmSearch:
         record = TrialRecord(
             key, folder, params, tags, dataset_record(context.facts, settings.data)
         )
-        self._claim(record, settings, trial)
+        identity = self._claim(record, settings, trial)
         guard = make_watch(
             context.pruner, settings.training, trial, reported, self._measured(folder)
         )
-        prepared = PreparedTrial(trial, point, settings, record, view, guard)
+        prepared = PreparedTrial(trial, point, settings, record, identity, view, guard)
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
         self._open[key] = job
         return job
 
-    def _claim(self, record: TrialRecord, settings: RunSettings, trial: Trial) -> None:
+    def _claim(self, record: TrialRecord, settings: RunSettings, trial: Trial) -> TrialIdentity:
         """Make the trial's folder its own, with the checkpoints of the trial that it continues."""
         context, claims = self._context, self._context.services.claims
         ranked = settings.trial.with_rank(decided_rank(trial))
@@ -189,7 +190,9 @@ class ArmSearch:
             earlier = context.folder(int(number))
             whatever_number = identity.model_copy(update={"trial": None})
             if not contradictions(earlier, whatever_number, [settings_digest(ranked)]):
+                write_identity(record.folder, identity)  # first: a kill must not leave it unnamed
                 record.folder.continue_from(earlier)
+        return identity
 
     def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
         """Return the (step, value) pairs that earlier attempts measured, in Optuna's sign."""

@@ -13,6 +13,7 @@ arguments, and the module knows neither Optuna nor workers.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -157,6 +158,11 @@ class StudyBudget:
             devices=devices,
         )
         return self._arm
+
+    def seconds_over(self) -> float:
+        """Return the seconds since the end of the study's time: negative before, -inf without one."""
+        ends = ((self._deadline, self._clock), (self._until, self._wall))
+        return max((clock() - end for end, clock in ends if end is not None), default=-math.inf)
 
     def paused(self, seconds: float) -> None:
         """Exclude a pause of the study from its wall-clock time."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, Protocol
 
 from sweeper.core.errors import CommandRefused, InputsChanged, StudyError
 from sweeper.core.signals import StopSignal
+from sweeper.driver.job_waits import JobWaits, is_silent
 from sweeper.driver.jobs import MAX_ATTEMPTS, Job, JobList, JobPhase, JobSource
 from sweeper.driver.pause_clock import PAUSE_PATIENCE_SECONDS, PauseClock
 from sweeper.driver.worker_pool import WorkerPool
@@ -24,8 +25,10 @@ from sweeper.workers.protocol import (
     LostEvent,
     SlotsEvent,
     WaitingEvent,
+    WorkAnswer,
     WorkerEvent,
 )
+from sweeper.workers.time_limits import SLOW_START
 
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 10.0
@@ -94,6 +97,7 @@ class Dispatcher:
         announce: Callable[[str], None],
         supervisor: Supervisor | None = None,
         pause_clock: PauseClock | None = None,
+        waits: JobWaits | None = None,
     ) -> None:
         """
         Args:
@@ -102,6 +106,7 @@ class Dispatcher:
             announce: takes a sentence for the person who follows the run.
             supervisor: called once a turn. A run without one takes no commands.
             pause_clock: measures pauses.
+            waits: measures how long jobs report nothing. Without it no end of the study's time is known.
         """
         self.mode: DispatchMode = "running"
         self._pool = pool
@@ -109,6 +114,7 @@ class Dispatcher:
         self._announce = announce
         self._supervisor = supervisor or Unsupervised()
         self._pause_clock = pause_clock or PauseClock()
+        self._waits = waits or JobWaits(announce)
         self._jobs = JobTable()
         self._source: JobSource[Any] = JobList[Job](())
 
@@ -148,6 +154,8 @@ class Dispatcher:
                 if (event := self._listen()) is not None:
                     self._route(event)
                 self._attend()
+                if not self._is_worth_waiting():
+                    return
         except (KeyboardInterrupt, StudyError):
             self._cancel()
             raise
@@ -220,6 +228,32 @@ class Dispatcher:
                     job.phase = JobPhase.PAUSING  # its loss costs no attempt
                 self._pool.kill(job.worker, "paused, and took too long to stop")
 
+    def _is_worth_waiting(self) -> bool:
+        """End jobs that hang after the end of the study's time. Return False if workers hang too."""
+        if self.mode == "paused":
+            return True
+        idle = not self.busy and not self._pool.free_workers()
+        self._waits.turn(self.busy, idle)
+        seconds = self._waits.patience_s
+        for job in self._waits.hanging(self.busy):
+            words = (
+                f"not waited for any longer: the time is used up, and no answer for {seconds:.0f} s"
+            )
+            self._announce(f"{job.key}: {words}")
+            self._pool.kill(job.worker, words)
+            self._give_up(job)
+        if self._waits.start_hangs:
+            self._announce(f"the time is used up, and no worker has started for {seconds:.0f} s")
+            for job in self._jobs.all():
+                self._give_up(job)
+            self._source.abandon()
+            return False
+        return True
+
+    def _give_up(self, job: Job) -> None:
+        job.cancel()
+        self._end(job)
+
     def _hand_out(self) -> None:
         if self.mode != "running":
             return
@@ -245,6 +279,8 @@ class Dispatcher:
             # by worker: an engine may no longer know which job a dead worker ran
             for lost in self._jobs.on(event.worker):
                 self._lost(lost, event)
+            if event.message.startswith(SLOW_START):
+                self._announce(f"worker {event.worker}: {event.message}")
         elif not isinstance(event, SlotsEvent):
             job = self._jobs.running.get(event.job)
             if job is None or job.attempt != event.attempt:
@@ -263,6 +299,8 @@ class Dispatcher:
             self._jobs.requeue(job)
             job.on_requeued(paused=True)
             return
+        if isinstance(event, WorkAnswer) and is_silent(job):
+            self._waits.answered(job)
         match job.on_event(event):
             case JobPhase.ENDED:
                 self._end(job)
@@ -297,6 +335,10 @@ class Dispatcher:
             # after oom no attempt: the job would run out of memory again
             job.fail(event.cause, event.message)
             self._end(job)
+        elif self._waits.time_is_over and (is_silent(job) or event.cause == "timeout"):
+            # a trial that was killed for a limit is cancelled, so that the next run continues it
+            self._announce(f"{job.key}: no further attempt: the time is used up")
+            self._give_up(job)
         else:
             job.attempt += 1
             self._jobs.requeue(job)

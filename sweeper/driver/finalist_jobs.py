@@ -120,6 +120,7 @@ class JudgeJob(Job):
     losses: HeldOutLosses | None = None
     problem: str | None = None
     """The reason for no losses."""
+    activity: ClassVar[str] = "judging"
 
     @property
     def key(self) -> str:

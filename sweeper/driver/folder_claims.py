@@ -19,7 +19,7 @@ from sweeper.config.settings import TrialSettings, stored_settings
 from sweeper.core.errors import ConfigError
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
-from sweeper.core.trial_identity import TrialIdentity, read_identity, write_identity
+from sweeper.core.trial_identity import TrialIdentity, read_identity
 from sweeper.tracking.tracker import Tracker, TrialRecord
 
 
@@ -40,7 +40,7 @@ class FolderClaims:
         inputs: InputDigests,
         also: Collection[TrialSettings] = (),
     ) -> TrialIdentity:
-        """Make a trial's folder its own, after setting aside what belongs to another trial.
+        """Set aside what a trial's folder holds of another trial.
 
         Args:
             record: the trial.
@@ -50,7 +50,7 @@ class FolderClaims:
                 instance with the rank that followed from adapter.trainable_parameters.
 
         Returns:
-            The folder's identity from now on.
+            The trial's identity, to be stored in the folder before anything else is.
         """
         identity = TrialIdentity(
             study=self.study,
@@ -67,7 +67,6 @@ class FolderClaims:
                 f"{record.key}: {record.folder.path} holds the work of another trial "
                 f"({', '.join(reasons)}). Moved to {moved.path}"
             )
-        write_identity(record.folder, identity)
         return identity
 
 

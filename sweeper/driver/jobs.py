@@ -46,6 +46,8 @@ class Job(ABC):
     stoppable: ClassVar[bool] = False
     """True if a worker that runs the job obeys StopCommand. Other jobs end by themselves or with their
     worker."""
+    activity: ClassVar[str] = "running"
+    """Words for what a worker does while it runs the job."""
 
     @property
     @abstractmethod

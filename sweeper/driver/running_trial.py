@@ -11,6 +11,7 @@ from optuna.trial import Trial
 from sweeper.config.settings import RunSettings, metric_words
 from sweeper.config.space import Point
 from sweeper.core.outcome import Outcome, TrialSize
+from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.arm_context import ArmContext
 from sweeper.driver.jobs import Job, JobPhase, LostCause
 from sweeper.driver.trial_sizes import KnownSizes, decided, recorded
@@ -64,6 +65,7 @@ class PreparedTrial:
     point: Point
     settings: RunSettings
     record: TrialRecord
+    identity: TrialIdentity
     view: TrialProgress
     guard: PruningGuard
     """Decides when the trial is hopeless."""
@@ -104,6 +106,7 @@ class RunningTrial(Job):
             self._take_size(size)
         # stored before the worker starts: attempts that end with the driver count as well
         self.prepared.trial.set_user_attr("attempt", self.attempt)
+        write_identity(self.prepared.record.folder, self.prepared.identity)
         self.prepared.view.state = "running"
         self.timer.start()
         self.context.services.tracker.start(self.prepared.record)

@@ -80,6 +80,11 @@ class StudyRun:
             self._host([arm])
             self._run_arm(arm)
             self._ran[arm.name] = self._state.total(arm.name)
+        if not self._announced:
+            raise StudyError(
+                "the time is used up before the base and the data of any arm were loaded. Give the "
+                "study more time (hydra.sweeper.budget)"
+            )
         self._state.searches_ended = True
         self._host(self._state.plan.arms)
         self._run_finalists()
@@ -109,6 +114,10 @@ class StudyRun:
         adopted = self._adopted(arm)
         model = None if adopted is None else adopted.model
         facts = probe_arm(self.dispatcher, arm.name, arm.settings.trial, model)
+        if facts is None:
+            words = "the time is used up, and its base and data were not loaded"
+            self.services.view.event(f"arm {arm.name} is not run: {words}")
+            return
         if isinstance(facts, MemoryShortfall):
             self._leave_out(arm, facts)
             return

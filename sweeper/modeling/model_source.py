@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from sweeper.builtin import stand_ins
@@ -29,6 +30,7 @@ from sweeper.builtin.stand_in_models import model_folder
 from sweeper.config.settings import EMBEDDED, ModelSettings
 from sweeper.core.errors import ModelError, first_line
 from sweeper.core.input_digests import InputDigests
+from sweeper.core.regular_files import irregular_in
 
 CONFIG = ("config.json", "adapter_config.json")
 MODEL = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja")
@@ -40,6 +42,12 @@ NO_CODE = {"trust_remote_code": False}
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of a configuration that change with a copy of the model, and change no computation here."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
+TEMPLATES = "additional_chat_templates"
+"""Folder of a model's further chat templates, which its tokenizer reads."""
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""Names of the number of layers in config.json."""
+MAX_LAYERS = 10_000
+"""Maximum layers where no weights say how many there are. The deepest models have some hundreds."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ def find_source(settings: ModelSettings) -> ModelSource:
     source = _locate(settings, MODEL)
     require_unquantized_base(source.folder, f"model.base_model={settings.base_model!r}")
     require_safetensors(source.folder, f"model.base_model={settings.base_model!r}")
+    require_layers(source.folder, f"model.base_model={settings.base_model!r}")
     return source
 
 
@@ -78,6 +87,54 @@ def require_safetensors(folder: Path, where: str) -> None:
         )
 
 
+def require_layers(folder: Path, where: str) -> None:
+    """Refuse a config.json that declares more layers than its weights can hold.
+
+    transformers would build them all before it looks at the weights, which can take hours.
+
+    Raises:
+        ModelError: states both numbers.
+    """
+    config = PretrainedConfig.get_config_dict(folder)[0]
+    nested = config.get("text_config")
+    parts = [config, nested] if isinstance(nested, dict) else [config]
+    found = [(name, part[name]) for part in parts for name in LAYERS if name in part]
+    name, layers = max(found, key=lambda item: _as_count(item[1]), default=("", 0))
+    tensors = _count_tensors(folder)
+    # each layer has a tensor of its own at least
+    most = MAX_LAYERS if tensors is None else tensors
+    if _as_count(layers) > most:
+        held = (
+            f"at most {most:,} are supported" if tensors is None else f"its weights hold {most:,}"
+        )
+        raise ModelError(
+            f"{where}: config.json declares {layers:,} layers ({name}), but {held}"
+            f"{'' if tensors is None else ' tensors'}. Restore the config.json that was stored with "
+            "the weights"
+        )
+
+
+def _as_count(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _count_tensors(folder: Path) -> int | None:
+    """Return the number of a model's tensors, or None if it is unknown."""
+    try:
+        for index in folder.glob("*.safetensors.index.json"):
+            return len(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        # one of several shards says nothing: a download may have been interrupted
+        whole = (path for path in folder.glob("*.safetensors") if "-of-" not in path.name)
+        return max(map(_tensors_of, whole), default=None)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None  # the loader says what is wrong with the file
+
+
+def _tensors_of(path: Path) -> int:
+    with safe_open(path, framework="numpy") as weights:
+        return len(weights.keys())
+
+
 def load_config(settings: ModelSettings) -> PretrainedConfig:
     """Return the configuration of a base model. Only config.json is fetched for a hub id.
 
@@ -91,6 +148,7 @@ def load_config_and_digest(settings: ModelSettings) -> tuple[PretrainedConfig, s
     """Return the configuration of a base model and its digest. See `load_config`."""
     source = _locate(settings, CONFIG)
     require_unquantized_base(source.folder, f"model.base_model={settings.base_model!r}")
+    require_layers(source.folder, f"model.base_model={settings.base_model!r}")
     try:
         config = AutoConfig.from_pretrained(source.folder, **NO_CODE)
         return config, config_digest(source.folder)
@@ -195,6 +253,8 @@ def _locate(settings: ModelSettings, patterns: Sequence[str]) -> ModelSource:
     if not path.is_dir():
         return _from_hub(settings, patterns)
     folder = path if (path / "config.json").exists() else _snapshot(path, settings)
+    if problem := irregular_in(folder, (TEMPLATES,)):
+        raise ModelError(f"model.base_model={settings.base_model!r}: {problem}")
     # In the hub cache's layout the folder's name is the commit
     in_cache = folder.resolve().parent.name == "snapshots"
     return ModelSource(folder, folder.resolve().name if in_cache else None)

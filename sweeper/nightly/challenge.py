@@ -27,6 +27,8 @@ from sweeper.tracking.registry import ROLLED_BACK_TAG, ModelRegistry, ModelVersi
 from sweeper.tracking.tracker_factory import make_registry
 
 CHALLENGER, CHAMPION = "challenger", "champion"
+GATE_SECONDS = 4 * 3600.0
+"""Time limit of the evaluation on the gate split: that of any answer, workers.probe_timeout_s."""
 
 
 GateJudge = Callable[[str, dict[str, Path]], GateFigures]
@@ -40,7 +42,7 @@ def judge_in_subprocess(gate: str, trials: dict[str, Path]) -> GateFigures:
     """Evaluate in a subprocess, so that the night imports no torch and frees the memory afterwards.
 
     Raises:
-        WorkerError: the subprocess failed.
+        WorkerError: the subprocess failed, or took longer than GATE_SECONDS.
     """
     with tempfile.TemporaryDirectory(prefix="sweeper-gate-") as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
@@ -49,7 +51,20 @@ def judge_in_subprocess(gate: str, trials: dict[str, Path]) -> GateFigures:
         command = [sys.executable, "-m", "sweeper.training.gate_judge", str(request), str(answer)]
         # Spinning OpenMP threads slow down other processes on the machine.
         environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
+                timeout=GATE_SECONDS,
+            )
+        except subprocess.TimeoutExpired:
+            raise WorkerError(
+                "the process that evaluates the gate split gave no answer for "
+                f"{GATE_SECONDS / 3600:g} h and was ended"
+            ) from None
         if done.returncode != 0 or not answer.exists():
             raise WorkerError(
                 f"the process that evaluates the gate split failed:\n{redact(done.stderr[-2000:])}"

@@ -21,6 +21,8 @@ from sweeper.core.errors import StudyLocked
 
 KEEPALIVE = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keepalives_count": 3}
 """TCP settings with which the server notices a dead driver within a minute and frees its lock."""
+CONNECT_SECONDS = 30
+"""Time limit of one connection to PostgreSQL. A frozen server accepts it and never answers."""
 
 
 class StudyOwnership(Protocol):
@@ -95,7 +97,11 @@ class AdvisoryLock:
         settings = " ".join(f"-c {name}={value}" for name, value in KEEPALIVE.items())
         # PostgreSQL cuts application names at 63 bytes.
         name = f"sweeper {socket.gethostname()} process {os.getpid()}"
-        options = {"options": settings, "application_name": name[:63]}
+        options = {
+            "options": settings,
+            "application_name": name[:63],
+            "connect_timeout": CONNECT_SECONDS,
+        }
         self._engine = create_engine(url, poolclass=NullPool, connect_args=options)
         self._connection: Connection | None = None
 

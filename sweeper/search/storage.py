@@ -24,7 +24,7 @@ from sqlalchemy.exc import (
 )
 
 from sweeper.core.errors import StudyError
-from sweeper.search.ownership import NullOwnership, StudyOwnership, make_ownership
+from sweeper.search.ownership import CONNECT_SECONDS, NullOwnership, StudyOwnership, make_ownership
 
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
@@ -84,7 +84,10 @@ class PatientStorage(RDBStorage):
         if url.startswith("sqlite"):
             options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S, "factory": KeptJournal}
         elif url.startswith("postgresql"):
-            options["connect_args"] = {"options": "-c timezone=utc"}
+            options["connect_args"] = {
+                "options": "-c timezone=utc",
+                "connect_timeout": CONNECT_SECONDS,
+            }
         for tries_left in reversed(range(STARTS)):
             try:
                 super().__init__(url, engine_kwargs=options)

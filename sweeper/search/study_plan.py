@@ -9,6 +9,7 @@ import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ from sweeper.config.settings import (
 )
 from sweeper.config.space import Choice, Point, Scalar, Space, decided_twice, grid, keys, probes
 from sweeper.core.errors import ConfigError
+from sweeper.core.regular_files import irregular_in
 from sweeper.data.sources import path_problems
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
@@ -226,7 +228,10 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
     # The fake trainer reads no data, so a missing file is no mistake there.
     if settings.workers.trainer == "fake":
         return []
-    return path_problems(settings.data, settings.evaluation.general_text)
+    problems = path_problems(settings.data, settings.evaluation.general_text)
+    if problem := irregular_in(Path(settings.model.base_model).expanduser()):
+        problems.append(f"model.base_model={settings.model.base_model}: {problem}")
+    return problems
 
 
 def _part(key: str) -> str:

@@ -8,6 +8,7 @@ next start of the study or `sweeper sync` ships the rest.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -36,12 +37,16 @@ from sweeper.tracking.tracking_ledger import (
 )
 from sweeper.tracking.tracking_server import StoreAway, TrackingServer
 
+_LOG = logging.getLogger(__name__)
+
 RETRY_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Seconds between retries while the server is unavailable. The last value is repeated."""
 CLOSE_SECONDS = 10.0
 """Seconds that the end of a study waits for a server that accepts nothing and does not respond."""
 STORE_SECONDS = 60.0
 """Seconds that the end of a study waits for a database, which has no cheap check if it responds."""
+SAY_SECONDS = 8.0
+"""Seconds after which the end of a study says that it waits for MLflow, before it may give up."""
 LAST_TRIES = 3
 """Consecutive failures at the end of a study after which the rest is left for later."""
 
@@ -265,9 +270,13 @@ class MlflowTracker:
         """Wait until all runs are shipped, or an unavailable server has accepted nothing for a while."""
         # A slow store that still accepts parts is waited for. `steps` shows that it does
         limit = CLOSE_SECONDS if hurry or self._server.is_http else STORE_SECONDS
-        steps, since = self._shipper.steps, time.monotonic()
+        began = since = time.monotonic()
+        steps, said = self._shipper.steps, False
         while self._thread.is_alive():
             self._thread.join(timeout=0.1)
+            if not said and time.monotonic() - began > SAY_SECONDS:
+                said = True
+                _LOG.warning("waiting for MLflow (%s) to record the study", self._server.name)
             if time.monotonic() - since < limit:
                 continue
             stuck = self._shipper.steps == steps

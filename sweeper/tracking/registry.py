@@ -31,6 +31,8 @@ ROLLED_BACK_TAG = "sweeper.rolled_back"
 """Tag of a version that a user rolled back. No night promotes its trial again."""
 NIGHTS = "nightly"
 """Name of the experiment with one run per night."""
+GC_SECONDS = 3600.0
+"""Time limit of the removal of deleted runs from a store."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,12 @@ def _registered_runs(client: MlflowClient) -> Iterator[tuple[str, str]]:
 def _run_gc(uri: str, older: str) -> None:
     command = [sys.executable, "-m", "mlflow", "gc", "--older-than", older]
     stores = ["--backend-store-uri", uri, "--tracking-uri", uri]
-    done = subprocess.run([*command, *stores], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            [*command, *stores], capture_output=True, text=True, check=False, timeout=GC_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise TrackingError(f"mlflow gc did not end within {GC_SECONDS / 60:g} min") from None
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise TrackingError(f"mlflow gc failed: {redact(last)}")

@@ -35,6 +35,8 @@ UNAUTHENTICATED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMIS
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 ANSWER_SECONDS = 5
 """Seconds to wait for a server's version. A hung server never responds."""
+TABLES_SECONDS = 300
+"""Time limit for another process to create the local store's tables, which takes seconds."""
 OLDEST = 2
 """Oldest major version whose REST API supports everything that is recorded."""
 MODELS_SINCE = 3
@@ -136,7 +138,8 @@ class TrackingServer:
         if self.uri is not None:  # a database, which has no version to ask for
             return make(self.uri)
         self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.root / ".mlflow.lock"):  # concurrent creation of the tables would fail
+        # concurrent creation of the tables would fail
+        with FileLock(self.root / ".mlflow.lock", timeout=TABLES_SECONDS):
             return make(local_uri(self.root.resolve()))
 
     def _ask_version(self) -> None:

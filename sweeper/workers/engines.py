@@ -27,7 +27,8 @@ def open_engine(
     Raises:
         WorkerError: the engine cannot be started here.
     """
-    return LimitedEngine(_hosts(workers, n_jobs, devices, log), workers)
+    count = 1 if workers.engine == "inline" else n_jobs
+    return LimitedEngine(_hosts(workers, n_jobs, devices, log), workers, count=count)
 
 
 def _hosts(

@@ -82,7 +82,7 @@ class FollowerProcess:
     def kill(self) -> None:
         """End the follower."""
         self.process.kill()
-        self.process.join()
+        self.process.join(REAP_SECONDS)
         self.connection.close()
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Literal
@@ -54,16 +56,29 @@ class PipeChannel:
         return COMMANDS.validate_json(self.connection.recv_bytes())
 
 
-@dataclass
+@dataclass(eq=False)
 class ProcessHost:
     """The driver's view of one worker process."""
 
+    worker: int
     process: SpawnProcess
     connection: Connection
     log: Path
     started: bool = False
     current: Work | None = None
     killed_for: str | None = None
+    reader: threading.Thread | None = None
+
+    def listen(self, arrived: queue.Queue[tuple[ProcessHost, bytes | None]]) -> None:
+        """Start to put each message of the worker into a queue, and None after its last one."""
+        self.reader = threading.Thread(target=self._read, args=(arrived,), daemon=True)
+        self.reader.start()
+
+    def _read(self, arrived: queue.Queue[tuple[ProcessHost, bytes | None]]) -> None:
+        with self.connection, suppress(EOFError, OSError):
+            while True:
+                arrived.put((self, self.connection.recv_bytes()))
+        arrived.put((self, None))
 
     def send(self, message: FrozenValue) -> None:
         """Send a command. The death of the worker is noticed by `next_event`."""
@@ -78,9 +93,11 @@ class ProcessHost:
         self.process.kill()
 
     def bury(self) -> int | None:
-        """Wait for the killed process, close its pipe, and return its exit code."""
-        self.process.join()
-        self.connection.close()
+        """Wait for the killed process and the end of its messages, and return its exit code."""
+        # a process that waits for a dead network disk ends only when the disk is back
+        self.process.join(CLOSE_SECONDS)
+        if self.reader is not None:
+            self.reader.join(CLOSE_SECONDS)  # it closes the pipe
         return self.process.exitcode
 
 
@@ -96,6 +113,8 @@ class LocalEngine(HostedEngine[ProcessHost]):
         self._threads = max(1, (os.cpu_count() or 1) // (n_jobs * devices))
         self._log = log
         self._oom_kills = oom_kills()
+        self._arrived: queue.Queue[tuple[ProcessHost, bytes | None]] = queue.Queue()
+        """Messages of all workers in the order of their arrival, None for the end of a worker."""
         self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
 
     def kill(self, worker: int, reason: str) -> None:
@@ -105,11 +124,15 @@ class LocalEngine(HostedEngine[ProcessHost]):
 
     def next_event(self, timeout_s: float) -> WorkerEvent | None:
         """See Engine."""
-        connections = {host.connection: worker for worker, host in self._hosts.items()}
-        for ready in wait(list(connections), timeout_s):
-            assert isinstance(ready, Connection)
-            return self._event(connections[ready])
-        return None
+        try:
+            host, message = self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if message is None:
+            return self._replace(host.worker)
+        event = EVENTS.validate_json(message)
+        self._heard(host, event)
+        return event
 
     def close(self) -> None:
         """See Engine."""
@@ -121,15 +144,6 @@ class LocalEngine(HostedEngine[ProcessHost]):
                 host.process.join(max(0.0, deadline - time.monotonic()))
             host.kill()
             host.bury()
-
-    def _event(self, worker: int) -> WorkerEvent:
-        host = self._hosts[worker]
-        try:
-            event = EVENTS.validate_json(host.connection.recv_bytes())
-        except (EOFError, OSError):
-            return self._replace(worker)
-        self._heard(host, event)
-        return event
 
     def _replace(self, worker: int) -> LostEvent:
         host = self._hosts.pop(worker)
@@ -164,7 +178,10 @@ class LocalEngine(HostedEngine[ProcessHost]):
         )
         process.start()
         theirs.close()
-        return ProcessHost(process, ours, log)
+        host = ProcessHost(worker, process, ours, log)
+        # In a thread: a worker that freezes within a long message must not hold up the driver
+        host.listen(self._arrived)
+        return host
 
 
 def oom_kills() -> int:

@@ -1,10 +1,10 @@
 """Time limits around any engine: a worker that exceeds one is killed.
 
-Three limits. `trial_timeout_s`: how long one attempt of a trial may take. `stall_timeout_s`: how long a
-worker that trains may report nothing. `probe_timeout_s`: how long a worker may take to answer a probe, a
-check or a judgement, which report no progress. There is no heartbeat on purpose: a thread that beats
-next to a hung trial would only prove that the thread is well. Steps and evaluations are what a living
-trial sends.
+Four limits. `START_SECONDS`: how long a worker may take until its first slot. `trial_timeout_s`: how
+long one attempt of a trial may take. `stall_timeout_s`: how long a worker that trains may report
+nothing. `probe_timeout_s`: how long a worker may take to answer a probe, a check or a judgement, which
+report no progress. There is no heartbeat on purpose: a thread that beats next to a hung trial would only
+prove that the thread is well. Steps and evaluations are what a living trial sends.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.errors import WorkerError
 from sweeper.core.outcome import StopCause
 from sweeper.workers.protocol import (
     Engine,
@@ -28,6 +29,20 @@ from sweeper.workers.protocol import (
     WorkAnswer,
     WorkerEvent,
 )
+
+START_SECONDS = 900.0
+"""Time limit of a worker to import its libraries, which a busy network disk can make slow."""
+MAX_SLOW_STARTS = 3
+SLOW_START = "killed: not ready"
+
+
+def start_limit_s(workers: WorkerSettings) -> float | None:
+    """Return the time limit of a worker's start, or None if answers have none either.
+
+    Ray has a limit of its own: a worker may have to wait for a node.
+    """
+    limit_s = workers.probe_timeout_s
+    return None if limit_s is None or workers.engine == "ray" else min(START_SECONDS, limit_s)
 
 
 @dataclass
@@ -64,14 +79,28 @@ class LimitedEngine:
     """
 
     def __init__(
-        self, engine: Engine, workers: WorkerSettings, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        workers: WorkerSettings,
+        clock: Callable[[], float] = time.monotonic,
+        count: int = 0,
     ) -> None:
+        """
+        Args:
+            engine: hosts the workers.
+            workers: holds the limits.
+            clock: a steady clock in seconds.
+            count: number of workers that the engine has started.
+        """
         self._engine = engine
         self._limits = workers
         self._clock = clock
         self._clocks: dict[int, AttemptClock] = {}
         self._killed: set[int] = set()
         """Workers whose loss has not arrived."""
+        self._starting = dict.fromkeys(range(count), 0.0)
+        """Seconds of waiting for each worker that has not announced a slot yet."""
+        self._slow_starts = 0
 
     def send(self, worker: int, work: Work) -> None:
         """See Engine."""
@@ -104,6 +133,8 @@ class LimitedEngine:
         listened_s = min(self._clock() - began, timeout_s)
         for clock in self._clocks.values():
             clock.silence_s += listened_s
+        for worker in self._starting:
+            self._starting[worker] += listened_s
         if isinstance(event, SlotsEvent) and event.worker in self._killed:
             event = SlotsEvent(worker=event.worker, free=0)
         self._note(event)
@@ -120,12 +151,27 @@ class LimitedEngine:
                 self._set_silence(event.job, 0.0)
             case WaitingEvent():  # a full disk: the worker has a patience of its own
                 self._set_silence(event.job, -math.inf)
+            case SlotsEvent():
+                self._starting.pop(event.worker, None)
+                self._slow_starts = 0
             case LostEvent():
                 self._clocks.pop(event.worker, None)
                 self._killed.discard(event.worker)
+                self._starting[event.worker] = 0.0
+                self._count_start(event)
         if isinstance(event, WorkAnswer):
             kept = self._clocks.items()
             self._clocks = {worker: clock for worker, clock in kept if clock.job != event.job}
+
+    def _count_start(self, event: LostEvent) -> None:
+        """Count a worker that was killed in its start.
+
+        Raises:
+            WorkerError: MAX_SLOW_STARTS workers in a row were.
+        """
+        self._slow_starts += event.message.startswith(SLOW_START)
+        if self._slow_starts >= MAX_SLOW_STARTS:
+            raise WorkerError(f"worker {event.worker} never starts: {event.message}")
 
     def _set_silence(self, job: str, silence_s: float) -> None:
         for clock in self._clocks.values():
@@ -133,7 +179,10 @@ class LimitedEngine:
                 clock.silence_s = silence_s
 
     def _enforce(self) -> None:
-        now = self._clock()
+        now, limit_s = self._clock(), start_limit_s(self._limits)
+        for worker, seconds in self._starting.items():
+            if limit_s is not None and seconds >= limit_s:
+                self.kill(worker, f"{SLOW_START} within {limit_s:g} s of its start")
         for worker, clock in self._clocks.items():
             reason = clock.exceeded(now)
             if reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,26 @@ def test_paths_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
     assert third == (
         "data.validation=gone: no such file or folder. A hub data set is named org/name."
     )
+
+
+def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
+    """A pipe, and a link to a device, also as general text and as template: a read would never end."""
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (tmp_path / "zeros.csv").symlink_to("/dev/zero")
+    overrides = (
+        *(f"data.train={tmp_path}/rows.jsonl", f"data.template={tmp_path}/rows.jsonl"),
+        f"evaluation.general_text.source={tmp_path}/zeros.csv",
+    )
+    settings = make_settings(*overrides)
+    words = [
+        f"data.train={tmp_path}/rows.jsonl is a named pipe (FIFO)",
+        f"evaluation.general_text.source={tmp_path}/zeros.csv is a link to /dev/zero, a device",
+        f"data.template={tmp_path}/rows.jsonl is a named pipe (FIFO)",
+    ]
+    problems = path_problems(settings.data, settings.evaluation.general_text)
+    assert [problem.partition(", not a regular file")[0] for problem in problems] == words
+    with pytest.raises(DataError, match="is a named pipe"):
+        read_source(DataSource(path=f"{tmp_path}/rows.jsonl"), "train", DropCounts())
 
 
 def test_a_hub_id_is_org_and_name_that_is_nothing_local(

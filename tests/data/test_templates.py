@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,10 @@ def test_rendering_knows_no_tokens() -> None:
     """Spans are characters of the text: the answer as it stands."""
     (rendered,) = render(DOUBLE, choose_template("plain", "messages", byte_level()), "completions")
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["Yes.</s>", "So.</s>"]
+
+
+def test_a_template_that_is_a_pipe_is_refused_unopened(tmp_path: Path) -> None:
+    """Reading it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "own.jinja")
+    with pytest.raises(DataError, match=r"data\.template=.*own\.jinja is a named pipe"):
+        _learned(SINGLE, str(tmp_path / "own.jinja"))

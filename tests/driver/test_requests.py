@@ -19,14 +19,18 @@ from rich.console import Console
 from sweeper.commands import run_trial
 from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import train_single
-from sweeper.core.errors import TrialFailed, WorkerError
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import StudyError, TrialFailed, WorkerError
+from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.driver import job_waits
 from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.command_files import PauseStudy, ResumeStudy, StopStudy, send, take_answer
 from sweeper.driver.jobs import JobPhase
 from sweeper.reporting.results import StudyResults
 from sweeper.search.study_plan import studies
 from sweeper.tracking.provenance import provenance
+from sweeper.workers.fake_runner import FakeRunner
 from sweeper.workers.inline_engine import InlineEngine
 from sweeper.workers.protocol import Engine
 from tests.conftest import make_settings
@@ -85,6 +89,68 @@ def test_a_judgement_that_freezes_is_left_out(
     assert final.test_losses == {}
     words = "lora/0000_untuned: not judged: killed: no answer for 0.3 s (workers.probe_timeout_s)"
     assert words in capsys.readouterr().out
+
+
+def _used_up(monkeypatch: pytest.MonkeyPatch, request: str) -> tuple[str, ...]:
+    """Overrides of a study whose time ends at once, and whose requests hang without a limit."""
+    monkeypatch.setattr(job_waits, "LAST_SECONDS", 0.3)
+    hanging = f"++workers.fake.requests={{{request}: hang}}"
+    return (hanging, "workers.probe_timeout_s=null", "hydra.sweeper.budget.wall_clock=2s")
+
+
+def test_a_probe_that_hangs_is_not_waited_for_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without any other limit: the study ends, and says that it needs more time."""
+    with pytest.raises(StudyError, match=r"time is used up before the base .*sweeper\.budget"):
+        _run(tmp_path, *_used_up(monkeypatch, "probe"))
+    printed = capsys.readouterr().out
+    assert "lora probe: not waited for any longer: the time is used up" in printed
+    assert "arm lora is not run: the time is used up" in printed
+
+
+def test_a_check_that_hangs_is_cancelled_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial was not at fault, so the next run of the study tries it again."""
+    results = _run(tmp_path, *_used_up(monkeypatch, "check"))
+    trial, again = _trials(tmp_path)
+    assert trial.user_attrs["cause"] == "cancelled"
+    assert again.state is TrialState.WAITING
+    assert [arm.best for arm in results.arms] == [None]
+
+
+def test_a_judgement_that_hangs_costs_the_judgement_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer of what there is: the search's best trial, without losses on unseen texts."""
+    results = _run(tmp_path, "finalists=tiny", *_used_up(monkeypatch, "judge"))
+    assert results.arms[0].best is not None
+    final = results.arms[0].final
+    assert final is not None
+    assert final.test_losses == {}
+
+
+def test_an_arm_that_hangs_costs_only_itself_when_the_time_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second arm's base never loads: the study ends with the answer of the first."""
+    probe = FakeRunner.probe
+
+    def hang_in_full(
+        runner: FakeRunner, settings: TrialSettings, adopted: Path | None = None
+    ) -> ArmBaseline:
+        if settings.adapter.method == "none":
+            time.sleep(3600)
+        return probe(runner, settings, adopted)
+
+    monkeypatch.setattr(FakeRunner, "probe", hang_in_full)
+    overrides = [each for each in FAKE if each != "~hydra.sweeper.arms.full"]
+    ends = _used_up(monkeypatch, "none")[1:]
+    (plan,) = studies([*overrides, f"output_dir={tmp_path}", *ends])
+    results = run_study(plan)
+    assert [arm.name for arm in results.arms if arm.best is not None] == ["lora"]
+    assert "arm full is not run: the time is used up" in capsys.readouterr().out
 
 
 class Person(threading.Thread):

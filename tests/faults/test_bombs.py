@@ -157,13 +157,21 @@ def _deep(folder: Path) -> Path:
     return path
 
 
+def _deep_list(folder: Path) -> Path:
+    path = folder / "deep.json"
+    path.write_text("[" * 1_000_000)
+    return path
+
+
 FILES = {
     "line_of_a_gigabyte": (_zeros, 1, "line.jsonl:1: 256 MiB without a line break"),
     "gzip_line": (_zipped(".jsonl", b"\0", 200), 1, "unpacks to more than 300 times its size"),
     "gzip_blank_lines": (_zipped(".jsonl", b"\n", 200), 1, "unpacks to more than 300 times"),
     "gzip_json": (_zipped(".json", b" ", 200), 1, "unpacks to more than 300 times"),
     "gzip_text": (_zipped(".txt", b"a", 200), 1, "unpacks to more than 300 times"),
+    "gzip_table": (_zipped(".csv", b'"', 200), 1, "unpacks to more than 300 times its size"),
     "million_keys": (_keys, 0, "more than 10,000 keys in one row.*keys.jsonl:1"),
+    "deep_list": (_deep_list, 1, "deep.json: nested deeper than"),
     "deep_json": (_deep, 0, "nested deeper than 100 levels.*deep.jsonl:1"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -212,3 +213,52 @@ def test_8bit_training_logs_no_cast_per_call(caplog: pytest.LogCaptureFixture) -
     assert "MatMul8bitLt" not in caplog.text
     assert base.dtype_reason.startswith("float32: ")
     assert base.commit is None
+
+
+def _copy_of_the_embedded_base(folder: Path) -> Path:
+    return Path(shutil.copytree(BASE_DIR, folder / "base"))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("target", [None, "/dev/zero"], ids=["pipe", "zeros"])
+def test_a_model_of_pipes_and_devices_is_refused_unopened(
+    name: str, target: str | None, tmp_path: Path
+) -> None:
+    """Whichever of its files is none, before anything waits for it."""
+    path = _copy_of_the_embedded_base(tmp_path) / name
+    path.unlink(missing_ok=True)
+    if target is None:
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    for read in (find_source, load_config):
+        with pytest.raises(
+            ModelError, match=rf"model\.base_model=.*{name} is .*not a regular file"
+        ):
+            read(_model(path.parent))
+
+
+def _declare(folder: Path, layers: int) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+
+
+def test_more_layers_than_the_weights_hold_are_refused(tmp_path: Path) -> None:
+    """transformers would build 300,000 layers first; a config without weights has a maximum."""
+    folder = _copy_of_the_embedded_base(tmp_path)
+    _declare(folder, 300_000)
+    words = r"config\.json declares 300,000 layers \(num_hidden_layers\), but its weights hold \d+ "
+    for read in (find_source, load_config):
+        with pytest.raises(ModelError, match=words):
+            read(_model(folder))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(ModelError, match=r"300,000 layers .* but its weights hold 1 tensors"):
+        load_config(_model(folder))
+    index.unlink()
+    # one shard of an interrupted download says nothing
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ModelError, match=r"300,000 layers .* but at most 10,000 are supported"):
+        load_config(_model(folder))

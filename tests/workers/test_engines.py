@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
+import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -16,7 +20,7 @@ from sweeper.config.settings import FakeTrainer
 from sweeper.core.errors import WorkerError
 from sweeper.core.input_digests import InputDigests
 from sweeper.workers.engines import open_engine
-from sweeper.workers.local_engine import LocalEngine
+from sweeper.workers.local_engine import LocalEngine, ProcessHost
 from sweeper.workers.protocol import (
     CheckCommand,
     EndedEvent,
@@ -389,9 +393,31 @@ def test_a_worker_ends_when_its_driver_is_gone(tmp_path: Path) -> None:
     submit_trial(engine, tmp_path)
     time.sleep(0.3)
     host = engine._hosts[0]
-    host.connection.close()
+    with socket.socket(fileno=os.dup(host.connection.fileno())) as pipe:
+        pipe.shutdown(socket.SHUT_RDWR)
     host.process.join(10)
     assert host.process.exitcode == 1
+
+
+class HalfMessages(LocalEngine):
+    """An engine whose workers have announced a long message and frozen in its middle."""
+
+    def _start(self, worker: int) -> ProcessHost:
+        ours, self.theirs = multiprocessing.Pipe()
+        os.write(self.theirs.fileno(), struct.pack("!i", 2**20) + b"half")
+        host = ProcessHost(worker, Mock(pid=None, exitcode=-9), ours, Path(os.devnull))
+        host.listen(self._arrived)
+        return host
+
+
+def test_a_worker_that_freezes_within_a_message_holds_up_nobody() -> None:
+    """The driver listens on as if nothing had come, until the worker is killed."""
+    engine = HalfMessages(make_settings("workers=fake").workers, 1, 1, lambda _: Path(os.devnull))
+    assert engine.next_event(0.1) is None
+    frozen = engine.theirs
+    frozen.close()
+    assert isinstance(engine.next_event(10), LostEvent)
+    engine.theirs.close()
 
 
 def test_workers_that_cannot_start_end_the_study(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sweeper.config.settings import FakeTrainer, WorkerSettings
+from sweeper.core.errors import WorkerError
 from sweeper.core.outcome import Outcome, StopCause
 from sweeper.workers.protocol import (
     CheckCommand,
@@ -26,7 +27,7 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
-from sweeper.workers.time_limits import LimitedEngine
+from sweeper.workers.time_limits import LimitedEngine, start_limit_s
 from tests.conftest import make_settings
 
 SETTINGS = make_settings().trial
@@ -65,6 +66,7 @@ def _limited(
     trial_timeout_s: float | None = None,
     stall_timeout_s: float | None = 10,
     probe_timeout_s: float | None = 60,
+    count: int = 0,
 ) -> LimitedEngine:
     workers = WorkerSettings(
         engine="local",
@@ -83,7 +85,7 @@ def _limited(
             room_mib=None,
         ),
     )
-    return LimitedEngine(engine, workers, clock=lambda: engine.now)
+    return LimitedEngine(engine, workers, clock=lambda: engine.now, count=count)
 
 
 def _submit(worker: int = 0) -> SubmitCommand:
@@ -240,6 +242,30 @@ def test_null_is_no_limit() -> None:
     engine.send(1, ProbeCommand(job="lora", attempt=1, settings=SETTINGS))
     _listen(engine, 10_000)
     assert inner.killed == {}
+
+
+def test_a_worker_that_never_starts_is_killed_three_times() -> None:
+    """No slot for the limit of an answer, three times in a row, is an error with the reason."""
+    inner = ScriptedEngine()
+    engine = _limited(inner, count=1)
+    _listen(engine, 61)
+    assert inner.killed.pop(0) == "killed: not ready within 60 s of its start"
+    _listen(engine, 61)
+    inner.killed.clear()
+    with pytest.raises(WorkerError, match="worker 0 never starts: killed: not ready within 60 s"):
+        _listen(engine, 62)
+
+
+def test_a_start_has_a_limit_of_its_own() -> None:
+    """An answer may take four hours, a start a quarter of an hour; Ray's own limit counts there."""
+    inner = ScriptedEngine()
+    engine = _limited(inner, probe_timeout_s=14400, count=2)
+    inner.script = [(1.0, SlotsEvent(worker=1, free=1))]
+    _listen(engine, 898)
+    assert inner.killed == {}
+    _listen(engine, 3)
+    assert list(inner.killed) == [0]
+    assert start_limit_s(make_settings("workers=ray").workers) is None
 
 
 class LateKill(ScriptedEngine):
