@@ -32,7 +32,13 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
-from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, serve
+from sweeper.workers.worker import (
+    CommandQueue,
+    WorkerResources,
+    exempt_from_collection,
+    make_runner,
+    serve,
+)
 from sweeper.workers.worker_log import begin_log, print_into, tail_of
 
 CLOSE_SECONDS = 5.0
@@ -186,4 +192,6 @@ def _main(
     settings = WorkerSettings.model_validate_json(workers)
     channel = PipeChannel(connection)
     orders = CommandQueue.listen(channel)  # before the slow imports: the driver may die meanwhile
-    serve(channel, orders, make_runner(settings, worker, threads, place), worker)
+    runner = make_runner(settings, worker, threads, place)
+    exempt_from_collection()
+    serve(channel, orders, runner, worker)

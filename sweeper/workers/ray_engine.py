@@ -50,7 +50,13 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
-from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, serve
+from sweeper.workers.worker import (
+    CommandQueue,
+    WorkerResources,
+    exempt_from_collection,
+    make_runner,
+    serve,
+)
 from sweeper.workers.worker_log import print_into, tail_of
 
 POLL_SECONDS = 1.0
@@ -172,7 +178,9 @@ class WorkerActor:
     ) -> None:
         try:
             orders = CommandQueue.listen(self._mailbox)
-            serve(self._mailbox, orders, make_runner(settings, worker, threads, place), worker)
+            runner = make_runner(settings, worker, threads, place)
+            exempt_from_collection()
+            serve(self._mailbox, orders, runner, worker)
         except BaseException:  # noqa: BLE001 - the thread is the worker: without it the actor is dead
             traceback.print_exc()
             os._exit(1)
