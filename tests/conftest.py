@@ -39,7 +39,7 @@ from sweeper.cli.verbs import VERBS
 from sweeper.config.compose import compose
 from sweeper.config.settings import RunSettings, validate
 from sweeper.core.errors import ConfigError
-from sweeper.workers.worker import uncollected
+from sweeper.core.garbage import uncollected
 
 # how long an example takes depends on what else the machine does
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.garbage import exempt_from_collection, uncollected
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
 from sweeper.training.distributed import (
@@ -32,7 +33,6 @@ from sweeper.training.distributed import (
 )
 from sweeper.training.micro_batch import out_of_memory
 from sweeper.workers.devices import see_only
-from sweeper.workers.worker import exempt_from_collection, uncollected
 from sweeper.workers.worker_log import print_into, tail_of
 
 END_SECONDS = 60.0

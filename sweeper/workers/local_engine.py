@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
 from sweeper.workers.hosted_engine import HostedEngine
@@ -32,13 +33,7 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
-from sweeper.workers.worker import (
-    CommandQueue,
-    WorkerResources,
-    exempt_from_collection,
-    make_runner,
-    serve,
-)
+from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, serve
 from sweeper.workers.worker_log import begin_log, print_into, tail_of
 
 CLOSE_SECONDS = 5.0

@@ -35,6 +35,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.errors import WorkerError
+from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.value import FrozenValue
 from sweeper.workers.hosted_engine import HostedEngine
 from sweeper.workers.protocol import (
@@ -50,13 +51,7 @@ from sweeper.workers.protocol import (
     WorkerEvent,
     lost,
 )
-from sweeper.workers.worker import (
-    CommandQueue,
-    WorkerResources,
-    exempt_from_collection,
-    make_runner,
-    serve,
-)
+from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, serve
 from sweeper.workers.worker_log import print_into, tail_of
 
 POLL_SECONDS = 1.0

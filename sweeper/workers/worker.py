@@ -6,15 +6,12 @@ Touches neither the study nor MLflow. Ends itself when its driver is gone.
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import queue
 import shutil
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -22,6 +19,7 @@ from typing import Protocol
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.errors import DoesNotFit, SweeperError, WorkerError
+from sweeper.core.garbage import uncollected
 from sweeper.core.outcome import ArmBaseline, HeldOutLosses, Outcome, StopCause, TrialSize
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
@@ -205,30 +203,6 @@ def make_runner(
         from sweeper.workers.followers import FollowerGroup
 
     return TransformersRunner(threads, FollowerGroup(others, threads, place.log).join)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Pause garbage collection for the duration of the block."""
-    # torch and transformers create a million objects that stay. A third of their import is the
-    # collector's walks over them
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def exempt_from_collection() -> None:
-    """Exempt all objects of this process from garbage collection, for ever.
-
-    Only for a worker's own process, once, after its imports. Every trial collects garbage, and a walk
-    over the imports' objects takes longer than a step of a small model.
-    """
-    gc.collect()  # what is garbage now would never be freed
-    gc.freeze()
 
 
 def _answer(command: JudgeCommand | ProbeCommand | CheckCommand, runner: TrialRunner) -> WorkAnswer:
