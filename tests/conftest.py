@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from sweeper.cli.verbs import VERBS
 from sweeper.config.compose import compose
 from sweeper.config.settings import RunSettings, validate
 from sweeper.core.errors import ConfigError
+from sweeper.core.garbage import uncollected
 
 # how long an example takes depends on what else the machine does
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -49,6 +50,13 @@ PLAIN_VALUE = re.compile(r"(?!hydra\.)[a-z_]+(\.\w+)+=")
 """An override of one key's value: no group, nothing added, nothing deleted, not the study's."""
 
 Program = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Import all test modules, and with them torch and MLflow, without garbage collection."""
+    with uncollected():
+        return (yield)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -14,8 +14,8 @@ from sweeper.tracking.tracking_server import local_uri
 from tests.conftest import run_in_process, run_program
 
 SMALL = (
-    *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=2"),
-    *("training.max_steps=6", "training.eval_steps=3", "data.max_samples=64"),
+    *("hydra.sweeper.n_trials=2", "hydra.sweeper.arms.full.n_trials=1"),
+    *("training.max_steps=4", "training.eval_steps=2", "data.max_samples=64"),
 )
 
 
@@ -55,9 +55,9 @@ def test_terminal_shows_leaderboard_comparison_and_next_commands(swept: tuple[Pa
 
 
 def test_every_trial_has_a_run_under_the_parent(swept: tuple[Path, str]) -> None:
-    """3 + 2 children and a finalist an arm, under one parent with the answer as its note."""
+    """2 + 1 children and a finalist an arm, under one parent with the answer as its note."""
     parent, children = _runs(swept[0])
-    trials = {f"lora/000{n}" for n in range(3)} | {f"full/000{n}" for n in range(2)}
+    trials = {f"lora/000{n}" for n in range(2)} | {"full/0000"}
     finalists = {name: run for name, run in children.items() if "finalist" in run.data.tags}
     assert set(children) - set(finalists) == trials
     assert sorted(run.data.tags["arm"] for run in finalists.values()) == ["full", "lora"]
@@ -134,7 +134,7 @@ def test_the_same_command_says_that_it_is_finished(swept: tuple[Path, str]) -> N
     result = run_program(["+experiment=lr_rank_sweep", *SMALL, "-m"], folder)
     assert result.returncode == 0, result.stderr
     assert "all of them done before: nothing to train" in result.stdout
-    assert "hydra.sweeper.n_trials=6" in result.stdout
+    assert "hydra.sweeper.n_trials=4" in result.stdout
     assert "hydra.sweeper.study_name=lr_rank_sweep_2" in result.stdout
     after = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()
     assert json.loads(before)["arms"] == json.loads(after)["arms"]

@@ -20,6 +20,7 @@ from typing import Any
 import hydra
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins import file_config_source
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
@@ -66,8 +67,18 @@ TARGETS = frozenset(
 LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
 
 
-_READ: dict[tuple[str, str, int, int], ConfigResult] = {}
-"""Parsed configuration files by provider, path, modification time and size."""
+PLAIN_VALUE = re.compile(r"(\+\+?|~)?(?!hydra\.(?!sweeper\.))\w+(\.\w+)+(=|$)")
+"""An override of a value by its dotted key, outside Hydra's own settings."""
+MAX_GROUPS = 64
+
+FileVersion = tuple[str, str, int, int]
+"""Provider, path, modification time and size of a configuration file."""
+_READ: dict[FileVersion, ConfigResult] = {}
+"""Parsed configuration files."""
+_USED: set[FileVersion] = set()
+"""The files that the composition in progress has read."""
+_GROUPS: dict[tuple[str, ...], tuple[DictConfig, frozenset[FileVersion]]] = {}
+"""Compositions of groups without values, and the files they were read from, by their overrides."""
 
 
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
@@ -81,9 +92,9 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         path = Path(self.path, self._normalize_file_name(config_path))
         if not path.is_file():
             return super().load_config(config_path)  # says what is missing
-        status = path.stat()
         # one command composes several times, and a quarter of each is the parsing of YAML
-        read = (self.provider, str(path), status.st_mtime_ns, status.st_size)
+        read = _version(self.provider, path)
+        _USED.add(read)
         if read not in _READ:
             require_bounded(path)
             _READ[read] = super().load_config(config_path)
@@ -380,7 +391,7 @@ def _composed_or_refused(overrides: tuple[str, ...]) -> Composition | Exception:
 
 def _compose_anew(overrides: tuple[str, ...]) -> Composition:
     with _hydra():
-        composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+        composed = _groups_and_values(overrides)
         _refuse_code(OmegaConf.to_container(composed, resolve=False))
         sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
         choices = OmegaConf.to_container(composed.hydra.runtime.choices)
@@ -397,6 +408,50 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
         choices={str(key): str(value) for key, value in choices.items()},
         unresolved=composed,
     )
+
+
+def _groups_and_values(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose as Hydra does, in a tenth of its time where only values differ from an earlier command."""
+    values = [text for text in overrides if PLAIN_VALUE.match(text)]
+    groups = tuple(text for text in overrides if not PLAIN_VALUE.match(text))
+    try:
+        parsed = OverridesParser.create().parse_overrides(values)
+    except HydraException:
+        return _composed_by_hydra(overrides)  # refuses the first text that it cannot read
+    # A mapping for a whole section and a value within it apply in the order in which they are written
+    if any(value.is_sweep_override() for value in parsed) or any("={" in text for text in groups):
+        return _composed_by_hydra(overrides)
+    composed = copy.deepcopy(_composed_groups(groups))
+    # With Hydra's own function, values and refusals are Hydra's
+    ConfigLoaderImpl._apply_overrides_to_config(parsed, composed)
+    return composed
+
+
+def _composed_groups(overrides: tuple[str, ...]) -> DictConfig:
+    composed, files = _GROUPS.get(overrides, (None, frozenset()))
+    if composed is None or not all(_unchanged(file) for file in files):
+        _USED.clear()
+        composed = _composed_by_hydra(overrides)
+        if len(_GROUPS) >= MAX_GROUPS:
+            _GROUPS.clear()
+        _GROUPS[overrides] = composed, frozenset(_USED)
+    return composed
+
+
+def _composed_by_hydra(overrides: Sequence[str]) -> DictConfig:
+    composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+    assert isinstance(composed, DictConfig)
+    return composed
+
+
+def _version(provider: str, path: Path) -> FileVersion:
+    status = path.stat()
+    return provider, str(path), status.st_mtime_ns, status.st_size
+
+
+def _unchanged(file: FileVersion) -> bool:
+    provider, path, *_ = file
+    return Path(path).is_file() and _version(provider, Path(path)) == file
 
 
 def _refuse_code(config: object) -> None:

@@ -16,6 +16,10 @@ from sweeper.core.errors import StudyError
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.value import FrozenValue
 
+# A value that an older version stored is written as that version wrote it
+LATER: Any = Field(default=None, exclude_if=lambda value: value is None)
+"""Default of a field that older versions did not have."""
+
 Cause = Literal[
     "finished",
     "early_stopped",
@@ -54,7 +58,7 @@ class Outcome(FrozenValue):
     metrics: dict[str, float] = Field(default_factory=dict)
     message: str | None = None
     """Reason of a failure for people, or the traceback of a code error."""
-    inputs: InputDigests | None = None
+    inputs: InputDigests | None = LATER
     """Digests of what the trial read. None: an older version stored the outcome, or it read nothing."""
 
     @property
@@ -176,13 +180,13 @@ class ArmBaseline(FrozenValue):
     dtype: str
     general_digest: str | None = None
     """Digest of the windows of general text, or None without general text."""
-    config_digest: str | None = None
+    config_digest: str | None = LATER
     """Digest of the base configuration. None here and below: an older version stored the facts."""
-    judged_digest: str | None = None
+    judged_digest: str | None = LATER
     """Digest of the encoded rows that are judged, with the settings of the judge."""
-    trained_digest: str | None = None
+    trained_digest: str | None = LATER
     """Digest of the encoded rows that are trained on."""
-    test_digest: str | None = None
+    test_digest: str | None = LATER
     """Digest of the encoded test rows, or None without a test split."""
 
     @property

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import ConfigError, InputsChanged, WorkerError
+from sweeper.core.garbage import exempt_from_collection, uncollected
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
@@ -32,7 +33,6 @@ from sweeper.training.distributed import (
     process_group,
 )
 from sweeper.training.micro_batch import out_of_memory
-from sweeper.training.trial_runner import TransformersRunner
 from sweeper.workers.devices import see_only
 from sweeper.workers.worker_log import print_into, tail_of
 
@@ -215,6 +215,9 @@ def _main(connection: Connection, device: str | None, threads: int, log: str) ->
     see_only(device)
     work: queue.Queue[FollowCommand] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, work), daemon=True).start()
+    with uncollected():
+        from sweeper.training.trial_runner import TransformersRunner
+    exempt_from_collection()
     runner = TransformersRunner(threads=threads)
     while True:
         follow = work.get()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
 from sweeper.workers.hosted_engine import HostedEngine
@@ -203,4 +204,6 @@ def _main(
     settings = WorkerSettings.model_validate_json(workers)
     channel = PipeChannel(connection)
     orders = CommandQueue.listen(channel)  # before the slow imports: the driver may die meanwhile
-    serve(channel, orders, make_runner(settings, worker, threads, place), worker)
+    runner = make_runner(settings, worker, threads, place)
+    exempt_from_collection()
+    serve(channel, orders, runner, worker)

@@ -35,6 +35,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.errors import WorkerError
+from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.value import FrozenValue
 from sweeper.workers.hosted_engine import HostedEngine
 from sweeper.workers.protocol import (
@@ -174,7 +175,9 @@ class WorkerActor:
     ) -> None:
         try:
             orders = CommandQueue.listen(self._mailbox)
-            serve(self._mailbox, orders, make_runner(settings, worker, threads, place), worker)
+            runner = make_runner(settings, worker, threads, place)
+            exempt_from_collection()
+            serve(self._mailbox, orders, runner, worker)
         except BaseException:  # noqa: BLE001 - the thread is the worker: without it the actor is dead
             traceback.print_exc()
             os._exit(1)

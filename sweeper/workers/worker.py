@@ -19,6 +19,7 @@ from typing import Protocol
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.errors import DoesNotFit, InputsChanged, SweeperError, WorkerError
+from sweeper.core.garbage import uncollected
 from sweeper.core.outcome import ArmBaseline, HeldOutLosses, Outcome, StopCause, TrialSize
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
@@ -202,8 +203,9 @@ def make_runner(
         return FakeRunner(workers.fake)
     first, *others = devices_of(worker, place.devices)
     see_only(first)
-    from sweeper.training.trial_runner import TransformersRunner
-    from sweeper.workers.followers import FollowerGroup
+    with uncollected():
+        from sweeper.training.trial_runner import TransformersRunner
+        from sweeper.workers.followers import FollowerGroup
 
     return TransformersRunner(threads, FollowerGroup(others, threads, place.log).join)
 

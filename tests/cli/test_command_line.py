@@ -43,9 +43,9 @@ def _assert_names_all_four(message: str) -> None:
     ],
     ids=["single", "m-first", "m-in-the-middle", "m-last"],
 )
-def test_four_errors_are_reported_at_once(program: Program, arguments: tuple[str, ...]) -> None:
+def test_four_errors_are_reported_at_once(in_process: Program, arguments: tuple[str, ...]) -> None:
     """A wrong key, choice, type and range are all named, wherever -m stands, with exit code 2."""
-    result = program(*arguments)
+    result = in_process(*arguments)
     assert result.returncode == 2
     _assert_names_all_four(result.stderr)
     assert "Traceback" not in result.stderr
@@ -69,14 +69,17 @@ def test_errors_in_a_yaml_are_reported_with_those_of_the_command_line(tmp_path: 
         check=False,
     )
     assert result.returncode == 2
+    assert "Traceback" not in result.stderr
     for wrong in ("training.learning_rte", "seed=-1", "n_trialz", "per_device_eval_batch_size"):
         assert wrong in result.stderr
 
 
 @pytest.mark.parametrize("flag", [(), ("-m",)])
-def test_unknown_experiment_lists_those_that_exist(program: Program, flag: tuple[str, ...]) -> None:
+def test_unknown_experiment_lists_those_that_exist(
+    in_process: Program, flag: tuple[str, ...]
+) -> None:
     """A wrong experiment name is answered with the right ones."""
-    result = program("+experiment=nope", *flag)
+    result = in_process("+experiment=nope", *flag)
     assert result.returncode == 2
     assert "+experiment=nope" in result.stderr
     assert "lr_rank_sweep" in result.stderr
@@ -210,9 +213,9 @@ def test_one_name_for_two_studies_is_refused() -> None:
         studies(["+experiment=lr_rank_sweep,qlora_against_lora", "hydra.sweeper.study_name=x"])
 
 
-def test_a_misspelt_verb_lists_the_verbs(program: Program) -> None:
+def test_a_misspelt_verb_lists_the_verbs(in_process: Program) -> None:
     """A bare word is taken for a verb, not for a broken override."""
-    result = program("reports", "lr_rank_sweep")
+    result = in_process("reports", "lr_rank_sweep")
     assert result.returncode == 2
     assert f"reports: no such verb; did you mean report? verbs: {', '.join(VERBS)}" in result.stderr
 

@@ -10,7 +10,23 @@ import pytest
 from tests.faults.scorecard import ROOT, read_scorecard
 
 MUST_PASS = {
-    *("R1", "R2", "R4", "R7", "R8", "R12", "R13", "R14", "R16", "R20", "R26", "R27", "S1", "S2", "S5"),
+    *(
+        "R1",
+        "R2",
+        "R4",
+        "R7",
+        "R8",
+        "R12",
+        "R13",
+        "R14",
+        "R16",
+        "R20",
+        "R26",
+        "R27",
+        "S1",
+        "S2",
+        "S5",
+    ),
 }
 CASES = {case.name: case for case in read_scorecard()}
 
