@@ -30,6 +30,13 @@ FAKE = (
 LOW, HIGH = "training.learning_rate=0.001", "training.learning_rate=0.02"
 FOLDER = StudyFolder(Path("outputs", NAME))
 OTHER_STORAGE = "hydra.sweeper.storage=sqlite:///other.db"
+
+
+def slow(value: object) -> object:
+    """Mark a parameter whose kind another one shows in the fast tier."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 Sever = Callable[[], tuple[str, ...]]
 """Separates the folder from its study's storage, and returns the overrides that the next start needs."""
 
@@ -113,7 +120,9 @@ def _replaced() -> tuple[str, ...]:
     return ()
 
 
-@pytest.mark.parametrize("sever", [_switched, _deleted, _emptied, _truncated, _replaced])
+@pytest.mark.parametrize(
+    "sever", [_switched, _deleted, *map(slow, (_emptied, _truncated, _replaced))]
+)
 def test_a_trial_never_continues_the_work_of_another_study(
     sever: Sever, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,7 +188,7 @@ def test_a_start_that_ends_early_leaves_the_answer_of_the_other_study() -> None:
     assert FOLDER.trial("lora", 0).outcome.exists()
 
 
-@pytest.mark.parametrize("name", ["copy.db", "outputs/mine/copy.db"])
+@pytest.mark.parametrize("name", [slow("copy.db"), "outputs/mine/copy.db"])
 def test_a_copied_database_keeps_the_folder(name: str) -> None:
     """The study was moved to another storage, as docs/servers.md suggests: nothing is set aside."""
     _run(LOW)
@@ -257,8 +266,8 @@ def _altered(folder: TrialFolder, key: str, value: object) -> None:
 @pytest.mark.parametrize(
     "alter",
     [
-        *(_another_seed, _another_rate, _another_number),
-        *(_another_base, _another_base_of_old, _unreadable),
+        *(_another_rate, _another_base),
+        *map(slow, (_another_seed, _another_number, _another_base_of_old, _unreadable)),
     ],
 )
 def test_the_outcome_of_another_finalist_is_not_reused(
