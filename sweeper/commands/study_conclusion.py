@@ -37,11 +37,13 @@ class StudyConclusion:
     def conclude(self, status: RunStatus) -> StudyResults:
         """Write, record and print the results that there are.
 
-        Results of a run that ended early replace an earlier answer only if they are richer.
+        Results of a run that ended early, also by its budget, replace an earlier answer only if they
+        are richer.
         """
         try:
             results = self.writer.collect()
-            if status == "FINISHED" or self.writer.is_surpassed_by(results):
+            complete = status == "FINISHED" and not self.writer.state.cut_short
+            if complete or self.writer.is_surpassed_by(results):
                 self._write(results, status)
             else:
                 self.leave_answer(status)

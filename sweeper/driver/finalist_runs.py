@@ -8,7 +8,7 @@ used again: an ended training by its outcome.json, a judgement by its file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -40,6 +40,8 @@ class FinalistRuns:
     budget: ArmBudget
     services: StudyServices
     dispatcher: Dispatcher
+    cut_short: bool = field(default=False, init=False)
+    """True if the budget ended before all further seeds were trained."""
 
     def run(self, arms: Sequence[tuple[ArmPlan, optuna.Study]]) -> dict[str, ArmConclusion]:
         """Return the end of each arm that has a complete trial.
@@ -131,6 +133,7 @@ class FinalistRuns:
         )
         self.dispatcher.run(source)
         if source.refused is not None:
+            self.cut_short = True
             left = sum(training.outcome is None for training in trainings)
             self.services.view.event(
                 f"arm {arm.name}: {left} further seeds of its finalists left out: {source.refused}"

@@ -245,6 +245,7 @@ class StudyRun:
         )
         arms = [(arm, studies[arm.name]) for arm in plan.arms if arm.name in studies]
         self.results.finals = runs.run(arms)
+        self._state.cut_short = runs.cut_short
 
     def _arm_budget(self, arm: ArmPlan) -> ArmBudget:
         """Return the arm's share of what the study may still use."""

@@ -22,6 +22,8 @@ class StudyState:
     """The Optuna study of each arm that was ever opened."""
     searches_ended: bool = False
     """True once every search has ended and the finalists run."""
+    cut_short: bool = False
+    """True if the budget left further seeds of the finalists out."""
 
     def arm(self, name: str | None) -> ArmPlan:
         """Return an arm by its name, or the first one without a name.

@@ -20,6 +20,7 @@ from sweeper.core.errors import StudyError, StudyMismatch, WorkerError
 from sweeper.core.paths import StudyFolder
 from sweeper.driver import arm_probe, results_writer, study_run
 from sweeper.driver.arm_search import ArmSearch
+from sweeper.driver.budget import ArmBudget
 from sweeper.driver.command_handler import CommandHandler
 from sweeper.driver.finalist_runs import FinalistRuns
 from sweeper.driver.results_writer import ResultsWriter
@@ -191,3 +192,19 @@ def test_a_start_that_ends_early_leaves_the_answer_as_it_was(
     if start not in REWRITTEN and all(now == then for now, then in pairs):
         assert _files() == files
         assert (metrics, tags) == parent[1:]
+
+
+def test_a_budget_that_ends_before_the_finalists_leaves_the_answer(
+    finished: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time is used up before lost seeds are trained again: exit 0, and the richer answer stays."""
+    tracking = "tracking.uri=sqlite:///mlflow.db"
+    files, parent = _files(), _parent()
+    shutil.rmtree(FOLDER.finalists("lora"))
+    with monkeypatch.context() as patch:
+        patch.setattr(ArmBudget, "refusal", lambda *_: "the time is used up")
+        _run(tracking)
+    assert _files() == files
+    assert _parent() == parent
+    _run(tracking)
+    assert all(_measures())
