@@ -150,7 +150,7 @@ class StudyConclusion:
                 f"Read       python -m sweeper report {name}{self._elsewhere()}",
                 f"Browse     {browse_command(plan.settings.tracking)}",
                 f"Extend     python -m sweeper {extended}",
-                f"Anew       python -m sweeper {new}",
+                f"Start new  python -m sweeper {new}",
             ]
         )
 

@@ -81,7 +81,7 @@ class ArmPlan:
         Raises:
             ConfigError: the point is impossible (say, a target that the group does not have).
         """
-        # Groups are composed anew. Plain values are set on the composed config, which is 25 times
+        # Groups are composed again. Plain values are set on the composed config, which is 25 times
         # faster.
         groups = {key: value for key, value in point.items() if "." not in key}
         values = {key: value for key, value in point.items() if "." in key}

@@ -134,7 +134,7 @@ def test_recorded_command_reaches_the_same_study(capsys: pytest.CaptureFixture[s
     results = _run(EXPERIMENT, *OWN, FEW)
     printed = capsys.readouterr().out
     assert f"study_name={OWN_NAME}: named after experiment, model and data" in printed
-    for word in ("Extend", "Anew"):
+    for word in ("Extend", "Start new"):
         (line,) = (line for line in printed.splitlines() if line.startswith(word))
         assert f"hydra.sweeper.study_name={OWN_NAME}" in line
     assert f"report {OWN_NAME}" in printed
