@@ -6,6 +6,8 @@ the same name leads to the same path.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from pydantic import ValidationError
 
 from sweeper.core.input_digests import INPUT_NAMES, InputDigests
@@ -61,4 +63,6 @@ def read_identity(folder: TrialFolder) -> TrialIdentity | None:
 def write_identity(folder: TrialFolder, identity: TrialIdentity) -> None:
     """Store the identity of a folder, unless the folder has this identity already."""
     if read_identity(folder) != identity:
-        write_atomic(folder.identity, identity.model_dump_json(indent=2) + "\n")
+        # on a full disk the folder is recognised by its config.yaml and provenance.json instead
+        with suppress(OSError):
+            write_atomic(folder.identity, identity.model_dump_json(indent=2) + "\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import filecmp
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -69,7 +70,10 @@ def settle_owner(folder: StudyFolder, stored: str | None, *, opened: bool) -> tu
 def record_owner(folder: StudyFolder, study: str) -> None:
     """Store which study a folder belongs to."""
     if _owner(folder) != study:
-        write_atomic(folder.identity, FolderOwner(study=study).model_dump_json() + "\n")
+        with suppress(
+            OSError
+        ):  # a full disk: the storage has the UUID, and the next start stores it
+            write_atomic(folder.identity, FolderOwner(study=study).model_dump_json() + "\n")
 
 
 def _owner(folder: StudyFolder) -> str | None:

@@ -56,7 +56,7 @@ def test_a_full_disk_pauses_the_sweep_and_loses_nothing(launch: Launch, disk: Pa
     )
     sweep.until_steps(2)
     ballast = _fill(disk)
-    words = ("waiting for the study's database", "is full; waiting for space")
+    words = ("waiting for the study's database", "is full. Waiting for space")
     sweep.until(lambda: any(word in sweep.output for word in words), "driver or worker noticed")
     for path in sweep.study.glob("lora/trial_*/checkpoints/*.json"):
         json.loads(path.read_text())
