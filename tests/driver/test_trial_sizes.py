@@ -13,6 +13,7 @@ from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import run_single
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import StudyError, TrialFailed
+from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import TrialSize
 from sweeper.core.paths import TrialFolder, read_json
 from sweeper.driver.jobs import JobPhase
@@ -58,9 +59,11 @@ def _asked(monkeypatch: pytest.MonkeyPatch) -> list[TrialSettings]:
     asked: list[TrialSettings] = []
     check = FakeRunner.check
 
-    def asking(runner: FakeRunner, settings: TrialSettings) -> TrialSize:
+    def asking(
+        runner: FakeRunner, settings: TrialSettings, expected: InputDigests | None
+    ) -> TrialSize:
         asked.append(settings)
-        return check(runner, settings)
+        return check(runner, settings, expected)
 
     monkeypatch.setattr(FakeRunner, "check", asking)
     return asked
