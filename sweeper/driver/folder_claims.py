@@ -63,7 +63,11 @@ class FolderClaims:
             inputs=inputs.of_training,
         )
         accepted = [settings_digest(form) for form in also]
-        if reasons := contradictions(record.folder, identity, accepted):
+        reasons = contradictions(record.folder, identity, accepted)
+        # a fork's link: the original's folder may match in every respect, and must not be trained in
+        if record.folder.path.is_symlink() and read_identity(record.folder) is None:
+            reasons = reasons or ["a link to a trial of another study"]
+        if reasons:
             try:
                 moved = set_aside(self.folder, record.folder)
             except OSError as error:

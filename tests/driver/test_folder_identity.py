@@ -330,6 +330,22 @@ def test_a_kill_while_an_arm_is_opened_leaves_one_study(
     assert not FOLDER.set_aside.exists()
 
 
+def test_a_link_to_a_trial_of_another_study_is_not_trained_in() -> None:
+    """A fork links to its original's trials: even one that matches is not continued."""
+    _run(LOW)
+    (path,) = FOLDER.finalists("lora").glob("trial_*_seed_1")
+    original = TrialFolder(Path("original").absolute())
+    path.rename(original.path)
+    original.identity.unlink()
+    original.outcome.unlink()
+    before = {each.name for each in original.path.iterdir()}
+    path.symlink_to(original.path)
+    _run(LOW)
+    assert {each.name for each in original.path.iterdir()} == before
+    assert TrialFolder(path).outcome.exists()
+    assert not path.is_symlink()
+
+
 def test_a_trial_that_cannot_be_set_aside_stops_the_study() -> None:
     """`set_aside` is a file: refused in words, and nothing of the other trial is touched."""
     _run(LOW)
