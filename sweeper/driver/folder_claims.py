@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sweeper.config.compose import read_yaml
 from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.settings import TrialSettings, stored_settings
-from sweeper.core.errors import ConfigError
+from sweeper.core.errors import ConfigError, StudyError
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
 from sweeper.core.trial_identity import TrialIdentity, read_identity
@@ -51,6 +51,9 @@ class FolderClaims:
 
         Returns:
             The trial's identity, to be stored in the folder before anything else is.
+
+        Raises:
+            StudyError: the folder holds another trial's work, and cannot be moved.
         """
         identity = TrialIdentity(
             study=self.study,
@@ -60,8 +63,18 @@ class FolderClaims:
             inputs=inputs.of_training,
         )
         accepted = [settings_digest(form) for form in also]
-        if reasons := contradictions(record.folder, identity, accepted):
-            moved = set_aside(self.folder, record.folder)
+        reasons = contradictions(record.folder, identity, accepted)
+        # a fork's link: the original's folder may match in every respect, and must not be trained in
+        if record.folder.path.is_symlink() and read_identity(record.folder) is None:
+            reasons = reasons or ["a link to a trial of another study"]
+        if reasons:
+            try:
+                moved = set_aside(self.folder, record.folder)
+            except OSError as error:
+                raise StudyError(
+                    f"{record.key}: {record.folder.path} holds the work of another trial "
+                    f"({', '.join(reasons)}), and cannot be moved to {self.folder.set_aside}: {error}"
+                ) from error
             self.tracker.set_aside(record, moved)
             self.announce(
                 f"{record.key}: {record.folder.path} holds the work of another trial "

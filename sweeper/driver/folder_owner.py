@@ -8,21 +8,25 @@ study is run again.
 from __future__ import annotations
 
 import filecmp
-import shutil
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 from pydantic import ValidationError
 
-from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.core.errors import StudyError
+from sweeper.core.paths import StudyFolder, TrialFolder, write_atomic
+from sweeper.core.trial_identity import read_identity
 from sweeper.core.value import FrozenValue
 from sweeper.driver.folder_claims import free_path
+from sweeper.driver.folder_moves import FolderMove, end_move, move_content
 
 SHORT = 8
 """Characters of a UUID in the name of a folder."""
 ARM_CONTENT = ("trial_*", "finalists", "adopted")
 """Patterns of what the folder of an arm contains."""
+UNNAMED = "unnamed"
+"""Place of a study that an older version stored without a UUID."""
 
 
 class FolderOwner(FrozenValue):
@@ -42,11 +46,28 @@ def settle_owner(folder: StudyFolder, stored: str | None, *, opened: bool) -> tu
 
     Returns:
         The UUID, and one message for each thing that was moved.
+
+    Raises:
+        StudyError: what belongs to another study cannot be moved.
     """
-    owner = _owner(folder)
+    try:
+        end_move(folder)  # which a driver began that was killed
+        return _settle(folder, stored, opened=opened)
+    except OSError as error:
+        raise StudyError(
+            f"{folder.path} holds the trials of another study of this name, or lacks its own, and "
+            f"they cannot be moved: {error}. The same command ends the move when that is mended. "
+            f"Another study's folder: hydra.sweeper.study_name={folder.path.name}_2"
+        ) from error
+
+
+def _settle(folder: StudyFolder, stored: str | None, *, opened: bool) -> tuple[str, list[str]]:
+    owner, nameless = _owner(folder), None
+    if opened and stored is None:
+        nameless = _nameless(folder)
     if opened:
         # an older version stored no UUID, so its study gets the one that its folder has
-        ours = owner is None or stored is None or owner == stored
+        ours = owner is None or owner == stored or (stored is None and nameless is None)
     else:
         ours = owner is None and not _arms(folder)
     study = stored or (owner if ours and owner else uuid4().hex)
@@ -57,12 +78,13 @@ def settle_owner(folder: StudyFolder, stored: str | None, *, opened: bool) -> tu
             f"{folder.path} holds the trials of another study of this name{reason}. Moved to "
             f"{_set_aside(folder, owner)}. They are moved back when that study runs again"
         )
-    back = _place(folder, study)
+    back = nameless or _place(folder, study)
     if back.is_dir() and not _arms(folder):
         _set_aside(folder, owner=None)  # what a start left that ended before its first trial
-        for path in sorted(back.iterdir()):
-            _put_back(path, folder)
-        shutil.rmtree(back)  # the locks of `sync`, if any
+        locks = (folder.lock.name, folder.lock.with_suffix(".pid").name)  # of `sync`, if any
+        names = tuple(path.name for path in sorted(back.iterdir()) if path.name not in locks)
+        place = str(back.relative_to(folder.path))
+        move_content(folder, FolderMove(source=place, target=".", moved=names, emptied=True))
         words.append(f"the trials of this study were moved back from {back}")
     return study, words
 
@@ -77,14 +99,26 @@ def record_owner(folder: StudyFolder, study: str) -> None:
 
 
 def _owner(folder: StudyFolder) -> str | None:
+    """Return the UUID of the study that wrote the folder, or None if it has none."""
     try:
         return FolderOwner.model_validate_json(folder.identity.read_bytes()).study
     except (FileNotFoundError, ValidationError):
-        return None
+        # damaged, or never stored because the disk was full: the trials name their study as well
+        trials = (path for arm in _arms(folder) for path in sorted(arm.rglob("trial_*")))
+        own = (TrialFolder(path) for path in trials if path.is_dir() and not path.is_symlink())
+        found = (read_identity(trial) for trial in own)
+        return next((each.study for each in found if each is not None and each.study), None)
 
 
 def _place(folder: StudyFolder, owner: str) -> Path:
     return folder.set_aside / "studies" / owner[:SHORT]
+
+
+def _nameless(folder: StudyFolder) -> Path | None:
+    """Return where the trials of the one study without a UUID were moved to, if they were."""
+    places = sorted((folder.set_aside / "studies").glob(f"{UNNAMED}*"))
+    found = [place for place in places if place.is_dir() and _arms(StudyFolder(place))]
+    return found[0] if len(found) == 1 else None
 
 
 def _arms(folder: StudyFolder) -> list[Path]:
@@ -104,14 +138,15 @@ def _set_aside(folder: StudyFolder, owner: str | None) -> Path | None:
     content = [*_arms(folder), *(path for path in own if path.exists())]
     if not content:
         return None
-    place = free_path(_place(folder, owner or "unnamed"))
+    place = free_path(_place(folder, owner or UNNAMED))
     answers = [path for path in folder.answers if path.exists()] if _is_new(folder, place) else []
-    place.mkdir(parents=True)
-    for path in answers:
-        copy = shutil.copytree if path.is_dir() else shutil.copy2
-        copy(path, place / path.name)
-    for path in content:
-        path.rename(place / path.name)
+    move = FolderMove(
+        source=".",
+        target=str(place.relative_to(folder.path)),
+        moved=tuple(path.name for path in content),
+        copied=tuple(path.name for path in answers),
+    )
+    move_content(folder, move)
     return place
 
 
@@ -121,12 +156,3 @@ def _is_new(folder: StudyFolder, place: Path) -> bool:
     return folder.results.exists() and not any(
         filecmp.cmp(folder.results, other, shallow=False) for other in earlier
     )
-
-
-def _put_back(path: Path, folder: StudyFolder) -> None:
-    target = folder.path / path.name
-    if path.name.startswith(folder.lock.stem):
-        return
-    if target.is_dir():  # figures, of which the other study has a copy
-        shutil.rmtree(target)
-    path.replace(target)

@@ -109,9 +109,10 @@ def open_study(
     _check_question(study, plan, arm, facts)
     # After load_if_exists, because the seed depends on the values drawn so far.
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
+    study.set_user_attr("facts", facts.model_dump(mode="json"))
+    # last: find_study ignores a study without facts, and the next start would choose another UUID
     if study_uuid(study) is None:
         study.set_user_attr(UUID, uuid)
-    study.set_user_attr("facts", facts.model_dump(mode="json"))
     return study
 
 

@@ -309,6 +309,55 @@ def test_losses_of_another_model_are_judged_again() -> None:
     assert not set(files) & set(FOLDER.finalists("lora").glob("test/*/*.json"))
 
 
+@pytest.mark.parametrize("attribute", ["facts", slow("uuid")])
+def test_a_kill_while_an_arm_is_opened_leaves_one_study(
+    attribute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before the study's UUID or its facts are stored: later starts find one owner."""
+    real = optuna.Study.set_user_attr
+
+    def killed(study: optuna.Study, key: str, value: object) -> None:
+        if key == attribute:
+            raise SystemExit
+        real(study, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "set_user_attr", killed)
+        with pytest.raises(SystemExit):
+            _run(LOW)
+    _run(LOW, "hydra.sweeper.n_trials=1")
+    _run(LOW, "hydra.sweeper.n_trials=1")
+    assert not FOLDER.set_aside.exists()
+
+
+def test_a_link_to_a_trial_of_another_study_is_not_trained_in() -> None:
+    """A fork links to its original's trials: even one that matches is not continued."""
+    _run(LOW)
+    (path,) = FOLDER.finalists("lora").glob("trial_*_seed_1")
+    original = TrialFolder(Path("original").absolute())
+    path.rename(original.path)
+    original.identity.unlink()
+    original.outcome.unlink()
+    before = {each.name for each in original.path.iterdir()}
+    path.symlink_to(original.path)
+    _run(LOW)
+    assert {each.name for each in original.path.iterdir()} == before
+    assert TrialFolder(path).outcome.exists()
+    assert not path.is_symlink()
+
+
+def test_a_trial_that_cannot_be_set_aside_stops_the_study() -> None:
+    """`set_aside` is a file: refused in words, and nothing of the other trial is touched."""
+    _run(LOW)
+    (path,) = FOLDER.finalists("lora").glob("trial_*_seed_1")
+    _another_rate(TrialFolder(path))
+    FOLDER.set_aside.write_text("")
+    was = TrialFolder(path).outcome.read_bytes()
+    with pytest.raises(StudyError, match="cannot be moved"):
+        _run(LOW)
+    assert TrialFolder(path).outcome.read_bytes() == was
+
+
 def test_a_single_trial_refuses_the_beginning_of_another() -> None:
     """`sweeper trial --into FOLDER` does not continue what another trial has begun there."""
     folder = TrialFolder(Path("again"))

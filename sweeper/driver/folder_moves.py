@@ -1,0 +1,88 @@
+"""Moves of a study's files inside its folder, each to its end although a driver may be killed in it.
+
+A move is stored before its first file is touched. The next start ends what it finds stored.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from sweeper.core.errors import StudyError
+from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.core.value import FrozenValue
+
+
+class FolderMove(FrozenValue):
+    """The content of set_aside/move.json."""
+
+    source: str
+    """A folder, relative to the study's."""
+    target: str
+    """Another one, which is made."""
+    moved: tuple[str, ...]
+    """Names of what is moved."""
+    copied: tuple[str, ...] = ()
+    """Names of what is copied."""
+    emptied: bool = False
+    """True if the source is deleted when everything was moved out of it."""
+
+
+def move_content(folder: StudyFolder, move: FolderMove) -> None:
+    """Store a move, and make it."""
+    write_atomic(_stored(folder), move.model_dump_json() + "\n")
+    end_move(folder)
+
+
+def end_move(folder: StudyFolder) -> None:
+    """Make the move that is stored, from wherever an earlier driver was stopped in it.
+
+    Raises:
+        StudyError: the stored move cannot be read.
+    """
+    path = _stored(folder)
+    try:
+        move = FolderMove.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValidationError:
+        raise StudyError(
+            f"{path} says which trials of {folder.path} are being moved, and cannot be read. Move "
+            "the trials by hand, and delete the file"
+        ) from None
+    source, target = folder.path / move.source, folder.path / move.target
+    target.mkdir(parents=True, exist_ok=True)
+    for each in _present(source, move.copied):
+        _copy(each, target / each.name)
+    for each in _present(source, move.moved):
+        _clear(target / each.name)
+        each.replace(target / each.name)
+    if move.emptied:
+        shutil.rmtree(source, ignore_errors=True)
+    path.unlink()
+
+
+def _stored(folder: StudyFolder) -> Path:
+    return folder.set_aside / "move.json"
+
+
+def _present(source: Path, names: Iterable[str]) -> list[Path]:
+    """Return what is still there. A link may lead nowhere."""
+    paths = [source / name for name in names]
+    return [path for path in paths if path.exists() or path.is_symlink()]
+
+
+def _copy(path: Path, copy: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, copy, dirs_exist_ok=True)
+    else:
+        shutil.copy2(path, copy)
+
+
+def _clear(target: Path) -> None:
+    """Make room for a folder: figures, of which the other study has a copy."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
