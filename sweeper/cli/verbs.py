@@ -137,6 +137,7 @@ def trial(
     from sweeper.commands.run_trial import run_single
     from sweeper.config.compose import compose, read_yaml
     from sweeper.config.settings import RunSettings, stored_settings, validate
+    from sweeper.config.trusted_files import require_trusted_modules
     from sweeper.core.errors import StudyError
     from sweeper.core.paths import TrialFolder
 
@@ -148,6 +149,7 @@ def trial(
     stored = read_yaml(source)
     trial = stored_settings(stored).model_dump(mode="json")
     settings = validate(RunSettings, {**compose([]).config, **stored, **trial})
+    require_trusted_modules(settings.evaluation, source)
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
 
 

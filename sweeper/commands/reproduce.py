@@ -27,6 +27,7 @@ from sweeper.config.settings import (
     stored_settings,
     validate,
 )
+from sweeper.config.trusted_files import require_trusted_modules
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json
@@ -57,6 +58,8 @@ Other kernels round differently, and training amplifies the difference, at worst
 seeds (±0.006 of 0.54 nats on the embedded base).
 """
 MLFLOW_RUN = re.compile(r"[0-9a-f]{32}")
+MODULES = "evaluation.metric_modules"
+"""Setting that names, on the command line, the code which a record may import."""
 NUMBER = re.compile(r"(?:trial_)?(\d+)(?:_seed_(\d+))?")
 
 Verdict = Literal["reproduced", "differs", "other_inputs", "failed"]
@@ -106,6 +109,8 @@ class RecordedTrial:
     origin: Mapping[str, str]
     value: float
     """Value of the objective."""
+    config: Path
+    """The file that the settings were read from."""
 
 
 class OtherInputs(SweeperError):
@@ -174,7 +179,7 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
     if commit is not None and settings.model.revision is None:
         pinned = settings.model.model_copy(update={"revision": commit})
         settings = settings.model_copy(update={"model": pinned})
-    return RecordedTrial(name, settings, kept, outcome.best_value)
+    return RecordedTrial(name, settings, kept, outcome.best_value, folder.config)
 
 
 def new_folder(output_dir: Path, record: RecordedTrial) -> Path:
@@ -190,12 +195,14 @@ def machinery(overrides: Sequence[str]) -> dict[str, Any]:
         ConfigError: an override would change the trial.
     """
     foreign = [
-        text for text in overrides if key_of(text).split(".")[0] not in ("workers", "tracking")
+        text
+        for text in overrides
+        if key_of(text).split(".")[0] not in ("workers", "tracking") and key_of(text) != MODULES
     ]
     if foreign:
         raise ConfigError(
             [
-                f"{text}: would be another trial. Only workers and tracking may be set"
+                f"{text}: would be another trial. Only workers, tracking and {MODULES} may be set"
                 for text in foreign
             ]
         )
@@ -221,6 +228,8 @@ def reproduce(
     Raises:
         SweeperError: the trial cannot start: a used folder, workers that do not start.
     """
+    named = machine["evaluation"]["metric_modules"]
+    require_trusted_modules(record.settings.evaluation, record.config, named)
     settings = validate(RunSettings, {**machine, **record.settings.model_dump(mode="json")})
     metric = record.settings.objective.metric
     made = Reproduction(trial=record.name, verdict="failed", metric=metric, recorded=record.value)
