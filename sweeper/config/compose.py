@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ from sweeper.config.settings import EMBEDDED, flatten
 from sweeper.config.space import Scalar, word
 from sweeper.config.trusted_files import is_trusted
 from sweeper.config.yaml_bounds import require_bounded
+from sweeper.core import references
 from sweeper.core.errors import ConfigError, first_line
 
 CONFIG_NAME = "config"
@@ -361,8 +363,9 @@ def with_values(config: DictConfig, point: Mapping[str, Scalar]) -> dict[str, An
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
-    """Return the composed config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    """Return the composed config as YAML, with references where values came from the environment."""
+    # before the lines are folded, which would break a long value in two
+    return OmegaConf.to_yaml(OmegaConf.create(references.referenced_tree(dict(config))))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -381,6 +384,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(container, dict):
         raise ConfigError([f"{path}: holds no configuration"])
     return {str(key): value for key, value in container.items()}
+
+
+def _from_environment(name: str, default: Any = ...) -> str | None:
+    """Resolve `${oc.env:NAME}` as OmegaConf does, and remember what came from the environment."""
+    found = os.environ.get(name)
+    if found is not None:
+        references.remember({name: found})
+        return found
+    if default is ...:
+        raise KeyError(f"Environment variable '{name}' not found")
+    return None if default is None else str(default)
+
+
+OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
 
 
 @contextmanager
@@ -413,15 +430,16 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
         _READING.foreign = False
         _refuse_packages(overrides)
         composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
-        written = OmegaConf.to_container(composed, resolve=False)
-        assert isinstance(written, dict)
+        written = _as_written(composed)
         _refuse_code(written)
-        _refuse_foreign_places({str(key): node for key, node in written.items()}, overrides)
+        _refuse_foreign_places(written, overrides)
         sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
         choices = OmegaConf.to_container(composed.hydra.runtime.choices)
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
         config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    places = (str(foreign.setting(written, key)) for key in (foreign.OUTPUT_DIR, foreign.RUN_DIR))
+    references.leave_out(set().union(*map(references.names_in, places)))
     assert isinstance(config, dict)
     assert isinstance(sweeper, dict)
     assert isinstance(choices, dict)
@@ -431,7 +449,7 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
         sweeper={str(key): value for key, value in sweeper.items()},
         choices={str(key): str(value) for key, value in choices.items()},
         unresolved=composed,
-        written={str(key): value for key, value in written.items()},
+        written=written,
     )
 
 
@@ -508,7 +526,13 @@ def _decides_place(override: str) -> bool:
 
 
 def _written(overrides: Sequence[str]) -> Mapping[str, Any]:
-    composed = hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+    return _as_written(
+        hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+    )
+
+
+def _as_written(composed: DictConfig) -> Mapping[str, Any]:
+    """Return a composed configuration before interpolations are followed."""
     written = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(written, dict)
     return {str(key): value for key, value in written.items()}

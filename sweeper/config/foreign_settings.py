@@ -63,7 +63,8 @@ def place_problems(found: Mapping[str, Any], compared: Mapping[str, Any] | None)
         f"{key}={value!r}: {_rule(key)}. Give it on the command line, or name the file that sets it "
         "as trusted: SWEEPER_TRUST=FILE"
         for key in PLACES
-        if (value := _at(found, key)) != _at(compared or {}, key) and not _is_harmless(key, value)
+        if (value := setting(found, key)) != setting(compared or {}, key)
+        and not _is_harmless(key, value)
     ]
 
 
@@ -72,7 +73,7 @@ def differing_places(found: Mapping[str, Any], study: Mapping[str, Any]) -> list
     return [
         f"{key}={value!r}: {_rule(key)}, and belongs to the study as a whole. Remove it here"
         for key in PLACES
-        if (value := _at(found, key)) != _at(study, key)
+        if (value := setting(found, key)) != setting(study, key)
     ]
 
 
@@ -116,7 +117,8 @@ def _is_below(text: str) -> bool:
     return plain and not path.is_absolute() and ".." not in path.parts
 
 
-def _at(node: Mapping[str, Any], key: str) -> Any:
+def setting(node: Mapping[str, Any], key: str) -> Any:
+    """Return the value at a dotted key, or None without one."""
     found: Any = node
     for part in key.split("."):
         if not isinstance(found, Mapping):

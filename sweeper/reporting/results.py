@@ -28,6 +28,7 @@ from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, k
 from sweeper.core.errors import StudyError
 from sweeper.core.outcome import ArmBaseline, BaselineRun, Outcome, device_seconds
 from sweeper.core.paths import StudyFolder, read_json
+from sweeper.core.references import referenced_tree
 from sweeper.core.value import FrozenValue, MemoryShortfall
 from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
@@ -308,7 +309,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         objective=arm.settings.objective,
         facts=facts,
         trials=rank(trials, arm.settings.objective),
-        settings=flatten(arm.settings.trial.model_dump(mode="json")),
+        settings=flatten(referenced_tree(arm.settings.trial.model_dump(mode="json"))),
         ranges=number_ranges(arm.space),
         exhaustive=arm.sampler.name == "grid" and _has_all_of(arm.n_trials, grid(arm.space)),
         costs=tuple(costs),

@@ -24,6 +24,7 @@ from sqlalchemy.exc import (
 )
 
 from sweeper.core.errors import StudyError
+from sweeper.core.references import referenced_tree
 from sweeper.search.ownership import NullOwnership, StudyOwnership, make_ownership
 
 SQLITE_TIMEOUT_S = 60
@@ -49,6 +50,8 @@ CACHED = (
 """Methods that Optuna's cache in front of every RDBStorage calls instead of the public interface."""
 CLAIMS = frozenset({"create_new_trial", "_create_new_trial", "set_trial_state_values"})
 """Calls that only the one driver of a study may make: asking and telling."""
+ATTRIBUTES = frozenset({"set_study_user_attr", "set_trial_user_attr"})
+"""Calls that store texts."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -177,10 +180,22 @@ def _claiming(call: Callable[..., Result]) -> Callable[..., Result]:
     return claimed
 
 
+def _with_references(call: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a call that stores an attribute, with references for what came from the environment."""
+
+    @functools.wraps(call)
+    def stored(storage: PatientStorage, identity: int, key: str, value: Any) -> Result:
+        return call(storage, identity, key, referenced_tree(value))
+
+    return stored
+
+
 for _name in (*sorted(BaseStorage.__abstractmethods__), *CACHED):
     _call = getattr(RDBStorage, _name)
     # A loop instead of thirty methods: a method that Optuna adds to the interface is covered too.
-    setattr(PatientStorage, _name, patient(_claiming(_call) if _name in CLAIMS else _call))
+    _call = _claiming(_call) if _name in CLAIMS else _call
+    _call = _with_references(_call) if _name in ATTRIBUTES else _call
+    setattr(PatientStorage, _name, patient(_call))
 
 
 def _is_away(error: Exception) -> bool:

@@ -32,6 +32,7 @@ from sweeper.config.space import (
 from sweeper.core.errors import StudyError, StudyMismatch
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
+from sweeper.core.references import referenced_tree
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.storage import PatientStorage
@@ -306,7 +307,8 @@ def _configured_question(plan: StudyPlan, arm: ArmPlan) -> dict[str, str]:
 
 def settings_as_json(arm: ArmPlan) -> dict[str, str]:
     """Return an arm's settings before any point is applied, without those that change no result."""
-    return decisive_settings(arm.settings.trial)
+    found: dict[str, str] = referenced_tree(decisive_settings(arm.settings.trial))
+    return found
 
 
 def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:

@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 
 from sweeper.core.manifest import MANIFEST
 from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.references import referenced_tree
 from sweeper.core.spool import read_spool
 from sweeper.core.value import FrozenValue
 from sweeper.tracking.tracker import DatasetRecord, RunStatus
@@ -230,6 +231,7 @@ class TrackingLedger:
     def save_entry(self, entry: StudyEntry | TrialEntry) -> None:
         """Write an entry. An OSError becomes one of the `problems`."""
         # This process can still ship the entry from memory. Only a later process would miss it
+        entry = type(entry).model_validate(referenced_tree(entry.model_dump()))
         if isinstance(entry, StudyEntry):
             self.study = entry
             self._write(self.folder / "study.json", entry)
