@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sweeper.core.steady_output import echo
+
 if TYPE_CHECKING:
     from sweeper.driver.command_files import StudyCommand
 
@@ -52,9 +54,9 @@ def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     elif found:
         make_console().print(status_sheet(found, f"Studies under {output_dir}/").draw())
     else:
-        typer.echo(f"there are no studies under {output_dir}/")
+        echo(f"there are no studies under {output_dir}/")
     if (names := silent(output_dir)) and not as_json:
-        typer.echo(f"of another version, see sweeper report: {', '.join(names)}")
+        echo(f"of another version, see sweeper report: {', '.join(names)}")
 
 
 @app.command()
@@ -182,9 +184,9 @@ def _steer(
     if as_json:
         _print_json(reply.document(name, command))
     else:
-        typer.echo(f"{name}: {reply.text}", err=reply.exit_code == REFUSED)
+        echo(f"{name}: {reply.text}", stderr=reply.exit_code == REFUSED)
     raise typer.Exit(reply.exit_code)
 
 
 def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    echo(json.dumps(value, indent=2, ensure_ascii=False))

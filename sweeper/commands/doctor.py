@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.text import Text
 
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
@@ -79,8 +80,8 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
 def print_findings(findings: Sequence[DoctorFinding], console: Console) -> None:
     """Print each finding on a line, followed by what to do about it."""
     for finding in findings:
-        mark = f"[{STYLES[finding.level]}]{finding.level:<8}[/]"
-        console.print(f"{mark} {finding.check}: ", end="", highlight=False)
+        mark = Text(f"{finding.level:<8}", style=STYLES[finding.level])
+        console.print(mark, f"{finding.check}: ", end="", highlight=False)
         say(console, finding.text)
         if finding.advice:
             say(console, " " * 9 + finding.advice)

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 from rich.console import Console
 
+from sweeper.commands.guarded_steps import GuardedSteps
 from sweeper.commands.study_conclusion import StudyConclusion
 from sweeper.core.errors import StudyLocked
 from sweeper.core.paths import StudyFolder, write_atomic
@@ -119,15 +120,27 @@ class StudySession:
             end = "KILLED"
             raise
         finally:
-            conclusion = StudyConclusion(
-                self._folder, self._storage, self._tracker, self._console, writer
-            )
-            if self._recorded:
-                results = conclusion.conclude(end)
-                self._status.end(end)
-            else:
-                conclusion.leave_answer(end)
-                self._status.restore()
+            results = self._conclude(writer, end)
+        assert results is not None, "a study that ran to its end was recorded"
+        return results
+
+    def _conclude(self, writer: ResultsWriter, end: RunStatus) -> StudyResults | None:
+        """Take the last steps of the run, the status last of all."""
+        steps = GuardedSteps(self._folder.path, self._warn)
+        conclusion = StudyConclusion(
+            self._folder, self._storage, self._tracker, self._console, writer, steps
+        )
+        if not self._recorded:
+            conclusion.leave_answer(end)
+            self._status.restore()
+            return None
+        done = False
+        try:
+            results = conclusion.conclude(end)
+            done = True
+        finally:
+            last: RunStatus = end if done or end != "FINISHED" else "FAILED"
+            steps.take("the status", lambda: self._status.end(last))
         return results
 
     @property
@@ -177,7 +190,7 @@ class StudySession:
         )
 
     def _warn(self, text: str) -> None:
-        self._console.print(text, style="yellow")
+        self._console.print(text, style="yellow", soft_wrap=True)
 
     def _record(self) -> StudyRecord:
         arms = {f"{arm.name}.n_trials": str(arm.n_trials) for arm in self._plan.arms}

@@ -49,8 +49,13 @@ class StatusWriter:
             self.write()
 
     def end(self, status: RunStatus) -> None:
-        """Write the last phase of this run."""
-        self.enter(END_STATES[status])
+        """Write the last phase of this run.
+
+        Raises:
+            OSError: the file cannot be written, and still tells of a running study.
+        """
+        self._phase = END_STATES[status]
+        self._write()
 
     def restore(self) -> None:
         """Write the status that was there before this run, which has changed nothing."""
@@ -64,7 +69,11 @@ class StatusWriter:
             self.write()
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file, unless the disk is full: the study must not end for its status."""
+        with suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
         self._written_at = self._clock()
         state, (process, host) = self._state, process_of_driver()
         standing = StudyStatus(
@@ -81,5 +90,4 @@ class StatusWriter:
                 trial_standing(trial) for trial in state.board.trials.values() if not trial.ended
             ),
         )
-        with suppress(OSError):  # a full disk must not end the study for its status
-            write_json(self._folder.standing, standing.model_dump(mode="json"))
+        write_json(self._folder.standing, standing.model_dump(mode="json"))
