@@ -44,7 +44,7 @@ TIMEOUT_S = 10.0
 @app.command(name="list")
 def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     """Show all studies: state, trials, best value, remaining budget."""
-    from sweeper.commands.steer import silent, standings
+    from sweeper.commands.steer import silent, standings, unreadable
     from sweeper.reporting.console import make_console
     from sweeper.reporting.status_tables import status_sheet
 
@@ -55,6 +55,8 @@ def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
         make_console().print(status_sheet(found, f"Studies under {output_dir}/").draw())
     else:
         echo(f"there are no studies under {output_dir}/")
+    for problem in unreadable(output_dir):
+        echo(problem, stderr=True)
     if (names := silent(output_dir)) and not as_json:
         echo(f"of another version, see sweeper report: {', '.join(names)}")
 

@@ -29,6 +29,7 @@ from sweeper.config import compose
 from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.console import say
+from sweeper.search.ownership import database_url
 from sweeper.search.study_naming import name_study
 from sweeper.search.study_plan import single
 from sweeper.tracking.tracker_factory import LOCAL_STORE
@@ -64,7 +65,7 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
     composition = compose.compose(fixed)
     study = validate(StudySettings, composition.sweeper, "hydra.sweeper")
     folder = StudyFolder(Path(settings.output_dir) / name_study(fixed, composition).name)
-    database = study.storage or f"sqlite:///{folder.database}"
+    database = study.storage or database_url(folder.database)
     checks: list[Callable[[], list[DoctorFinding]]] = [
         devices,
         packages,

@@ -29,8 +29,9 @@ from sweeper.config.settings import (
 )
 from sweeper.config.trusted_files import require_trusted_modules
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
-from sweeper.core.outcome import ArmBaseline, Outcome
-from sweeper.core.paths import StudyFolder, TrialFolder, read_json
+from sweeper.core.outcome import ArmBaseline, stored_outcome
+from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.stored_files import read_object
 from sweeper.core.value import FrozenValue
 from sweeper.reporting.console import say
 from sweeper.reporting.results import load_results
@@ -58,6 +59,7 @@ Other kernels round differently, and training amplifies the difference, at worst
 seeds (±0.006 of 0.54 nats on the embedded base).
 """
 MLFLOW_RUN = re.compile(r"[0-9a-f]{32}")
+LOST_RECORD = "the trial's packages, machine, data and base model count as unknown"
 MODULES = "evaluation.metric_modules"
 """Setting that names, on the command line, the code which a record may import."""
 NUMBER = re.compile(r"(?:trial_)?(\d+)(?:_seed_(\d+))?")
@@ -167,13 +169,18 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
     for path in (folder.config, folder.provenance, folder.outcome):
         if not path.exists():
             raise StudyError(f"{name}: {path} is not there, so nothing can be held against it")
-    outcome = Outcome.model_validate_json(folder.outcome.read_text(encoding="utf-8"))
+    outcome = stored_outcome(folder)
+    if outcome is None:
+        raise StudyError(
+            f"{name}: {folder.outcome} is damaged, so there is no figure to compare with. Train the "
+            f"trial again: python -m sweeper trial {folder.path} --into NEW_FOLDER"
+        )
     if not STATES[outcome.cause].complete or outcome.best_value is None:
         raise StudyError(
             f"{name} ended as {outcome.cause} after {outcome.steps} steps: only a trial that ran to its "
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"
         )
-    kept = {key: str(value) for key, value in read_json(folder.provenance).items()}
+    kept = {key: str(value) for key, value in read_object(folder.provenance, LOST_RECORD).items()}
     settings = stored_settings(read_yaml(folder.config))
     commit = kept.get("base.commit")
     if commit is not None and settings.model.revision is None:

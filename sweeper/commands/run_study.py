@@ -21,6 +21,7 @@ from sweeper.core.errors import StudyLocked
 from sweeper.core.paths import StudyFolder, write_atomic
 from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import StopSignal, deferred_interrupt
+from sweeper.core.stored_files import read_words
 from sweeper.driver.budget import StudyBudget
 from sweeper.driver.command_files import CommandInbox
 from sweeper.driver.command_handler import CommandHandler
@@ -213,7 +214,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:
-        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+        who = read_words(owner).strip() or "unknown"
         raise StudyLocked(
             f"study {folder.path.name!r} is already run by another driver (process {who}). Wait for "
             "it, or start another study with hydra.sweeper.study_name=NAME"

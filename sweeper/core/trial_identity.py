@@ -6,8 +6,6 @@ the same name leads to the same path.
 
 from __future__ import annotations
 
-from pydantic import ValidationError
-
 from sweeper.core.input_digests import INPUT_NAMES, InputDigests
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.value import FrozenValue
@@ -54,7 +52,7 @@ def read_identity(folder: TrialFolder) -> TrialIdentity | None:
     """Return the stored identity of a folder, or None without one that can be read."""
     try:
         return TrialIdentity.model_validate_json(folder.identity.read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, ValueError):
         return None
 
 

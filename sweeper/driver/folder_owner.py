@@ -8,11 +8,12 @@ study is run again.
 from __future__ import annotations
 
 import filecmp
+import re
 import shutil
 from pathlib import Path
 from uuid import uuid4
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from sweeper.core.paths import StudyFolder, write_atomic
 from sweeper.core.value import FrozenValue
@@ -27,8 +28,8 @@ ARM_CONTENT = ("trial_*", "finalists", "adopted")
 class FolderOwner(FrozenValue):
     """The content of a study folder's identity.json."""
 
-    study: str
-    """The study's UUID."""
+    study: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    """The study's UUID, whose beginning is the name of a folder."""
 
 
 def settle_owner(folder: StudyFolder, stored: str | None, *, opened: bool) -> tuple[str, list[str]]:
@@ -75,12 +76,13 @@ def record_owner(folder: StudyFolder, study: str) -> None:
 def _owner(folder: StudyFolder) -> str | None:
     try:
         return FolderOwner.model_validate_json(folder.identity.read_bytes()).study
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, ValueError):
         return None
 
 
 def _place(folder: StudyFolder, owner: str) -> Path:
-    return folder.set_aside / "studies" / owner[:SHORT]
+    # a storage may hold anything in the place of a UUID
+    return folder.set_aside / "studies" / re.sub(r"[^A-Za-z0-9_-]", "_", owner)[:SHORT]
 
 
 def _arms(folder: StudyFolder) -> list[Path]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from sweeper.core.paths import StudyFolder, write_atomic, write_json
+from sweeper.core.stored_files import read_words
 from sweeper.driver.arm_status import arm_standing
 from sweeper.driver.command_log import TIME_FORMAT
 from sweeper.driver.study_state import StudyState
@@ -38,7 +39,7 @@ class StatusWriter:
         self._since = time.strftime(TIME_FORMAT)
         self._written_at = -STATUS_SECONDS
         self._phase: StudyPhase = "starting"
-        self._earlier = folder.standing.read_text("utf-8") if folder.standing.exists() else None
+        self._earlier = read_words(folder.standing) or None
 
     def enter(self, phase: StudyPhase) -> None:
         """Change the study's phase, and write the file if it is another one."""

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from json import JSONDecodeError
 from os import getpid
 
 from filelock import FileLock, Timeout
 
 from sweeper.core.errors import SweeperError
-from sweeper.core.paths import NightsFolder, read_json, write_json
+from sweeper.core.paths import NightsFolder, write_json
+from sweeper.core.stored_files import read_object
 
 BUSY_SECONDS = 60.0
 """Seconds to wait for another process's transaction."""
@@ -109,11 +109,14 @@ class NightLog:
                 return None
         except Timeout:
             pass
+        path = self._folder.holder(set_name)
+        held = read_object(path, "the process that runs the set is unknown")
         try:
-            held = read_json(self._folder.holder(set_name))
-        except (FileNotFoundError, JSONDecodeError):
+            process, on = int(held["process"]), date.fromisoformat(held["date"])
+        except (KeyError, TypeError, ValueError):
             return None
-        return LockHolder(int(held["process"]), date.fromisoformat(held["date"]))
+        # numbers from 1 down mean init, and groups of processes
+        return LockHolder(process, on) if process > 1 else None
 
     def end(self, claim: NightClaim, result: str, now: datetime) -> None:
         """Record that a night has finished, so that it never runs again."""
