@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from sweeper.config.settings import Objective
 from sweeper.config.space import Scalar
 from sweeper.core.paths import StudyFolder
@@ -71,7 +73,7 @@ class StudyStatus(FrozenValue):
     objective: Objective
     left: str
     """Remaining budget as text, or "" when there is no limit."""
-    arms: tuple[ArmStatus, ...]
+    arms: tuple[ArmStatus, ...] = Field(min_length=1)
     running: tuple[TrialStatus, ...]
 
 
