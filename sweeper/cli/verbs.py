@@ -275,16 +275,50 @@ def nightly(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides of the set: nightly.budget.wall_clock=2h")
     ] = None,
+    max_age: Annotated[
+        str | None, typer.Option(help="With status: a set is late after so long, such as 26h.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With status: print JSON.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="With status: where studies are kept.")] = Path(
+        "outputs"
+    ),
 ) -> None:
     """Run a set of experiments once per night, however often this is started (docs/nightly.md).
 
     Exit codes: 0 no change or nothing to run, 1 failure, 2 wrong configuration, 10 new champion,
-    11 regression.
+    11 regression. `nightly status [SET…]` shows each set's latest night instead, with exit code 1 if
+    one is late.
     """
+    if name == "status":
+        return _nightly_status(overrides or [], max_age, as_json, output_dir)
     from sweeper.nightly.night_run import EXIT_CODES, run_night
 
     result = run_night(name, overrides or [])
     raise typer.Exit(0 if result is None else EXIT_CODES[result])
+
+
+def _nightly_status(names: list[str], max_age: str | None, as_json: bool, output_dir: Path) -> None:
+    import json
+    from datetime import UTC, datetime, timedelta
+
+    from sweeper.config.settings import parse_duration
+    from sweeper.core.errors import ConfigError
+    from sweeper.core.paths import NightsFolder
+    from sweeper.nightly.night_watch import set_statuses
+
+    try:
+        seconds = parse_duration(max_age)
+    except ValueError as error:
+        raise ConfigError([f"--max-age: {error}"]) from None
+    limit = timedelta(seconds=seconds) if isinstance(seconds, int | float) else None
+    found = set_statuses(NightsFolder.under(output_dir), names, limit, datetime.now(UTC))
+    if as_json:
+        echo(json.dumps([each.model_dump(mode="json") for each in found], indent=2))
+    for each in found if not as_json else ():
+        echo(each)
+    if not found:
+        echo(f"no night has ever run under {output_dir}/", stderr=True)
+    raise typer.Exit(1 if not found or any(each.late for each in found) else 0)
 
 
 @app.command()

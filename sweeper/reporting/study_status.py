@@ -101,11 +101,21 @@ def is_driven(folder: StudyFolder) -> bool:
     just now tells of a driver.
     """
     try:
-        lock = os.open(folder.lock, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return False
+        return is_locked(folder.lock)
     except OSError:
         return _is_fresh(folder.standing)
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if a process holds a lock file, without a right to write it.
+
+    Raises:
+        OSError: the file cannot be opened for reading.
+    """
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
     try:
         return not _is_free(lock)
     finally:

@@ -237,6 +237,10 @@ class TrackingLedger:
         """Write an entry. An OSError becomes one of the `problems`."""
         # This process can still ship the entry from memory. Only a later process would miss it
         entry = type(entry).model_validate(referenced_tree(entry.model_dump()))
+        if entry.ending is not None and entry.ending.time_ms < entry.started_ms:
+            # the clock was set back in between, and MLflow would show a negative duration
+            end = entry.ending.model_copy(update={"time_ms": entry.started_ms})
+            entry = entry.model_copy(update={"ending": end})
         if isinstance(entry, StudyEntry):
             self.study = entry
             self._write(self.folder / "study.json", entry)

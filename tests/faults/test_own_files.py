@@ -27,8 +27,7 @@ NAME = "mine"
 FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
     *("workers.engine=inline", "workers.fake.step_seconds=0.0", "pruner=none", "sampler=random"),
-    *("hydra.sweeper.arms.full.n_trials=1", "tracking.uri=sqlite:///mlflow.db"),
-    *("hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"),
+    *("~hydra.sweeper.arms.full", "tracking.uri=sqlite:///mlflow.db", "finalists=none"),
 )
 FILES = (
     *("results.json", "report.md", "standing.json", "steering.json", "identity.json", "study.db"),
@@ -89,37 +88,76 @@ def copied(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S
     return StudyFolder(Path("outputs") / NAME)
 
 
+LOOKS = (
+    *(["report", NAME], ["best", NAME], ["study", "show", NAME], ["study", "list"]),
+    *(["clean", NAME, "--dry-run", "tracking=none"], ["report", NAME, "--format", "html"]),
+    ["sync", NAME, "tracking.uri=sqlite:///mlflow.db", "--dry-run"],
+)
+
+
+def _damage(folder: StudyFolder, name: str, damage: str) -> Path:
+    path = folder.path / name
+    if not path.exists() and name == "steering.json":
+        path.write_text('{"totals": {}, "commands": {}}')
+    DAMAGES[damage](path)
+    return path
+
+
 def _look(folder: Path) -> None:
     """Every command that reads ends with a code of its own, and without a traceback."""
-    for command in (
-        *(["report", NAME], ["report", NAME, "--format", "html"], ["best", NAME]),
-        *(["study", "show", NAME], ["study", "list"], ["clean", NAME, "--dry-run"]),
-        ["sync", NAME, "tracking.uri=sqlite:///mlflow.db", "--dry-run"],
-    ):
+    for command in LOOKS:
         done = run_in_process(command, folder)
         assert done.returncode in (0, 1, 2), (command, done.stdout, done.stderr)
         assert done.returncode == 0 or done.stderr.strip(), command
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_a_sentence(copied: StudyFolder, name: str, damage: str) -> None:
-    """Readers and the next start go on without it, or name the file and the way out."""
-    path = copied.path / name
-    if not path.exists() and name == "steering.json":
-        path.write_text('{"totals": {}, "commands": {}}')
-    DAMAGES[damage](path)
-    _look(Path.cwd())
+def _start() -> SweeperError | str | None:
+    """Run two more trials; returns the refusal, if it is one."""
     (plan,) = studies([*FAKE, "hydra.sweeper.n_trials=4"])
     try:
         run_study(plan)
-    except (SweeperError, OSError) as error:
-        refusal = error if isinstance(error, SweeperError) else sentence(error)
-        needed = name in ("study.db", "steering.json") or damage == "folder"
-        assert needed and path.name in str(refusal), refusal  # noqa: PT018 - or it succeeds
-    else:
-        assert (copied.path / "results.json").is_file()
+    except SweeperError as error:
+        return error
+    except OSError as error:
+        return sentence(error)
+    return None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", FILES)
+def test_readers_do_without_a_damaged_file(finished: Path, tmp_path: Path, name: str) -> None:
+    """Every damage of every file: each verb shows what is left, or names the file."""
+    for damage in DAMAGES:
+        place = tmp_path / damage.replace(" ", "_")
+        shutil.copytree(finished, place)
+        _damage(StudyFolder(place / "outputs" / NAME), name, damage)
+        _look(place)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_next_start_does_without_damaged_files(copied: StudyFolder, damage: str) -> None:
+    """All files that a study can do without are damaged at once: it comes to its end."""
+    for name in FILES:
+        if name not in ("study.db", "steering.json"):
+            _damage(copied, name, damage)
+    refusal = _start()
+    if damage == "folder":  # it cannot be replaced by a file
+        assert "Move it away" in str(refusal)
+        return
+    assert refusal is None
+    assert len(json.loads(copied.results.read_text())["arms"]["lora"]["trials"]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_a_start_cannot_do_without_names_the_way_out(copied: StudyFolder, damage: str) -> None:
+    """The totals that commands have raised: the file, and what is lost by moving it away."""
+    path = _damage(copied, "steering.json", damage)
+    refusal = _start()
+    assert refusal is None or (path.name in str(refusal) and "Move it away" in str(refusal))
 
 
 @pytest.mark.parametrize("damage", ["half", "noise", "list"])
