@@ -12,7 +12,6 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import prepare_model_for_kbit_training
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from sweeper.config.settings import ModelSettings, QuantizationSettings
-from sweeper.core.errors import ModelError
+from sweeper.core.errors import ModelError, SweeperError
 from sweeper.modeling import quantized_cache
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
@@ -76,10 +75,21 @@ def load_base(
             model = _load(source.folder, settings, options)
         else:
             model = _quantized(source.folder, settings, quantization, options, digest)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
+    except (SweeperError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # files of somebody else may contradict each other in any way
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise  # the CPU's own out of memory, which is a result
+        raise ModelError(_contradiction(settings, error)) from error
     complete_tokenizer(tokenizer, model, settings)
     return LoadedBase(model, tokenizer, digest, source.commit, precision.dtype, str(precision))
+
+
+def _contradiction(settings: ModelSettings, error: Exception) -> str:
+    where = f"model.base_model={settings.base_model!r}"
+    if "ignore_mismatched_sizes" in str(error):
+        return f"{where}: its weights have other shapes than its config.json says"
+    return one_line(where, error)
 
 
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
