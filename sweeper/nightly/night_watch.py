@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from urllib.parse import quote
 
 from pydantic import ValidationError
 
@@ -84,9 +83,9 @@ def set_statuses(
 def _latest(nights: NightsFolder) -> list[tuple[str, str, int, str, str | None, str | None]]:
     if not nights.database.exists():
         return []
-    address = f"file:{quote(str(nights.database.resolve()))}?mode=ro"
     try:
-        with closing(sqlite3.connect(address, uri=True, timeout=5)) as database:
+        # SQLite opens a file that cannot be written for reading alone
+        with closing(sqlite3.connect(nights.database, timeout=5)) as database:
             return database.execute(_LATEST).fetchall()
     except sqlite3.Error as error:
         raise StudyError(
