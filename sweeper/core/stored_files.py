@@ -72,6 +72,6 @@ def damage(error: Exception) -> str:
     """Return what is wrong with a file, in a few words."""
     if isinstance(error, ValidationError):
         found = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, found["loc"]))
-        return f"{place}: {found['msg']}" if place else str(found["msg"])
+        place = ".".join(map(str, found["loc"])) or "the file"
+        return f"{place}: {found['msg']}"
     return first_line(error)[:200]
