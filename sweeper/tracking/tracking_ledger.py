@@ -405,7 +405,7 @@ def unshipped_points(
         step = int(row["step"])
         for name, value in row.items():
             if name not in ("step", "time") and step > last.get(name, -1):
-                points.append(MetricPoint(name, step, value, int(row["time"] * 1000)))
+                points.append(MetricPoint(name, step, value, int(row.get("time", 0.0) * 1000)))
                 last[name] = step
     return points
 
