@@ -10,12 +10,13 @@ import itertools
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper.core.errors import ConfigError, SweeperError
-from sweeper.core.redaction import holds_password, redact
+from sweeper.core.errors import ConfigError, SweeperError, sentence
+from sweeper.core.redaction import holds_password
+from sweeper.core.steady_output import echo, steady_output
 
 if TYPE_CHECKING:
     from sweeper.config.compose import CommandLine
@@ -30,22 +31,37 @@ MAX_NESTED = 50
 
 def main() -> None:
     """Entry point of `sweeper` and `python -m sweeper`."""
-    argv = sys.argv[1:]
+    with steady_output():
+        code = _or_code(lambda: _run(sys.argv[1:]))
+    if code:
+        sys.exit(code)
+
+
+def _run(argv: Sequence[str]) -> None:
     from sweeper.cli.verbs import VERBS
 
-    try:
-        if argv and argv[0] in VERBS:
-            from sweeper.cli.verbs import app
+    if argv and argv[0] in VERBS:
+        from sweeper.cli.verbs import app
 
-            app(prog_name="sweeper")
-        else:
-            _hydra(argv)
+        app(prog_name="sweeper")
+    else:
+        _hydra(argv)
+
+
+def _or_code(run: Callable[[], object]) -> int:
+    """Run a command, and return its exit code. Its errors become messages."""
+    try:
+        run()
     except SweeperError as error:
-        print(redact(str(error)), file=sys.stderr)
-        sys.exit(error.exit_code)
+        echo(error, stderr=True)
+        return error.exit_code
+    except OSError as error:
+        echo(sentence(error), stderr=True)
+        return SweeperError.exit_code
     except KeyboardInterrupt as stop:
-        print("stopped", file=sys.stderr)
-        sys.exit(getattr(stop, "exit_code", 128 + signal.SIGINT))
+        echo("stopped", stderr=True)
+        return int(getattr(stop, "exit_code", 128 + signal.SIGINT))
+    return 0
 
 
 def run_studies(overrides: Sequence[str]) -> None:
@@ -187,14 +203,10 @@ def _hydra_application() -> None:
     decorate(application)()
 
 
-def _or_exit(run: object) -> None:
-    """Hydra prints a stack trace for exceptions, but lets SystemExit pass."""
-    assert callable(run)
-    try:
-        run()
-    except SweeperError as error:
-        print(redact(str(error)), file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
+def _or_exit(run: Callable[[], object]) -> None:
+    """Run a command inside Hydra, which prints a stack trace for exceptions and lets SystemExit pass."""
+    if code := _or_code(run):
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,51 @@ def test_a_secret_given_by_reference_comes_out_nowhere(tmp_path: Path, tracking:
     assert held == []
 
 
+PIECE = "c4n4ry0f"
+AWKWARD = f"""{PIECE}'7h3"d4y&x/<y>"""
+"""Characters that JSON, YAML, HTML and URLs each spell in their own way."""
+BY_REFERENCE = "${oc.env:SWEEPER_CANARY}"
+TEXT_SETTINGS = (
+    *(f"{key}={BY_REFERENCE}" for key in ("model.base_model", "model.revision", "data.group_by")),
+    *(f"{key}={BY_REFERENCE}" for key in ("data.validation", "data.test", "data.balance_by")),
+    *(f"{key}={BY_REFERENCE}" for key in ("data.template", "data.order_by")),
+    *(f"{key}={BY_REFERENCE}" for key in ("stand_in.base_model", "stand_in.train")),
+    f"data.train=[{{path: 'https://h/rows.jsonl?token={BY_REFERENCE}', revision: '{BY_REFERENCE}'}}]",
+    f"evaluation.prompts=[{{category: '{BY_REFERENCE}', prompt: 'Say {BY_REFERENCE}'}}]",
+    f"data.columns={{instruction: '{BY_REFERENCE}'}}",
+    f"evaluation.general_text.source={BY_REFERENCE}",
+    f"adapter.modules_to_save=['{BY_REFERENCE}']",
+    f"data.cleaning.completion_pattern='{BY_REFERENCE}'",
+)
+
+
+@pytest.mark.parametrize("tracking", ["none", pytest.param("mlflow", marks=pytest.mark.slow)])
+def test_what_a_setting_takes_from_the_environment_is_written_as_the_reference(
+    tmp_path: Path, tracking: str
+) -> None:
+    """In every setting that takes a text: no file, database, page, name or line holds the value."""
+    command = [
+        *(sys.executable, "-m", "sweeper", *STUDY, *TEXT_SETTINGS, f"tracking={tracking}"),
+        *("++workers.fake.plan={1: crash}", "-m"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "SWEEPER_CANARY": AWKWARD},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert PIECE not in done.stdout + done.stderr
+    paths = list(tmp_path.rglob("*"))
+    assert [path for path in paths if PIECE in path.name] == []
+    files = [path for path in paths if path.is_file()]
+    assert [path for path in files if PIECE.encode() in path.read_bytes()] == []
+    (config,) = tmp_path.glob("outputs/*/lora/trial_0000/config.yaml")
+    assert BY_REFERENCE in config.read_text(), "the reference stands where the value was used"
+
+
 def test_a_literal_password_on_the_command_line_is_refused(tmp_path: Path) -> None:
     """Exit 2, the key and the way out; the password itself is not repeated, and nothing is written."""
     override = f"hydra.sweeper.storage=postgresql+psycopg://me:{CANARY}@db/optuna"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sweeper.core.steady_output import echo
+
 if TYPE_CHECKING:
     from sweeper.driver.command_files import StudyCommand
 
@@ -42,7 +44,7 @@ TIMEOUT_S = 10.0
 @app.command(name="list")
 def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     """Show all studies: state, trials, best value, remaining budget."""
-    from sweeper.commands.steer import silent, standings
+    from sweeper.commands.steer import silent, standings, unreadable
     from sweeper.reporting.console import make_console
     from sweeper.reporting.status_tables import status_sheet
 
@@ -52,9 +54,11 @@ def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
     elif found:
         make_console().print(status_sheet(found, f"Studies under {output_dir}/").draw())
     else:
-        typer.echo(f"there are no studies under {output_dir}/")
+        echo(f"there are no studies under {output_dir}/")
+    for problem in unreadable(output_dir):
+        echo(problem, stderr=True)
     if (names := silent(output_dir)) and not as_json:
-        typer.echo(f"of another version, see sweeper report: {', '.join(names)}")
+        echo(f"of another version, see sweeper report: {', '.join(names)}")
 
 
 @app.command()
@@ -182,9 +186,9 @@ def _steer(
     if as_json:
         _print_json(reply.document(name, command))
     else:
-        typer.echo(f"{name}: {reply.text}", err=reply.exit_code == REFUSED)
+        echo(f"{name}: {reply.text}", stderr=reply.exit_code == REFUSED)
     raise typer.Exit(reply.exit_code)
 
 
 def _print_json(value: object) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sweeper.cli import study_verbs
+from sweeper.core.steady_output import echo
 
 if TYPE_CHECKING:
     from sweeper.tracking.registry import ModelRegistry, ModelVersion
@@ -60,10 +61,10 @@ def report(
     text = WRITERS[form](results, output_dir)
     path = output or (default_path(results, output_dir) if form == "html" else None)
     if path is None:
-        typer.echo(text, nl=False)
+        echo(text, end="")
     else:
         write_atomic(path, text)
-        typer.echo(path)
+        echo(path)
 
 
 @app.command()
@@ -99,17 +100,17 @@ def best(
     results = load_results(name, output_dir)
     winner = find_winner(results, StudyFolder(output_dir / name), arm, number)
     if as_yaml:
-        typer.echo(experiment_yaml(winner), nl=False)
+        echo(experiment_yaml(winner), end="")
     elif adapter:
-        typer.echo(winner.artifact)
+        echo(winner.artifact)
     elif merge is not None:
         _quiet()
         from sweeper.training.export import merge_trial
 
         merge_trial(winner.settings, winner.folder, merge)
-        typer.echo(merge)
+        echo(merge)
     else:
-        typer.echo(usage(winner))
+        echo(usage(winner))
 
 
 @app.command()
@@ -123,9 +124,9 @@ def generate(
     from sweeper.commands.generate import side_by_side
 
     for answered in side_by_side(adapters, prompt, max_new_tokens):
-        typer.echo(f"\n# {answered.prompt}")
+        echo(f"\n# {answered.prompt}")
         for name, answer in answered.answers.items():
-            typer.echo(f"\n## {name}\n{answer.strip()}")
+            echo(f"\n## {name}\n{answer.strip()}")
 
 
 @app.command()
@@ -137,6 +138,7 @@ def trial(
     from sweeper.commands.run_trial import run_single
     from sweeper.config.compose import compose, read_yaml
     from sweeper.config.settings import RunSettings, stored_settings, validate
+    from sweeper.config.trusted_files import require_trusted_modules
     from sweeper.core.errors import StudyError
     from sweeper.core.paths import TrialFolder
 
@@ -148,6 +150,7 @@ def trial(
     stored = read_yaml(source)
     trial = stored_settings(stored).model_dump(mode="json")
     settings = validate(RunSettings, {**compose([]).config, **stored, **trial})
+    require_trusted_modules(settings.evaluation, source)
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")
 
 
@@ -195,7 +198,7 @@ def reproduce(
     folder = TrialFolder(into or again.new_folder(output_dir, record))
     console = make_console(stderr=as_json)
     found = again.reproduce(record, machine, folder, console, tolerance)
-    typer.echo(again.to_json(found) if as_json else again.describe(found))
+    echo(again.to_json(found) if as_json else again.describe(found))
     raise typer.Exit(again.EXIT_CODES[found.verdict])
 
 
@@ -217,7 +220,7 @@ def prefetch(
     else:
         settings = [single(given)]
     for fetched in fetch(settings):
-        typer.echo(fetched)
+        echo(fetched)
 
 
 @app.command()
@@ -233,7 +236,7 @@ def doctor(
 
     findings = examine(overrides or [])
     if as_json:
-        typer.echo(to_json(findings))
+        echo(to_json(findings))
     else:
         print_findings(findings, make_console())
     raise typer.Exit(0 if sound(findings) else 1)
@@ -261,7 +264,7 @@ def sync(
     tracking = single([argument for argument in arguments or [] if "=" in argument]).tracking
     whole = True
     for synced in record(names, output_dir, tracking, dry_run=dry_run):
-        typer.echo(synced)
+        echo(synced)
         whole = whole and synced.whole
     raise typer.Exit(0 if whole or dry_run else 1)
 
@@ -272,16 +275,50 @@ def nightly(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides of the set: nightly.budget.wall_clock=2h")
     ] = None,
+    max_age: Annotated[
+        str | None, typer.Option(help="With status: a set is late after so long, such as 26h.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With status: print JSON.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="With status: where studies are kept.")] = Path(
+        "outputs"
+    ),
 ) -> None:
     """Run a set of experiments once per night, however often this is started (docs/nightly.md).
 
     Exit codes: 0 no change or nothing to run, 1 failure, 2 wrong configuration, 10 new champion,
-    11 regression.
+    11 regression. `nightly status [SET…]` shows each set's latest night instead, with exit code 1 if
+    one is late.
     """
+    if name == "status":
+        return _nightly_status(overrides or [], max_age, as_json, output_dir)
     from sweeper.nightly.night_run import EXIT_CODES, run_night
 
     result = run_night(name, overrides or [])
     raise typer.Exit(0 if result is None else EXIT_CODES[result])
+
+
+def _nightly_status(names: list[str], max_age: str | None, as_json: bool, output_dir: Path) -> None:
+    import json
+    from datetime import UTC, datetime, timedelta
+
+    from sweeper.config.settings import parse_duration
+    from sweeper.core.errors import ConfigError
+    from sweeper.core.paths import NightsFolder
+    from sweeper.nightly.night_watch import set_statuses
+
+    try:
+        seconds = parse_duration(max_age)
+    except ValueError as error:
+        raise ConfigError([f"--max-age: {error}"]) from None
+    limit = timedelta(seconds=seconds) if isinstance(seconds, int | float) else None
+    found = set_statuses(NightsFolder.under(output_dir), names, limit, datetime.now(UTC))
+    if as_json:
+        echo(json.dumps([each.model_dump(mode="json") for each in found], indent=2))
+    for each in found if not as_json else ():
+        echo(each)
+    if not found:
+        echo(f"no night has ever run under {output_dir}/", stderr=True)
+    raise typer.Exit(1 if not found or any(each.late for each in found) else 0)
 
 
 @app.command()
@@ -308,11 +345,11 @@ def clean(
     held = [found.folder for found in _registry_champions(overrides or [])]
     found = removals(name, output_dir, keep_adapters, held)
     for removal in found:
-        typer.echo(f"{removal.mib:10.1f} MiB  {removal.path}  ({removal.why})")
+        echo(f"{removal.mib:10.1f} MiB  {removal.path}  ({removal.why})")
     if not dry_run:
         remove(name, output_dir, found)
     done = "would be freed" if dry_run else "freed"
-    typer.echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
+    echo(f"{sum(removal.mib for removal in found):10.1f} MiB {done}")
 
 
 def _clean_bases(dry_run: bool) -> None:
@@ -320,8 +357,8 @@ def _clean_bases(dry_run: bool) -> None:
 
     found = forget(cache_folder(), dry_run=dry_run)
     for path, mib in found.items():
-        typer.echo(f"{mib:10.1f} MiB  {path}")
-    typer.echo(f"{sum(found.values()):10.1f} MiB {'would be freed' if dry_run else 'freed'}")
+        echo(f"{mib:10.1f} MiB  {path}")
+    echo(f"{sum(found.values()):10.1f} MiB {'would be freed' if dry_run else 'freed'}")
 
 
 app.add_typer(study_verbs.app, name="study")
@@ -341,11 +378,11 @@ def show(model: Model, overrides: Where = None) -> None:
     """Show the champion with its version, its trial and the evidence for it."""
     version = _registry(overrides or []).champion(model)
     if version is None:
-        typer.echo(f"{model}: no champion yet")
+        echo(f"{model}: no champion yet")
         return
-    typer.echo(f"{model}: version {version.number}, trial {version.trial} of {version.study}")
+    echo(f"{model}: version {version.number}, trial {version.trial} of {version.study}")
     for key, value in sorted(version.tags.items()):
-        typer.echo(f"  {key}: {value}")
+        echo(f"  {key}: {value}")
 
 
 @champions.command()
@@ -358,7 +395,7 @@ def promote(
     """Make a trial's adapter the champion by hand."""
     tags = {"sweeper.promoted_by": "hand"}
     version = _registry(overrides or []).promote(model, study, trial, tags)
-    typer.echo(f"{model}: version {version.number} is the champion")
+    echo(f"{model}: version {version.number} is the champion")
 
 
 @champions.command()
@@ -374,18 +411,18 @@ def certify(
 
     registry = _registry(overrides or [])
     certificate = look(model, registry)
-    typer.echo(certificate.words)
+    echo(certificate.words)
     champion = registry.champion(model)
     also = None if champion is None else evaluation_by_study(champion, output_dir)
     if also is not None:
-        typer.echo(also)
+        echo(also)
 
 
 @champions.command()
 def rollback(model: Model, overrides: Where = None) -> None:
     """Make the previous champion the champion again."""
     version = _registry(overrides or []).rollback(model)
-    typer.echo(f"{model}: version {version.number} is the champion again")
+    echo(f"{model}: version {version.number} is the champion again")
 
 
 def _quiet() -> None:

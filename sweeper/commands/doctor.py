@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.text import Text
 
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.console import say
+from sweeper.search.ownership import database_url
 from sweeper.search.study_naming import name_study
 from sweeper.search.study_plan import single
 from sweeper.tracking.tracker_factory import LOCAL_STORE
@@ -63,7 +65,7 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
     composition = compose.compose(fixed)
     study = validate(StudySettings, composition.sweeper, "hydra.sweeper")
     folder = StudyFolder(Path(settings.output_dir) / name_study(fixed, composition).name)
-    database = study.storage or f"sqlite:///{folder.database}"
+    database = study.storage or database_url(folder.database)
     checks: list[Callable[[], list[DoctorFinding]]] = [
         devices,
         packages,
@@ -79,8 +81,8 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
 def print_findings(findings: Sequence[DoctorFinding], console: Console) -> None:
     """Print each finding on a line, followed by what to do about it."""
     for finding in findings:
-        mark = f"[{STYLES[finding.level]}]{finding.level:<8}[/]"
-        console.print(f"{mark} {finding.check}: ", end="", highlight=False)
+        mark = Text(f"{finding.level:<8}", style=STYLES[finding.level])
+        console.print(mark, f"{finding.check}: ", end="", highlight=False)
         say(console, finding.text)
         if finding.advice:
             say(console, " " * 9 + finding.advice)

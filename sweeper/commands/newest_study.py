@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
 from sweeper.core.errors import StudyError
+from sweeper.core.steady_output import echo
 
 EvidenceFile = Literal["results.json", "standing.json"]
 
@@ -29,5 +29,5 @@ def named_or_newest(name: str | None, output_dir: Path, evidence: EvidenceFile) 
         raise StudyError(f"there are no studies under {output_dir}/ yet")
     newest = found[-1].parent.name
     # stdout may be read by a program (--format json)
-    print(f"study {newest}, the newest under {output_dir}/", file=sys.stderr)
+    echo(f"study {newest}, the newest under {output_dir}/", stderr=True)
     return newest

@@ -27,9 +27,11 @@ from sweeper.config.settings import (
     stored_settings,
     validate,
 )
+from sweeper.config.trusted_files import require_trusted_modules
 from sweeper.core.errors import ConfigError, StudyError, SweeperError, TrialFailed
-from sweeper.core.outcome import ArmBaseline, Outcome
-from sweeper.core.paths import StudyFolder, TrialFolder, read_json
+from sweeper.core.outcome import ArmBaseline, stored_outcome
+from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.stored_files import read_object
 from sweeper.core.value import FrozenValue
 from sweeper.reporting.console import say
 from sweeper.reporting.results import load_results
@@ -57,6 +59,9 @@ Other kernels round differently, and training amplifies the difference, at worst
 seeds (±0.006 of 0.54 nats on the embedded base).
 """
 MLFLOW_RUN = re.compile(r"[0-9a-f]{32}")
+LOST_RECORD = "the trial's packages, machine, data and base model count as unknown"
+MODULES = "evaluation.metric_modules"
+"""Setting that names, on the command line, the code which a record may import."""
 NUMBER = re.compile(r"(?:trial_)?(\d+)(?:_seed_(\d+))?")
 
 Verdict = Literal["reproduced", "differs", "other_inputs", "failed"]
@@ -106,6 +111,8 @@ class RecordedTrial:
     origin: Mapping[str, str]
     value: float
     """Value of the objective."""
+    config: Path
+    """The file that the settings were read from."""
 
 
 class OtherInputs(SweeperError):
@@ -162,19 +169,24 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
     for path in (folder.config, folder.provenance, folder.outcome):
         if not path.exists():
             raise StudyError(f"{name}: {path} is not there, so nothing can be held against it")
-    outcome = Outcome.model_validate_json(folder.outcome.read_text(encoding="utf-8"))
+    outcome = stored_outcome(folder)
+    if outcome is None:
+        raise StudyError(
+            f"{name}: {folder.outcome} is damaged, so there is no figure to compare with. Train the "
+            f"trial again: python -m sweeper trial {folder.path} --into NEW_FOLDER"
+        )
     if not STATES[outcome.cause].complete or outcome.best_value is None:
         raise StudyError(
             f"{name} ended as {outcome.cause} after {outcome.steps} steps: only a trial that ran to its "
             "own end has a figure that can be reproduced (`sweeper trial` trains any of them again)"
         )
-    kept = {key: str(value) for key, value in read_json(folder.provenance).items()}
+    kept = {key: str(value) for key, value in read_object(folder.provenance, LOST_RECORD).items()}
     settings = stored_settings(read_yaml(folder.config))
     commit = kept.get("base.commit")
     if commit is not None and settings.model.revision is None:
         pinned = settings.model.model_copy(update={"revision": commit})
         settings = settings.model_copy(update={"model": pinned})
-    return RecordedTrial(name, settings, kept, outcome.best_value)
+    return RecordedTrial(name, settings, kept, outcome.best_value, folder.config)
 
 
 def new_folder(output_dir: Path, record: RecordedTrial) -> Path:
@@ -190,12 +202,14 @@ def machinery(overrides: Sequence[str]) -> dict[str, Any]:
         ConfigError: an override would change the trial.
     """
     foreign = [
-        text for text in overrides if key_of(text).split(".")[0] not in ("workers", "tracking")
+        text
+        for text in overrides
+        if key_of(text).split(".")[0] not in ("workers", "tracking") and key_of(text) != MODULES
     ]
     if foreign:
         raise ConfigError(
             [
-                f"{text}: would be another trial. Only workers and tracking may be set"
+                f"{text}: would be another trial. Only workers, tracking and {MODULES} may be set"
                 for text in foreign
             ]
         )
@@ -221,6 +235,8 @@ def reproduce(
     Raises:
         SweeperError: the trial cannot start: a used folder, workers that do not start.
     """
+    named = machine["evaluation"]["metric_modules"]
+    require_trusted_modules(record.settings.evaluation, record.config, named)
     settings = validate(RunSettings, {**machine, **record.settings.model_dump(mode="json")})
     metric = record.settings.objective.metric
     made = Reproduction(trial=record.name, verdict="failed", metric=metric, recorded=record.value)

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sweeper.core.errors import StudyLocked
-from sweeper.core.outcome import Outcome
+from sweeper.core.outcome import stored_outcome
 from sweeper.core.paths import StudyFolder, TrialFolder, size_mib
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, load_results
 from sweeper.search.states import STATES
@@ -161,10 +161,8 @@ def _removals_of(trial: TrialFolder, is_kept: bool) -> Iterator[Removal]:
 
 def _ended(trial: TrialFolder) -> bool:
     """Return True if a trial ended for good. A cancelled trial continues from its checkpoints."""
-    if not trial.outcome.exists():
-        return False
-    outcome = Outcome.model_validate_json(trial.outcome.read_text(encoding="utf-8"))
-    return not STATES[outcome.cause].open
+    outcome = stored_outcome(trial)
+    return outcome is not None and not STATES[outcome.cause].open
 
 
 def _existing(path: Path, why: str) -> Iterator[Removal]:

@@ -15,11 +15,13 @@ from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 from rich.console import Console
 
+from sweeper.commands.guarded_steps import GuardedSteps
 from sweeper.commands.study_conclusion import StudyConclusion
 from sweeper.core.errors import StudyLocked
 from sweeper.core.paths import StudyFolder, write_atomic
 from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import StopSignal, deferred_interrupt
+from sweeper.core.stored_files import read_words
 from sweeper.driver.budget import StudyBudget
 from sweeper.driver.command_files import CommandInbox
 from sweeper.driver.command_handler import CommandHandler
@@ -120,15 +122,27 @@ class StudySession:
             end = "KILLED"
             raise
         finally:
-            conclusion = StudyConclusion(
-                self._folder, self._storage, self._tracker, self._console, writer
-            )
-            if self._recorded:
-                results = conclusion.conclude(end)
-                self._status.end(end)
-            else:
-                conclusion.leave_answer(end)
-                self._status.restore()
+            results = self._conclude(writer, end)
+        assert results is not None, "a study that ran to its end was recorded"
+        return results
+
+    def _conclude(self, writer: ResultsWriter, end: RunStatus) -> StudyResults | None:
+        """Take the last steps of the run, the status last of all."""
+        steps = GuardedSteps(self._folder.path, self._warn)
+        conclusion = StudyConclusion(
+            self._folder, self._storage, self._tracker, self._console, writer, steps
+        )
+        if not self._recorded:
+            conclusion.leave_answer(end)
+            self._status.restore()
+            return None
+        done = False
+        try:
+            results = conclusion.conclude(end)
+            done = True
+        finally:
+            last: RunStatus = end if done or end != "FINISHED" else "FAILED"
+            steps.take("the status", lambda: self._status.end(last))
         return results
 
     @property
@@ -179,7 +193,7 @@ class StudySession:
         )
 
     def _warn(self, text: str) -> None:
-        self._console.print(text, style="yellow")
+        self._console.print(text, style="yellow", soft_wrap=True)
 
     def _record(self) -> StudyRecord:
         arms = {f"{arm.name}.n_trials": str(arm.n_trials) for arm in self._plan.arms}
@@ -202,7 +216,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:
-        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
+        who = read_words(owner).strip() or "unknown"
         raise StudyLocked(
             f"study {folder.path.name!r} is already run by another driver (process {who}). Wait for "
             "it, or start another study with hydra.sweeper.study_name=NAME"

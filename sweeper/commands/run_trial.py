@@ -13,6 +13,7 @@ from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.quiet import silence_libraries
 from sweeper.core.signals import deferred_interrupt
+from sweeper.core.stored_files import read_words
 from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.folder_claims import contradictions
@@ -20,7 +21,7 @@ from sweeper.driver.job_waits import JobWaits
 from sweeper.driver.single_trial import SingleTrial
 from sweeper.driver.trial_sizes import recorded
 from sweeper.driver.worker_pool import WorkerPool
-from sweeper.reporting.console import make_console
+from sweeper.reporting.console import PlainConsole, make_console
 from sweeper.search.states import STATES
 from sweeper.tracking.provenance import provenance
 from sweeper.tracking.tracker import TrialRecord
@@ -40,9 +41,11 @@ def run_single(settings: RunSettings, folder: TrialFolder, command: str) -> Outc
         silence_libraries()
     console = make_console()
     quiet = settings.verbosity == "quiet"
-    outcome = train_single(settings, folder, command, Console(quiet=True) if quiet else console)
+    outcome = train_single(
+        settings, folder, command, PlainConsole(quiet=True) if quiet else console
+    )
     if folder.log_text.exists() and not quiet:  # a fake trial writes none
-        console.print(folder.log_text.read_text(encoding="utf-8"), highlight=False)
+        console.print(read_words(folder.log_text), highlight=False)
     console.print(f"Folder     {folder.path}", highlight=False)
     console.print(f"Browse     {browse_command(settings.tracking)}", highlight=False)
     return outcome

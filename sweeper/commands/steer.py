@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from sweeper.config.settings import StudyName
-from sweeper.core.errors import CommandRefused
+from sweeper.config.settings import is_study_name
+from sweeper.core.errors import CommandRefused, sentence
 from sweeper.core.paths import StudyFolder
 from sweeper.driver.command_files import (
     MAX_BYTES,
@@ -54,7 +54,7 @@ def study_folder(name: str, output_dir: Path) -> StudyFolder:
         CommandRefused: there is no study of this name. The message lists those that there are.
     """
     folder = StudyFolder(output_dir / name)
-    if not _is_name(name) or not folder.standing.exists():
+    if not is_study_name(name) or not folder.standing.exists():
         names = ", ".join(found.path.name for found in _studies(output_dir))
         known = f"studies there: {names}" if names else "there are no studies yet"
         raise CommandRefused(f"no study {name!r} under {output_dir}/; {known}")
@@ -69,10 +69,12 @@ def standing(folder: StudyFolder) -> StudyStatus:
     """
     try:
         found = StudyStatus.model_validate_json(folder.standing.read_bytes())
+    except OSError as error:
+        raise CommandRefused(sentence(error)) from None
     except ValidationError:
         raise CommandRefused(
-            f"{folder.standing} was written by another version of sweeper. Run the study's command "
-            "again to write a new one"
+            f"{folder.standing} is damaged, or was written by another version of sweeper. Run the "
+            "study's command again to write a new one"
         ) from None
     if found.state not in ENDED and not is_driven(folder):
         return found.model_copy(update={"state": "killed", "running": ()})
@@ -88,6 +90,17 @@ def standings(output_dir: Path) -> list[StudyStatus]:
         except CommandRefused:
             continue
     return found
+
+
+def unreadable(output_dir: Path) -> list[str]:
+    """Return a message for each status file that cannot be read."""
+    problems = []
+    for folder in _studies(output_dir):
+        try:
+            standing(folder)
+        except CommandRefused as refusal:
+            problems.append(str(refusal))
+    return problems
 
 
 def silent(output_dir: Path) -> list[str]:
@@ -143,15 +156,6 @@ def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> Comma
     return CommandReply(
         KEPT, f"the driver has ended. The command is kept for the next start:{_start(folder)}"
     )
-
-
-def _is_name(text: str) -> bool:
-    """Return True if a study can have this name. A path is no name."""
-    try:
-        TypeAdapter(StudyName).validate_python(text)
-    except ValidationError:
-        return False
-    return True
 
 
 def _wait(folder: StudyFolder, identity: str, timeout_s: float) -> CommandAnswer | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from optuna.storages import BaseStorage
 from rich.console import Console
 
+from sweeper.commands.guarded_steps import GuardedSteps
 from sweeper.commands.retention import delete, kept, losers
 from sweeper.core.errors import TrackingError
 from sweeper.core.paths import StudyFolder, size_mib
@@ -33,24 +34,30 @@ class StudyConclusion:
     tracker: Tracker
     console: Console
     writer: ResultsWriter
+    steps: GuardedSteps
 
     def conclude(self, status: RunStatus) -> StudyResults:
         """Write, record and print the results that there are.
 
         Results of a run that ended early, also by its budget, replace an earlier answer only if they
-        are richer.
+        are richer. Every step is taken whatever became of the others. The first error is raised after
+        the last step.
         """
         try:
             results = self.writer.collect()
             complete = status == "FINISHED" and not self.writer.state.cut_short
-            if complete or self.writer.is_surpassed_by(results):
+            surpassed = complete or self.writer.is_surpassed_by(results)
+            if surpassed and results.arms:
                 self._write(results, status)
-            else:
-                self.leave_answer(status)
         except BaseException:
-            # a full disk, a database that is away, or Ctrl-C: MLflow keeps what it had
+            # a database that is away, or Ctrl-C: MLflow keeps what it had
             self.leave_answer("FAILED" if status == "FINISHED" else status)
             raise
+        if surpassed:
+            self._record(results, status)
+        else:
+            self.leave_answer(status)
+        self.steps.raise_first()
         return results
 
     def leave_answer(self, status: RunStatus) -> None:
@@ -63,18 +70,26 @@ class StudyConclusion:
         self._close_shipping(status)
 
     def _write(self, results: StudyResults, status: RunStatus) -> None:
-        """Write, record and print results that are the study's answer from now on."""
-        if results.arms:
-            self.writer.write(results)
-            self._show(results, status)
-            write_page(results, self.folder, self.storage)
-        if status == "FINISHED" and results.arms:
-            adapters = self._plan.study.retention.adapters
-            most = sys.maxsize if adapters is None else adapters
-            self.tracker.keep(kept(results, self.folder, most))
-        self._close_tracker(results, status)
-        if status == "FINISHED" and results.arms:
-            self._make_room(results)
+        """Write and print results that are the study's answer from now on."""
+        take = self.steps.take
+        take("results.json and report.md", lambda: self.writer.write(results))
+        take("the answer", lambda: self._show(results, status))
+        take("report.html", lambda: write_page(results, self.folder, self.storage))
+
+    def _record(self, results: StudyResults, status: RunStatus) -> None:
+        """Record results in MLflow, and remove the losers' weights."""
+        take = self.steps.take
+        answered = status == "FINISHED" and bool(results.arms)
+        if answered:
+            take("the kept weights in MLflow", lambda: self._keep(results))
+        take("the answer in MLflow", lambda: self._close_tracker(results, status))
+        if answered:
+            take("the losers' weights", lambda: self._make_room(results))
+
+    def _keep(self, results: StudyResults) -> None:
+        adapters = self._plan.study.retention.adapters
+        most = sys.maxsize if adapters is None else adapters
+        self.tracker.keep(kept(results, self.folder, most))
 
     @property
     def _plan(self) -> StudyPlan:

@@ -8,7 +8,7 @@ runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from filelock import FileLock, Timeout
 from sweeper.config.settings import TrackingSettings
 from sweeper.config.space import Point
 from sweeper.core.errors import StudyError, StudyLocked, SweeperError
-from sweeper.core.outcome import Outcome
+from sweeper.core.outcome import Outcome, stored_outcome
 from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.steady_output import echo
+from sweeper.core.stored_files import read_words
 from sweeper.reporting.results import load_results
 from sweeper.reporting.tracked_metrics import study_figures
 from sweeper.search.states import STATES
@@ -116,14 +118,17 @@ def _endings(folder: StudyFolder, ledger: TrackingLedger) -> dict[str, RunEnding
     orphans = [entry for entry in ledger.trials.values() if entry.ending is None]
     if not orphans:
         return {}
-    told = _told(folder)
+    told: Mapping[str, Outcome] = {}
+    try:
+        told = _told(folder)
+    except StudyError as error:  # the workers' own outcomes tell as much
+        echo(f"{folder.path.name}: {error}", stderr=True)
     return {entry.key: _ending(ledger, entry, told.get(entry.key)) for entry in orphans}
 
 
 def _ending(ledger: TrackingLedger, entry: TrialEntry, told: Outcome | None) -> RunEnding:
-    stored = ledger.trial_folder(entry).outcome
-    if told is None and stored.exists():
-        told = Outcome.model_validate_json(stored.read_text(encoding="utf-8"))
+    if told is None:
+        told = stored_outcome(ledger.trial_folder(entry))
     if told is None:
         return ending("KILLED")
     return ending(STATES[told.cause].status or "KILLED", told.metrics, {"cause": told.cause})
@@ -156,8 +161,9 @@ def _settle(folder: StudyFolder, ledger: TrackingLedger, endings: Mapping[str, R
     metrics: dict[str, float] = {}
     best: Point = {}
     if folder.results.exists():
-        metrics, best = study_figures(load_results(folder.path.name, folder.path.parent))
-    note = folder.report.read_text(encoding="utf-8") if folder.report.exists() else ""
+        with suppress(StudyError):  # a damaged answer is none
+            metrics, best = study_figures(load_results(folder.path.name, folder.path.parent))
+    note = read_words(folder.report)
     end = study_ending("KILLED", metrics, best, note)
     names = tuple(ledger.relative(path) for path in folder.answers if path.exists())
     ledger.save_entry(study.model_copy(update={"ending": end, "artifacts": names}))

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from sweeper.config.trial_settings import TrialSettings
 from sweeper.config.validation import TAGS, validate
+from sweeper.core.references import referenced
 
 ADDED_SETTINGS: Mapping[str, Any] = {
     "adapter.trainable_parameters": None,  # the rank was always given
@@ -38,12 +39,17 @@ def stored_text(parts: Mapping[str, str], part: str) -> str | None:
     key = part.rpartition(": ")[2]
     if part not in parts and key in ADDED_SETTINGS:
         return json.dumps(ADDED_SETTINGS[key])
-    return parts.get(part)
+    text = parts.get(part)
+    return None if text is None else referenced(text)
 
 
 def changed_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the parts of a stored question or night that differ from today's."""
-    return [part for part in {**before, **now} if stored_text(before, part) != now.get(part)]
+    return [
+        part
+        for part in {**before, **now}
+        if stored_text(before, part) != (referenced(now[part]) if part in now else None)
+    ]
 
 
 def stored_settings(config: Mapping[str, Any]) -> TrialSettings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,14 +32,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from sweeper.config import foreign_settings as foreign
 from sweeper.config import override_hints as hints
 from sweeper.config.grammar import format_override, in_hydras_words, read_override
 from sweeper.config.settings import EMBEDDED, flatten
 from sweeper.config.space import Scalar, word
+from sweeper.config.trusted_files import is_trusted
 from sweeper.config.yaml_bounds import require_bounded
+from sweeper.core import references
 from sweeper.core.errors import ConfigError, first_line
 
 CONFIG_NAME = "config"
+SEARCHPATH = "hydra.searchpath"
 AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
@@ -54,8 +59,9 @@ FLAGS = frozenset(
 HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 """Version of Hydra's defaults to expect. Hydra 1.3 warns without this argument, and 1.4 warns with it.
 """
-REFUSALS = (HydraException, OmegaConfBaseException, ValueError)
-"""Errors that Hydra raises for a wrong override. ValueError: a group that is given a number or a list.
+REFUSALS = (HydraException, OmegaConfBaseException, ValueError, KeyError)
+"""Errors that Hydra raises for a wrong override. ValueError: a group that is given a number or a list,
+KeyError: a missing variable in hydra.job.env_copy.
 """
 TARGETS = frozenset(
     {
@@ -81,6 +87,19 @@ _GROUPS: dict[tuple[str, ...], tuple[DictConfig, frozenset[FileVersion]]] = {}
 """Compositions of groups without values, and the files they were read from, by their overrides."""
 
 
+@dataclass
+class FileReading:
+    """How configuration files are read, for the one composition that Hydra makes at a time."""
+
+    foreign: bool = False
+    """True once a file was read that is not trusted (sweeper.config.trusted_files)."""
+    without_foreign: bool = False
+    """True while the values of such files are left out. Their choices of groups stay."""
+
+
+_READING = FileReading()
+
+
 class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[misc]
     """Hydra's reader of configuration files, with limits on their size.
 
@@ -98,10 +117,21 @@ class FileConfigSource(file_config_source.FileConfigSource):  # type: ignore[mis
         if read not in _READ:
             require_bounded(path)
             _READ[read] = super().load_config(config_path)
-        return copy.deepcopy(_READ[read])  # Hydra takes the defaults list out of it
+        found = copy.deepcopy(_READ[read])  # Hydra takes the defaults list out of it
+        if not is_trusted(path, [conf_dir()]):
+            _READING.foreign = True
+            if _READING.without_foreign:
+                found.config = _without_values(found.config)
+        return found
 
 
 SourcesRegistry.instance().types[FileConfigSource.scheme()] = FileConfigSource
+
+
+def _without_values(config: Any) -> DictConfig:
+    """Return a file's choices of groups alone."""
+    chosen = isinstance(config, DictConfig) and "defaults" in config
+    return OmegaConf.create({"defaults": config.defaults} if chosen else {})
 
 
 @dataclass(frozen=True)
@@ -113,6 +143,8 @@ class Composition:
     choices: dict[str, str]
     unresolved: DictConfig = field(repr=False, compare=False)
     """The trial's part before interpolations are followed, for `with_values`."""
+    written: Mapping[str, Any] = field(repr=False, compare=False)
+    """All of it, with Hydra's part, before interpolations are followed."""
 
 
 @dataclass(frozen=True)
@@ -342,8 +374,9 @@ def with_values(config: DictConfig, point: Mapping[str, Scalar]) -> dict[str, An
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
-    """Return the composed config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+    """Return the composed config as YAML, with references where values came from the environment."""
+    # before the lines are folded, which would break a long value in two
+    return OmegaConf.to_yaml(OmegaConf.create(references.referenced_tree(dict(config))))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -362,6 +395,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(container, dict):
         raise ConfigError([f"{path}: holds no configuration"])
     return {str(key): value for key, value in container.items()}
+
+
+def _from_environment(name: str, default: Any = ...) -> str | None:
+    """Resolve `${oc.env:NAME}` as OmegaConf does, and remember what came from the environment."""
+    found = os.environ.get(name)
+    if found is not None:
+        references.remember({name: found})
+        return found
+    if default is ...:
+        raise KeyError(f"Environment variable '{name}' not found")
+    return None if default is None else str(default)
+
+
+OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
 
 
 @contextmanager
@@ -391,13 +438,19 @@ def _composed_or_refused(overrides: tuple[str, ...]) -> Composition | Exception:
 
 def _compose_anew(overrides: tuple[str, ...]) -> Composition:
     with _hydra():
+        _READING.foreign = False
+        _refuse_packages(overrides)
         composed = _groups_and_values(overrides)
-        _refuse_code(OmegaConf.to_container(composed, resolve=False))
+        written = _as_written(composed)
+        _refuse_code(written)
+        _refuse_foreign_places(written, overrides)
         sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
         choices = OmegaConf.to_container(composed.hydra.runtime.choices)
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
         config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    places = (str(foreign.setting(written, key)) for key in (foreign.OUTPUT_DIR, foreign.RUN_DIR))
+    references.leave_out(set().union(*map(references.names_in, places)))
     assert isinstance(config, dict)
     assert isinstance(sweeper, dict)
     assert isinstance(choices, dict)
@@ -407,6 +460,7 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
         sweeper={str(key): value for key, value in sweeper.items()},
         choices={str(key): str(value) for key, value in choices.items()},
         unresolved=composed,
+        written=written,
     )
 
 
@@ -434,7 +488,10 @@ def _composed_groups(overrides: tuple[str, ...]) -> DictConfig:
         composed = _composed_by_hydra(overrides)
         if len(_GROUPS) >= MAX_GROUPS:
             _GROUPS.clear()
-        _GROUPS[overrides] = composed, frozenset(_USED)
+        files = frozenset(_USED)
+        _GROUPS[overrides] = composed, files
+    # a stored composition was read from the same files, which nothing has read this time
+    _READING.foreign = not all(is_trusted(Path(path), [conf_dir()]) for _, path, *_ in files)
     return composed
 
 
@@ -452,6 +509,91 @@ def _version(provider: str, path: Path) -> FileVersion:
 def _unchanged(file: FileVersion) -> bool:
     provider, path, *_ = file
     return Path(path).is_file() and _version(provider, Path(path)) == file
+
+
+def _refuse_packages(overrides: Sequence[str]) -> None:
+    """Refuse search paths that Hydra would import before anything is composed.
+
+    Raises:
+        ConfigError: a search path is no folder.
+    """
+    given = [text for text in overrides if key_of(text) == SEARCHPATH]
+    read = [found.value() for text in given if (found := read_override(text)) is not None]
+    paths = [path for value in read for path in (value if isinstance(value, list) else [value])]
+    problems = [
+        f"{SEARCHPATH}={path}: only folders are searched. Write file:///PATH"
+        for path in paths
+        if not str(path).startswith("file://")
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _refuse_foreign_places(written: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse Hydra's own settings, and code and places that a file of somebody else names.
+
+    Raises:
+        ConfigError: names every such key.
+    """
+    names_hydra = any("hydra" in key_of(text).replace("hydra.sweeper", "") for text in overrides)
+    if not (_READING.foreign or names_hydra):
+        return  # packaged files and the command line alone
+    problems = foreign.hydra_problems(written["hydra"], _packaged()["hydra"])
+    if _READING.foreign:
+        problems += foreign.place_problems(written, _of_trusted_files(written, overrides))
+    if problems:
+        raise ConfigError(problems)
+
+
+@lru_cache(maxsize=1)
+def _packaged() -> Mapping[str, Any]:
+    """Return what the packaged configuration gives without an override, unresolved."""
+    return _written([])
+
+
+def _of_trusted_files(
+    written: Mapping[str, Any], overrides: Sequence[str]
+) -> Mapping[str, Any] | None:
+    """Return what the overrides give without the values of foreign files, or None if Hydra refuses."""
+    groups = written["hydra"]["runtime"]["choices"]
+    kept = [text for text in overrides if _is_choice(text, groups) or _decides_place(text)]
+    # ++, because a key of a foreign file does not exist without it
+    forced = [
+        text if _is_choice(text, groups) or key_of(text) == SEARCHPATH else "++" + text.lstrip("+")
+        for text in kept
+    ]
+    _READING.without_foreign = True
+    try:
+        return _written(forced)
+    except REFUSALS:
+        return None
+    finally:
+        _READING.without_foreign = False
+
+
+def _is_choice(override: str, groups: Mapping[str, Any]) -> bool:
+    """Return True for an override that chooses or removes a choice of a group."""
+    key = key_of(override)
+    return override.startswith("~") or key.partition("@")[0] in {
+        name.partition("@")[0] for name in groups
+    }
+
+
+def _decides_place(override: str) -> bool:
+    return foreign.decides_place(key_of(override)) or key_of(override) == SEARCHPATH
+
+
+def _written(overrides: Sequence[str]) -> Mapping[str, Any]:
+    return _as_written(
+        hydra_compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+    )
+
+
+def _as_written(composed: DictConfig) -> Mapping[str, Any]:
+    """Return a composed configuration before interpolations are followed."""
+    written = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(written, dict)
+    return {str(key): value for key, value in written.items()}
 
 
 def _refuse_code(config: object) -> None:

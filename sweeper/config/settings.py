@@ -40,6 +40,7 @@ from sweeper.config.section import (
     parse_duration,
 )
 from sweeper.config.study_settings import (
+    ArmName,
     ArmSettings,
     BudgetSettings,
     FairnessRules,
@@ -49,6 +50,8 @@ from sweeper.config.study_settings import (
     SamplerSettings,
     StudyName,
     StudySettings,
+    is_study_name,
+    require_arm_name,
 )
 from sweeper.config.training_settings import TrainingSettings
 from sweeper.config.trial_settings import (
@@ -67,6 +70,7 @@ __all__ = [
     "LOSS_METRICS",
     "ROUGE_METRICS",
     "SPLIT_KEYS",
+    "ArmName",
     "ArmSettings",
     "BudgetSettings",
     "CleaningSettings",
@@ -99,8 +103,10 @@ __all__ = [
     "changed_parts",
     "describe",
     "flatten",
+    "is_study_name",
     "metric_words",
     "parse_duration",
+    "require_arm_name",
     "sources",
     "stored_settings",
     "stored_text",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from sweeper.config.section import Fraction, Positive, SettingsSection, parse_duration
 
@@ -141,6 +141,25 @@ class ArmSettings(SettingsSection):
 
 
 StudyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+ArmName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
+
+
+def require_arm_name(text: str) -> None:
+    """Refuse a name that no arm can have, because it is the name of a folder.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    TypeAdapter(ArmName).validate_python(text)
+
+
+def is_study_name(text: str) -> bool:
+    """Return True if a study can have this name. A path is no name."""
+    try:
+        TypeAdapter(StudyName).validate_python(text)
+    except ValidationError:
+        return False
+    return True
 
 
 class StudySettings(SettingsSection):
@@ -158,7 +177,7 @@ class StudySettings(SettingsSection):
     priors: list[dict[str, Any]]
     warm_start: list[StudyName]
     fork_of: StudyName | None
-    arms: dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")], ArmSettings]
+    arms: dict[ArmName, ArmSettings]
     finalists: FinalistSettings
     retention: RetentionSettings
     baseline: BaselineSettings

@@ -19,11 +19,28 @@ SweeperError
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sweeper.core.value import MemoryShortfall
+
+
+ADVICE: Mapping[int, str] = {
+    errno.EACCES: "Ask its owner for the right, or name another folder (output_dir=…, --output-dir)",
+    errno.EPERM: "Ask its owner for the right, or name another folder (output_dir=…, --output-dir)",
+    errno.EROFS: "Name a folder that can be written (output_dir=…, --output-dir)",
+    errno.ENOSPC: "Free space or inodes (df -h, df -i), and run the same command again",
+    errno.EDQUOT: "Free space below your quota, and run the same command again",
+    errno.EMFILE: "Raise the limit of open files (ulimit -n), and run the same command again",
+    errno.EISDIR: "A folder is where a file belongs. Move it away, and run the same command again",
+    errno.ENOTDIR: "A file is where a folder belongs. Move it away, and run the same command again",
+    errno.EEXIST: "A file is where a folder belongs. Move it away, and run the same command again",
+    errno.ELOOP: "A link leads to itself. Remove it, and run the same command again",
+    errno.EIO: "The disk cannot be read or written. Look after the disk first",
+}
+"""What to do about an error of the operating system, by its number."""
 
 
 class SweeperError(Exception):
@@ -110,6 +127,16 @@ class WorkerError(SweeperError):
 
 class TrialDiverged(SweeperError):
     """The loss or the gradient norm is no longer finite, or the loss stays far too high."""
+
+
+def sentence(error: OSError) -> str:
+    """Return what the operating system refused, which file it is about, and what to do."""
+    reason = (error.strerror or first_line(error)).lower()
+    names = " and ".join(
+        str(name) for name in (error.filename, error.filename2) if name is not None
+    )
+    advice = ADVICE.get(error.errno or 0, "")
+    return f"{names or 'the operating system'}: {reason}{advice and f'. {advice}'}"
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,8 @@ from pydantic import Field
 
 from sweeper.core.errors import StudyError
 from sweeper.core.input_digests import InputDigests
+from sweeper.core.paths import TrialFolder
+from sweeper.core.stored_files import read_stored
 from sweeper.core.value import FrozenValue
 
 # A value that an older version stored is written as that version wrote it
@@ -153,6 +155,11 @@ class TrialSize(FrozenValue):
     """Rank r of the adapter, also if derived from adapter.trainable_parameters. None without adapter."""
     held_mib: float
     """MiB of weights, gradients and optimizer states, which are needed at any batch size."""
+
+
+def stored_outcome(folder: TrialFolder) -> Outcome | None:
+    """Return the outcome that a trial's worker stored, or None without one that can be read."""
+    return read_stored(folder.outcome, Outcome, "the trial is taken for one that has not ended")
 
 
 class ArmBaseline(FrozenValue):

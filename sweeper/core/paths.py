@@ -16,15 +16,20 @@ from uuid import uuid4
 
 from pydantic_core import to_json
 
+from sweeper.core.references import referenced
+
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a file so that readers see the old or the new content, never a part, even after a crash."""
+    """Write a file so that readers see the old or the new content, never a part, even after a crash.
+
+    Values that the configuration takes from the environment are written as their references.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, because a rename is atomic only within one file system.
     partial = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         with partial.open("x", encoding="utf-8") as file:
-            file.write(text)
+            file.write(referenced(text))
             file.flush()
             os.fsync(
                 file.fileno()

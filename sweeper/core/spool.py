@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeper.core.paths import write_atomic
+from sweeper.core.stored_files import read_words, tell_damage
 
 
 @dataclass
@@ -32,9 +33,8 @@ class MetricsSpool:
 
     def __post_init__(self) -> None:
         """Remove the lines of earlier attempts after the step from which this one continues."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.resumed_at]
-        write_atomic(self.path, "".join(line + "\n" for line in kept))
+        kept = [row for row in read_spool(self.path) if row["step"] <= self.resumed_at]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line with the finite values of `metrics`.
@@ -54,12 +54,18 @@ class MetricsSpool:
 
 
 def read_spool(path: Path) -> list[dict[str, Any]]:
-    """Return all observations of a trial, oldest first, or an empty list if there is no file."""
-    if not path.exists():
-        return []
+    """Return all observations of a trial, oldest first, or an empty list if there is no file.
+
+    A line that a power cut has damaged is left out, and told of once.
+    """
     # A last line without a line break is still being written, or was when the process died.
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = read_words(path).split("\n")[:-1]
+    rows = [_row(line) for line in lines]
+    if broken := sum(row is None for row in rows):
+        first = rows.index(None) + 1
+        words = f"line {first}, and {broken} in all"
+        tell_damage(path, ValueError(words), "these observations are lost, all others stay")
+    return [row for row in rows if row is not None]
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -72,8 +78,16 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _step_of(line: str) -> float:
+def _row(line: str) -> dict[str, Any] | None:
+    """Return an observation, or None if the line is none."""
     try:
-        return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # the torn last line of a killed attempt
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(row, dict) and "step" in row
+    numbers = whole and all(_is_number(value) for value in row.values())
+    return row if numbers and row["step"] >= 0 else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

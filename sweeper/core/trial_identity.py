@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from pydantic import ValidationError
-
 from sweeper.core.input_digests import INPUT_NAMES, InputDigests
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.value import FrozenValue
@@ -56,7 +54,7 @@ def read_identity(folder: TrialFolder) -> TrialIdentity | None:
     """Return the stored identity of a folder, or None without one that can be read."""
     try:
         return TrialIdentity.model_validate_json(folder.identity.read_bytes())
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -12,6 +12,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from sweeper.core.plain_text import in_markdown, visible
 from sweeper.data.encode import EncodedSplit, quantile
 from sweeper.data.examples import DropCounts
 from sweeper.data.tokens import IGNORED, Tokens
@@ -141,7 +142,7 @@ class DataCard:
     def markdown(self) -> str:
         """Return the card as Markdown."""
         sections = [
-            f"# Data card\n\nSource: {self.source}",
+            f"# Data card\n\nSource: {in_markdown(self.source)}",
             "## Splits\n\n" + _table(SPLIT_HEAD, [_line(*item) for item in self.splits.items()]),
             "## Tokens per row\n\n" + _table(LENGTH_HEAD, self._length_lines()),
             "## Dropped\n\n" + (_table(DROP_HEAD, self._drop_lines()) or "No rows were dropped."),
@@ -216,7 +217,7 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         return ""
     rule = ["---"] * len(head)
     # Pipes and line breaks in a cell would end the cell or the row.
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
+    cells = [[in_markdown(cell) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *cells))
 
 
@@ -226,4 +227,4 @@ def _fenced(text: str) -> str:
     fence = "```"
     while fence in text:
         fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
+    return f"{fence}text\n{visible(text)}\n{fence}"

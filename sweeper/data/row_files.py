@@ -145,7 +145,8 @@ def unzipped(stream: BinaryIO, name: str) -> BinaryIO:
 
 def file_kind(name: str) -> tuple[str | None, bool]:
     """Return the kind of a file by its ending (None if unknown), and True if the file is gzipped."""
-    plain = name.split("?")[0].lower()  # signed URLs carry a query after the name
+    # signed URLs carry a query after the name
+    plain = (name.split("?")[0] if "://" in name else name).lower()
     zipped = plain.endswith(".gz")
     plain = plain.removesuffix(".gz")
     kind = next((suffix for suffix in READERS if plain.endswith(suffix)), None)

@@ -12,6 +12,7 @@ import difflib
 import io
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -46,6 +47,8 @@ GENERAL_TEXT = "evaluation.general_text"
 GENERAL_SPLIT = "test"
 """Default split of general text: its publishers kept this split out of training as well."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MARKS = re.compile(r"[\[\]*?{}]|::")
+"""Marks that a pattern of file names gives a meaning."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -165,6 +168,8 @@ def _refuse_unused(source: DataSource, folder: bool) -> None:
 
 
 def _open(path: str) -> BinaryIO:
+    if "://" not in path:
+        return Path(path).open("rb")  # to fsspec :: and * in a name mean more
     import fsspec
 
     # fsspec's remote files ignore the limit of readline. BufferedReader honours it.
@@ -173,6 +178,17 @@ def _open(path: str) -> BinaryIO:
 
 def _folder_files(folder: str, source: DataSource, split: str) -> list[str]:
     """Return the data files of one split of a folder, sorted."""
+    if "://" in folder or not _MARKS.search(folder):
+        return _split_files(folder, source, split)
+    # in a pattern [v2] means one of two letters, so the folder is reached by another name
+    with tempfile.TemporaryDirectory(prefix="sweeper-data-") as place:
+        link = Path(place, "folder")
+        link.symlink_to(Path(folder).resolve(), target_is_directory=True)
+        found = _split_files(str(link), source, split)
+        return [str(Path(folder, Path(name).relative_to(link))) for name in found]
+
+
+def _split_files(folder: str, source: DataSource, split: str) -> list[str]:
     # datasets' own rules decide, so that a downloaded copy of a hub data set reads as on the hub.
     from datasets.data_files import DEFAULT_PATTERNS_ALL, resolve_pattern
 

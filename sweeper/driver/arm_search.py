@@ -10,7 +10,7 @@ from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.settings import RunSettings
 from sweeper.config.space import Point
 from sweeper.core.errors import ConfigError
-from sweeper.core.outcome import Outcome
+from sweeper.core.outcome import Outcome, stored_outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.spool import read_spool
 from sweeper.core.trial_identity import TrialIdentity, write_identity
@@ -216,9 +216,11 @@ class ArmSearch:
             return None
         job.audited = bool(frozen.user_attrs.get("audited", False))
         job.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
-        stored, dropped = job.prepared.record.folder.outcome, DROPPED in frozen.user_attrs
-        if stored.exists():  # it ended, but the driver died before it could tell
-            outcome = Outcome.model_validate_json(stored.read_text(encoding="utf-8"))
+        dropped = DROPPED in frozen.user_attrs
+        # it may have ended, and the driver died before it could tell
+        stored = stored_outcome(job.prepared.record.folder)
+        if stored is not None:
+            outcome = stored
         elif dropped:
             outcome = Outcome(cause="cancelled")
         elif job.attempt > MAX_ATTEMPTS:

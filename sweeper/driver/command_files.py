@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -118,14 +118,18 @@ class CommandInbox:
         for path in (self.folder.inbox, self.folder.outbox):
             path.mkdir(parents=True, exist_ok=True)
 
-    def letters(self) -> Iterator[CommandFile | str]:
-        """Return the commands that have arrived, the oldest first, and a message for each damaged
-        file.
+    def letters(self, besides: Collection[str] = ()) -> Iterator[CommandFile | str]:
+        """Yield the commands that have arrived, the oldest first, and a message for each damaged file.
 
-        A damaged file is renamed, so that it is reported once.
+        A damaged file is renamed, so that it is reported once. A file is read when it is asked for.
+
+        Args:
+            besides: ids of commands that are left unread.
         """
         for name in sorted(_names(self.folder.inbox)):
             if not name.endswith(_SUFFIX) or name.startswith(".") or name in self._left_alone:
+                continue
+            if name.removesuffix(_SUFFIX) in besides:
                 continue
             path = self.folder.inbox / name
             try:
@@ -169,6 +173,8 @@ def take_answer(folder: StudyFolder, identity: str) -> CommandAnswer | None:
         answer = CommandAnswer.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
+    except (OSError, ValidationError):
+        answer = CommandAnswer(ok=False, text=f"the answer in {path} is damaged: look at the study")
     path.unlink(missing_ok=True)
     return answer
 
@@ -181,7 +187,7 @@ def withdraw(folder: StudyFolder, identity: str) -> None:
 def _names(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)  # noqa: PTH208 - once a loop, and names are all that is needed
-    except FileNotFoundError:
+    except OSError:  # also a file where the folder was: nothing can arrive there
         return []
 
 

@@ -6,7 +6,8 @@ the command's id, or is harmless to repeat, before the command is answered and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import optuna
@@ -43,6 +44,10 @@ SEARCHES_ENDED = (
 )
 
 
+TURN_SECONDS = 0.25
+"""Seconds of one turn of the driver's loop that may go to commands."""
+
+
 class NotYetPossible(Exception):
     """A command must wait in the inbox."""
 
@@ -58,6 +63,10 @@ class CommandHandler:
     announce: Callable[[str], None]
     _waiting: set[str] = field(default_factory=set)
     """Commands that wait until their arm begins."""
+    _answers: dict[str, tuple[CommandFile, CommandAnswer]] = field(default_factory=dict)
+    """Commands that were obeyed, with answers that are not sent yet, by id."""
+    _told: bool = False
+    """True after a message that answers cannot be stored."""
 
     def catch_up(self) -> None:
         """Before the first arm is opened, obey the commands that were kept since the last run.
@@ -72,27 +81,31 @@ class CommandHandler:
                 self._reply(letter, CommandAnswer(ok=False, text=words))
             elif isinstance(letter.command, ExtendArm):
                 self._obey(letter, None)
+        self._send_answers()
         self.status.write()
 
     def obey(self, dispatcher: Dispatcher) -> None:
-        """Obey what has arrived."""
+        """Obey what has arrived, as far as one turn of the loop has time for it."""
+        end = time.monotonic() + TURN_SECONDS
         for letter in self._letters():
             self._obey(letter, dispatcher)
+            if time.monotonic() > end:
+                break
+        self._send_answers()
 
     def on_arm_opened(self) -> None:
         """Look again at the commands that wait for an arm."""
         self._waiting.clear()
 
-    def _letters(self) -> list[CommandFile]:
-        letters = []
-        for found in self.inbox.letters():
+    def _letters(self) -> Iterator[CommandFile]:
+        """Yield the commands that were neither obeyed nor put off."""
+        for found in self.inbox.letters(besides={*self._waiting, *self._answers}):
             if isinstance(found, str):
                 self.announce(found)
             elif (answer := self.log.answer_to(found.id)) is not None:
-                self.inbox.answer(found, answer)  # killed before it could answer
-            elif found.id not in self._waiting:
-                letters.append(found)
-        return letters
+                self._answers[found.id] = found, answer  # killed before it could answer
+            else:
+                yield found
 
     def _obey(self, letter: CommandFile, dispatcher: Dispatcher | None) -> None:
         command = letter.command
@@ -114,11 +127,27 @@ class CommandHandler:
         self._reply(letter, answer)
 
     def _reply(self, letter: CommandFile, answer: CommandAnswer) -> None:
-        self.log.store(letter, answer)
+        self.log.note(letter, answer)
         result = answer.text if answer.ok else f"refused: {answer.text}"
         self.announce(f"{command_line(letter.command)}: {result}")
-        self.status.write()  # before the answer: its reader may look at the status at once
-        self.inbox.answer(letter, answer)
+        self._answers[letter.id] = letter, answer
+
+    def _send_answers(self) -> None:
+        """Store what was obeyed in this turn, then answer. On a full disk the next turn tries again."""
+        if not self._answers:
+            return
+        try:
+            self.log.store()
+            self.status.write()  # before the answers: their readers may look at the status at once
+            for letter, answer in list(self._answers.values()):
+                self.inbox.answer(letter, answer)
+                del self._answers[letter.id]
+        except OSError as error:
+            if not self._told:
+                self.announce(f"commands are obeyed, and answered later: {error}")
+            self._told = True
+        else:
+            self._told = False
 
     def _steer(
         self, command: PauseStudy | ResumeStudy | StopStudy | StopTrial, dispatcher: Dispatcher

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from sweeper.core.errors import StudyError
 from sweeper.core.paths import StudyFolder, write_json
+from sweeper.core.stored_files import damage
 from sweeper.core.value import FrozenValue
 from sweeper.driver.command_files import CommandAnswer, CommandFile, StudyCommand
 
@@ -52,12 +53,19 @@ class CommandLog:
         answered = self._record.commands.get(identity)
         return None if answered is None else answered.answer
 
-    def store(self, letter: CommandFile, answer: CommandAnswer) -> None:
-        """Store a command's answer and the raised totals."""
+    def note(self, letter: CommandFile, answer: CommandAnswer) -> None:
+        """Take down a command's answer. `store` writes it with the raised totals."""
         answered = AnsweredCommand(
             at=time.strftime(TIME_FORMAT), command=letter.command, answer=answer
         )
         self._record.commands[letter.id] = answered
+
+    def store(self) -> None:
+        """Write the answers and the raised totals.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         write_json(self._folder.steering, self._record.model_dump(mode="json"))
 
 
@@ -66,9 +74,8 @@ def _read(folder: StudyFolder) -> CommandRecord:
         return CommandRecord()
     try:
         return CommandRecord.model_validate_json(folder.steering.read_bytes())
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]["msg"]
+    except (OSError, ValueError) as error:
         raise StudyError(
-            f"{folder.steering} cannot be read ({problem}). Move it away to continue: the trials that "
-            "`study extend` has added are then forgotten, and can be added again"
+            f"{folder.steering} cannot be read ({damage(error)}). Move it away to continue: the trials "
+            "that `study extend` has added are then forgotten, and can be added again"
         ) from None

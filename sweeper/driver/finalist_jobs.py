@@ -8,7 +8,7 @@ from typing import ClassVar
 from sweeper.config.settings import TrialSettings
 from sweeper.config.space import Point
 from sweeper.core.input_digests import InputDigests
-from sweeper.core.outcome import HeldOutKind, HeldOutLosses, Outcome
+from sweeper.core.outcome import HeldOutKind, HeldOutLosses, Outcome, stored_outcome
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.jobs import Job, JobPhase, LostCause
@@ -100,10 +100,9 @@ class FinalistTraining(Job):
 
     def reuse_outcome(self) -> bool:
         """Take the outcome that an earlier run stored, and return True if there is one."""
-        stored = self.record.folder.outcome
-        if not stored.exists():
+        outcome = stored_outcome(self.record.folder)
+        if outcome is None:
             return False
-        outcome = Outcome.model_validate_json(stored.read_text(encoding="utf-8"))
         # a cancelled training has an outcome too, and is continued from its checkpoint
         self.outcome = None if STATES[outcome.cause].open else outcome
         return self.outcome is not None

@@ -18,7 +18,8 @@ from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.settings import TrialSettings, stored_settings
 from sweeper.core.errors import ConfigError, StudyError
 from sweeper.core.input_digests import InputDigests
-from sweeper.core.paths import StudyFolder, TrialFolder, read_json
+from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.stored_files import read_object
 from sweeper.core.trial_identity import TrialIdentity, read_identity
 from sweeper.tracking.tracker import Tracker, TrialRecord
 
@@ -147,7 +148,7 @@ def _computed_identity(folder: TrialFolder) -> TrialIdentity:
         ConfigError: this version does not understand config.yaml.
     """
     settings = stored_settings(read_yaml(folder.config))
-    origin = read_json(folder.provenance) if folder.provenance.exists() else {}
+    origin = read_object(folder.provenance, "its data and base model count as unknown")
     return TrialIdentity(
         study=None,
         trial=None,

@@ -8,11 +8,12 @@ study is run again.
 from __future__ import annotations
 
 import filecmp
+import re
 from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pydantic import ValidationError
+from pydantic import Field
 
 from sweeper.core.errors import StudyError
 from sweeper.core.paths import StudyFolder, TrialFolder, write_atomic
@@ -32,8 +33,8 @@ UNNAMED = "unnamed"
 class FolderOwner(FrozenValue):
     """The content of a study folder's identity.json."""
 
-    study: str
-    """The study's UUID."""
+    study: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    """The study's UUID, whose beginning is the name of a folder."""
 
 
 def settle_owner(folder: StudyFolder, stored: str | None, *, opened: bool) -> tuple[str, list[str]]:
@@ -102,7 +103,7 @@ def _owner(folder: StudyFolder) -> str | None:
     """Return the UUID of the study that wrote the folder, or None if it has none."""
     try:
         return FolderOwner.model_validate_json(folder.identity.read_bytes()).study
-    except (FileNotFoundError, ValidationError):
+    except (OSError, ValueError):
         # damaged, or never stored because the disk was full: the trials name their study as well
         trials = (path for arm in _arms(folder) for path in sorted(arm.rglob("trial_*")))
         own = (TrialFolder(path) for path in trials if path.is_dir() and not path.is_symlink())
@@ -111,7 +112,8 @@ def _owner(folder: StudyFolder) -> str | None:
 
 
 def _place(folder: StudyFolder, owner: str) -> Path:
-    return folder.set_aside / "studies" / owner[:SHORT]
+    # a storage may hold anything in the place of a UUID
+    return folder.set_aside / "studies" / re.sub(r"[^A-Za-z0-9_-]", "_", owner)[:SHORT]
 
 
 def _nameless(folder: StudyFolder) -> Path | None:

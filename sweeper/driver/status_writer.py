@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from sweeper.core.paths import StudyFolder, write_atomic, write_json
+from sweeper.core.stored_files import read_words
 from sweeper.driver.arm_status import arm_standing
 from sweeper.driver.command_log import TIME_FORMAT
 from sweeper.driver.study_state import StudyState
@@ -38,7 +39,7 @@ class StatusWriter:
         self._since = time.strftime(TIME_FORMAT)
         self._written_at = -STATUS_SECONDS
         self._phase: StudyPhase = "starting"
-        self._earlier = folder.standing.read_text("utf-8") if folder.standing.exists() else None
+        self._earlier = read_words(folder.standing) or None
 
     def enter(self, phase: StudyPhase) -> None:
         """Change the study's phase, and write the file if it is another one."""
@@ -49,8 +50,13 @@ class StatusWriter:
             self.write()
 
     def end(self, status: RunStatus) -> None:
-        """Write the last phase of this run."""
-        self.enter(END_STATES[status])
+        """Write the last phase of this run.
+
+        Raises:
+            OSError: the file cannot be written, and still tells of a running study.
+        """
+        self._phase = END_STATES[status]
+        self._write()
 
     def restore(self) -> None:
         """Write the status that was there before this run, which has changed nothing."""
@@ -64,7 +70,11 @@ class StatusWriter:
             self.write()
 
     def write(self) -> None:
-        """Write the file."""
+        """Write the file, unless the disk is full: the study must not end for its status."""
+        with suppress(OSError):
+            self._write()
+
+    def _write(self) -> None:
         self._written_at = self._clock()
         state, (process, host) = self._state, process_of_driver()
         standing = StudyStatus(
@@ -81,5 +91,4 @@ class StatusWriter:
                 trial_standing(trial) for trial in state.board.trials.values() if not trial.ended
             ),
         )
-        with suppress(OSError):  # a full disk must not end the study for its status
-            write_json(self._folder.standing, standing.model_dump(mode="json"))
+        write_json(self._folder.standing, standing.model_dump(mode="json"))

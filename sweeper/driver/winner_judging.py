@@ -14,6 +14,7 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, ExampleLosses, HeldOutKind, HeldOutLosses
 from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.stored_files import read_stored
 from sweeper.core.trial_identity import TrialIdentity
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_jobs import Candidate, JudgeJob
@@ -163,8 +164,8 @@ class WinnerJudging:
 
 
 def _stored(files: Mapping[HeldOutKind, Path]) -> dict[str, ExampleLosses]:
-    return {
-        kind: ExampleLosses.model_validate_json(path.read_text(encoding="utf-8"))
+    found = {
+        kind: read_stored(path, ExampleLosses, "the model is judged again")
         for kind, path in files.items()
-        if path.exists()
     }
+    return {kind: losses for kind, losses in found.items() if losses is not None}

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 from sweeper.config.settings import QualitativePrompt
 from sweeper.core.errors import DataError
+from sweeper.core.plain_text import in_markdown
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ def as_markdown(samples: Sequence[SampleAnswer]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a model's text with pipes, line breaks and HTML escaped for a Markdown table."""
-    for mark, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
-        text = text.replace(mark, shown)
-    # Pipes and line breaks would break the table, and a model may write HTML.
-    return "<br>".join(text.strip().splitlines())
+    """Return a model's text for a Markdown table, with its line breaks."""
+    # Pipes and line breaks would break the table, and a model may write HTML, links and pictures.
+    lines = text.strip().replace("&", "&amp;").splitlines()
+    return "<br>".join(map(in_markdown, lines))

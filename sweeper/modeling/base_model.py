@@ -13,7 +13,6 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import prepare_model_for_kbit_training
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from sweeper.config.settings import ModelSettings, QuantizationSettings
-from sweeper.core.errors import ModelError
+from sweeper.core.errors import ModelError, SweeperError
 from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
 from sweeper.modeling.hardware import choose_dtype, dtype_name
@@ -88,8 +87,12 @@ def load_base(
         else:
             digests = (digest, configured)
             model = _quantized(source.folder, settings, quantization, options, digests)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(one_line(where, error)) from error
+    except (SweeperError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # files of somebody else may contradict each other in any way
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise  # the CPU's own out of memory, which is a result
+        raise ModelError(_contradiction(settings, error)) from error
     # The digests stand for what was loaded, so the files must not change in between
     if (weights_digest(source.folder), config_digest(source.folder)) != (digest, configured):
         raise ModelError(f"{where}: its files were changed while they were loaded")
@@ -103,6 +106,13 @@ def load_base(
         precision.dtype,
         str(precision),
     )
+
+
+def _contradiction(settings: ModelSettings, error: Exception) -> str:
+    where = f"model.base_model={settings.base_model!r}"
+    if "ignore_mismatched_sizes" in str(error):
+        return f"{where}: its weights have other shapes than its config.json says"
+    return one_line(where, error)
 
 
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:

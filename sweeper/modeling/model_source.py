@@ -152,7 +152,7 @@ def load_config_and_digest(settings: ModelSettings) -> tuple[PretrainedConfig, s
     try:
         config = AutoConfig.from_pretrained(source.folder, **NO_CODE)
         return config, config_digest(source.folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file of somebody else may contradict itself in any way
         raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
 
 
@@ -332,6 +332,22 @@ def _fetch_problem(error: Exception, settings: ModelSettings) -> str:
             )
 
 
+def require_object(path: Path, where: str) -> None:
+    """Refuse a JSON file that holds anything but an object, or nests deeper than Python can read.
+
+    Raises:
+        ModelError: names the file and what it holds.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(one_line(f"{where}: {path.name} cannot be read", error)) from None
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"{where}: {path.name} holds a {type(found).__name__} instead of an object"
+        )
+
+
 def require_unquantized_base(folder: Path, where: str) -> None:
     """Refuse a folder that holds an adapter, quantized weights or no model.
 
@@ -351,12 +367,14 @@ def require_unquantized_base(folder: Path, where: str) -> None:
                 "or set the base itself"
             )
         raise ModelError(f"{where}: no config.json in {folder}")
+    require_object(folder / "config.json", where)
     try:
         config = PretrainedConfig.get_config_dict(folder)[0]
     except (OSError, ValueError) as error:
         raise ModelError(one_line(where, error)) from error
     if quantized := config.get("quantization_config"):
-        method = quantized.get("quant_method", "unknown method")
+        known = isinstance(quantized, dict)
+        method = quantized.get("quant_method", "unknown method") if known else "unknown method"
         raise ModelError(
             f"{where} is already quantized ({method}). Set the unquantized checkpoint. "
             "quantization=nf4, fp4 or int8 quantizes weights while they are loaded"

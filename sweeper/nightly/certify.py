@@ -13,12 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from sweeper.config.compose import read_yaml
 from sweeper.config.settings import stored_settings
 from sweeper.core.errors import DataError, SweeperError, TrackingError
 from sweeper.core.outcome import ExampleLosses, HeldOutKind, HeldOutLosses
-from sweeper.core.paths import StudyFolder, TrialFolder, read_json
+from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.stored_files import read_object
 from sweeper.core.value import FrozenValue
 from sweeper.data.splits import load_splits
 from sweeper.reporting.intervals import IntervalEstimate, SeedLosses, contrast
@@ -136,7 +138,9 @@ def certify(
             f"version {champion.number} of {model!r} was trained in {trial.path}, which is not on this "
             "machine. Certify it on the machine that has the folder."
         )
-    digest = str(read_json(trial.provenance).get("data.digest", "unknown"))
+    digest = str(
+        read_object(trial.provenance, "its data count as unknown").get("data.digest", "unknown")
+    )
     # Checked before anything is evaluated, so that a refusal uses up nothing.
     _require_same_data(champion, digest, digest_now(trial))
     # Counted per data digest: another test split has not been used yet.
@@ -165,12 +169,20 @@ def _require_same_data(champion: ModelVersion, trained_on: str, now: str) -> Non
 def certificates(versions: Sequence[ModelVersion], data_digest: str) -> list[Certificate]:
     """Return all certificates of a model's versions on the test split of the given data."""
     found = [
-        Certificate.model_validate_json(text)
+        _certificate_in(text)
         for version in versions
         for key, text in version.tags.items()
         if key.startswith(CERTIFIED_TAG)
     ]
-    return [each for each in found if each.data_digest == data_digest]
+    return [each for each in found if each is not None and each.data_digest == data_digest]
+
+
+def _certificate_in(text: str) -> Certificate | None:
+    """Return the certificate in a tag, or None if somebody else has written the tag."""
+    try:
+        return Certificate.model_validate_json(text)
+    except ValidationError:
+        return None
 
 
 def evaluation_by_study(champion: ModelVersion, output_dir: Path) -> str | None:

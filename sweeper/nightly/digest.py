@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from sweeper.config.settings import metric_words
 from sweeper.config.space import Scalar
 from sweeper.core.paths import StudyFolder, size_mib
+from sweeper.core.plain_text import in_code, in_markdown
 from sweeper.nightly.night_record import (
     BestTrial,
     EntryRecord,
@@ -57,8 +58,8 @@ def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightReco
         ("Failures", list(_failures(record))),
         ("Champions", list(_champions(record, history))),
         ("Cost", list(_cost(record, nightly))),
-        ("Deleted", [f"- {line}" for line in record.tidied]),
-        ("Problems", [f"- {problem}" for problem in record.problems]),
+        ("Deleted", [f"- {in_markdown(line)}" for line in record.tidied]),
+        ("Problems", [f"- {_one_line(problem)}" for problem in record.problems]),
         ("Reports", list(_commands(record, nightly))),
     )
     parts = [f"## {title}\n\n" + "\n".join(lines) for title, lines in sections if lines]
@@ -70,7 +71,10 @@ def digest(record: NightRecord, nightly: NightlySet, history: Sequence[NightReco
 def page(markdown: str, title: str) -> str:
     """Return the digest as a web page. Raw HTML in the Markdown stays text."""
     # Messages of other programs may contain HTML.
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    # A picture in a message would tell its server who reads the page, and when.
+    parser.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
+    body = parser.render(markdown)
     return PAGE.format(title=escape(title), body=body)
 
 
@@ -143,7 +147,7 @@ def _changes(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[st
             )
             yield (
                 f"- {entry.name}: best {entry.best.value:.4f}{gain} "
-                f"(trial {entry.best.number}: `{point}`)"
+                f"(trial {entry.best.number}: {in_code(point)})"
             )
         if last is not None and before is None:
             yield (
@@ -221,10 +225,10 @@ def _commands(record: NightRecord, nightly: NightlySet) -> Iterator[str]:
     names = {entry.decided.study_name for entry in record.entries.values() if entry.decided}
     for name in sorted(names):
         if StudyFolder(Path(nightly.output_dir) / name).results.exists():
-            yield f"- `python -m sweeper report {name}{where}`"
+            yield f"- {in_code(f'python -m sweeper report {name}{where}')}"
 
 
 def _one_line(words: str) -> str:
     """Return a message on one line, because line breaks would end a Markdown list item."""
     # A traceback would make the page unreadable. night.json holds the whole message.
-    return " ".join(words.split())[:500]
+    return in_markdown(" ".join(words.split())[:500])

@@ -7,18 +7,19 @@ night twice, late, or after a crash: the first process that locks an unfinished 
 
 from __future__ import annotations
 
+import shlex
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from json import JSONDecodeError
 from os import getpid
 
 from filelock import FileLock, Timeout
 
-from sweeper.core.errors import SweeperError
-from sweeper.core.paths import NightsFolder, read_json, write_json
+from sweeper.core.errors import StudyError, SweeperError
+from sweeper.core.paths import NightsFolder, write_json
+from sweeper.core.stored_files import read_object
 
 BUSY_SECONDS = 60.0
 """Seconds to wait for another process's transaction."""
@@ -65,10 +66,22 @@ class NightLog:
     """The record of all nights under one folder."""
 
     def __init__(self, folder: NightsFolder) -> None:
+        """
+        Raises:
+            StudyError: the record of nights is damaged.
+        """
         self._folder = folder
         folder.path.mkdir(parents=True, exist_ok=True)
-        with self._database() as database:
-            database.execute(_SCHEMA)
+        try:
+            with self._database() as database:
+                database.execute(_SCHEMA)
+                database.execute("PRAGMA quick_check").fetchall()
+        except sqlite3.DatabaseError as error:
+            words = shlex.join(["mv", str(folder.database), f"{folder.database}.damaged"])
+            raise StudyError(
+                f"{folder.database}: the record of nights cannot be opened ({error}). If it is damaged, "
+                f"move it away ({words}): the nights' own records stay, and tonight may run once more"
+            ) from None
 
     @contextmanager
     def claim(
@@ -109,11 +122,14 @@ class NightLog:
                 return None
         except Timeout:
             pass
+        path = self._folder.holder(set_name)
+        held = read_object(path, "the process that runs the set is unknown")
         try:
-            held = read_json(self._folder.holder(set_name))
-        except (FileNotFoundError, JSONDecodeError):
+            process, on = int(held["process"]), date.fromisoformat(held["date"])
+        except (KeyError, TypeError, ValueError):
             return None
-        return LockHolder(int(held["process"]), date.fromisoformat(held["date"]))
+        # numbers from 1 down mean init, and groups of processes
+        return LockHolder(process, on) if 1 < process < 2**31 else None
 
     def end(self, claim: NightClaim, result: str, now: datetime) -> None:
         """Record that a night has finished, so that it never runs again."""

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from datetime import date, datetime
 from typing import Literal
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
-from sweeper.config.settings import Objective, stored_text
+from sweeper.config.settings import Objective, StudyName, stored_text
 from sweeper.config.space import Scalar
-from sweeper.core.errors import StudyError
+from sweeper.core.errors import StudyError, sentence
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.paths import NightFolder, NightsFolder, write_atomic
+from sweeper.core.stored_files import damage
 from sweeper.core.value import FrozenValue
 from sweeper.nightly.champion import ChampionDecision
 from sweeper.nightly.nightly_set import Policy
@@ -61,7 +62,7 @@ class EntryDecision(FrozenValue):
 
     choice: Choice
     reason: str
-    study_name: str
+    study_name: StudyName
     identity: dict[str, str]
     """Everything that the study's result depends on, by part (sweeper.nightly.study_identity)."""
     n_trials: int
@@ -129,6 +130,8 @@ def read_record(folder: NightFolder) -> NightRecord | None:
         text = folder.record.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StudyError(_unread(folder, sentence(error))) from None
     try:
         found = _Numbered.model_validate_json(
             text
@@ -137,10 +140,8 @@ def read_record(folder: NightFolder) -> NightRecord | None:
             words = f"it is of format {found}, this version reads up to format {FORMAT}"
             raise StudyError(_unread(folder, words))
         return NightRecord.model_validate_json(text)
-    except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, problem["loc"])) or "the file"
-        raise StudyError(_unread(folder, f"{place}: {problem['msg']}")) from None
+    except ValueError as error:
+        raise StudyError(_unread(folder, damage(error))) from None
 
 
 class _Numbered(BaseModel):

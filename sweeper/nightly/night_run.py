@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from sweeper.commands.run_study import run_study
 from sweeper.core.errors import StudyError, SweeperError
 from sweeper.core.paths import NightFolder, write_atomic
 from sweeper.core.redaction import redact
+from sweeper.core.steady_output import echo
 from sweeper.nightly.challenge import GateJudge, challenge, judge_in_subprocess
 from sweeper.nightly.champion import ChampionDecision
 from sweeper.nightly.digest import UNFINISHED, digest, page
@@ -121,7 +121,7 @@ def _end(nights: NightLog, claim: NightClaim, result: Result, now: datetime) -> 
         words = (
             f"the end of this night was not recorded ({error}). The next start continues the night."
         )
-        print(f"nightly {claim.set_name}: {words}", file=sys.stderr)
+        echo(f"nightly {claim.set_name}: {words}", stderr=True)
 
 
 def _seconds_to_wait(
@@ -276,7 +276,7 @@ class NightRun:
         if words not in self._record.problems:
             problems = (*self._record.problems, redact(words))
             self._record = self._record.model_copy(update={"problems": problems})
-            print(f"nightly: {redact(words)}", file=sys.stderr)
+            echo(f"nightly: {redact(words)}", stderr=True)
 
     def _conclude(self) -> Result:
         result = _result(self._record, self._nightly.regression, self._history)
@@ -345,7 +345,7 @@ class NightRun:
             write_atomic(self._folder.digest, text)
             write_atomic(self._folder.page, page(text, self._title()))
         except OSError as error:
-            print(f"nightly: the digest could not be written ({error}):\n{text}", file=sys.stderr)
+            echo(f"nightly: the digest could not be written ({error}):\n{text}", stderr=True)
 
     @property
     def _all_ended(self) -> bool:
@@ -432,4 +432,4 @@ def _result(record: NightRecord, tolerance: float, history: Sequence[NightRecord
 
 
 def _print_line(words: str) -> None:
-    print(words, flush=True)
+    echo(words)

@@ -23,7 +23,7 @@ from sweeper.core.paths import NightsFolder
 from sweeper.nightly.night_dates import LONGEST_WINDOW, NightTimes
 from sweeper.search.study_plan import StudyPlan, studies
 
-SET_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}"
+SET_NAME = r"(?!status$)[A-Za-z0-9][A-Za-z0-9_-]{0,49}"
 Policy = Literal["continue", "fresh", "skip_unchanged"]
 Duration = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(parse_duration)]
 
@@ -185,7 +185,10 @@ def load_set(name: str, overrides: Sequence[str] = ()) -> LoadedSet:
     """
     if not re.fullmatch(SET_NAME, name):
         raise ConfigError(
-            [f"{name!r} is no valid name of a set. Sets are files conf/nightly/NAME.yaml."]
+            [
+                f"{name!r} is no valid name of a set. Sets are files conf/nightly/NAME.yaml, and status "
+                "is the verb that shows them."
+            ]
         )
     # A user's conf/nightly/ in the current folder is searched as well.
     given = compose.complete_overrides(list(overrides), Path.cwd())

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from sweeper.builtin.embedded import BASE_DIR
 from sweeper.config.settings import EMBEDDED, ModelSettings
 from sweeper.core.errors import ModelError
+from sweeper.core.references import referenced_tree
 from sweeper.data.splits import load_splits
 from sweeper.search.study import settings_as_json
 from sweeper.search.study_plan import StudyPlan
@@ -48,7 +49,8 @@ def identity(plan: StudyPlan) -> dict[str, str]:
         parts[f"{arm.name}: base model"] = _base_version(arm.settings.model)
         parts |= {f"{arm.name}: space {key}": str(domain) for key, domain in arm.space.items()}
         parts |= {f"{arm.name}: {key}": text for key, text in settings_as_json(arm).items()}
-    return parts | _code(plan)
+    found: dict[str, str] = referenced_tree(parts | _code(plan))
+    return found
 
 
 def _template_part(arm: str, path: Path) -> dict[str, str]:

@@ -18,8 +18,9 @@ from sweeper.core.outcome import (
     HeldOutLosses,
     Outcome,
     device_seconds,
+    stored_outcome,
 )
-from sweeper.core.paths import StudyFolder
+from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.core.value import FrozenValue
 from sweeper.search.states import STATES
 
@@ -148,7 +149,7 @@ def choose(finalists: Sequence[FinalistResult], direction: str) -> int:
 def finalists_seconds(folder: StudyFolder, arm: str) -> float:
     """Return the device time of an arm's further seeds so far, in seconds, from their folders."""
     outcomes = (
-        Outcome.model_validate_json(path.read_text(encoding="utf-8"))
+        stored_outcome(TrialFolder(path.parent))
         for path in folder.finalists(arm).glob("trial_*/outcome.json")
     )
-    return math.fsum(device_seconds(outcome.metrics) for outcome in outcomes)
+    return math.fsum(device_seconds(found.metrics) for found in outcomes if found is not None)

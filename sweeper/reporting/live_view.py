@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeper.config.settings import metric_words
-from sweeper.reporting.console import say
+from sweeper.reporting.console import PlainConsole, say
 from sweeper.reporting.glossary import FOOTNOTE
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.result_tables import (
@@ -156,7 +156,7 @@ def print_answer(results: StudyResults, console: Console) -> None:
 def picture(results: StudyResults) -> str:
     """Return the comparison and the verdict as SVG, for a README or a slide."""
     # An in-memory file keeps the recorded output off the terminal.
-    console = Console(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
+    console = PlainConsole(record=True, width=PICTURE_COLUMNS, file=io.StringIO())
     console.print(comparison(results).draw())
     console.print(judge(results).words, highlight=False)
     return console.export_svg(title=f"python -m sweeper {results.command}")

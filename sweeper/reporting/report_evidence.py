@@ -17,8 +17,11 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.core.errors import StudyError
 from sweeper.core.paths import StudyFolder
 from sweeper.core.spool import read_spool
+from sweeper.core.steady_output import echo
+from sweeper.core.stored_files import read_words, tell_damage
 from sweeper.evaluation.sample_answers import SampleAnswer
 from sweeper.reporting.results import ArmResult, StudyResults
 from sweeper.search.study import open_storage, optuna_name
@@ -58,7 +61,7 @@ def gather(
         storage: Optuna's storage. None reads the database in the study's folder, if there is one.
     """
     if storage is None and folder.database.exists():
-        storage = open_storage(None, folder)
+        storage = _storage(folder)
     curves = {
         (arm.name, trial.number): curve
         for arm in results.arms
@@ -71,6 +74,15 @@ def gather(
         _data_card(results, folder),
         {} if storage is None else _importances(results, storage),
     )
+
+
+def _storage(folder: StudyFolder) -> optuna.storages.BaseStorage | None:
+    """Open the study's database, or say why its figures are missing."""
+    try:
+        return open_storage(None, folder)
+    except StudyError as error:
+        echo(f"the page shows no importances: {error}", stderr=True)
+        return None
 
 
 def read_curve(path: Path) -> Curve:
@@ -86,7 +98,11 @@ def read_samples(folder: StudyFolder, arm: ArmResult) -> tuple[SampleAnswer, ...
     path = folder.trial(arm.name, arm.best.number).samples.with_suffix(".json")
     if not path.exists():
         return ()
-    return tuple(SampleAnswer(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+    try:
+        return tuple(SampleAnswer(**row) for row in json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        tell_damage(path, error, "the page shows no sample answers of this trial")
+        return ()
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
@@ -144,4 +160,4 @@ def _data_card(results: StudyResults, folder: StudyFolder) -> str | None:
         for trial in arm.trials
     )
     found = next((card for card in cards if card.exists()), None)
-    return None if found is None else found.read_text(encoding="utf-8")
+    return None if found is None else read_words(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sweeper.config.settings import metric_words
 from sweeper.core.outcome import ArmBaseline
+from sweeper.core.plain_text import in_code, in_markdown
 from sweeper.reporting.glossary import terms_in
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
@@ -109,7 +110,7 @@ def markdown_report(results: StudyResults, verdict: Verdict) -> str:
     parts = [
         f"# {results.study_name}",
         verdict.text,
-        f"`python -m sweeper {results.command}`",
+        in_code(f"python -m sweeper {results.command}"),
     ]
     sheets = (comparison(results), conditions(results), finalists(results))
     for sheet in filter(None, sheets):
@@ -122,7 +123,11 @@ def markdown_report(results: StudyResults, verdict: Verdict) -> str:
             front = pareto_front(arm)
             parts += [f"## {front.title}", front.markdown()]
         sheet = leaderboard(arm)
-        parts += [f"## {sheet.title}", sheet.markdown(), f"Data: {describe_data(arm.facts)}"]
+        parts += [
+            f"## {sheet.title}",
+            sheet.markdown(),
+            f"Data: {in_markdown(describe_data(arm.facts))}",
+        ]
         parts += [] if arm.audit is None else [f"{arm.name}: {arm.audit}."]
     terms = terms_in("\n".join(parts))
     parts += ["## Terms", "\n".join(f"- **{term}**: {meaning}" for term, meaning in terms)]

@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,17 @@ import optuna
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
     model_validator,
 )
 
-from sweeper.config.settings import FairnessRules, LoraAdapter, Objective, flatten
+from sweeper.config.settings import FairnessRules, LoraAdapter, Objective, flatten, require_arm_name
 from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, keys
 from sweeper.core.errors import StudyError
 from sweeper.core.outcome import ArmBaseline, BaselineRun, Outcome, device_seconds
 from sweeper.core.paths import StudyFolder, read_json
+from sweeper.core.references import referenced_tree
+from sweeper.core.stored_files import damage
 from sweeper.core.value import FrozenValue, MemoryShortfall
 from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
@@ -231,6 +231,8 @@ class StudyResults(FrozenValue):
     def _of_document(cls, results: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(results.get("arms"), dict):
             return results
+        for name in results["arms"]:
+            require_arm_name(name)
         shared = {"objective": results["objective"]}
         arms = [{**arm, "name": name, **shared} for name, arm in results["arms"].items()]
         stored = {key: results[key] for key in results.keys() - DERIVED - shared.keys()}
@@ -308,7 +310,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         objective=arm.settings.objective,
         facts=facts,
         trials=rank(trials, arm.settings.objective),
-        settings=flatten(arm.settings.trial.model_dump(mode="json")),
+        settings=flatten(referenced_tree(arm.settings.trial.model_dump(mode="json"))),
         ranges=number_ranges(arm.space),
         exhaustive=arm.sampler.name == "grid" and _has_all_of(arm.n_trials, grid(arm.space)),
         costs=tuple(costs),
@@ -399,13 +401,14 @@ def load_results(study_name: str, output_dir: Path) -> StudyResults:
         names = sorted(found.parent.name for found in output_dir.glob("*/results.json"))
         known = f"studies there: {', '.join(names)}" if names else "there are no studies yet"
         raise StudyError(f"no results of a study {study_name!r} under {output_dir}/; {known}")
-    return _read(path)
+    # the folder's name, because the file may have been moved, or written by anybody
+    return _read(path).model_copy(update={"study_name": path.parent.name})
 
 
 def _read(path: Path) -> StudyResults:
     try:
         document = read_json(path)
-    except (JSONDecodeError, AssertionError):
+    except (ValueError, AssertionError, RecursionError):
         raise StudyError(f"{path} holds no JSON object; {_written_again({})}") from None
     found = document.get("format")
     if found != FORMAT:
@@ -415,15 +418,12 @@ def _read(path: Path) -> StudyResults:
         )
     try:
         return from_document(document)
-    except (ValidationError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StudyError(f"{path}: {_first(error)}; {_written_again(document)}") from None
 
 
-def _first(error: ValidationError | KeyError) -> str:
-    if isinstance(error, KeyError):
-        return f"{error.args[0]}: missing"
-    problem = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+def _first(error: Exception) -> str:
+    return f"{error.args[0]}: missing" if isinstance(error, KeyError) else damage(error)
 
 
 def _written_again(document: Mapping[str, Any]) -> str:

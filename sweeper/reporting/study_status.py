@@ -6,11 +6,14 @@ Imports no Optuna, because the verbs read it. sweeper.driver.arm_status adds wha
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import time
+from pathlib import Path
 from typing import Literal
 
-from filelock import FileLock, Timeout
+from pydantic import Field
 
 from sweeper.config.settings import Objective
 from sweeper.config.space import Scalar
@@ -19,7 +22,9 @@ from sweeper.core.value import FrozenValue
 from sweeper.reporting.study_progress import TrialProgress
 
 LOOK_SECONDS = 0.2
-"""Seconds that a look at the lock waits for another look."""
+"""Seconds that a look at the lock waits for a command that holds it."""
+FRESH_SECONDS = 15.0
+"""Age of a status that a driver, which writes one every two seconds, has just written."""
 
 StudyPhase = Literal[
     "starting", "running", "paused", "stopping", "finished", "stopped", "failed", "killed"
@@ -68,7 +73,7 @@ class StudyStatus(FrozenValue):
     objective: Objective
     left: str
     """Remaining budget as text, or "" when there is no limit."""
-    arms: tuple[ArmStatus, ...]
+    arms: tuple[ArmStatus, ...] = Field(min_length=1)
     running: tuple[TrialStatus, ...]
 
 
@@ -90,11 +95,49 @@ def trial_standing(view: TrialProgress) -> TrialStatus:
 
 
 def is_driven(folder: StudyFolder) -> bool:
-    """Return True if a driver on any machine runs this study now, because it holds the lock."""
-    if not folder.lock.exists():
+    """Return True if a driver on any machine runs this study now, because it holds the lock.
+
+    A look needs no right to write. Without the right to read the lock, a status that was written
+    just now tells of a driver.
+    """
+    try:
+        return is_locked(folder.lock)
+    except OSError:
+        return _is_fresh(folder.standing)
+
+
+def is_locked(path: Path) -> bool:
+    """Return True if a process holds a lock file, without a right to write it.
+
+    Raises:
+        OSError: the file cannot be opened for reading.
+    """
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
         return False
     try:
-        with FileLock(folder.lock, timeout=LOOK_SECONDS):
-            return False
-    except Timeout:
-        return True
+        return not _is_free(lock)
+    finally:
+        os.close(lock)
+
+
+def _is_free(lock: int) -> bool:
+    """Return True if nobody but other lookers holds a lock."""
+    end = time.monotonic() + LOOK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:  # `sync` and `clean` hold the lock for a moment
+            if time.monotonic() > end:
+                return False
+        else:
+            return True
+        time.sleep(LOOK_SECONDS / 10)
+
+
+def _is_fresh(path: Path) -> bool:
+    try:
+        return abs(time.time() - path.stat().st_mtime) < FRESH_SECONDS
+    except OSError:
+        return False

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from sweeper.config.space import Scalar
+from sweeper.core.plain_text import in_markdown
 from sweeper.reporting.study_progress import short_names
 
 DASH = "–"
@@ -50,7 +51,8 @@ class TextTable:
     def markdown(self) -> str:
         """Return the table as Markdown, without its title."""
         marks = [":--" if column in self.left else "--:" for column in self.columns]
-        lines = [self.columns, tuple(marks), *self.rows]
+        cells = [tuple(map(in_markdown, line)) for line in (self.columns, *self.rows)]
+        lines = [cells[0], tuple(marks), *cells[1:]]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from pathlib import Path
 from typing import Protocol
 
 from filelock import FileLock, Timeout
-from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy import URL, Connection, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
@@ -23,6 +24,19 @@ KEEPALIVE = {"tcp_keepalives_idle": 30, "tcp_keepalives_interval": 10, "tcp_keep
 """TCP settings with which the server notices a dead driver within a minute and frees its lock."""
 CONNECT_SECONDS = 30
 """Time limit of one connection to PostgreSQL. A frozen server accepts it and never answers."""
+
+
+def database_url(path: Path) -> str:
+    """Return the URL of an SQLite file. A path may hold ? and %, which mean more in a URL."""
+    return URL.create("sqlite", database=str(path)).render_as_string(hide_password=False)
+
+
+def database_file(url: str) -> Path | None:
+    """Return the file of a database, or None if the database is no file."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        return None
+    return Path(str(parsed.database))
 
 
 class StudyOwnership(Protocol):
@@ -45,8 +59,8 @@ def make_ownership(url: str, study_name: str) -> StudyOwnership:
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
         return AdvisoryLock(url, study_name)
-    if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
-        return LockFile(str(parsed.database), study_name)
+    if (path := database_file(url)) is not None:
+        return LockFile(str(path), study_name)
     return NullOwnership()
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy.exc import (
+    DatabaseError,
     IntegrityError,
     InterfaceError,
     OperationalError,
@@ -24,7 +27,14 @@ from sqlalchemy.exc import (
 )
 
 from sweeper.core.errors import StudyError
-from sweeper.search.ownership import CONNECT_SECONDS, NullOwnership, StudyOwnership, make_ownership
+from sweeper.core.references import referenced_tree
+from sweeper.search.ownership import (
+    CONNECT_SECONDS,
+    NullOwnership,
+    StudyOwnership,
+    database_file,
+    make_ownership,
+)
 
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
@@ -42,6 +52,17 @@ PendingRollbackError follows when a connection breaks between two statements of 
 opens a new transaction, so a repeated call is safe.
 """
 
+DAMAGED_FILE = (
+    "malformed",
+    "file is not a database",
+    "database disk image",
+    "unsupported file format",
+)
+"""Words of SQLite about a file that no wait mends."""
+DAMAGES = (JSONDecodeError, UnicodeDecodeError, LookupError, OverflowError)
+"""Errors of Optuna and SQLAlchemy about a stored value that is none. LookupError is one of a state's
+name, and its kinds KeyError and IndexError are Optuna's answers about what does not exist."""
+
 CACHED = (
     *("_create_new_trial", "_set_trial_param", "_get_best_trial_id", "_get_trials"),
     "get_trial_id_from_study_id_trial_number",
@@ -49,6 +70,8 @@ CACHED = (
 """Methods that Optuna's cache in front of every RDBStorage calls instead of the public interface."""
 CLAIMS = frozenset({"create_new_trial", "_create_new_trial", "set_trial_state_values"})
 """Calls that only the one driver of a study may make: asking and telling."""
+ATTRIBUTES = frozenset({"set_study_user_attr", "set_trial_user_attr"})
+"""Calls that store texts."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,7 +99,8 @@ class PatientStorage(RDBStorage):
         StudyError: the database is unreachable, or cannot be opened as the kind its URL names.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience_s: float = 0.0) -> None:
+        """Open a database, and wait so many seconds for one that is away."""
         self.gave_up = False
         """True after one call's patience ran out: the final calls of the study then wait no more."""
         # a restart leaves dead connections behind
@@ -88,7 +112,9 @@ class PatientStorage(RDBStorage):
                 "options": "-c timezone=utc",
                 "connect_timeout": CONNECT_SECONDS,
             }
-        for tries_left in reversed(range(STARTS)):
+        tries, end = 0, time.monotonic() + patience_s
+        while True:
+            tries += 1
             try:
                 super().__init__(url, engine_kwargs=options)
                 break
@@ -98,10 +124,14 @@ class PatientStorage(RDBStorage):
                     "Install it for postgresql+psycopg:// with pip install 'sweeper[postgres]'"
                 ) from None
             except (SQLAlchemyError, StorageInternalError) as error:
-                if not (tries_left and _was_created_meanwhile(error)):
-                    raise StudyError(
-                        f"hydra.sweeper.storage cannot be opened: {_reason(error)}"
-                    ) from None
+                waits = _is_away(error) and time.monotonic() < end
+                if not (waits or (tries < STARTS and _was_created_meanwhile(error))):
+                    raise _unopened(url, error) from None
+                if waits and tries == 1:
+                    _LOG.warning("waiting for the study's database: %s", _reason(error))
+            except (*DAMAGES, AssertionError, RuntimeError) as error:
+                # the last two are Optuna's own checks of the tables' version
+                raise damaged(url, error) from None
             time.sleep(FIRST_WAIT_S)
         self._ownership: StudyOwnership = NullOwnership()
 
@@ -171,6 +201,25 @@ def patient(
     return repeated
 
 
+def _sound(call: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a call that names a damaged or deleted database, for which no wait is of use."""
+
+    @functools.wraps(call)
+    def read(storage: PatientStorage, *arguments: Any, **options: Any) -> Result:
+        try:
+            return call(storage, *arguments, **options)
+        except DAMAGES as error:
+            if isinstance(error, KeyError | IndexError):
+                raise
+            raise damaged(str(storage.url), error) from None
+        except (StorageInternalError, DatabaseError) as error:
+            if _is_damaged(error) or _is_gone(str(storage.url), error):
+                raise damaged(str(storage.url), error) from None
+            raise
+
+    return read
+
+
 def _claiming(call: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(call)
     def claimed(storage: PatientStorage, *arguments: Any, **options: Any) -> Result:
@@ -180,10 +229,59 @@ def _claiming(call: Callable[..., Result]) -> Callable[..., Result]:
     return claimed
 
 
+def _with_references(call: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a call that stores an attribute, with references for what came from the environment."""
+
+    @functools.wraps(call)
+    def stored(storage: PatientStorage, identity: int, key: str, value: Any) -> Result:
+        return call(storage, identity, key, referenced_tree(value))
+
+    return stored
+
+
 for _name in (*sorted(BaseStorage.__abstractmethods__), *CACHED):
     _call = getattr(RDBStorage, _name)
     # A loop instead of thirty methods: a method that Optuna adds to the interface is covered too.
-    setattr(PatientStorage, _name, patient(_claiming(_call) if _name in CLAIMS else _call))
+    _call = _claiming(_call) if _name in CLAIMS else _call
+    _call = _with_references(_call) if _name in ATTRIBUTES else _call
+    setattr(PatientStorage, _name, patient(_sound(_call)))
+
+
+def _is_damaged(error: Exception) -> bool:
+    """Return True if a database file is none, or holds pages that are none."""
+    return any(words in str(_cause(error)) for words in DAMAGED_FILE)
+
+
+def _unopened(url: str, error: Exception) -> StudyError:
+    if _is_damaged(error):
+        return damaged(url, error)
+    return StudyError(f"hydra.sweeper.storage cannot be opened: {_reason(error)}")
+
+
+def _is_gone(url: str, error: Exception) -> bool:
+    """Return True if a database is a file that was deleted or emptied."""
+    path = database_file(url)
+    return path is not None and (not path.exists() or "no such table" in str(_cause(error)))
+
+
+def damaged(url: str, error: Exception) -> StudyError:
+    """Return what is wrong with a database that no wait mends, and what to do."""
+    path = database_file(url)
+    reason = f"{type(error).__name__}: {_reason(error)}"
+    if path is None:
+        return StudyError(f"the study's database holds what Optuna does not read ({reason})")
+    if not path.exists():
+        return StudyError(
+            f"{path}: the study's database is gone ({reason}). Put it back, or run the same command "
+            "again to begin anew: the trials' folders are then set aside, and the answer stays until a "
+            "new one replaces it"
+        )
+    words = shlex.join(["mv", str(path), f"{path}.damaged"])
+    return StudyError(
+        f"{path}: the study's database is damaged ({reason}). Put a copy of it back, or move it away "
+        f"({words}) and run the same command again: the trials' folders are then set aside, and the "
+        "answer stays until a new one replaces it"
+    )
 
 
 def _is_away(error: Exception) -> bool:

@@ -35,9 +35,11 @@ from sweeper.core.errors import StudyError, StudyMismatch
 from sweeper.core.input_digests import ASKED, INPUT_NAMES
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
+from sweeper.core.references import referenced_tree
+from sweeper.search.ownership import database_url
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
-from sweeper.search.storage import PatientStorage
+from sweeper.search.storage import PATIENCE_S, PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.telling import counts
 
@@ -64,8 +66,10 @@ def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
     """Open Optuna's storage: the given URL, or SQLite in the study's folder."""
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{folder.database}"
-    return PatientStorage(url)
+        url = database_url(folder.database)
+        return PatientStorage(url)
+    # a study that was run before is waited for as it is while it runs; a first start may be misspelt
+    return PatientStorage(url, PATIENCE_S if folder.standing.exists() else 0.0)
 
 
 def share_cache(storage: RDBStorage) -> BaseStorage:
@@ -334,7 +338,8 @@ def _configured_question(plan: StudyPlan, arm: ArmPlan) -> dict[str, str]:
 
 def settings_as_json(arm: ArmPlan) -> dict[str, str]:
     """Return an arm's settings before any point is applied, without those that change no result."""
-    return decisive_settings(arm.settings.trial)
+    found: dict[str, str] = referenced_tree(decisive_settings(arm.settings.trial))
+    return found
 
 
 def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:

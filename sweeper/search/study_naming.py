@@ -17,6 +17,7 @@ from sweeper.config import compose
 from sweeper.config.settings import RunSettings, sources, validate
 from sweeper.core.errors import ConfigError
 from sweeper.core.paths import StudyFolder
+from sweeper.core.references import referenced
 
 KEY = "hydra.sweeper.study_name"
 MAX_LENGTH = 100
@@ -80,12 +81,12 @@ def _own_parts(overrides: Sequence[str], settings: RunSettings) -> list[str]:
 
 def model_word(base_model: str) -> str:
     """Return the word for a base model: the last part of its hub id or folder."""
-    return _word(_last_part(base_model))
+    return _word(_last_part(referenced(base_model)))
 
 
 def data_word(paths: Sequence[str]) -> str:
     """Return the word for training data: the stem of the first file, and how many others there are."""
-    first = _word(_FORMATS.sub("", _last_part(paths[0])))
+    first = _word(_FORMATS.sub("", _last_part(referenced(paths[0]))))
     return first if len(paths) == 1 else f"{first}-and-{len(paths) - 1}"
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sweeper.config import compose, grammar
+from sweeper.config.foreign_settings import differing_places
 from sweeper.config.override_hints import moved
 from sweeper.config.settings import (
     ArmSettings,
@@ -178,7 +179,7 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     problems += _untracked_baseline(study, composition.config)
     if problems:
         raise ConfigError(problems)
-    arms = _arms(study, fixed, swept)
+    arms = _arms(study, fixed, swept, composition)
     experiment = composition.choices.get("experiment", "default")
     presets = {
         group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
@@ -270,7 +271,10 @@ def _has(config: Mapping[str, Any], key: str) -> bool:
 
 
 def _arms(
-    study: StudySettings, fixed: Sequence[str], swept: Mapping[str, str]
+    study: StudySettings,
+    fixed: Sequence[str],
+    swept: Mapping[str, str],
+    composition: compose.Composition,
 ) -> tuple[ArmPlan, ...]:
     """Build the lora arm and the further arms. Command-line values of searched keys reach lora only."""
     searched = {**study.params, **swept}
@@ -300,6 +304,7 @@ def _arms(
         except ConfigError as error:
             problems += error.problems
     problems += _other_objectives(arms)
+    problems += _other_places(arms, composition)
     if problems:
         raise ConfigError(problems)
     run_id = study.baseline.run_id
@@ -322,6 +327,15 @@ def _other_objectives(arms: Sequence[ArmPlan]) -> list[str]:
         f"{arms[0].name} ({arms[0].settings.objective.metric}). Set the objective for all arms"
         for arm in arms
         if arm.settings.objective != arms[0].settings.objective
+    ]
+
+
+def _other_places(arms: Sequence[ArmPlan], composition: compose.Composition) -> list[str]:
+    """Return a problem for each arm that writes elsewhere, or imports other code, than the study."""
+    return [
+        f"arm {arm.name}: {problem}"
+        for arm in arms
+        for problem in differing_places(compose.compose(arm.overrides).written, composition.written)
     ]
 
 

@@ -16,6 +16,7 @@ from sweeper.core.errors import TrackingError
 from sweeper.core.manifest import MANIFEST, verify_manifest
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
+from sweeper.core.references import referenced, referenced_tree, resolved
 from sweeper.tracking.shipment import STUDY_TAG, TRIAL_TAG, search_runs
 from sweeper.tracking.store import TrackingStore
 from sweeper.tracking.tracking_ledger import weights_of
@@ -93,7 +94,7 @@ class ModelRegistry(TrackingStore):
             TrackingError: the registry does not respond.
         """
         with self._client() as client:
-            client.set_model_version_tag(version.model, version.number, key, value)
+            client.set_model_version_tag(version.model, version.number, key, referenced(value))
 
     def collect_deleted(self, after_s: float, *, dry_run: bool) -> str | None:
         """Permanently remove runs that were deleted in MLflow, with their artifacts.
@@ -161,7 +162,7 @@ class ModelRegistry(TrackingStore):
                 model,
                 source=f"{run.info.artifact_uri}/adapter",
                 run_id=run.info.run_id,
-                tags={**tags, **origin},
+                tags=referenced_tree({**tags, **origin}),
             )
             client.set_registered_model_alias(model, ALIAS, str(made.version))
             return _version(client, model, str(made.version))
@@ -197,7 +198,7 @@ class ModelRegistry(TrackingStore):
             query = f"tags.`sweeper.night` = '{name}'"
             runs = client.search_runs([experiment], filter_string=query)
             run = runs[0] if runs else client.create_run(experiment, run_name=name)
-            for key, value in {**tags, "sweeper.night": name}.items():
+            for key, value in referenced_tree({**tags, "sweeper.night": name}).items():
                 client.set_tag(run.info.run_id, key, value)
             for path in files:
                 client.log_artifact(run.info.run_id, str(path))
@@ -264,7 +265,7 @@ def _version(client: MlflowClient, model: str, number: str) -> ModelVersion:
         number=number,
         study=tags.get(STUDY_TAG, ""),
         trial=tags.get(TRIAL_TAG, ""),
-        folder=Path(tags.get(FOLDER_TAG, "")),
+        folder=Path(resolved(tags.get(FOLDER_TAG, ""))),
         previous=tags.get(PREVIOUS_TAG),
         tags=dict(tags),
     )
@@ -280,7 +281,7 @@ def _require_adapter(client: MlflowClient, run: Any) -> None:
     stored = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
     if f"adapter/{MANIFEST}" in stored:
         return
-    folder = TrialFolder(Path(run.data.tags.get(FOLDER_TAG, "")))
+    folder = TrialFolder(Path(resolved(run.data.tags.get(FOLDER_TAG, ""))))
     if not folder.adapter.is_dir():
         raise TrackingError(
             f"neither run {run.info.run_name} nor {folder.path} contains the adapter. Its weights were "

@@ -7,6 +7,7 @@ from pathlib import Path
 from sweeper.config.settings import TrackingSettings
 from sweeper.core.errors import TrackingError
 from sweeper.core.redaction import HIDDEN, redact
+from sweeper.core.references import names_in, resolved
 from sweeper.tracking.baseline_runs import BaselineStore
 from sweeper.tracking.mlflow_tracker import MlflowTracker
 from sweeper.tracking.registry import ModelRegistry
@@ -36,13 +37,14 @@ def destination(settings: TrackingSettings, ledger: TrackingLedger) -> TrackingS
     store = ledger.store
     if settings.uri is not None or store is None:
         return TrackingServer(settings.uri, LOCAL_STORE)
-    if store.uri is not None and HIDDEN in store.uri:
+    address = None if store.uri is None else resolved(store.uri)
+    if address is not None and (HIDDEN in address or names_in(address)):
         raise TrackingError(
             f"the study was recorded at {store.uri}, and passwords are not stored. "
             "Set MLFLOW_TRACKING_URI to the full address"
         )
-    root = Path(store.root)
-    return TrackingServer(store.uri, root if root.is_dir() else LOCAL_STORE)
+    root = Path(resolved(store.root))
+    return TrackingServer(address, root if root.is_dir() else LOCAL_STORE)
 
 
 def make_registry(settings: TrackingSettings) -> ModelRegistry | None:

@@ -14,17 +14,20 @@ Independent of MLflow.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from sweeper.core.manifest import MANIFEST
 from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.references import referenced_tree
 from sweeper.core.spool import read_spool
+from sweeper.core.stored_files import damage
 from sweeper.core.value import FrozenValue
 from sweeper.tracking.tracker import DatasetRecord, RunStatus
 
@@ -38,6 +41,9 @@ OPENED = 0
 NOTE_LENGTH = 8000
 """Maximum characters of a run's description in MLflow."""
 NOTHING: Mapping[str, Any] = {}
+
+KEY = re.compile(r"[\w-]+(/[\w-]+)+")
+"""Keys of trials: lora/0007, single/FOLDER, lora/0007_2, lora/0003_seed_1."""
 
 Stored = TypeVar("Stored", bound=FrozenValue)
 
@@ -230,6 +236,11 @@ class TrackingLedger:
     def save_entry(self, entry: StudyEntry | TrialEntry) -> None:
         """Write an entry. An OSError becomes one of the `problems`."""
         # This process can still ship the entry from memory. Only a later process would miss it
+        entry = type(entry).model_validate(referenced_tree(entry.model_dump()))
+        if entry.ending is not None and entry.ending.time_ms < entry.started_ms:
+            # the clock was set back in between, and MLflow would show a negative duration
+            end = entry.ending.model_copy(update={"time_ms": entry.started_ms})
+            entry = entry.model_copy(update={"ending": end})
         if isinstance(entry, StudyEntry):
             self.study = entry
             self._write(self.folder / "study.json", entry)
@@ -251,12 +262,29 @@ class TrackingLedger:
 
     def _read(self, path: Path, kind: type[Stored]) -> Stored | None:
         try:
-            return kind.model_validate_json(path.read_text(encoding="utf-8"))
+            found = kind.model_validate_json(path.read_bytes())
+            self._require_inside(found)
         except FileNotFoundError:
             return None
-        except (OSError, ValidationError) as error:
-            self.problems.append(f"{path}: cannot be read ({str(error).splitlines()[0]})")
+        except (OSError, ValueError) as error:
+            self.problems.append(f"{path}: cannot be read ({damage(error)})")
             return None
+        return found
+
+    def _require_inside(self, stored: FrozenValue) -> None:
+        """Refuse an entry that names files outside the folder of all studies.
+
+        Raises:
+            ValueError: names the path. A fork's trials lie in the study that they were made in.
+        """
+        names = [stored.folder] if isinstance(stored, TrialEntry) else []
+        names += stored.artifacts if isinstance(stored, StudyEntry) else []
+        if isinstance(stored, TrialEntry) and not KEY.fullmatch(stored.key):
+            raise ValueError(f"{stored.key!r} is no trial")
+        study = self.folder.parent.resolve()
+        for name in names:
+            if not (study / name).resolve().is_relative_to(study.parent):
+                raise ValueError(f"{name} lies outside {study.parent}")
 
     def _write(self, path: Path, value: FrozenValue) -> None:
         try:
@@ -377,7 +405,7 @@ def unshipped_points(
         step = int(row["step"])
         for name, value in row.items():
             if name not in ("step", "time") and step > last.get(name, -1):
-                points.append(MetricPoint(name, step, value, int(row["time"] * 1000)))
+                points.append(MetricPoint(name, step, value, int(row.get("time", 0.0) * 1000)))
                 last[name] = step
     return points
 

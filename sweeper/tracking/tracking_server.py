@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
+from sqlalchemy import URL
 
 from sweeper.core.errors import SweeperError, TrackingError
 from sweeper.core.redaction import redact
@@ -53,7 +54,7 @@ class StoreAway(Exception):
 
 def local_uri(root: Path) -> str:
     """Return the URI of the local store in a folder: one SQLite file, with artifacts next to it."""
-    return f"sqlite:///{root / 'mlflow.db'}"
+    return URL.create("sqlite", database=str(root / "mlflow.db")).render_as_string()
 
 
 class TrackingServer:

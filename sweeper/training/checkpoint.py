@@ -27,7 +27,9 @@ class Checkpoint:
         """The checkpoint with the best weights so far, which becomes the trial's result."""
         # transformers stores an absolute path as well, which is wrong once the trial's folder has moved
         step = read_json(self.path / "trainer_state.json")["best_global_step"]
-        return self if step is None else Checkpoint(self.path.with_name(f"checkpoint-{step}"), step)
+        if step is None:
+            return self
+        return Checkpoint(self.path.with_name(f"checkpoint-{int(step)}"), int(step))
 
 
 def seal(checkpoint: Path) -> None:

@@ -29,6 +29,7 @@ from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import GATE_BASE, GateFigures, GateRequest, Outcome
 from sweeper.core.paths import TrialFolder, read_json, write_atomic
+from sweeper.core.references import resolved
 from sweeper.data.encode import encode_evaluation
 from sweeper.data.examples import Example
 from sweeper.data.general_text import general_rows
@@ -188,7 +189,10 @@ def main(request: str, answer: str) -> None:
     """Read a GateRequest, and write GateFigures with the losses or the problem."""
     parsed = GateRequest.model_validate_json(Path(request).read_text(encoding="utf-8"))
     try:
-        figures = judge_on_gate(parsed)
+        # the file holds references for what the set takes from the environment
+        gate, trials = resolved(parsed.gate), parsed.trials.items()
+        paths = {name: Path(resolved(str(path))) for name, path in trials}
+        figures = judge_on_gate(GateRequest(gate=gate, trials=paths))
     except SweeperError as error:
         figures = GateFigures(problem=str(error))
     write_atomic(Path(answer), figures.model_dump_json())

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import sweeper
 from sweeper.builtin import stand_ins
 from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, sources
+from sweeper.core.plain_text import in_code, in_markdown, visible
 from sweeper.data.sources import describe_sources
 from sweeper.training.training_log import describe_method
 
@@ -90,7 +91,9 @@ def _metadata(settings: TrialSettings, figures: Mapping[str, float]) -> dict[str
 
 def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object) -> str:
     base, training = settings.model.base_model, settings.training
-    revision = f" (revision {settings.model.revision})" if settings.model.revision else ""
+    revision = (
+        f" (revision {in_markdown(settings.model.revision)})" if settings.model.revision else ""
+    )
     rows = figures.get("data/train_rows")
     counted = "" if rows is None else f", {rows:,.0f} rows after cleaning"
     metrics = {label: figures[name] for name, (_, label) in METRICS.items() if name in figures}
@@ -111,7 +114,7 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
         "\n\n".join(
             [
                 f"# {describe_method(settings)}",
-                f"Trained on `{base}`{revision} by sweeper {sweeper.__version__}.",
+                f"Trained on {in_code(base)}{revision} by sweeper {sweeper.__version__}.",
                 "## Figures",
                 "The stored checkpoint, evaluated on the validation split that was used to choose it. "
                 "Perplexity is exp(loss).",
@@ -119,7 +122,7 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
                 "## Training",
                 _table({label: value for label, value in trained.items() if value}),
                 "## Data",
-                f"{describe_sources(settings.data)}{counted}.",
+                f"{in_markdown(describe_sources(settings.data))}{counted}.",
                 "## Use",
                 _usage(settings),
                 "## Licence",
@@ -153,9 +156,9 @@ def _usage(settings: TrialSettings) -> str:
             f"base = AutoModelForCausalLM.from_pretrained({base!r})",
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER")',
         ]
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return "```python\n" + visible("\n".join(lines)).replace("```", "` ` `") + "\n```"
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    lines = [f"| {name} | {in_markdown(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

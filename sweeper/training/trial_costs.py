@@ -10,10 +10,13 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from sweeper.core.paths import read_json
+from sweeper.core.stored_files import read_object, tell_damage
 
 Stage = Literal["load", "data", "train", "eval", "save"]
 """Parts of a trial that exclude each other: an evaluation inside training is not training time."""
+
+
+LOST_COSTS = "what earlier attempts cost is lost, and counts as nothing"
 
 
 class TrialCosts:
@@ -47,15 +50,21 @@ class TrialCosts:
             earlier: the file with `spent` of the earlier attempts, which need not exist.
         """
         costs = cls()
-        if earlier.exists():
-            found = read_json(earlier)
-            costs._seconds |= found["seconds"]
-            costs._cpu_seconds |= found["cpu_seconds"]
-            costs._elapsed, costs._cpu = found["elapsed"], found["cpu"]
-            costs.oom_retries = found["oom_retries"]
-            tokens = costs._tokens
-            tokens.non_padding, tokens.targets, tokens.samples = found["tokens"]
+        if found := read_object(earlier, LOST_COSTS):
+            try:
+                costs._add(found)
+            except (KeyError, TypeError, ValueError) as error:
+                tell_damage(earlier, error, LOST_COSTS)
+                return cls()
         return costs
+
+    def _add(self, found: Mapping[str, Any]) -> None:
+        self._seconds |= {name: float(value) for name, value in found["seconds"].items()}
+        self._cpu_seconds |= {name: float(value) for name, value in found["cpu_seconds"].items()}
+        self._elapsed, self._cpu = float(found["elapsed"]), float(found["cpu"])
+        self.oom_retries = int(found["oom_retries"])
+        tokens = self._tokens
+        tokens.non_padding, tokens.targets, tokens.samples = map(int, found["tokens"])
 
     def spent(self) -> dict[str, Any]:
         """Return the costs so far as a JSON document that the next attempt adds to its own."""

@@ -36,8 +36,9 @@ from sweeper.core.outcome import (
     Outcome,
     TrialSize,
 )
-from sweeper.core.paths import TrialFolder, read_json, write_atomic, write_json
+from sweeper.core.paths import TrialFolder, write_atomic, write_json
 from sweeper.core.spool import MetricsSpool
+from sweeper.core.stored_files import read_object
 from sweeper.core.value import MemoryShortfall
 from sweeper.modeling.target_modules import resolve_targets
 from sweeper.training.observer import TrialObserver
@@ -394,7 +395,7 @@ def _resume(folder: TrialFolder) -> tuple[int, float, int]:
     """Return the last step, the best value and its step of an earlier attempt."""
     path = folder.checkpoints / "fake.json"
     nothing: dict[str, Any] = {"step": 0, "best": None, "best_step": 0}
-    state = read_json(path) if path.exists() else nothing
+    state = {**nothing, **read_object(path, "the fake trial starts again")}
     best = math.inf if state["best"] is None else float(state["best"])
     return int(state["step"]), best, int(state["best_step"])
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.errors import WorkerError
 from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.signals import NOTICES, STOPS
 from sweeper.core.value import FrozenValue
@@ -40,6 +41,9 @@ from sweeper.workers.worker_log import begin_log, print_into, tail_of
 
 CLOSE_SECONDS = 5.0
 VMSTAT = Path("/proc/vmstat")
+
+START_ATTEMPTS = 3
+"""Attempts to start a process that dies while it is started."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +166,22 @@ class LocalEngine(HostedEngine[ProcessHost]):
         return lost(worker, host.current, host.killed_for, f"{ended}\n{tail}", died_of)
 
     def _start(self, worker: int) -> ProcessHost:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
         log = self._log(worker)
         begin_log(log, worker)
+        problem: OSError | None = None
+        for _ in range(START_ATTEMPTS):
+            try:
+                return self._start_once(worker, log)
+            except OSError as error:  # it was killed before it had read what to run
+                problem = error
+        raise WorkerError(
+            f"worker {worker} cannot be started, or dies before its first step ({problem}). Its log is "
+            f"{log}:\n{tail_of(log)}"
+        )
+
+    def _start_once(self, worker: int, log: Path) -> ProcessHost:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
         process = context.Process(
             target=_main,
             args=(
@@ -177,8 +193,13 @@ class LocalEngine(HostedEngine[ProcessHost]):
             ),
             name=f"sweeper-worker-{worker}",
         )
-        process.start()
-        theirs.close()
+        try:
+            process.start()
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         host = ProcessHost(worker, process, ours, log)
         # In a thread: a worker that freezes within a long message must not hold up the driver
         host.listen(self._arrived)

@@ -10,6 +10,7 @@ own, and the files travel with the events that announce them.
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
 import secrets
@@ -258,6 +259,7 @@ class RayEngine(HostedEngine[ActorHost]):
         for host in self._hosts.values():
             ray.kill(host.actor, no_restart=True)
         ray.shutdown()  # ends a Ray that was started here, leaves a running cluster alone
+        _remove_private_folders()
         if self._hosts:
             self._mark.path.unlink(missing_ok=True)
 
@@ -352,6 +354,24 @@ def _this_machine_only() -> Iterator[None]:
         os.environ |= {} if variable is None else {name: variable}
 
 
+_PRIVATE: list[Path] = []
+"""Folders of sessions that were started here."""
+
+
+def _private_folder() -> Path:
+    """Return a new folder for Ray's session, which Ray itself opens to every user of the machine."""
+    # short, because the paths of its sockets have at most 107 characters
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp" if Path("/tmp").is_dir() else None))
+    _PRIVATE.append(folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _remove_private_folders() -> None:
+    while _PRIVATE:
+        shutil.rmtree(_PRIVATE.pop(), ignore_errors=True)
+
+
 def connect(address: str | None, n_jobs: int) -> None:
     """Join a running cluster, or start Ray on this machine.
 
@@ -373,6 +393,7 @@ def connect(address: str | None, n_jobs: int) -> None:
             "num_cpus": max(os.cpu_count() or 1, n_jobs),
             "object_store_memory": OBJECT_STORE_BYTES,
             "include_dashboard": False,
+            "_temp_dir": str(_private_folder()),
         }
     before = signal.getsignal(signal.SIGTERM)
     try:

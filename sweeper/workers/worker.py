@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,7 @@ from sweeper.core.garbage import uncollected
 from sweeper.core.outcome import ArmBaseline, HeldOutLosses, Outcome, StopCause, TrialSize
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
+from sweeper.core.references import remember, remembered
 from sweeper.core.value import FrozenValue, MemoryShortfall
 from sweeper.workers.devices import devices_of, see_only
 from sweeper.workers.protocol import (
@@ -148,6 +150,8 @@ class WorkerResources:
 
     log: Path
     devices: int = 1
+    references: Mapping[str, str] = field(default_factory=remembered)
+    """Values that the worker writes as references, by variable. A cluster's node may lack these."""
 
 
 class ExitReason(Enum):
@@ -194,6 +198,7 @@ def make_runner(
         threads: CPU threads of each of its processes.
         place: its devices and its log.
     """
+    remember(place.references)
     # OpenMP threads that spin while they wait make a trial several times slower when anything else runs
     # on the same cores (benchmarks/wait_policy.py); read once, when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -211,7 +211,7 @@ def test_tolerance_follows_from_what_differs(
         **dict.fromkeys(changed, "other"),
         "git.dirty": "false",
     }
-    record = RecordedTrial("mine", make_settings().trial, then, 4.0)
+    record = RecordedTrial("mine", make_settings().trial, then, 4.0, Path("config.yaml"))
     found = [each for each in differing(record, facts) if each.what != "git.dirty"]
     assert [each.what for each in found] == changed
     wanted = ROUNDING * (FACTS.base_value("eval/loss") - 4.0) if allowed is None else allowed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,16 @@ from pathlib import Path
 import pytest
 
 from sweeper.__main__ import refuse_overrides
-from sweeper.config.compose import compose, refuse_unknown_flags
+from sweeper.config import foreign_settings
+from sweeper.config.compose import (
+    _composed_or_refused,
+    compose,
+    refuse_unknown_flags,
+    to_yaml,
+)
 from sweeper.core.errors import ConfigError
 from sweeper.search.study_plan import single, studies
+from tests.conftest import make_settings, run_in_process, run_program
 
 PLACES = [
     *("++hydra.callbacks.x", "++hydra.sweeper.params.x", "++hydra.sweeper.sampler", "++model"),
@@ -71,6 +79,185 @@ def test_a_user_conf_folder_gets_no_exception(tmp_path: Path) -> None:
         assert result.returncode == 2, result.stdout + result.stderr
         assert "hydra.callbacks.x._target_" in result.stderr
         assert sorted(path.name for path in tmp_path.iterdir()) == ["conf"]
+
+
+FOREIGN = {
+    "hydra.job.env_set.LD_PRELOAD": "hydra: {job: {env_set: {LD_PRELOAD: /x.so}}}",
+    "hydra.job.env_set.PATH": "hydra: {job: {env_copy: [PATH]}}",
+    "hydra.job.chdir": "hydra: {job: {chdir: true}}",
+    "hydra.job_logging.handlers.x.class": "hydra: {job_logging: {handlers: {x: {class: "
+    "logging.FileHandler, filename: victim, mode: w}}}}",
+    "hydra.output_subdir": "hydra: {output_subdir: ../../x}",
+    "hydra.sweep.dir": "hydra: {sweep: {dir: /x}}",
+    "hydra.verbose": "hydra: {verbose: true}",
+    "hydra.mode": "hydra: {mode: MULTIRUN}",
+    "hydra.run.dir": "hydra: {run: {dir: /x}}",
+    "output_dir": "output_dir: /x",
+    "output_dir='../x'": "output_dir: ../x",
+    "output_dir='a/../../x'": "output_dir: a/../../x",
+    "output_dir='${oc.env:HOME}/x'": "output_dir: '${oc.env:HOME}/x'",
+    "evaluation.metric_modules": "evaluation: {metric_modules: [os], metrics: {a: 'os:getcwd'}}",
+    "tracking.uri='http://x'": "tracking: {uri: 'http://x'}",
+    "tracking.uri='sqlite:////x.db'": "tracking: {uri: 'sqlite:////x.db'}",
+    "tracking.uri='file:///x'": "tracking: {uri: 'file:///x'}",
+    "hydra.sweeper.storage='sqlite:////x'": "hydra: {sweeper: {storage: 'sqlite:////x'}}",
+    "hydra.sweeper.storage='sqlite:///../x'": "hydra: {sweeper: {storage: 'sqlite:///../x'}}",
+    "hydra.sweeper.storage='postgresql://x/y'": "hydra: {sweeper: {storage: 'postgresql://x/y'}}",
+    "workers.address": "workers: {engine: ray, address: 'x:1'}",
+}
+"""Lines of a foreign file, by what its refusal names."""
+ARTIFACTS = "artifacts: {zip: false, merged: false}\nevaluation: {metric_modules: [os]}"
+OF_AN_ARM = ("output_dir=/x", "'evaluation.metric_modules=[os]'", "+hydra.job.env_set.A=b")
+
+
+def _foreign(folder: Path, text: str, group: str = "experiment") -> list[str]:
+    """Write a file of somebody else, and return the overrides that choose it."""
+    (folder / group).mkdir(parents=True, exist_ok=True)
+    (folder / group / "foreign.yaml").write_text(f"# @package _global_\n{text}\n")
+    return [f"+{group}=foreign", f"hydra.searchpath=[file://{folder}]", "workers=fake"]
+
+
+ALL_AT_ONCE = """
+hydra:
+  job: {env_set: {LD_PRELOAD: /x.so}}
+  job_logging: {handlers: {x: {class: logging.FileHandler, filename: victim, mode: w}}}
+  run: {dir: /x}
+  sweeper: {storage: sqlite:////x}
+output_dir: ../x
+evaluation: {metric_modules: [os], metrics: {a: 'os:getcwd'}}
+tracking: {uri: http://x}
+workers: {engine: ray, address: x:1}
+"""
+
+
+def test_a_foreign_file_is_refused_with_all_that_it_may_not_set(tmp_path: Path) -> None:
+    """Code, Hydra's own settings, places and servers, in one message."""
+    with pytest.raises(ConfigError) as caught:
+        compose(_foreign(tmp_path, ALL_AT_ONCE))
+    keys = {re.split("[:=]", problem)[0] for problem in caught.value.problems}
+    logging = {"hydra.job_logging.handlers.x.class"}
+    assert keys == {*foreign_settings.PLACES, "hydra.job.env_set.LD_PRELOAD", *logging} - {
+        "hydra.mode"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", FOREIGN)
+def test_a_foreign_file_sets_neither_hydra_nor_places_nor_code(named: str, tmp_path: Path) -> None:
+    """Both modes compose, and what is composed is refused with the key and the way out."""
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        compose(_foreign(tmp_path, FOREIGN[named]))
+
+
+@pytest.mark.slow
+def test_a_file_that_is_trusted_may_set_places_and_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own name or its folder's; Hydra's own settings stay closed."""
+    given = _foreign(tmp_path, "output_dir: /x\nevaluation: {metric_modules: [os]}")
+    with pytest.raises(ConfigError):
+        compose(given)
+    for trusted in (tmp_path / "experiment/foreign.yaml", tmp_path):
+        _composed_or_refused.cache_clear()
+        monkeypatch.setenv("SWEEPER_TRUST", f"/nowhere:{trusted}")
+        assert compose(given).config["output_dir"] == "/x"
+    given = _foreign(tmp_path, "hydra: {job: {env_set: {A: b}}}")
+    with pytest.raises(ConfigError, match=r"hydra\.job\.env_set\.A"):
+        compose([*given, "seed=1"])
+
+
+def test_a_link_in_a_trusted_folder_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is the file that is read."""
+    _foreign(tmp_path / "theirs", "output_dir: /x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/experiment").symlink_to(tmp_path / "theirs/experiment")
+    monkeypatch.setenv("SWEEPER_TRUST", str(tmp_path / "mine"))
+    with pytest.raises(ConfigError, match="output_dir='/x'"):
+        compose(["+experiment=foreign", f"hydra.searchpath=[file://{tmp_path / 'mine'}]"])
+
+
+def test_the_command_line_and_harmless_places_pass(tmp_path: Path) -> None:
+    """What the user types is the user's; a file may name a folder below, and a reference."""
+    given = _foreign(tmp_path, FOREIGN["evaluation.metric_modules"])
+    own = [
+        "evaluation.metric_modules=[os]",
+        "output_dir=/x",
+        "hydra.run.dir=/y",
+        "tracking.uri=http://x",
+    ]
+    assert compose([*given, *own]).config["output_dir"] == "/x"
+    below = "hydra: {sweeper: {storage: 'sqlite:///mine/a.db'}}\noutput_dir: mine/b\n"
+    assert compose(_foreign(tmp_path, below)).config["output_dir"] == "mine/b"
+    _composed_or_refused.cache_clear()
+    by_reference = "hydra: {sweeper: {storage: '${oc.env:SWEEPER_STORAGE,null}'}}"
+    assert compose(_foreign(tmp_path, by_reference)).sweeper["storage"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("override", OF_AN_ARM)
+def test_an_arm_has_no_places_of_its_own(override: str, tmp_path: Path) -> None:
+    """The overrides of an arm stand in a file, though Hydra takes them for a command line's."""
+    arm = f"overrides: [{override}], n_trials: 1, params: {{training.learning_rate: 0.1}}"
+    text = f"hydra: {{sweeper: {{arms: {{other: {{{arm}}}}}}}}}"
+    with pytest.raises(ConfigError, match=re.escape(override.strip("'+").partition("=")[0])):
+        studies(_foreign(tmp_path, text))
+
+
+@pytest.mark.slow
+def test_a_fixed_key_of_the_search_is_no_place(tmp_path: Path) -> None:
+    """hydra.sweeper.params sets what it does not search."""
+    with pytest.raises(ConfigError, match="output_dir='/x'"):
+        studies(_foreign(tmp_path, "hydra: {sweeper: {params: {output_dir: /x}}}"))
+
+
+@pytest.mark.slow
+def test_a_searched_group_sets_no_place(tmp_path: Path) -> None:
+    """A choice that only a trial composes is checked before the study begins."""
+    _foreign(tmp_path, ARTIFACTS, group="artifacts")
+    text = "hydra: {sweeper: {params: {artifacts: 'choice(default, foreign)'}}}"
+    with pytest.raises(ConfigError, match=r"evaluation\.metric_modules=\['os'\]"):
+        studies(_foreign(tmp_path, text))
+
+
+def test_a_package_on_the_search_path_is_not_imported(tmp_path: Path) -> None:
+    """Hydra would import it before anything is composed."""
+    (tmp_path / "evil.py").write_text("open('executed', 'w')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        patch.chdir(tmp_path)
+        with pytest.raises(ConfigError, match="only folders are searched"):
+            compose(["hydra.searchpath=[pkg://evil]"])
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_stored_configuration_imports_no_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial's config.yaml may come from anybody: `trial` refuses it, with the way to trust it."""
+    (tmp_path / "evil.py").write_text("open('executed', 'w')\ndef f(*a): return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    given = ["evaluation.metric_modules=[evil]", "+evaluation.metrics.a=evil:f"]
+    settings = make_settings(*given, "evaluation.generation.num_examples=1", "workers=fake")
+    (tmp_path / "config.yaml").write_text(to_yaml(settings.model_dump(mode="json")))
+    result = run_in_process(["trial", ".", "--into", "again"], tmp_path)
+    assert result.returncode == 2
+    assert "SWEEPER_TRUST=config.yaml" in result.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["-m"]], ids=["trial", "study"])
+def test_a_foreign_environment_reaches_no_process(extra: list[str], tmp_path: Path) -> None:
+    """PYTHONPATH of a file: the program ends with 2 before it starts a worker, and writes nothing."""
+    _foreign(tmp_path / "conf", "hydra: {job: {env_set: {PYTHONPATH: evil}}}")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/sitecustomize.py").write_text("open('executed', 'w')")
+    result = run_program(["+experiment=foreign", "workers=fake", "tracking=none", *extra], tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "hydra.job.env_set.PYTHONPATH" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conf", "evil"]
 
 
 @pytest.mark.parametrize(

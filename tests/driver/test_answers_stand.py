@@ -158,7 +158,7 @@ STARTS: dict[str, tuple[tuple[str, ...], Patch, type[BaseException]]] = {
 
 REWRITTEN = {
     *("Ctrl-C at report.md", "Ctrl-C at printing", "Ctrl-C at report.html"),
-    *("full disk at report.md", "full disk at report.html"),
+    *("full disk at results.json", "full disk at report.md", "full disk at report.html"),
 }
 """Starts whose whole answer, equal to the stored one, was being written when they ended."""
 

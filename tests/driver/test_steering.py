@@ -22,6 +22,7 @@ from sweeper.core.errors import StudyError
 from sweeper.core.outcome import StopCause
 from sweeper.core.paths import StudyFolder, read_json
 from sweeper.core.signals import StopSignal
+from sweeper.driver import command_handler, command_log
 from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.budget import StudyBudget
 from sweeper.driver.command_files import (
@@ -565,3 +566,46 @@ def test_a_stop_at_once_cannot_be_cancelled(tmp_path: Path) -> None:
         f"study pause: {too_late}",
     ]
     assert steered.dispatcher.mode == "stopping"
+
+
+def test_thousands_of_commands_share_the_loop_with_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One turn obeys what fits into it, and writes the record once; in the end each has its effect."""
+    steered = _steered_by_hand(tmp_path)
+    for _ in range(300):
+        send(steered.folder, ExtendArm(trials=1))
+    written = []
+    write = command_log.write_json
+    monkeypatch.setattr(command_log, "write_json", lambda *a: (written.append(a), write(*a)))
+    times = iter(float(number) / 100 for number in range(10**6))
+    monkeypatch.setattr(command_handler.time, "monotonic", lambda: next(times))
+    turns = 0
+    while list(steered.folder.inbox.iterdir()):
+        steered.turn()
+        turns += 1
+    assert 5 < turns < 100
+    assert len(written) < 30
+    assert steered.state.total("lora") == 303
+    assert len(list(steered.folder.outbox.iterdir())) == 300
+
+
+def test_a_command_on_a_full_disk_has_its_effect_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is answered when there is room again, and the study goes on meanwhile."""
+    steered = _steered_by_hand(tmp_path)
+    send(steered.folder, ExtendArm(trials=4))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sweeper.driver.command_log.write_json", full)
+        for _ in range(3):
+            steered.turn()
+        assert len(list(steered.folder.inbox.iterdir())) == 1
+    steered.turn()
+    assert list(steered.folder.inbox.iterdir()) == []
+    assert steered.state.total("lora") == 7
+    assert sum("answered later" in words for words in steered.devices.words) == 1

@@ -143,3 +143,41 @@ def test_a_checkpoint_of_somebody_else_runs_no_code(
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         run_tiny("trial")
     assert not trace.exists()
+
+
+CONTRADICTIONS = {
+    "config.json": (
+        *("[]", "null", "5", "", "[" * 10_000 + "]" * 10_000, '{"a":' * 5_000 + "1" + "}" * 5_000),
+        *({"hidden_size": 64}, {"hidden_size": -4}, {"hidden_size": "x"}, {"vocab_size": 10**12}),
+        *({"num_attention_heads": 0}, {"num_attention_heads": 3}, {"num_hidden_layers": 4}),
+        *({"model_type": ["llama"]}, {"dtype": "evil"}, {"quantization_config": [1]}),
+        *({"hidden_act": "nope"}, {"rope_parameters": "x"}, {"num_key_value_heads": 7}),
+    ),
+    "tokenizer_config.json": ("[]", "5", "[" * 10_000 + "]" * 10_000),
+    "tokenizer.json": ("[]", "{}", "", "[" * 10_000 + "]" * 10_000),
+    "generation_config.json": ("[]", "5"),
+    "model.safetensors": ("", "x" * 100, "\x08\0\0\0\0\0\0\0{}      "),
+}
+CASES = [(name, number) for name, found in CONTRADICTIONS.items() for number in range(len(found))]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, number, marks=() if (name, number) in CASES[:7] else pytest.mark.slow)
+        for name, number in CASES
+    ],
+)
+def test_a_model_that_contradicts_itself_is_a_sentence(
+    name: str, number: int, tiny_base: Path, tmp_path: Path
+) -> None:
+    """A list or a nest instead of a configuration, shapes that are not those of the weights."""
+    base = _copied(tiny_base, tmp_path / "base")
+    content = CONTRADICTIONS[name][number]
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((base / name).read_text()), **content})
+    (base / name).write_text(content)
+    settings = make_settings(f"model.base_model={base}", "quantization=none").trial
+    with pytest.raises(ModelError, match=r"model\.base_model=") as caught:
+        load_base(settings.model, settings.quantization, trained=False)
+    assert len(str(caught.value).splitlines()) == 1
