@@ -302,7 +302,8 @@ def _text(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
         text = _decoded_whole(_whole(stream, name))
         if not text.strip():
             raise BadRow("an empty text")
-        yield RawRow(checked_values({"text": text.replace("\r\n", "\n")}), name)
+        values = checked_values({"text": text.replace("\r\n", "\n")})
+        yield RawRow(values, name, whole_file=True)
     except BadRow as bad:
         drops.drop(STAGE, bad.reason, name + bad.shown)
 

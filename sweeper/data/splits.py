@@ -57,6 +57,16 @@ class DataSplits:
         return self.drops.total
 
     @property
+    def unread(self) -> dict[str, int]:
+        """Columns and keys of turns that no format reads, with the number of rows that have a value."""
+        return dict(self.drops.unread)
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """Rows that were kept, by what was changed in them or is remarkable about them."""
+        return dict(self.drops.changed)
+
+    @property
     def counts(self) -> dict[str, int]:
         """Number of examples by split."""
         return {name: len(found) for name, found in self.examples.items()}
@@ -68,8 +78,8 @@ class DataSplits:
         for name, examples in sorted(self.examples.items()):
             for example in examples:
                 # Only texts are hashed, so that moved files give the same digest.
-                turns = [[turn.role, turn.content, turn.input] for turn in example.messages]
-                digest.update(json.dumps([name, turns], ensure_ascii=False).encode() + b"\n")
+                line = json.dumps([name, example.identity], ensure_ascii=False)
+                digest.update(line.encode() + b"\n")
         return digest.hexdigest()
 
 
@@ -205,9 +215,14 @@ def _examples(source: DataSource, key: str, data: DataSettings, reading: _Readin
     read = len(found) + sum(drops.total.values())
     if found:
         format_name = _format(source.format or data.format, found, columns)
-        reading.formats[format_name] = None
-        examples = to_examples(found, format_name, columns, drops)
+        ignored = data.ignore_columns
+        examples = to_examples(
+            found, format_name, columns, drops, ignored, train_history=data.train_history
+        )
+        reading.formats |= dict.fromkeys([each.format for each in examples] or [format_name])
     _tolerate(source, drops, read, data.max_bad_fraction)
+    for used in (data.group_by, data.balance_by, data.order_by):
+        drops.unread.pop(str(used), None)
     reading.drops.add(drops)
     reading.read += read
     return cleaning.redact(examples, data.cleaning.redact)

@@ -143,7 +143,10 @@ def _losses(
     limit = positions(base.model)
     length = settings.data.max_length if isinstance(settings.data.max_length, int) else limit
     tokenizer, data = base.tokenizer, settings.data
-    rows = encode_evaluation(texts.examples, tokenizer, data, limit, length or 512).rows
+    over_length = settings.evaluation.over_length
+    rows = encode_evaluation(
+        texts.examples, tokenizer, data, limit, length or 512, over_length
+    ).rows
     windows: list[Tokens] = []
     if texts.general.source is not None:
         windows = general_rows(texts.general, texts.task, tokenizer, limit)
