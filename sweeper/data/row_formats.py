@@ -178,7 +178,9 @@ def to_examples(
     records = [(_values(_without(row, ignored), columns), row) for row in rows]
     made = [replace(each, format=format_name) for each in kind.examples(records, drops)]
     unread = _count_columns(records, format_name, drops)
-    _refuse_unread(rows, format_name, [name for name in unread if name not in ignored])
+    # Who maps `chosen` has read that the data are preferences, and leaves out the rejected answers.
+    known = {*ignored, *(("rejected",) if "chosen" in columns.values() else ())}
+    _refuse_unread(rows, format_name, [name for name in unread if name not in known])
     if format_name == "text":
         # A file of plain text is a book, also if data.format=text names its format.
         made = [replace(each, format=BOOK) if each.row.whole_file else each for each in made]
