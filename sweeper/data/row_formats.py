@@ -128,11 +128,11 @@ def _chosen_hint(values: Values) -> str:
         first = chosen[0] if chosen else None
         begins = isinstance(first, Mapping) and first.get("role", first.get("from")) == "assistant"
         if not (begins and asked):
-            return "data.columns={messages: chosen}"
+            return "'data.columns={messages: chosen}'"
     if asked is None:
-        return "data.columns={text: chosen}"
+        return "'data.columns={text: chosen}'"
     given = "" if asked == "prompt" else f"prompt: {asked}, "
-    return f"data.columns={{{given}completion: chosen}}"
+    return f"'data.columns={{{given}completion: chosen}}'"
 
 
 def _values(row: RawRow, columns: Mapping[str, str]) -> RowValues:

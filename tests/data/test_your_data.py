@@ -424,3 +424,42 @@ def test_a_json_array_in_jsonl_is_read(tmp_path: Path, indent: int | None) -> No
 def test_every_format_has_a_sample_here() -> None:
     """The tests over formats and columns cover all that have rows."""
     assert set(SAMPLES) >= set(FORMATS) - {"oasst", "book"}
+
+
+def test_a_folder_of_texts_and_markdown_is_one_source(tmp_path: Path) -> None:
+    """Both kinds are read, and a README.md that is left out is told."""
+    for number in range(3):
+        for kind in ("txt", "md"):
+            text = " ".join(f"Sentence {n} of {number} {kind}." for n in range(99))
+            (tmp_path / f"part_{number}.{kind}").write_text(text)
+    (tmp_path / "README.md").write_text("# About\n\nNot a text.")
+    splits = load_splits(make_data(train=str(tmp_path)))
+    texts = "".join(each.completion for found in splits.examples.values() for each in found)
+    assert all(f"of {number} {kind}" in texts for number in range(3) for kind in ("txt", "md"))
+    assert splits.changed == {"README.md describes the folder and is not read as text": 1}
+
+
+@pytest.mark.parametrize("dev", ["dev", "validation", "val"])
+def test_a_folders_own_files_are_its_splits(tmp_path: Path, dev: str) -> None:
+    """Validation and test files beside the training file are used, which is told."""
+    for name, start, count in (("train", 0, 20), (dev, 100, 3), ("test", 200, 4)):
+        rows = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(start, start + count)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    splits = load_splits(make_data(train=str(tmp_path)))
+    assert splits.counts == {"train": 20, "validation": 3, "test": 4}
+    assert splits.changed == {
+        "validation rows from the folder's own validation files": 3,
+        "test rows from the folder's own test files": 4,
+    }
+
+
+def test_the_same_prompt_with_another_answer_is_a_near_leak(tmp_path: Path) -> None:
+    """The rows stay, and the ones in train are counted."""
+    train = write_rows(
+        tmp_path / "t.jsonl", [{"prompt": "q", "completion": f"a{n}"} for n in range(9)]
+    )
+    judged = write_rows(tmp_path / "v.jsonl", [{"prompt": "Q", "completion": "other"}])
+    splits = load_splits(make_data(train=train, validation=judged, test_ratio=0.0))
+    leak = "train rows with the prompt of a validation row and another answer (near leak)"
+    assert splits.changed == {leak: 9}
+    assert splits.counts["train"] == 9
