@@ -39,7 +39,7 @@ from sweeper.config.yaml_bounds import require_bounded
 from sweeper.core.errors import ConfigError, first_line
 
 CONFIG_NAME = "config"
-AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
+AUTO_GROUPS = ("data", "evaluation", "finalists", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
 FLAGS_WITH_VALUE = frozenset(

@@ -140,7 +140,7 @@ def _losses(
         verify_manifest(trial.adapter)
         _require_own_base(trial, settings, base)
         model = PeftModel.from_pretrained(base.model, str(trial.adapter))
-    limit = positions(base.model)
+    limit = positions(base.model.config)
     length = settings.data.max_length if isinstance(settings.data.max_length, int) else limit
     tokenizer, data = base.tokenizer, settings.data
     over_length = settings.evaluation.over_length

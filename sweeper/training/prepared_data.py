@@ -28,7 +28,7 @@ from sweeper.evaluation.judge_digest import judge_digest
 from sweeper.evaluation.sample_answers import require_unseen
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from sweeper.modeling.base_model import LoadedBase
 
@@ -201,8 +201,17 @@ def prepare(
     Raises:
         DataError: a source is missing or broken, or no usable row is left.
     """
-    splits, tokenizer = load_splits(settings), base.tokenizer
-    limit = positions(base.model)
+    return prepare_rows(settings, base.tokenizer, positions(base.model.config), over_length)
+
+
+def prepare_rows(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    over_length: OverLength,
+) -> PreparedData:
+    """Prepare data as `prepare` does, for a tokenizer and a number of positions, without a model."""
+    splits = load_splits(settings)
     examples = splits.examples
 
     def through_cache(
@@ -238,7 +247,7 @@ def prepare(
     return PreparedData(splits, train, held_out("validation"), test, tokenizer, settings, limit)
 
 
-def positions(model: PreTrainedModel) -> int | None:
+def positions(config: PretrainedConfig) -> int | None:
     """Return the number of tokens a model can attend to, or None if its configuration names none."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     return None if limit is None else int(limit)

@@ -554,7 +554,7 @@ class TransformersRunner:
         # Equal weights say nothing about tokenizer and chat template, which decide the tokens
         over_length = settings.evaluation.over_length
         chosen = f"{settings.data.model_dump_json()} {over_length}"
-        key = (chosen, base.tokenizer_digest, positions(base.model))
+        key = (chosen, base.tokenizer_digest, positions(base.model.config))
         try:
             if key not in self._prepared:
                 self._prepared[key] = prepare(settings.data, base, over_length)
