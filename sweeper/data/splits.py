@@ -185,9 +185,9 @@ def _files(data: DataSettings, reading: _Reading, passed: dict[str, int]) -> Poo
         for key in SPLIT_KEYS
         if (found := _sources(data, key))
     }
-    for key, found in pools.items():
+    for key, pool in pools.items():
         if getattr(data, key) is None:
-            reading.drops.changed[f"{key} rows from the folder's own {key} files"] = _size(found)
+            reading.drops.changed[f"{key} rows from the folder's own {key} files"] = _size(pool)
     passed["read"] = reading.read
     passed["usable"] = sum(_size(found) for found in pools.values())
     seen = seen_texts(data)
