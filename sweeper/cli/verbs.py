@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sweeper.tracking.registry import ModelRegistry, ModelVersion
 
 VERBS = (
-    *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "prefetch"),
+    *("report", "study", "best", "generate", "trial", "reproduce", "doctor", "data", "prefetch"),
     *("sync", "nightly", "champion", "clean"),
 )
 
@@ -221,6 +221,30 @@ def prefetch(
         settings = [single(given)]
     for fetched in fetch(settings):
         echo(fetched)
+
+
+@app.command()
+def data(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="The overrides of the training: +experiment=X data.train=my.jsonl"),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows of each split that are shown.")] = 2,
+) -> None:
+    """Show what of the data is read, dropped, changed and trained, without loading a model."""
+    from sweeper.commands.data_report import report_data
+    from sweeper.config.compose import complete_overrides
+    from sweeper.core.quiet import silence_libraries
+    from sweeper.reporting.console import make_console
+    from sweeper.search.study_plan import single, studies
+
+    given = complete_overrides(overrides or [], Path.cwd())
+    if any(text.startswith("+experiment=") for text in given):
+        settings = [arm.settings for plan in studies(given) for arm in plan.arms]
+    else:
+        settings = [single(given)]
+    silence_libraries()
+    report_data(settings, make_console(), rows)
 
 
 @app.command()

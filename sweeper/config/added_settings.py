@@ -20,6 +20,11 @@ from sweeper.core.references import referenced
 
 ADDED_SETTINGS: Mapping[str, Any] = {
     "adapter.trainable_parameters": None,  # the rank was always given
+    "data.chat_template_kwargs": {},
+    "data.control_tokens": "auto",
+    "data.ignore_columns": [],
+    "data.train_history": False,
+    "evaluation.over_length": "refuse",
     "training.devices_per_trial": 1,
     "training.fsdp": False,
 }

@@ -44,7 +44,7 @@ from sweeper.core.errors import ConfigError, first_line
 
 CONFIG_NAME = "config"
 SEARCHPATH = "hydra.searchpath"
-AUTO_GROUPS = ("evaluation", "finalists", "space", "training")
+AUTO_GROUPS = ("data", "evaluation", "finalists", "space", "training")
 """Groups whose choice `auto` means tiny for the embedded base and real for every other."""
 
 FLAGS_WITH_VALUE = frozenset(

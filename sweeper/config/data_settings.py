@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -20,11 +20,13 @@ FormatName = Literal[
     "sharegpt",
     "oasst",
     "alpaca",
+    "chat_completion",
     "prompt_completion",
     "question_answer",
     "flan",
     "ultrachat",
     "text",
+    "book",
 ]
 """`auto`, or a key of sweeper.data.row_formats.FORMATS."""
 
@@ -103,7 +105,13 @@ class DataSettings(SettingsSection):
     test: Sources | None
     format: FormatName
     columns: dict[str, str]
+    ignore_columns: list[str]
+    """Columns that are not read although they may carry meaning."""
+    train_history: bool
     template: str = Field(min_length=1)
+    chat_template_kwargs: dict[str, Any]
+    """Variables for the chat template, as enable_thinking."""
+    control_tokens: Literal["auto", "text", "tokens"]
     train_on: Literal["completions", "last_completion", "everything"]
     max_length: Annotated[int, Field(ge=8)] | Literal["auto"]
     over_length: Literal["drop", "truncate"]

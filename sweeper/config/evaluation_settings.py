@@ -69,6 +69,8 @@ class EvaluationSettings(SettingsSection):
 
     per_device_eval_batch_size: Positive
     max_samples: Positive | None
+    over_length: Literal["drop", "truncate", "refuse"]
+    """What happens to judged rows that are longer than the model's positions."""
     generation: GenerationSettings
     general_text: GeneralTextSettings
     rouge_tokenizer: Literal["ascii", "unicode"]

@@ -57,7 +57,7 @@ class Outcome(FrozenValue):
     """Optimizer step of the kept checkpoint."""
     steps: int = 0
     """Number of optimizer steps that were trained."""
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict, exclude_if=lambda found: not found)
     message: str | None = None
     """Reason of a failure for people, or the traceback of a code error."""
     inputs: InputDigests | None = LATER
@@ -180,6 +180,10 @@ class ArmBaseline(FrozenValue):
     """Number of examples by split, after dropping."""
     dropped: dict[str, int]
     """Number of dropped rows by reason."""
+    changed: dict[str, int] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    """Number of rows that were kept, by what was changed in them."""
+    unread: dict[str, int] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    """Columns and keys of turns that no format reads, with the number of rows that have a value."""
     target_tokens: int
     """Number of target tokens of the validation split, over which the loss is a mean."""
     device: str
@@ -265,13 +269,15 @@ class GateFigures(FrozenValue):
 
     tokens: list[int] = Field(default_factory=list)
     """Target tokens of each example."""
-    nll: dict[str, list[float]] = Field(default_factory=dict)
+    nll: dict[str, list[float]] = Field(default_factory=dict, exclude_if=lambda found: not found)
     """Summed negative log-likelihood of each example in nats, by model. One model is `base`."""
     left_out: int = 0
     """Number of rows of the gate that were dropped because a split of a trial contains them."""
     general_tokens: list[int] = Field(default_factory=list)
     """Target tokens of each window of general text. Empty if the first trial has no general text."""
-    general: dict[str, list[float]] = Field(default_factory=dict)
+    general: dict[str, list[float]] = Field(
+        default_factory=dict, exclude_if=lambda found: not found
+    )
     """Summed negative log-likelihood of each window of general text in nats, by model."""
     problem: str | None = None
 

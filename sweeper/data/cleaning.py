@@ -10,8 +10,9 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from sweeper.config.settings import CleaningSettings
 from sweeper.data.duplicates import SeenTexts, normalised
@@ -91,6 +92,7 @@ def redact(examples: Sequence[Example], kinds: Sequence[str]) -> list[Example]:
                     turn,
                     content=_redacted(turn.content, kinds),
                     input=_redacted(turn.input, kinds),
+                    extra=_redacted_value(turn.extra, kinds),
                 )
                 for turn in example.messages
             ),
@@ -104,6 +106,14 @@ def _redacted(text: str, kinds: Sequence[str]) -> str:
         pattern, replacement = REDACTIONS[kind]
         text = pattern.sub(replacement, text)
     return text
+
+
+def _redacted_value(value: Any, kinds: Sequence[str]) -> Any:
+    if isinstance(value, str):
+        return _redacted(value, kinds)
+    if isinstance(value, Mapping):
+        return {key: _redacted_value(item, kinds) for key, item in value.items()}
+    return [_redacted_value(item, kinds) for item in value] if isinstance(value, list) else value
 
 
 def _defect(example: Example, rules: CleaningSettings) -> str | None:

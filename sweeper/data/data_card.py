@@ -7,7 +7,7 @@ the model sees them, with « and » around the text that carries loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,10 @@ class DataCard:
     splits: dict[str, SplitCard]
     shown: list[str]
     """Sample training rows with « » around the text that carries loss."""
+    changed: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Counts of kept rows: split (or `all`) -> what was changed in them -> count."""
+    unread: dict[str, int] = field(default_factory=dict)
+    """Columns and keys of turns that no format reads, with the number of rows that have a value."""
 
     @classmethod
     def of(
@@ -130,6 +134,10 @@ class DataCard:
             ],
             splits={name: SplitCard.of(encoded) for name, encoded in splits.items()},
             shown=[show(row, tokenizer) for row in _sample_rows(splits["train"].rows)],
+            changed={
+                name: dict(each.changed) for name, each in drops_by_split.items() if each.changed
+            },
+            unread=dict(drops.unread),
         )
 
     def document(self) -> dict[str, Any]:
@@ -146,6 +154,13 @@ class DataCard:
             "## Splits\n\n" + _table(SPLIT_HEAD, [_line(*item) for item in self.splits.items()]),
             "## Tokens per row\n\n" + _table(LENGTH_HEAD, self._length_lines()),
             "## Dropped\n\n" + (_table(DROP_HEAD, self._drop_lines()) or "No rows were dropped."),
+            "## Changed\n\n"
+            + (_table(CHANGE_HEAD, self._change_lines()) or "No kept rows were changed."),
+            "## Not read\n\n"
+            + (
+                _table(UNREAD_HEAD, [[name, f"{count:,}"] for name, count in self.unread.items()])
+                or "Every column with a value is read."
+            ),
             f"## Training rows\n\nThe model learns to write the text between {OPENS} and {CLOSES}.",
             *(f"### Row {number}\n\n{_fenced(text)}" for number, text in enumerate(self.shown, 1)),
         ]
@@ -162,6 +177,13 @@ class DataCard:
             for name, lengths in kinds
         ]
 
+    def _change_lines(self) -> list[list[str]]:
+        return [
+            [name, what, f"{count:,}"]
+            for name, changes in self.changed.items()
+            for what, count in changes.items()
+        ]
+
     def _drop_lines(self) -> list[list[str]]:
         seen = {tuple(key): where for *key, where in self.places}
         counted = [(ALL, self.dropped), *((n, card.dropped) for n, card in self.splits.items())]
@@ -175,6 +197,8 @@ class DataCard:
 
 SPLIT_HEAD = ("split", "examples", "rows", "tokens", "with loss", "truncated", "max_length")
 LENGTH_HEAD = ("split", "min", "mean", "median", "p95", "p99", "max")
+CHANGE_HEAD = ("split", "what", "count")
+UNREAD_HEAD = ("column", "rows with a value")
 DROP_HEAD = ("split", "stage", "reason", "count", "for example")
 
 

@@ -1,7 +1,7 @@
 """Encode a split's examples as rows of tokens that fit the model, and count the rows that do not.
 
-Over-long training rows are dropped or cut, as data.over_length says. Evaluation rows never are: an
-evaluation row that is too long is an error. Does not know files.
+Over-long training rows are dropped or cut, as data.over_length says, and evaluation rows as
+evaluation.over_length says. Does not know files.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sweeper.config.settings import DataSettings
 from sweeper.core.errors import DataError
 from sweeper.data.examples import DropCounts, Example
 from sweeper.data.packing import pack
-from sweeper.data.row_formats import UnusableRow
-from sweeper.data.templates import PromptTemplate, choose_template
+from sweeper.data.row_formats import BOOK
+from sweeper.data.template_fit import TemplateFit, is_text
+from sweeper.data.templates import choose_template, render
 from sweeper.data.tokens import (
     IGNORED,
     EncodedPrompt,
@@ -25,14 +26,14 @@ from sweeper.data.tokens import (
     Tokens,
     encode_prompt,
     rows_digest,
-    tokenize,
+    tokenize_rendered,
 )
+from sweeper.data.turns import UnusableRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STAGE = "encode"
-TEXT = "text"
 AUTO_QUANTILE = 0.99
 AUTO_MULTIPLE = 8
 """Tokens to whose multiple `auto` rounds up, because GPU matrix units work on multiples of 8."""
@@ -40,6 +41,9 @@ AUTO_CAP = 4096
 """Upper limit of `auto` in tokens, so that a few outliers do not set the activation memory."""
 MOST_CHARS = 32
 """Upper bound of the mean number of characters per token of a text."""
+TOO_LONG, BEYOND = "longer than max_length", "its answer lies beyond max_length"
+SHOWN_LONG = 20
+"""Number of rows that are named if they are longer than the model's positions."""
 SHORTEST_BLOCK = 2
 """Minimum tokens of a block. The first token carries no loss, so one token predicts nothing."""
 
@@ -106,13 +110,15 @@ def encode_train(
     drops = DropCounts()
     setup = TokenizerSetup(tokenizer)
     rows = list(_conversations(examples, setup, settings, drops))
-    documents = _documents(examples, setup)
+    documents = _documents(examples, setup, settings, drops)
     lengths = [len(row["input_ids"]) for row, _ in rows] + [len(ids) for ids in documents]
     max_length = _max_length(settings, lengths, limit)
+    _tolerate("training", examples, drops, settings)
     fitted, truncated = _fit(rows, max_length, settings, drops)
     made = fitted + _blocks(documents, max_length, setup)
     if not made:
         raise DataError(f"no training row is left: {_reasons(drops, max_length)}")
+    _tolerate_length(len(rows), max_length, limit, drops, settings)
     if settings.packing:  # after dropping and cutting, because a pack holds only rows that fit
         made = pack(made, max_length)
     return EncodedSplit(made, len(examples), lengths, max_length, truncated, drops)
@@ -124,60 +130,72 @@ def encode_evaluation(
     settings: DataSettings,
     limit: int | None,
     block_length: int,
+    over_length: OverLength = "refuse",
 ) -> EncodedSplit:
-    """Tokenize an evaluation split without cutting, packing, or dropping rows for their length.
+    """Tokenize an evaluation split without packing.
 
     Args:
         examples: Examples of the split.
         tokenizer: Tokenizer of the base model.
-        settings: Data settings: template and train_on.
+        settings: Data settings: template, train_on and max_bad_fraction.
         limit: Number of positions of the model in tokens, or None if it has no limit.
         block_length: Tokens per block of plain text: max_length of the training split.
+        over_length: What happens to rows that are longer than the model's positions
+            (evaluation.over_length).
 
     Raises:
-        DataError: A row is longer than the model's positions, or no row is left.
+        DataError: Rows are longer than the model's positions, too many rows cannot be encoded, or no
+            row is left.
     """
     drops = DropCounts()
     setup = TokenizerSetup(tokenizer)
     rows = [
         row for row in _conversations(examples, setup, settings, drops) if _is_target(row, drops)
     ]
-    # A cut or dropped evaluation row would change what the metric measures without notice.
-    for row, example in rows:
-        if limit is not None and len(row["input_ids"]) > limit:
-            raise DataError(
-                f"{example.row.where}: this evaluation row has {len(row['input_ids'])} tokens and "
-                f"the model {limit} positions. Shorten or remove the row (evaluation rows are never "
-                "truncated)."
-            )
-    documents = _documents(examples, setup)
+    _tolerate("evaluation", examples, drops, settings)
+    lengths = [len(row["input_ids"]) for row, _ in rows]
+    rows, truncated = _within_positions(rows, limit, over_length, drops)
+    documents = _documents(examples, setup, settings, drops)
     made = [row for row, _ in rows] + _blocks(documents, block_length, setup)
     if not made:
         raise DataError(f"no evaluation row is left: {_reasons(drops, block_length)}")
-    lengths = [len(row["input_ids"]) for row, _ in rows] + [len(ids) for ids in documents]
+    lengths += [len(ids) for ids in documents]
     longest = max(len(row["input_ids"]) for row in made)
-    return EncodedSplit(made, len(examples), lengths, longest, 0, drops)
+    return EncodedSplit(made, len(examples), lengths, longest, truncated, drops)
 
 
 def encode_prompts(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: DataSettings
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DataSettings,
+    *,
+    skip_unusable: bool = False,
 ) -> list[EncodedPrompt]:
     """Return the prompts to generate answers from. Plain texts have no prompt and are skipped.
+
+    Args:
+        examples: Examples whose last answers are the references.
+        tokenizer: Tokenizer of the base model.
+        settings: Data settings: template and what belongs to it.
+        skip_unusable: True to skip examples that the template cannot render, where they are counted
+            elsewhere.
 
     Raises:
         DataError: The template cannot render one of the examples.
     """
     setup = TokenizerSetup(tokenizer)
-    templates = _templates(examples, setup, settings)
+    fits = _fits(examples, setup, settings)
     prompts = []
     for example in examples:
-        if example.format == TEXT:
+        if is_text(example):
             continue
+        fit = fits[example.format]
         try:
-            prompts.append(encode_prompt(example, setup, templates[example.format]))
+            prompts.append(encode_prompt(fit.fitted(example)[0], setup, fit.template))
         except UnusableRow as reason:
-            # Prompts and references must pair up, so a prompt cannot be dropped here.
-            raise DataError(f"{example.row.where}: {reason}") from None
+            # Prompts and references must pair up, so a prompt cannot be dropped without notice.
+            if not skip_unusable:
+                raise DataError(f"{example.row.where}: {reason}") from None
     return prompts
 
 
@@ -207,6 +225,7 @@ def encode_text(
     return _blocks(documents, length, setup)
 
 
+OverLength = Literal["drop", "truncate", "refuse"]
 EncodedRow = tuple[Tokens, Example]
 """A row and the example that it was made from."""
 
@@ -214,27 +233,49 @@ EncodedRow = tuple[Tokens, Example]
 def _conversations(
     examples: Sequence[Example], setup: TokenizerSetup, settings: DataSettings, drops: DropCounts
 ) -> Iterator[EncodedRow]:
-    templates = _templates(examples, setup, settings)
+    fits = _fits(examples, setup, settings)
     for example in examples:
-        if example.format == TEXT:
+        if example.format == BOOK:
             continue
+        fit = fits[example.format]
         try:
-            rows = tokenize(example, setup, templates[example.format], settings.train_on)
+            fitted, changes = fit.fitted(example)
+            rendered = render(fitted, fit.template, settings.train_on)
+            rows = tokenize_rendered(rendered, setup, fit.template)
         except UnusableRow as reason:
             drops.drop(STAGE, str(reason), example.row.where)
         else:
+            drops.changed.update(changes | fit.unprinted(fitted, rendered))
             yield from ((row, example) for row in rows)
 
 
-def _templates(
+def _fits(
     examples: Sequence[Example], setup: TokenizerSetup, settings: DataSettings
-) -> dict[str, PromptTemplate]:
-    formats = {example.format for example in examples}
-    return {name: choose_template(settings.template, name, setup.tokenizer) for name in formats}
+) -> dict[str, TemplateFit]:
+    return {
+        name: TemplateFit(
+            choose_template(
+                settings.template, name, setup.tokenizer, settings.chat_template_kwargs
+            ),
+            name,
+            setup,
+            settings.control_tokens,
+        )
+        for name in sorted({example.format for example in examples})
+    }
 
 
-def _documents(examples: Sequence[Example], setup: TokenizerSetup) -> list[list[int]]:
-    return [setup.ids(example.completion) for example in examples if example.format == TEXT]
+def _documents(
+    examples: Sequence[Example], setup: TokenizerSetup, settings: DataSettings, drops: DropCounts
+) -> list[list[int]]:
+    books = [example for example in examples if example.format == BOOK]
+    fits = _fits(books, setup, settings)
+    documents = []
+    for example in books:
+        fitted, changes = fits[BOOK].fitted(example)
+        drops.changed.update(changes)
+        documents.append(setup.ids(fitted.messages[-1].content))
+    return documents
 
 
 def _max_length(settings: DataSettings, lengths: Sequence[int], limit: int | None) -> int:
@@ -264,17 +305,90 @@ def _fit(
     for row, example in rows:
         too_long = len(row["input_ids"]) > max_length
         if too_long and settings.over_length == "drop":
-            drops.drop(STAGE, "longer than max_length", example.row.where)
+            drops.drop(STAGE, TOO_LONG, example.row.where)
             continue
         # The end is cut because the start holds the system turn and the begin-of-text token. A cut
         # answer gets no end-of-text token, so that no model learns to stop in mid-sentence.
         cut = {name: values[:max_length] for name, values in row.items()}
-        if _is_target(
-            (cut, example), drops, "its answer lies beyond max_length" if too_long else None
-        ):
+        if _is_target((cut, example), drops, BEYOND if too_long else None):
             fitted.append(cut)
             truncated += too_long
     return fitted, truncated
+
+
+def _within_positions(
+    rows: Sequence[EncodedRow], limit: int | None, over_length: OverLength, drops: DropCounts
+) -> tuple[list[EncodedRow], int]:
+    """Return the evaluation rows that fit the model, and the number of rows that were cut to fit."""
+    long = [made for made in rows if limit is not None and len(made[0]["input_ids"]) > limit]
+    if not long:
+        return list(rows), 0
+    # A cut or dropped evaluation row changes what the metric measures, so the user decides.
+    if over_length == "refuse":
+        shown = ", ".join(
+            f"{row.row.where} ({len(t['input_ids'])})" for t, row in long[:SHOWN_LONG]
+        )
+        more = ", …" if len(long) > SHOWN_LONG else ""
+        raise DataError(
+            f"{len(long)} of {len(rows)} evaluation rows are longer than the model's {limit} positions "
+            f"(row and tokens): {shown}{more}. Shorten or remove them, or use "
+            "evaluation.over_length=drop or evaluation.over_length=truncate"
+        )
+    kept, truncated = [], 0
+    for row, example in rows:
+        if len(row["input_ids"]) <= (limit or 0):
+            kept.append((row, example))
+        elif over_length == "drop":
+            drops.drop(STAGE, "longer than the model's positions", example.row.where)
+        else:
+            cut = {name: values[:limit] for name, values in row.items()}
+            if _is_target((cut, example), drops, "its answer lies beyond the model's positions"):
+                kept.append((cut, example))
+                truncated += 1
+    return kept, truncated
+
+
+def _tolerate(
+    split: str, examples: Sequence[Example], drops: DropCounts, settings: DataSettings
+) -> None:
+    """Raise if more rows cannot be encoded than data.max_bad_fraction allows."""
+    bad = drops.counts[STAGE]
+    if bad.total() <= settings.max_bad_fraction * len(examples):
+        return
+    lines = [
+        f"  {count} × {reason}: {', '.join(drops.places[STAGE, reason])}"
+        for reason, count in bad.most_common()
+    ]
+    raise DataError(
+        "\n".join(
+            [
+                f"{bad.total()} of {len(examples)} {split} rows cannot be encoded, more than the "
+                f"{settings.max_bad_fraction:.3%} that data.max_bad_fraction allows:",
+                *lines,
+                "Fix these rows, choose another data.template, or raise data.max_bad_fraction to skip "
+                "them.",
+            ]
+        )
+    )
+
+
+def _tolerate_length(
+    rows: int, max_length: int, limit: int | None, drops: DropCounts, settings: DataSettings
+) -> None:
+    """Raise if more rows are too long than data.max_bad_fraction allows."""
+    long = drops.counts[STAGE][TOO_LONG] + drops.counts[STAGE][BEYOND]
+    capped = max_length in (AUTO_CAP, limit)
+    by_choice = settings.max_length == "auto" and not capped  # auto leaves out the longest percent
+    if by_choice or long <= settings.max_bad_fraction * rows:
+        return
+    remedy = "" if settings.max_length == "auto" else "data.max_length=auto or a larger one, "
+    cut = "" if settings.over_length == "truncate" else "data.over_length=truncate, "
+    raise DataError(
+        f"{long} of {rows} training rows are longer than {max_length} tokens (data.max_length="
+        f"{settings.max_length}), more than the {settings.max_bad_fraction:.3%} that "
+        f"data.max_bad_fraction allows. Use {remedy}{cut}or a larger data.max_bad_fraction to do "
+        "without them."
+    )
 
 
 def _is_target(made: EncodedRow, drops: DropCounts, reason: str | None = None) -> bool:

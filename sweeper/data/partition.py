@@ -13,6 +13,7 @@ from dataclasses import replace
 from sweeper.config.settings import SPLIT_KEYS, DataSettings
 from sweeper.data.examples import Example, RawRow
 from sweeper.data.mixture import column
+from sweeper.data.row_formats import BOOK
 
 Pools = dict[str, list[list[Example]]]
 """Examples by split and source: split -> one list for each source."""
@@ -102,8 +103,8 @@ def _by_group(
 
 
 def _is_text(pool: Sequence[Example]) -> bool:
-    """Return True if a source is plain text: every example is a single assistant turn."""
-    return bool(pool) and all(len(example.messages) == 1 for example in pool)
+    """Return True if a source is plain text that is cut into blocks."""
+    return bool(pool) and all(example.format == BOOK for example in pool)
 
 
 def _contiguous(pool: Sequence[Example], ratios: Mapping[str, float]) -> dict[str, list[Example]]:

@@ -13,9 +13,11 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, BinaryIO, cast
 
 from sweeper.core.errors import DataError
@@ -45,6 +47,8 @@ MAX_KEYS = 10_000
 MAX_DEPTH = 100
 """Maximum nesting of lists and objects in one row."""
 SHOWN_CHARS = 80
+OTHER_DELIMITERS = (";", "\t", "|", ",")
+"""Separators of columns that are recognised in the header of a .csv or .tsv file."""
 
 _UNUSABLE = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f\ud800-\udfff]")
 """Characters that make a row unusable.
@@ -196,7 +200,11 @@ def _inside(node: object) -> Iterator[object]:
 
 
 def _json_lines(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
-    for number, line in _lines(stream, name):
+    lines = _lines(stream, name)
+    for number, line in lines:
+        if number == 1 and line is not None and line.lstrip().startswith(b"["):
+            yield from _json(_Rest(line, stream), name, drops)  # type: ignore[arg-type]
+            return
         where = f"{name}:{number}"
         try:
             text = _decoded(line).strip()
@@ -204,6 +212,17 @@ def _json_lines(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawR
                 yield RawRow(checked_values(_parsed(text)), where)
         except BadRow as bad:
             drops.drop(STAGE, bad.reason, where + bad.shown)
+
+
+class _Rest:
+    """A stream from a line on that was already read."""
+
+    def __init__(self, line: bytes, stream: BinaryIO) -> None:
+        self._line = line
+        self._stream = stream
+
+    def read(self, size: int) -> bytes:
+        return self._line + self._stream.read(max(0, size - len(self._line)))
 
 
 def _json(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
@@ -234,7 +253,9 @@ def _separated(stream: BinaryIO, name: str, drops: DropCounts, delimiter: str) -
     lines = (
         (line or b"").decode("utf-8", errors="surrogateescape") for _, line in _lines(stream, name)
     )
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    first = next(lines, "")
+    delimiter = _delimiter(first, delimiter, drops)
+    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     header = _header(reader, name)
     while True:
         where = f"{name}:{reader.line_num + 1}"
@@ -254,6 +275,16 @@ def _separated(stream: BinaryIO, name: str, drops: DropCounts, delimiter: str) -
             drops.drop(STAGE, "broken CSV", f"{where} ({error})")
         except BadRow as bad:
             drops.drop(STAGE, bad.reason, where + bad.shown)
+
+
+def _delimiter(header: str, usual: str, drops: DropCounts) -> str:
+    """Return the delimiter of a header: the usual one, or another one if the usual does not occur."""
+    counts = Counter({other: header.count(other) for other in OTHER_DELIMITERS})
+    [(other, count)] = counts.most_common(1)
+    if usual in header or not count:
+        return usual
+    drops.changed[f"columns separated by {other!r}"] += 1
+    return other
 
 
 def _header(reader: Iterator[list[str]], name: str) -> list[str]:
@@ -303,7 +334,8 @@ def _text(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
         text = _decoded_whole(_whole(stream, name))
         if not text.strip():
             raise BadRow("an empty text")
-        yield RawRow(checked_values({"text": text.replace("\r\n", "\n")}), name)
+        values = checked_values({"text": text.replace("\r\n", "\n")})
+        yield RawRow(values, name, whole_file=True)
     except BadRow as bad:
         drops.drop(STAGE, bad.reason, name + bad.shown)
 

@@ -1,45 +1,70 @@
 """Convert rows with known columns into examples.
 
 A format is recognised by its columns, independently of the kind of file. A row that cannot be converted
-is dropped and counted with its reason, never repaired. Does not know templates or tokens.
+is dropped and counted with its reason, never repaired. Columns that no format reads are counted, and
+refused if they are known to carry meaning. Does not know templates or tokens.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from sweeper.core.errors import DataError
 from sweeper.data.examples import ChatMessage, DropCounts, Example, RawRow, Role
+from sweeper.data.turns import (
+    REASONING,
+    RowValues,
+    UnusableRow,
+    conversation,
+    has_value,
+    ordered,
+    tools_of,
+    turn,
+    turn_list,
+)
 
 STAGE = "format"
 PATH_STAGE = "path"
 """Stage under which OASST messages outside the best-ranked path are counted: they are not defective."""
+BOOK = "book"
+"""Format of texts that are joined and cut into blocks: .txt and .md files, or rows by request."""
+TEXT_FORMATS = ("text", BOOK)
 
 Values = Mapping[str, Any]
-Record = tuple[Values, RawRow]
+Record = tuple[RowValues, RawRow]
 """A row's values under the format's column names, and the row."""
+Messages = Callable[[RowValues], tuple[ChatMessage, ...]]
 Examples = Callable[[Sequence[Record], DropCounts], Iterable[Example]]
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-TOOL_ROLES = frozenset({"tool", "function", "function_call", "observation", "ipython"})
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+ANSWERS = ("output", "answer", "response", "completion", "answers")
+QUESTIONS = ("question", "query", "prompt", "input", "inputs")
+AROUND = (*SYSTEM, "history", "context", "input", *REASONING)
+"""Columns that every format of one question and its answer reads if present."""
 
-
-class UnusableRow(Exception):
-    """Reason why a row cannot become an example, as counted in `DropCounts`."""
+MEANINGFUL = frozenset(
+    {
+        *(*AROUND, *TOOLS, "label", "labels", "weight", "train", "rejected"),
+        *("image", "images", "audio", "audios", "video", "videos", "chat_template_kwargs"),
+    }
+)
+"""Columns that change what a row teaches. A row is not trained without them unless the user says so."""
+BESIDE_TEXT = frozenset(
+    {
+        *("class", "target", "targets", "sentiment", "intent", "summary", "prompt", "completion"),
+        *("instruction", *ANSWERS, *QUESTIONS),
+    }
+)
+"""Further columns that carry meaning beside a text: what the text is to be answered with."""
+METADATA = {"oasst": frozenset({"labels"})}
+"""Columns of MEANINGFUL that hold something else in a format: judgements about OASST's messages."""
+MEANINGFUL_KEYS = ("train_detail", "images", "audio", "videos")
 
 
 @dataclass(frozen=True)
@@ -51,12 +76,14 @@ class DataFormat:
         examples: Function that converts records into examples and counts unusable ones.
         optional: Columns that are read if present.
         conversational: True if data.template=auto renders the format with the model's chat template.
+        fits: Further condition on the values of a row for the format to be recognised.
     """
 
     known_by: tuple[tuple[str, ...], ...]
     examples: Examples
     optional: tuple[str, ...] = ()
     conversational: bool = False
+    fits: Callable[[Values], bool] = lambda values: True
 
     @property
     def columns(self) -> set[str]:
@@ -74,15 +101,15 @@ def detect_format(row: RawRow, columns: Mapping[str, str]) -> str:
     Raises:
         DataError: No format has these columns. The message lists them and those of every format.
     """
-    present = {*row.values, *(ours for ours, theirs in columns.items() if theirs in row.values)}
+    values = _values(row, columns)
     for name, kind in FORMATS.items():
-        if any(present.issuperset(required) for required in kind.known_by):
+        if kind.fits(values) and any(values.keys() >= set(names) for names in kind.known_by):
             return name
     # Preference data is common, and "no known format" would not tell the user why it is refused.
-    if present >= {"chosen", "rejected"}:
+    if {"chosen", "rejected"} <= values.keys():
         raise DataError(
             f"{row.where}: chosen/rejected is preference data, which needs another trainer (DPO). To "
-            "fine-tune on the chosen answers use data.columns={messages: chosen}"
+            f"fine-tune on the chosen answers use {_chosen_hint(values)}"
         )
     known = "; ".join(
         f"{name}: {' or '.join('+'.join(required) for required in kind.known_by)}"
@@ -94,28 +121,130 @@ def detect_format(row: RawRow, columns: Mapping[str, str]) -> str:
     )
 
 
+def _chosen_hint(values: Values) -> str:
+    """Return the setting that fine-tunes on the chosen answers of preference data."""
+    chosen, asked = values["chosen"], next((name for name in QUESTIONS if name in values), None)
+    if isinstance(chosen, list):
+        first = chosen[0] if chosen else None
+        begins = isinstance(first, Mapping) and first.get("role", first.get("from")) == "assistant"
+        if not (begins and asked):
+            return "'data.columns={messages: chosen}'"
+    if asked is None:
+        return "'data.columns={text: chosen}'"
+    given = "" if asked == "prompt" else f"prompt: {asked}, "
+    return f"'data.columns={{{given}completion: chosen}}'"
+
+
+def _values(row: RawRow, columns: Mapping[str, str]) -> RowValues:
+    """Return a row's values, also under the names of data.columns and without capitals."""
+    plain = {name.strip().lower(): name for name in row.values if isinstance(name, str)}
+    aliases = {
+        ours: theirs for ours, theirs in {**plain, **columns}.items() if theirs in row.values
+    }
+    # A column of the file keeps its own name where another one has the same without capitals.
+    own = {name: name for name in row.values if name not in columns}
+    named = {**aliases, **own}
+    values = RowValues({ours: row.values[theirs] for ours, theirs in named.items()})
+    for ours in columns:
+        values.setdefault(ours, None)
+    values.names = named
+    return values
+
+
 def to_examples(
-    rows: Sequence[RawRow], format_name: str, columns: Mapping[str, str], drops: DropCounts
+    rows: Sequence[RawRow],
+    format_name: str,
+    columns: Mapping[str, str],
+    drops: DropCounts,
+    ignored: Sequence[str] = (),
+    train_history: bool = False,
 ) -> list[Example]:
-    """Return every usable row as an example, and count the others in `drops`.
+    """Return every usable row as an example, and count the others and the unread columns in `drops`.
 
     Args:
         rows: Rows as they were read.
         format_name: Key of FORMATS.
         columns: Column of the format -> column of the rows, where they differ.
-        drops: Counter of unusable rows.
+        drops: Counter of unusable rows, of changes and of unread columns.
+        ignored: Columns that are not read, although they may carry meaning (data.ignore_columns).
+        train_history: True if the answers of a `history` carry loss (data.train_history).
 
     Raises:
-        DataError: `columns` names a column that the format does not read or that no row has.
+        DataError: `columns` names a column that the format does not read or that no row has, or the rows
+            have a column that carries meaning and is not read.
     """
     kind = FORMATS[format_name]
     _require_columns(rows, format_name, columns)
-    records = [
-        ({**row.values, **{ours: row.values.get(column) for ours, column in columns.items()}}, row)
-        for row in rows
+    records = [(_values(_without(row, ignored), columns), row) for row in rows]
+    made = [replace(each, format=format_name) for each in kind.examples(records, drops)]
+    unread = _count_columns(records, format_name, drops)
+    # Who maps `chosen` has read that the data are preferences, and leaves out the rejected answers.
+    known = {*ignored, *(("rejected",) if "chosen" in columns.values() else ())}
+    _refuse_unread(rows, format_name, [name for name in unread if name not in known])
+    if format_name == "text":
+        # A file of plain text is a book, also if data.format=text names its format.
+        made = [replace(each, format=BOOK) if each.row.whole_file else each for each in made]
+    if train_history and not kind.conversational:
+        made = [replace(each, messages=tuple(map(_as_trained, each.messages))) for each in made]
+    return made
+
+
+def _as_trained(message: ChatMessage) -> ChatMessage:
+    return replace(message, trained=True)
+
+
+def _without(row: RawRow, ignored: Sequence[str]) -> RawRow:
+    kept = {name: value for name, value in row.values.items() if name not in ignored}
+    return replace(row, values=kept) if len(kept) < len(row.values) else row
+
+
+def _count_columns(
+    records: Sequence[Record], format_name: str, drops: DropCounts
+) -> dict[str, str]:
+    """Count what was changed in the rows and what was not read.
+
+    Returns:
+        Unread column or key of a turn, as the file names it -> its name without capitals.
+    """
+    found: dict[str, str] = {}
+    for values, row in records:
+        if not values.usable:
+            continue
+        drops.changed.update(values.changes)
+        read = {values.names.get(name) for name in values.taken or FORMATS[format_name].columns}
+        unread = {
+            name: name.strip().lower()
+            for name, value in row.values.items()
+            if name not in read and name in values.names.values() and has_value(value)
+        }
+        unread |= {key: key for key in values.unread}
+        drops.unread.update(list(unread))
+        found |= unread
+    return found
+
+
+def _refuse_unread(rows: Sequence[RawRow], format_name: str, unread: Sequence[str]) -> None:
+    meant = MEANINGFUL - METADATA.get(format_name, frozenset())
+    if format_name in TEXT_FORMATS:
+        meant |= BESIDE_TEXT
+    names = [
+        name
+        for name in unread
+        if name.strip().lower() in meant or name.rpartition("[].")[2] in MEANINGFUL_KEYS
     ]
-    made = kind.examples(records, drops)
-    return [Example(example.messages, example.row, format_name) for example in made]
+    if not names:
+        return
+    listed = ", ".join(names)
+    answer = next((name for name in names if "[]" not in name), None)
+    mapping = (
+        f" To train it as the answer use 'data.columns={{question: text, answer: {answer}}}'."
+        if format_name in TEXT_FORMATS and answer
+        else ""
+    )
+    raise DataError(
+        f"{rows[0].where}: the format {format_name} does not read {listed}, which change what a row "
+        f"teaches.{mapping} To train without use 'data.ignore_columns=[{listed}]'."
+    )
 
 
 def _require_columns(rows: Sequence[RawRow], format_name: str, columns: Mapping[str, str]) -> None:
@@ -135,155 +264,132 @@ def _require_columns(rows: Sequence[RawRow], format_name: str, columns: Mapping[
 
 
 def _row_by_row(
-    messages: Callable[[Values], tuple[ChatMessage, ...]],
-    records: Sequence[Record],
-    drops: DropCounts,
+    messages: Messages, records: Sequence[Record], drops: DropCounts
 ) -> Iterator[Example]:
     for values, row in records:
         try:
-            yield Example(messages(values), row)
+            yield Example(messages(values), row, tools=_tools(values))
         except UnusableRow as reason:
+            values.usable = False
             drops.drop(STAGE, str(reason), row.where)
+
+
+def _tools(values: RowValues) -> tuple[Mapping[str, Any], ...]:
+    name = values.first(*TOOLS)
+    return () if name is None else tools_of(values.take(name))
 
 
 # Formats with one question and one answer
 
 
-def _alpaca(values: Values) -> tuple[ChatMessage, ...]:
-    extra = _text(values, "input") if values.get("input") is not None else ""
-    return (
-        ChatMessage("user", _non_empty(values, "instruction"), extra),
-        _answer(values, "output"),
-    )
+def _one_answer(
+    questions: Sequence[str], answers: Sequence[str], values: RowValues
+) -> tuple[ChatMessage, ...]:
+    """Convert a question and its answer, with a system prompt, earlier turns and a context."""
+    asked = values.first(*questions) or next((n for n in questions if n in values), questions[0])
+    answered = values.first(*answers) or next((n for n in answers if n in values), answers[0])
+    question = _non_empty(values, asked)
+    around = [name for name in ("context", "input") if name not in (asked, answered)]
+    extra = "\n\n".join(text for name in around if (text := _optional(values, name)))
+    turns = [*_system(values), *_history(values), ChatMessage("user", question, extra)]
+    return (*turns, _answer(values, answered))
 
 
-def _prompt_completion(values: Values) -> tuple[ChatMessage, ...]:
+def _prompt_completion(values: RowValues) -> tuple[ChatMessage, ...]:
     return (ChatMessage("user", _text(values, "prompt")), _answer(values, "completion"))
 
 
-def _question_answer(values: Values) -> tuple[ChatMessage, ...]:
-    question, answer = ("query", "response") if "query" in values else ("question", "answer")
-    return (ChatMessage("user", _non_empty(values, question)), _answer(values, answer))
-
-
-def _flan(values: Values) -> tuple[ChatMessage, ...]:
-    return (ChatMessage("user", _non_empty(values, "inputs")), _answer(values, "targets"))
-
-
-def _plain_text(values: Values) -> tuple[ChatMessage, ...]:
+def _plain_text(values: RowValues) -> tuple[ChatMessage, ...]:
     return (_answer(values, "text"),)
 
 
-def _text(values: Values, column: str) -> str:
-    value = values.get(column)
+def _system(values: RowValues) -> list[ChatMessage]:
+    name = values.first(*SYSTEM)
+    return [] if name is None else [ChatMessage("system", _text(values, name))]
+
+
+def _history(values: RowValues) -> list[ChatMessage]:
+    """Return the earlier turns, whose answers carry no loss: pairs of texts, or turns with roles."""
+    if not has_value(values.get("history")):
+        return []
+    pairs = turn_list(values, "history")
+    if not all(isinstance(pair, list) for pair in pairs):
+        return conversation(values, "history", trained=False)
+    if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in pairs):
+        raise UnusableRow("history is not a list of questions with their answers")
+    return [
+        message
+        for asked, answered in pairs
+        for message in (ChatMessage("user", asked), ChatMessage("assistant", answered, "", False))
+    ]
+
+
+def _optional(values: RowValues, column: str) -> str:
+    return _text(values, column) if has_value(values.get(column)) else ""
+
+
+def _text(values: RowValues, column: str) -> str:
+    value = values.take(column)
     if value is None:
         raise UnusableRow(f"no {column}")
+    if isinstance(value, bool | int | float):  # as a CSV file has them
+        return json.dumps(value)
     if not isinstance(value, str):
         raise UnusableRow(f"{column} is a {type(value).__name__}, not text")
     return value
 
 
-def _non_empty(values: Values, column: str) -> str:
+def _non_empty(values: RowValues, column: str) -> str:
     text = _text(values, column)
     if not text.strip():
         raise UnusableRow(f"{column} is empty")
     return text
 
 
-def _answer(values: Values, column: str) -> ChatMessage:
-    return ChatMessage("assistant", _non_empty(values, column))
+def _answer(values: RowValues, column: str) -> ChatMessage:
+    extra = {}
+    if reasoning := values.first(*REASONING):
+        extra["reasoning_content"] = _text(values, reasoning)
+    if column == "answers":
+        return ChatMessage("assistant", _first_answer(values.take(column)), extra=extra)
+    return ChatMessage("assistant", _non_empty(values, column), extra=extra)
+
+
+def _first_answer(value: Any) -> str:
+    """Return the first of SQuAD's answers, which are the same answer by several people."""
+    found = value.get("text") if isinstance(value, Mapping) else value
+    texts = found if isinstance(found, list) else [found]
+    if not texts or not isinstance(texts[0], str) or not texts[0].strip():
+        raise UnusableRow("answers holds no text")
+    return texts[0]
 
 
 # Conversations
 
 
-def _conversation(column: str, values: Values) -> tuple[ChatMessage, ...]:
-    """Convert turns of role/content (OpenAI) or from/value (ShareGPT) under either column."""
-    turns = [_turn(item) for item in _list(values, column)]
-    # Some data sets keep the system prompt in a column of its own.
-    if isinstance(values.get("system"), str):
-        turns = [ChatMessage("system", values["system"]), *turns]
-    return _checked(turns)
+def _conversation(columns: Sequence[str], values: RowValues) -> tuple[ChatMessage, ...]:
+    """Convert turns, with the system prompt if it has a column of its own."""
+    column = next((name for name in columns if name in values), columns[0])
+    turns = conversation(values, column)
+    system = _system(values)
+    repeated = system and turns and turns[0] == system[0]
+    return ordered(turns if repeated else [*system, *turns], values)
 
 
-def _alternating(values: Values) -> tuple[ChatMessage, ...]:
-    """Convert UltraChat's first release: texts of user and assistant in alternation."""
-    turns = _list(values, "data")
-    if not all(isinstance(turn, str) for turn in turns):
-        raise UnusableRow("a turn of data is not text")
-    roles: tuple[Role, Role] = ("user", "assistant")
-    return _checked([ChatMessage(roles[index % 2], turn) for index, turn in enumerate(turns)])
+def _chat_completion(values: RowValues) -> tuple[ChatMessage, ...]:
+    """Convert TRL's conversational prompt and completion: only the completion carries loss."""
+    asked = _side(values, "prompt", "user", trained=False)
+    return ordered([*_system(values), *asked, *_side(values, "completion", "assistant")], values)
 
 
-def _list(values: Values, column: str) -> list[Any]:
-    value = values.get(column)
-    if value is None:
-        raise UnusableRow(f"no {column}")
-    if not isinstance(value, list):
-        raise UnusableRow(f"{column} is a {type(value).__name__}, not a list of turns")
-    return value
+def _side(values: RowValues, column: str, role: Role, *, trained: bool = True) -> list[ChatMessage]:
+    if isinstance(values.get(column), list):
+        return conversation(values, column, trained=trained)
+    return [ChatMessage(role, _non_empty(values, column))]
 
 
-def _turn(item: Any) -> ChatMessage:
-    if not isinstance(item, Mapping):
-        raise UnusableRow(f"a turn is a {type(item).__name__}, not an object")
-    role = item.get("role", item.get("from"))
-    if role in TOOL_ROLES or item.get("tool_calls") or item.get("function_call"):
-        raise UnusableRow("a tool turn (conversations with tools are not supported)")
-    if not isinstance(role, str) or role not in ROLES:
-        raise UnusableRow(f"unknown role {role!r}")
-    return ChatMessage(ROLES[role], _content(item.get("content", item.get("value")), ROLES[role]))
-
-
-def _content(value: Any, role: Role) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise UnusableRow(f"the content of a turn is a {type(value).__name__}, not text")
-    return "".join(_part(part, role) for part in value)
-
-
-def _part(part: Any, role: Role) -> str:
-    text = part.get("text") if isinstance(part, Mapping) else part
-    if not isinstance(text, str):
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise UnusableRow(f"a part of the {role} turn is {kind}, not text")
-    return text
-
-
-def _checked(turns: Sequence[ChatMessage]) -> tuple[ChatMessage, ...]:
-    """Return a valid conversation: an optional system turn, then alternating user and assistant turns.
-
-    Raises:
-        UnusableRow: A turn is empty, the roles do not alternate, or there is no assistant turn.
-    """
-    # An empty system turn and turns after the last answer are left out without being counted, because
-    # no loss would be computed on them.
-    kept = list(turns)
-    if kept and kept[0].role == "system" and not kept[0].content.strip():
-        kept = kept[1:]
-    while kept and kept[-1].role != "assistant":
-        kept = kept[:-1]
-    if not kept:
-        raise UnusableRow("no assistant turn")
-    before = "the start"
-    for turn in kept:
-        if turn.role not in FOLLOWS[before]:
-            raise UnusableRow(f"roles out of order: {turn.role} after {before}")
-        if not turn.content.strip():
-            raise UnusableRow(f"an empty {turn.role} turn")
-        before = turn.role
-    return tuple(kept)
-
-
-FOLLOWS: dict[str, tuple[Role, ...]] = {
-    "the start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-}
+def _holds_turns(values: Values) -> bool:
+    return any(isinstance(values.get(name), list) for name in ("prompt", "completion"))
 
 
 # OASST: trees of messages, from which the best-ranked conversation is taken
@@ -303,10 +409,10 @@ def _oasst(records: Sequence[Record], drops: DropCounts) -> Iterator[Example]:
     for root in _trees(records, drops):
         try:
             turns = [
-                _turn({"role": node.values.get("role"), "content": node.values.get("text")})
+                turn({"role": node.values.get("role"), "content": node.values.get("text")})
                 for node in _best_path(root)
             ]
-            yield Example(_checked(turns), root.row)
+            yield Example(ordered(turns, RowValues({})), root.row)
         except UnusableRow as reason:
             drops.drop(STAGE, str(reason), root.row.where)
 
@@ -391,18 +497,23 @@ def _rank(node: _Node) -> tuple[float, bool]:
     return (float(rank) if isinstance(rank, int | float) else math.inf, not node.replies)
 
 
-def _of_rows(messages: Callable[[Values], tuple[ChatMessage, ...]]) -> Examples:
+def _of_rows(messages: Messages) -> Examples:
     return partial(_row_by_row, messages)
 
+
+CHATS = ("conversations", "conversation", "dialogue", "dialog", "turns")
 
 FORMATS: dict[str, DataFormat] = {
     # detect_format takes the first match. Conversations come first because such rows often have
     # prompt, question or text columns as well.
     "messages": DataFormat(
-        (("messages",),), _of_rows(partial(_conversation, "messages")), ("system",), True
+        (("messages",),), _of_rows(partial(_conversation, ["messages"])), (*SYSTEM, *TOOLS), True
     ),
     "sharegpt": DataFormat(
-        (("conversations",),), _of_rows(partial(_conversation, "conversations")), ("system",), True
+        tuple((name,) for name in CHATS),
+        _of_rows(partial(_conversation, CHATS)),
+        (*SYSTEM, *TOOLS),
+        True,
     ),
     "oasst": DataFormat(
         (("message_id", "parent_id", "role", "text"), ("message_tree_id", "prompt")),
@@ -410,13 +521,33 @@ FORMATS: dict[str, DataFormat] = {
         ("rank", "deleted"),
         True,
     ),
-    "alpaca": DataFormat((("instruction", "output"),), _of_rows(_alpaca), ("input",)),
+    "alpaca": DataFormat(
+        tuple(("instruction", name) for name in ANSWERS),
+        _of_rows(partial(_one_answer, ("instruction",), ANSWERS)),
+        (*AROUND, *TOOLS),
+    ),
+    "chat_completion": DataFormat(
+        (("prompt", "completion"),),
+        _of_rows(_chat_completion),
+        (*SYSTEM, *TOOLS),
+        True,
+        _holds_turns,
+    ),
     "prompt_completion": DataFormat((("prompt", "completion"),), _of_rows(_prompt_completion)),
     "question_answer": DataFormat(
-        (("question", "answer"), ("query", "response")), _of_rows(_question_answer)
+        tuple((question, answer) for question in QUESTIONS[:4] for answer in ANSWERS),
+        _of_rows(partial(_one_answer, QUESTIONS[:4], ANSWERS)),
+        (*AROUND, *TOOLS),
     ),
-    "flan": DataFormat((("inputs", "targets"),), _of_rows(_flan)),
-    "ultrachat": DataFormat((("data",),), _of_rows(_alternating), (), True),
+    "flan": DataFormat(
+        (("inputs", "targets"),),
+        _of_rows(partial(_one_answer, ("inputs",), ("targets",))),
+        (*AROUND, *TOOLS),
+    ),
+    "ultrachat": DataFormat(
+        (("data",),), _of_rows(partial(_conversation, ["data"])), (*SYSTEM, *TOOLS), True
+    ),
     "text": DataFormat((("text",),), _of_rows(_plain_text)),
+    BOOK: DataFormat((("text",),), _of_rows(_plain_text)),
 }
 """Formats by the name used in data.format. CodeAlpaca is alpaca, and MetaMath is question_answer."""

@@ -46,6 +46,8 @@ from sweeper.data.row_files import (
 GENERAL_TEXT = "evaluation.general_text"
 GENERAL_SPLIT = "test"
 """Default split of general text: its publishers kept this split out of training as well."""
+TEXT_KINDS = frozenset({".txt", ".md"})
+"""Kinds of files that one folder may hold together, because both are plain text."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MARKS = re.compile(r"[\[\]*?{}]|::")
 """Marks that a pattern of file names gives a meaning."""
@@ -73,7 +75,19 @@ def read_source(source: DataSource, key: str, drops: DropCounts) -> list[RawRow]
     with _reaching(source.path):
         for file in _files(source, key):
             rows += read_file(file, drops)
+    if rows and all(row.whole_file for row in rows) and Path(source.path, "README.md").is_file():
+        # The hub's rules take it for the folder's description.
+        drops.changed["README.md describes the folder and is not read as text"] += 1
     return rows
+
+
+def own_splits(source: DataSource) -> tuple[str, ...]:
+    """Return the splits that a local folder names by its files, or none for any other source."""
+    folder = Path(source.path).expanduser()
+    if source.split is not None or "://" in source.path or not folder.is_dir():
+        return ()
+    with _reaching(source.path):
+        return tuple(_folder_splits(str(folder), source))
 
 
 def is_hub_id(path: str) -> bool:
@@ -148,7 +162,7 @@ def _files(source: DataSource, key: str) -> list[RowFile]:
     _refuse_unused(source, folder)
     names = _folder_files(path.rstrip("/"), source, source.split or key) if folder else [path]
     kinds = sorted({str(file_kind(name)[0]) for name in names})
-    if len(kinds) > 1:
+    if len(kinds) > 1 and not TEXT_KINDS.issuperset(kinds):
         raise DataError(
             f"{path}: holds files of several kinds ({', '.join(kinds)}). Name the files or folders "
             f"one by one: data.{key}=[a.jsonl,b.csv]"

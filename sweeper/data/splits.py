@@ -18,12 +18,12 @@ from sweeper.core.errors import DataError
 from sweeper.data import cleaning
 from sweeper.data import row_files as rows
 from sweeper.data import row_formats as formats
-from sweeper.data.duplicates import SeenTexts
+from sweeper.data.duplicates import SeenTexts, normalised
 from sweeper.data.examples import DropCounts, Example, RawRow
 from sweeper.data.mixture import shape_train
 from sweeper.data.partition import Pools, partition
 from sweeper.data.row_formats import FORMATS, detect_format, to_examples
-from sweeper.data.sources import describe_sources, read_source
+from sweeper.data.sources import describe_sources, own_splits, read_source
 
 STAGE = "split"
 DETECTION_ROWS = 100
@@ -57,6 +57,16 @@ class DataSplits:
         return self.drops.total
 
     @property
+    def unread(self) -> dict[str, int]:
+        """Columns and keys of turns that no format reads, with the number of rows that have a value."""
+        return dict(self.drops.unread)
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """Rows that were kept, by what was changed in them or is remarkable about them."""
+        return dict(self.drops.changed)
+
+    @property
     def counts(self) -> dict[str, int]:
         """Number of examples by split."""
         return {name: len(found) for name, found in self.examples.items()}
@@ -68,8 +78,8 @@ class DataSplits:
         for name, examples in sorted(self.examples.items()):
             for example in examples:
                 # Only texts are hashed, so that moved files give the same digest.
-                turns = [[turn.role, turn.content, turn.input] for turn in example.messages]
-                digest.update(json.dumps([name, turns], ensure_ascii=False).encode() + b"\n")
+                line = json.dumps([name, example.identity], ensure_ascii=False)
+                digest.update(line.encode() + b"\n")
         return digest.hexdigest()
 
 
@@ -105,6 +115,7 @@ def load_splits(data: DataSettings) -> DataSplits:
     examples["train"] = shape_train(pools["train"], weights or None, data)
     passed["train as shaped"] = len(examples["train"])
     _refuse_empty(examples, source, reading.drops)
+    _count_near_leaks(examples, reading.drops)
     ordered = data.order_by is not None
     return DataSplits(examples, tuple(reading.formats), source, reading.drops, passed, ordered)
 
@@ -170,10 +181,13 @@ def _embedded(data: DataSettings, reading: _Reading) -> tuple[Pools, str]:
 
 def _files(data: DataSettings, reading: _Reading, passed: dict[str, int]) -> Pools:
     pools = {
-        key: [_examples(source, key, data, reading) for source in sources(given)]
+        key: [_examples(source, key, data, reading) for source in found]
         for key in SPLIT_KEYS
-        if (given := getattr(data, key)) is not None
+        if (found := _sources(data, key))
     }
+    for key, pool in pools.items():
+        if getattr(data, key) is None:
+            reading.drops.changed[f"{key} rows from the folder's own {key} files"] = _size(pool)
     passed["read"] = reading.read
     passed["usable"] = sum(_size(found) for found in pools.values())
     seen = seen_texts(data)
@@ -188,6 +202,17 @@ def _files(data: DataSettings, reading: _Reading, passed: dict[str, int]) -> Poo
         _remove_leaks(pools, seen_texts(data), reading.drops)
     passed["disjoint"] = sum(_size(found) for found in pools.values())
     return partition(pools, data)
+
+
+def _sources(data: DataSettings, key: str) -> list[DataSource]:
+    """Return the sources of a split: those of the configuration, or a training folder's own files."""
+    if (given := getattr(data, key)) is not None:
+        return sources(given)
+    return [
+        source.model_copy(update={"split": key, "weight": None})
+        for source in sources(data.train)
+        if key in own_splits(source)
+    ]
 
 
 def _examples(source: DataSource, key: str, data: DataSettings, reading: _Reading) -> list[Example]:
@@ -205,9 +230,14 @@ def _examples(source: DataSource, key: str, data: DataSettings, reading: _Readin
     read = len(found) + sum(drops.total.values())
     if found:
         format_name = _format(source.format or data.format, found, columns)
-        reading.formats[format_name] = None
-        examples = to_examples(found, format_name, columns, drops)
+        ignored = data.ignore_columns
+        examples = to_examples(
+            found, format_name, columns, drops, ignored, train_history=data.train_history
+        )
+        reading.formats |= dict.fromkeys([each.format for each in examples] or [format_name])
     _tolerate(source, drops, read, data.max_bad_fraction)
+    for used in (data.group_by, data.balance_by, data.order_by):
+        drops.unread.pop(str(used), None)
     reading.drops.add(drops)
     reading.read += read
     return cleaning.redact(examples, data.cleaning.redact)
@@ -263,6 +293,19 @@ def _remove_leaks(pools: Pools, seen: SeenTexts, drops: DropCounts) -> None:
             for pool in pools[name]:
                 for example in pool:
                     seen.add(example.text)
+
+
+def _count_near_leaks(examples: Mapping[str, Sequence[Example]], drops: DropCounts) -> None:
+    """Count training rows with the prompt of a judged row and another answer, which are kept."""
+    for name in ("validation", "test"):
+        asked = {_prompt(example) for example in examples[name]} - {""}
+        if count := sum(_prompt(example) in asked for example in examples["train"]):
+            what = f"train rows with the prompt of a {name} row and another answer (near leak)"
+            drops.changed[what] += count
+
+
+def _prompt(example: Example) -> str:
+    return normalised("\n".join(turn.text for turn in example.messages[:-1]))
 
 
 def _without(

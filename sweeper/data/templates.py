@@ -8,8 +8,8 @@ template, including the model's chat template, without marker strings. Does not 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,7 +19,8 @@ from sweeper.core.errors import DataError, first_line
 from sweeper.core.regular_files import irregular
 from sweeper.data.examples import ChatMessage, Example
 from sweeper.data.render_limit import WATCH, RenderTooSlow
-from sweeper.data.row_formats import FORMATS, UnusableRow
+from sweeper.data.row_formats import FORMATS, TEXT_FORMATS
+from sweeper.data.turns import REASONING, UnusableRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 TrainOn = Literal["completions", "last_completion", "everything"]
 Span = tuple[int, int]
 """Start and end of a part of a text in characters, the end exclusive."""
+Tools = Sequence[Mapping[str, Any]]
+"""Descriptions of functions, as the chat templates of transformers take them."""
 
 NAMES = ("auto", "instruction", "instruction_input", "chat", "plain")
-VERBATIM = ("prompt_completion", "text")
+VERBATIM = ("prompt_completion", *TEXT_FORMATS)
 """Formats whose prompts are complete and must not be wrapped in a template."""
 
 LLAMA_DATE = "26 Jul 2024"
@@ -58,10 +61,16 @@ class PromptTemplate(Protocol):
     def owns_tokens(self) -> bool:
         """True if the text holds every special token and is tokenized whole, as a chat template's is."""
 
-    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
+    def text(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools = (),
+    ) -> str:
         """Render the messages, followed by the generation prompt if asked."""
 
-    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage], tools: Tools = ()) -> list[Span]:
         """Return the spans that the template itself marks as generated ({% generation %})."""
 
 
@@ -99,7 +108,13 @@ class InstructionTemplate:
     def source(self) -> str:
         return f"{self.name} {self.eos}"
 
-    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
+    def text(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools = (),
+    ) -> str:
         sections: list[str] = []
         for message in messages:
             if message.role == "assistant":
@@ -117,7 +132,7 @@ class InstructionTemplate:
         extra = f"### Input:\n{message.input}"
         return [instruction, extra] if message.input or self.always_input else [instruction]
 
-    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage], tools: Tools = ()) -> list[Span]:
         return []
 
 
@@ -133,13 +148,19 @@ class PlainTemplate:
     def source(self) -> str:
         return f"{self.name} {self.eos}"
 
-    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
+    def text(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools = (),
+    ) -> str:
         return "".join(
             turn_text(message) + (self.eos if message.role == "assistant" else "")
             for message in messages
         )
 
-    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage], tools: Tools = ()) -> list[Span]:
         return []
 
 
@@ -155,10 +176,20 @@ class JinjaTemplate:
     source: str
     tokenizer: PreTrainedTokenizerBase
     owns_tokens: bool
+    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Further variables of the template (data.chat_template_kwargs)."""
 
-    def text(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = False) -> str:
+    def text(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools = (),
+    ) -> str:
         text = str(
-            self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            self._apply(
+                messages, tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         )
         if len(text) > MAX_RENDERED_CHARS:
             raise UnusableRow(
@@ -166,12 +197,13 @@ class JinjaTemplate:
             )
         return text
 
-    def marked(self, messages: Sequence[ChatMessage]) -> list[Span]:
+    def marked(self, messages: Sequence[ChatMessage], tools: Tools = ()) -> list[Span]:
         # transformers needs a fast tokenizer for the assistant mask.
         if not GENERATION_MARK.search(self.source) or not self.tokenizer.is_fast:
             return []
         found = self._apply(
             messages,
+            tools,
             return_dict=True,
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
@@ -180,13 +212,14 @@ class JinjaTemplate:
         marked = zip(found["assistant_masks"], found["offset_mapping"], strict=True)
         return _joined([tuple(offsets) for is_target, offsets in marked if is_target])
 
-    def _apply(self, messages: Sequence[ChatMessage], **options: Any) -> Any:
+    def _apply(self, messages: Sequence[ChatMessage], tools: Tools, **options: Any) -> Any:
         try:
             with WATCH.limited():
                 return self.tokenizer.apply_chat_template(
                     [self._variables(message) for message in messages],
+                    tools=list(tools) or None,
                     chat_template=self.source,
-                    date_string=LLAMA_DATE,
+                    **{"date_string": LLAMA_DATE, **self.variables},
                     **options,
                 )
         except RenderTooSlow:
@@ -200,13 +233,15 @@ class JinjaTemplate:
         # The sandbox raises OverflowError for a long range. A macro can call itself without an end.
         except (
             *(jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError),
-            MemoryError,
+            *(MemoryError, KeyError, AttributeError),
         ) as error:
             reason = first_line(error)
             raise UnusableRow(f"the template {self.name} rejects the row: {reason}") from None
 
-    def _variables(self, message: ChatMessage) -> dict[str, str]:
-        variables = {"role": message.role, "content": turn_text(message)}
+    def _variables(self, message: ChatMessage) -> dict[str, Any]:
+        variables = {"role": message.role, "content": turn_text(message), **message.extra}
+        if reasoning := message.extra.get("reasoning_content"):
+            variables |= dict.fromkeys(REASONING, reasoning)  # each template knows one of the names
         # Only a user's file gets the Alpaca columns: chat templates are written for role and content.
         apart = {"instruction": message.content, "input": message.input}
         return variables if self.owns_tokens else {**variables, **apart}
@@ -233,7 +268,10 @@ def template_problem(name: str) -> str | None:
 
 
 def choose_template(
-    name: str, format_name: str, tokenizer: PreTrainedTokenizerBase
+    name: str,
+    format_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any] | None = None,
 ) -> PromptTemplate:
     """Return the template for the examples of a format.
 
@@ -242,16 +280,23 @@ def choose_template(
             the tokenizer has one), `plain` for prompt_completion and text, and `instruction` otherwise.
         format_name: Key of row_formats.FORMATS.
         tokenizer: Tokenizer of the base model.
+        variables: Further variables of a Jinja template (data.chat_template_kwargs).
 
     Raises:
         DataError: There is no such template, or the template cannot render the format.
     """
     if name == "auto":
         name = _automatic(format_name, tokenizer)
-    if format_name == "text" and name != "plain":
+    if format_name in TEXT_FORMATS and name != "plain":
         raise DataError(
-            f"data.template={name} renders questions and answers, and data.format=text has none. "
-            "Use data.template=auto or plain."
+            f"data.template={name} renders questions and answers, and data.format={format_name} has "
+            "none. Use data.template=auto or plain."
+        )
+    given = variables or {}
+    if given and name in ("instruction", "instruction_input", "plain"):
+        raise DataError(
+            f"data.chat_template_kwargs: the template {name} has no variables. Use data.template=chat "
+            "or a Jinja file, or remove data.chat_template_kwargs"
         )
     eos = tokenizer.eos_token or ""
     if name in ("instruction", "instruction_input"):
@@ -259,14 +304,16 @@ def choose_template(
     if name == "plain":
         return PlainTemplate(eos)
     if name == "chat":
-        return JinjaTemplate("chat", _chat_template(tokenizer), tokenizer, owns_tokens=True)
+        return JinjaTemplate("chat", _chat_template(tokenizer), tokenizer, True, given)
     if problem := template_problem(name):
         raise DataError(problem)
     try:
-        source = Path(name).expanduser().read_text(encoding="utf-8")
+        source = (
+            Path(name).expanduser().read_text(encoding="utf-8-sig")
+        )  # without the mark of editors
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.template={name}: {error}") from None
-    return JinjaTemplate(name, source, tokenizer, owns_tokens=False)
+    return JinjaTemplate(name, source, tokenizer, False, given)
 
 
 def _automatic(format_name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -302,29 +349,48 @@ def render(example: Example, template: PromptTemplate, train_on: TrainOn) -> lis
         UnusableRow: The template rejects the conversation, or renders an answer that does not begin with
             the template's own generation prompt.
     """
-    messages = example.messages
-    text = template.text(messages)
+    messages, tools = example.messages, example.tools
+    text = template.text(messages, tools=tools)
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     if train_on == "everything":
-        return [RenderedText(text, ((0, len(text)),))]
-    turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
+        return [RenderedText(text, _everything(text, example, answers, template))]
+    turns = [index for index in answers if messages[index].trained]
     if train_on == "last_completion":
         turns = turns[-1:]
-    if spans := _spans(text, messages, turns, template):
+    if spans := _spans(text, messages, turns, template, tools):
         return [RenderedText(text, tuple(spans))]
     # Some chat templates change earlier answers when more turns follow (Qwen3 strips their thinking,
     # Mistral moves the system prompt). Each answer then gets a text of its own, as in generation.
     parts = [messages[: turn + 1] for turn in turns]
-    return [render_last(part, template) for part in parts]
+    return [render_last(part, template, tools) for part in parts]
 
 
-def render_last(messages: Sequence[ChatMessage], template: PromptTemplate) -> RenderedText:
+def _everything(
+    text: str, example: Example, answers: Sequence[int], template: PromptTemplate
+) -> tuple[Span, ...]:
+    """Return the spans of a text without the answers that carry no loss."""
+    untrained = [index for index in answers if not example.messages[index].trained]
+    left_out = _spans(text, example.messages, untrained, template, example.tools)
+    if left_out is None:
+        raise UnusableRow(
+            f"the template {template.name} rewrites earlier turns, so that those without loss cannot "
+            "be located. Use data.train_on=completions"
+        )
+    starts = [0, *(end for _, end in left_out)]
+    ends = [*(start for start, _ in left_out), len(text)]
+    return tuple((start, end) for start, end in zip(starts, ends, strict=True) if start < end)
+
+
+def render_last(
+    messages: Sequence[ChatMessage], template: PromptTemplate, tools: Tools = ()
+) -> RenderedText:
     """Render a conversation that ends with an answer, with the span of this answer.
 
     Raises:
         UnusableRow: The same cases as in `render`.
     """
-    text = template.text(messages)
-    spans = _spans(text, messages, [len(messages) - 1], template)
+    text = template.text(messages, tools=tools)
+    spans = _spans(text, messages, [len(messages) - 1], template, tools)
     if not spans:
         raise UnusableRow(
             f"the template {template.name} renders a generation prompt that its answers do not begin "
@@ -334,23 +400,33 @@ def render_last(messages: Sequence[ChatMessage], template: PromptTemplate) -> Re
 
 
 def _spans(
-    text: str, messages: Sequence[ChatMessage], turns: Sequence[int], template: PromptTemplate
+    text: str,
+    messages: Sequence[ChatMessage],
+    turns: Sequence[int],
+    template: PromptTemplate,
+    tools: Tools,
 ) -> list[Span] | None:
     """Return the spans of the answers at `turns`, or None if they cannot be located in the text."""
     spans = []
     for turn in turns:
-        prompt = template.text(messages[:turn], add_generation_prompt=True)
-        answered = text if turn == len(messages) - 1 else template.text(messages[: turn + 1])
+        prompt = template.text(messages[:turn], add_generation_prompt=True, tools=tools)
+        last = turn == len(messages) - 1
+        answered = text if last else template.text(messages[: turn + 1], tools=tools)
         if not (text.startswith(answered) and answered.startswith(prompt)):
-            return _marked(messages, turns, template)
+            return _marked(messages, turns, template, tools)
         spans.append((len(prompt), len(answered)))
     return spans
 
 
 def _marked(
-    messages: Sequence[ChatMessage], turns: Sequence[int], template: PromptTemplate
+    messages: Sequence[ChatMessage],
+    turns: Sequence[int],
+    template: PromptTemplate,
+    tools: Tools,
 ) -> list[Span] | None:
     # Only with one mark per answer is it known which mark belongs to which answer.
-    answers = sum(message.role == "assistant" for message in messages)
-    marked = template.marked(messages)
-    return marked[-len(turns) :] if len(marked) == answers else None
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    marked = template.marked(messages, tools)
+    if len(marked) != len(answers):
+        return None
+    return [span for index, span in zip(answers, marked, strict=True) if index in turns]

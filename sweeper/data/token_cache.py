@@ -32,11 +32,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Version of the encoding, to be raised if encode, tokens, templates or packing change their output."""
 KEPT_BYTES = 4 * 2**30
 """Maximum size of the cache in bytes. Least recently used files are removed first."""
-OPTIONS = ("template", "train_on", "max_length", "over_length", "packing")
+OPTIONS = (
+    *(
+        "template",
+        "chat_template_kwargs",
+        "control_tokens",
+        "train_on",
+        "max_length",
+        "over_length",
+    ),
+    *("packing", "max_bad_fraction"),
+)
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +97,7 @@ def _day(sources: Iterable[str]) -> str:
 
 def _lines(examples: Iterable[Example]) -> Iterable[bytes]:
     for example in examples:
-        turns = [[turn.role, turn.content, turn.input] for turn in example.messages]
-        yield json.dumps([example.format, example.row.where, turns]).encode() + b"\n"
+        yield json.dumps([example.format, example.row.where, example.identity]).encode() + b"\n"
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -195,6 +204,7 @@ def _about(encoded: EncodedSplit) -> dict[str, Any]:
         "truncated": encoded.truncated,
         "counts": {stage: dict(counts) for stage, counts in encoded.drops.counts.items()},
         "places": [[*key, shown] for key, shown in encoded.drops.places.items()],
+        "changed": dict(encoded.drops.changed),
     }
 
 
@@ -204,6 +214,7 @@ def _decoded(arrays: Arrays, about: Mapping[str, Any]) -> EncodedSplit:
         drops.counts[stage].update(counts)
     for stage, reason, shown in about["places"]:
         drops.places[stage, reason] = list(shown)
+    drops.changed.update(about["changed"])
     return EncodedSplit(
         rows=_rows(arrays),
         examples=about["examples"],

@@ -8,6 +8,7 @@ or length limits.
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a position without loss: ignore_index of torch.nn.functional.cross_entropy."""
+
+LITERAL_MARK = "\ufdd0"
+"""Character put into a control token that is to be encoded as text. Unicode gives it no other use."""
 
 Tokens = dict[str, list[int]]
 """One row: `input_ids` and `labels` of equal length. Labels are IGNORED where there is no loss.
@@ -55,8 +59,29 @@ class TokenizerSetup:
 
     def ids(self, text: str) -> list[int]:
         """Return a text's token ids without added special tokens."""
+        if LITERAL_MARK in text:
+            return self._literal_ids(text)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def _literal_ids(self, text: str) -> list[int]:
+        """Return the ids of a text in which marked control tokens are encoded as text."""
+        # The text is cut at its real control tokens, where every tokenizer cuts it as well.
+        ids: list[int] = []
+        for part in self._control.split(text):
+            if self._control.fullmatch(part):
+                ids.append(self.tokenizer.convert_tokens_to_ids(part))
+            elif part:
+                plain = part.replace(LITERAL_MARK, "")
+                ids += self.tokenizer(
+                    plain, add_special_tokens=False, split_special_tokens=True, verbose=False
+                )["input_ids"]
+        return ids
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        names = sorted(filter(None, self.special), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     @cached_property
     def opening(self) -> list[int]:
@@ -89,6 +114,17 @@ def tokenize(
         DataError: No special token ends the answer, and the tokenizer has no end-of-text token.
     """
     rendered = render(example, template, train_on)
+    return tokenize_rendered(rendered, setup, template)
+
+
+def tokenize_rendered(
+    rendered: Iterable[RenderedText], setup: TokenizerSetup, template: PromptTemplate
+) -> list[Tokens]:
+    """Return a row for each rendered text.
+
+    Raises:
+        DataError: No special token ends the answer, and the tokenizer has no end-of-text token.
+    """
     return [_row(text, setup, whole=template.owns_tokens) for text in rendered]
 
 
@@ -113,12 +149,15 @@ def encode_prompt(
     Raises:
         UnusableRow: The template cannot render the example.
     """
-    rendered = with_answer_end(render_last(example.messages, template), setup)
+    rendered = with_answer_end(render_last(example.messages, template, example.tools), setup)
     ids, borders = _ids(rendered, setup, whole=template.owns_tokens)
     start, end = rendered.spans[-1]
     # An empty prompt still needs one token to generate from.
     before = ids[: borders[start]] or setup.opening
-    return EncodedPrompt(before, rendered.text[:start], example.completion, ids[borders[end] - 1])
+    text, reference = (
+        each.replace(LITERAL_MARK, "") for each in (rendered.text[:start], example.completion)
+    )
+    return EncodedPrompt(before, text, reference, ids[borders[end] - 1])
 
 
 def _row(rendered: RenderedText, setup: TokenizerSetup, *, whole: bool) -> Tokens:
@@ -173,7 +212,7 @@ def _ids(
 ) -> tuple[list[int], dict[int, int]]:
     """Return the ids of a text, and for each boundary of its spans the number of tokens before it."""
     borders = sorted({0, *(border for span in rendered.spans for border in span)})
-    if whole and setup.tokenizer.is_fast:
+    if whole and setup.tokenizer.is_fast and LITERAL_MARK not in rendered.text:
         return _whole(rendered.text, borders, setup)
     ids, counts = _cut(rendered.text, borders, setup)
     before = setup.opening

@@ -140,6 +140,9 @@ def describe_data(facts: ArmBaseline) -> str:
     dropped = sum(facts.dropped.values())
     reasons = ", ".join(f"{count} {why}" for why, count in facts.dropped.items() if count)
     lost = f", dropped {dropped} ({reasons})" if dropped else ""
+    changes = "; ".join(f"{count} × {what}" for what, count in facts.changed.items())
+    lost += f", changed: {changes}" if changes else ""
+    lost += f", unread columns: {', '.join(facts.unread)}" if facts.unread else ""
     return (
         f"{facts.data_source} ({facts.data_format}): {counts} rows{lost}, "
         f"{facts.target_tokens:,} target tokens in validation, digest {facts.data_digest[:12]}"

@@ -52,7 +52,12 @@ def dataset_record(facts: ArmBaseline, data: DataSettings) -> DatasetRecord:
         name=facts.data_source,
         digest=facts.data_digest,
         sources=tuple(source.path for source in sources(data.train)),
-        profile={"format": facts.data_format, "rows": facts.rows, "dropped": facts.dropped},
+        profile={
+            "format": facts.data_format,
+            "rows": facts.rows,
+            "dropped": facts.dropped,
+            **({"unread": facts.unread} if facts.unread else {}),
+        },
     )
 
 

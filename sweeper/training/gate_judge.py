@@ -141,10 +141,13 @@ def _losses(
         verify_manifest(trial.adapter)
         _require_own_base(trial, settings, base)
         model = PeftModel.from_pretrained(base.model, str(trial.adapter))
-    limit = positions(base.model)
+    limit = positions(base.model.config)
     length = settings.data.max_length if isinstance(settings.data.max_length, int) else limit
     tokenizer, data = base.tokenizer, settings.data
-    rows = encode_evaluation(texts.examples, tokenizer, data, limit, length or 512).rows
+    over_length = settings.evaluation.over_length
+    rows = encode_evaluation(
+        texts.examples, tokenizer, data, limit, length or 512, over_length
+    ).rows
     windows: list[Tokens] = []
     if texts.general.source is not None:
         windows = general_rows(texts.general, texts.task, tokenizer, limit)

@@ -11,8 +11,14 @@ from sweeper.config.settings import DataSettings, TrialSettings
 from sweeper.core.errors import DataError
 from sweeper.core.input_digests import InputDigests
 from sweeper.data.data_card import DataCard
-from sweeper.data.encode import EncodedSplit, encode_evaluation, encode_prompts, encode_train
-from sweeper.data.examples import ChatMessage, Example, RawRow
+from sweeper.data.encode import (
+    EncodedSplit,
+    OverLength,
+    encode_evaluation,
+    encode_prompts,
+    encode_train,
+)
+from sweeper.data.examples import ChatMessage, DropCounts, Example, RawRow
 from sweeper.data.general_text import general_rows
 from sweeper.data.splits import DataSplits, load_splits
 from sweeper.data.token_cache import cache_folder, cached, fingerprint
@@ -22,7 +28,7 @@ from sweeper.evaluation.judge_digest import judge_digest
 from sweeper.evaluation.sample_answers import require_unseen
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from sweeper.modeling.base_model import LoadedBase
 
@@ -48,14 +54,39 @@ class PreparedData:
     @cached_property
     def card(self) -> DataCard:
         """The data card: sizes and lengths of the splits, and the number of dropped rows by reason."""
-        splits = {"train": self.train, "validation": self.validation}
+        splits = self.encoded
         return DataCard.of(splits, self.splits.drops, self.tokenizer, self.splits.source)
+
+    @property
+    def encoded(self) -> dict[str, EncodedSplit]:
+        """The tokenized splits by name, those that there are."""
+        found = {"train": self.train, "validation": self.validation}
+        return found if self.test is None else {**found, "test": self.test}
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Dropped rows by reason, over all splits and stages."""
+        return self._account.total
+
+    @property
+    def changed(self) -> dict[str, int]:
+        """Rows that were kept, by what was changed in them, over all splits and stages."""
+        return dict(self._account.changed)
+
+    @property
+    def _account(self) -> DropCounts:
+        account = DropCounts()
+        for drops in (self.splits.drops, *(found.drops for found in self.encoded.values())):
+            account.add(drops)
+        return account
 
     @cached_property
     def held_out(self) -> HeldOutPrompts | None:
         """The validation examples as prompts with reference answers, or None if there are none."""
         examples = self.splits.examples["validation"]
-        return HeldOutPrompts.of(encode_prompts(examples, self.tokenizer, self.settings))
+        return HeldOutPrompts.of(
+            encode_prompts(examples, self.tokenizer, self.settings, skip_unusable=True)
+        )
 
     @cached_property
     def data_digest(self) -> str:
@@ -157,20 +188,42 @@ class PreparedData:
         return encode_prompts(examples, self.tokenizer, self.settings)
 
 
-def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
+def prepare(
+    settings: DataSettings, base: LoadedBase, over_length: OverLength = "refuse"
+) -> PreparedData:
     """Read, clean, split, render and tokenize data. Tokens come from the cache if they are in it.
+
+    Args:
+        settings: Data settings.
+        base: Base model with its tokenizer.
+        over_length: What happens to judged rows longer than the model's positions.
 
     Raises:
         DataError: a source is missing or broken, or no usable row is left.
     """
-    splits, tokenizer = load_splits(settings), base.tokenizer
-    limit = positions(base.model)
+    return prepare_rows(settings, base.tokenizer, positions(base.model.config), over_length)
+
+
+def prepare_rows(
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    over_length: OverLength,
+) -> PreparedData:
+    """Prepare data as `prepare` does, for a tokenizer and a number of positions, without a model."""
+    splits = load_splits(settings)
     examples = splits.examples
 
     def through_cache(
         name: str, build: Callable[[], EncodedSplit], block_length: int | None
     ) -> EncodedSplit:
-        options = {"split": name, "limit": limit, "block_length": block_length}
+        options: dict[str, int | str | None] = {
+            "split": name,
+            "limit": limit,
+            "block_length": block_length,
+        }
+        if block_length is not None:
+            options["over_length"] = over_length
         # The key holds the contents of the examples, not file names or times, which say less
         key = fingerprint(examples[name], tokenizer, settings, **options)
         return cached(key, build, cache_folder())
@@ -183,7 +236,9 @@ def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
     def held_out(name: str) -> EncodedSplit:
         return through_cache(
             name,
-            lambda: encode_evaluation(examples[name], tokenizer, settings, limit, block),
+            lambda: encode_evaluation(
+                examples[name], tokenizer, settings, limit, block, over_length
+            ),
             block,
         )
 
@@ -192,7 +247,7 @@ def prepare(settings: DataSettings, base: LoadedBase) -> PreparedData:
     return PreparedData(splits, train, held_out("validation"), test, tokenizer, settings, limit)
 
 
-def positions(model: PreTrainedModel) -> int | None:
+def positions(config: PretrainedConfig) -> int | None:
     """Return the number of tokens a model can attend to, or None if its configuration names none."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     return None if limit is None else int(limit)

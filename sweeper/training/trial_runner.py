@@ -552,10 +552,12 @@ class TransformersRunner:
 
     def _data(self, settings: TrialSettings, base: LoadedBase) -> PreparedData:
         # Equal weights say nothing about tokenizer and chat template, which decide the tokens
-        key = (settings.data.model_dump_json(), base.tokenizer_digest, positions(base.model))
+        over_length = settings.evaluation.over_length
+        chosen = f"{settings.data.model_dump_json()} {over_length}"
+        key = (chosen, base.tokenizer_digest, positions(base.model.config))
         try:
             if key not in self._prepared:
-                self._prepared[key] = prepare(settings.data, base)
+                self._prepared[key] = prepare(settings.data, base, over_length)
             prepared = self._prepared[key]
             found = prepared.inputs(settings, base)
         except (DataError, ConfigError) as error:
@@ -612,8 +614,10 @@ class TransformersRunner:
             data_digest=prepared.data_digest,
             data_source=splits.source,
             data_format=splits.format,
-            rows={**splits.counts, "train": len(prepared.train.rows)},
-            dropped={**splits.dropped, **prepared.train.drops.total},
+            rows={name: len(split.rows) for name, split in prepared.encoded.items()},
+            dropped=prepared.dropped,
+            changed=prepared.changed,
+            unread=splits.unread,
             target_tokens=prepared.validation.target_tokens,
             device=f"{report.name}, {torch.get_num_threads()} threads"
             if device().type == "cpu"
@@ -677,5 +681,5 @@ def _example_losses(judge: ModelJudge, model: PreTrainedModel | PeftModel) -> Ex
 def _add_advice(outcome: Outcome, prepared: PreparedData, costs: TrialCosts) -> None:
     """Add a warning to the log if the perplexity is implausibly low for unseen text."""
     perplexity = outcome.metrics.get("best/eval_perplexity")
-    if perplexity is not None and "text" in prepared.splits.formats:
+    if perplexity is not None and {"text", "book"} & set(prepared.splits.formats):
         costs.advice += [words for words in [plausibility_warning(perplexity)] if words]

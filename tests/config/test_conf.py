@@ -98,11 +98,11 @@ def test_auto_groups_follow_the_base_model() -> None:
     assert compose([]).choices["space"] == "auto"
     assert with_auto_groups([]) == []
     assert with_auto_groups(["model.base_model=gpt2"]) == [
-        *("model.base_model=gpt2", "evaluation=real", "finalists=real", "space=real"),
+        *("model.base_model=gpt2", "data=real", "evaluation=real", "finalists=real", "space=real"),
         "training=real",
     ]
     chosen = ["model.base_model=gpt2", "evaluation=tiny", "finalists=tiny"]
-    chosen += ["space=tiny", "training=tiny"]
+    chosen += ["space=tiny", "training=tiny", "data=tiny"]
     assert with_auto_groups(chosen) == chosen
 
 

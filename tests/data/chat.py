@@ -162,4 +162,4 @@ def task(instruction: str, given: str, output: str) -> Example:
 
 def book(text: str) -> Example:
     """A plain text."""
-    return Example((ChatMessage("assistant", text),), RawRow({}, "book:1"), "text")
+    return Example((ChatMessage("assistant", text),), RawRow({}, "book:1"), "book")

@@ -44,4 +44,4 @@ def example(prompt: str, completion: str, **values: Any) -> Example:
 
 def text_example(text: str, where: str = "book.txt") -> Example:
     """A plain text as an example."""
-    return Example((ChatMessage("assistant", text),), RawRow({"text": text}, where))
+    return Example((ChatMessage("assistant", text),), RawRow({"text": text}, where), "book")

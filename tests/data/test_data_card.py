@@ -17,7 +17,7 @@ from tests.data.chat import byte_level, metaspace, talk, task
 def card() -> DataCard:
     """Five training examples, one of them too long, two for validation, and a broken row before."""
     tokenizer = byte_level()
-    settings = make_settings("data.max_length=32").data
+    settings = make_settings("data.max_length=32", "data.max_bad_fraction=0.9").data
     train = [*(task("Add.", "", str(number)) for number in range(4)), task("Add. " * 50, "", "3")]
     validation = [task("Add.", "", "7"), task("Add.", "", "88")]
     drops = DropCounts()

@@ -9,8 +9,8 @@ import pytest
 
 from sweeper.core.errors import DataError
 from sweeper.data.render_limit import WATCH, RenderTooSlow, RenderWatch
-from sweeper.data.row_formats import UnusableRow
 from sweeper.data.templates import choose_template
+from sweeper.data.turns import UnusableRow
 from tests.data.chat import byte_level, talk
 
 LONG = "range(99999)"

@@ -47,6 +47,13 @@ SAMPLES: dict[str, tuple[dict[str, Any], tuple[ChatMessage, ...]]] = {
         },
         (ChatMessage("system", "Be."), ASKED, ANSWERED),
     ),
+    "chat_completion": (
+        {
+            "prompt": _turns("role", "content", ("user", "Hi?")),
+            "completion": _turns("role", "content", ("assistant", "Yes.")),
+        },
+        (ASKED, ANSWERED),
+    ),
     "ultrachat": ({"id": "0", "data": ["Hi?", "Yes."]}, (ASKED, ANSWERED)),
     "text": ({"text": "Once."}, (ChatMessage("assistant", "Once."),)),
 }
@@ -102,7 +109,7 @@ def test_columns_are_mapped_for_detection_and_reading() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"completion": "x"}, "does not read such a column"),
+        ({"prompt": "x"}, "does not read such a column"),
         ({"output": "x"}, "no row has this column"),
     ],
 )
@@ -130,20 +137,16 @@ DEFECTS: list[tuple[str, dict[str, Any], str]] = [
     ("alpaca", {"instruction": "a", "output": " \n"}, "output is empty"),
     ("alpaca", {"instruction": "", "output": "b"}, "instruction is empty"),
     ("alpaca", {"instruction": "a", "output": {"x": 1}}, "output is a dict, not text"),
-    ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "input is a int, not text"),
-    ("question_answer", {"question": 5, "answer": "b"}, "question is a int, not text"),
+    ("alpaca", {"instruction": "a", "input": {"x": 1}, "output": "b"}, "input is a dict, not text"),
+    ("question_answer", {"question": [5], "answer": "b"}, "question is a list, not text"),
+    ("question_answer", {"question": "a", "answers": {"text": []}}, "answers holds no text"),
     ("text", {"text": "  "}, "text is empty"),
     ("messages", {"messages": "hi"}, "messages is a str, not a list of turns"),
     ("messages", {"messages": None}, "no messages"),
     ("messages", {"messages": []}, "no assistant turn"),
-    ("messages", {"messages": ["hi"]}, "a turn is a str, not an object"),
+    ("messages", {"messages": ["hi", {}]}, "a turn is a str, not an object"),
     ("messages", _messages(("user", "a")), "no assistant turn"),
     ("messages", _messages(("assistant", "a")), "roles out of order: assistant after the start"),
-    (
-        "messages",
-        _messages(("user", "a"), ("user", "b"), ("assistant", "c")),
-        "roles out of order: user after user",
-    ),
     (
         "messages",
         _messages(("user", "a"), ("system", "b"), ("assistant", "c")),
@@ -152,7 +155,7 @@ DEFECTS: list[tuple[str, dict[str, Any], str]] = [
     ("messages", _messages(("user", "a"), ("assistant", " ")), "an empty assistant turn"),
     ("messages", _messages(("user", "a"), ("assistant", None)), "an empty assistant turn"),
     ("messages", _messages(("user", ""), ("assistant", "b")), "an empty user turn"),
-    ("messages", _messages(("bot", "a"), ("assistant", "b")), "unknown role 'bot'"),
+    ("messages", _messages(("narrator", "a"), ("assistant", "b")), "unknown role 'narrator'"),
     (
         "messages",
         _messages(("user", 3), ("assistant", "b")),
@@ -166,9 +169,9 @@ DEFECTS: list[tuple[str, dict[str, Any], str]] = [
     (
         "messages",
         _messages(("user", "a"), ("tool", "b"), ("assistant", "c")),
-        "a tool turn (conversations with tools are not supported)",
+        "roles out of order: tool after user",
     ),
-    ("ultrachat", {"data": ["a", 3]}, "a turn of data is not text"),
+    ("ultrachat", {"data": ["a", 3]}, "a turn is a str, not an object"),
 ]
 
 

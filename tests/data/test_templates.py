@@ -11,9 +11,9 @@ import pytest
 from sweeper.core.errors import DataError
 from sweeper.data.data_card import show
 from sweeper.data.examples import Example
-from sweeper.data.row_formats import UnusableRow
 from sweeper.data.templates import JinjaTemplate, TrainOn, choose_template, render, template_problem
 from sweeper.data.tokens import TokenizerSetup, encode_prompt, tokenize
+from sweeper.data.turns import UnusableRow
 from tests.data.chat import (
     CHATML,
     GEMMA,

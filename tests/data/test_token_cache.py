@@ -22,7 +22,8 @@ EXAMPLES = [task("Add.", "1, 2", "3"), task("Add." * 40, "", "3"), talk("Hi?", "
 
 
 def _data(**changes: Any) -> DataSettings:
-    return make_settings("data.max_length=64").data.model_copy(update=changes)
+    settings = make_settings("data.max_length=64", "data.max_bad_fraction=0.9").data
+    return settings.model_copy(update=changes)
 
 
 def _key(

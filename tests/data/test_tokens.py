@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,14 +20,21 @@ from sweeper.data.examples import Example
 from sweeper.data.templates import choose_template
 from sweeper.data.tokens import IGNORED, PaddingCollator, TokenizerSetup, encode_prompt, tokenize
 from tests.conftest import make_settings
-from tests.data.chat import CHATML, GEMMA, book, byte_level, metaspace, phi3, talk, task
+from tests.data.chat import CHATML, book, byte_level, metaspace, phi3, talk, task
 
 BYTES = byte_level()
 WORDS = metaspace()
 
 
+NO_THANKS = (
+    "{% for message in messages %}{% if message.content == 'Thanks' %}"
+    "{{ raise_exception('no thanks') }}{% endif %}{% endfor %}" + CHATML
+)
+
+
 def _data(**changes: Any) -> DataSettings:
-    return make_settings().data.model_copy(update=changes)
+    """Settings under which a few rows may be lost, except where a test says otherwise."""
+    return make_settings().data.model_copy(update={"max_bad_fraction": 0.9, **changes})
 
 
 def _row(example: Example, tokenizer: Any, template: str = "plain") -> dict[str, list[int]]:
@@ -218,22 +226,40 @@ def test_max_length_beyond_the_model_is_an_error() -> None:
         encode_train([SHORT], BYTES, _data(max_length=128), 64)
 
 
-def test_evaluation_rows_are_never_cut_or_dropped_for_length() -> None:
-    """Longer than max_length is fine, longer than the model is an error with the place."""
-    examples = [SHORT, LONG_ANSWER]
-    encoded = encode_evaluation(examples, BYTES, _data(max_length=32), None, 32)
-    assert len(encoded.rows) == 2
-    with pytest.raises(DataError, match=r"task:1: this evaluation row has \d+ tokens"):
-        encode_evaluation(examples, BYTES, _data(max_length=32), 64, 32)
+def test_evaluation_rows_follow_their_own_setting_for_length() -> None:
+    """Longer than max_length is fine; beyond the model all are named, or dropped or cut as asked."""
+    examples, settings = [SHORT, LONG_ANSWER, LONG_ANSWER], _data(max_length=32)
+    encoded = encode_evaluation(examples, BYTES, settings, None, 32)
+    assert len(encoded.rows) == 3
+    with pytest.raises(
+        DataError, match=r"2 of 3 .* 64 positions .*task:1 \(\d+\), task:1 \(\d+\)\."
+    ):
+        encode_evaluation(examples, BYTES, settings, 64, 32)
+    dropped = encode_evaluation(examples, BYTES, settings, 64, 32, "drop")
+    assert len(dropped.rows) == 1
+    assert dropped.drops.total == {"longer than the model's positions": 2}
+    cut = encode_evaluation(examples, BYTES, settings, 64, 32, "truncate")
+    assert (len(cut.rows), cut.truncated, cut.max_length) == (3, 2, 64)
+
+
+@pytest.mark.parametrize("max_length", [32, "auto"])
+def test_rows_that_are_too_long_count_against_the_limit(max_length: Any) -> None:
+    """More than max_bad_fraction of the rows beyond max_length, or beyond the model, is an error."""
+    settings = _data(max_length=max_length, max_bad_fraction=0.01)
+    with pytest.raises(DataError, match="1 of 2 training rows are longer than 32 tokens"):
+        encode_train([SHORT, LONG_ANSWER], BYTES, settings, 32)
 
 
 def test_refused_conversations_are_counted_and_an_empty_split_is_an_error() -> None:
     """What a chat template refuses is a reason; when nothing is left, the reasons are the message."""
-    tokenizer = byte_level(chat_template=GEMMA)
-    good, bad = talk("Hi?", "Yes."), talk("Hi?", "Yes.", system="Be.")
+    tokenizer = byte_level(chat_template=NO_THANKS)
+    good, bad = talk("Hi?", "Yes."), talk("Thanks", "Yes.")
     encoded = encode_train([good, bad], tokenizer, _data(), None)
-    reason = "the template chat rejects the row: System role not supported"
+    reason = "the template chat rejects the row: no thanks"
     assert encoded.drops.counts["encode"] == {reason: 1}
+    for encode in (encode_train, partial(encode_evaluation, block_length=32)):
+        with pytest.raises(DataError, match=r"1 of 2 .* rows cannot be encoded"):
+            encode([good, bad], tokenizer, _data(max_bad_fraction=0.01), None)
     with pytest.raises(DataError, match="2 × the template chat rejects the row"):
         encode_train([bad, bad], tokenizer, _data(), None)
 
