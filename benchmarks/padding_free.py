@@ -24,7 +24,7 @@ from sweeper.modeling import base_model
 from sweeper.training.trial_runner import TransformersRunner
 
 TRIALS = {"lora": [], "full": ["adapter=none", "quantization=none"]}
-STEPS = ("experiment=lr_rank_sweep", "training.max_steps=12", "training.eval_steps=6")
+STEPS = ("training.max_steps=12", "training.eval_steps=6")
 ROUNDS = 3
 STAGES = ("train", "eval")
 
