@@ -155,7 +155,7 @@ PROVEN = {
 
 @pytest.mark.parametrize("name", PROVEN)
 def test_proof_accepts_what_is_exact(name: str) -> None:
-    """The proof finds nothing against these models, and changes no random state."""
+    """The proof accepts these models, and the proof at load changes no random state."""
     before = torch.get_rng_state()
     model = _model(PROVEN[name], torch.float32) if PROVEN[name].hidden_size == 32 else None
     torch.set_rng_state(before)
