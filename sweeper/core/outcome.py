@@ -199,6 +199,8 @@ class ArmBaseline(FrozenValue):
     """Digest of the encoded rows that are trained on."""
     test_digest: str | None = LATER
     """Digest of the encoded test rows, or None without a test split."""
+    padded_because: str | None = LATER
+    """Reason why batches are padded although they need not be on this device, or None."""
 
     @property
     def inputs(self) -> InputDigests:

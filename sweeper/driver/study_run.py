@@ -122,6 +122,9 @@ class StudyRun:
             self._leave_out(arm, facts)
             return
         self._require_same_inputs(arm, facts)
+        if facts.padded_because is not None:
+            words = f"arm {arm.name}: batches are padded, because {facts.padded_because}"
+            self.services.view.event(words)
         arm = self._state.arm(arm.name)  # a command may have raised its total during the probe
         context = self._open_arm(arm, facts, adopted)
         search = ArmSearch(

@@ -14,7 +14,8 @@ import torch
 
 from sweeper.config.settings import LOSS_METRICS, EvaluationSettings
 from sweeper.core.errors import ConfigError
-from sweeper.data.tokens import EncodedPrompt, PaddingCollator, Tokens
+from sweeper.data.padding_free import batch_collator
+from sweeper.data.tokens import EncodedPrompt, Tokens
 from sweeper.evaluation.answer_lengths import length_metrics
 from sweeper.evaluation.custom_metrics import CustomMetric, custom_metrics
 from sweeper.evaluation.generation import GeneratedAnswer, generate
@@ -115,7 +116,7 @@ class ModelJudge:
         examples = evaluate_examples(
             model,
             self.rows,
-            PaddingCollator(self.tokenizer.pad_token_id),
+            batch_collator(model, self.tokenizer.pad_token_id),
             self.settings.per_device_eval_batch_size,
             self.compute_dtype,
             self.chunk_size,

@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
-from sweeper.data.tokens import IGNORED, PaddingCollator, Tokens
+from sweeper.data.padding_free import BatchCollator
+from sweeper.data.tokens import IGNORED, Tokens
 from sweeper.evaluation.chunked_head import Head, states_at
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _recomputed_nll(head: Head, states: Tensor, targets: Tensor) -> Tensor:
 def evaluate_examples(
     model: PreTrainedModel,
     rows: Sequence[Tokens],
-    collator: PaddingCollator,
+    collator: BatchCollator,
     batch_size: int,
     compute_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
@@ -178,7 +179,7 @@ def evaluate_examples(
     Args:
         model: Causal language model.
         rows: Tokenized rows.
-        collator: Collator that pads a batch.
+        collator: Collator that makes a batch which the model accepts.
         batch_size: Number of rows per batch.
         compute_dtype: Data type of autocast, as in training. torch.float32 disables autocast.
         chunk_size: Number of tokens whose logits exist at a time, or None for all at once.
@@ -187,13 +188,14 @@ def evaluate_examples(
     was_training = model.training
     model.eval()
     sums: dict[int, float] = {}
+    targets = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
     try:
         for indices in _batches(rows, batch_size):
             batch = collator([rows[index] for index in indices])
             batch = {name: values.to(model.device) for name, values in batch.items()}
             with autocast(model.device, compute_dtype):
                 nll = token_nll(model, batch, chunk_size)
-            per_row = (batch["labels"][:, 1:] != IGNORED).sum(dim=1).tolist()
+            per_row = [targets[index] for index in indices]
             # Tokens are summed in float64, so that the batch size does not change the rounding.
             parts = torch.split_with_sizes(nll.double(), per_row)
             sums |= {index: part.sum().item() for index, part in zip(indices, parts, strict=True)}
@@ -201,8 +203,8 @@ def evaluate_examples(
         model.train(was_training)
     counts = [None] * len(rows) if row_bytes is None else row_bytes
     return [
-        LossSum(sums[index], sum(label != IGNORED for label in row["labels"][1:]), count)
-        for index, (row, count) in enumerate(zip(rows, counts, strict=True))
+        LossSum(sums[index], found, count)
+        for index, (found, count) in enumerate(zip(targets, counts, strict=True))
     ]
 
 

@@ -35,6 +35,7 @@ from sweeper.modeling.model_source import (
     weights_bytes,
     weights_digest,
 )
+from sweeper.modeling.padding_proof import confine_to_rows, padding_obstacle
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class LoadedBase:
     """Dtype of the forward pass. Trained weights are always fp32."""
     dtype_reason: str
     """Reason for the dtype as text, such as "bfloat16: the GPU (sm_80) computes in it"."""
+    padded_because: str | None
+    """Reason why the model's batches are padded, or None if they have no padding."""
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -97,6 +100,9 @@ def load_base(
     if (weights_digest(source.folder), config_digest(source.folder)) != (digest, configured):
         raise ModelError(f"{where}: its files were changed while they were loaded")
     complete_tokenizer(tokenizer, model, settings)
+    obstacle = padding_obstacle(model)
+    if obstacle is None:
+        confine_to_rows(model)
     return LoadedBase(
         model,
         tokenizer,
@@ -105,6 +111,7 @@ def load_base(
         source.commit,
         precision.dtype,
         str(precision),
+        obstacle,
     )
 
 

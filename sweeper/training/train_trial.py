@@ -25,7 +25,7 @@ from sweeper.core.paths import TrialFolder, size_mib
 from sweeper.core.spool import MetricsSpool, finite, read_spool
 from sweeper.data.encode import EncodedSplit
 from sweeper.data.packing import PackingCollator, packing_collator
-from sweeper.data.tokens import PaddingCollator
+from sweeper.data.padding_free import BatchCollator, PaddingFreeCollator, batch_collator
 from sweeper.evaluation.judge import Judgement, ModelJudge
 from sweeper.modeling.adapter import count_parameters
 from sweeper.training.arguments import training_arguments
@@ -211,12 +211,15 @@ def _trainer(
     return trainer
 
 
-def _collator(inputs: TrialInputs, settings: TrialSettings) -> PaddingCollator | PackingCollator:
+def _collator(inputs: TrialInputs, settings: TrialSettings) -> BatchCollator | PackingCollator:
     pad = inputs.tokenizer.pad_token_id
     assert pad is not None, "load_base gives every tokenizer a padding token"
-    if settings.data.packing:
+    # A checkpoint does not depend on the form of the batches: the same rows give the same gradient up
+    # to rounding, so a trial that was begun with padded batches continues without padding
+    collator = batch_collator(inputs.model, int(pad))
+    if settings.data.packing and not isinstance(collator, PaddingFreeCollator):
         return packing_collator(settings.model.attn_implementation, int(pad))
-    return PaddingCollator(int(pad))
+    return collator
 
 
 def _judge_best_checkpoint(

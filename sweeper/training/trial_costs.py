@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from sweeper.core.stored_files import read_object, tell_damage
+from sweeper.data.padding_free import ROW_BOUNDS
 
 Stage = Literal["load", "data", "train", "eval", "save"]
 """Parts of a trial that exclude each other: an evaluation inside training is not training time."""
@@ -156,10 +157,11 @@ class TokenSums:
         self.targets = self.targets + targets
         for batch in batches:
             # Packed rows have no mask, and little padding
-            shown = (
-                batch["attention_mask"].sum()
-                if "attention_mask" in batch
-                else batch["input_ids"].numel()
-            )
+            bounds, mask = batch.get(ROW_BOUNDS), batch.get("attention_mask")
+            if mask is None or bounds is not None:
+                shown: torch.Tensor | int = batch["input_ids"].numel()
+            else:
+                shown = mask.sum()
+            rows = batch["input_ids"] if bounds is None else bounds[1:]
             self.non_padding = self.non_padding + shown * devices
-            self.samples += len(batch["input_ids"]) * devices
+            self.samples += len(rows) * devices

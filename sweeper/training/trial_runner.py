@@ -627,6 +627,7 @@ class TransformersRunner:
             judged_digest=found.judged,
             trained_digest=found.trained,
             test_digest=found.test,
+            padded_because=base.padded_because if device().type == "cpu" else None,
         )
 
     def _record_facts(
@@ -647,6 +648,9 @@ class TransformersRunner:
             "Checkpointing": "activations recomputed"
             if training.activation_checkpointing
             else "activations kept",
+            "Batches": "without padding"
+            if base.padded_because is None
+            else f"padded: {base.padded_because}",
         }
         if base.commit:
             costs.facts["Base commit"] = base.commit
