@@ -8,7 +8,7 @@ from collections import Counter
 from sweeper.core.outcome import Cause
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.text_table import DASH, TextTable, duration, number
-from sweeper.reporting.verdict import label
+from sweeper.reporting.verdict_doubts import label
 
 FAILURES: tuple[Cause, ...] = ("oom", "diverged", "timeout", "crash", "error", "refused")
 MESSAGE_CHARS = 160

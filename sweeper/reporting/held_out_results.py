@@ -14,7 +14,7 @@ from sweeper.core.outcome import ExampleLosses
 from sweeper.reporting.finalist_results import ArmConclusion
 from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast
 from sweeper.reporting.results import StudyResults
-from sweeper.reporting.verdict import reference_arm
+from sweeper.reporting.verdict_doubts import reference_arm
 
 SWITCHED_OFF = "finalists.top=0 selects no finalists"
 LEFT_ALONE = "finalists.test=false keeps the test split unread"

@@ -39,7 +39,8 @@ from sweeper.reporting.result_tables import (
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.setting_reasons import reason_sheet
 from sweeper.reporting.text_table import DASH, TextTable, duration
-from sweeper.reporting.verdict import Verdict, judge, label
+from sweeper.reporting.verdict import Verdict, judge
+from sweeper.reporting.verdict_doubts import label
 
 MOST_ROWS = 1000
 """Rows of a leaderboard, which keeps a page below 2 MB. All trials are in results.json."""

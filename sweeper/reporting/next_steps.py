@@ -9,7 +9,8 @@ from sweeper.reporting.rank_ladder import RANK, rank_ladders
 from sweeper.reporting.report_evidence import Curve, ReportEvidence
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.text_table import capital
-from sweeper.reporting.verdict import FULL, judge, label, searched_otherwise
+from sweeper.reporting.verdict import judge
+from sweeper.reporting.verdict_doubts import FULL, label, range_edges, searched_otherwise
 
 LARGE_GAP = 0.25
 """Gap of eval loss over training loss, as a share of the improvement, that indicates overfitting."""
@@ -37,9 +38,13 @@ def next_steps(results: StudyResults, evidence: ReportEvidence) -> list[NextStep
         NextStep(f"{capital(doubt.reason)}.", f"python -m sweeper {doubt.command}")
         for doubt in judge(results).doubts
     ]
+    edges = [
+        NextStep(f"{capital(edge.reason)}.", f"python -m sweeper {edge.command}")
+        for edge in range_edges(results)
+    ]
     arms = [step for arm in results.arms for step in _of_arm(results, arm, evidence.curves)]
     # Two reasons may lead to the same command. The first one is kept.
-    steps = {step.command: step for step in reversed([*doubts, *_ranks(results), *arms])}
+    steps = {step.command: step for step in reversed([*doubts, *_ranks(results), *edges, *arms])}
     return list(reversed(steps.values())) or list(_repeat(results))
 
 

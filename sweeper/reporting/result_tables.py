@@ -9,7 +9,8 @@ from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
 from sweeper.reporting.study_progress import format_scalar
 from sweeper.reporting.text_table import DASH, TextTable, counted, duration, number
-from sweeper.reporting.verdict import Verdict, label
+from sweeper.reporting.verdict import Verdict
+from sweeper.reporting.verdict_doubts import label
 
 
 def comparison(results: StudyResults) -> TextTable:

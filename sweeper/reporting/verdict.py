@@ -6,8 +6,6 @@ sentences claim no more than the figures support: without an interval no tie and
 
 from __future__ import annotations
 
-import math
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,14 +15,17 @@ from pydantic import BaseModel
 
 from sweeper.config.settings import Objective, metric_words
 from sweeper.core.value import MemoryShortfall
-from sweeper.reporting.baseline_doubts import OUTER, RATE, baseline_doubts, place_in_range
 from sweeper.reporting.intervals import IntervalEstimate
-from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults, TrialResult
+from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.text_table import capital, counted, point_words
-
-FULL = "full fine-tuning"
-HALF_DECADE = 10**0.5
-"""Factor between two neighbouring learning rates of a widened choice."""
+from sweeper.reporting.verdict_doubts import (
+    RangeEdge,
+    VerdictDoubt,
+    doubts,
+    label,
+    range_edges,
+    reference_arm,
+)
 
 
 @dataclass(frozen=True)
@@ -109,15 +110,6 @@ class ArmComparison:
 
 
 @dataclass(frozen=True)
-class VerdictDoubt:
-    """A reason why the verdict is provisional, and the command that removes the reason."""
-
-    arm: str
-    reason: str
-    command: str
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The answer of a study to how its arms compare."""
 
@@ -133,6 +125,8 @@ class Verdict:
     """Reason why the arms are not compared on the test split."""
     misfits: tuple[tuple[str, MemoryShortfall], ...] = ()
     """Arms that were not run because their training needs more memory than the device has."""
+    edges: tuple[RangeEdge, ...] = ()
+    """Settings of the winners that lie at an end of what was offered."""
 
     @property
     def provisional(self) -> bool:
@@ -169,9 +163,9 @@ class Verdict:
 def judge(results: StudyResults) -> Verdict:
     """Return the verdict on a study, finished or not.
 
-    The verdict is PROVISIONAL if an arm's best learning rate is in the outer tenth of its range, if an
-    arm's budget is below the rule in conf/hydra/sweeper/study.yaml (fairness), or if an adopted arm was
-    trained differently or its search is unknown.
+    The verdict is PROVISIONAL if an arm's best learning rate is in the outer tenth of its range or was
+    hardly searched, if an arm's budget is below the rule in conf/hydra/sweeper/study.yaml (fairness), or
+    if an adopted arm was trained differently or its search is unknown.
     """
     # An arm without a finished trial has nothing to compare and is listed as failed.
     sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
@@ -182,64 +176,16 @@ def judge(results: StudyResults) -> Verdict:
         if reference is not None and reference.name in sides and name != reference.name
     ]
     failed = [(label(arm), _outcomes(arm)) for arm in results.arms if arm.best is None]
-    # Without any result there is no answer that could change.
-    doubts = (
-        [*_range_doubts(results), *_budget_doubts(results), *_adoption_doubts(results)]
-        if sides
-        else []
-    )
     return Verdict(
         results.objective,
         tuple(sides.values()),
         tuple(duels),
         tuple(failed),
-        tuple(doubts),
+        tuple(doubts(results)),
         results.untested,
         tuple(results.misfits.items()),
+        tuple(range_edges(results)),
     )
-
-
-def label(arm: ArmResult) -> str:
-    """Return the arm's method, with its name or its adopted run if the method alone is ambiguous."""
-    if arm.adopted is not None:
-        return f"{arm.method} (run {arm.adopted.short})"
-    return arm.method if arm.name in ("lora", "full") else f"{arm.method} ({arm.name})"
-
-
-def with_override(command: str, key: str, value: str) -> str:
-    """Return a command with one override set or replaced, before its final -m."""
-    # The flag -m ends every study's command, so the override goes before it.
-    words = [word for word in shlex.split(command) if not word.startswith(f"{key}=")]
-    return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
-
-
-def renamed(results: StudyResults, suffix: str) -> str:
-    """The study's command with a suffix on the study's name, for a search of other settings."""
-    name = f"{results.study_name}_{suffix}"
-    return with_override(results.command, "hydra.sweeper.study_name", name)
-
-
-def searched_otherwise(
-    results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str
-) -> str:
-    """The study's command under a new name, with one key of an arm given or searched otherwise.
-
-    A key of `training` that the arm does not search is set for every arm: with different schedules the
-    arms would no longer be compared fairly.
-    """
-    command = renamed(results, suffix)
-    for_all = key.startswith("training.") and key not in arm.ranges
-    if arm.name == "lora" or for_all:
-        return with_override(command, key, words)
-    return with_override(command, f"hydra.sweeper.arms.{arm.name}.params", f'{{{key}: "{words}"}}')
-
-
-def reference_arm(results: StudyResults) -> ArmResult | None:
-    """Return the full fine-tuning arm, else the second arm with a result, else None."""
-    compared = [arm for arm in results.arms if arm.best is not None]
-    # Adapters are usually measured by full fine-tuning.
-    full = [arm for arm in compared if arm.method == FULL]
-    return next(iter(full or compared[1:]), None)
 
 
 def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
@@ -312,97 +258,6 @@ def _outcomes(arm: ArmResult) -> str:
     )
 
 
-def _range_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
-    """Yield a doubt for each arm whose best learning rate is near an end of its range (log scale)."""
-    for arm in results.arms:
-        # Methods differ most in their best learning rate, so its range is checked.
-        found = arm.ranges.get(RATE)
-        if arm.best is None or found is None:
-            continue
-        rate = float(arm.setting(RATE))
-        low, high = found.values[0], found.values[-1]
-        place = place_in_range(rate, low, high)
-        if OUTER <= place <= 1 - OUTER:
-            continue
-        reason = (
-            f"the best learning rate of {label(arm)} ({rate:.3g}) is in the outer tenth of its search "
-            f"range ({low:.3g} to {high:.3g}), so a better one may exist outside of it"
-        )
-        words = wider(found, downwards=place < OUTER)
-        yield VerdictDoubt(arm.name, reason, searched_otherwise(results, arm, "wider", RATE, words))
-
-
-def wider(found: SearchedRange, downwards: bool) -> str:
-    """Return the search-space text for a range that reaches a decade further at one end."""
-    low, high = found.values[0], found.values[-1]
-    # Sampled ranges grow at one end. Grids get two more values, half a decade apart.
-    if found.continuous:
-        ends = (low / 10, high) if downwards else (low, high * 10)
-        return f"tag(log, interval({ends[0]:.3g}, {ends[1]:.3g}))"
-    more = [high * HALF_DECADE, high * 10]
-    if downwards:
-        more = [low / 10, low / HALF_DECADE]
-    values = sorted({float(f"{value:.3g}") for value in (*found.values, *more)})
-    return f"choice({', '.join(f'{value:.3g}' for value in values)})"
-
-
-def _budget_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
-    """Yield a doubt for each arm with too few finished trials or too small a share of the budget."""
-    rule = results.fairness
-    # Adopted arms used no budget here. Their search is judged by the baseline's doubts.
-    searched = [arm for arm in results.arms if arm.adopted is None]
-    if not searched:
-        return
-    largest = max(searched, key=lambda arm: _spent(arm, rule.equal))
-    for arm in searched:
-        if arm.tried >= arm.n_trials and (arm.exhaustive or arm.best is None):
-            # A completed grid has no further point, and an arm that only failed needs another space.
-            continue
-        spent, most = _spent(arm, rule.equal), _spent(largest, rule.equal)
-        if arm.finished < rule.min_finished:
-            factor = rule.min_finished / max(arm.finished, 1)
-            reason = (
-                f"{label(arm)} has {counted(arm.finished, 'finished trial')}, fewer than "
-                f"fairness.min_finished={rule.min_finished}"
-            )
-        elif spent < (1 - rule.tolerance) * most:
-            factor = most / spent if spent else 2.0
-            unit = rule.equal.replace("_", "-").removesuffix("s")
-            reason = (
-                f"{label(arm)} was searched with {counted(spent, unit)} and {label(largest)} with "
-                f"{most:,.0f}, so the comparison favours the latter"
-            )
-        else:
-            continue
-        yield VerdictDoubt(arm.name, reason, _command_with_more_trials(results, arm, factor))
-
-
-def _adoption_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
-    """Yield the doubts about adopted models, with the command that trains a baseline in this study."""
-    command = with_override(
-        renamed(results, "own_baseline"), "hydra.sweeper.baseline.run_id", "null"
-    )
-    for arm in results.arms:
-        if arm.best is not None:
-            for reason in baseline_doubts(arm, results.fairness):
-                yield VerdictDoubt(arm.name, f"{label(arm)} {reason}", command)
-
-
-def _spent(arm: ArmResult, unit: str) -> float:
-    return {"trials": arm.tried, "tokens": arm.tokens, "device_seconds": arm.seconds}[unit]
-
-
-def _command_with_more_trials(results: StudyResults, arm: ArmResult, factor: float) -> str:
-    """Return the study's command with `factor` times the trials for an arm, at least one more."""
-    count = max(math.ceil(arm.n_trials * factor), arm.n_trials + 1)
-    if arm.tried < arm.n_trials:
-        count = max(
-            arm.n_trials, math.ceil(arm.tried * factor)
-        )  # its own n_trials is not used up yet
-    where = "hydra.sweeper" if arm.name == "lora" else f"hydra.sweeper.arms.{arm.name}"
-    return with_override(results.command, f"{where}.n_trials", str(count))
-
-
 def _sentences(verdict: Verdict) -> Iterator[str]:
     if verdict.doubts:
         yield "PROVISIONAL: another run could change this answer."
@@ -412,6 +267,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     if not verdict.duels:
         yield from (_single_arm_sentence(side, verdict.objective) for side in verdict.sides)
     yield from _adoption_sentences(verdict.sides)
+    yield from (f"{capital(edge.reason)}." for edge in verdict.edges)
     yield from _forgetting_sentences(verdict.sides)
     if not verdict.sides:
         yield "No trial has finished, so there is nothing to compare."

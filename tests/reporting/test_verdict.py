@@ -11,7 +11,8 @@ from sweeper.config.settings import FairnessRules
 from sweeper.config.space import Choice, Interval
 from sweeper.reporting.intervals import IntervalEstimate
 from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults
-from sweeper.reporting.verdict import Verdict, judge, wider, with_override
+from sweeper.reporting.verdict import Verdict, judge
+from sweeper.reporting.verdict_doubts import wider, with_override
 from sweeper.search.study_plan import studies
 from tests.reporting.studies import (
     FACTS,
@@ -230,7 +231,7 @@ def test_a_best_rate_at_the_edge_makes_the_verdict_provisional() -> None:
     assert plan.study.study_name == "mine_wider"
     full = next(arm for arm in plan.arms if arm.name == "full")
     assert full.space[RATE] == Choice((*rates, 0.00949, 0.03))
-    assert full.n_trials == 5
+    assert full.n_trials == 7
 
 
 def test_the_lora_arms_range_is_widened_by_its_own_key() -> None:
