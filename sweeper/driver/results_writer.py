@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from sweeper.core.paths import StudyFolder, write_atomic, write_json
 from sweeper.core.value import MemoryShortfall
 from sweeper.driver.study_state import StudyState
-from sweeper.reporting.finalist_results import ArmConclusion
+from sweeper.reporting.finalist_results import ArmConclusion, finalists_seconds
 from sweeper.reporting.held_out_results import LEFT_ALONE, NOT_ENDED, SWITCHED_OFF, settle
 from sweeper.reporting.result_tables import markdown_report
 from sweeper.reporting.results import StudyResults, collect_arm, to_document
@@ -47,7 +47,12 @@ class ResultsWriter:
             command=plan.command,
             provenance=self.provenance,
             arms=tuple(
-                collect_arm(arm, studies[arm.name], plan.study.costs)
+                collect_arm(
+                    arm,
+                    studies[arm.name],
+                    plan.study.costs,
+                    finalists_seconds(self.folder, arm.name),
+                )
                 for arm in plan.arms
                 if arm.name in studies
             ),

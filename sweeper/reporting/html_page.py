@@ -277,7 +277,7 @@ def _overview(studies: Sequence[PageStudy]) -> TextTable:
             *(study.results.study_name, label(arm), str(arm.tried)),
             f"{arm.base_value:.4f}",
             DASH if arm.best is None else f"{arm.best.value:.4f}",
-            duration(arm.seconds),
+            duration(arm.device_seconds),
         )
         for study in studies
         for arm in study.results.arms

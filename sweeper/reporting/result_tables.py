@@ -188,7 +188,7 @@ def _arm_row(
 
 def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
     if arm.best is None:
-        return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
+        return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.device_seconds))
     micro = arm.setting("training.per_device_train_batch_size")
     accumulated = arm.setting("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
@@ -204,7 +204,7 @@ def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
         str(micro * accumulated) if micro and accumulated else DASH,
         number(arm.setting("training.learning_rate"), "{:.3g}"),
         f"{rates[0]:.2g}…{rates[-1]:.2g}" if rates else DASH,
-        duration(arm.seconds),
+        duration(arm.device_seconds),
     )
 
 

@@ -120,6 +120,9 @@ class ArmResult(FrozenValue):
     """The ranking of the finalists, once they are trained."""
     adopted: BaselineRun | None = None
     """The earlier run that replaces the search. Costs and training are then that run's."""
+    finalist_seconds: float | None = None
+    """Device seconds of the trainings with further seeds, as budgets count them. None: an older version
+    stored the results."""
 
     @model_validator(mode="before")
     @classmethod
@@ -200,9 +203,19 @@ class ArmResult(FrozenValue):
         known = [seconds for seconds in times if seconds is not None]
         return statistics.median(known) if known else None
 
+    @property
+    def device_seconds(self) -> float:
+        """Device seconds of all that the arm cost: its search, and its finalists' further seeds."""
+        if self.finalist_seconds is not None:
+            return self.seconds + self.finalist_seconds
+        listed = () if self.final is None else self.final.finalists
+        # The first seed of each finalist is the search's own trial.
+        further = [repeat.outcome for each in listed for repeat in each.repeats[1:]]
+        return self.seconds + sum(device_seconds(each.metrics) for each in further if each)
+
     @cached_property
     def seconds(self) -> float:
-        """Device seconds of all trials."""
+        """Device seconds of the search's trials."""
         if self.adopted is not None:
             return self.adopted.seconds
         return sum(device_seconds(trial.outcome.spent) for trial in self.trials)
@@ -280,7 +293,12 @@ class StudyResults(FrozenValue):
         return counts.get(name, 1)
 
 
-def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
+def collect_arm(
+    arm: ArmPlan,
+    study: optuna.Study,
+    costs: Sequence[str] = (),
+    finalist_seconds: float | None = None,
+) -> ArmResult:
     """Collect an arm's results from its storage."""
     facts = ArmBaseline.model_validate(study.user_attrs["facts"])
     stored = study.user_attrs.get("adopted")
@@ -314,6 +332,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         costs=tuple(costs),
         front=tuple(front),
         adopted=adopted,
+        finalist_seconds=finalist_seconds,
     )
 
 

@@ -47,7 +47,7 @@ class ArmSide:
     trials: int
     trainable: float | None
     device_seconds: float
-    """Device time of all its trials in seconds."""
+    """Device time of its search and of its finalists in seconds."""
     seconds_per_trial: float | None
     peak_memory_mib: float | None
     artifact_mib: float | None
@@ -204,7 +204,7 @@ def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
         seeds=results.seeds(arm.name),
         trials=arm.tried if arm.adopted is None else arm.adopted.trials,
         trainable=best.metric("parameters/trainable"),
-        device_seconds=arm.seconds,
+        device_seconds=arm.device_seconds,
         seconds_per_trial=arm.seconds_per_trial,
         peak_memory_mib=best.metric("cost/peak_memory_mib"),
         artifact_mib=best.metric("cost/artifact_mib"),

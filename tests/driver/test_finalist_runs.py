@@ -97,7 +97,7 @@ def test_the_verdict_rests_on_the_test_split(ended: tuple[Path, StudyResults]) -
     means = []
     for arm in results.arms:
         assert arm.final is not None
-        pattern = f"test/trial_{arm.final.winner:04d}_seed_*.json"
+        pattern = f"test/*/trial_{arm.final.winner:04d}_seed_*.json"
         found = [
             json.loads(path.read_text()) for path in _finalists(tmp_path, arm.name).glob(pattern)
         ]
@@ -122,7 +122,7 @@ def test_forgetting_is_measured_for_both_arms(ended: tuple[Path, StudyResults]) 
     ]
     forgotten = [found.difference.value for found in results.forgetting]
     assert forgotten == pytest.approx([0.02, 0.2])
-    assert len(list(_finalists(tmp_path).glob("general/fake/trial_*.json"))) == 4
+    assert len(list(_finalists(tmp_path).glob("general/*/trial_*.json"))) == 4
     assert "Forgetting (loss on general text" in judge(results).words
 
 
