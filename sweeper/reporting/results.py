@@ -28,7 +28,7 @@ from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, k
 from sweeper.core.errors import StudyError
 from sweeper.core.outcome import ArmBaseline, BaselineRun, Outcome, device_seconds
 from sweeper.core.paths import StudyFolder, read_json
-from sweeper.core.value import FrozenValue, MemoryShortfall
+from sweeper.core.value import EquivalenceMargin, FrozenValue, MemoryShortfall
 from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.search.pruning_audit import PruningAudit, audit
@@ -235,6 +235,12 @@ class StudyResults(FrozenValue):
     """Contrasts of arms with their untuned base on general text, once finalists were judged on it."""
     untested: str | None = None
     """Reason why the arms are not compared on the test split, for the user."""
+    equivalence_margin: EquivalenceMargin | None = None
+    """The largest difference that counts as none, fixed before the first trial. None: not tested."""
+    look: int | None = None
+    """Number of this look at the test split in the study's family. None: an older version looked."""
+    other_looks: int = 0
+    """Looks at the same test split by other studies in the same folder."""
     misfits: Mapping[str, MemoryShortfall] = Field(default_factory=dict)
     """Arms that were not run because their trainings exceed the device's memory, by name."""
     arms: tuple[ArmResult, ...]
@@ -267,10 +273,15 @@ class StudyResults(FrozenValue):
 
     @property
     def decisive(self) -> tuple[ArmContrast, ...]:
-        """Contrasts that the verdict may rest on. They are of losses, so only a loss objective has
-        any.
-        """
-        return self.contrasts if self.objective.metric == "eval/loss" else ()
+        """Contrasts that the verdict may rest on: those of the objective's metric."""
+        return tuple(each for each in self.contrasts if each.metric == self.compared_metric)
+
+    @property
+    def compared_metric(self) -> str:
+        """The metric by which arms are compared on the test split."""
+        metric = self.objective.metric
+        # A perplexity is the loss on another scale, and its mean over seeds is not.
+        return "eval/loss" if metric == "eval/perplexity" else metric
 
     def contrast(self, name: str) -> ArmContrast | None:
         """Return the contrast of an arm with its reference on the test split."""
@@ -286,7 +297,9 @@ class StudyResults(FrozenValue):
     def seeds(self, name: str) -> int:
         """Return the number of seeds with which an arm's best configuration was judged."""
         counts = {
-            arm.name: len(arm.final.test_losses) or 1 for arm in self.arms if arm.final is not None
+            arm.name: len(arm.final.test_losses) or len(arm.final.of_winner.values) or 1
+            for arm in self.arms
+            if arm.final is not None
         }
         counts |= {found.arm: found.seeds[0] for found in self.contrasts}
         counts |= {found.reference: found.seeds[1] for found in self.contrasts}

@@ -68,4 +68,6 @@ def test_a_killed_trial_is_not_continued_under_another_rate(
     found, expected = (json.loads(each.outcome.read_text()) for each in (killed, undisturbed))
     assert found["best_value"] == expected["best_value"]
     assert found["steps"] == expected["steps"]
-    assert any((tmp_path / "outputs/mine/set_aside/studies").glob("*/lora/trial_0000/checkpoints/*"))
+    assert any(
+        (tmp_path / "outputs/mine/set_aside/studies").glob("*/lora/trial_0000/checkpoints/*")
+    )

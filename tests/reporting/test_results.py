@@ -30,7 +30,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", ["notebook", *PAST])
 def test_an_old_document_is_read_and_written_as_it_was(old: dict[str, Path], name: str) -> None:
-    """No key and no digit is lost or renamed, and keys that were added since say that nothing is known."""
+    """No key and no digit is lost or renamed, and keys that were added since say nothing."""
     document = read_json(old[name])
     del document["verdict"]
     assert list(_changes(document, to_document(from_document(document)))) == []
