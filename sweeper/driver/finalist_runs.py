@@ -2,7 +2,7 @@
 
 Runs when every search has ended, so that no search sees a figure of the test split. Winners are chosen
 over the first seeds and judged over fresh ones: the seeds that chose a winner flatter it. While the
-answer is PROVISIONAL the test split stays unread, and no fresh seed is trained.
+answer is PROVISIONAL the test split stays unread.
 
 Further seeds are trained like trials, but use no budget of n_trials and belong to no Optuna study.
 Results on disk are used again: an ended training by its outcome.json, a judgement by its file.
@@ -109,12 +109,12 @@ class FinalistRuns:
         for each in ended:
             self._train_candidates(each)
         rankings = {each.arm.name: each.choose() for each in ended}
-        # Every look at the test split uses it up, and seeds without a look judge nothing.
-        tested = self.wanted.test and all(each.facts.rows.get("test", 0) for each in ended)
-        self.unsettled = tested and self.provisional(rankings)
-        reads_test = tested and not self.unsettled
-        if reads_test:
+        # Also without a test split: forgetting and a champion's margin need the spread between seeds.
+        if ended:
             self._train_fresh(ended)
+        # Every look at the test split uses it up, so an answer that may change is worth none.
+        self.unsettled = self.provisional(rankings)
+        reads_test = self.wanted.test and not self.unsettled
         return {each.arm.name: self._judged(each, reads_test) for each in ended}
 
     def _judged(self, found: ArmFinalists, reads_test: bool) -> ArmConclusion:
@@ -202,8 +202,8 @@ class FinalistRuns:
         self._train(
             WINNERS,
             jobs,
-            f"the winners are {winners}; training them with {{count}} fresh seeds, which alone are "
-            "judged on the test split",
+            f"the winners are {winners}; training them with {{count}} fresh seeds, which alone "
+            "judge them",
         )
         for found in arms:
             found.settle()

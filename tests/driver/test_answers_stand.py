@@ -31,8 +31,9 @@ NAME = "mine"
 FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
     *("workers.engine=inline", "workers.fake.step_seconds=0.0", "pruner=none"),
-    *("hydra.sweeper.n_trials=2", "hydra.sweeper.arms.full.n_trials=1"),
-    *("hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"),
+    *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=3"),
+    *("hydra.sweeper.finalists.seeds=2", "hydra.sweeper.finalists.fresh_seeds=1"),
+    "hydra.sweeper.fairness.min_finished=1",
 )
 FOLDER = StudyFolder(Path("outputs", NAME))
 Patch = Callable[[pytest.MonkeyPatch], None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -211,13 +210,12 @@ def test_looks_are_counted_over_extensions_and_not_over_repeats(
 
 
 def test_the_test_split_stays_unread_while_provisional(tmp_path: Path) -> None:
-    """Four trials against five: no fresh seed and no look. The fifth trial makes it the first look."""
+    """Four trials against five: no look. The fifth trial makes it the first one."""
     results = _run(tmp_path, "hydra.sweeper.n_trials=4")
     assert judge(results).provisional
     assert results.contrasts == ()
     assert not list((tmp_path / "lr_rank_sweep").rglob("finalists/test"))
     assert not StudyFolder(tmp_path / "lr_rank_sweep").looks.exists()
-    assert _trained(tmp_path) == []
     assert f"Not evaluated on the test split: {PROVISIONAL}." in judge(results).words
     settled = _run(tmp_path)
     assert settled.look == 1
@@ -260,7 +258,7 @@ def test_an_objective_of_scores_is_judged_on_the_test_split(tmp_path: Path) -> N
 
 def test_a_metric_of_all_answers_says_what_it_cannot_say(tmp_path: Path) -> None:
     """No interval for a user's own metric: the mean over the fresh seeds, and the reason."""
-    own = ("evaluation.metrics={mine: math.fsum}", "evaluation.metric_modules=[math]")
+    own = ("+evaluation.metrics.mine=math:fsum", "evaluation.metric_modules=[math]")
     objective = ("objective.metric=eval/mine", "objective.direction=maximize")
     results = _run(tmp_path, *ROUGE, *own, *objective)
     assert results.contrasts == ()
@@ -300,9 +298,9 @@ def test_without_finalists_the_verdict_says_so(tmp_path: Path) -> None:
 
 
 def test_without_a_test_split_the_verdict_stays_on_validation(tmp_path: Path) -> None:
-    """test_ratio=0: no fresh seed is trained, and nothing is compared on the test split."""
+    """test_ratio=0: the seeds show forgetting, and nothing is compared on the test split."""
     results = _run(tmp_path, "data.test_ratio=0")
-    assert len(_trained(tmp_path)) == 0
+    assert len(_trained(tmp_path)) == 3
     assert not (_finalists(tmp_path) / "test").exists()
     assert [found.arm for found in results.forgetting] == ["lora", "full"]
     verdict = judge(results)
@@ -311,10 +309,9 @@ def test_without_a_test_split_the_verdict_stays_on_validation(tmp_path: Path) ->
 
 
 def test_the_test_split_can_be_left_unread(tmp_path: Path) -> None:
-    """finalists.test=false: seeds choose, forgetting is measured, and the words say why no more."""
-    two = ("hydra.sweeper.finalists.test=false", "hydra.sweeper.finalists.seeds=2")
-    results = _run(tmp_path, ONLY_LORA, *two)
-    assert len(_trained(tmp_path)) == 1
+    """finalists.test=false: seeds are trained, forgetting is measured, and the words say why no more."""
+    results = _run(tmp_path, ONLY_LORA, "hydra.sweeper.finalists.test=false")
+    assert len(_trained(tmp_path)) == 3
     assert not (_finalists(tmp_path) / "test").exists()
     assert [found.arm for found in results.forgetting] == ["lora"]
     assert f"Not evaluated on the test split: {LEFT_ALONE}." in judge(results).words
@@ -327,8 +324,8 @@ def test_a_used_up_budget_leaves_seeds_out(
     results = _run(tmp_path, ONLY_LORA, *TWO_BY_THREE, "hydra.sweeper.budget.device_hours=1e-9")
     assert not _trained(tmp_path)
     output = capsys.readouterr().out
-    assert "lora finalists: 4 further seeds left out: the device-hours are used up" in output
-    assert "winners: 2 further seeds left out: the device-hours are used up" in output
+    assert "lora finalists: 2 further seeds left out: the device-hours are used up" in output
+    assert judge(results).provisional
     final = results.arms[0].final
     assert final is not None
     assert final.test_losses == {}
