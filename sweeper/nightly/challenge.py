@@ -179,7 +179,8 @@ def _seed_deviation(plan: StudyPlan, best: BestTrial) -> float | None:
     values = [
         [repeat.value for repeat in repeats if repeat.value is not None]
         for final in finals
-        for repeats in (*(each.repeats for each in final.finalists), final.judged)
+        # The first seed of a finalist won the search by its luck, so it shows no spread.
+        for repeats in (*(each.repeats[1:] for each in final.finalists), final.judged)
     ]
     found = pooled_spread(values)
     return None if found is None else found.variance**0.5

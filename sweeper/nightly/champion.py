@@ -4,8 +4,8 @@ Decided is which artifact has the lower loss on the population of the gate's row
 per-example losses on the gate split. The validation split selected the challenger, and a test split
 that is evaluated every night would soon be fitted too. The module knows no registry and no model.
 
-- The challenger must be better by a margin, by default one standard deviation between seeds: what another
-  seed of the same configuration would change is no reason to replace a model.
+- The challenger must be better by a margin, by default one standard deviation between seeds: what
+  another seed of the same configuration would change is no reason to replace a model.
 - A champion is challenged night after night on the same rows. All its challenges together may promote a
   challenger that is not better with a probability of 5 %, of which each look at the gate spends a part.
 - A part of the rows decides nothing. After a promotion the improvement is estimated on them, because the

@@ -112,10 +112,10 @@ def _contrast(
 
 def _judged(final: ArmConclusion, metric: str) -> SeedLosses:
     """Return the losses of the winner's seeds, with the spread over the seeds that chose it."""
-    # Only fresh seeds leave others over, and only the objective itself has comparable values there.
-    further = None
-    if final.final.judged:
-        further = pooled_spread([finalist.values for finalist in final.final.finalists])
+    # The first seed of a finalist won the search by its luck, so it shows no spread.
+    repeats = [finalist.repeats[1:] for finalist in final.final.finalists]
+    values = [[each.value for each in found if each.value is not None] for found in repeats]
+    further = pooled_spread(values) if final.final.judged else None
     return replace(_rows(final.losses("test"), metric), further=further)
 
 

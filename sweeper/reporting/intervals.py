@@ -23,7 +23,7 @@ from sweeper.core.value import EquivalenceMargin, FrozenValue
 LEVEL = 0.95
 POWER = 0.8
 """Probability with which a gap of the size that a study could have seen is found."""
-CAUTION = 0.8
+CAUTION = 0.6
 """Factor on the degrees of freedom of seed variances. A handful of seeds is often too quiet by chance,
 and exactly then an interval is short: without the factor the shortest quarter of intervals covers less.
 """
