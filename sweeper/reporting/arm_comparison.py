@@ -13,7 +13,7 @@ from typing import Literal
 
 from sweeper.config.settings import Objective
 from sweeper.core.value import EquivalenceMargin
-from sweeper.reporting.intervals import POWER, IntervalEstimate, t_quantile
+from sweeper.reporting.intervals import ENDLESS, POWER, IntervalEstimate, t_quantile
 
 FEWEST_SEEDS = 2
 """Usable seeds of an arm below which nothing is decided. The spread of one seed is unknown."""
@@ -184,7 +184,7 @@ class NeededEvidence:
 
 def _reach(level: float, freedom: float | None) -> float:
     """Return the standard errors between no difference and one that is found with POWER."""
-    nu = math.inf if freedom is None else freedom
+    nu = ENDLESS if freedom is None else freedom
     return t_quantile(1 - level / 2, nu) + t_quantile(POWER, nu)
 
 

@@ -101,6 +101,11 @@ class FinalistRanking(FrozenValue):
         return self.judged or self.of_winner.repeats
 
     @property
+    def usable(self) -> int:
+        """Number of those trainings that ended by themselves."""
+        return sum(repeat.value is not None for repeat in self.repeats)
+
+    @property
     def test_loss(self) -> float | None:
         """Mean over the winner's seeds, or None without a judgement."""
         return statistics.fmean(self.test_losses.values()) if self.test_losses else None

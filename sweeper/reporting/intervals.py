@@ -28,6 +28,9 @@ CAUTION = 0.6
 and exactly then an interval is short: without the factor the shortest quarter of intervals covers less.
 """
 
+ENDLESS = 1e9
+"""Degrees of freedom at which Student's t is the normal distribution."""
+
 Floats = NDArray[np.float64]
 
 
@@ -168,13 +171,11 @@ class LinearEstimate:
 
     def above(self, limit: float = 0.0) -> float:
         """Return the one-sided p value of a sum that is not above a limit."""
-        from scipy import (
-            stats,  # the import takes half a second and is needed at a study's end only
-        )
+        from scipy import special  # see t_quantile
 
         if self.error == 0:
             return 0.0 if self.value > limit else 1.0
-        return float(stats.t.sf((self.value - limit) / self.error, self.freedom))
+        return float(special.stdtr(self.freedom, (limit - self.value) / self.error))
 
     def half_width(self, level: float = LEVEL) -> float:
         """Return half the width of the two-sided interval of a level."""
@@ -188,9 +189,9 @@ class LinearEstimate:
 
 def t_quantile(probability: float, freedom: float) -> float:
     """Return a quantile of Student's t distribution."""
-    from scipy import stats  # see LinearEstimate.above
+    from scipy import special  # the import takes time and is needed at a study's end only
 
-    return float(stats.t.ppf(probability, freedom))
+    return float(special.stdtrit(freedom, probability))
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class JointMeans:
             value=float(by @ self.means),
             error=variance**0.5,
             # Without any variance the t distribution has no degrees of freedom.
-            freedom=variance**2 / spread if spread > 0 else float("inf"),
+            freedom=variance**2 / spread if spread > 0 else ENDLESS,
             seed_share=0.0 if variance == 0 else 1 - examples / variance,
         )
 
@@ -299,7 +300,7 @@ def contrast(
         noise=(noise_floor(arm.losses), noise_floor(reference.losses)),
         metric=metric,
         standard_error=difference.error,
-        freedom=None if np.isinf(difference.freedom) else difference.freedom,
+        freedom=None if difference.freedom == ENDLESS else difference.freedom,
         seed_share=difference.seed_share,
         p_value=2 * min(difference.above(), 1 - difference.above(), 0.5),
         equivalence_p=None if margin is None else _equivalence(joint, margin, sign),

@@ -297,7 +297,7 @@ class StudyResults(FrozenValue):
     def seeds(self, name: str) -> int:
         """Return the number of seeds with which an arm's best configuration was judged."""
         counts = {
-            arm.name: len(arm.final.test_losses) or len(arm.final.of_winner.values) or 1
+            arm.name: len(arm.final.test_losses) or arm.final.usable or 1
             for arm in self.arms
             if arm.final is not None
         }

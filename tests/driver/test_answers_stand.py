@@ -34,6 +34,8 @@ FAKE = (
     *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=3"),
     *("hydra.sweeper.finalists.seeds=2", "hydra.sweeper.finalists.fresh_seeds=1"),
     "hydra.sweeper.fairness.min_finished=1",
+    # wide enough for the best rate of three to lie in its middle
+    "training.learning_rate=tag(log,interval(3e-5,3e-1))",
 )
 FOLDER = StudyFolder(Path("outputs", NAME))
 Patch = Callable[[pytest.MonkeyPatch], None]
