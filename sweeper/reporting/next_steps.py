@@ -67,20 +67,13 @@ def _of_arm(
 
 
 def _ranks(results: StudyResults) -> Iterator[NextStep]:
-    """Suggest larger ranks if the largest is best, or a smaller rank that is as good."""
+    """Suggest larger ranks if the largest is better than the one below it by more than chance."""
     arms = {arm.name: arm for arm in results.arms}
     for ladder in rank_ladders(results):
-        arm, best, enough = arms[ladder.arm], ladder.best, ladder.enough
-        # A smaller rank as good as the best needs less memory and disk space.
-        if enough is not None and enough != best:
-            yield NextStep(
-                f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} {ladder.unit}) "
-                f"of the best rank, {best.r}, and smaller: use it.",
-                f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {enough.trial}",
-            )
-        elif best == ladder.rungs[-1]:
-            values = [rung.r for rung in ladder.rungs[-2:]]
-            more = ", ".join(str(r) for r in (*values, 2 * best.r, 4 * best.r))
+        arm, best = arms[ladder.arm], ladder.best
+        below = ladder.rungs[-2]
+        if best == ladder.rungs[-1] and below in ladder.worse:
+            more = ", ".join(str(r) for r in (below.r, best.r, 2 * best.r, 4 * best.r))
             yield NextStep(
                 f"{label(arm)}: the best rank, {best.r}, is the largest that was tried "
                 f"({_signed(best.per_doubling)} {ladder.unit} for its last doubling): try larger ones.",
