@@ -57,7 +57,8 @@ class CostRatios:
     """Costs of an arm divided by those of its reference. None where either is unknown."""
 
     trainable: float | None
-    time: float | None
+    time: IntervalEstimate | None
+    """Time of a training. None also if it is not told apart from the reference's."""
     memory: float | None
     artifact: float | None
 
@@ -102,6 +103,10 @@ class ArmComparison:
     """The arm's improvement over the base in % of the reference's. None if that is not certain."""
     noise: tuple[float | None, float | None]
     """Standard deviation over seeds of the arm and of the reference, None for one seed."""
+    time: IntervalEstimate | None = None
+    """Time of a training of the arm over the reference's (sweeper.reporting.time_ratio)."""
+    on_cpu: bool = False
+    """True if both were trained on CPUs. Times are then CPU seconds."""
     base: float | None = None
     """The untuned base's value on that split, from which both improvements count."""
     evidence: ComparisonEvidence = ComparisonEvidence()
@@ -166,8 +171,9 @@ class ArmComparison:
         side, reference = self.side, self.reference
         return CostRatios(
             trainable=_ratio(side.trainable, reference.trainable),
-            time=_ratio(side.seconds_per_trial, reference.seconds_per_trial),
-            memory=_ratio(side.peak_memory_mib, reference.peak_memory_mib),
+            time=self.time,
+            # On a CPU the peak is that of the process, most of which rests in memory anyway.
+            memory=None if self.on_cpu else _ratio(side.peak_memory_mib, reference.peak_memory_mib),
             artifact=_ratio(side.artifact_mib, reference.artifact_mib),
         )
 

@@ -215,7 +215,8 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
         if ratios.trainable:
             yield f"{100 * ratios.trainable:.3g} %", "of the parameters trained"
         if ratios.time:
-            yield f"{ratios.time:.2g}×", "the time a trial"
+            what = "CPU time" if duel.on_cpu else "time"
+            yield f"{ratios.time.value:.2g}×", f"the {what} of a training"
         if ratios.artifact:
             yield f"{ratios.artifact:.2g}×", "the disk space"
     # A single arm is compared with its untuned base.

@@ -55,7 +55,7 @@ def _of_duel(duel: ArmComparison) -> Iterator[tuple[str, float | None]]:
     yield f"{at}/noise", duel.noise[0]
     yield f"{at}/reference_noise", duel.noise[1]
     yield f"{at}/trainable_ratio", ratios.trainable
-    yield f"{at}/time_ratio", ratios.time
+    yield from _estimate(f"{at}/time_ratio", ratios.time)
     yield f"{at}/memory_ratio", ratios.memory
     yield f"{at}/artifact_ratio", ratios.artifact
 

@@ -28,6 +28,7 @@ from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.split_looks import holm, look_alpha
 from sweeper.reporting.text_table import capital, point_words
+from sweeper.reporting.time_ratio import on_cpu, time_ratio
 from sweeper.reporting.verdict_doubts import (
     RangeEdge,
     VerdictDoubt,
@@ -126,7 +127,7 @@ def judge(results: StudyResults) -> Verdict:
         for name in sides
         if reference is not None and reference.name in sides and name != reference.name
     ]
-    duels = _decided(results, duels)
+    duels = [_timed(results, duel) for duel in _decided(results, duels)]
     failed = [(label(arm), _outcomes(arm)) for arm in results.arms if arm.best is None]
     return Verdict(
         results.objective,
@@ -155,6 +156,14 @@ def _decided(results: StudyResults, duels: list[ArmComparison]) -> list[ArmCompa
         replace(duel, evidence=replace(duel.evidence, ahead=lead, equivalent=equal, level=alpha))
         for duel, lead, equal in zip(duels, leads, same, strict=True)
     ]
+
+
+def _timed(results: StudyResults, duel: ArmComparison) -> ArmComparison:
+    """Return the comparison with the ratio of the arms' times."""
+    arms = {arm.name: arm for arm in results.arms}
+    own, reference = arms[duel.side.arm], arms[duel.reference.arm]
+    cpu = on_cpu(own) and on_cpu(reference)
+    return replace(duel, time=time_ratio(own, reference), on_cpu=cpu)
 
 
 def _p(value: float | None) -> float:

@@ -62,7 +62,7 @@ def comparison_sentences(duel: ArmComparison) -> Iterator[str]:
         yield f"{name}: {values}."
     if not reference_improves:
         yield f"{capital(reference.label)} is no better than the untuned base."
-    if costs := costs_words(duel.cost_ratios):
+    if costs := costs_words(duel.cost_ratios, duel.on_cpu):
         yield f"{capital(side.label)} {costs}."
 
 
@@ -170,13 +170,14 @@ def with_interval(found: IntervalEstimate, form: str, unit: str) -> str:
     return f"{value} (95 % interval {form.format(found.low)} to {form.format(found.high)})"
 
 
-def costs_words(ratios: CostRatios) -> str:
+def costs_words(ratios: CostRatios, on_cpu: bool) -> str:
     """Return the arm's known costs as text, as shares of its reference's, or '' if none is known."""
     words = []
     if ratios.trainable is not None:
         words.append(f"trains {100 * ratios.trainable:.3g} % of the parameters")
     if ratios.time is not None:
-        words.append(f"takes {ratios.time:.2g}× the time a trial")
+        time = with_interval(ratios.time, "{:.3g}", "×")
+        words.append(f"takes {time} the {'CPU time' if on_cpu else 'time'} of a training")
     if ratios.memory is not None:
         words.append(f"{ratios.memory:.2g}× the peak memory")
     if ratios.artifact is not None:

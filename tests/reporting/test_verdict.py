@@ -69,7 +69,7 @@ def test_words_give_share_parameters_time_memory_and_space() -> None:
     assert "retains 90.0 % (95 % interval 86.0 % to 94.0 %) of full" in verdict.words.replace(
         "86.0 to 94.0", "86.0 % to 94.0 %"
     )
-    assert "trains 5 % of the parameters, takes 0.5× the time a trial" in verdict.words
+    assert "QLoRA trains 5 % of the parameters, 0.5× the peak memory" in verdict.words
     assert "0.5× the peak memory and 0.05× the disk space" in verdict.words
     (duel,) = verdict.duels
     assert duel.difference.value == pytest.approx(0.05)
