@@ -18,6 +18,7 @@ import math
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sweeper.core.value import FrozenValue
 from sweeper.nightly.nightly_set import ChampionRules
@@ -29,6 +30,8 @@ from sweeper.reporting.intervals import (
     contrast,
 )
 
+Rows = NDArray[np.int64]
+"""Numbers of rows of the gate."""
 SPLIT = "gate"
 GATE_ALPHA = 0.05
 """Probability that any challenge of one champion promotes a model that is not better by the margin."""
@@ -129,19 +132,17 @@ def decide(
     # Without a champion the base is both the rival and the zero line.
     models = (challenger, champion or base, base)
     decisive, reserved = _parts(challenger.tokens.size)
-    found = contrast(
-        (who, holder or "base"), *(_rows(one, decisive) for one in models), split=SPLIT
-    )
+    own, other, zero = (_rows(one, decisive) for one in models)
+    found = contrast((who, holder or "base"), own, other, zero, SPLIT)
     broken = _broken_limits(evidence, rules)
     # Level and margin keep a challenger that is better by chance from replacing a champion.
     level = gate_alpha(look)
-    joint = JointMeans.of([_rows(one, decisive) for one in models])
-    ahead = joint.combined(-1, 1, 0).above(margin) < level
+    ahead = JointMeans.of((own, other, zero)).combined(-1, 1, 0).above(margin) < level
     promoted = ahead and not broken
     confirmed = None
     if promoted and reserved.size:
-        names_of = (who, holder or "base")
-        confirmed = contrast(names_of, *(_rows(one, reserved) for one in models)).difference
+        own, other, zero = (_rows(one, reserved) for one in models)
+        confirmed = contrast((who, holder or "base"), own, other, zero, SPLIT).difference
     interval = (
         f"{found.difference.value:+.4f} nats against {rival} (95 % interval {found.difference.low:+.4f} "
         f"to {found.difference.high:+.4f}, required margin {margin:.4f} at a level of {level:.2g})"
@@ -172,7 +173,7 @@ def _margin(
     return 0.0 if champion is None else seed_deviation
 
 
-def _parts(rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _parts(rows: int) -> tuple[Rows, Rows]:
     """Return the numbers of the rows that decide, and of those that only estimate."""
     numbers = np.arange(rows)
     reserved = numbers % RESERVED == RESERVED - 1
@@ -181,7 +182,7 @@ def _parts(rows: int) -> tuple[np.ndarray, np.ndarray]:
     return numbers[~reserved], numbers[reserved]
 
 
-def _rows(models: SeedLosses, rows: np.ndarray) -> SeedLosses:
+def _rows(models: SeedLosses, rows: Rows) -> SeedLosses:
     return SeedLosses(models.nll[:, rows], models.tokens[rows])
 
 

@@ -28,7 +28,7 @@ def time_ratio(arm: ArmResult, reference: ArmResult) -> IntervalEstimate | None:
     """Return the time of a training over the reference's, or None if it may be one.
 
     The ratio is a geometric mean with its 95 % interval. It is None unless the interval excludes one: a
-    ratio within its own spread says nothing. Without alternating trainings there is a ratio on CPUs only.
+    ratio within its own spread says nothing. Without alternating trainings only CPUs have a ratio.
     """
     if arm.adopted is not None or reference.adopted is not None:
         # Their trainings ran at another time, perhaps on another machine.
