@@ -43,6 +43,7 @@ from sweeper.reporting.verdict_words import (
     adoption_sentences,
     comparison_sentences,
     forgetting_sentences,
+    headline,
     look_sentence,
     seed_sentences,
     single_arm_sentence,
@@ -84,6 +85,21 @@ class Verdict:
         return bool(self.doubts)
 
     @property
+    def headline(self) -> str:
+        """The answer in one or two sentences."""
+        found = [headline(duel) for duel in self.duels]
+        if not found:
+            found = [single_arm_sentence(side, self.objective) for side in self.sides]
+        words = " ".join(found) or "No trial has finished."
+        return f"Provisional: {words}" if self.provisional else words
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """Commands that settle what is provisional or undecided."""
+        named = [*(doubt.command for doubt in self.doubts), *self.settling]
+        return tuple(dict.fromkeys(f"python -m sweeper {command}" for command in named))
+
+    @property
     def words(self) -> str:
         """The answer in a few sentences."""
         return " ".join(_sentences(self))
@@ -91,10 +107,9 @@ class Verdict:
     @property
     def text(self) -> str:
         """The sentences, followed by the commands that settle what is provisional or undecided."""
-        named = [*(doubt.command for doubt in self.doubts), *self.settling]
-        commands = dict.fromkeys(f"    python -m sweeper {command}" for command in named)
-        if not commands:
+        if not self.commands:
             return self.words
+        commands = (f"    {command}" for command in self.commands)
         return "\n".join([f"{self.words}\n\nTo settle it, run:\n", *commands])
 
     def document(self) -> dict[str, Any]:

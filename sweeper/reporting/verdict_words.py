@@ -24,6 +24,32 @@ def outcome_sentence(duel: ArmComparison) -> str:
     return f"Undecided: {_why_undecided(duel, difference)}."
 
 
+def headline(duel: ArmComparison) -> str:
+    """Return the outcome in a sentence without figures that a person reads in a few seconds."""
+    side, reference = duel.side.label, duel.reference.label
+    found = {
+        "ahead": f"{capital(duel.better.label)} is ahead",
+        "equivalent": f"{capital(side)} and {reference} are equivalent",
+        "undecided": f"Undecided whether {side} or {reference} is better",
+    }[duel.outcome]
+    return f"{found}. {_more_forgetful(duel)}".strip()
+
+
+def _more_forgetful(duel: ArmComparison) -> str:
+    """Return which side forgets more, or '' if their intervals overlap."""
+    sides = [side for side in (duel.side, duel.reference) if side.forgetting is not None]
+    found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
+    if len(found) < 2:
+        return ""
+    (less, low), (more, high) = sorted(found, key=lambda each: each[1].value)
+    if low.high is None or high.low is None or low.high >= high.low:
+        return ""
+    return (
+        f"{capital(more)} forgets more: {high.value:+.2f} against {low.value:+.2f} nats of {less} on "
+        "general text."
+    )
+
+
 def _why_undecided(duel: ArmComparison, difference: str) -> str:
     low, high = duel.difference.low, duel.difference.high
     names = f"the {duel.split} {_metric(duel)} of {duel.side.label} minus {duel.reference.label}'s"
