@@ -16,6 +16,7 @@ from tests.conftest import run_in_process, run_program
 SMALL = (
     *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=2"),
     *("training.max_steps=6", "training.eval_steps=3", "data.max_samples=64"),
+    "hydra.sweeper.finalists.fresh_seeds=1",
 )
 
 
@@ -64,7 +65,9 @@ def test_every_trial_has_a_run_under_the_parent(swept: tuple[Path, str]) -> None
     for name, run in finalists.items():
         assert name == f"{run.data.tags['finalist']}_seed_1"
         assert run.data.params["seed"] == "1"
-    assert parent.data.metrics["test/loss"] > 0
+    # Two rates show no best one, so the test split is kept for an answer that can stand.
+    assert "test/loss" not in parent.data.metrics
+    assert "PROVISIONAL" in parent.data.tags["mlflow.note.content"]
     for run in children.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == ("KILLED" if run.data.tags["cause"] == "pruned" else "FINISHED")

@@ -132,7 +132,7 @@ def test_every_format_reports_the_past(say: Say, name: str) -> None:
     assert [int(row["trial"]) for row in rows] == [trial["number"] for trial in trials]
     text = Path("outputs", name, "report.md").read_text(encoding="utf-8")
     # Ranks with other target modules are compared no more.
-    text = re.sub(r"## \w+: gain by rank.*?(?=\n## )", "", text, flags=re.DOTALL)
+    text = re.sub(r"## \w+: what each rank brings.*?(?=\n## )", "", text, flags=re.DOTALL)
     figures = re.findall(r"\d+\.\d{4}", text)
     assert len(figures) > 5
     assert set(figures) <= set(re.findall(r"\d+\.\d{4}", say("report", name, "--format", "md")))

@@ -91,7 +91,12 @@ def _told(runs: dict[str, Run]) -> Iterator[str]:
     for arm, name in (("lora", "QLoRA"), ("full", "full fine-tuning")):
         forgotten = [parent[f"general/{arm}/forgetting{end}"] for end in ("", "_low", "_high")]
         yield f"{name} {forgotten[0]:+.4f} (95 % interval {forgotten[1]:+.4f} to {forgotten[2]:+.4f})"
-    seeds = [sum(f"{arm}/" in key and "_seed_" in key for key in runs) for arm in ("lora", "full")]
+    # Seed 1 chose the winner with the trial's own, and the seeds after it are fresh.
+    fresh = r"{}/\d+_seed_[2-9]"
+    seeds = [
+        sum(re.fullmatch(fresh.format(arm), key) is not None for key in runs)
+        for arm in ("lora", "full")
+    ]
     yield "Judged on {} against {} fresh seeds".format(*seeds)
     noise = parent[f"{at}/noise"], parent[f"{at}/reference_noise"]
     yield "{:.4f} (QLoRA), {:.4f} (full fine-tuning)".format(*noise)
