@@ -141,7 +141,7 @@ def test_the_same_command_says_that_it_is_finished(swept: tuple[Path, str]) -> N
     assert "hydra.sweeper.study_name=lr_rank_sweep_2" in result.stdout
     after = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()
     assert json.loads(before)["arms"] == json.loads(after)["arms"]
-    assert json.loads(before)["contrasts"] == json.loads(after)["contrasts"] != []
+    assert json.loads(before)["forgetting"] == json.loads(after)["forgetting"]
 
 
 def test_report_reads_the_study(swept: tuple[Path, str]) -> None:
