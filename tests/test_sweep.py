@@ -16,7 +16,7 @@ from tests.conftest import run_in_process, run_program
 
 SMALL = (
     *("hydra.sweeper.n_trials=2", "hydra.sweeper.arms.full.n_trials=1"),
-    *("training.max_steps=4", "training.eval_steps=2"),
+    *("training.max_steps=4", "training.eval_steps=2", "hydra.sweeper.finalists.fresh_seeds=1"),
 )
 DATA = {
     "embedded": ("data.max_samples=64",),
@@ -83,7 +83,9 @@ def test_every_trial_has_a_run_under_the_parent(swept: Swept) -> None:
     for name, run in finalists.items():
         assert name == f"{run.data.tags['finalist']}_seed_1"
         assert run.data.params["seed"] == "1"
-    assert parent.data.metrics["test/loss"] > 0
+    # Two rates show no best one, so the test split is kept for an answer that can stand.
+    assert "test/loss" not in parent.data.metrics
+    assert "PROVISIONAL" in parent.data.tags["mlflow.note.content"]
     for run in children.values():
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == ("KILLED" if run.data.tags["cause"] == "pruned" else "FINISHED")
@@ -157,7 +159,7 @@ def test_the_same_command_says_that_it_is_finished(swept: Swept) -> None:
     assert "hydra.sweeper.study_name=lr_rank_sweep_2" in result.stdout
     after = (folder / "outputs" / "lr_rank_sweep" / "results.json").read_text()
     assert json.loads(before)["arms"] == json.loads(after)["arms"]
-    assert json.loads(before)["contrasts"] == json.loads(after)["contrasts"] != []
+    assert json.loads(before)["forgetting"] == json.loads(after)["forgetting"]
 
 
 def test_report_reads_the_study(swept: Swept) -> None:

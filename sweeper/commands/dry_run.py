@@ -30,7 +30,7 @@ from sweeper.reporting.console import make_console, say
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
 from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.text_table import TextTable, duration, number
-from sweeper.reporting.verdict import with_override
+from sweeper.reporting.verdict_doubts import with_override
 from sweeper.search.samplers import make_sampler
 from sweeper.search.study import enqueue, first_draws, suggest
 from sweeper.search.study_plan import ArmPlan, StudyPlan

@@ -19,7 +19,8 @@ from sweeper.reporting.live_view import print_answer, print_results
 from sweeper.reporting.result_tables import markdown_report
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.tracked_metrics import study_figures
-from sweeper.reporting.verdict import judge, with_override
+from sweeper.reporting.verdict import judge
+from sweeper.reporting.verdict_doubts import with_override
 from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.tracker import RunStatus, Tracker
 from sweeper.tracking.tracker_factory import browse_command, make_registry

@@ -20,6 +20,8 @@ ROUGE_METRICS = {
     "eval/rouge2": "maximize",
     "eval/rougeL": "maximize",
 }
+SCORED_METRICS = ("eval/bits_per_byte", *ROUGE_METRICS)
+"""Metrics other than the loss that are made of a score of each example."""
 DIRECTIONS: dict[str, str] = {**LOSS_METRICS, **ROUGE_METRICS}
 """Metrics that a trial can be judged by, with the better direction. A user adds `eval/<name>`."""
 

@@ -17,7 +17,7 @@ from sweeper.config.space import word
 SWEEPER = "hydra.sweeper."
 SHORT_KEYS = ("n_trials", "n_jobs", "study_name")
 """Keys of `hydra.sweeper` that need no prefix on the command line."""
-SHORT_SECTIONS = ("sampler", "pruner", "finalists", "budget", "baseline")
+SHORT_SECTIONS = ("sampler", "pruner", "finalists", "budget", "baseline", "verdict")
 """Sections of `hydra.sweeper` whose keys need no prefix on the command line."""
 STUDY_GROUPS = ("sampler", "pruner", "finalists")
 """Groups that only a study reads."""

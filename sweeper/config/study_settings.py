@@ -7,6 +7,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from sweeper.config.section import Fraction, Positive, SettingsSection, parse_duration
+from sweeper.core.value import EquivalenceMargin
+
+
+def parse_margin(value: Any) -> Any:
+    """Return a margin from a number in the metric's unit or a share such as "5%"."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return EquivalenceMargin(share=float(value.strip()[:-1]) / 100)
+        except ValueError:
+            raise ValueError(f"{value!r} is no share. Write 5%, or a number such as 0.01") from None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return EquivalenceMargin(absolute=float(value))
+    return value
+
 
 SamplerName = Literal["tpe", "gp", "random", "grid"]
 
@@ -105,6 +119,9 @@ class FinalistSettings(SettingsSection):
 
     top: Annotated[int, Field(ge=0)]
     seeds: Positive
+    """Seeds of each finalist over which the best mean is chosen. The first is the trial's own."""
+    fresh_seeds: Annotated[int, Field(ge=0)]
+    """Further seeds of the winner, which took no part in the choice and are judged on the test split."""
     test: bool
     """True if the winners are judged on the test split."""
 
@@ -128,6 +145,13 @@ class FairnessRules(SettingsSection):
     equal: Literal["trials", "tokens", "device_seconds"]
     tolerance: Fraction
     min_finished: Positive
+
+
+class VerdictRules(SettingsSection):
+    """Rules of the verdict that are fixed before the first trial."""
+
+    equivalence_margin: Annotated[EquivalenceMargin, BeforeValidator(parse_margin)] | None
+    """The largest difference between arms that counts as none. null: equivalence is not tested."""
 
 
 class ArmSettings(SettingsSection):
@@ -182,6 +206,7 @@ class StudySettings(SettingsSection):
     retention: RetentionSettings
     baseline: BaselineSettings
     fairness: FairnessRules
+    verdict: VerdictRules
 
     @model_validator(mode="after")
     def _lora_is_the_search_itself(self) -> StudySettings:

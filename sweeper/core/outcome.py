@@ -70,6 +70,20 @@ class Outcome(FrozenValue):
         return {} if self.cause == "duplicate" else self.metrics
 
 
+class ExampleScores(FrozenValue):
+    """A metric of one model on each example of a split, as sums over weights."""
+
+    metric: str
+    values: tuple[float, ...]
+    """Sum of the metric over each example. With weights of 1 it is the example's score."""
+    weights: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """Value of the metric on the split."""
+        return math.fsum(self.values) / math.fsum(self.weights)
+
+
 class ExampleLosses(FrozenValue):
     """Loss of one model on each example of a split, in the order of the split."""
 
@@ -77,6 +91,10 @@ class ExampleLosses(FrozenValue):
     """Summed negative log-likelihood of each example's target tokens, in nats."""
     tokens: tuple[int, ...]
     """Number of target tokens of each example."""
+    groups: tuple[int, ...] = ()
+    """Number of the group of data.group_by that each example belongs to. Empty without groups."""
+    scores: ExampleScores | None = None
+    """The objective on each example, if it is not the loss and is made of examples."""
 
     @property
     def loss(self) -> float:

@@ -233,6 +233,11 @@ class StudyFolder:
         return self.path / ".tracking"
 
     @property
+    def looks(self) -> Path:
+        """Record of the looks at the test split, of this study and of its forks."""
+        return self.path / "looks.json"
+
+    @property
     def results(self) -> Path:
         """Results of the study for programs (JSON)."""
         return self.path / "results.json"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class FrozenValue(BaseModel):
@@ -25,3 +27,17 @@ class MemoryShortfall(FrozenValue):
             f"{self.what} need {self.need_mib:,.0f} MiB, but the device "
             f"has {self.have_mib:,.0f} MiB"
         )
+
+
+class EquivalenceMargin(FrozenValue):
+    """The largest difference that still counts as none: absolute, or a share of the improvement."""
+
+    absolute: Annotated[float, Field(gt=0)] | None = None
+    """In the metric's unit."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the reference's improvement over the untuned base, 0 to 1."""
+
+    def __str__(self) -> str:
+        if self.share is None:
+            return f"{self.absolute:g}"
+        return f"{100 * self.share:g} % of the reference's improvement"

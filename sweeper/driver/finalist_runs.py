@@ -1,13 +1,17 @@
 """Finalists: each arm's best configurations over further seeds, and the winners on unseen texts.
 
-Runs when every search has ended, so that no search sees a figure of the test split. Further seeds are
-trained like trials, but use no budget of n_trials and belong to no Optuna study. Results on disk are
-used again: an ended training by its outcome.json, a judgement by its file.
+Runs when every search has ended, so that no search sees a figure of the test split. Winners are chosen
+over the first seeds and judged over fresh ones: the seeds that chose a winner flatter it. While the
+answer is PROVISIONAL the test split stays unread.
+
+Further seeds are trained like trials, but use no budget of n_trials and belong to no Optuna study.
+Results on disk are used again: an ended training by its outcome.json, a judgement by its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import optuna
@@ -23,13 +27,62 @@ from sweeper.driver.jobs import JobList
 from sweeper.driver.study_services import StudyServices
 from sweeper.driver.trial_sizes import recorded
 from sweeper.driver.winner_judging import WinnerJudging
-from sweeper.reporting.finalist_results import ArmConclusion, FinalistRanking, choose
+from sweeper.reporting.finalist_results import (
+    ArmConclusion,
+    FinalistRanking,
+    SeedRepeat,
+    choose,
+)
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.states import STATES
 from sweeper.search.study import point_of, settings_of, shown_point
 from sweeper.search.study_plan import ArmPlan
 from sweeper.tracking.provenance import origin
 from sweeper.tracking.tracker import TrialRecord, dataset_record
+
+Rankings = Mapping[str, FinalistRanking]
+WINNERS = "winners"
+"""Name on the screen of the trainings with fresh seeds."""
+
+
+@dataclass
+class ArmFinalists:
+    """An arm's candidates, and its winner once it was chosen."""
+
+    arm: ArmPlan
+    study: optuna.Study
+    candidates: list[Candidate]
+    ranking: FinalistRanking | None = None
+    fresh: list[FinalistTraining] = field(default_factory=list)
+    """Trainings of the winner with seeds that took no part in its choice."""
+
+    @property
+    def facts(self) -> ArmBaseline:
+        """The facts about the arm."""
+        return ArmBaseline.model_validate(self.study.user_attrs["facts"])
+
+    @property
+    def winner(self) -> Candidate:
+        """The candidate that won."""
+        assert self.ranking is not None
+        number = self.ranking.winner
+        return next(each for each in self.candidates if each.number == number)
+
+    def choose(self) -> FinalistRanking:
+        """Choose the winner by the mean over the seeds so far."""
+        finalists = tuple(candidate.finalist() for candidate in self.candidates)
+        winner = choose(finalists, self.arm.settings.objective.direction)
+        self.ranking = FinalistRanking(finalists=finalists, winner=winner)
+        return self.ranking
+
+    def settle(self) -> FinalistRanking:
+        """Add the outcomes of the fresh seeds to the ranking."""
+        assert self.ranking is not None
+        judged = tuple(
+            SeedRepeat(seed=each.settings.seed, outcome=each.outcome) for each in self.fresh
+        )
+        self.ranking = self.ranking.model_copy(update={"judged": judged})
+        return self.ranking
 
 
 @dataclass
@@ -40,6 +93,10 @@ class FinalistRuns:
     budget: ArmBudget
     services: StudyServices
     dispatcher: Dispatcher
+    provisional: Callable[[Rankings], bool]
+    """Returns True if the answer with these winners is PROVISIONAL."""
+    unsettled: bool = field(init=False, default=False)
+    """True if the test split was left unread because the answer is PROVISIONAL."""
     cut_short: bool = field(default=False, init=False)
     """True if the budget ended before all further seeds were trained."""
 
@@ -49,19 +106,25 @@ class FinalistRuns:
         Raises:
             KeyboardInterrupt: after the running trainings were stopped. The same command continues.
         """
-        finals = {}
-        for arm, study in arms:
-            candidates = self._candidates(arm, study)
-            if candidates:
-                facts = _facts(study)
-                self._train(arm, candidates, facts)
-                finalists = tuple(candidate.finalist() for candidate in candidates)
-                winner = choose(finalists, arm.settings.objective.direction)
-                final = FinalistRanking(finalists=finalists, winner=winner)
-                chosen = next(each for each in candidates if each.number == winner)
-                judging = WinnerJudging(self.services, self.wanted.test, chosen, facts)
-                finals[arm.name] = judging.run(final, self.dispatcher)
-        return finals
+        found = [ArmFinalists(arm, study, self._candidates(arm, study)) for arm, study in arms]
+        ended = [each for each in found if each.candidates]
+        for each in ended:
+            self._train_candidates(each)
+        rankings = {each.arm.name: each.choose() for each in ended}
+        # Also without a test split: forgetting and a champion's margin need the spread between seeds.
+        if ended:
+            self._train_fresh(ended)
+        # Every look at the test split uses it up, so an answer that may change is worth none.
+        self.unsettled = self.provisional(rankings)
+        reads_test = self.wanted.test and not self.unsettled
+        return {each.arm.name: self._judged(each, reads_test) for each in ended}
+
+    def _judged(self, found: ArmFinalists, reads_test: bool) -> ArmConclusion:
+        assert found.ranking is not None
+        judging = WinnerJudging(
+            self.services, reads_test, found.winner, found.facts, found.fresh or None
+        )
+        return judging.run(found.ranking, self.dispatcher)
 
     def _candidates(self, arm: ArmPlan, study: optuna.Study) -> list[Candidate]:
         """Return the best complete trials, each with the trainings that its further seeds need."""
@@ -89,10 +152,13 @@ class FinalistRuns:
             first = candidate.settings.seed
             further = 0 if arm.run_id else self.wanted.seeds - 1  # an adopted run is never trained
             seeds = range(first + 1, first + 1 + further)
-            candidate.trainings = [self._training(candidate, study, seed) for seed in seeds]
+            title = _title(arm.name)
+            candidate.trainings = [self._training(candidate, study, seed, title) for seed in seeds]
         return candidates
 
-    def _training(self, candidate: Candidate, study: optuna.Study, seed: int) -> FinalistTraining:
+    def _training(
+        self, candidate: Candidate, study: optuna.Study, seed: int, title: str
+    ) -> FinalistTraining:
         arm, number, settings = candidate.arm, candidate.number, candidate.settings_of(seed)
         key = f"{arm.name}/{number:04d}_seed_{seed}"
         facts = _facts(study)
@@ -103,27 +169,76 @@ class FinalistRuns:
         folder = self.services.folder.finalist(arm.name, number, seed)
         params = recorded(settings, searched=candidate.point)
         record = TrialRecord(key, folder, params, tags, dataset_record(facts, settings.data))
-        view = TrialProgress(key=key, arm=_title(arm), number=number, point=candidate.point)
+        view = TrialProgress(key=key, arm=title, number=number, point=candidate.point)
         expected = expected_inputs(facts, arm.settings.trial, settings)
         identity = self.services.claims.claim(record, settings, expected)
         return FinalistTraining(record, settings, view, self.services, expected, identity)
 
-    def _train(self, arm: ArmPlan, candidates: Sequence[Candidate], facts: ArmBaseline) -> None:
-        trainings = [training for each in candidates for training in each.trainings]
+    def _train_candidates(self, found: ArmFinalists) -> None:
+        """Train an arm's best configurations with the seeds that choose among them."""
+        name = found.arm.name
+        numbers = ", ".join(str(each.number) for each in found.candidates)
+        trainings = [training for each in found.candidates for training in each.trainings]
+        self._train(
+            _title(name),
+            [(found, training) for training in trainings],
+            f"arm {name}: the finalists are the configurations of trials {numbers}; "
+            "training them with {count} further seeds",
+        )
+
+    def _train_fresh(self, arms: Sequence[ArmFinalists]) -> None:
+        """Train each winner with fresh seeds, the arms in turn.
+
+        Turns expose all arms to the same load of the machine, so that their times compare.
+        """
+        for found in arms:
+            winner = found.winner
+            first = winner.settings.seed + self.wanted.seeds
+            # An adopted run is never trained.
+            count = 0 if found.arm.run_id else self.wanted.fresh_seeds
+            found.fresh = [
+                self._training(winner, found.study, seed, WINNERS)
+                for seed in range(first, first + count)
+            ]
+        turns = itertools.zip_longest(*([(f, each) for each in f.fresh] for f in arms))
+        jobs = [pair for turn in turns for pair in turn if pair is not None]
+        winners = ", ".join(f"{found.arm.name}/{found.winner.number:04d}" for found in arms)
+        self._train(
+            WINNERS,
+            jobs,
+            f"the winners are {winners}; training them with {{count}} fresh seeds, which alone "
+            "judge them",
+        )
+        for found in arms:
+            found.settle()
+
+    def _train(
+        self, title: str, jobs: Sequence[tuple[ArmFinalists, FinalistTraining]], words: str
+    ) -> None:
+        """Train what is not on disk, in this order, as far as the budget allows.
+
+        Args:
+            title: the jobs' name on the screen.
+            jobs: the trainings, each with its arm.
+            words: what is announced, with {count} for the number of missing trainings.
+        """
+        trainings = [training for _, training in jobs]
         missing = [training for training in trainings if not training.reuse_outcome()]
         if missing:
-            numbers = ", ".join(str(each.number) for each in candidates)
-            self.services.view.event(
-                f"arm {arm.name}: the finalists are the configurations of trials {numbers}; "
-                f"training them with {len(missing)} further seeds"
-            )
-            base_value = facts.base_value(arm.settings.objective.metric)
-            self.services.board.open_arm(_title(arm), len(trainings), base_value)
+            self.services.view.event(words.format(count=len(missing)))
+            found = jobs[0][0]
+            base_value = found.facts.base_value(found.arm.settings.objective.metric)
+            self.services.board.open_arm(title, len(trainings), base_value)
         for training in trainings:
             if training.outcome is not None:
                 self._record(training)
+        owners = {found.arm.name: found for found, _ in jobs}.values()
         typical = typical_seconds(
-            [each.own.metrics.get("cost/seconds", 0.0) for each in candidates]
+            [
+                each.own.metrics.get("cost/seconds", 0.0)
+                for found in owners
+                for each in found.candidates
+            ]
         )
         source = JobList(
             missing,
@@ -135,9 +250,7 @@ class FinalistRuns:
         if source.refused is not None:
             self.cut_short = True
             left = sum(training.outcome is None for training in trainings)
-            self.services.view.event(
-                f"arm {arm.name}: {left} further seeds of its finalists left out: {source.refused}"
-            )
+            self.services.view.event(f"{title}: {left} further seeds left out: {source.refused}")
 
     def _started(self) -> list[float]:
         """Return a start for each running job: now, because only their number is known."""
@@ -161,8 +274,8 @@ class FinalistRuns:
         self.services.tracker.end(training.record, status, outcome.metrics, {"cause": cause})
 
 
-def _title(arm: ArmPlan) -> str:
-    return f"{arm.name} finalists"
+def _title(arm: str) -> str:
+    return f"{arm} finalists"
 
 
 def _facts(study: optuna.Study) -> ArmBaseline:

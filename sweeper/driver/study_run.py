@@ -245,10 +245,13 @@ class StudyRun:
             budget=self.budget.of_arm(1.0, self._spent(), self._devices),
             services=self.services,
             dispatcher=self.dispatcher,
+            provisional=self.results.is_doubtful,
         )
         arms = [(arm, studies[arm.name]) for arm in plan.arms if arm.name in studies]
-        self.results.finals = runs.run(arms)
+        finals = runs.run(arms)
         self._state.cut_short = runs.cut_short
+        self.results.unsettled = runs.unsettled
+        self.results.finals = finals
 
     def _arm_budget(self, arm: ArmPlan) -> ArmBudget:
         """Return the arm's share of what the study may still use."""

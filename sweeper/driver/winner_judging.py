@@ -10,14 +10,14 @@ from pathlib import Path
 
 from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.input_sources import expected_inputs
-from sweeper.config.settings import TrialSettings
+from sweeper.config.settings import SCORED_METRICS, TrialSettings
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline, ExampleLosses, HeldOutKind, HeldOutLosses
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.stored_files import read_stored
 from sweeper.core.trial_identity import TrialIdentity
 from sweeper.driver.dispatcher import Dispatcher
-from sweeper.driver.finalist_jobs import Candidate, JudgeJob
+from sweeper.driver.finalist_jobs import Candidate, FinalistTraining, JudgeJob
 from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import JobList
 from sweeper.driver.study_services import StudyServices
@@ -35,6 +35,8 @@ class WinnerJudging:
     """True if the test split may be read."""
     winner: Candidate
     facts: ArmBaseline
+    fresh: Sequence[FinalistTraining] | None = None
+    """Trainings with seeds that took no part in the choice. None: the seeds of the choice are judged."""
 
     def run(self, final: FinalistRanking, dispatcher: Dispatcher) -> ArmConclusion:
         """Return the arm's end with the losses on the unseen texts that there are."""
@@ -64,11 +66,27 @@ class WinnerJudging:
     def _seed_jobs(self, kinds: tuple[HeldOutKind, ...]) -> dict[int, JudgeJob]:
         """Return a job for each seed of the winner that was trained to its end."""
         winner = self.winner
+        if self.fresh is not None:
+            return self._jobs_of(
+                {
+                    each.settings.seed: (each.record.folder, each.settings)
+                    for each in self.fresh
+                    if each.complete
+                },
+                kinds,
+            )
         own = self.services.folder.trial(winner.arm.name, winner.number)
         trained = {winner.settings.seed: (own, winner.settings)} if self._owns(own) else {}
         for training in winner.trainings:
             if training.complete:
                 trained[training.settings.seed] = (training.record.folder, training.settings)
+        return self._jobs_of(trained, kinds)
+
+    def _jobs_of(
+        self,
+        trained: Mapping[int, tuple[TrialFolder, TrialSettings]],
+        kinds: tuple[HeldOutKind, ...],
+    ) -> dict[int, JudgeJob]:
         return {
             seed: self._job(f"seed_{seed}", settings, folder, kinds)
             for seed, (folder, settings) in trained.items()
@@ -127,7 +145,8 @@ class WinnerJudging:
 
     def _judge(self, jobs: Sequence[JudgeJob], dispatcher: Dispatcher) -> None:
         """Read the judgements that are stored, run the others, and store each as it ends."""
-        stored = {job.key: _stored(self._files(job)) for job in jobs}
+        metric = self.winner.settings.objective.metric
+        stored = {job.key: _stored(self._files(job), metric) for job in jobs}
         for job in jobs:
             if len(stored[job.key]) == len(job.kinds):
                 job.losses = HeldOutLosses(**stored[job.key])
@@ -145,14 +164,15 @@ class WinnerJudging:
                 self.services.view.event(f"{job.key}: not judged: {reason}")
             return
         # kinds that were judged before keep their figures
-        job.losses = job.losses.model_copy(update=stored)
+        job.losses = job.losses.model_copy(update=dict(stored))
         for kind, path in self._files(job).items():
             if (examples := getattr(job.losses, kind)) is not None:
                 write_atomic(path, examples.model_dump_json())
 
     def _record(self, ended: ArmConclusion, seed: int, files: Mapping[HeldOutKind, Path]) -> None:
         """Add a seed's figures to its run, dated by the files, so that a repeat adds nothing."""
-        trained = {training.settings.seed: training.record for training in self.winner.trainings}
+        trainings = (*self.winner.trainings, *(self.fresh or ()))
+        trained = {training.settings.seed: training.record for training in trainings}
         record = trained.get(seed) or self.winner.record(self.services.folder)
         metrics = unseen_metrics(
             ended.final.test_losses.get(seed),
@@ -163,9 +183,14 @@ class WinnerJudging:
         self.services.tracker.amend(record, metrics, judged_at)
 
 
-def _stored(files: Mapping[HeldOutKind, Path]) -> dict[str, ExampleLosses]:
+def _stored(files: Mapping[HeldOutKind, Path], metric: str) -> dict[str, ExampleLosses]:
+    """Return the judgements on disk that say all that is asked of them."""
     found = {
         kind: read_stored(path, ExampleLosses, "the model is judged again")
         for kind, path in files.items()
     }
-    return {kind: losses for kind, losses in found.items() if losses is not None}
+    test = found.get("test")
+    # An earlier version kept losses only, which say nothing about an objective such as ROUGE.
+    if test is not None and metric in SCORED_METRICS and test.scores is None:
+        del found["test"]
+    return {str(kind): losses for kind, losses in found.items() if losses is not None}

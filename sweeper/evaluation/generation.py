@@ -62,7 +62,7 @@ def generate(
     compute_dtype: torch.dtype = torch.float32,
     end_token_ids: Collection[int] = (),
 ) -> GeneratedAnswers:
-    """Answer each prompt by greedy decoding. In fp32 the texts are the same for every batch size.
+    """Answer each prompt by greedy decoding. In fp32 the texts do not depend on the batch size.
 
     Every step takes the most likely token. Sampling, beams and penalties of the model's own generation
     config are off, so that the base and the tuned model answer under the same conditions. To get the

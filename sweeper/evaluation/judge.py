@@ -5,15 +5,17 @@ Does not know where a model comes from or what the metrics are used for.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from sweeper.config.settings import LOSS_METRICS, EvaluationSettings
 from sweeper.core.errors import ConfigError
+from sweeper.core.outcome import ExampleScores
 from sweeper.data.padding_free import batch_collator
 from sweeper.data.tokens import EncodedPrompt, Tokens
 from sweeper.evaluation.answer_lengths import length_metrics
@@ -77,6 +79,23 @@ class Judgement:
     """Loss of each row, for paired comparisons of two models."""
     answers: Sequence[GeneratedAnswer] = ()
     warnings: Sequence[str] = ()
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Score of each answer, by the metrics that are means of such scores: eval/rouge1, …"""
+
+    def scores_of(self, metric: str) -> ExampleScores | None:
+        """Return a metric on each example, or None if it is the loss or not made of examples."""
+        if metric in self.scores:
+            values = tuple(self.scores[metric])
+            return ExampleScores(metric=metric, values=values, weights=(1.0,) * len(values))
+        if metric != "eval/bits_per_byte":
+            return None
+        # A target of special tokens only has no bytes, and no share in the bits per byte.
+        known = [loss for loss in self.examples if loss.bytes]
+        return ExampleScores(
+            metric=metric,
+            values=tuple(loss.nll / math.log(2) for loss in known),
+            weights=tuple(float(loss.bytes or 0) for loss in known),
+        )
 
     def value(self, metric: str) -> float:
         """Return the value of the objective's metric.
@@ -106,6 +125,8 @@ class ModelJudge:
     seed: int
     compute_dtype: torch.dtype = torch.float32
     chunk_size: int | None = None
+    groups: Sequence[int] = ()
+    """Number of the group that each row belongs to (data.group_by). Empty if rows are not grouped."""
 
     def __call__(self, model: PreTrainedModel | PeftModel) -> Judgement:
         """Evaluate a model without changing its mode or configs.
@@ -157,6 +178,7 @@ class ModelJudge:
                 **own,
             },
             answers=written.answers,
+            scores={f"eval/{kind}": values for kind, values in scores.examples.items()},
             warnings=[scores.warning] if scores.warning else [],
         )
 
@@ -178,6 +200,7 @@ class ModelJudge:
             rows=[self.rows[index] for index in kept],
             row_bytes=[self.row_bytes[index] for index in kept],
             held_out=held_out,
+            groups=(),
         )
 
     def judges_same_examples(self, other: ModelJudge) -> bool:

@@ -5,6 +5,7 @@ The rule of the decision is in `sweeper.nightly.champion`.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from sweeper.core.redaction import redact
 from sweeper.nightly.champion import ChallengeEvidence, ChampionDecision, decide
 from sweeper.nightly.night_record import BestTrial
 from sweeper.nightly.nightly_set import ChampionRules, SetEntry
-from sweeper.reporting.intervals import SeedLosses
+from sweeper.reporting.intervals import SeedLosses, pooled_spread
+from sweeper.reporting.results import load_results
 from sweeper.search.study_plan import StudyPlan
 from sweeper.tracking.registry import ROLLED_BACK_TAG, ModelRegistry, ModelVersion
 from sweeper.tracking.tracker_factory import make_registry
@@ -29,6 +31,8 @@ from sweeper.tracking.tracker_factory import make_registry
 CHALLENGER, CHAMPION = "challenger", "champion"
 GATE_SECONDS = 4 * 3600.0
 """Time limit of the evaluation on the gate split: that of any answer, workers.probe_timeout_s."""
+LOOK_TAG = "sweeper.gate_look."
+"""Prefix of a version tag, followed by the number of a look at the gate. The value names the pair."""
 
 
 GateJudge = Callable[[str, dict[str, Path]], GateFigures]
@@ -113,6 +117,10 @@ def challenge(
             f"it was rolled back by hand (version {taken_back.number}). To restore it, {by_hand}"
         )
         return _undecided(entry, who, name, reason)
+    if champion is not None and _pair(entry, study, trial) in _looks(champion):
+        return _undecided(
+            entry, who, name, "it was judged against this champion on this gate before"
+        )
     if entry.gate is None:
         reason = f"no gate split is set. Set one (experiments[].gate=FILE), or {by_hand}"
         return _undecided(entry, who, name, reason)
@@ -140,6 +148,7 @@ def _evaluate_and_decide(
     found = judge(entry.gate, trials)
     if found.problem is not None:
         return _undecided(entry, f"{study}/{trial}", name, found.problem)
+    looks = {} if champion is None else _looks(champion)
     decision = decide(
         (entry.label, f"{study}/{trial}", name),
         judged(found, CHALLENGER),
@@ -147,12 +156,49 @@ def _evaluate_and_decide(
         judged(found, GATE_BASE),
         ChallengeEvidence(size_mib=size_mib(folder.adapter), forgotten=found.forgotten(CHALLENGER)),
         rules,
+        _seed_deviation(plan, best),
+        look=1 + len(looks),
     )
+    if champion is not None and decision.look is not None:
+        # On the version itself, so that all machines count the same looks, and a new champion none.
+        pair = _pair(entry, study, trial)
+        registry.tag(champion, f"{LOOK_TAG}{decision.look}", pair)
     if decision.verdict == "promoted":
         tags = {"sweeper.reason": decision.reason, "sweeper.decision": decision.model_dump_json()}
         # Older MLflow servers limit a tag value to 5,000 characters.
         registry.promote(entry.label, study, trial, {key: tags[key][:5000] for key in tags})
     return decision
+
+
+def _looks(champion: ModelVersion) -> dict[str, str]:
+    """Return the pairs that were judged since a version became the champion, with their tags."""
+    found = champion.tags.items()
+    return {pair: key for key, pair in found if key.startswith(LOOK_TAG)}
+
+
+def _pair(entry: SetEntry, study: str, trial: str) -> str:
+    """Return what a look compares: the challenger, and the gate with its content if it is a file."""
+    assert entry.gate is None or isinstance(entry.gate, str)
+    path = Path(entry.gate or "")
+    content = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ""
+    return f"{study}/{trial} on {entry.gate} {content}".strip()
+
+
+def _seed_deviation(plan: StudyPlan, best: BestTrial) -> float | None:
+    """Return the standard deviation between seeds of the study's finalists, or None without repeats."""
+    results = load_results(plan.study.study_name, Path(plan.settings.output_dir))
+    finals = [arm.final for arm in results.arms if arm.name == best.arm and arm.final is not None]
+    # The gate measures losses, and so do the finalists only if the objective is the loss.
+    if results.objective.metric != "eval/loss":
+        return None
+    values = [
+        [repeat.value for repeat in repeats if repeat.value is not None]
+        for final in finals
+        # The first seed of a finalist won the search by its luck, so it shows no spread.
+        for repeats in (*(each.repeats[1:] for each in final.finalists), final.judged)
+    ]
+    found = pooled_spread(values)
+    return None if found is None else found.variance**0.5
 
 
 def _rolled_back(versions: Sequence[ModelVersion], study: str, trial: str) -> ModelVersion | None:

@@ -70,8 +70,8 @@ class ChampionRules(SettingsSection):
     """Conditions under which a night's best model becomes the champion."""
 
     margin: Annotated[float, Field(ge=0)] | None
-    """Nats per token by which the whole interval must be below the champion. null = twice the
-    standard deviation between seeds, if known."""
+    """Nats per token by which a challenger must be better than the champion. null = one standard
+    deviation between the seeds of its finalists."""
     max_size_mib: Annotated[float, Field(gt=0)] | None
     """Largest size of the adapter in MiB. null = no limit."""
     max_forgetting: Annotated[float, Field(ge=0)] | None

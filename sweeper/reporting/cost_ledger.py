@@ -1,4 +1,4 @@
-"""Cost tables: device time by outcome, the time that pruning saved, and failures by cause."""
+"""Cost tables: device time of search and finalists, the time that pruning saved, failures by cause."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from sweeper.core.outcome import Cause
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.text_table import DASH, TextTable, duration, number
-from sweeper.reporting.verdict import label
+from sweeper.reporting.verdict_doubts import label
 
 FAILURES: tuple[Cause, ...] = ("oom", "diverged", "timeout", "crash", "error", "refused")
 MESSAGE_CHARS = 160
@@ -22,6 +22,8 @@ def cost_sheet(results: StudyResults) -> TextTable:
         "finished",
         "pruned",
         "failed",
+        "search",
+        "finalists",
         "device time",
         "saved by pruning",
     )
@@ -30,20 +32,29 @@ def cost_sheet(results: StudyResults) -> TextTable:
 
 
 def saved_seconds(arm: ArmResult) -> float | None:
-    """Return the device seconds that pruned trials would still have needed, or None if none finished.
+    """Return the device seconds that pruned trials would still have needed, or None if none is complete.
 
-    The estimate lets each pruned trial continue at the same pace to the number of steps of the median
-    finished trial: training seconds * (steps of a finished trial - own steps) / own steps.
+    Each pruned trial is continued at the same pace through the share of its own schedule that complete
+    trials used: the median of their steps over their planned steps, below one if they stopped early.
     """
-    steps = [trial.outcome.steps for trial in arm.trials if trial.outcome.cause == "finished"]
-    if not steps:
+    complete = [trial for trial in arm.trials if trial.complete and trial.outcome.steps]
+    if not complete:
         return None
-    full_length = statistics.median(steps)
+    used = statistics.median(
+        trial.outcome.steps / _planned_steps(trial, trial.outcome.steps) for trial in complete
+    )
+    usual = statistics.median(trial.outcome.steps / used for trial in complete)
     return sum(
-        _training_seconds(trial) * max(0.0, full_length - trial.outcome.steps) / trial.outcome.steps
+        _training_seconds(trial)
+        * max(0.0, used * _planned_steps(trial, usual) / trial.outcome.steps - 1)
         for trial in arm.trials
         if trial.outcome.cause == "pruned" and trial.outcome.steps
     )
+
+
+def _planned_steps(trial: TrialResult, default: float) -> float:
+    """Return the steps of a trial's own schedule, or the default if an older version stored none."""
+    return trial.metric("training/total_steps") or default
 
 
 def failure_sheet(results: StudyResults) -> TextTable | None:
@@ -66,11 +77,14 @@ def _cost_row(arm: ArmResult) -> tuple[str, ...]:
     ends = Counter(trial.outcome.cause for trial in arm.trials)
     failed = sum(ends[cause] for cause in FAILURES)
     saved = saved_seconds(arm) if ends["pruned"] else None
-    # The share is that of the time which all trials would have taken without pruning.
+    # The share is that of the time which all trials of the search would have taken without pruning.
     share = None if not saved else 100 * saved / (saved + arm.seconds)
+    further = arm.device_seconds - arm.seconds
     return (
         *(label(arm), str(len(arm.trials)), str(arm.finished), str(ends["pruned"]), str(failed)),
         duration(arm.seconds),
+        duration(further) if further else DASH,
+        duration(arm.device_seconds),
         DASH if saved is None else f"{duration(saved)} ({number(share or 0.0, '{:.0f} %')})",
     )
 

@@ -24,7 +24,7 @@ from sweeper.reporting.report_evidence import EVALUATOR, FEWEST_TRIALS, ReportEv
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.study_progress import format_scalar
 from sweeper.reporting.text_table import point_words
-from sweeper.reporting.verdict import label
+from sweeper.reporting.verdict_doubts import label
 
 TARGETS = "adapter.target_modules"
 TRAINABLE = "parameters/trainable"

@@ -58,9 +58,20 @@ class FinalistResult(FrozenValue):
         return statistics.fmean(self.values)
 
     @property
+    def diverged(self) -> int:
+        """Number of seeds whose training showed that the configuration is impossible."""
+        return impossible(self.repeats)
+
+    @property
     def spread(self) -> float | None:
         """Standard deviation (n - 1) of those values, or None for a single one."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def impossible(repeats: Sequence[SeedRepeat]) -> int:
+    """Return the number of trainings that diverged or ran out of memory."""
+    ended = [repeat.outcome for repeat in repeats if repeat.outcome is not None]
+    return sum(STATES[outcome.cause].infeasible for outcome in ended)
 
 
 class FinalistRanking(FrozenValue):
@@ -69,6 +80,8 @@ class FinalistRanking(FrozenValue):
     finalists: tuple[FinalistResult, ...]
     winner: int
     """Number of the finalist with the best mean on the validation split."""
+    judged: tuple[SeedRepeat, ...] = ()
+    """The winner's fresh seeds, which took no part in the choice. Empty: its own seeds were judged."""
     test_losses: dict[int, float] = Field(default_factory=dict)
     """The winner's loss on the test split, by seed, in nats per target token."""
     untuned_test_loss: float | None = None
@@ -77,6 +90,21 @@ class FinalistRanking(FrozenValue):
     """The winner's loss on general text, by seed, in nats per token."""
     untuned_general_loss: float | None = None
     """The base's loss on general text, quantized as in the winner's trials."""
+
+    @property
+    def of_winner(self) -> FinalistResult:
+        """The finalist that won."""
+        return next(each for each in self.finalists if each.number == self.winner)
+
+    @property
+    def repeats(self) -> tuple[SeedRepeat, ...]:
+        """The trainings of the winner that its judgement rests on."""
+        return self.judged or self.of_winner.repeats
+
+    @property
+    def usable(self) -> int:
+        """Number of those trainings that ended by themselves."""
+        return sum(repeat.value is not None for repeat in self.repeats)
 
     @property
     def test_loss(self) -> float | None:
@@ -139,9 +167,9 @@ def choose(finalists: Sequence[FinalistResult], direction: str) -> int:
     """Return the winner's number: the best mean among those of which the fewest seeds failed."""
     sign = 1.0 if direction == "minimize" else -1.0
 
-    def order(finalist: FinalistResult) -> tuple[int, float]:
-        failed = len(finalist.repeats) - len(finalist.values)
-        return failed, sign * finalist.mean
+    def order(finalist: FinalistResult) -> tuple[int, int, float]:
+        missing = len(finalist.repeats) - len(finalist.values)
+        return finalist.diverged, missing, sign * finalist.mean
 
     return min(finalists, key=order).number
 

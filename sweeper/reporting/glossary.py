@@ -21,7 +21,9 @@ TERMS: Mapping[str, str] = {
     "and of the model with its adapter (of total), and as a reduction from full fine-tuning (fewer).",
     "retains": "the arm's improvement over the untuned base divided by the reference arm's.",
     "95 % interval": "range in which the true value is expected: it is missed in 5 % of studies.",
-    "tie": "the 95 % interval of the difference contains zero.",
+    "ahead": "better beyond chance on the test split, over fresh seeds.",
+    "equivalent": "the difference lies within a margin that was fixed before the first trial.",
+    "undecided": "neither side is shown to be ahead, nor both to be equivalent.",
     "Noise floor": "how much results differ between seeds of one configuration. Smaller differences "
     "mean little.",
     "forgetting": "loss on general text after training minus before. Above zero the model got worse at "

@@ -7,19 +7,26 @@ The module turns per-example losses into contrasts and knows no worker.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from sweeper.config.settings import SCORED_METRICS
 from sweeper.core.outcome import ExampleLosses
 from sweeper.reporting.finalist_results import ArmConclusion
-from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast
+from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast, pooled_spread
 from sweeper.reporting.results import StudyResults
-from sweeper.reporting.verdict import reference_arm
+from sweeper.reporting.verdict_doubts import reference_arm
 
 SWITCHED_OFF = "finalists.top=0 selects no finalists"
 LEFT_ALONE = "finalists.test=false keeps the test split unread"
 NOT_ENDED = "the study has not finished"
 NO_TEST_SPLIT = "the data have no test split (set data.test, or data.test_ratio above 0)"
+PROVISIONAL = "it stays unread while the answer is PROVISIONAL, because every look at it uses it up"
+NO_SCORES = (
+    "{metric} is computed over all answers together, so it has no interval. Values are means over seeds "
+    "on the validation split, which selected the configurations"
+)
 NO_FIGURES = "not every arm's winner could be evaluated on it"
 UNTUNED = "untuned"
 OTHER_EXAMPLES = (
@@ -46,6 +53,9 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
     compared = [arm for arm in arms if arm.best is not None]
     if any(not arm.facts.rows.get("test", 0) for arm in compared):
         return settled.model_copy(update={"untested": NO_TEST_SPLIT})
+    metric = settled.compared_metric
+    if metric not in ("eval/loss", *SCORED_METRICS):
+        return settled.model_copy(update={"untested": NO_SCORES.format(metric=metric)})
     judged = (finals[arm.name] for arm in compared)
     if not all(final.losses("test") and final.untuned.test is not None for final in judged):
         return settled.model_copy(update={"untested": NO_FIGURES})
@@ -53,7 +63,7 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
     if reference is None:
         return settled
     rivals = [arm.name for arm in compared if arm.name != reference.name]
-    contrasts = [_contrast(name, reference.name, finals) for name in rivals]
+    contrasts = [_contrast(settled, name, reference.name, finals) for name in rivals]
     found = tuple(each for each in contrasts if each is not None)
     return settled.model_copy(
         update={
@@ -72,29 +82,50 @@ def _forgetting(arm: str, final: ArmConclusion) -> ArmContrast | None:
     return contrast((arm, UNTUNED), _rows(tuned), base, base, split="general text")
 
 
-def _contrast(arm: str, reference: str, finals: Mapping[str, ArmConclusion]) -> ArmContrast | None:
+def _contrast(
+    results: StudyResults, arm: str, reference: str, finals: Mapping[str, ArmConclusion]
+) -> ArmContrast | None:
     """Return the contrast of an arm with its reference on the test split.
 
     Both improvements count from the base in the reference's precision, so that a base that quantization
     made worse does not flatter its arm. The result is None if examples or tokenizers differ.
     """
+    metric = results.compared_metric
     # The reference's base is the zero line of both improvements.
     base = finals[reference].untuned.test
     assert base is not None
-    one, other = _judged(finals[arm]), _judged(finals[reference])
+    one, other = (_judged(finals[name], metric) for name in (arm, reference))
     # Other token counts mean other examples or another tokenizer.
     if not np.array_equal(one.tokens, other.tokens):
         return None
-    return contrast((arm, reference), one, other, _rows([base]))
-
-
-def _judged(final: ArmConclusion) -> SeedLosses:
-    return _rows(final.losses("test"))
-
-
-def _rows(seeds: Sequence[ExampleLosses]) -> SeedLosses:
-    """Return the losses of one configuration with one row per seed."""
-    return SeedLosses(
-        np.array([examples.nll for examples in seeds], dtype=np.float64),
-        np.array(seeds[0].tokens, dtype=np.float64),
+    return contrast(
+        (arm, reference),
+        one,
+        other,
+        _rows([base], metric),
+        margin=results.equivalence_margin,
+        maximize=results.objective.direction == "maximize",
+        fresh=all(finals[name].final.judged for name in (arm, reference)),
+        metric=metric,
     )
+
+
+def _judged(final: ArmConclusion, metric: str) -> SeedLosses:
+    """Return the losses of the winner's seeds, with the spread over the seeds that chose it."""
+    # The first seed of a finalist won the search by its luck, so it shows no spread.
+    repeats = [finalist.repeats[1:] for finalist in final.final.finalists]
+    values = [[each.value for each in found if each.value is not None] for found in repeats]
+    further = pooled_spread(values) if final.final.judged else None
+    return replace(_rows(final.losses("test"), metric), further=further)
+
+
+def _rows(seeds: Sequence[ExampleLosses], metric: str = "eval/loss") -> SeedLosses:
+    """Return the losses of one configuration with one row per seed, or its scores by a metric."""
+    groups = np.array(seeds[0].groups, dtype=np.int64) if seeds[0].groups else None
+    if metric == "eval/loss":
+        nll = np.array([examples.nll for examples in seeds], dtype=np.float64)
+        return SeedLosses(nll, np.array(seeds[0].tokens, dtype=np.float64), groups)
+    scores = [examples.scores for examples in seeds if examples.scores is not None]
+    values = np.array([each.values for each in scores], dtype=np.float64)
+    # Scores are of generated answers, whose examples are not the rows that were grouped.
+    return SeedLosses(values, np.array(scores[0].weights, dtype=np.float64))

@@ -7,6 +7,7 @@ rendered data card pass as HTML.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,12 @@ from markupsafe import Markup
 
 from sweeper.config.settings import metric_words
 from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.reporting.arm_comparison import ArmComparison
 from sweeper.reporting.chart import ASSETS, picture_style, standalone
 from sweeper.reporting.cost_ledger import cost_sheet, failure_sheet
 from sweeper.reporting.figures import ReportFigure, figures
 from sweeper.reporting.glossary import terms_in
+from sweeper.reporting.intervals import IntervalEstimate
 from sweeper.reporting.next_steps import NextStep, next_steps
 from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.report_evidence import ReportEvidence, gather
@@ -39,7 +42,8 @@ from sweeper.reporting.result_tables import (
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.setting_reasons import reason_sheet
 from sweeper.reporting.text_table import DASH, TextTable, duration
-from sweeper.reporting.verdict import Verdict, judge, label
+from sweeper.reporting.verdict import Verdict, judge
+from sweeper.reporting.verdict_doubts import label
 
 MOST_ROWS = 1000
 """Rows of a leaderboard, which keeps a page below 2 MB. All trials are in results.json."""
@@ -205,24 +209,42 @@ def _template() -> Template:
 def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
     """Yield the figures of the first comparison, or of the only arm, with captions."""
     for duel in verdict.duels[:1]:
-        ratios = duel.cost_ratios
-        if duel.retained is not None:
-            yield (
-                f"{duel.retained.value:.1f} %",
-                f"of {duel.reference.label}'s improvement retained",
-            )
-        if ratios.trainable:
-            yield f"{100 * ratios.trainable:.3g} %", "of the parameters trained"
-        if ratios.time:
-            yield f"{ratios.time:.2g}×", "the time a trial"
-        if ratios.artifact:
-            yield f"{ratios.artifact:.2g}×", "the disk space"
+        yield from _duel_tiles(duel)
     # A single arm is compared with its untuned base.
     if not verdict.duels:
         metric = metric_words(verdict.objective.metric)
         for side in verdict.sides[:1]:
             yield f"{side.value:.4f}", f"best {metric} of {side.label}"
             yield f"{side.base_value:.4f}", f"{metric} of the untuned base"
+
+
+def _duel_tiles(duel: ArmComparison) -> Iterator[tuple[str, str]]:
+    """Yield the figures of a comparison, each with its interval, and no share of what is undecided."""
+    ratios, metric = duel.cost_ratios, duel.objective.metric
+    unit = f" {duel.objective.unit}".rstrip()
+    names = f"{duel.split} {metric_words(metric)} of {duel.side.label} minus {duel.reference.label}"
+    ends = _interval(duel.difference, "{:+.4f}")
+    # A difference of losses is the logarithm of a ratio of perplexities.
+    times = f", {math.exp(duel.difference.value):.3f}× the perplexity" if unit else ""
+    yield f"{duel.difference.value:+.4f}{unit}", f"{names}{ends}{times}"
+    if duel.retained is not None and duel.outcome != "undecided":
+        ends = _interval(duel.retained, "{:.1f}")
+        words = f"of {duel.reference.label}'s improvement retained{ends}"
+        yield f"{duel.retained.value:.1f} %", words
+    if ratios.trainable:
+        yield f"{100 * ratios.trainable:.3g} %", "of the parameters trained"
+    if ratios.time:
+        what = "CPU time" if duel.on_cpu else "time"
+        ends = _interval(ratios.time, "{:.3g}")
+        yield f"{ratios.time.value:.2g}×", f"the {what} of a training{ends}"
+    if ratios.artifact:
+        yield f"{ratios.artifact:.2g}×", "the disk space"
+
+
+def _interval(found: IntervalEstimate, form: str) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    return f" (95 % interval {form.format(found.low)} to {form.format(found.high)})"
 
 
 def _page_leaderboard(arm: ArmResult, folder: StudyFolder) -> PageLeaderboard:
@@ -276,7 +298,7 @@ def _overview(studies: Sequence[PageStudy]) -> TextTable:
             *(study.results.study_name, label(arm), str(arm.tried)),
             f"{arm.base_value:.4f}",
             DASH if arm.best is None else f"{arm.best.value:.4f}",
-            duration(arm.seconds),
+            duration(arm.device_seconds),
         )
         for study in studies
         for arm in study.results.arms

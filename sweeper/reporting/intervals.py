@@ -1,24 +1,35 @@
 """Confidence intervals for the difference of two models that were judged on the same examples.
 
 A loss here is token-weighted: the sum of negative log-likelihoods divided by the sum of target tokens,
-both over examples. The module knows per-example losses and seeds, and no study.
+both over examples. Any other per-example score is a sum over a weight in the same way. The module knows
+per-example scores and seeds, and no study.
+
+The means of arm, reference and base are asymptotically normal. Their covariance is the sum of two parts:
+the examples, which all models share (so that the comparison is paired), and the seeds of each model.
+benchmarks/verdict_calibration.py measures how often the intervals cover.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sweeper.core.value import FrozenValue
+from sweeper.core.value import EquivalenceMargin, FrozenValue
 
 LEVEL = 0.95
-RESAMPLES = 4000
-"""Bootstrap resamples. At 4,000 the ends of a 95 % interval vary by about 3 % of its width by seed."""
-CHUNK = 2**22
-"""Resampled counts that are held in memory at a time."""
+POWER = 0.8
+"""Probability with which a gap of the size that a study could have seen is found."""
+CAUTION = 0.6
+"""Factor on the degrees of freedom of seed variances. A handful of seeds is often too quiet by chance,
+and exactly then an interval is short: without the factor the shortest quarter of intervals covers less.
+"""
+
+ENDLESS = 1e9
+"""Degrees of freedom at which Student's t is the normal distribution."""
 
 Floats = NDArray[np.float64]
 
@@ -45,15 +56,41 @@ class ArmContrast(FrozenValue):
     seeds: tuple[int, int]
     """Number of seeds of the arm and of the reference. The spread over seeds needs at least two."""
     losses: tuple[float, float]
-    """Loss of the arm and of the reference, as means over seeds in nats per target token."""
+    """Loss of the arm and of the reference, as means over seeds in nats per target token. With another
+    metric, its value."""
     base_loss: float
     """Loss of the untuned base, from which both improvements are counted."""
     difference: IntervalEstimate
     """Loss of the arm minus loss of the reference, in nats. Below zero the arm is better."""
     retained: IntervalEstimate | None
-    """The arm's improvement over the base in % of the reference's. None if the reference has none."""
+    """The arm's improvement over the base in % of the reference's, with Fieller's interval. None if the
+    reference's improvement is not certain."""
     noise: tuple[float | None, float | None]
     """Standard deviation over seeds of the arm's and of the reference's loss, None for one seed."""
+    metric: str = "eval/loss"
+    """Metric that is compared."""
+    standard_error: float | None = None
+    """Standard error of the difference. None here and below: an earlier version stored the contrast."""
+    freedom: float | None = None
+    """Degrees of freedom of the standard error. None also if the error is zero."""
+    seed_share: float | None = None
+    """Share of the seeds in the variance of the difference. The rest is that of the examples."""
+    p_value: float | None = None
+    """Two-sided p value of no difference."""
+    equivalence_p: float | None = None
+    """The larger p value of the two one-sided tests for a difference within the margin. None: no margin
+    was fixed."""
+    fresh: bool = False
+    """True if none of the seeds took part in the choice of the configurations."""
+    groups: int | None = None
+    """Number of groups of examples that were drawn as a whole. None: each example was its own."""
+
+
+class SeedSpread(NamedTuple):
+    """An estimate of the variance between seeds, with its degrees of freedom."""
+
+    variance: float
+    freedom: float
 
 
 @dataclass(frozen=True)
@@ -61,11 +98,16 @@ class SeedLosses:
     """Losses of one configuration, trained with several seeds, on the examples of one split.
 
     `nll` [seeds, examples] holds the summed negative log-likelihood of each example's target tokens in
-    nats. `tokens` [examples] holds the number of those tokens.
+    nats. `tokens` [examples] holds the number of those tokens. Scores of another metric stand in `nll`
+    with their weights in `tokens`.
     """
 
     nll: Floats
     tokens: Floats
+    groups: NDArray[np.int64] | None = None
+    """Number of the group that each example belongs to, [examples]. None: each is its own."""
+    further: SeedSpread | None = None
+    """The spread over further seeds of the same arm, which were judged on another split."""
 
     def __post_init__(self) -> None:
         if self.nll.ndim != 2 or self.tokens.shape != self.nll.shape[1:] or self.nll.size == 0:
@@ -87,10 +129,122 @@ class SeedLosses:
         """Mean loss over the seeds in nats per target token."""
         return float(self.losses.mean())
 
+    @property
+    def spread(self) -> SeedSpread | None:
+        """Variance between seeds, pooled with that of the further seeds. None for a single seed."""
+        count = len(self.nll)
+        # A single seed may be an outlier in what it was trained on, so no other seeds stand in for it.
+        if count == 1:
+            return None
+        own, freedom = float(self.losses.var(ddof=1)), count - 1
+        if self.further is None:
+            return SeedSpread(own, freedom)
+        total = freedom + self.further.freedom
+        pooled = (freedom * own + self.further.freedom * self.further.variance) / total
+        return SeedSpread(pooled, total)
+
 
 def noise_floor(losses: Floats) -> float | None:
     """Return the standard deviation (n - 1) of losses over seeds, or None for a single seed."""
     return float(losses.std(ddof=1)) if losses.size > 1 else None
+
+
+def pooled_spread(values: Sequence[Sequence[float]]) -> SeedSpread | None:
+    """Return the variance within several configurations over their seeds, or None without repeats."""
+    repeated = [np.asarray(found) for found in values if len(found) > 1]
+    freedom = sum(found.size - 1 for found in repeated)
+    if not freedom:
+        return None
+    squares = sum(float(((found - found.mean()) ** 2).sum()) for found in repeated)
+    return SeedSpread(squares / freedom, freedom)
+
+
+@dataclass(frozen=True)
+class LinearEstimate:
+    """A weighted sum of the means of arm, reference and base, with its standard error."""
+
+    value: float
+    error: float
+    freedom: float
+    """Degrees of freedom by Satterthwaite's rule."""
+    seed_share: float
+
+    def above(self, limit: float = 0.0) -> float:
+        """Return the one-sided p value of a sum that is not above a limit."""
+        from scipy import special  # see t_quantile
+
+        if self.error == 0:
+            return 0.0 if self.value > limit else 1.0
+        return float(special.stdtr(self.freedom, (limit - self.value) / self.error))
+
+    def half_width(self, level: float = LEVEL) -> float:
+        """Return half the width of the two-sided interval of a level."""
+        return self.error * t_quantile((1 + level) / 2, self.freedom)
+
+    def interval(self) -> IntervalEstimate:
+        """Return the value with its 95 % interval."""
+        half = self.half_width()
+        return IntervalEstimate(value=self.value, low=self.value - half, high=self.value + half)
+
+
+def t_quantile(probability: float, freedom: float) -> float:
+    """Return a quantile of Student's t distribution."""
+    from scipy import special  # the import takes time and is needed at a study's end only
+
+    return float(special.stdtrit(freedom, probability))
+
+
+@dataclass(frozen=True)
+class JointMeans:
+    """The means of several models on the same examples, with their covariance in parts."""
+
+    means: Floats
+    of_examples: Floats
+    """Covariance of the means over examples, [models, models]."""
+    example_freedom: int
+    of_seeds: tuple[SeedSpread | None, ...]
+    """Variance of each model's mean over its seeds. None for a single seed."""
+
+    @classmethod
+    def of(cls, models: Sequence[SeedLosses]) -> JointMeans:
+        """Return the means of models that were judged on the same examples."""
+        tokens, groups = models[0].tokens, models[0].groups
+        means = np.array([one.loss for one in models])
+        sums = np.stack([one.nll.mean(axis=0) for one in models])
+        # The mean of a ratio of sums varies as these residuals do (the delta method).
+        residuals = sums - means[:, None] * tokens
+        if groups is not None:
+            numbers = np.unique(groups, return_inverse=True)[1]
+            residuals = np.stack([np.bincount(numbers, weights=row) for row in residuals])
+        count = residuals.shape[1]
+        scale = count / max(count - 1, 1) / tokens.sum() ** 2
+        spreads = [(one.spread, len(one.nll)) for one in models]
+        of_seeds = tuple(
+            None if found is None else SeedSpread(found.variance / seeds, found.freedom)
+            for found, seeds in spreads
+        )
+        return cls(means, scale * residuals @ residuals.T, max(count - 1, 1), of_seeds)
+
+    def combined(self, *weights: float) -> LinearEstimate:
+        """Return the sum of the means with these weights."""
+        by = np.array(weights)
+        # Rounding may leave a variance of zero a little below it.
+        examples = max(float(by @ self.of_examples @ by), 0.0)
+        seeds = [
+            SeedSpread(weight**2 * found.variance, CAUTION * found.freedom)
+            for weight, found in zip(weights, self.of_seeds, strict=True)
+            if found is not None
+        ]
+        parts = [SeedSpread(examples, self.example_freedom), *seeds]
+        variance = sum(part.variance for part in parts)
+        spread = sum(part.variance**2 / part.freedom for part in parts)
+        return LinearEstimate(
+            value=float(by @ self.means),
+            error=variance**0.5,
+            # Without any variance the t distribution has no degrees of freedom.
+            freedom=variance**2 / spread if spread > 0 else ENDLESS,
+            seed_share=0.0 if variance == 0 else 1 - examples / variance,
+        )
 
 
 def contrast(
@@ -99,17 +253,18 @@ def contrast(
     reference: SeedLosses,
     base: SeedLosses,
     split: str = "test",
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    margin: EquivalenceMargin | None = None,
+    *,
+    maximize: bool = False,
+    fresh: bool = False,
+    metric: str = "eval/loss",
 ) -> ArmContrast:
     """Compare two arms on the same examples, with a 95 % interval for their difference.
 
-    The interval is a paired, hierarchical bootstrap: each resample draws examples with replacement, the
-    same ones for both arms, the base and all seeds, and then draws seeds within each arm. The plain
-    bootstrap over a handful of seeds covers too little: 73 % instead of 95 % with two seeds, 83 % with
-    three. Two corrections mend that. Drawing n - 1 of n seeds makes their variance unbiased (Rao and
-    Wu 1988). Stretching the deviations by Student's t over the normal quantile, at Satterthwaite's
-    degrees of freedom, allows for few seeds (Hesterberg 2015, arXiv:1411.5279, section 4).
+    The standard error is that of paired examples (or of whole groups of them) and of seeds, which are
+    independent. The quantile is Student's t at Satterthwaite's degrees of freedom, those of the seeds
+    reduced by CAUTION. The share retained has Fieller's interval. Equivalence is tested by two one-sided
+    tests. A relative margin enters them with the uncertainty of the improvement itself.
 
     Args:
         names: names of the arm and of the reference.
@@ -117,8 +272,10 @@ def contrast(
         reference: losses of the reference on the same examples, in the same order.
         base: losses of the untuned base on the same examples, with one row.
         split: name of the split, for the record.
-        seed: seed of the resampling.
-        resamples: number of resamples. The default takes about 0.2 s for 300 examples.
+        margin: the largest difference that counts as none, fixed before the first trial.
+        maximize: True if larger values are better.
+        fresh: True if no seed took part in the choice of the configurations.
+        metric: name of the metric, for the record.
 
     Raises:
         ValueError: the three models were not judged on the same examples.
@@ -127,9 +284,9 @@ def contrast(
         np.array_equal(arm.tokens, reference.tokens) and np.array_equal(arm.tokens, base.tokens)
     ):
         raise ValueError(f"{names[0]}, {names[1]} and the base were judged on different examples")
-    # One set of draws serves both figures, so that difference and share agree.
-    draws = _stretched(_draws((arm, reference, base), seed, resamples), arm, reference)
-    value = arm.loss - reference.loss
+    joint = JointMeans.of((arm, reference, base))
+    difference = joint.combined(1, -1, 0)
+    sign = -1 if maximize else 1
     return ArmContrast(
         arm=names[0],
         reference=names[1],
@@ -138,86 +295,49 @@ def contrast(
         seeds=(arm.losses.size, reference.losses.size),
         losses=(arm.loss, reference.loss),
         base_loss=base.loss,
-        difference=_estimate(value, draws[0] - draws[1]),
-        retained=_retained(arm.loss, reference.loss, base.loss, draws),
+        difference=difference.interval(),
+        retained=_retained(joint, sign),
         noise=(noise_floor(arm.losses), noise_floor(reference.losses)),
+        metric=metric,
+        standard_error=difference.error,
+        freedom=None if difference.freedom == ENDLESS else difference.freedom,
+        seed_share=difference.seed_share,
+        p_value=2 * min(difference.above(), 1 - difference.above(), 0.5),
+        equivalence_p=None if margin is None else _equivalence(joint, margin, sign),
+        fresh=fresh,
+        groups=None if arm.groups is None else int(np.unique(arm.groups).size),
     )
 
 
-def _estimate(value: float, draws: Floats) -> IntervalEstimate:
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return IntervalEstimate(value=value, low=float(low), high=float(high))
+def _equivalence(joint: JointMeans, margin: EquivalenceMargin, sign: int) -> float:
+    """Return the larger p value of the tests that the arm is not much worse and not much better."""
+    if margin.share is None:
+        limit = margin.absolute or 0.0
+        return max(joint.combined(-1, 1, 0).above(-limit), joint.combined(1, -1, 0).above(-limit))
+    # With a gain of base - reference: share * gain - difference and share * gain + difference, above 0.
+    share = sign * margin.share
+    worse = joint.combined(-1, 1 - share, share).above()
+    better = joint.combined(1, -1 - share, share).above()
+    return max(worse, better)
 
 
-def _retained(arm: float, reference: float, base: float, draws: Floats) -> IntervalEstimate | None:
-    """Return the improvement over the base in % of the reference's, or None if that is not positive."""
-    gain = base - reference
-    if gain <= 0:
+def _retained(joint: JointMeans, sign: int) -> IntervalEstimate | None:
+    """Return the improvement in % of the reference's with Fieller's interval, or None if it has none."""
+    own, reference = joint.combined(-sign, 0, sign), joint.combined(0, -sign, sign)
+    if reference.value <= 0:
         return None
-    value = 100 * (base - arm) / gain
-    gains = draws[2] - draws[1]
-    # A ratio has no interval if its denominator, the reference's improvement, may be zero.
-    if np.quantile(gains, (1 - LEVEL) / 2) <= 0:
-        return IntervalEstimate(value=value)
-    # Draws with a denominator of zero lie beyond the quantile that was just checked.
-    with np.errstate(divide="ignore"):
-        return _estimate(value, 100 * (draws[2] - draws[0]) / gains)
-
-
-def _draws(models: tuple[SeedLosses, ...], seed: int, resamples: int) -> Floats:
-    """Return each model's mean loss in each resample, [models, resamples]."""
-    # A fixed seed gives the same interval whenever a report is written again.
-    random = np.random.default_rng(seed)
-    tokens = models[0].tokens
-    nll = np.concatenate([one.nll for one in models])
-    parts = [
-        count @ nll.T / (count @ tokens)[:, None]
-        for count in _counts(tokens.size, resamples, random)
-    ]
-    # Every model is evaluated on the same resampled examples, which pairs the comparison.
-    losses = np.concatenate(parts)
-    ends = np.cumsum([len(one.nll) for one in models])[:-1]
-    return np.stack([_seed_means(block, random) for block in np.split(losses, ends, axis=1)])
-
-
-def _counts(examples: int, resamples: int, random: np.random.Generator) -> Iterator[Floats]:
-    """Yield how often each example was drawn, in chunks [resamples of the chunk, examples]."""
-    # All counts at once would take gigabytes for large test splits.
-    size = max(1, CHUNK // examples)
-    for start in range(0, resamples, size):
-        rows = min(size, resamples - start)
-        chances = np.full(examples, 1 / examples)
-        yield random.multinomial(examples, chances, size=rows).astype(np.float64)
-
-
-def _seed_means(losses: Floats, random: np.random.Generator) -> Floats:
-    """Return the mean over n - 1 of n seeds, drawn with replacement for each resample, [resamples]."""
-    resamples, seeds = losses.shape
-    # One seed has no spread, so the interval covers examples only.
-    if seeds == 1:
-        return losses[:, 0]
-    drawn = random.integers(0, seeds, (resamples, seeds - 1))
-    means: Floats = np.take_along_axis(losses, drawn, axis=1).mean(axis=1)
-    return means
-
-
-def _stretched(draws: Floats, arm: SeedLosses, reference: SeedLosses) -> Floats:
-    """Return the draws with their deviations widened from the normal's to Student's t."""
-    from scipy import stats  # the import takes half a second and is needed at a study's end only
-
-    variances = [one.losses.var(ddof=1) / n for one in (arm, reference) if (n := len(one.nll)) > 1]
-    freedoms = [len(one.nll) - 1 for one in (arm, reference) if len(one.nll) > 1]
-    # The variance of the difference is that of the seeds plus that of the examples.
-    of_all = float((draws[0] - draws[1]).var())
-    of_examples = max(of_all - sum(variances), 0.0)
-    terms = [*zip(variances, freedoms, strict=True), (of_examples, max(arm.tokens.size - 1, 1))]
-    spread = sum(variance**2 / freedom for variance, freedom in terms)
-    # Without any variance the t distribution has no degrees of freedom.
-    if spread == 0:
-        return draws
-    freedom = sum(variance for variance, _ in terms) ** 2 / spread
-    tail = (1 + LEVEL) / 2
-    stretch = stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
-    centre = draws.mean(axis=1, keepdims=True)
-    stretched: Floats = centre + stretch * (draws - centre)
-    return stretched
+    share = own.value / reference.value
+    of_share = joint.combined(-sign, sign * share, sign * (1 - share))
+    square = t_quantile((1 + LEVEL) / 2, of_share.freedom) ** 2
+    both = joint.combined(-sign, -sign, 2 * sign)
+    covariance = (both.error**2 - own.error**2 - reference.error**2) / 2
+    # The shares that fit are the roots of a quadratic. It opens upwards only if the reference's
+    # improvement differs from zero, and without that there is no bounded set.
+    leading = reference.value**2 - square * reference.error**2
+    if leading <= 0:
+        return None
+    middle = own.value * reference.value - square * covariance
+    last = own.value**2 - square * own.error**2
+    root = max(middle**2 - leading * last, 0.0) ** 0.5
+    ends = ((middle - root) / leading, (middle + root) / leading)
+    return IntervalEstimate(value=100 * share, low=100 * ends[0], high=100 * ends[1])

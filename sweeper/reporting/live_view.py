@@ -145,12 +145,14 @@ def print_results(results: StudyResults, console: Console) -> None:
     if (found := finalists(results)) is not None:
         console.print(found.draw())
     console.print(FOOTNOTE, style="dim", highlight=False, markup=False, soft_wrap=True)
-    say(console, judge(results).text)
+    print_answer(results, console)
 
 
 def print_answer(results: StudyResults, console: Console) -> None:
-    """Print the verdict alone."""
-    say(console, judge(results).text)
+    """Print the verdict alone: the answer in a line of its own, and all that it rests on."""
+    verdict = judge(results)
+    console.print(verdict.headline, style="bold", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"\n{verdict.text}")
 
 
 def picture(results: StudyResults) -> str:

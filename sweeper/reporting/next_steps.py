@@ -9,7 +9,8 @@ from sweeper.reporting.rank_ladder import RANK, rank_ladders
 from sweeper.reporting.report_evidence import Curve, ReportEvidence
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.text_table import capital
-from sweeper.reporting.verdict import FULL, judge, label, searched_otherwise
+from sweeper.reporting.verdict import judge
+from sweeper.reporting.verdict_doubts import FULL, label, range_edges, searched_otherwise
 
 LARGE_GAP = 0.25
 """Gap of eval loss over training loss, as a share of the improvement, that indicates overfitting."""
@@ -37,9 +38,13 @@ def next_steps(results: StudyResults, evidence: ReportEvidence) -> list[NextStep
         NextStep(f"{capital(doubt.reason)}.", f"python -m sweeper {doubt.command}")
         for doubt in judge(results).doubts
     ]
+    edges = [
+        NextStep(f"{capital(edge.reason)}.", f"python -m sweeper {edge.command}")
+        for edge in range_edges(results)
+    ]
     arms = [step for arm in results.arms for step in _of_arm(results, arm, evidence.curves)]
     # Two reasons may lead to the same command. The first one is kept.
-    steps = {step.command: step for step in reversed([*doubts, *_ranks(results), *arms])}
+    steps = {step.command: step for step in reversed([*doubts, *_ranks(results), *edges, *arms])}
     return list(reversed(steps.values())) or list(_repeat(results))
 
 
@@ -62,20 +67,13 @@ def _of_arm(
 
 
 def _ranks(results: StudyResults) -> Iterator[NextStep]:
-    """Suggest larger ranks if the largest is best, or a smaller rank that is as good."""
+    """Suggest larger ranks if the largest is better than the one below it by more than chance."""
     arms = {arm.name: arm for arm in results.arms}
     for ladder in rank_ladders(results):
-        arm, best, enough = arms[ladder.arm], ladder.best, ladder.enough
-        # A smaller rank as good as the best needs less memory and disk space.
-        if enough is not None and enough != best:
-            yield NextStep(
-                f"{label(arm)}: r={enough.r} is within the noise ({ladder.noise:.4f} {ladder.unit}) "
-                f"of the best rank, {best.r}, and smaller: use it.",
-                f"python -m sweeper best {results.study_name} --arm {arm.name} --trial {enough.trial}",
-            )
-        elif best == ladder.rungs[-1]:
-            values = [rung.r for rung in ladder.rungs[-2:]]
-            more = ", ".join(str(r) for r in (*values, 2 * best.r, 4 * best.r))
+        arm, best = arms[ladder.arm], ladder.best
+        below = ladder.rungs[-2]
+        if best == ladder.rungs[-1] and below in ladder.worse:
+            more = ", ".join(str(r) for r in (below.r, best.r, 2 * best.r, 4 * best.r))
             yield NextStep(
                 f"{label(arm)}: the best rank, {best.r}, is the largest that was tried "
                 f"({_signed(best.per_doubling)} {ladder.unit} for its last doubling): try larger ones.",

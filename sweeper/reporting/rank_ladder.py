@@ -1,18 +1,22 @@
-"""The gain from each doubling of LoRA's rank, and the smallest rank that is as good as the best.
+"""The gain from each doubling of LoRA's rank, over trials that differ in numbers only.
 
-Each rank is represented by its best finished trial over all other settings. The best learning rate
-depends on the rank, so a comparison at one common rate would be unfair.
+Each rank is represented by its best finished trial over the numeric settings. The best learning rate
+depends on the rank, so a comparison at one common rate would be unfair. A rank that was tried with other
+target modules only, or with another choice that is no number, is left out: its gain would be theirs. A
+sentence is said only about differences that exceed what one seed against another brings.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sweeper.config.settings import Objective, metric_words
+from sweeper.config.space import Scalar
+from sweeper.reporting.intervals import LEVEL, t_quantile
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
+from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.text_table import TextTable, duration, number
 
 RANK = "adapter.r"
@@ -49,6 +53,12 @@ class RankLadder:
     rungs: tuple[RankStep, ...]
     noise: float | None
     """Standard deviation over seeds of the best configuration. None with a single seed."""
+    freedom: int = 0
+    """Degrees of freedom of the noise."""
+    like: tuple[str, ...] = ()
+    """Choices that all of its trials share, as name=value."""
+    left_out: tuple[int, ...] = ()
+    """Ranks whose finished trials all have other choices."""
 
     @property
     def unit(self) -> str:
@@ -62,57 +72,62 @@ class RankLadder:
         return min(self.rungs, key=lambda rung: (self.objective.order(rung.value), rung.r))
 
     @property
-    def enough(self) -> RankStep | None:
-        """The smallest rank within the noise of the best. None if the noise is unknown."""
-        if self.noise is None:
+    def chance(self) -> float | None:
+        """The largest difference of two trials of one seed each that may be chance (95 %)."""
+        if self.noise is None or not self.freedom:
             return None
-        best, noise = self.best.value, self.noise
-        return next(
-            rung for rung in self.rungs if self.objective.gain(best, over=rung.value) <= noise
+        return t_quantile((1 + LEVEL) / 2, self.freedom) * 2**0.5 * self.noise
+
+    @property
+    def worse(self) -> tuple[RankStep, ...]:
+        """The ranks that the best one surpasses by more than chance."""
+        chance = self.chance
+        if chance is None:
+            return ()
+        best = self.best.value
+        return tuple(
+            rung for rung in self.rungs if self.objective.gain(best, over=rung.value) > chance
         )
 
     @property
     def words(self) -> str:
-        """The gains and the recommended rank as sentences."""
+        """The gains, and what they show, as sentences."""
         steps = " → ".join(str(rung.r) for rung in self.rungs)
         gains = ", ".join(
             f"{rung.per_doubling:+.4f} at r={rung.r}"
             for rung in self.rungs
             if rung.per_doubling is not None
         )
-        text = f"Ranks {steps}: gain per doubling in {self.unit}: {gains}{self._trend()}. "
-        return text + self._recommendation()
+        like = f" with {', '.join(self.like)}" if self.like else ""
+        text = f"Ranks {steps}{like}: gain per doubling in {self.unit}: {gains}. {self._findings()}"
+        if not self.left_out:
+            return text
+        ranks = ", ".join(f"r={rank}" for rank in self.left_out)
+        return f"{text} Not compared, because it was tried with other choices only: {ranks}."
 
-    def _trend(self) -> str:
-        """Return text on diminishing returns up to the best rank, and on the lack of gains beyond it."""
-        gains = [rung.per_doubling for rung in self.rungs if rung.per_doubling is not None]
-        # Past the best rank there are no gains that could diminish.
-        climbing = gains[: self.rungs.index(self.best)]
-        falling = all(after < before for before, after in itertools.pairwise(climbing))
-        words = ", with diminishing returns" if len(climbing) > 1 and falling else ""
-        return words if self.best == self.rungs[-1] else f"{words}, none beyond r={self.best.r}"
-
-    def _recommendation(self) -> str:
-        if self.noise is None or self.enough is None:
+    def _findings(self) -> str:
+        chance = self.chance
+        if chance is None:
             return (
                 f"The best {metric_words(self.objective.metric)} is at r={self.best.r}. How much of "
                 "that is chance is unknown until a configuration is trained with several seeds."
             )
-        if self.enough == self.best:
-            return f"No smaller rank comes within the noise ({self.noise:.4f}) of r={self.best.r}."
-        return (
-            f"r={self.enough.r} is the smallest rank within the noise ({self.noise:.4f}) of the "
-            f"best, r={self.best.r}."
+        told = (
+            f"Between trials of one seed each, a difference below {chance:.4f} may be chance (95 %)"
         )
+        if not self.worse:
+            return f"{told}, so no rank is shown to be better than another, or to be enough."
+        ranks = ", ".join(f"r={rung.r}" for rung in self.worse)
+        return f"{told}. r={self.best.r} is better than {ranks} by more."
 
 
 def rank_ladders(results: StudyResults) -> list[RankLadder]:
     """Return a ladder for every arm with finished trials of at least two ranks."""
-    ladders = (rank_ladder(arm, _noise(results, arm.name)) for arm in results.arms)
+    ladders = (rank_ladder(arm, *_noise(results, arm.name)) for arm in results.arms)
     return [ladder for ladder in ladders if ladder is not None]
 
 
-def rank_ladder(arm: ArmResult, noise: float | None) -> RankLadder | None:
+def rank_ladder(arm: ArmResult, noise: float | None, freedom: int = 0) -> RankLadder | None:
     """Return an arm's ranks, or None if fewer than two ranks have a finished trial.
 
     The result is also None if adapter.trainable_parameters sets the rank: the rank then follows from the
@@ -121,21 +136,42 @@ def rank_ladder(arm: ArmResult, noise: float | None) -> RankLadder | None:
     Args:
         arm: the arm with its trials.
         noise: standard deviation of the objective over seeds, or None.
+        freedom: degrees of freedom of the noise: its seeds minus one.
     """
     # With a fixed number of parameters a larger rank means fewer target modules.
     if equal_size(arm):
         return None
     # Pruned trials did not see the end of their schedule and are left out.
-    found: dict[int, list[TrialResult]] = {}
+    tried: dict[int, list[TrialResult]] = {}
     for trial in arm.trials:
         rank = trial.params.get(RANK)
         if isinstance(rank, int | float) and trial.complete and trial.value is not None:
-            found.setdefault(int(rank), []).append(trial)
+            tried.setdefault(int(rank), []).append(trial)
+    best = next((trial for trial in arm.trials if trial.complete), None)
+    choices = {} if best is None else _choices(best)
+    alike = {
+        rank: [trial for trial in trials if _choices(trial) == choices]
+        for rank, trials in tried.items()
+    }
+    found = {rank: trials for rank, trials in alike.items() if trials}
     rungs: list[RankStep] = []
     for rank in sorted(found):
         below = rungs[-1] if rungs else None
         rungs.append(_rung(rank, found[rank], below, arm.objective))
-    return RankLadder(arm.name, arm.objective, tuple(rungs), noise) if len(rungs) > 1 else None
+    if len(rungs) < 2:
+        return None
+    like = tuple(f"{name}={value}" for name, value in short_names(choices).items())
+    left_out = tuple(sorted(tried.keys() - found.keys()))
+    return RankLadder(arm.name, arm.objective, tuple(rungs), noise, freedom, like, left_out)
+
+
+def _choices(trial: TrialResult) -> dict[str, Scalar]:
+    """Return the settings of a trial that are no numbers, in which trials must agree to compare."""
+    return {
+        key: value
+        for key, value in trial.params.items()
+        if isinstance(value, bool) or not isinstance(value, int | float)
+    }
 
 
 def rank_sheet(ladder: RankLadder) -> TextTable:
@@ -149,14 +185,14 @@ def rank_sheet(ladder: RankLadder) -> TextTable:
     return TextTable(f"{ladder.arm}: gain by rank", columns, tuple(rows))
 
 
-def _noise(results: StudyResults, name: str) -> float | None:
+def _noise(results: StudyResults, name: str) -> tuple[float | None, int]:
+    """Return the spread over seeds of an arm's winner, and its degrees of freedom."""
     # Seeds are only repeated for finalists, so the noise is known only for compared arms.
     for found in results.decisive:
-        if found.arm == name:
-            return found.noise[0]
-        if found.reference == name:
-            return found.noise[1]
-    return None
+        for at, arm in enumerate((found.arm, found.reference)):
+            if arm == name:
+                return found.noise[at], found.seeds[at] - 1
+    return None, 0
 
 
 def _rung(

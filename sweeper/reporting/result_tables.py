@@ -10,7 +10,8 @@ from sweeper.reporting.rank_ladder import rank_ladders, rank_sheet
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
 from sweeper.reporting.study_progress import format_scalar
 from sweeper.reporting.text_table import DASH, TextTable, counted, duration, number
-from sweeper.reporting.verdict import Verdict, label
+from sweeper.reporting.verdict import Verdict
+from sweeper.reporting.verdict_doubts import label
 
 
 def comparison(results: StudyResults) -> TextTable:
@@ -195,7 +196,7 @@ def _arm_row(
 
 def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
     if arm.best is None:
-        return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.seconds))
+        return (label(arm), str(arm.tried), *([DASH] * 7), duration(arm.device_seconds))
     micro = arm.setting("training.per_device_train_batch_size")
     accumulated = arm.setting("training.gradient_accumulation_steps")
     searched = arm.ranges.get("training.learning_rate")
@@ -211,7 +212,7 @@ def _condition_row(results: StudyResults, arm: ArmResult) -> tuple[str, ...]:
         str(micro * accumulated) if micro and accumulated else DASH,
         number(arm.setting("training.learning_rate"), "{:.3g}"),
         f"{rates[0]:.2g}…{rates[-1]:.2g}" if rates else DASH,
-        duration(arm.seconds),
+        duration(arm.device_seconds),
     )
 
 

@@ -28,7 +28,7 @@ from sweeper.core.outcome import ArmBaseline, BaselineRun, Outcome, device_secon
 from sweeper.core.paths import StudyFolder, read_json
 from sweeper.core.references import referenced_tree
 from sweeper.core.stored_files import damage
-from sweeper.core.value import FrozenValue, MemoryShortfall
+from sweeper.core.value import EquivalenceMargin, FrozenValue, MemoryShortfall
 from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.search.pruning_audit import PruningAudit, audit
@@ -120,6 +120,9 @@ class ArmResult(FrozenValue):
     """The ranking of the finalists, once they are trained."""
     adopted: BaselineRun | None = None
     """The earlier run that replaces the search. Costs and training are then that run's."""
+    finalist_seconds: float | None = None
+    """Device seconds of the trainings with further seeds, as budgets count them. None: an older version
+    stored the results."""
 
     @model_validator(mode="before")
     @classmethod
@@ -200,9 +203,19 @@ class ArmResult(FrozenValue):
         known = [seconds for seconds in times if seconds is not None]
         return statistics.median(known) if known else None
 
+    @property
+    def device_seconds(self) -> float:
+        """Device seconds of all that the arm cost: its search, and its finalists' further seeds."""
+        if self.finalist_seconds is not None:
+            return self.seconds + self.finalist_seconds
+        listed = () if self.final is None else self.final.finalists
+        # The first seed of each finalist is the search's own trial.
+        further = [repeat.outcome for each in listed for repeat in each.repeats[1:]]
+        return self.seconds + sum(device_seconds(each.metrics) for each in further if each)
+
     @cached_property
     def seconds(self) -> float:
-        """Device seconds of all trials."""
+        """Device seconds of the search's trials."""
         if self.adopted is not None:
             return self.adopted.seconds
         return sum(device_seconds(trial.outcome.spent) for trial in self.trials)
@@ -222,6 +235,12 @@ class StudyResults(FrozenValue):
     """Contrasts of arms with their untuned base on general text, once finalists were judged on it."""
     untested: str | None = None
     """Reason why the arms are not compared on the test split, for the user."""
+    equivalence_margin: EquivalenceMargin | None = None
+    """The largest difference that counts as none, fixed before the first trial. None: not tested."""
+    look: int | None = None
+    """Number of this look at the test split in the study's family. None: an older version looked."""
+    other_looks: int = 0
+    """Looks at the same test split by other studies in the same folder."""
     misfits: Mapping[str, MemoryShortfall] = Field(default_factory=dict)
     """Arms that were not run because their trainings exceed the device's memory, by name."""
     arms: tuple[ArmResult, ...]
@@ -256,10 +275,15 @@ class StudyResults(FrozenValue):
 
     @property
     def decisive(self) -> tuple[ArmContrast, ...]:
-        """Contrasts that the verdict may rest on. They are of losses, so only a loss objective has
-        any.
-        """
-        return self.contrasts if self.objective.metric == "eval/loss" else ()
+        """Contrasts that the verdict may rest on: those of the objective's metric."""
+        return tuple(each for each in self.contrasts if each.metric == self.compared_metric)
+
+    @property
+    def compared_metric(self) -> str:
+        """The metric by which arms are compared on the test split."""
+        metric = self.objective.metric
+        # A perplexity is the loss on another scale, and its mean over seeds is not.
+        return "eval/loss" if metric == "eval/perplexity" else metric
 
     def contrast(self, name: str) -> ArmContrast | None:
         """Return the contrast of an arm with its reference on the test split."""
@@ -275,14 +299,21 @@ class StudyResults(FrozenValue):
     def seeds(self, name: str) -> int:
         """Return the number of seeds with which an arm's best configuration was judged."""
         counts = {
-            arm.name: len(arm.final.test_losses) or 1 for arm in self.arms if arm.final is not None
+            arm.name: len(arm.final.test_losses) or arm.final.usable or 1
+            for arm in self.arms
+            if arm.final is not None
         }
         counts |= {found.arm: found.seeds[0] for found in self.contrasts}
         counts |= {found.reference: found.seeds[1] for found in self.contrasts}
         return counts.get(name, 1)
 
 
-def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) -> ArmResult:
+def collect_arm(
+    arm: ArmPlan,
+    study: optuna.Study,
+    costs: Sequence[str] = (),
+    finalist_seconds: float | None = None,
+) -> ArmResult:
     """Collect an arm's results from its storage."""
     facts = ArmBaseline.model_validate(study.user_attrs["facts"])
     stored = study.user_attrs.get("adopted")
@@ -316,6 +347,7 @@ def collect_arm(arm: ArmPlan, study: optuna.Study, costs: Sequence[str] = ()) ->
         costs=tuple(costs),
         front=tuple(front),
         adopted=adopted,
+        finalist_seconds=finalist_seconds,
     )
 
 

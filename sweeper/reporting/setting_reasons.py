@@ -17,7 +17,7 @@ from sweeper.config.compose import conf_dir
 from sweeper.reporting.results import ArmResult, TrialResult
 from sweeper.reporting.study_progress import format_scalar
 from sweeper.reporting.text_table import TextTable
-from sweeper.reporting.verdict import label
+from sweeper.reporting.verdict_doubts import label
 from sweeper.tracking.tracker import RUN_PARAMS
 
 DEFAULT = re.compile(r"^(?P<key>\w+): +(?P<value>[^#]*?) *(?:# ?(?P<comment>.*))?$")

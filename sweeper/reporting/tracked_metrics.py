@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sweeper.config.space import Point
+from sweeper.reporting.arm_comparison import ArmComparison, ArmSide
 from sweeper.reporting.intervals import IntervalEstimate
 from sweeper.reporting.results import StudyResults, headline
-from sweeper.reporting.verdict import ArmComparison, ArmSide, Verdict, judge
+from sweeper.reporting.verdict import Verdict, judge
 
 
 def study_figures(results: StudyResults) -> tuple[dict[str, float], Point]:
@@ -32,6 +33,7 @@ def verdict_metrics(verdict: Verdict) -> dict[str, float]:
         found |= dict(_of_side(side))
     for duel in verdict.duels:
         found |= dict(_of_duel(duel))
+    found["test/look"] = verdict.look
     # MLflow rejects None.
     return {name: value for name, value in found.items() if value is not None}
 
@@ -53,7 +55,7 @@ def _of_duel(duel: ArmComparison) -> Iterator[tuple[str, float | None]]:
     yield f"{at}/noise", duel.noise[0]
     yield f"{at}/reference_noise", duel.noise[1]
     yield f"{at}/trainable_ratio", ratios.trainable
-    yield f"{at}/time_ratio", ratios.time
+    yield from _estimate(f"{at}/time_ratio", ratios.time)
     yield f"{at}/memory_ratio", ratios.memory
     yield f"{at}/artifact_ratio", ratios.artifact
 

@@ -1,120 +1,57 @@
 """The verdict of a study: a value computed from its results, and the sentences that state it.
 
 Each arm is compared with a reference: full fine-tuning if an arm does it, else the second arm. The
-sentences claim no more than the figures support: without an interval no tie and no lead is certain.
+outcome is one of three (sweeper.reporting.arm_comparison), and nothing is decided while a search was too
+small (sweeper.reporting.verdict_doubts).
 """
 
 from __future__ import annotations
 
-import math
-import shlex
+import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
 
-from sweeper.config.settings import Objective, metric_words
+from sweeper.config.settings import Objective
 from sweeper.core.value import MemoryShortfall
-from sweeper.reporting.baseline_doubts import OUTER, RATE, baseline_doubts, place_in_range
-from sweeper.reporting.intervals import IntervalEstimate
-from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults, TrialResult
-from sweeper.reporting.text_table import capital, counted, point_words
+from sweeper.reporting.arm_comparison import (
+    MOST_SEEDS,
+    ArmComparison,
+    ArmSide,
+    ComparisonEvidence,
+)
+from sweeper.reporting.finalist_results import FinalistRanking, impossible
+from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
+from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
+from sweeper.reporting.split_looks import holm, look_alpha
+from sweeper.reporting.text_table import capital, point_words
+from sweeper.reporting.time_ratio import on_cpu, time_ratio
+from sweeper.reporting.verdict_doubts import (
+    RangeEdge,
+    VerdictDoubt,
+    doubts,
+    label,
+    range_edges,
+    reference_arm,
+    renamed,
+    with_override,
+)
+from sweeper.reporting.verdict_words import (
+    adoption_sentences,
+    comparison_sentences,
+    forgetting_sentences,
+    headline,
+    look_sentence,
+    seed_sentences,
+    single_arm_sentence,
+    visible_sentence,
+)
 
-FULL = "full fine-tuning"
-HALF_DECADE = 10**0.5
-"""Factor between two neighbouring learning rates of a widened choice."""
-
-
-@dataclass(frozen=True)
-class ArmSide:
-    """An arm in the verdict: its best configuration and its costs."""
-
-    arm: str
-    label: str
-    point: str
-    value: float
-    """The objective of its best trial, on the validation split that selected the trial."""
-    base_value: float
-    test_loss: float | None
-    """Mean loss over the seeds on the test split, or None if the arm was not evaluated there."""
-    untuned_test_loss: float | None
-    forgetting: IntervalEstimate | None
-    """Loss on general text minus that of its untuned base, in nats per token."""
-    seeds: int
-    trials: int
-    trainable: float | None
-    device_seconds: float
-    """Device time of all its trials in seconds."""
-    seconds_per_trial: float | None
-    peak_memory_mib: float | None
-    artifact_mib: float | None
-    run_id: str | None = None
-    """The MLflow run that the model was adopted from. Trials and times are then those of that run."""
-
-
-@dataclass(frozen=True)
-class CostRatios:
-    """Costs of an arm divided by those of its reference. None where either is unknown."""
-
-    trainable: float | None
-    time: float | None
-    memory: float | None
-    artifact: float | None
-
-
-@dataclass(frozen=True)
-class ArmComparison:
-    """The comparison of an arm with its reference."""
-
-    side: ArmSide
-    reference: ArmSide
-    objective: Objective
-    split: str
-    values: tuple[float, float]
-    """Values of the arm and of the reference on that split. On the test split, means over seeds."""
-    difference: IntervalEstimate
-    """The arm's value minus the reference's, in the metric's unit. Below zero the arm is ahead if the
-    metric is minimised, and behind if it is maximised."""
-    retained: IntervalEstimate | None
-    """The arm's improvement over the base in % of the reference's. None if that is not positive."""
-    noise: tuple[float | None, float | None]
-    """Standard deviation over seeds of the arm and of the reference, None for one seed."""
-
-    @property
-    def ahead(self) -> str | None:
-        """Label of the side that is ahead. None for a tie, and None without an interval."""
-        # Zero within the interval is a tie: the data do not tell who is better.
-        if self.difference.low is None or self.difference.has(0):
-            return None
-        return self.better.label
-
-    @property
-    def better(self) -> ArmSide:
-        """The side with the better value, even if the difference may be chance."""
-        arm_leads = self.objective.gain(self.difference.value, over=0) > 0
-        return self.side if arm_leads else self.reference
-
-    @property
-    def cost_ratios(self) -> CostRatios:
-        """The arm's costs over its reference's."""
-        side, reference = self.side, self.reference
-        return CostRatios(
-            trainable=_ratio(side.trainable, reference.trainable),
-            time=_ratio(side.seconds_per_trial, reference.seconds_per_trial),
-            memory=_ratio(side.peak_memory_mib, reference.peak_memory_mib),
-            artifact=_ratio(side.artifact_mib, reference.artifact_mib),
-        )
-
-
-@dataclass(frozen=True)
-class VerdictDoubt:
-    """A reason why the verdict is provisional, and the command that removes the reason."""
-
-    arm: str
-    reason: str
-    command: str
+LARGEST_TEST_RATIO = 0.4
+"""Share of the rows in a test split beyond which more of them are no advice."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +70,34 @@ class Verdict:
     """Reason why the arms are not compared on the test split."""
     misfits: tuple[tuple[str, MemoryShortfall], ...] = ()
     """Arms that were not run because their training needs more memory than the device has."""
+    edges: tuple[RangeEdge, ...] = ()
+    """Settings of the winners that lie at an end of what was offered."""
+    settling: tuple[str, ...] = ()
+    """Commands that would decide what is undecided."""
+    look: int | None = None
+    """Number of this look at the test split in the study's family. None: an older version looked."""
+    other_looks: int = 0
+    """Looks of other studies at the same test split."""
 
     @property
     def provisional(self) -> bool:
         """True if another run could still change the answer."""
         return bool(self.doubts)
+
+    @property
+    def headline(self) -> str:
+        """The answer in one or two sentences."""
+        found = [headline(duel) for duel in self.duels]
+        if not found:
+            found = [single_arm_sentence(side, self.objective) for side in self.sides]
+        words = " ".join(found) or "No trial has finished."
+        return f"Provisional: {words}" if self.provisional else words
+
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """Commands that settle what is provisional or undecided."""
+        named = [*(doubt.command for doubt in self.doubts), *self.settling]
+        return tuple(dict.fromkeys(f"python -m sweeper {command}" for command in named))
 
     @property
     def words(self) -> str:
@@ -146,10 +106,10 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """The sentences, followed by the commands that settle what is provisional."""
-        commands = dict.fromkeys(f"    python -m sweeper {doubt.command}" for doubt in self.doubts)
-        if not commands:
+        """The sentences, followed by the commands that settle what is provisional or undecided."""
+        if not self.commands:
             return self.words
+        commands = (f"    {command}" for command in self.commands)
         return "\n".join([f"{self.words}\n\nTo settle it, run:\n", *commands])
 
     def document(self) -> dict[str, Any]:
@@ -169,77 +129,77 @@ class Verdict:
 def judge(results: StudyResults) -> Verdict:
     """Return the verdict on a study, finished or not.
 
-    The verdict is PROVISIONAL if an arm's best learning rate is in the outer tenth of its range, if an
-    arm's budget is below the rule in conf/hydra/sweeper/study.yaml (fairness), or if an adopted arm was
-    trained differently or its search is unknown.
+    The verdict is PROVISIONAL if an arm's best learning rate is in the outer tenth of its range or was
+    hardly searched, if an arm's budget is below the rule in conf/hydra/sweeper/study.yaml (fairness), or
+    if an adopted arm was trained differently or its search is unknown.
     """
     # An arm without a finished trial has nothing to compare and is listed as failed.
     sides = {arm.name: _side(results, arm) for arm in results.arms if arm.best is not None}
     reference = reference_arm(results)
+    found = doubts(results)
     duels = [
-        _compare(results, sides[name], sides[reference.name])
+        _compare(results, sides[name], sides[reference.name], settled=not found)
         for name in sides
         if reference is not None and reference.name in sides and name != reference.name
     ]
+    duels = [_timed(results, duel) for duel in _decided(results, duels)]
     failed = [(label(arm), _outcomes(arm)) for arm in results.arms if arm.best is None]
-    # Without any result there is no answer that could change.
-    doubts = (
-        [*_range_doubts(results), *_budget_doubts(results), *_adoption_doubts(results)]
-        if sides
-        else []
-    )
     return Verdict(
         results.objective,
         tuple(sides.values()),
         tuple(duels),
         tuple(failed),
-        tuple(doubts),
+        tuple(found),
         results.untested,
         tuple(results.misfits.items()),
+        tuple(range_edges(results)),
+        # A doubt has a command of its own, and decides what else is worth running.
+        () if found else tuple(_settling(results, duels)),
+        results.look if results.contrasts else None,
+        results.other_looks if results.contrasts else 0,
     )
 
 
-def label(arm: ArmResult) -> str:
-    """Return the arm's method, with its name or its adopted run if the method alone is ambiguous."""
-    if arm.adopted is not None:
-        return f"{arm.method} (run {arm.adopted.short})"
-    return arm.method if arm.name in ("lora", "full") else f"{arm.method} ({arm.name})"
+def _decided(results: StudyResults, duels: list[ArmComparison]) -> list[ArmComparison]:
+    """Return the comparisons with what their p values show, given the looks and the number of arms."""
+    # Looks that an older version did not count may have been many. Its seeds are not fresh either.
+    alpha = look_alpha(results.look or 1)
+    found = [results.contrast(duel.side.arm) for duel in duels]
+    leads = holm([_p(each.p_value if each else None) for each in found], alpha)
+    same = holm([_p(each.equivalence_p if each else None) for each in found], alpha)
+    return [
+        replace(duel, evidence=replace(duel.evidence, ahead=lead, equivalent=equal, level=alpha))
+        for duel, lead, equal in zip(duels, leads, same, strict=True)
+    ]
 
 
-def with_override(command: str, key: str, value: str) -> str:
-    """Return a command with one override set or replaced, before its final -m."""
-    # The flag -m ends every study's command, so the override goes before it.
-    words = [word for word in shlex.split(command) if not word.startswith(f"{key}=")]
-    return shlex.join([*words[:-1], f"{key}={value}", words[-1]])
+def _timed(results: StudyResults, duel: ArmComparison) -> ArmComparison:
+    """Return the comparison with the ratio of the arms' times."""
+    arms = {arm.name: arm for arm in results.arms}
+    own, reference = arms[duel.side.arm], arms[duel.reference.arm]
+    cpu = on_cpu(own) and on_cpu(reference)
+    return replace(duel, time=time_ratio(own, reference), on_cpu=cpu)
 
 
-def renamed(results: StudyResults, suffix: str) -> str:
-    """The study's command with a suffix on the study's name, for a search of other settings."""
-    name = f"{results.study_name}_{suffix}"
-    return with_override(results.command, "hydra.sweeper.study_name", name)
+def _p(value: float | None) -> float:
+    return 1.0 if value is None else value
 
 
-def searched_otherwise(
-    results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str
-) -> str:
-    """The study's command under a new name, with one key of an arm given or searched otherwise.
-
-    A key of `training` that the arm does not search is set for every arm: with different schedules the
-    arms would no longer be compared fairly.
-    """
-    command = renamed(results, suffix)
-    for_all = key.startswith("training.") and key not in arm.ranges
-    if arm.name == "lora" or for_all:
-        return with_override(command, key, words)
-    return with_override(command, f"hydra.sweeper.arms.{arm.name}.params", f'{{{key}: "{words}"}}')
-
-
-def reference_arm(results: StudyResults) -> ArmResult | None:
-    """Return the full fine-tuning arm, else the second arm with a result, else None."""
-    compared = [arm for arm in results.arms if arm.best is not None]
-    # Adapters are usually measured by full fine-tuning.
-    full = [arm for arm in compared if arm.method == FULL]
-    return next(iter(full or compared[1:]), None)
+def _settling(results: StudyResults, duels: list[ArmComparison]) -> Iterator[str]:
+    """Yield the commands that would decide an undecided comparison, where seeds or rows can."""
+    for duel in duels:
+        needed = duel.needed
+        if duel.outcome != "undecided" or needed is None or needed.seeds > MOST_SEEDS:
+            continue
+        command, ratio = results.command, results.arms[0].settings.get("data.test_ratio")
+        if needed.rows > 1:
+            # Other rows are another test split, which this study must not see after its search.
+            more = (ratio or 0.0) * needed.rows
+            if not 0 < more <= LARGEST_TEST_RATIO:
+                continue
+            command = with_override(renamed(results, "rows"), "data.test_ratio", f"{more:.2g}")
+        key = "hydra.sweeper.finalists.fresh_seeds"
+        yield with_override(command, key, str(needed.seeds))
 
 
 def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
@@ -258,12 +218,32 @@ def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
         seeds=results.seeds(arm.name),
         trials=arm.tried if arm.adopted is None else arm.adopted.trials,
         trainable=best.metric("parameters/trainable"),
-        device_seconds=arm.seconds,
+        device_seconds=arm.device_seconds,
         seconds_per_trial=arm.seconds_per_trial,
         peak_memory_mib=best.metric("cost/peak_memory_mib"),
         artifact_mib=best.metric("cost/artifact_mib"),
         run_id=None if arm.adopted is None else arm.adopted.run_id,
+        failed_seeds="" if arm.final is None else _failed_seeds(label(arm), arm.final),
     )
+
+
+def _failed_seeds(name: str, final: FinalistRanking) -> str:
+    """Return how many of the winner's seeds diverged or ran out of memory, or ''."""
+    repeats = (*final.of_winner.repeats, *final.judged)
+    failed = impossible(repeats)
+    if not failed:
+        return ""
+    causes = Counter(
+        repeat.outcome.cause
+        for repeat in repeats
+        if repeat.outcome is not None and impossible([repeat])
+    )
+    words = {"oom": "ran out of memory", "refused": "could not be trained"}
+    said = ", ".join(
+        f"{count} of {len(repeats)} seeds {words.get(cause, cause)}"
+        for cause, count in causes.items()
+    )
+    return f"{capital(name)} is unstable: {said}."
 
 
 def _point(arm: ArmResult, best: TrialResult) -> str:
@@ -272,7 +252,9 @@ def _point(arm: ArmResult, best: TrialResult) -> str:
     return point_words(best.params)
 
 
-def _compare(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmComparison:
+def _compare(
+    results: StudyResults, side: ArmSide, reference: ArmSide, *, settled: bool
+) -> ArmComparison:
     """Compare two arms on the test split if both were evaluated there, else on the validation split."""
     objective, found = results.objective, results.contrast(side.arm)
     # The validation split selected the winners, so the test split is preferred.
@@ -286,22 +268,53 @@ def _compare(results: StudyResults, side: ArmSide, reference: ArmSide) -> ArmCom
             difference=found.difference,
             retained=found.retained,
             noise=found.noise,
+            base=found.base_loss,
+            evidence=replace(_evidence(results, found), settled=settled),
         )
     # Both gains count from the reference's base: a base that NF4 made worse must not flatter QLoRA.
     base = reference.base_value
-    gain, reference_gain = (objective.gain(one.value, over=base) for one in (side, reference))
+    values = _validation(results, side), _validation(results, reference)
+    gain, reference_gain = (objective.gain(value, over=base) for value in values)
     return ArmComparison(
         side=side,
         reference=reference,
         objective=objective,
         split="validation",
-        values=(side.value, reference.value),
-        difference=IntervalEstimate(value=side.value - reference.value),
+        values=values,
+        difference=IntervalEstimate(value=values[0] - values[1]),
         retained=IntervalEstimate(value=100 * gain / reference_gain)
         if reference_gain > 0
         else None,
         noise=(None, None),
+        base=base,
+        evidence=ComparisonEvidence(settled=settled),
     )
+
+
+def _evidence(results: StudyResults, found: ArmContrast) -> ComparisonEvidence:
+    margin = results.equivalence_margin
+    size = None
+    if margin is not None:
+        gain = abs(found.base_loss - found.losses[1])
+        size = margin.absolute if margin.share is None else margin.share * gain
+    return ComparisonEvidence(
+        standard_error=found.standard_error,
+        freedom=found.freedom,
+        seed_share=found.seed_share or 0.0,
+        seeds=found.seeds,
+        fresh=found.fresh,
+        margin=margin,
+        margin_size=size,
+    )
+
+
+def _validation(results: StudyResults, side: ArmSide) -> float:
+    """Return an arm's value on the validation split: the mean over its winner's seeds."""
+    arm = next(each for each in results.arms if each.name == side.arm)
+    # Where nothing was repeated, the trial's own value is all there is.
+    repeats = () if arm.final is None else arm.final.repeats
+    values = [repeat.value for repeat in repeats if repeat.value is not None]
+    return statistics.fmean(values) if values else side.value
 
 
 def _outcomes(arm: ArmResult) -> str:
@@ -312,107 +325,29 @@ def _outcomes(arm: ArmResult) -> str:
     )
 
 
-def _range_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
-    """Yield a doubt for each arm whose best learning rate is near an end of its range (log scale)."""
-    for arm in results.arms:
-        # Methods differ most in their best learning rate, so its range is checked.
-        found = arm.ranges.get(RATE)
-        if arm.best is None or found is None:
-            continue
-        rate = float(arm.setting(RATE))
-        low, high = found.values[0], found.values[-1]
-        place = place_in_range(rate, low, high)
-        if OUTER <= place <= 1 - OUTER:
-            continue
-        reason = (
-            f"the best learning rate of {label(arm)} ({rate:.3g}) is in the outer tenth of its search "
-            f"range ({low:.3g} to {high:.3g}), so a better one may exist outside of it"
-        )
-        words = wider(found, downwards=place < OUTER)
-        yield VerdictDoubt(arm.name, reason, searched_otherwise(results, arm, "wider", RATE, words))
-
-
-def wider(found: SearchedRange, downwards: bool) -> str:
-    """Return the search-space text for a range that reaches a decade further at one end."""
-    low, high = found.values[0], found.values[-1]
-    # Sampled ranges grow at one end. Grids get two more values, half a decade apart.
-    if found.continuous:
-        ends = (low / 10, high) if downwards else (low, high * 10)
-        return f"tag(log, interval({ends[0]:.3g}, {ends[1]:.3g}))"
-    more = [high * HALF_DECADE, high * 10]
-    if downwards:
-        more = [low / 10, low / HALF_DECADE]
-    values = sorted({float(f"{value:.3g}") for value in (*found.values, *more)})
-    return f"choice({', '.join(f'{value:.3g}' for value in values)})"
-
-
-def _budget_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
-    """Yield a doubt for each arm with too few finished trials or too small a share of the budget."""
-    rule = results.fairness
-    # Adopted arms used no budget here. Their search is judged by the baseline's doubts.
-    searched = [arm for arm in results.arms if arm.adopted is None]
-    if not searched:
-        return
-    largest = max(searched, key=lambda arm: _spent(arm, rule.equal))
-    for arm in searched:
-        if arm.tried >= arm.n_trials and (arm.exhaustive or arm.best is None):
-            # A completed grid has no further point, and an arm that only failed needs another space.
-            continue
-        spent, most = _spent(arm, rule.equal), _spent(largest, rule.equal)
-        if arm.finished < rule.min_finished:
-            factor = rule.min_finished / max(arm.finished, 1)
-            reason = (
-                f"{label(arm)} has {counted(arm.finished, 'finished trial')}, fewer than "
-                f"fairness.min_finished={rule.min_finished}"
-            )
-        elif spent < (1 - rule.tolerance) * most:
-            factor = most / spent if spent else 2.0
-            unit = rule.equal.replace("_", "-").removesuffix("s")
-            reason = (
-                f"{label(arm)} was searched with {counted(spent, unit)} and {label(largest)} with "
-                f"{most:,.0f}, so the comparison favours the latter"
-            )
-        else:
-            continue
-        yield VerdictDoubt(arm.name, reason, _command_with_more_trials(results, arm, factor))
-
-
-def _adoption_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
-    """Yield the doubts about adopted models, with the command that trains a baseline in this study."""
-    command = with_override(
-        renamed(results, "own_baseline"), "hydra.sweeper.baseline.run_id", "null"
-    )
-    for arm in results.arms:
-        if arm.best is not None:
-            for reason in baseline_doubts(arm, results.fairness):
-                yield VerdictDoubt(arm.name, f"{label(arm)} {reason}", command)
-
-
-def _spent(arm: ArmResult, unit: str) -> float:
-    return {"trials": arm.tried, "tokens": arm.tokens, "device_seconds": arm.seconds}[unit]
-
-
-def _command_with_more_trials(results: StudyResults, arm: ArmResult, factor: float) -> str:
-    """Return the study's command with `factor` times the trials for an arm, at least one more."""
-    count = max(math.ceil(arm.n_trials * factor), arm.n_trials + 1)
-    if arm.tried < arm.n_trials:
-        count = max(
-            arm.n_trials, math.ceil(arm.tried * factor)
-        )  # its own n_trials is not used up yet
-    where = "hydra.sweeper" if arm.name == "lora" else f"hydra.sweeper.arms.{arm.name}"
-    return with_override(results.command, f"{where}.n_trials", str(count))
-
-
 def _sentences(verdict: Verdict) -> Iterator[str]:
     if verdict.doubts:
         yield "PROVISIONAL: another run could change this answer."
         yield from (f"{capital(doubt.reason)}." for doubt in verdict.doubts)
     for duel in verdict.duels:
-        yield from _comparison_sentences(duel)
+        yield from comparison_sentences(duel)
+        if (words := visible_sentence(duel)) is not None:
+            yield words
     if not verdict.duels:
-        yield from (_single_arm_sentence(side, verdict.objective) for side in verdict.sides)
-    yield from _adoption_sentences(verdict.sides)
-    yield from _forgetting_sentences(verdict.sides)
+        yield from (single_arm_sentence(side, verdict.objective) for side in verdict.sides)
+    yield from adoption_sentences(verdict.sides)
+    yield from (f"{capital(edge.reason)}." for edge in verdict.edges)
+    yield from forgetting_sentences(verdict.sides)
+    yield from _missing_sentences(verdict)
+    yield from dict.fromkeys(words for duel in verdict.duels for words in seed_sentences(duel))
+    if (words := look_sentence(verdict.look, verdict.other_looks)) is not None:
+        yield words
+    if verdict.sides and verdict.untested is not None:
+        yield f"Not evaluated on the test split: {verdict.untested}."
+
+
+def _missing_sentences(verdict: Verdict) -> Iterator[str]:
+    """Yield the arms that have no result, and why."""
     if not verdict.sides:
         yield "No trial has finished, so there is nothing to compare."
     elif not verdict.duels:
@@ -421,132 +356,3 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield f"{capital(name)} has no finished trial ({outcomes})."
     for arm, misfit in verdict.misfits:
         yield f"Arm {arm} does not fit the device and was not run: {misfit}."
-    yield from dict.fromkeys(_seed_sentence(duel) for duel in verdict.duels)
-    if verdict.sides and verdict.untested is not None:
-        yield f"Not evaluated on the test split: {verdict.untested}."
-
-
-def _adoption_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
-    for side in sides:
-        if side.run_id is not None:
-            yield (
-                f"{capital(side.label)} was not trained in this study: it is MLflow run "
-                f"{side.run_id}, evaluated on this study's rows. "
-                f"Its search has {counted(side.trials, 'finished trial')}."
-            )
-
-
-def _forgetting_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
-    """Yield the change of the loss on general text, which is not about the task."""
-    found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
-    if found:
-        each = [f"{name} {_with_interval(forgot, '{:+.4f}', '')}" for name, forgot in found]
-        yield f"Forgetting (loss on general text minus the untuned base's): {', '.join(each)} nats."
-
-
-def _single_arm_sentence(side: ArmSide, objective: Objective) -> str:
-    gain = objective.gain(side.value, over=side.base_value)
-    if gain <= 0:
-        return f"The best {side.label} ({side.point}) is no better than the untuned base."
-    verb = "lowers" if objective.direction == "minimize" else "raises"
-    gained = (
-        f"The best {side.label} ({side.point}) {verb} the untuned base's "
-        f"{metric_words(objective.metric)} by {_amount(gain, '{:.3f}', objective)}"
-    )
-    judged = side.test_loss is not None and side.untuned_test_loss is not None
-    # Only losses are measured on the test split.
-    if not judged or objective.metric != "eval/loss":
-        return f"{gained}."
-    seeds = f"mean of {side.seeds} seeds" if side.seeds > 1 else "one seed"
-    return (
-        f"{gained}, and has a test loss of {side.test_loss:.4f} against the untuned base's "
-        f"{side.untuned_test_loss:.4f} ({seeds})."
-    )
-
-
-def _comparison_sentences(duel: ArmComparison) -> Iterator[str]:
-    side, reference = duel.side, duel.reference
-    name = f"The best {side.label} ({side.point})"
-    metric = duel.objective.metric.removeprefix("eval/")
-    values = f"{duel.split} {metric} {duel.values[0]:.4f} against {duel.values[1]:.4f}"
-    if duel.retained is None:
-        yield (
-            f"The improvement of the best {side.label} ({side.point}) cannot be given as a share of "
-            f"{reference.label}'s, because {reference.label} is no better than the untuned base "
-            f"({values})."
-        )
-    elif duel.retained.value <= 0:
-        yield f"{name} is no better than the untuned base ({values})."
-    else:
-        share = _with_interval(duel.retained, "{:.1f}", " %")
-        yield (
-            f"{name} retains {share} of {reference.label}'s improvement over the untuned base "
-            f"({values})."
-        )
-    yield _lead_sentence(duel)
-    if costs := _costs(duel.cost_ratios):
-        yield f"{capital(side.label)} {costs}."
-
-
-def _lead_sentence(duel: ArmComparison) -> str:
-    size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
-    low, high = duel.difference.low, duel.difference.high
-    if low is None or high is None:
-        # A leader with a shown difference of 0.0000 would look like an error.
-        if f"{duel.difference.value:.4f}".lstrip("-") == "0.0000":
-            return "The difference is below 0.0001, too small to name a winner without an interval."
-        leader = capital(duel.better.label)
-        return f"{leader} is ahead by {size}, but no confidence interval rules out a tie."
-    if duel.ahead is None:
-        difference = _amount(duel.difference.value, "{:+.4f}", duel.objective)
-        ends = f"95 % interval {low:+.4f} to {high:+.4f}"
-        return f"It is a tie: the difference of {difference} may be zero ({ends})."
-    near, far = sorted((abs(low), abs(high)))  # both ends have the same sign here
-    return f"{capital(duel.ahead)} is ahead by {size} (95 % interval {near:.4f} to {far:.4f})."
-
-
-def _amount(value: float, form: str, objective: Objective) -> str:
-    """Return a difference of the metric with its unit, if the metric has one."""
-    return f"{form.format(value)} {objective.unit}".rstrip()
-
-
-def _with_interval(found: IntervalEstimate, form: str, unit: str) -> str:
-    value = form.format(found.value) + unit
-    if found.low is None or found.high is None:
-        return value
-    return f"{value} (95 % interval {form.format(found.low)} to {form.format(found.high)})"
-
-
-def _costs(ratios: CostRatios) -> str:
-    """Return the arm's known costs as text, as shares of its reference's, or '' if none is known."""
-    words = []
-    if ratios.trainable is not None:
-        words.append(f"trains {100 * ratios.trainable:.3g} % of the parameters")
-    if ratios.time is not None:
-        words.append(f"takes {ratios.time:.2g}× the time a trial")
-    if ratios.memory is not None:
-        words.append(f"{ratios.memory:.2g}× the peak memory")
-    if ratios.artifact is not None:
-        words.append(f"{ratios.artifact:.2g}× the disk space")
-    return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + "".join(words[-1:])
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return above / below if above is not None and below else None
-
-
-def _seed_sentence(duel: ArmComparison) -> str:
-    seeds = (duel.side.seeds, duel.reference.seeds)
-    if duel.difference.low is None:
-        return "One seed each, on the split that selected it. Small differences may be chance."
-    if min(seeds) == 1:
-        return (
-            "With one seed in an arm, the interval covers other test examples but not other seeds."
-        )
-    noise = ", ".join(
-        f"{sd:.4f} ({side.label})"
-        for sd, side in zip(duel.noise, (duel.side, duel.reference), strict=True)
-        if sd is not None
-    )
-    floor = f"Noise floor (standard deviation over seeds): {noise} {duel.objective.unit}".rstrip()
-    return f"Seeds: {seeds[0]} against {seeds[1]}. {floor}."

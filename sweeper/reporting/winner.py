@@ -24,7 +24,7 @@ from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.text_table import point_words
-from sweeper.reporting.verdict import label
+from sweeper.reporting.verdict_doubts import label
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""

@@ -58,6 +58,8 @@ QUEUED_BY = "queued_by"
 """User attribute of a trial that a command queued: the command's id."""
 CLONE_OF = "clone_of"
 """User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
+MARGIN = "equivalence_margin"
+"""User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
 DROPPED = "dropped"
 """User attribute of a trial that a user stopped for good."""
 
@@ -117,7 +119,18 @@ def open_study(
     # last: find_study ignores a study without facts, and the next start would choose another UUID
     if study_uuid(study) is None:
         study.set_user_attr(UUID, uuid)
+    _fix_margin(study, plan)
     return study
+
+
+def _fix_margin(study: optuna.Study, plan: StudyPlan) -> None:
+    """Store the margin of equivalence before the first trial, and never change it afterwards."""
+    if MARGIN in study.user_attrs:
+        return
+    margin = plan.study.verdict.equivalence_margin
+    # A margin that is chosen when values are known proves nothing: a study of an older version has none.
+    fixed = margin is not None and not study.get_trials(deepcopy=False)
+    study.set_user_attr(MARGIN, margin.model_dump() if margin is not None and fixed else None)
 
 
 def study_uuid(study: optuna.Study) -> str | None:

@@ -23,6 +23,7 @@ from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
 from sweeper.search.states import STATES
 from sweeper.search.study import (
+    MARGIN,
     MEASURED,
     completed_questions,
     open_storage,
@@ -114,6 +115,8 @@ def fork(
     if old is None:
         return [f"fork of {name}: it has no such arm"]
     _check_same(old, plan, arm, facts)
+    # The copied values were known when the fork was planned, so its own margin would prove nothing.
+    study.set_user_attr(MARGIN, old.user_attrs.get(MARGIN))
     adopted = {trial.user_attrs.get("forked_from") for trial in study.get_trials(deepcopy=False)}
     done = [trial for trial in old.get_trials(deepcopy=False) if counts(trial)]
     fitting = list(_fitting(done, _folder(plan, name), arm))

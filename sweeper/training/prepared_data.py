@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sweeper.config.settings import DataSettings, TrialSettings
+from sweeper.config.settings import ROUGE_METRICS, DataSettings, TrialSettings
 from sweeper.core.errors import DataError
 from sweeper.core.input_digests import InputDigests
 from sweeper.data.data_card import DataCard
@@ -20,6 +20,7 @@ from sweeper.data.encode import (
 )
 from sweeper.data.examples import ChatMessage, DropCounts, Example, RawRow
 from sweeper.data.general_text import general_rows
+from sweeper.data.mixture import column
 from sweeper.data.splits import DataSplits, load_splits
 from sweeper.data.token_cache import cache_folder, cached, fingerprint
 from sweeper.data.tokens import EncodedPrompt, Tokens
@@ -126,14 +127,32 @@ class PreparedData:
         )
 
     def test_judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
-        """Return the judge of the losses on the test split.
+        """Return the judge on the test split: of the losses, and of answers if the objective needs them.
 
         Raises:
             DataError: the data have no test split.
         """
         if self.test is None:
             raise DataError("the data have no test split. Set data.test or data.test_ratio")
-        return self._loss_judge(self.test.rows, settings, base)
+        judge = self._loss_judge(self.test.rows, settings, base)
+        if settings.objective.metric in ROUGE_METRICS:
+            examples = self.splits.examples["test"]
+            prompts = HeldOutPrompts.of(encode_prompts(examples, self.tokenizer, self.settings))
+            count = settings.evaluation.generation.num_examples
+            held_out = prompts and prompts.sample(count, settings.data.split_seed)
+            judge = replace(judge, held_out=held_out)
+        return replace(judge, groups=self._test_groups())
+
+    def _test_groups(self) -> list[int]:
+        """Return the group of each row of the test split, or nothing if rows are not grouped."""
+        name, examples = self.settings.group_by, self.splits.examples.get("test", ())
+        # Plain text is cut into blocks, and a row without a target is dropped: then rows and examples
+        # do not correspond, and the report says that rows were drawn one by one.
+        if name is None or self.test is None or len(self.test.rows) != len(examples):
+            return []
+        values = [str(column(example, name, "group_by")) for example in examples]
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+        return [numbers[value] for value in values]
 
     def general_rows(self, settings: TrialSettings) -> list[Tokens]:
         """Return the windows of general text, tokenized.

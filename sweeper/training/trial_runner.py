@@ -297,14 +297,14 @@ class TransformersRunner:
     ) -> HeldOutLosses:
         judges = self._held_out_judges(settings, kinds)
         if folder is None:
-            return _held_out_losses(judges, self._base(settings).model)
+            return _held_out_losses(judges, self._base(settings).model, settings)
         artifact = folder.artifact
         if artifact is None:
             raise ArtifactError(f"{folder.path} contains neither an adapter nor a model")
         verify_manifest(artifact)
         if isinstance(settings.adapter, LoraAdapter):
             return self._test_adapter(judges, settings, settings.adapter, artifact)
-        return _held_out_losses(judges, self._stored(settings, artifact))
+        return _held_out_losses(judges, self._stored(settings, artifact), settings)
 
     def _stored(self, settings: TrialSettings, folder: Path) -> PreTrainedModel:
         """Load the stored weights of a full fine-tune, with the dtypes of the training."""
@@ -333,7 +333,7 @@ class TransformersRunner:
     ) -> HeldOutLosses:
         model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
         try:
-            return _held_out_losses(judges, model)
+            return _held_out_losses(judges, model, settings)
         finally:
             detach(model)
             if touches_base(adapter):
@@ -671,14 +671,27 @@ def _free_unreferenced() -> None:
     torch.cuda.empty_cache()
 
 
-def _held_out_losses(judges: Judges, model: PreTrainedModel | PeftModel) -> HeldOutLosses:
-    return HeldOutLosses(**{name: _example_losses(judge, model) for name, judge in judges.items()})
+def _held_out_losses(
+    judges: Judges, model: PreTrainedModel | PeftModel, settings: TrialSettings
+) -> HeldOutLosses:
+    return HeldOutLosses(
+        **{
+            # Only the test split stands for the task, so only there the objective has a meaning.
+            kind: _example_losses(judge, model, settings.objective.metric if kind == "test" else "")
+            for kind, judge in judges.items()
+        }
+    )
 
 
-def _example_losses(judge: ModelJudge, model: PreTrainedModel | PeftModel) -> ExampleLosses:
-    losses = BatchHalvingJudge(judge, TrialCosts())(model).examples
+def _example_losses(
+    judge: ModelJudge, model: PreTrainedModel | PeftModel, metric: str
+) -> ExampleLosses:
+    judgement = BatchHalvingJudge(judge, TrialCosts())(model)
     return ExampleLosses(
-        nll=tuple(loss.nll for loss in losses), tokens=tuple(loss.tokens for loss in losses)
+        nll=tuple(loss.nll for loss in judgement.examples),
+        tokens=tuple(loss.tokens for loss in judgement.examples),
+        groups=tuple(judge.groups),
+        scores=judgement.scores_of(metric),
     )
 
 

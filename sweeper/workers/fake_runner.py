@@ -20,6 +20,7 @@ from sweeper.config.input_sources import require_same
 from sweeper.config.settings import (
     LOSS_METRICS,
     ROUGE_METRICS,
+    SCORED_METRICS,
     FakeTrainer,
     LoraAdapter,
     TrialSettings,
@@ -31,6 +32,7 @@ from sweeper.core.outcome import (
     ArmBaseline,
     Cause,
     ExampleLosses,
+    ExampleScores,
     HeldOutKind,
     HeldOutLosses,
     Outcome,
@@ -355,7 +357,21 @@ def _on_test_split(settings: TrialSettings, folder: TrialFolder | None) -> Examp
         count * (loss + 0.02 + 0.1 * math.cos(place) + 0.005 * math.sin(100 * loss * place))
         for place, count in enumerate(TEST_TOKENS)
     )
-    return ExampleLosses(nll=nll, tokens=TEST_TOKENS)
+    return ExampleLosses(nll=nll, tokens=TEST_TOKENS, scores=_scores(settings, folder is None))
+
+
+def _scores(settings: TrialSettings, untuned: bool) -> ExampleScores | None:
+    """Return the objective on each example of the test split, where it is made of such scores."""
+    metric = settings.objective.metric
+    if metric not in SCORED_METRICS:
+        return None
+    mean = fake_metrics(settings, 0.0 if untuned else 1.0).get(metric, BASE_SCORE)
+    luck = 0.0 if untuned else 0.002 * math.sin(100 * settings.seed)
+    values = tuple(
+        mean + luck + 0.02 * math.cos(place) + 0.002 * math.sin(1000 * mean * place)
+        for place in range(len(TEST_TOKENS))
+    )
+    return ExampleScores(metric=metric, values=values, weights=(1.0,) * len(values))
 
 
 def _on_general_text(settings: TrialSettings, folder: TrialFolder | None) -> ExampleLosses:

@@ -32,8 +32,11 @@ NAME = "mine"
 FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
     *("workers.engine=inline", "workers.fake.step_seconds=0.0", "pruner=none"),
-    *("hydra.sweeper.n_trials=2", "hydra.sweeper.arms.full.n_trials=1"),
-    *("hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"),
+    *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=3"),
+    *("hydra.sweeper.finalists.seeds=2", "hydra.sweeper.finalists.fresh_seeds=1"),
+    *("hydra.sweeper.fairness.min_finished=1", "hydra.sweeper.fairness.tolerance=0.9"),
+    # wide enough for the best rate of three to lie in its middle
+    "training.learning_rate=tag(log,interval(3e-5,3e-1))",
 )
 FOLDER = StudyFolder(Path("outputs", NAME))
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -103,7 +106,7 @@ def _nothing(patch: pytest.MonkeyPatch) -> None:
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 AWAY = OperationalError("SELECT 1", {}, Exception("the database is away"))
-MORE = "hydra.sweeper.n_trials=3"
+MORE = "hydra.sweeper.n_trials=4"
 MOMENTS: dict[str, tuple[Any, str]] = {
     "worker start": (study_run, "open_engine"),
     "commands": (CommandHandler, "catch_up"),
@@ -132,7 +135,7 @@ STARTS: dict[str, tuple[tuple[str, ...], Patch, type[BaseException]]] = {
     "the base is away": ((), _stops(FakeRunner, "probe", StudyError("no base")), StudyError),
     "the database is away": ((), _stops(study_run, "open_study", AWAY), OperationalError),
     "code error": (
-        (MORE, "++workers.fake.plan={2:error,3:error,4:error,5:error}"),
+        (MORE, "++workers.fake.plan={3:error,4:error,5:error,6:error}"),
         _nothing,
         StudyError,
     ),

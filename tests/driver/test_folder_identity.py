@@ -25,7 +25,8 @@ FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
     *("workers.engine=inline", "workers.fake.step_seconds=0.0", "pruner=none", "verbosity=quiet"),
     *("~hydra.sweeper.arms.full", "hydra.sweeper.n_trials=2"),
-    *("hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"),
+    *("hydra.sweeper.finalists.seeds=2", "hydra.sweeper.finalists.fresh_seeds=2"),
+    "hydra.sweeper.fairness.min_finished=1",
 )
 LOW, HIGH = "training.learning_rate=0.001", "training.learning_rate=0.02"
 FOLDER = StudyFolder(Path("outputs", NAME))

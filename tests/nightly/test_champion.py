@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sweeper.nightly.champion import ChallengeEvidence, ChampionDecision, decide
+from sweeper.nightly.champion import (
+    ChallengeEvidence,
+    ChampionDecision,
+    decide,
+    gate_alpha,
+    gate_spent,
+)
 from sweeper.nightly.nightly_set import ChampionRules
 from sweeper.reporting.intervals import SeedLosses
 
@@ -65,14 +71,57 @@ def test_first_champion_must_beat_the_untuned_base() -> None:
     assert _decide(_judged(4.498), None).verdict == "kept"
 
 
-def test_margin_is_twice_the_seed_spread_where_it_is_known() -> None:
-    """Seeds that lie 0.04 apart have a standard deviation of 0.04: a gain of 0.05 is not enough."""
+def test_the_margin_is_one_deviation_between_seeds() -> None:
+    """Seeds 0.04 apart: 0.03 nats better is what another seed may bring, 0.06 is not."""
     rules = RULES.model_copy(update={"margin": None})
-    challenger, champion = (_judged(x, seeds=3, spread=0.04) for x in (3.85, 3.9))
-    decision = _decide(challenger, champion, rules)
-    assert decision.margin == pytest.approx(0.08)
-    assert decision.verdict == "kept"
-    assert _decide(_judged(3.85), _judged(3.9), rules).margin == 0.0
+    decided = [
+        decide(NAMES, _judged(loss), _judged(3.9), BASE, SMALL, rules, seed_deviation=0.04)
+        for loss in (3.87, 3.84)
+    ]
+    assert [each.margin for each in decided] == [0.04, 0.04]
+    assert [each.verdict for each in decided] == ["kept", "promoted"]
+
+
+def test_an_unknown_spread_decides_nothing() -> None:
+    """No margin is made up. The reason says what to train or to set."""
+    rules = RULES.model_copy(update={"margin": None})
+    decision = _decide(_judged(3.5), _judged(3.9), rules)
+    assert decision.verdict == "undecided"
+    assert "champion.margin" in decision.reason
+    assert _decide(_judged(3.5), None, rules).verdict == "promoted"
+
+
+def test_all_looks_together_spend_five_percent() -> None:
+    """However many nights follow, and the first look has the largest part."""
+    spent = [gate_alpha(look) for look in range(1, 10_000)]
+    assert sum(spent) == pytest.approx(0.05, rel=1e-3)
+    assert sum(spent) < 0.05
+    assert spent == sorted(spent, reverse=True)
+    assert gate_spent(12) > 0.95
+
+
+def test_a_promotion_is_estimated_on_rows_that_did_not_decide() -> None:
+    """A fifth of the rows: what decides is not among them, and the reason tells both figures."""
+    challenger, champion = _judged(3.8, noise=0.3), _judged(3.9, noise=0.3)
+    decision = _decide(challenger, champion)
+    assert decision.contrast is not None
+    assert decision.confirmed is not None
+    assert decision.contrast.examples == EXAMPLES - EXAMPLES // 5
+    rows = np.arange(EXAMPLES) % 5 == 4
+    apart = (challenger.nll - champion.nll)[0, rows].sum() / TOKENS[rows].sum()
+    assert decision.confirmed.value == pytest.approx(apart)
+    assert "On the rows that did not decide" in decision.reason
+
+
+def test_the_gate_wears_out_and_says_so() -> None:
+    """From the twelfth look of a champion on, the reason asks for new rows."""
+    words = [
+        decide(NAMES, _judged(3.9), _judged(3.9), BASE, SMALL, RULES, look=look).reason
+        for look in (1, 12)
+    ]
+    assert "look 1 at the gate for this champion, 61 % of it is used up" in words[0]
+    assert "name new rows" in words[1]
+    assert "name new rows" not in words[0]
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_device_hours_of_the_night_are_shared(write_set: Write) -> None:
 
 def test_finalists_of_earlier_nights_use_up_nothing_of_tonight(write_set: Write) -> None:
     """Last night's finalists took ten device-hours; tonight's one still trains all its trials."""
-    finalists = ["hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"]
+    finalists = ["hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.fresh_seeds=1"]
     entry = {"policy": "continue", "extend_by": 2, "overrides": [*FAKE, *SMALL, *finalists]}
     write_set(entry)
     run_night("mine", clock=_night(0))

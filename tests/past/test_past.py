@@ -75,7 +75,7 @@ def test_a_killed_study_is_resumed(past: Path) -> None:
     assert {path: after[path] for path in before} == before
     assert spool.read_text(encoding="utf-8").splitlines()[0] == measured[0]
     assert 16 in {trial.params["adapter.r"] for trial in lora.trials if trial.number > 9}
-    assert results.contrast("lora") is not None
+    assert all(arm.final is not None for arm in results.arms)
 
 
 def test_a_finished_study_is_answered_again_without_training(past: Path) -> None:
@@ -86,14 +86,24 @@ def test_a_finished_study_is_answered_again_without_training(past: Path) -> None
     after = read_json(StudyFolder(Path("outputs/finished")).results)
     assert _outcomes("finished") == outcomes
     assert _values(after) == _values(before)
-    for part in ("provisional", "sides", "duels"):
-        assert after["verdict"][part] == before["verdict"][part]
+    for now, then in zip(after["verdict"]["sides"], before["verdict"]["sides"], strict=True):
+        same = ("arm", "label", "point", "value", "base_value", "trials", "trainable")
+        assert {key: now[key] for key in same} == {key: then[key] for key in same}
 
 
 def _values(document: dict[str, Any]) -> dict[str, list[tuple[int, float | None]]]:
     """Each arm's trials, the best first, and their values to the last digit."""
     arms = document["arms"].items()
     return {name: [(t["number"], t["best_value"]) for t in arm["trials"]] for name, arm in arms}
+
+
+def _shared(new: Any, old: Any, ignored: tuple[str, ...]) -> Any:
+    """What a document says under the keys that an earlier one has, too."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        return {key: _shared(new[key], old[key], ignored) for key in old if key not in ignored}
+    if isinstance(new, list) and isinstance(old, list):
+        return [_shared(each, old[at], ignored) for at, each in enumerate(new)]
+    return new
 
 
 def test_a_finished_study_is_extended(past: Path) -> None:
@@ -111,12 +121,18 @@ def test_every_format_reports_the_past(say: Say, name: str) -> None:
     stored = read_json(StudyFolder(Path("outputs", name)).results)
     (document,) = json.loads(say("report", name, "--format", "json"))
     assert _values(document) == _values(stored)
-    # The sentences may be worded better since, the figures may not change.
-    assert {**document["verdict"], "words": ""} == {**stored["verdict"], "words": ""}
+    # The sentences may be worded better since, the figures may not change. What an arm cost is one:
+    # it counts the finalists since.
+    ignored = ("words", "device_seconds")
+    assert _shared(document["verdict"], stored["verdict"], ignored) == _shared(
+        stored["verdict"], stored["verdict"], ignored
+    )
     rows = list(csv.DictReader(io.StringIO(say("report", name, "--format", "csv"))))
     trials = [trial for arm in stored["arms"].values() for trial in arm["trials"]]
     assert [int(row["trial"]) for row in rows] == [trial["number"] for trial in trials]
     text = Path("outputs", name, "report.md").read_text(encoding="utf-8")
+    # Ranks with other target modules are compared no more.
+    text = re.sub(r"## \w+: what each rank brings.*?(?=\n## )", "", text, flags=re.DOTALL)
     figures = re.findall(r"\d+\.\d{4}", text)
     assert len(figures) > 5
     assert set(figures) <= set(re.findall(r"\d+\.\d{4}", say("report", name, "--format", "md")))

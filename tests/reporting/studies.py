@@ -112,6 +112,7 @@ def make_results(
 
 def two_arms(lora: float | None, full: float | None, **fields: Any) -> StudyResults:
     """One trial an arm; an arm without a value is left out (full) or failed (lora)."""
+    fields = {"rates": (1e-4, 1e-2), **fields}
     cause = "finished" if lora is not None else "oom"
     arms = [make_arm("lora", [make_trial("lora", 0, cause, lora, LORA_COSTS)], **fields)]
     if full is not None:

@@ -22,7 +22,7 @@ def test_every_outcome_of_a_trial_is_explained() -> None:
 @pytest.mark.parametrize(
     ("text", "terms"),
     [
-        ("QLoRA is ahead by 0.05 nats.", ["nats"]),
+        ("QLoRA is ahead by 0.05 nats.", ["nats", "ahead"]),
         ("3 arms, one alarm", ["arm"]),
         ("noise floor (sd)", ["Noise floor", "sd"]),
         ("early_stopped, not stopped", ["early_stopped"]),

@@ -165,9 +165,9 @@ def test_headline_is_the_verdict_of_results_json(tmp_path: Path) -> None:
     assert found.all("p", "words")[0].text == verdict["words"]
     duel = verdict["duels"][0]
     tiles = [tile.text for tile in found.all("strong")]
-    assert tiles[0] == f"{duel['retained']['value']:.1f} %"
+    assert tiles[0] == f"{duel['difference']['value']:+.4f} nats"
     trained = duel["side"]["trainable"] / duel["reference"]["trainable"]
-    assert tiles[1] == f"{100 * trained:.3g} %"
+    assert f"{100 * trained:.3g} %" in tiles
     best = min(
         trial["best_value"]
         for trial in read_json(folder.results)["arms"]["lora"]["trials"]

@@ -27,8 +27,8 @@ def _world(
     return judged(differs, seeds), judged(0.0, seeds), judged(0.7, 1)
 
 
-def _compare(world: tuple[SeedLosses, SeedLosses, SeedLosses], **options: int) -> ArmContrast:
-    return contrast(NAMES, *world, **options)
+def _compare(world: tuple[SeedLosses, SeedLosses, SeedLosses]) -> ArmContrast:
+    return contrast(NAMES, *world)
 
 
 def test_loss_is_weighted_by_tokens() -> None:
@@ -126,13 +126,6 @@ def test_swapping_the_arms_turns_the_sign() -> None:
     assert there.low == pytest.approx(-(back.high or 0), abs=0.004)
 
 
-def test_same_seed_same_interval() -> None:
-    """The resampling is seeded; another seed moves the ends a little."""
-    world = _world(2, seed=7)
-    assert _compare(world) == _compare(world)
-    assert _compare(world) != _compare(world, seed=1)
-
-
 def test_retained_is_the_share_of_the_improvement() -> None:
     """0.68 of 0.70 nats is 97.1 %, and the interval has it inside."""
     found = _compare(_world(3, seed=8, examples=3000)).retained
@@ -147,19 +140,16 @@ def test_no_share_of_no_improvement() -> None:
     assert _compare((arm, base, full)).retained is None
 
 
-def test_a_share_of_a_doubtful_improvement_has_no_ends() -> None:
-    """Where the reference may not have improved at all, the ratio is stated without an interval."""
+def test_no_share_of_a_doubtful_improvement() -> None:
+    """Where the reference may not have improved at all, a ratio has no bounded set of values."""
     tokens = np.ones(50)
     random = np.random.default_rng(10)
     base = random.gamma(4, 1, (1, 50))
     full = base + random.normal(0, 1, (1, 50)) - 0.05
     full += base.mean() - 0.01 - full.mean()
-    found = _compare(
-        (SeedLosses(full - 0.01, tokens), SeedLosses(full, tokens), SeedLosses(base, tokens))
-    )
-    assert found.retained is not None
-    assert found.retained.low is None
-    assert not found.retained.has(found.retained.value)
+    arm = full - 0.01 + random.normal(0, 0.1, (1, 50))
+    models = (SeedLosses(rows, tokens) for rows in (arm, full, base))
+    assert _compare(tuple(models)).retained is None  # type: ignore[arg-type]
 
 
 def test_different_examples_are_refused() -> None:
@@ -178,14 +168,3 @@ def test_noise_floor_needs_two_seeds() -> None:
     """Standard deviation with n - 1; one seed says nothing."""
     assert noise_floor(np.array([4.0, 4.2])) == pytest.approx(0.2 / 2**0.5)
     assert noise_floor(np.array([4.0])) is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("seeds", "seed_noise"), [(1, 0.0), (2, 0.0), (2, 0.05), (3, 0.006), (3, 0.05), (5, 0.05)]
-)
-def test_interval_covers_the_truth_as_often_as_it_says(seeds: int, seed_noise: float) -> None:
-    """95 % intervals hold the true difference in 92 to 99 of 100 simulated studies."""
-    worlds = (_world(seeds, seed=1000 + n, examples=120, seed_noise=seed_noise) for n in range(300))
-    covered = sum(_compare(world, resamples=800).difference.has(0.02) for world in worlds)
-    assert 0.91 <= covered / 300 <= 0.99

@@ -37,6 +37,11 @@ CONTRAST = ArmContrast(
     difference=IntervalEstimate(value=0.05, low=0.03, high=0.07),
     retained=IntervalEstimate(value=90.0, low=86.0, high=94.0),
     noise=(0.004, 0.006),
+    standard_error=0.01,
+    freedom=8.0,
+    seed_share=0.4,
+    p_value=0.001,
+    fresh=True,
 )
 
 

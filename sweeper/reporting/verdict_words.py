@@ -1,0 +1,244 @@
+"""The sentences of a verdict. They claim no more than the figures support."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sweeper.config.settings import Objective, metric_words
+from sweeper.reporting.arm_comparison import FEWEST_SEEDS, ArmComparison, ArmSide, CostRatios
+from sweeper.reporting.intervals import POWER, IntervalEstimate
+from sweeper.reporting.text_table import capital, counted
+
+
+def outcome_sentence(duel: ArmComparison) -> str:
+    """Return the outcome of a comparison in one sentence."""
+    side, reference = duel.side, duel.reference
+    if duel.outcome == "ahead":
+        return f"{capital(duel.better.label)} is ahead by {_lead(duel)}."
+    difference = _signed_difference(duel)
+    if duel.outcome == "equivalent":
+        return (
+            f"{capital(side.label)} and {reference.label} are equivalent within the margin of "
+            f"{_margin(duel)}: the difference is {difference}."
+        )
+    return f"Undecided: {_why_undecided(duel, difference)}."
+
+
+def headline(duel: ArmComparison) -> str:
+    """Return the outcome in a sentence without figures that a person reads in a few seconds."""
+    side, reference = duel.side.label, duel.reference.label
+    found = {
+        "ahead": f"{capital(duel.better.label)} is ahead",
+        "equivalent": f"{capital(side)} and {reference} are equivalent",
+        "undecided": f"Undecided whether {side} or {reference} is better",
+    }[duel.outcome]
+    return f"{found}. {_more_forgetful(duel)}".strip()
+
+
+def _more_forgetful(duel: ArmComparison) -> str:
+    """Return which side forgets more, or '' if their intervals overlap."""
+    sides = [side for side in (duel.side, duel.reference) if side.forgetting is not None]
+    found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
+    if len(found) < 2:
+        return ""
+    (less, low), (more, high) = sorted(found, key=lambda each: each[1].value)
+    if low.high is None or high.low is None or low.high >= high.low:
+        return ""
+    return (
+        f"{capital(more)} forgets more: {high.value:+.2f} against {low.value:+.2f} nats of {less} on "
+        "general text."
+    )
+
+
+def _why_undecided(duel: ArmComparison, difference: str) -> str:
+    low, high = duel.difference.low, duel.difference.high
+    names = f"the {duel.split} {_metric(duel)} of {duel.side.label} minus {duel.reference.label}'s"
+    if low is None or high is None:
+        return f"{names} is {difference}, and no confidence interval rules out chance"
+    if duel.difference.has(0):
+        return f"{names} is {difference}, which may be zero"
+    found = duel.evidence
+    reason = "one seed's chance is not ruled out"
+    if not found.settled:
+        reason = "the search of an arm was too small (see above)"
+    elif min(found.seeds) >= FEWEST_SEEDS and not found.fresh:
+        reason = "the seeds that chose the winner are among those that were judged"
+    elif min(found.seeds) >= FEWEST_SEEDS:
+        reason = f"this look at the test split allows a p value of {found.level:.2g} only"
+    return f"{names} is {difference}, but {reason}"
+
+
+def comparison_sentences(duel: ArmComparison) -> Iterator[str]:
+    """Yield the outcome, what it rests on, and the costs."""
+    side, reference = duel.side, duel.reference
+    yield outcome_sentence(duel)
+    values = f"{duel.split} {_metric(duel)} {duel.values[0]:.4f} against {duel.values[1]:.4f}"
+    name = f"The best {side.label} ({side.point})"
+    retained, (improves, reference_improves) = duel.retained, duel.improves
+    if not improves:
+        yield f"{name} is no better than the untuned base ({values})."
+    # A share of what is undecided would be read as an answer.
+    elif retained is not None and duel.outcome != "undecided":
+        share = with_interval(retained, "{:.1f}", " %")
+        yield (
+            f"{name} retains {share} of {reference.label}'s improvement over the untuned base "
+            f"({values})."
+        )
+    else:
+        yield f"{name}: {values}."
+    if not reference_improves:
+        yield f"{capital(reference.label)} is no better than the untuned base."
+    if costs := costs_words(duel.cost_ratios, duel.on_cpu):
+        yield f"{capital(side.label)} {costs}."
+
+
+def visible_sentence(duel: ArmComparison) -> str | None:
+    """Return the smallest gap that an undecided comparison could show, and what would decide it."""
+    gap, needed = duel.visible_gap, duel.needed
+    if duel.outcome != "undecided" or gap is None:
+        return None
+    words = (
+        f"A gap of {_amount(gap, '{:.4f}', duel.objective)} would have been found in "
+        f"{100 * POWER:.0f} of 100 such studies, a smaller one less often"
+    )
+    if needed is None:
+        return f"{words}."
+    wants = counted(needed.seeds, "fresh seed") + " of each arm"
+    if needed.rows > 1:
+        wants += f" and {needed.rows:.1f}× the rows of the test split"
+    return f"{words}. To decide a difference of the observed size takes about {wants}."
+
+
+def seed_sentences(duel: ArmComparison) -> Iterator[str]:
+    """Yield what the interval covers, and which seeds failed."""
+    yield from (side.failed_seeds for side in (duel.side, duel.reference) if side.failed_seeds)
+    seeds = (duel.side.seeds, duel.reference.seeds)
+    if duel.difference.low is None:
+        yield (
+            f"Seeds: {seeds[0]} against {seeds[1]}, on the split that selected them. Small differences "
+            "may be chance."
+        )
+        return
+    if min(seeds) < FEWEST_SEEDS:
+        yield (
+            "With one seed in an arm, the interval covers other test examples but not other seeds, and "
+            "nothing is decided."
+        )
+        return
+    noise = ", ".join(
+        f"{sd:.4f} ({side.label})"
+        for sd, side in zip(duel.noise, (duel.side, duel.reference), strict=True)
+        if sd is not None
+    )
+    floor = f"Noise floor (standard deviation over seeds): {noise} {duel.objective.unit}".rstrip()
+    kind = "fresh seeds" if duel.evidence.fresh else "seeds, with those that chose the winner"
+    yield f"Judged on {seeds[0]} against {seeds[1]} {kind}. {floor}."
+    yield "A seed sets the initialisation, the order of the rows and dropout together."
+
+
+def adoption_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
+    """Yield where a model comes from that this study did not train."""
+    for side in sides:
+        if side.run_id is not None:
+            yield (
+                f"{capital(side.label)} was not trained in this study: it is MLflow run "
+                f"{side.run_id}, evaluated on this study's rows. "
+                f"Its search has {counted(side.trials, 'finished trial')}."
+            )
+
+
+def forgetting_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
+    """Yield the change of the loss on general text, which is not about the task."""
+    found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
+    if found:
+        each = [f"{name} {with_interval(forgot, '{:+.4f}', '')}" for name, forgot in found]
+        yield f"Forgetting (loss on general text minus the untuned base's): {', '.join(each)} nats."
+
+
+def single_arm_sentence(side: ArmSide, objective: Objective) -> str:
+    """Return what the best trial of an arm without a rival improves on."""
+    gain = objective.gain(side.value, over=side.base_value)
+    if gain <= 0:
+        return f"The best {side.label} ({side.point}) is no better than the untuned base."
+    verb = "lowers" if objective.direction == "minimize" else "raises"
+    gained = (
+        f"The best {side.label} ({side.point}) {verb} the untuned base's "
+        f"{metric_words(objective.metric)} by {_amount(gain, '{:.3f}', objective)}"
+    )
+    judged = side.test_loss is not None and side.untuned_test_loss is not None
+    # Of other metrics no value on the test split is stored for an arm alone.
+    if not judged or objective.metric != "eval/loss":
+        return f"{gained}."
+    seeds = f"mean of {side.seeds} seeds" if side.seeds > 1 else "one seed"
+    return (
+        f"{gained}, and has a test loss of {side.test_loss:.4f} against the untuned base's "
+        f"{side.untuned_test_loss:.4f} ({seeds})."
+    )
+
+
+def look_sentence(look: int | None, others: int) -> str | None:
+    """Return how often the test split was looked at, or None if an older version looked."""
+    if look is None:
+        return None
+    count = "the first look" if look == 1 else f"look number {look}"
+    words = f"This was {count} of this question at this test split"
+    if others:
+        times = counted(others, "time")
+        words += f". Other studies in this folder looked at it {times}, which is not accounted for"
+    return f"{words}."
+
+
+def with_interval(found: IntervalEstimate, form: str, unit: str) -> str:
+    """Return a figure with its interval, if it has one."""
+    value = form.format(found.value) + unit
+    if found.low is None or found.high is None:
+        return value
+    return f"{value} (95 % interval {form.format(found.low)} to {form.format(found.high)})"
+
+
+def costs_words(ratios: CostRatios, on_cpu: bool) -> str:
+    """Return the arm's known costs as text, as shares of its reference's, or '' if none is known."""
+    words = []
+    if ratios.trainable is not None:
+        words.append(f"trains {100 * ratios.trainable:.3g} % of the parameters")
+    if ratios.time is not None:
+        time = with_interval(ratios.time, "{:.3g}", "×")
+        words.append(f"takes {time} the {'CPU time' if on_cpu else 'time'} of a training")
+    if ratios.memory is not None:
+        words.append(f"{ratios.memory:.2g}× the peak memory")
+    if ratios.artifact is not None:
+        words.append(f"{ratios.artifact:.2g}× the disk space")
+    return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + "".join(words[-1:])
+
+
+def _lead(duel: ArmComparison) -> str:
+    low, high = duel.difference.low, duel.difference.high
+    assert low is not None
+    assert high is not None
+    near, far = sorted((abs(low), abs(high)))  # both ends have the same sign here
+    size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
+    return f"{size} (95 % interval {near:.4f} to {far:.4f})"
+
+
+def _signed_difference(duel: ArmComparison) -> str:
+    size = _amount(duel.difference.value, "{:+.4f}", duel.objective)
+    low, high = duel.difference.low, duel.difference.high
+    if low is None or high is None:
+        return size
+    return f"{size} (95 % interval {low:+.4f} to {high:+.4f})"
+
+
+def _margin(duel: ArmComparison) -> str:
+    margin, size = duel.evidence.margin, duel.evidence.margin_size
+    if margin is None or size is None or margin.share is None:
+        return "" if size is None else _amount(size, "{:.4f}", duel.objective)
+    return f"{100 * margin.share:g} % of {duel.reference.label}'s improvement"
+
+
+def _metric(duel: ArmComparison) -> str:
+    return duel.objective.metric.removeprefix("eval/")
+
+
+def _amount(value: float, form: str, objective: Objective) -> str:
+    """Return a difference of the metric with its unit, if the metric has one."""
+    return f"{form.format(value)} {objective.unit}".rstrip()
