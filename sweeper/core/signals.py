@@ -7,6 +7,7 @@ something is still closing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that a batch system sends before it takes the machine away (Slurm: --signal=B:USR1@120)."""
 TEMPORARY_FAILURE = 75
 """Exit code that asks the batch system to run the same command again (EX_TEMPFAIL of sysexits.h)."""
+PR_SET_PDEATHSIG = 1
+"""The request of prctl(2)."""
 HURRY_SECONDS = 1.5
 """Seconds between a second signal and the end of the process."""
 
@@ -51,6 +54,13 @@ class StopSignal:
         """
         if self.number is not None:
             raise StopRequested(self.number)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends. Elsewhere the process must notice it."""
+    # A process that is stopped (SIGSTOP) cannot notice anything, and would hold its device for ever
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import ConfigError, InputsChanged, WorkerError
 from sweeper.core.garbage import exempt_from_collection, uncollected
 from sweeper.core.input_digests import InputDigests
-from sweeper.core.signals import NOTICES, STOPS
+from sweeper.core.signals import NOTICES, STOPS, die_with_parent
 from sweeper.core.value import FrozenValue
 from sweeper.training.distributed import (
     SINGLE_PROCESS,
@@ -209,6 +209,7 @@ def _too_many(size: int, have: int) -> str:
 
 def _main(connection: Connection, device: str | None, threads: int, log: str) -> None:
     """Run a follower from its start to its end."""
+    die_with_parent()
     for number in (*STOPS, *NOTICES):  # the driver decides
         signal.signal(number, signal.SIG_IGN)
     print_into(Path(log))

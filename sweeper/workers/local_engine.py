@@ -23,7 +23,7 @@ from typing import Literal
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.errors import WorkerError
 from sweeper.core.garbage import exempt_from_collection
-from sweeper.core.signals import NOTICES, STOPS
+from sweeper.core.signals import NOTICES, STOPS, die_with_parent
 from sweeper.core.value import FrozenValue
 from sweeper.workers.hosted_engine import HostedEngine
 from sweeper.workers.protocol import (
@@ -219,6 +219,7 @@ def _main(
 ) -> None:
     """Run a worker process from its start to its end."""
     os.setsid()
+    die_with_parent()
     for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
         signal.signal(number, signal.SIG_IGN)
     print_into(place.log)

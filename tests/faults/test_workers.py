@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from optuna.trial import TrialState
 
@@ -102,6 +103,17 @@ def test_a_frozen_worker_is_replaced_and_never_heard_again(launch: Launch) -> No
     output = sweep.end()
     assert "workers.stall_timeout_s" in output
     assert [trial.user_attrs["attempt"] for trial in sweep.check_each_once(3)] == [1, 2, 1]
+
+
+def test_a_frozen_worker_does_not_outlive_its_driver(launch: Launch) -> None:
+    """SIGSTOP to the worker, kill -9 to the driver: no process is left that holds a device."""
+    sweep = launch("tracking=none", "hydra.sweeper.n_trials=2", "workers.fake.step_seconds=0.05")
+    sweep.until_steps(0)
+    (frozen,) = sweep.workers()
+    frozen.suspend()
+    sweep.process.kill()
+    sweep.process.wait()
+    assert psutil.wait_procs([frozen], timeout=30)[1] == []
 
 
 @pytest.mark.slow
