@@ -46,6 +46,9 @@ LOCK = "the lock was made with a limit"
 
 BOUNDED = {
     "sweeper/commands/doctor.py:reach_database engine.connect": "its connect_args hold a limit",
+    "sweeper/commands/guarded_steps.py:take self.sleep": "all steps together wait for SPACE_PATIENCE_S",
+    "sweeper/reporting/study_status.py:_is_free fcntl.flock": "LOCK_NB: it does not wait",
+    "sweeper/reporting/study_status.py:_is_free time.sleep": "until LOOK_SECONDS have passed",
     "sweeper/data/prefetch.py:_snapshot snapshot_download": "a person waits, and sees the progress",
     "sweeper/data/sources.py:hub_data datasets.load_dataset": HUB,
     "sweeper/modeling/model_source.py:_from_hub snapshot_download": HUB,

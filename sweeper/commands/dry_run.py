@@ -174,7 +174,7 @@ def further_seeds(plan: StudyPlan, arm: ArmPlan) -> int:
     if arm.run_id is not None:
         return 0
     wanted = plan.study.finalists
-    return wanted.top * (wanted.seeds - 1)
+    return wanted.top * (wanted.seeds - 1) + (wanted.fresh_seeds if wanted.top else 0)
 
 
 def disk(settings: RunSettings, artifacts_mib: Sequence[float | None]) -> str:
@@ -225,7 +225,9 @@ def _show_arm(
         _line(console, f"  {key} = {value}")
     if more := further_seeds(plan, arm):
         wanted = plan.study.finalists
-        _line(console, f"  then {more} more: the best {wanted.top} over {wanted.seeds} seeds")
+        fresh = f"the winner with {wanted.fresh_seeds} fresh seeds"
+        best = f"the best {wanted.top} over {wanted.seeds} seeds, " if wanted.seeds > 1 else ""
+        _line(console, f"  then {more} more: {best}{fresh}")
     _line(console, f"  space: {space_size(arm.space)}")
     for key, domain in arm.space.items():
         _line(console, f"    {key}: {domain}")

@@ -57,7 +57,7 @@ class Outcome(FrozenValue):
     """Optimizer step of the kept checkpoint."""
     steps: int = 0
     """Number of optimizer steps that were trained."""
-    metrics: dict[str, float] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    metrics: dict[str, float] = Field(default_factory=dict)
     message: str | None = None
     """Reason of a failure for people, or the traceback of a code error."""
     inputs: InputDigests | None = LATER
@@ -289,15 +289,13 @@ class GateFigures(FrozenValue):
 
     tokens: list[int] = Field(default_factory=list)
     """Target tokens of each example."""
-    nll: dict[str, list[float]] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    nll: dict[str, list[float]] = Field(default_factory=dict)
     """Summed negative log-likelihood of each example in nats, by model. One model is `base`."""
     left_out: int = 0
     """Number of rows of the gate that were dropped because a split of a trial contains them."""
     general_tokens: list[int] = Field(default_factory=list)
     """Target tokens of each window of general text. Empty if the first trial has no general text."""
-    general: dict[str, list[float]] = Field(
-        default_factory=dict, exclude_if=lambda found: not found
-    )
+    general: dict[str, list[float]] = Field(default_factory=dict)
     """Summed negative log-likelihood of each window of general text in nats, by model."""
     problem: str | None = None
 

@@ -103,7 +103,7 @@ def _owner(folder: StudyFolder) -> str | None:
     """Return the UUID of the study that wrote the folder, or None if it has none."""
     try:
         return FolderOwner.model_validate_json(folder.identity.read_bytes()).study
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         # damaged, or never stored because the disk was full: the trials name their study as well
         trials = (path for arm in _arms(folder) for path in sorted(arm.rglob("trial_*")))
         own = (TrialFolder(path) for path in trials if path.is_dir() and not path.is_symlink())

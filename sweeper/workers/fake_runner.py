@@ -138,7 +138,8 @@ def fake_inputs(settings: TrialSettings) -> InputDigests:
     ]
     weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     return InputDigests(
-        data=f"fake {data.train}",
+        # a source with options may name a secret, which is resolved here and a reference elsewhere
+        data=f"fake {data.train if isinstance(data.train, str) else _content([str(data.train)])}",
         base=_content(weights) if weights else "fake",
         config=_content([base / "config.json"]),
         judged=_content([*judged, *rules]),

@@ -100,8 +100,8 @@ def test_a_study_is_shown_with_arms_points_sizes_and_the_command() -> None:
     assert "arm full: 5 trials by grid" in text
     assert "adapter.method = none" in text
     assert "1,024 MiB" in text
-    assert "then 1 more: the best 1 over 2 seeds" in text
-    assert "26.0 MiB of artifacts" in text
+    assert "then 3 more: the winner with 3 fresh seeds" in text
+    assert "30.0 MiB of artifacts" in text
     assert text.rstrip().endswith("run it:     python -m sweeper +experiment=lr_rank_sweep -m")
 
 
@@ -116,7 +116,7 @@ def test_time_is_unknown_without_earlier_trials(
 
 
 def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
-    """Ten more trials of 10 s, four of 30 s and a further seed of each, by two workers: 130 s."""
+    """Ten more trials of 10 s, four of 30 s and three fresh seeds of each, by two workers: 170 s."""
     folder = StudyFolder(tmp_path / "lr_rank_sweep")
     full_costs = {**LORA_COSTS, "cost/seconds": 30.0}
     results = make_results(
@@ -125,7 +125,7 @@ def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
     )
     write_json(folder.results, to_document(results))
     plan = _plan(f"output_dir={tmp_path}", "hydra.sweeper.n_jobs=2")
-    assert "about 2.2 min with 2 workers" in _shown(plan)
+    assert "about 2.8 min with 2 workers" in _shown(plan)
     only = make_results(results.arms[0])
     assert "cannot be known before the first finished trial of arm full" in forecast(plan, only)
 

@@ -109,9 +109,9 @@ SKIPPED = {
         "completion is empty",
         ":3",
     ),
-    "number_completion.jsonl": (
-        jsonl(b'{"prompt": "a", "completion": 5}'),
-        "completion is a int, not text",
+    "object_completion.jsonl": (
+        jsonl(b'{"prompt": "a", "completion": {"text": "b"}}'),
+        "completion is a dict, not text",
         ":3",
     ),
     "short.csv": (csv(b"only one"), "another number of fields than the header", r":4 \(1\)"),

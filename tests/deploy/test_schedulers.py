@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import itertools
 import re
 import shlex
 from pathlib import Path
@@ -62,7 +63,10 @@ def test_commands_are_valid(command: list[str]) -> None:
     while hasattr(verb, "commands"):
         verb = verb.commands[words.pop(0)]
     verb.make_context(str(verb.name), list(words))
-    if command[0] == "nightly":
+    if command[:2] == ["nightly", "status"]:
+        named = list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))
+        assert set(named) <= set(SETS)
+    elif command[0] == "nightly":
         assert words[0] in SETS
 
 

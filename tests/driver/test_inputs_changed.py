@@ -142,6 +142,8 @@ BETWEEN, FINALISTS = _before(TrialRecorder, "record"), _before(StudyRun, "_run_f
 JUDGING, DEATH = _before(WinnerJudging, "run"), _before(Dispatcher, "_lost")
 CRASH = ("++workers.fake.plan={1:crash}",)
 TWO = ("hydra.sweeper.n_jobs=2",)
+SETTLED = ("hydra.sweeper.fairness.min_finished=1",)
+"""The answer is not PROVISIONAL, so the winner is judged on the test split."""
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ TWO = ("hydra.sweeper.n_jobs=2",)
             *("rows.jsonl", _remove, FINALISTS, (), "rows digest"),
             marks=pytest.mark.slow,
         ),
-        ("template.jinja", _write_unnoticed, JUDGING, (), "data.template=template.jinja"),
+        ("template.jinja", _write_unnoticed, JUDGING, SETTLED, "data.template=template.jinja"),
         pytest.param(
             *("base/config.json", _empty, BETWEEN, (), "base configuration digest"),
             marks=pytest.mark.slow,

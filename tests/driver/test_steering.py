@@ -330,7 +330,8 @@ def test_finalists_are_paused_like_trials(tmp_path: Path) -> None:
         person.waits(lambda: person.sees().running[0].state == "paused")
         person.says(ResumeStudy())
 
-    small = (ONLY_LORA, "finalists=tiny", "hydra.sweeper.n_trials=1")
+    one = ("finalists=tiny", "hydra.sweeper.finalists.fresh_seeds=1")
+    small = (ONLY_LORA, *one, "hydra.sweeper.n_trials=1")
     _steered(tmp_path, acts, *small, SLOWLY)
     (folder,) = (tmp_path / NAME / "lora" / "finalists").glob("trial_*")
     outcome = read_json(folder / "outcome.json")

@@ -93,7 +93,8 @@ def test_promotion_refusal_promotion_and_rollback(folder: Path) -> None:
     decision = second.entries[MODEL].champion
     assert (second.result, decision and decision.verdict) == ("no change", "kept")
     assert refusing.asked[0]["champion"] == crowned.folder
-    assert registry.champion(MODEL) == crowned
+    kept = registry.champion(MODEL)
+    assert (kept and kept.number) == crowned.number
     assert decision is not None
     assert decision.evidence is not None
     assert decision.evidence.forgotten == pytest.approx(0.1)
@@ -107,7 +108,8 @@ def test_promotion_refusal_promotion_and_rollback(folder: Path) -> None:
     assert "promoted" in text
     assert "the gate split has been evaluated 3 times" in text
     assert registry.rollback(MODEL).number == "1"
-    assert registry.champion(MODEL) == crowned
+    back = registry.champion(MODEL)
+    assert (back and back.number, back and back.folder) == ("1", crowned.folder)
     with pytest.raises(TrackingError, match="first champion"):
         registry.rollback(MODEL)
     _digests_are_recorded(folder)
@@ -131,7 +133,8 @@ def test_a_better_model_that_forgot_too_much_is_refused(folder: Path) -> None:
     assert decision is not None
     assert decision.verdict == "kept"
     assert decision.reason.startswith("Its forgetting of 1.2000 nats exceeds max_forgetting=1. ")
-    assert registry.champion(MODEL) == before
+    after = registry.champion(MODEL)
+    assert (after and after.number) == (before and before.number)
     text = Path("outputs/nightly/mine/2026-05-05/digest.md").read_text()
     assert "Forgetting +1.2000 nats" in text
 

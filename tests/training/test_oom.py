@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sweeper.evaluation.token_loss import LossSum, evaluate_examples, target_nll
+from tests.training.batches import count_rows
 from tests.training.conftest import RunTiny
 
 BATCH = ("training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=2")
@@ -27,7 +28,7 @@ def _with_room_for(examples: int, calls_before: int = 0) -> Nll:
     ) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls > calls_before and len(batch["input_ids"]) > examples:
+        if calls > calls_before and count_rows(batch) > examples:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return target_nll(model, batch, chunk_size)
 

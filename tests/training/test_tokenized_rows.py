@@ -12,6 +12,7 @@ import torch
 
 from sweeper.training.trial_costs import TrialCosts
 from sweeper.training.trial_runner import TransformersRunner
+from tests.training.batches import count_rows, rows_of
 from tests.training.conftest import RunTiny
 
 EVERY_ROW = (
@@ -57,7 +58,7 @@ def test_order_by_is_the_order_of_training(
         outcome, _, _ = run_tiny(name, f"data.train={path}", *small, *overrides, runner=runner)
         assert outcome.cause == "finished", outcome.message
         tokenizer = next(iter(runner._prepared.values())).tokenizer
-        texts = (tokenizer.decode(row) for batch in seen for row in batch["input_ids"])
+        texts = (tokenizer.decode(row) for batch in seen for row in rows_of(batch))
         return [int(re.findall(r"grade (\d+)", text)[0]) for text in texts]
 
     ordered = trained("ordered", "data.order_by=grade")
@@ -74,7 +75,7 @@ def test_packed_rows_teach_what_they_teach_alone(
 ) -> None:
     """With all rows in every step, packs of several rows give the losses of the rows one by one."""
     alone, losses, _ = run_tiny("alone", *EVERY_ROW)
-    rows = len(seen[0]["input_ids"])
+    rows = count_rows(seen[0])
     seen.clear()
     packed, packed_losses, _ = run_tiny("packed", *EVERY_ROW, "data.packing=true")
     assert "position_ids" in seen[0]
