@@ -233,7 +233,9 @@ def test_kill_9_in_the_middle_and_the_same_command_again(tmp_path: Path) -> None
     assert max(trial.user_attrs["attempt"] for trial in trials) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_interrupt_ends_cleanly_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C and SIGTERM: 128 + signal, nothing RUNNING, and the same command completes the total."""
     process = _start(tmp_path, *SLOW)

@@ -331,7 +331,9 @@ def test_a_used_up_budget_leaves_seeds_out(
     assert final.test_losses == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_a_stop_among_the_finalists_resumes(tmp_path: Path, number: signal.Signals) -> None:
     """Stopped in the second further seed: the first is kept, the rest is done by the same command."""
     few = ("hydra.sweeper.n_trials=1", "hydra.sweeper.finalists.seeds=4", ONLY_LORA, MIN_ONE)

@@ -148,14 +148,21 @@ def test_padded_batches_and_generation_are_unchanged() -> None:
     assert torch.equal(answer, answer_in_rows)
 
 
+FULL_SIZE = "a window at full size"
 PROVEN = {
     **CONFIGS,
     "mixture of experts": Qwen3MoeConfig(**SMALL, head_dim=16, moe_intermediate_size=16),
-    "a window at full size": MistralConfig(),
+    FULL_SIZE: MistralConfig(),
 }
 
 
-@pytest.mark.parametrize("name", PROVEN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in PROVEN if name != FULL_SIZE),
+        pytest.param(FULL_SIZE, marks=pytest.mark.slow),
+    ],
+)
 def test_proof_accepts_what_is_exact(name: str) -> None:
     """The proof accepts these models, and the proof at load changes no random state."""
     before = torch.get_rng_state()

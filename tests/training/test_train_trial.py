@@ -43,7 +43,7 @@ def _run(rows_file: Path, folder: Path, *overrides: str) -> tuple[Outcome, Recor
     return TransformersRunner(threads=1).run(settings, TrialFolder(folder), {}, recorder), recorder
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("none", marks=pytest.mark.slow)])
 def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     rows_file: Path, tmp_path: Path, quantization: str
 ) -> None:
