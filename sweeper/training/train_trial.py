@@ -6,6 +6,7 @@ neither models nor data (sweeper.training.trial_runner does).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,18 +112,27 @@ def train_trial(
     def judge(model: torch.nn.Module) -> Judgement:
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
         judgement = trial_judge.judge(model) if settings.training.fsdp else trial_judge(model)
+        costs.warn(judgement.failures)
         inputs.ranks.broadcast(dict(judgement.metrics))
         return judgement
 
     trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, costs, [callback])
     with costs.stage("train"):
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
-    judgement = _judge_best_checkpoint(trainer, inputs.judge, trial_judge, costs)
     trained = trainer.trained
-    if trained is not None:
-        with costs.stage("save"):
-            figures = {**costs.figures, **({} if judgement is None else judgement.metrics)}
-            save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
+
+    def save(measured: Mapping[str, float]) -> None:
+        if trained is not None:
+            with costs.stage("save"):
+                figures = {**costs.figures, **measured}
+                save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
+
+    try:
+        judgement = _judge_best_checkpoint(trainer, inputs.judge, trial_judge, costs)
+    except Exception:  # whatever fails here must not cost the training
+        save({})
+        raise
+    save({} if judgement is None else judgement.metrics)
     return _outcome(trainer.state, callback, settings, folder, judgement), trained
 
 
@@ -198,6 +208,7 @@ def _trainer(
         settings=settings,
         compute_dtype=inputs.compute_dtype,
         ranks=inputs.ranks,
+        schedule=schedule,
         model=inputs.model,
         args=training_arguments(
             settings, schedule, checkpoints, inputs.compute_dtype, ordered=inputs.ordered
@@ -236,7 +247,9 @@ def _judge_best_checkpoint(
     if trial_judge.judge.judges_same_examples(whole) and step in trainer.judgements:
         return trainer.judgements[step]
     with costs.stage("eval"):
-        return BatchHalvingJudge(whole, costs)(trainer.model)
+        judgement = BatchHalvingJudge(whole, costs)(trainer.model)
+    costs.warn(judgement.failures)
+    return judgement
 
 
 def _outcome(
