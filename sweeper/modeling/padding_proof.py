@@ -206,7 +206,10 @@ def _small_model(config: PretrainedConfig) -> PreTrainedModel:
     # The kernels for several experts at a time have no float64
     small._experts_implementation = "eager"
     with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(small).parameters())
+        shapes: PreTrainedModel = AutoModelForCausalLM.from_config(small)
+    if not shapes._supports_sdpa:
+        raise UnsupportedAttention("transformers has no sdpa attention for this class")
+    weights = sum(p.numel() for p in shapes.parameters())
     if weights > LARGEST_WEIGHTS:
         raise ValueError(f"its smallest form has {weights:,} weights")
     model: PreTrainedModel = AutoModelForCausalLM.from_config(

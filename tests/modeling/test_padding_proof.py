@@ -180,7 +180,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "no sdpa": (
         BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
-        "BloomForCausalLM",
+        "bloom: transformers has no sdpa attention",
     ),
     "no bounds": (StableLmConfig(**SMALL), "do not receive the bounds"),
     "attention dropout": (LlamaConfig(**SMALL, attention_dropout=0.1), "attention dropout"),
