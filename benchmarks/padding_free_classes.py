@@ -35,9 +35,7 @@ def main() -> None:
     """Prove every class and record the reasons."""
     results = {name: result(name) for name in sorted(FINISHES)}
     exact = sum(found == EXACT for found in results.values())
-    record(
-        "padding_free_classes", {"exact": exact, "classes": len(results), "results": results}
-    )
+    record("padding_free_classes", {"exact": exact, "classes": len(results), "results": results})
 
 
 if __name__ == "__main__":
