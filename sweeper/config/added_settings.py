@@ -33,7 +33,7 @@ RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
     # Studies of the past name sdpa, and ran only where the class has it. There, auto is sdpa
     "model.attn_implementation": {'"auto"': '"sdpa"'},
 }
-"""JSON texts of values that were added as defaults, by dotted key, with the value that means the same."""
+"""JSON texts of values that became defaults later, by dotted key, and their equals."""
 
 
 def meaning(key: str, text: str) -> str:

@@ -73,7 +73,7 @@ def measure(
     predictions: Sequence[str],
     references: Sequence[str],
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return the values of the metrics that have one, and the reasons of the others, as `eval/<name>`."""
+    """Return the values of metrics, and why others have none, by their names `eval/<name>`."""
     values: dict[str, float] = {}
     failures: dict[str, str] = {}
     for name, metric in metrics.items():
