@@ -129,7 +129,7 @@ def test_smaller_batches_change_no_figure(base: LoadedBase) -> None:
         judge = judge.halved()
     assert sizes == [32, 16, 8, 4, 2, 1]
     assert smallest.settings.generation.batch_size == 1
-    alone = smallest(base.model)
+    alone = smallest(base.model, JudgementReader.RESULT)
     for name in set(whole.metrics) - {"cost/generated_tokens_per_second"}:
         assert alone.metrics[name] == pytest.approx(whole.metrics[name], abs=1e-5)
     assert [answer.text for answer in alone.answers] == [answer.text for answer in whole.answers]
