@@ -22,6 +22,7 @@ from sweeper.data.examples import ChatMessage, Example, RawRow
 from sweeper.evaluation.generation import generate
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.model_source import one_line, require_safetensors
+from sweeper.modeling.portable_targets import load_adapter
 
 UNTUNED = "untuned"
 
@@ -123,7 +124,7 @@ def _loaded(
     """Return the base with this adapter active. Adapters loaded before stay loaded."""
     try:
         if model is None:
-            return PeftModel.from_pretrained(base.model, str(adapter.path), adapter_name=name)
+            return load_adapter(base.model, adapter.path, name)
         model.load_adapter(str(adapter.path), adapter_name=name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(one_line(f"{adapter.name} on its base", error)) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import Dataset, Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -16,6 +17,7 @@ from sweeper.core.paths import TrialFolder, write_json
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.token_loss import autocast, compute_loss_in_forward, target_nll
+from sweeper.modeling.adapter import modules_without_gradient
 from sweeper.modeling.model_source import NO_CODE
 from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import remove_old, seal
@@ -92,6 +94,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         super().__init__(**options)
         self._ranks = ranks
         self._schedule = schedule
+        self._audited = False
         if ranks.size > 1:
             # DDP averages gradients only if the loss is computed inside the outermost forward method
             compute_loss_in_forward(self.model, settings.training.loss_chunk_size)
@@ -177,6 +180,21 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             nll: torch.Tensor = model(**inputs).sum()
             # DDP averages the gradients over the ranks, but num_items_in_batch counts all ranks' tokens
             return nll * self._ranks.size / num_items_in_batch
+
+    def training_step(
+        self, model: torch.nn.Module, *arguments: Any, **options: Any
+    ) -> torch.Tensor:
+        """Train on a micro-batch. After the first one, warn of adapted modules without a gradient."""
+        loss: torch.Tensor = super().training_step(model, *arguments, **options)
+        if not self._audited and isinstance(self.model, PeftModel):
+            if dead := modules_without_gradient(self.model):
+                named = ", ".join(dead[:3]) + (" …" if len(dead) > 3 else "")
+                self._costs.advice.append(
+                    f"{len(dead)} adapted modules have no gradient, so they are not trained: {named}"
+                )
+            self._costs.figures["parameters/modules_without_gradient"] = float(len(dead))
+        self._audited = True
+        return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluate the model. The objective's value decides which checkpoint is the best."""

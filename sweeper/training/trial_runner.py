@@ -53,11 +53,18 @@ from sweeper.data.general_text import digest
 from sweeper.evaluation.custom_metrics import MetricFailed
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
 from sweeper.evaluation.judgement_readers import JudgementReader
-from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
+from sweeper.modeling.adapter import (
+    attach,
+    count_parameters,
+    describe_reach,
+    detach,
+    touches_base,
+)
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.packing_proof import require_isolation
+from sweeper.modeling.portable_targets import load_adapter
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
 from sweeper.training.baseline_model import require_same_architecture, store_model
@@ -341,7 +348,7 @@ class TransformersRunner:
     def _test_adapter(
         self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
     ) -> HeldOutLosses:
-        model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
+        model = load_adapter(self._base(settings).model, artifact)
         try:
             return _held_out_losses(judges, model, settings)
         finally:
@@ -514,6 +521,8 @@ class TransformersRunner:
         with costs.stage("load"):
             set_seed(settings.seed)  # before the adapter, whose initialisation is random
             model = self._trainable(settings, base)
+        if isinstance(model, PeftModel):
+            costs.facts["Adapter"] = describe_reach(model)
         try:
             with module_restored(base.model):
                 yield TrialInputs(
@@ -668,6 +677,8 @@ class TransformersRunner:
             if base.padded_because is None
             else f"padded: {base.padded_because}",
         }
+        if base.quantized_share is not None:
+            costs.figures["parameters/quantized_share"] = base.quantized_share
         if base.remarks:
             costs.facts["Base"] = ". ".join(base.remarks)
         if base.commit:
