@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from sweeper.config.settings import ModelSettings, QuantizationSettings
+from sweeper.core.device_failures import breaks_context, means_out_of_memory
 from sweeper.core.errors import ModelError, SweeperError
 from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
@@ -93,8 +94,9 @@ def load_base(
     except (SweeperError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # files of somebody else may contradict each other in any way
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise  # the CPU's own out of memory, which is a result
+        # The CPU's own out of memory is a result, and a broken GPU says nothing about the model
+        if means_out_of_memory(str(error)) or breaks_context(error):
+            raise
         raise ModelError(_contradiction(settings, error)) from error
     # The digests stand for what was loaded, so the files must not change in between
     if (weights_digest(source.folder), config_digest(source.folder)) != (digest, configured):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sweeper.config.settings import TrialSettings
+from sweeper.core.device_failures import means_out_of_memory
 
 Fits = Callable[[TrialSettings], bool | None]
 """Returns True if a trial with exactly these settings fits in the device's memory, None if unknown."""
@@ -76,11 +77,8 @@ def smallest_form(settings: TrialSettings) -> TrialSettings:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return True if an exception of Python, torch or bitsandbytes means that memory ran out."""
-    text = str(
-        error
-    ).lower()  # torch's CPU allocator raises a plain RuntimeError, so the text decides
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
-    return isinstance(error, MemoryError) or any(words in text for words in known)
+    # torch's CPU allocator raises a plain RuntimeError, so the text decides
+    return isinstance(error, MemoryError) or means_out_of_memory(str(error))
 
 
 def _with_largest(settings: TrialSettings, fits: Fits) -> TrialSettings:
