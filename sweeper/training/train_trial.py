@@ -32,7 +32,7 @@ from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
-from sweeper.training.micro_batch import out_of_memory
+from sweeper.training.micro_batch import halving
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
     best_figures,
@@ -171,15 +171,10 @@ class BatchHalvingJudge:
 
     def __call__(self, model: torch.nn.Module) -> Judgement:
         """Evaluate a model, with smaller batches after each out of memory, down to one example."""
-        while True:
-            try:
-                return self.judge(model)
-            except (MemoryError, RuntimeError) as error:
-                smaller = self.judge.halved()
-                if not out_of_memory(error) or smaller is None:
-                    raise
-            self.judge = smaller
-            self._costs.oom_retries += 1
+        judgement, self.judge = halving(
+            lambda judge: judge(model), self.judge, ModelJudge.halved, self._costs.count_retry
+        )
+        return judgement
 
 
 def _trainer(

@@ -179,6 +179,8 @@ def serve(
             return ExitReason.CLOSED
         if not isinstance(command, SubmitCommand):
             channel.send(_answer(command, runner))
+            if runner.worn_out:
+                return ExitReason.MEMORY
             continue
         try:
             outcome = _outcome(command, runner, channel, orders, patience)
