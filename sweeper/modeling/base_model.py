@@ -12,7 +12,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -27,6 +26,7 @@ from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
+from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import (
     NO_CODE,
     config_digest,
@@ -166,11 +166,17 @@ def _quantized(
             *digests, decided, dtype_name(options["dtype"]), device().type
         )
         model = quantized_cache.quantized_once(key, quantized_cache.cache_folder(), quantize, load)
-    prepared: PreTrainedModel = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=False
-    )
-    disable_inference_repacking(prepared)
-    return prepared
+    model.requires_grad_(False)
+    packed = {
+        id(parameter)
+        for parameter in model.parameters()
+        if isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params)
+    }
+    hold_frozen(model, options["dtype"], packed)
+    if device().type == "cuda":
+        torch.cuda.empty_cache()  # what the converted weights occupied before
+    disable_inference_repacking(model)
+    return model
 
 
 def bits_and_bytes(

@@ -50,7 +50,14 @@ from sweeper.core.spool import finite
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
-from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
+from sweeper.modeling.adapter import (
+    attach,
+    count_parameters,
+    detach,
+    load_adapter,
+    touches_base,
+    trained_dtypes,
+)
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
@@ -376,7 +383,7 @@ class TransformersRunner:
     def _test_adapter(
         self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
     ) -> HeldOutLosses:
-        model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
+        model = load_adapter(self._base(settings).model, artifact)
         try:
             return _held_out_losses(judges, model, settings)
         finally:
@@ -508,6 +515,8 @@ class TransformersRunner:
             self._join(settings, folder.checkpoints, self._job.found) as ranks,
             self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
+            dtypes = sorted(dtype_name(dtype) for dtype in trained_dtypes(inputs.model))
+            costs.facts["Precision"] += f". Trained weights are {', '.join(dtypes)}"
             outcome, trained = train_trial(inputs, settings, folder, observer, costs)
             if trained is not None:
                 with costs.stage("eval"):
@@ -691,7 +700,7 @@ class TransformersRunner:
         estimate = self._memory.estimate_mib(settings, prepared)
         costs.facts = {
             "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
-            "Precision": f"{base.dtype_reason}. Trained weights are float32",
+            "Precision": base.dtype_reason,
             "Checkpointing": "activations recomputed"
             if training.activation_checkpointing
             else "activations kept",
