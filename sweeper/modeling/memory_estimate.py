@@ -29,12 +29,8 @@ from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.hardware import choose_dtype
-<<<<<<< HEAD
 from sweeper.modeling.held_precision import hold_frozen
-from sweeper.modeling.model_source import load_config, one_line
-=======
 from sweeper.modeling.model_source import in_full, load_config
->>>>>>> next
 from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step, trainable
 
 if TYPE_CHECKING:
