@@ -34,6 +34,8 @@ def hold_frozen(model: PreTrainedModel, compute_dtype: torch.dtype, packed: set[
             if isinstance(module, nn.Embedding):
                 # The stream of hidden states continues in fp32, as if the embedding were held in fp32
                 module.register_forward_hook(_in_fp32)
+            else:  # as autocast does, for callers without it
+                module.register_forward_pre_hook(_in_own_dtype)
     for parameter in model.parameters():
         if id(parameter) not in packed | kept and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32)
@@ -59,3 +61,8 @@ def _plain_ends(model: PreTrainedModel) -> Iterator[nn.Embedding | nn.Linear]:
 
 def _in_fp32(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.to(torch.float32)
+
+
+def _in_own_dtype(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    assert isinstance(module.weight, Tensor)
+    return tuple(states.to(module.weight.dtype) for states in inputs)
