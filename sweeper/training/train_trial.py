@@ -30,6 +30,7 @@ from sweeper.evaluation.judge import Judgement, ModelJudge
 from sweeper.modeling.adapter import count_parameters
 from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
+from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
 from sweeper.training.micro_batch import out_of_memory
@@ -59,6 +60,8 @@ class TrialInputs:
     train: EncodedSplit
     judge: ModelJudge
     """Judge of the whole validation split, for the best checkpoint."""
+    form: ArtifactForm
+    """The form that is stored with the trained model."""
     ordered: bool = False
     """True if the rows must be trained in their order (data.order_by)."""
     compute_dtype: torch.dtype = torch.float32
@@ -122,7 +125,8 @@ def train_trial(
     if trained is not None:
         with costs.stage("save"):
             figures = {**costs.figures, **({} if judgement is None else judgement.metrics)}
-            save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
+            stored = TrainedModel(trained, inputs.tokenizer, inputs.form)
+            save_artifact(stored, settings, folder, figures)
     return _outcome(trainer.state, callback, settings, folder, judgement), trained
 
 

@@ -42,11 +42,19 @@ def test_adapter_folder_has_what_the_reports_list(run_tiny: RunTiny, tiny_base: 
         assert archive.testzip() is None
 
 
-def test_base_is_named_as_the_user_names_it(run_tiny: RunTiny) -> None:
-    """The embedded base is `embedded` in adapter_config.json, not a folder of this machine."""
-    _, _, folder = run_tiny("t", "model.base_model=embedded", "training.max_steps=1")
-    config = json.loads((folder.adapter / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "embedded"
+def test_base_is_named_by_what_can_be_loaded(
+    run_tiny: RunTiny, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path, which the hub would take for a repository, and `embedded` become folders."""
+    monkeypatch.chdir(tiny_base.parent.parent)
+    relative = tiny_base.relative_to(tiny_base.parent.parent).as_posix()
+    for name, folder in ((relative, tiny_base), ("embedded", BASE_DIR)):
+        _, _, trial = run_tiny(
+            folder.name, f"model.base_model={name}", "training.max_steps=1", "data.train=embedded"
+        )
+        config = json.loads((trial.adapter / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == folder.resolve().as_posix()
+        assert config["revision"] is None
 
 
 def test_full_weights_are_verified_too(run_tiny: RunTiny) -> None:
