@@ -176,7 +176,7 @@ class RunShipper:
         found = client.get_experiment_by_name(name)
         if found is not None:
             experiment = str(found.experiment_id)
-            if found.lifecycle_stage != "active":
+            if found.lifecycle_stage == "deleted":
                 raise TrackingError(
                     f"the experiment {name!r} was deleted. Restore it: {self._restoring(experiment)}"
                 )

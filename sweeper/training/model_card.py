@@ -17,7 +17,7 @@ import sweeper
 from sweeper.builtin import stand_ins
 from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, sources
 from sweeper.core.loading_code import BaseLines, loading_code, prompting_code
-from sweeper.core.plain_text import in_code, in_markdown, visible
+from sweeper.core.plain_text import in_markdown, visible
 from sweeper.core.redaction import redact
 from sweeper.core.trained_form import TrainedForm
 from sweeper.data.sources import describe_source, is_hub_id
@@ -178,7 +178,6 @@ class ArtifactCard:
 
     def _trained(self) -> dict[str, str]:
         training, form = self.settings.training, self.form
-        ends = " ".join(in_code(token) for token in form.end_tokens)
         variables = json.dumps(form.chat_template_kwargs) if form.chat_template_kwargs else ""
         return {
             "Method": describe_method(self.settings),
@@ -193,7 +192,7 @@ class ArtifactCard:
             "Longest row": f"{form.max_length} tokens",
             "Prompt template": self._template(),
             "Template variables": variables,
-            "End tokens": ends,
+            "End tokens": " ".join(form.end_tokens),
         }
 
     def _template(self) -> str:
