@@ -10,6 +10,7 @@ from sweeper.config.settings import QuantizationSettings, TrialSettings
 from sweeper.core.manifest import write_manifest
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.trained_form import read_trained_form
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import choose_dtype, device, dtype_name
 from sweeper.modeling.merge import MergeDtype, merge
@@ -71,7 +72,7 @@ def merged_figures(
 ) -> dict[str, float]:
     """Evaluate the merged model on the validation split and return its metrics as merged/eval_…."""
     # After QLoRA the merged model (16-bit base + adapter) is not the one that was trained (4-bit base)
-    judgement = prepared.judge(settings, merged)(merged.model)
+    judgement = prepared.judge(settings, merged)(merged.model, JudgementReader.MERGED)
     return {
         name.replace("eval/", "merged/eval_"): value
         for name, value in judgement.metrics.items()

@@ -17,6 +17,7 @@ import sweeper
 from sweeper.builtin import stand_ins
 from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, sources
 from sweeper.core.loading_code import BaseLines, loading_code, prompting_code
+from sweeper.core.outcome import LOOK_ROWS
 from sweeper.core.plain_text import in_markdown, visible
 from sweeper.core.redaction import redact
 from sweeper.core.trained_form import TrainedForm
@@ -109,7 +110,7 @@ class ArtifactCard:
 
     def metadata(self) -> dict[str, Any]:
         """Return the fields that the hub reads."""
-        data = public_data(self.settings)
+        data, rows = public_data(self.settings), describe_data(self.settings, self.form)
         whole = "merge" if self.merged else "finetune"
         adapted = ["qlora", "lora"] if self.settings.quantization.load_in_4bit else ["lora"]
         lora = isinstance(self.settings.adapter, LoraAdapter)
@@ -127,7 +128,7 @@ class ArtifactCard:
                 EvalResult(
                     task_type="text-generation",
                     dataset_type=data[0] if data else "custom",
-                    dataset_name=f"{describe_data(self.settings, self.form)}, validation split",
+                    dataset_name=f"{rows}, {_judged_rows(self.figures)}",
                     metric_type=metric,
                     metric_name=label,
                     metric_value=round(self.figures[name], 6),
@@ -168,7 +169,7 @@ class ArtifactCard:
         judged = (
             "The merged model, evaluated on the validation split."
             if self.merged
-            else "The stored checkpoint, evaluated on the validation split that was used to choose it."
+            else f"The stored checkpoint, evaluated on the {_judged_rows(self.figures)} that chose it."
         )
         return [
             "## Figures",
@@ -221,6 +222,12 @@ class ArtifactCard:
             "The stored chat template does not prompt the model as in training: "
             f"{in_markdown(form.template_problem)}.\n\n{block}"
         )
+
+
+def _judged_rows(figures: Mapping[str, float]) -> str:
+    """Return the words for the rows that the figures are of."""
+    rows = figures.get(LOOK_ROWS)
+    return "validation split" if rows is None else f"{rows:.0f} rows of the validation split"
 
 
 def _count(figures: Mapping[str, float]) -> str:
