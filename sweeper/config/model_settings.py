@@ -20,7 +20,12 @@ class ModelSettings(SettingsSection):
     base_model: str = Field(min_length=1)
     revision: str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+    @property
+    def requested_attention(self) -> str | None:
+        """The implementation that transformers receives. None chooses sdpa where the class has it."""
+        return None if self.attn_implementation == "auto" else self.attn_implementation
 
 
 class QuantizationSettings(SettingsSection):

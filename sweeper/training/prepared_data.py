@@ -274,5 +274,5 @@ def prepare_rows(
 
 def positions(config: PretrainedConfig) -> int | None:
     """Return the number of tokens a model can attend to, or None if its configuration names none."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)
