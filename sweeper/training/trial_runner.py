@@ -68,6 +68,7 @@ from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.packing_proof import require_isolation
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
+from sweeper.training.artifact_form import artifact_form
 from sweeper.training.baseline_model import require_same_architecture, store_model
 from sweeper.training.distributed import Join, RankGroup, leave_launcher, single_process
 from sweeper.training.export import export_merged, merged_figures
@@ -578,6 +579,7 @@ class TransformersRunner:
                     tokenizer=base.tokenizer,
                     train=prepared.train,
                     judge=prepared.judge(settings, base),
+                    form=artifact_form(settings, base, prepared),
                     ordered=prepared.splits.ordered,
                     compute_dtype=base.compute_dtype,
                     ranks=ranks,
