@@ -20,9 +20,9 @@ from sweeper.core.paths import TrialFolder
 from sweeper.data.encode import encode_prompts
 from sweeper.data.examples import ChatMessage, Example, RawRow
 from sweeper.evaluation.generation import generate
+from sweeper.modeling.adapter import load_adapter, restore_precision
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.model_source import one_line, require_safetensors
-from sweeper.modeling.portable_targets import load_adapter
 
 UNTUNED = "untuned"
 
@@ -126,6 +126,7 @@ def _loaded(
         if model is None:
             return load_adapter(base.model, adapter.path, name)
         model.load_adapter(str(adapter.path), adapter_name=name)
+        restore_precision(model, adapter.path, name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(one_line(f"{adapter.name} on its base", error)) from error
     model.set_adapter(name)

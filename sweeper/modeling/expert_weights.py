@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IN_ORDER = "stacked_weights_in_order"
-"""Attribute of a module with packed weights: their names in the order in which the class defines them."""
+"""Attribute of a module with packed weights: their names in the order of the class's definition."""
 EXPERTS = "Experts"
 """Part of the names of transformers' classes that hold the stacked weights of experts."""
 SHOWN = 4
@@ -54,7 +53,6 @@ def _stacked(module: torch.nn.Module) -> list[str]:
     return [*own, *computed]
 
 
-@cache
 def computes_plain_product(kind: Any) -> bool:
     """Return True if a class of transformers computes what `nn.Linear` does, so it can be replaced."""
     if not issubclass(kind, torch.nn.Linear) or not kind.__module__.startswith("transformers."):

@@ -28,8 +28,10 @@ from sweeper.config.settings import LoraAdapter, NoAdapter, QuantizationSettings
 from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
+from sweeper.modeling.even_experts import even_experts
 from sweeper.modeling.expert_weights import computes_plain_product, expert_weights
 from sweeper.modeling.hardware import choose_dtype
+from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import in_full, load_config
 from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step, trainable
 
@@ -117,7 +119,8 @@ def held_bytes(
     """Return the bytes that each of `shards` devices would hold during the training of a model.
 
     Args:
-        model: the model on the meta device. Its unquantized weights become fp32 if others are quantized.
+        model: the model on the meta device. If weights are quantized, the others get the dtypes in
+            which a loaded base holds them.
         quantization: the base's quantization.
         optim: transformers' name of the optimizer.
         on: the device.
@@ -125,7 +128,8 @@ def held_bytes(
     """
     packed = packed_weights(model, quantization)
     if packed:
-        _hold_the_rest_in_fp32(model, packed)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        hold_frozen(base, base.dtype, {id(found.weight) for found in packed.values()})
     weights, adapter = _resident_bytes(model, packed, quantization)
     learned = trainable(model)
     # A paged optimizer moves its states to CPU memory when the GPU needs the space
@@ -239,7 +243,10 @@ def model_on_meta(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attn_implementation
+                config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                **even_experts(config),
             )
     except (ValueError, ImportError) as error:
         where = f"model.attn_implementation={attn_implementation or 'auto'}"
@@ -324,16 +331,6 @@ def state_bytes(numel: int, optim: str) -> int:
     if "8bit" not in optim or numel < MIN_8BIT_STATE:
         return 8 * numel
     return 2 * (numel + 4 * math.ceil(numel / BLOCK_8BIT_STATE))
-
-
-def _hold_the_rest_in_fp32(
-    model: PreTrainedModel | PeftModel, packed: Mapping[str, QuantizedWeight]
-) -> None:
-    """Convert embeddings, norms and the head to fp32, as PEFT's preparation for k-bit training does."""
-    quantized = {id(found.weight) for found in packed.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in quantized:
-            parameter.data = parameter.data.to(torch.float32)
 
 
 def _resident_bytes(

@@ -45,6 +45,8 @@ NO_CODE = {"trust_remote_code": False}
 """Option for every from_pretrained. The default would ask at the terminal about running remote code."""
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of a configuration that change with a copy of the model, and change no computation here."""
+CACHED = "models--"
+"""Start of a repository's folder in the hub's cache."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEMPLATES = "additional_chat_templates"
 """Folder of a model's further chat templates, which its tokenizer reads."""
@@ -81,6 +83,20 @@ def find_source(settings: ModelSettings) -> ModelSource:
     require_safetensors(source.folder, f"model.base_model={settings.base_model!r}")
     require_layers(source.folder, f"model.base_model={settings.base_model!r}")
     return source
+
+
+def hub_name(settings: ModelSettings, folder: Path) -> str | None:
+    """Return the hub id of a base whose files are in `folder`, or None for a base that has none.
+
+    A folder in the layout of the hub's cache names its repository.
+    """
+    name = settings.base_model
+    own = name == EMBEDDED or name.startswith(stand_ins.PREFIX)
+    if not own and not Path(name).expanduser().exists():
+        return name
+    place = folder.resolve()
+    cached = place.parent.parent.name if place.parent.name == "snapshots" else ""
+    return cached[len(CACHED) :].replace("--", "/") if cached.startswith(CACHED) else None
 
 
 def require_safetensors(folder: Path, where: str) -> None:

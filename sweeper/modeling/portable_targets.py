@@ -125,7 +125,7 @@ def _rewritten_names(model: PreTrainedModel) -> set[str]:
     return set(tables.get(kinds.get(kind, kind), {}))
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+def open_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """Return a base with a stored adapter on it, on a quantized base too.
 
     Args:

@@ -36,8 +36,8 @@ from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import make_judge
 from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.token_loss import LossSum
+from sweeper.modeling.adapter import load_adapter
 from sweeper.modeling.base_model import LoadedBase, load_base
-from sweeper.modeling.portable_targets import load_adapter
 from sweeper.training.prepared_data import positions
 
 MIN_EXAMPLES = 20

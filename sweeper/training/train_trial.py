@@ -33,9 +33,10 @@ from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import count_parameters
 from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
+from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
-from sweeper.training.micro_batch import out_of_memory
+from sweeper.training.micro_batch import halving
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
     best_figures,
@@ -63,6 +64,8 @@ class TrialInputs:
     train: EncodedSplit
     judge: ModelJudge
     """Judge of the whole validation split, for the best checkpoint."""
+    form: ArtifactForm
+    """The form that is stored with the trained model."""
     ordered: bool = False
     """True if the rows must be trained in their order (data.order_by)."""
     compute_dtype: torch.dtype = torch.float32
@@ -133,7 +136,8 @@ def train_trial(
         if trained is not None:
             with costs.stage("save"):
                 figures = {**costs.figures, **measured}
-                save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
+                stored = TrainedModel(trained, inputs.tokenizer, inputs.form)
+                save_artifact(stored, settings, folder, figures)
 
     try:
         metrics = kept.metrics(costs, whole=cause in SELF_ENDED)
@@ -198,15 +202,10 @@ class BatchHalvingJudge:
         return self._retried(lambda judge: judge.with_answers(model, judgement))
 
     def _retried(self, judging: Callable[[ModelJudge], Judgement]) -> Judgement:
-        while True:
-            try:
-                return judging(self.judge)
-            except (MemoryError, RuntimeError) as error:
-                smaller = self.judge.halved()
-                if not out_of_memory(error) or smaller is None:
-                    raise
-            self.judge = smaller
-            self._costs.oom_retries += 1
+        judgement, self.judge = halving(
+            judging, self.judge, ModelJudge.halved, self._costs.count_retry
+        )
+        return judgement
 
 
 def _trainer(
