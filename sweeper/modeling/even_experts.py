@@ -16,16 +16,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 NAME = "even"
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names of the number of experts in transformers' configurations."""
 
 
 def even_experts(config: PretrainedConfig) -> dict[str, str]:
     """Return the option that chooses this implementation for a class with experts, or {}."""
     text = config.get_text_config()
-    counts = (
-        getattr(text, name, None)
-        for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    )
-    return {"experts_implementation": NAME} if any(counts) else {}
+    counted = any(getattr(text, name, None) for name in COUNTS)
+    return {"experts_implementation": NAME} if counted else {}
 
 
 def _forward(
