@@ -1,14 +1,18 @@
 """Split an optimiser step's examples into micro-batches, and halve those after out of memory.
 
+A micro-batch without padding is limited in tokens: to those that its number of rows may have at most.
+
 The effective batch never changes here, because it affects the result. transformers'
 auto_find_batch_size would change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from heapq import nlargest
 
 from sweeper.config.settings import TrialSettings
+from sweeper.data.tokens import Tokens
 
 Fits = Callable[[TrialSettings], bool | None]
 """Returns True if a trial with exactly these settings fits in the device's memory, None if unknown."""
@@ -66,6 +70,11 @@ def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:
     return _with(
         settings, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation
     )
+
+
+def token_limit(rows: Sequence[Tokens], size: int) -> int:
+    """Return the tokens of the `size` longest rows, which `size` rows never exceed."""
+    return sum(nlargest(size, (len(row["input_ids"]) for row in rows)))
 
 
 def smallest_form(settings: TrialSettings) -> TrialSettings:

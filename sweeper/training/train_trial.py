@@ -32,7 +32,7 @@ from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
-from sweeper.training.micro_batch import out_of_memory
+from sweeper.training.micro_batch import out_of_memory, token_limit
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
     best_figures,
@@ -192,6 +192,22 @@ def _trainer(
     callbacks: list[TrainerCallback],
 ) -> JudgedTrainer:
     kind = ShardedTrainer if settings.training.fsdp else JudgedTrainer
+    collator = _collator(inputs, settings)
+    padding_free = isinstance(collator, PaddingFreeCollator)
+    rows = settings.training.per_device_train_batch_size
+    tokens = token_limit(inputs.train.rows, rows) if padding_free else None
+    if tokens is not None:
+        costs.facts["Micro-batches"] = (
+            f"at most {tokens:,} tokens, those of the {rows} longest rows"
+        )
+    arguments = training_arguments(
+        settings,
+        schedule,
+        checkpoints,
+        inputs.compute_dtype,
+        ordered=inputs.ordered,
+        whole_steps=padding_free,
+    )
     trainer = kind(
         judging=judging,
         costs=costs,
@@ -199,12 +215,11 @@ def _trainer(
         compute_dtype=inputs.compute_dtype,
         ranks=inputs.ranks,
         model=inputs.model,
-        args=training_arguments(
-            settings, schedule, checkpoints, inputs.compute_dtype, ordered=inputs.ordered
-        ),
+        micro_batch_tokens=tokens,
+        args=arguments,
         train_dataset=TokenizedRows(inputs.train.rows),
         eval_dataset=TokenizedRows(list(inputs.judge.rows)),
-        data_collator=_collator(inputs, settings),
+        data_collator=collator,
         callbacks=[*callbacks, RankSyncCallback(inputs.ranks)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints what the spool already contains
