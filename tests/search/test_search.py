@@ -104,11 +104,15 @@ def test_a_continued_audit_is_not_drawn_again(tmp_path: Path) -> None:
     _lora(tmp_path, "x", *grid, "hydra.sweeper.pruner.audit_fraction=1")
     with closing(sqlite3.connect(tmp_path / "x" / "study.db")) as database, database:
         database.execute("update trials set state = 'FAIL' where number = 4")
+        cancelled = "select trial_id from trials where number = 4"
+        database.execute(
+            "update trial_user_attributes set value_json = 'false' "
+            f"where key = 'counts' and trial_id = ({cancelled})"
+        )
     (audited,) = (trial for trial in _study(tmp_path, "x").trials if AUDITED in trial.user_attrs)
     queued = {"continues": audited.number, AUDITED: True}
     _study(tmp_path, "x").enqueue_trial(audited.params, user_attrs=queued)
-    more = ("hydra.sweeper.n_trials=6", "hydra.sweeper.pruner.audit_fraction=0")
-    arm = _lora(tmp_path, "x", *grid, *more)
+    arm = _lora(tmp_path, "x", *grid, "hydra.sweeper.pruner.audit_fraction=0")
     assert (arm.trials[-1].number, arm.trials[-1].outcome.cause) == (5, "finished")
     assert arm.trials[-1].audited
 
