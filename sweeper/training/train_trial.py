@@ -34,6 +34,7 @@ from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
+from sweeper.training.look_losses import LookLosses
 from sweeper.training.micro_batch import out_of_memory
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
@@ -112,11 +113,16 @@ def train_trial(
         inputs.judge.within_trial({objective.metric, pruning_metric}), costs
     )
 
+    sample = trial_judge.judge.rows
+    losses = LookLosses(folder.look_losses, sample, resumed.step if resumed else 0)
+
     def judge(model: torch.nn.Module) -> Judgement:
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
         judging = trial_judge.judge if settings.training.fsdp else trial_judge
         judgement = judging(model, JudgementReader.LOOK)
         inputs.ranks.broadcast(dict(judgement.metrics))
+        if settings.evaluation.look_rows is not None:  # whole splits may have 100,000 rows
+            losses.write(trainer.state.global_step, judgement.examples)
         return judgement
 
     trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, costs, [callback])
