@@ -43,6 +43,16 @@ EARLIER_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
 """Settings whose default has changed, and the defaults of earlier versions in any preset."""
 RENAMED_SETTINGS: Mapping[str, str] = {"evaluation.look_rows": "evaluation.max_samples"}
 """Settings and the keys that earlier versions stored them under."""
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
+    # Studies of the past name sdpa, and ran only where the class has it. There, auto is sdpa
+    "model.attn_implementation": {'"auto"': '"sdpa"'},
+}
+"""JSON texts of values that became defaults later, by dotted key, and their equals."""
+
+
+def meaning(key: str, text: str) -> str:
+    """Return the JSON text of a setting under which studies of every version are compared."""
+    return RENAMED_VALUES.get(key, {}).get(text, text)
 
 
 def stored_text(parts: Mapping[str, str], part: str) -> str | None:
@@ -61,7 +71,7 @@ def stored_text(parts: Mapping[str, str], part: str) -> str | None:
     if part not in parts and key in ADDED_SETTINGS:
         return json.dumps(ADDED_SETTINGS[key])
     text = parts.get(part)
-    return None if text is None else referenced(text)
+    return None if text is None else meaning(key, referenced(text))
 
 
 def changed_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
@@ -69,8 +79,13 @@ def changed_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
     return [
         part
         for part in {**with_names_of_today(before), **now}
-        if stored_text(before, part) != (referenced(now[part]) if part in now else None)
+        if stored_text(before, part) != _text_now(now, part)
     ]
+
+
+def _text_now(now: Mapping[str, str], part: str) -> str | None:
+    key = part.rpartition(": ")[2]
+    return meaning(key, referenced(now[part])) if part in now else None
 
 
 def kept_defaults(

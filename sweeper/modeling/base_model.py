@@ -12,7 +12,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -21,17 +20,20 @@ from transformers import (
 )
 
 from sweeper.config.settings import ModelSettings, QuantizationSettings
+from sweeper.core.device_failures import breaks_context, means_out_of_memory
 from sweeper.core.errors import ModelError, SweeperError
 from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
+from sweeper.modeling.fit_of_base import fit_tokens, require_causal
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
+from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import (
     NO_CODE,
     config_digest,
     find_source,
+    in_full,
     load_tokenizer,
-    one_line,
     weights_bytes,
     weights_digest,
 )
@@ -56,6 +58,8 @@ class LoadedBase:
     """Reason for the dtype as text, such as "bfloat16: the GPU (sm_80) computes in it"."""
     padded_because: str | None
     """Reason why the model's batches are padded, or None if they have no padding."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on what loading had to change, or could not do as asked."""
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -82,7 +86,7 @@ def load_base(
     dtype = torch.float32 if trained else precision.dtype
     where = f"model.base_model={settings.base_model!r}"
     digest, configured = weights_digest(source.folder), config_digest(source.folder)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.requested_attention}
     tokenizer = load_tokenizer(source.folder, where)
     try:
         if quantization.kind == "none":
@@ -93,13 +97,17 @@ def load_base(
     except (SweeperError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # files of somebody else may contradict each other in any way
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise  # the CPU's own out of memory, which is a result
+        # The CPU's own out of memory is a result, and a broken GPU says nothing about the model
+        if means_out_of_memory(str(error)) or breaks_context(error):
+            raise
         raise ModelError(_contradiction(settings, error)) from error
     # The digests stand for what was loaded, so the files must not change in between
     if (weights_digest(source.folder), config_digest(source.folder)) != (digest, configured):
         raise ModelError(f"{where}: its files were changed while they were loaded")
     complete_tokenizer(tokenizer, model, settings)
+    remarks = [*_attention_remark(settings, model), *fit_tokens(tokenizer, model, where)]
+    if quantization.kind != "int8":  # its outliers are decided over all tokens of a batch
+        require_causal(model, where)
     obstacle = padding_obstacle(model)
     if obstacle is None:
         confine_to_rows(model)
@@ -112,14 +120,23 @@ def load_base(
         precision.dtype,
         str(precision),
         obstacle,
+        tuple(remarks),
     )
+
+
+def _attention_remark(settings: ModelSettings, model: PreTrainedModel) -> list[str]:
+    """Say which attention was chosen, unless it is the usual one."""
+    chosen = model.config._attn_implementation
+    if settings.attn_implementation != "auto" or chosen != "eager":
+        return []
+    return [f"{type(model).__name__} has no sdpa attention, so its attention is eager"]
 
 
 def _contradiction(settings: ModelSettings, error: Exception) -> str:
     where = f"model.base_model={settings.base_model!r}"
     if "ignore_mismatched_sizes" in str(error):
         return f"{where}: its weights have other shapes than its config.json says"
-    return one_line(where, error)
+    return in_full(where, error)
 
 
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
@@ -164,11 +181,17 @@ def _quantized(
             *digests, decided, dtype_name(options["dtype"]), device().type
         )
         model = quantized_cache.quantized_once(key, quantized_cache.cache_folder(), quantize, load)
-    prepared: PreTrainedModel = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=False
-    )
-    disable_inference_repacking(prepared)
-    return prepared
+    model.requires_grad_(False)
+    packed = {
+        id(parameter)
+        for parameter in model.parameters()
+        if isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params)
+    }
+    hold_frozen(model, options["dtype"], packed)
+    if device().type == "cuda":
+        torch.cuda.empty_cache()  # what the converted weights occupied before
+    disable_inference_repacking(model)
+    return model
 
 
 def bits_and_bytes(

@@ -29,7 +29,8 @@ from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.hardware import choose_dtype
-from sweeper.modeling.model_source import load_config, one_line
+from sweeper.modeling.held_precision import hold_frozen
+from sweeper.modeling.model_source import in_full, load_config
 from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step, trainable
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def held_bytes(
     """Return the bytes that each of `shards` devices would hold during the training of a model.
 
     Args:
-        model: the model on the meta device. Its unquantized weights become fp32 if others are quantized.
+        model: the model on the meta device. If weights are quantized, the others get the dtypes in
+            which a loaded base holds them.
         quantization: the base's quantization.
         optim: transformers' name of the optimizer.
         on: the device.
@@ -124,7 +126,8 @@ def held_bytes(
     """
     packed = quantized_weights(model) if quantization.kind != "none" else {}
     if packed:
-        _hold_the_rest_in_fp32(model, packed)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        hold_frozen(base, base.dtype, {id(found.weight) for found in packed.values()})
     weights, adapter = _resident_bytes(model, packed, quantization)
     learned = trainable(model)
     # A paged optimizer moves its states to CPU memory when the GPU needs the space
@@ -169,7 +172,7 @@ def estimate_trial(
         settings.quantization,
         workload,
         compute_dtype=choose_dtype(settings.model.dtype, on).dtype,
-        attn_implementation=settings.model.attn_implementation,
+        attn_implementation=settings.model.requested_attention,
         on=on,
     )
 
@@ -181,7 +184,7 @@ def estimate(
     workload: StepWorkload,
     *,
     compute_dtype: torch.dtype,
-    attn_implementation: str,
+    attn_implementation: str | None,
     on: torch.device,
 ) -> MemoryEstimate:
     """Estimate the memory that training an architecture needs, without reading files.
@@ -228,7 +231,7 @@ def model_on_meta(
     config: PretrainedConfig,
     adapter: LoraAdapter | NoAdapter,
     dtype: torch.dtype,
-    attn_implementation: str,
+    attn_implementation: str | None,
 ) -> PreTrainedModel | PeftModel:
     """Build the architecture with its adapter in training mode on the meta device.
 
@@ -241,8 +244,8 @@ def model_on_meta(
                 config, dtype=dtype, attn_implementation=attn_implementation
             )
     except (ValueError, ImportError) as error:
-        where = f"model.attn_implementation={attn_implementation}"
-        raise ModelError(one_line(where, error)) from error
+        where = f"model.attn_implementation={attn_implementation or 'auto'}"
+        raise ModelError(in_full(where, error)) from error
     if isinstance(adapter, NoAdapter):
         return model.train()
     # All initialisations have the same shapes, but OLoRA's would decompose weights without storage
@@ -304,16 +307,6 @@ def state_bytes(numel: int, optim: str) -> int:
     if "8bit" not in optim or numel < MIN_8BIT_STATE:
         return 8 * numel
     return 2 * (numel + 4 * math.ceil(numel / BLOCK_8BIT_STATE))
-
-
-def _hold_the_rest_in_fp32(
-    model: PreTrainedModel | PeftModel, packed: Mapping[str, QuantizedWeight]
-) -> None:
-    """Convert embeddings, norms and the head to fp32, as PEFT's preparation for k-bit training does."""
-    quantized = {id(found.weight) for found in packed.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in quantized:
-            parameter.data = parameter.data.to(torch.float32)
 
 
 def _resident_bytes(

@@ -33,12 +33,14 @@ from sweeper.core.errors import (
     InputsChanged,
     ModelError,
     TrialDiverged,
+    first_line,
 )
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import (
     SELF_ENDED,
     ArmBaseline,
+    Cause,
     ExampleLosses,
     HeldOutKind,
     HeldOutLosses,
@@ -49,21 +51,30 @@ from sweeper.core.paths import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.core.spool import finite
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
+from sweeper.evaluation.custom_metrics import MetricFailed
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
 from sweeper.evaluation.judgement_readers import JudgementReader
-from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
+from sweeper.modeling.adapter import (
+    attach,
+    count_parameters,
+    detach,
+    load_adapter,
+    touches_base,
+    trained_dtypes,
+)
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.packing_proof import require_isolation
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
+from sweeper.training.artifact_form import artifact_form
 from sweeper.training.baseline_model import require_same_architecture, store_model
-from sweeper.training.distributed import Join, RankGroup, single_process
+from sweeper.training.distributed import Join, RankGroup, leave_launcher, single_process
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.job_inputs import JobInputs
 from sweeper.training.memory_budget import MemoryBudget
-from sweeper.training.micro_batch import halved, out_of_memory, resolve
+from sweeper.training.micro_batch import StageOutOfMemory, halved, out_of_memory, resolve
 from sweeper.training.observer import TrialObserver
 from sweeper.training.optimizer import forget_states
 from sweeper.training.outcome_metrics import best_figures, parameter_figures
@@ -82,6 +93,8 @@ MAX_UNFREEABLE_BYTES = 2 * 2**30
 
 Only the end of the process frees them. A new worker loads even a large base within a minute.
 """
+CHECKED = "the description of the trial's model"
+"""The things that a check holds in memory: the model without its weights."""
 Judges = Mapping[str, ModelJudge]
 """Judges of held-out texts, by field of HeldOutLosses."""
 HELD_OUT_READERS = {"test": JudgementReader.VERDICT, "general": JudgementReader.FORGETTING}
@@ -98,6 +111,7 @@ class TransformersRunner:
             threads: this worker's share of the CPU cores.
             join: starts the other processes of a trial that trains on several devices.
         """
+        leave_launcher()
         # More threads than cores slow every trial down. torch's default already respects
         # OMP_NUM_THREADS, by which users and batch systems limit a process
         torch.set_num_threads(min(threads, torch.get_num_threads()))
@@ -116,11 +130,13 @@ class TransformersRunner:
         self._memory = MemoryBudget()
         self._join = join
         self._unfreeable_bytes = 0
+        self._ran_out = False
+        """True if memory ran out while this process probed, checked or judged."""
 
     @property
     def worn_out(self) -> bool:
         """True if the worker's process should be replaced because it cannot free enough memory."""
-        return self._unfreeable_bytes > MAX_UNFREEABLE_BYTES
+        return self._ran_out or self._unfreeable_bytes > MAX_UNFREEABLE_BYTES
 
     def probe(self, settings: TrialSettings, adopted: Path | None = None) -> ArmBaseline:
         """Load what an arm's trials share and evaluate the untuned base.
@@ -133,8 +149,35 @@ class TransformersRunner:
             DataError: the data cannot be read.
             ModelError: the base cannot be loaded.
             ConfigError: the settings do not fit this machine.
-            DoesNotFit: a full fine-tune exceeds the device's memory at any batch size.
+            DoesNotFit: the base, its evaluation or a full fine-tune exceeds the device's memory.
         """
+        with self._fitting(settings, "the base and the evaluation of one example"):
+            return self._probe(settings, adopted)
+
+    @contextmanager
+    def _fitting(self, settings: TrialSettings, what: str) -> Iterator[None]:
+        """Turn out of memory within the context into DoesNotFit.
+
+        Args:
+            settings: the trial.
+            what: the things that need the memory, for the message.
+        """
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            met = first_line(error)
+        else:
+            return
+        self._ran_out = True
+        # The base may be half loaded. The free memory is that of a process without one
+        self._release_base()
+        need = 0.0 if what == CHECKED else self._checks.size(settings, device()).held_mib
+        have = device_report(device()).free_mib
+        raise DoesNotFit(MemoryShortfall(need_mib=need, have_mib=have, what=what, met=met))
+
+    def _probe(self, settings: TrialSettings, adopted: Path | None) -> ArmBaseline:
         refuse_fp16_on_cpu(settings)
         if not isinstance(settings.adapter, LoraAdapter) and adopted is None:
             self._require_free_memory(settings)
@@ -149,7 +192,10 @@ class TransformersRunner:
         # Winners are evaluated on general text after the search. Errors in its source must show before
         general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
-        judgement = prepared.judge(settings, base)(base.model, JudgementReader.BASELINE)
+        judge = BatchHalvingJudge(prepared.judge(settings, base), TrialCosts())
+        judgement = judge(base.model, JudgementReader.BASELINE)
+        if settings.objective.metric in judgement.failures:
+            judgement.value(settings.objective.metric)  # raises
         # A base whose own loss is not finite would make every trial of the arm end as diverged
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
@@ -174,6 +220,10 @@ class TransformersRunner:
 
     def _size(self, settings: TrialSettings) -> TrialSize:
         refuse_fp16_on_cpu(settings)
+        with self._fitting(settings, CHECKED):
+            return self._checked_size(settings)
+
+    def _checked_size(self, settings: TrialSettings) -> TrialSize:
         size = self._checks.size(settings, device())
         self._job.note(settings, InputDigests(config=self._checks.config_digest(settings)))
         data = settings.data.model_dump_json()
@@ -247,6 +297,12 @@ class TransformersRunner:
                 outcome = self._judge_baseline(settings, folder, model)
             except (ModelError, DataError, ConfigError, ArtifactError) as error:
                 outcome = Outcome(cause="refused", message=str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                outcome = Outcome(
+                    cause="oom", message=f"{type(error).__name__}: {first_line(error)}"
+                )
             outcome = outcome.model_copy(update={"inputs": self._job.found})
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
         return outcome
@@ -294,7 +350,10 @@ class TransformersRunner:
             ArtifactError: the artifact is missing or differs from its manifest.
             DataError: a text is not configured.
         """
-        with self._expecting(expected):
+        with (
+            self._expecting(expected),
+            self._fitting(settings, "the model and the evaluation of one example"),
+        ):
             return self._test(settings, folder, kinds)
 
     def _test(
@@ -336,7 +395,7 @@ class TransformersRunner:
     def _test_adapter(
         self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
     ) -> HeldOutLosses:
-        model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
+        model = load_adapter(self._base(settings).model, artifact)
         try:
             return _held_out_losses(judges, model, settings)
         finally:
@@ -392,13 +451,17 @@ class TransformersRunner:
             return self._train(settings, folder, observer, costs)
         except TrialDiverged as error:
             return Outcome(cause="diverged", message=str(error), steps=costs.steps)
+        except MetricFailed as error:  # without a value of its objective, the point is impossible
+            return Outcome(cause="diverged", message=str(error), steps=costs.steps)
         except (ModelError, DataError, ConfigError) as error:
-            return Outcome(cause="refused", message=str(error))
+            # Settings that trained a step were possible, so the fault is in the code
+            cause: Cause = "error" if costs.steps else "refused"
+            return Outcome(cause=cause, message=str(error), steps=costs.steps)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 self._warm.clear()  # the error may have left the base in any state
                 raise
-            message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            message = f"{type(error).__name__}: {first_line(error)}"
             return Outcome(cause="oom", message=message, steps=costs.steps)
         except Exception:
             self._warm.clear()
@@ -429,13 +492,15 @@ class TransformersRunner:
             try:
                 outcome = self._attempt(settings, folder, observer, costs)
                 break
+            except StageOutOfMemory:
+                raise  # evaluation and answers have batches of their own
             except (MemoryError, RuntimeError) as error:
                 smaller = halved(settings)
                 if not out_of_memory(error) or smaller is None:
                     raise
             # Memory of the failed step is free only after the except block, which holds its traceback
             settings = smaller
-            costs.oom_retries += 1
+            costs.count_retry()
             _free_unreferenced()
         ended = outcome.cause in SELF_ENDED
         if settings.artifacts.merged and ended and folder.adapter.exists():
@@ -460,13 +525,15 @@ class TransformersRunner:
         with costs.stage("data"):
             prepared = self._data(settings, base)
             self._record_facts(settings, base, prepared, folder, costs)
-        prompt_answers = PromptAnswers(settings, prepared, base)
+        prompt_answers = PromptAnswers(settings, prepared, base, costs)
         with costs.stage("eval"):
             untuned = self._untuned.of(prompt_answers, base.model)
         with (
             self._join(settings, folder.checkpoints, self._job.found) as ranks,
             self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
+            dtypes = sorted(dtype_name(dtype) for dtype in trained_dtypes(inputs.model))
+            costs.facts["Precision"] += f". Trained weights are {', '.join(dtypes)}"
             outcome, trained = train_trial(inputs, settings, folder, observer, costs)
             if trained is not None and outcome.cause in SELF_ENDED:
                 with costs.stage("eval"):
@@ -512,6 +579,7 @@ class TransformersRunner:
                     tokenizer=base.tokenizer,
                     train=prepared.train,
                     judge=prepared.judge(settings, base),
+                    form=artifact_form(settings, base, prepared),
                     ordered=prepared.splits.ordered,
                     compute_dtype=base.compute_dtype,
                     ranks=ranks,
@@ -634,6 +702,7 @@ class TransformersRunner:
             trained_digest=found.trained,
             test_digest=found.test,
             padded_because=base.padded_because if device().type == "cpu" else None,
+            base_remarks=(*base.remarks, *judgement.failures.values()),
         )
 
     def _record_facts(
@@ -650,7 +719,7 @@ class TransformersRunner:
         estimate = self._memory.estimate_mib(settings, prepared)
         costs.facts = {
             "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
-            "Precision": f"{base.dtype_reason}. Trained weights are float32",
+            "Precision": base.dtype_reason,
             "Checkpointing": "activations recomputed"
             if training.activation_checkpointing
             else "activations kept",
@@ -658,6 +727,8 @@ class TransformersRunner:
             if base.padded_because is None
             else f"padded: {base.padded_because}",
         }
+        if base.remarks:
+            costs.facts["Base"] = ". ".join(base.remarks)
         if base.commit:
             costs.facts["Base commit"] = base.commit
         costs.advice = advice(settings, len(prepared.train.rows))
