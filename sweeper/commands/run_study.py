@@ -41,6 +41,7 @@ from sweeper.reporting.console import make_console
 from sweeper.reporting.live_view import make_view
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress, StudyView
+from sweeper.search.stored_defaults import with_stored_defaults
 from sweeper.search.study import (
     find_study,
     open_storage,
@@ -96,6 +97,7 @@ class StudySession:
         self._storage = share_cache(storage)
         found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
         studies = {name: study for name, study in found.items() if study is not None}
+        plan, self._kept = with_stored_defaults(plan, studies, self._storage)
         for arm in plan.arms:
             if arm.name in studies:
                 require_same_settings(studies[arm.name], plan, arm)
@@ -177,7 +179,7 @@ class StudySession:
         presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
         name, board = self._plan.study.study_name, self._state.board
         view.event(f"study {name} ({presets}): loading the base model and the data")
-        for note in (self._plan.name_note, *self._moved):
+        for note in (self._plan.name_note, *self._moved, *self._kept):
             if note:
                 view.event(note)
         budget = self._budget
