@@ -120,7 +120,7 @@ def show_single(settings: RunSettings, console: Console, estimator: Estimator = 
 
 def first_asked(arm: ArmPlan, count: int) -> list[Point]:
     """Return the points that an arm's sampler proposes first. Its first draws are random."""
-    sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn=0)
+    sampler = make_sampler(arm.sampler, arm.space, arm.n_trials)
     study = optuna.create_study(sampler=sampler)
     enqueue(study, first_draws(arm))
     wanted = min(count, arm.n_trials)

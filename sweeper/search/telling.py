@@ -56,7 +56,7 @@ def tell(
     if row.state == "COMPLETE" and not trial.constraints:  # else a killed driver set it
         trial.set_constraint(INFEASIBLE, 1.0 if row.infeasible else -1.0)
     if row.infeasible:
-        worst = [_worst(study, index) for index, _ in enumerate(costs, start=1)]
+        worst = [_worst(trial.study, index) for index, _ in enumerate(costs, start=1)]
         study.tell(trial.number, [base_value, *worst])
     elif row.state == "COMPLETE":
         assert outcome.best_value is not None, f"{outcome.cause} without an evaluation"
