@@ -24,10 +24,10 @@ sweep: $(READY)  ## Run the main job: the learning-rate and rank sweep, and its 
 	$(BIN)/python -m sweeper +experiment=lr_rank_sweep -m
 
 test: $(READY)  ## Run the tests (minutes)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow"
 
 test-all: $(READY)  ## Run every test, the slow ones too
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-versions: $(READY)  ## Run tests at both ends of pyproject's ranges, in environments of their own (an hour)
 	$(BIN)/python -m tests.versions
@@ -80,7 +80,7 @@ bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, 
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/warm_base.py
 	$(BIN)/python benchmarks/padding_free.py
-	$(BIN)/python benchmarks/padding_free_classes.py
+	$(BIN)/python -m benchmarks.padding_free_classes
 	$(BIN)/python benchmarks/oom_region.py
 	$(BIN)/python benchmarks/search_quality.py
 

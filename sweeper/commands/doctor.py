@@ -27,6 +27,7 @@ from rich.text import Text
 
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, StudySettings, TrackingSettings, validate
+from sweeper.core.errors import WorkerError
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.console import say
 from sweeper.search.ownership import database_url
@@ -34,12 +35,20 @@ from sweeper.search.study_naming import name_study
 from sweeper.search.study_plan import single
 from sweeper.tracking.tracker_factory import LOCAL_STORE
 from sweeper.tracking.tracking_server import local_uri
+from sweeper.workers.devices import survey_devices
 
 Level = Literal["ok", "warning", "failure"]
 STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 TIMEOUT_S = 5
 DEVICE_TIMEOUT_S = 120
 """Seconds for the process that imports torch, which a cold file system or a busy machine slows down."""
+SPILLS = (
+    "under WSL2 the driver moves memory of this GPU into system memory instead of refusing, which is "
+    "many times slower. sweeper allocates no more than the GPU has free when a worker starts"
+)
+SPILL_ADVICE = (
+    "NVIDIA Control Panel on Windows: CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
+)
 FULL_GIB, TIGHT_GIB = 1.0, 10.0
 MIB_OF_GIB = 1024
 
@@ -67,6 +76,7 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
     folder = StudyFolder(Path(settings.output_dir) / name_study(fixed, composition).name)
     database = study.storage or database_url(folder.database)
     checks: list[Callable[[], list[DoctorFinding]]] = [
+        visible_gpus,
         devices,
         packages,
         lambda: disks(settings),
@@ -124,6 +134,20 @@ def devices(
     return [finding for device in found for finding in device_findings(device)]
 
 
+def visible_gpus() -> list[DoctorFinding]:
+    """Check that nvidia-smi and CUDA_VISIBLE_DEVICES name the GPUs that workers would use."""
+    try:
+        survey = survey_devices()
+    except WorkerError as error:
+        return [DoctorFinding("GPUs", "failure", str(error))]
+    if survey.problem:
+        advice = "check nvidia-smi -L, the driver, and CUDA_VISIBLE_DEVICES"
+        return [DoctorFinding("GPUs", "warning", survey.problem, advice)]
+    if not survey.names:
+        return []
+    return [DoctorFinding("GPUs", "ok", f"workers use {', '.join(survey.names)}")]
+
+
 def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
     """Interpret one line of sweeper.modeling.device_check."""
     free, total = device["free_mib"] / MIB_OF_GIB, device["total_mib"] / MIB_OF_GIB
@@ -139,6 +163,8 @@ def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
     elif free < 0.8 * total:
         level, advice = "warning", "another process holds memory of this device (see nvidia-smi)"
     findings = [DoctorFinding("device", level, f"{text}; {bf16}", advice)]
+    if device["spills"]:
+        findings.append(DoctorFinding("device memory", "warning", SPILLS, SPILL_ADVICE))
     if device["nf4"] is None:
         return [
             *findings,

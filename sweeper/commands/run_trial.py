@@ -82,15 +82,16 @@ def train_single(
     stopped: KeyboardInterrupt | TrialFailed | None = None
     try:
         with deferred_interrupt() as interrupt, WorkerPool() as pool:
+            say = _announcer(console)
             pool.host_with(
                 open_engine(
                     settings.workers,
                     1,
                     lambda worker: folder.path / f"worker_{worker}.log",
                     settings.training.devices_per_trial,
+                    say,
                 )
             )
-            say = _announcer(console)
             waits = JobWaits(say, settings.workers)
             dispatcher = Dispatcher(pool, interrupt, say, waits=waits)
             outcome = trial.run(dispatcher, lambda facts: _accept(facts, trial, accept))

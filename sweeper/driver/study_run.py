@@ -107,7 +107,8 @@ class StudyRun:
         plan = self._state.plan
         count = max(1, plan.study.n_jobs // devices)
         log = self.services.folder.worker_log
-        self.pool.host_with(open_engine(plan.settings.workers, count, log, devices))
+        say = self.services.view.event
+        self.pool.host_with(open_engine(plan.settings.workers, count, log, devices, say))
         self._devices = devices
 
     def _run_arm(self, arm: ArmPlan) -> None:

@@ -14,6 +14,8 @@ import psutil
 import torch
 from torch import nn
 
+from sweeper.modeling.hardware import spills
+
 MIB = 2**20
 
 
@@ -44,6 +46,7 @@ def _describe(on: torch.device) -> dict[str, object]:
         "total_mib": total / MIB,
         "bf16": bool(bf16),
         "nf4": nf4_problem(on),
+        "spills": on.type == "cuda" and spills(),
     }
 
 

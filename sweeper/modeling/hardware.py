@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from sweeper.core.errors import WorkerError
+
 
 @dataclass(frozen=True)
 class ComputePrecision:
@@ -39,6 +41,32 @@ class DeviceReport:
 def device() -> torch.device:
     """Return the device of this process: its one visible GPU, or the CPU (also on Apple silicon)."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def prepare_device(assigned: str | None) -> None:
+    """Make sure that this process computes on the GPU that it was assigned, within that GPU's memory.
+
+    Args:
+        assigned: the GPU's name in CUDA_VISIBLE_DEVICES, or None for the CPU.
+
+    Raises:
+        WorkerError: torch does not find the GPU. It would train on the CPU without a word.
+    """
+    on = device()
+    if assigned is not None and on.type != "cuda":
+        raise WorkerError(
+            f"torch {torch.__version__} cannot use GPU {assigned}: python -m sweeper doctor shows what "
+            "torch finds. CUDA_VISIBLE_DEVICES='' trains on the CPU"
+        )
+    if on.type == "cuda" and spills():
+        # Without a cap an allocation beyond the GPU succeeds in system memory, ten times slower
+        free, total = torch.cuda.mem_get_info(on)
+        torch.cuda.set_per_process_memory_fraction(free / total, on)
+
+
+def spills(release: str = platform.release()) -> bool:
+    """Return True if the GPU's driver moves memory into the system's instead of refusing (WSL2)."""
+    return "microsoft" in release.lower()
 
 
 def device_report(on: torch.device) -> DeviceReport:

@@ -8,7 +8,7 @@ mark has a tooltip.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -18,6 +18,8 @@ from pathlib import Path
 ASSETS = Path(__file__).parent / "assets"
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, BOTTOM = 62, 14, 46
+RANGES_WIDTH = 400
+"""Width of a chart of ranges. On a phone a wider one would have small letters."""
 LEGEND_ROW = 20
 LETTER = 7.2
 """Approximate width of a letter in units of the viewBox, for the layout of labels."""
@@ -62,6 +64,32 @@ class ChartLine:
     series: int = 0
     strong: bool = False
     cut: bool = False
+
+
+@dataclass(frozen=True)
+class ChartRange:
+    """A value with its interval, as a row of its own. Both ends are None without an interval."""
+
+    name: str
+    value: float
+    text: str
+    """The value as it is written at the right."""
+    low: float | None = None
+    high: float | None = None
+    series: int = 0
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class RangePanel:
+    """Rows of values over one axis, with a line at a value and a band around it."""
+
+    title: str
+    rows: tuple[ChartRange, ...]
+    line: float
+    line_name: str
+    band: tuple[float, float] | None = None
+    band_name: str = ""
 
 
 def number_axis(label: str, values: Iterable[float], log: bool = False) -> ChartAxis:
@@ -134,6 +162,63 @@ def bars(title: str, description: str, rows: Sequence[tuple[str, float, str]]) -
             _text(left + width + 6, y + 14, text),
         ]
     return _svg(title, description, WIDTH, 16 + step * len(rows), parts)
+
+
+def ranges(title: str, description: str, panels: Sequence[RangePanel]) -> str:
+    """Return a chart of values with their intervals, in one or more panels of an axis each."""
+    parts: list[str] = []
+    top = 0
+    for panel in panels:
+        drawn, height = _range_panel(panel, top)
+        parts += drawn
+        top += height
+    return _svg(title, description, RANGES_WIDTH, top, parts)
+
+
+def _range_panel(panel: RangePanel, top: int) -> tuple[list[str], int]:
+    """Return the elements of a panel that begins at a height, and its own height."""
+    head, step, foot = 26, 26, 26
+    left = 14 + LETTER * max(len(row.name) for row in panel.rows)
+    right = RANGES_WIDTH - 12 - LETTER * max(len(row.text) for row in panel.rows)
+    values = [end for row in panel.rows for end in (row.low, row.value, row.high)]
+    known = [value for value in (*values, panel.line, *(panel.band or ())) if value is not None]
+    axis = number_axis("", known)
+    bottom = top + head + step * len(panel.rows)
+
+    def across(value: float) -> float:
+        return round(left + axis.place(value) * (right - left), 1)
+
+    parts = [_text(4, top + 15, panel.title, kind="strong")]
+    if panel.band is not None:
+        low, high = map(across, panel.band)
+        parts.append(
+            f'<rect class="band" x="{low}" y="{top + head}" width="{high - low:.1f}" '
+            f'height="{bottom - top - head}"><title>{escape(panel.band_name)}</title></rect>'
+        )
+    for value, text in axis.ticks:
+        x = across(value)
+        parts.append(f'<path class="grid" d="M{x} {top + head}V{bottom}"/>')
+        parts.append(_text(x, bottom + 15, text, "middle"))
+    line = f"<title>{escape(panel.line_name)}</title>"
+    parts.append(
+        f'<path class="axis" d="M{across(panel.line)} {top + head}V{bottom}">{line}</path>'
+    )
+    for place, row in enumerate(panel.rows):
+        parts += _range_row(row, top + head + step * place + step // 2, across)
+    return parts, bottom - top + foot
+
+
+def _range_row(row: ChartRange, y: int, across: Callable[[float], float]) -> list[str]:
+    """Return the name, the whisker, the mark and the text of a row."""
+    series = row.series % SERIES
+    parts = [_text(4, y + 4, row.name), _text(RANGES_WIDTH - 4, y + 4, row.text, "end")]
+    if row.low is not None and row.high is not None:
+        ends = f"M{across(row.low)} {y}H{across(row.high)}"
+        caps = "".join(f"M{across(end)} {y - 4}v8" for end in (row.low, row.high))
+        parts.append(f'<path class="l strong plain s{series}" d="{ends}{caps}"/>')
+    tooltip = f"<title>{escape(f'{row.name}: {row.text}')}</title>"
+    kind = "h" if row.hollow else "f"
+    return [*parts, _shape(across(row.value), y, row.series, kind, tooltip)]
 
 
 def parallel(

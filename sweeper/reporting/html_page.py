@@ -7,7 +7,6 @@ rendered data card pass as HTML.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from markupsafe import Markup
 
 from sweeper.config.settings import metric_words
 from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.reporting.answer_picture import answer_picture
 from sweeper.reporting.arm_comparison import ArmComparison
 from sweeper.reporting.chart import ASSETS, picture_style, standalone
 from sweeper.reporting.cost_ledger import cost_sheet, failure_sheet
@@ -44,6 +44,7 @@ from sweeper.reporting.setting_reasons import reason_sheet
 from sweeper.reporting.text_table import DASH, TextTable, duration
 from sweeper.reporting.verdict import Verdict, judge
 from sweeper.reporting.verdict_doubts import label
+from sweeper.reporting.verdict_words import perplexity_words
 
 MOST_ROWS = 1000
 """Rows of a leaderboard, which keeps a page below 2 MB. All trials are in results.json."""
@@ -51,6 +52,8 @@ CARD_CHARS = 100_000
 """Characters of the data card that are shown."""
 ANSWER_CHARS = 2_000
 """Characters of a model's answer that are shown. A model that does not stop would fill pages."""
+FOLDED_CHARS = 240
+"""Characters of a text in the table of answers beyond which the rest is folded."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,18 @@ class PageStudy:
     def tiles(self) -> list[tuple[str, str]]:
         """Large figures at the top, each with its caption."""
         return list(_tiles(self.verdict))
+
+    @cached_property
+    def picture(self) -> ReportFigure | None:
+        """The picture of the answer, or None if no model was judged."""
+        return answer_picture(self.results, self.verdict)
+
+    @cached_property
+    def asides(self) -> list[tuple[str, str]]:
+        """The terms of the first screen with their meanings."""
+        shown = [self.verdict.headline, *(caption for _, caption in self.tiles)]
+        shown += [value for value, _ in self.tiles]
+        return terms_in("\n".join(shown))
 
     @cached_property
     def sheets(self) -> list[TextTable]:
@@ -154,6 +169,7 @@ def page(studies: Sequence[PageStudy]) -> str:
     return _template().render(
         title=", ".join(names),
         studies=studies,
+        folded_chars=FOLDED_CHARS,
         terms=terms_in("\n".join(markdown_report(s.results, s.verdict) for s in studies)),
         overview=_overview(studies) if len(studies) > 1 else None,
         # The page must work offline and when mailed, so style and script are part of it.
@@ -174,7 +190,8 @@ def write_page(
     """
     study = PageStudy(results, folder, gather(results, folder, storage))
     write_atomic(folder.page, page([study]))
-    write_figures(study.figures, folder.figures)
+    first = [] if study.picture is None else [study.picture]
+    write_figures([*first, *study.figures], folder.figures)
     return folder.page
 
 
@@ -222,11 +239,12 @@ def _duel_tiles(duel: ArmComparison) -> Iterator[tuple[str, str]]:
     """Yield the figures of a comparison, each with its interval, and no share of what is undecided."""
     ratios, metric = duel.cost_ratios, duel.objective.metric
     unit = f" {duel.objective.unit}".rstrip()
-    names = f"{duel.split} {metric_words(metric)} of {duel.side.label} minus {duel.reference.label}"
+    of_split = f"{duel.split} {metric_words(metric).removeprefix('eval ')}"
+    names = f"{of_split} of {duel.side.label} minus {duel.reference.label}"
     ends = _interval(duel.difference, "{:+.4f}")
-    # A difference of losses is the logarithm of a ratio of perplexities.
-    times = f", {math.exp(duel.difference.value):.3f}× the perplexity" if unit else ""
-    yield f"{duel.difference.value:+.4f}{unit}", f"{names}{ends}{times}"
+    factor = perplexity_words(duel.difference.value, duel.objective)
+    more = f", {factor}" if factor else ""
+    yield f"{duel.difference.value:+.4f}{unit}", f"{names}{ends}{more}"
     if duel.retained is not None and duel.outcome != "undecided":
         ends = _interval(duel.retained, "{:.1f}")
         words = f"of {duel.reference.label}'s improvement retained{ends}"

@@ -84,6 +84,9 @@ class ArmContrast(FrozenValue):
     """True if none of the seeds took part in the choice of the configurations."""
     groups: int | None = None
     """Number of groups of examples that were drawn as a whole. None: each example was its own."""
+    changes: tuple[IntervalEstimate, IntervalEstimate] | None = None
+    """Loss of the arm minus that of the untuned base, and the same for the reference. None: an earlier
+    version stored the contrast."""
 
 
 class SeedSpread(NamedTuple):
@@ -306,6 +309,7 @@ def contrast(
         equivalence_p=None if margin is None else _equivalence(joint, margin, sign),
         fresh=fresh,
         groups=None if arm.groups is None else int(np.unique(arm.groups).size),
+        changes=(joint.combined(1, 0, -1).interval(), joint.combined(0, 1, -1).interval()),
     )
 
 

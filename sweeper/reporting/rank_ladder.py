@@ -182,7 +182,9 @@ def rank_sheet(ladder: RankLadder) -> TextTable:
         *("per doubling / noise", "per 1M parameters", "per second"),
     )
     rows = [_row(rung, ladder.noise) for rung in ladder.rungs]
-    return TextTable(f"{ladder.arm}: gain by rank", columns, tuple(rows))
+    dropped_first = ("per second", "per 1M parameters", "time/trial", "trainable", "gain")
+    title = f"{ladder.arm}: gain by rank"
+    return TextTable(title, columns, tuple(rows), dropped_first=dropped_first)
 
 
 def _noise(results: StudyResults, name: str) -> tuple[float | None, int]:

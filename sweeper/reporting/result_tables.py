@@ -36,7 +36,13 @@ def comparison(results: StudyResults) -> TextTable:
         *(metric_words(results.objective.metric), "change", "perplexity"),
         *("test loss", "forgetting", "time/trial", "memory", "artifact"),
     )
-    sheet = TextTable("Arms side by side", columns, tuple(rows), frozenset({"method"}))
+    dropped_first = (
+        *("of total", "of base", "fewer", "perplexity", "artifact", "memory", "change"),
+        *("trainable", "time/trial"),
+    )
+    sheet = TextTable(
+        "Arms side by side", columns, tuple(rows), frozenset({"method"}), dropped_first
+    )
     # Columns without a single value are left out.
     sheet = sheet if tested else sheet.without("test loss")
     return sheet if results.forgetting else sheet.without("forgetting")
@@ -50,7 +56,8 @@ def conditions(results: StudyResults) -> TextTable:
     )
     words = frozenset({"method", "weights", "compute", "optimiser"})
     rows = [_condition_row(results, arm) for arm in results.arms]
-    return TextTable("Training conditions", columns, tuple(rows), words)
+    dropped_first = ("compute", "batch", "optimiser", "weights", "device time", "rates searched")
+    return TextTable("Training conditions", columns, tuple(rows), words, dropped_first)
 
 
 def finalists(results: StudyResults) -> TextTable | None:
@@ -71,7 +78,9 @@ def finalists(results: StudyResults) -> TextTable | None:
     ]
     columns = ("method", "trial", "seeds", "validation by seed", "mean", "sd", "chosen")
     left = frozenset({"method", "validation by seed", "chosen"})
-    return TextTable("Finalists over seeds", columns, tuple(rows), left) if rows else None
+    if not rows:
+        return None
+    return TextTable("Finalists over seeds", columns, tuple(rows), left, ("trial", "sd", "seeds"))
 
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
@@ -82,7 +91,11 @@ def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
     columns += (metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
     title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in total"
-    sheet = TextTable(title, columns, tuple(rows[:limit]), frozenset({"ended", "target_modules"}))
+    # The learning rate and the rank are what most readers look for.
+    minor = [name for name in reversed(_short(keys)) if name not in ("learning_rate", "r")]
+    dropped_first = ("#", "time", "trainable", *minor, "ended", "r", "learning_rate")
+    left = frozenset({"ended", "target_modules"})
+    sheet = TextTable(title, columns, tuple(rows[:limit]), left, dropped_first)
     # With adapter.trainable_parameters the count may differ from the request by up to 10 %.
     return sheet if equal_size(arm) else sheet.without("trainable")
 
@@ -103,7 +116,9 @@ def pareto_front(arm: ArmResult) -> TextTable:
         for trial in front
     ]
     title = f"{arm.name}: Pareto front of {metric} and {', '.join(arm.costs)}"
-    return TextTable(title, columns, tuple(rows), frozenset({"target_modules"}))
+    return TextTable(
+        title, columns, tuple(rows), frozenset({"target_modules"}), tuple(_short(keys))
+    )
 
 
 def markdown_report(results: StudyResults, verdict: Verdict) -> str:

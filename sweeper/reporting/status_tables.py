@@ -21,6 +21,7 @@ def status_sheet(statuses: Sequence[StudyStatus], title: str) -> TextTable:
         ("study", "state", "trials", "ended as", "best", "metric", "budget left"),
         tuple(_study_row(found) for found in statuses),
         frozenset({"study", "state", "ended as", "metric", "budget left"}),
+        ("metric", "ended as", "budget left"),
     )
 
 

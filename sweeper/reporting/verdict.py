@@ -42,6 +42,7 @@ from sweeper.reporting.verdict_doubts import (
 from sweeper.reporting.verdict_words import (
     adoption_sentences,
     comparison_sentences,
+    forgetting_headline,
     forgetting_sentences,
     headline,
     look_sentence,
@@ -87,6 +88,16 @@ class Verdict:
     @property
     def headline(self) -> str:
         """The answer in one or two sentences."""
+        return " ".join(filter(None, (self.outcome_line, self.forgetting_line)))
+
+    @property
+    def forgetting_line(self) -> str:
+        """Which arms forget more than their reference beyond doubt, or ''."""
+        return " ".join(filter(None, (forgetting_headline(duel) for duel in self.duels)))
+
+    @property
+    def outcome_line(self) -> str:
+        """The outcome of the comparisons, without figures."""
         found = [headline(duel) for duel in self.duels]
         if not found:
             found = [single_arm_sentence(side, self.objective) for side in self.sides]
@@ -98,6 +109,11 @@ class Verdict:
         """Commands that settle what is provisional or undecided."""
         named = [*(doubt.command for doubt in self.doubts), *self.settling]
         return tuple(dict.fromkeys(f"python -m sweeper {command}" for command in named))
+
+    @property
+    def settling_words(self) -> str:
+        """What this study could have seen of what is undecided, and what would decide it."""
+        return " ".join(filter(None, (visible_sentence(duel) for duel in self.duels)))
 
     @property
     def words(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from sweeper.config.settings import Objective, metric_words
@@ -27,15 +28,14 @@ def outcome_sentence(duel: ArmComparison) -> str:
 def headline(duel: ArmComparison) -> str:
     """Return the outcome in a sentence without figures that a person reads in a few seconds."""
     side, reference = duel.side.label, duel.reference.label
-    found = {
-        "ahead": f"{capital(duel.better.label)} is ahead",
-        "equivalent": f"{capital(side)} and {reference} are equivalent",
-        "undecided": f"Undecided whether {side} or {reference} is better",
+    return {
+        "ahead": f"{capital(duel.better.label)} is ahead.",
+        "equivalent": f"{capital(side)} and {reference} are equivalent.",
+        "undecided": f"Undecided whether {side} or {reference} is better.",
     }[duel.outcome]
-    return f"{found}. {_more_forgetful(duel)}".strip()
 
 
-def _more_forgetful(duel: ArmComparison) -> str:
+def forgetting_headline(duel: ArmComparison) -> str:
     """Return which side forgets more, or '' if their intervals overlap."""
     sides = [side for side in (duel.side, duel.reference) if side.forgetting is not None]
     found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
@@ -46,7 +46,7 @@ def _more_forgetful(duel: ArmComparison) -> str:
         return ""
     return (
         f"{capital(more)} forgets more: {high.value:+.2f} against {low.value:+.2f} nats of {less} on "
-        "general text."
+        f"general text ({math.exp(high.value):.2f}× against {math.exp(low.value):.2f}× the perplexity)."
     )
 
 
@@ -97,8 +97,10 @@ def visible_sentence(duel: ArmComparison) -> str | None:
     gap, needed = duel.visible_gap, duel.needed
     if duel.outcome != "undecided" or gap is None:
         return None
+    factor = perplexity_words(gap, duel.objective)
+    in_brackets = f" ({factor})" if factor else ""
     words = (
-        f"A gap of {_amount(gap, '{:.4f}', duel.objective)} would have been found in "
+        f"A gap of {_amount(gap, '{:.4f}', duel.objective)}{in_brackets} would have been found in "
         f"{100 * POWER:.0f} of 100 such studies, a smaller one less often"
     )
     if needed is None:
@@ -151,7 +153,10 @@ def forgetting_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
     """Yield the change of the loss on general text, which is not about the task."""
     found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
     if found:
-        each = [f"{name} {with_interval(forgot, '{:+.4f}', '')}" for name, forgot in found]
+        each = [
+            f"{name} {with_interval(forgot, '{:+.4f}', '', _factor(forgot.value))}"
+            for name, forgot in found
+        ]
         yield f"Forgetting (loss on general text minus the untuned base's): {', '.join(each)} nats."
 
 
@@ -165,6 +170,8 @@ def single_arm_sentence(side: ArmSide, objective: Objective) -> str:
         f"The best {side.label} ({side.point}) {verb} the untuned base's "
         f"{metric_words(objective.metric)} by {_amount(gain, '{:.3f}', objective)}"
     )
+    if factor := perplexity_words(-gain, objective):
+        gained += f" ({factor})"
     judged = side.test_loss is not None and side.untuned_test_loss is not None
     # Of other metrics no value on the test split is stored for an arm alone.
     if not judged or objective.metric != "eval/loss":
@@ -188,12 +195,24 @@ def look_sentence(look: int | None, others: int) -> str | None:
     return f"{words}."
 
 
-def with_interval(found: IntervalEstimate, form: str, unit: str) -> str:
-    """Return a figure with its interval, if it has one."""
+def with_interval(found: IntervalEstimate, form: str, unit: str, note: str = "") -> str:
+    """Return a figure with its interval, if it has one, and with a note in the same brackets."""
     value = form.format(found.value) + unit
-    if found.low is None or found.high is None:
-        return value
-    return f"{value} (95 % interval {form.format(found.low)} to {form.format(found.high)})"
+    ends = ""
+    if found.low is not None and found.high is not None:
+        ends = f"95 % interval {form.format(found.low)} to {form.format(found.high)}"
+    notes = "; ".join(filter(None, (ends, note)))
+    return f"{value} ({notes})" if notes else value
+
+
+def perplexity_words(difference: float, objective: Objective) -> str:
+    """Return a difference of losses as a factor in perplexity, or '' for another metric."""
+    # Of other metrics a difference is no logarithm of a ratio.
+    return _factor(difference) if objective.unit == "nats" else ""
+
+
+def _factor(nats: float) -> str:
+    return f"a factor of {math.exp(nats):.3f} in perplexity"
 
 
 def costs_words(ratios: CostRatios, on_cpu: bool) -> str:
@@ -216,16 +235,17 @@ def _lead(duel: ArmComparison) -> str:
     assert low is not None
     assert high is not None
     near, far = sorted((abs(low), abs(high)))  # both ends have the same sign here
-    size = _amount(abs(duel.difference.value), "{:.4f}", duel.objective)
-    return f"{size} (95 % interval {near:.4f} to {far:.4f})"
+    size = IntervalEstimate(value=abs(duel.difference.value), low=near, high=far)
+    return _difference(size, "{:.4f}", duel.objective)
 
 
 def _signed_difference(duel: ArmComparison) -> str:
-    size = _amount(duel.difference.value, "{:+.4f}", duel.objective)
-    low, high = duel.difference.low, duel.difference.high
-    if low is None or high is None:
-        return size
-    return f"{size} (95 % interval {low:+.4f} to {high:+.4f})"
+    return _difference(duel.difference, "{:+.4f}", duel.objective)
+
+
+def _difference(found: IntervalEstimate, form: str, objective: Objective) -> str:
+    unit = f" {objective.unit}".rstrip()
+    return with_interval(found, form, unit, perplexity_words(found.value, objective))
 
 
 def _margin(duel: ArmComparison) -> str:

@@ -38,7 +38,7 @@ def training_arguments(
     """
     training = settings.training
     cuda = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=schedule.total_steps,
         learning_rate=training.learning_rate,
@@ -81,6 +81,11 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
     )
+    # A worker whose trials are wide sees several GPUs. transformers would spread a narrow trial over
+    # all of them (torch.nn.DataParallel)
+    _ = arguments.device
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def use_liger_kernel(settings: TrialSettings) -> bool:

@@ -94,16 +94,23 @@ def process_group(rank: int, size: int, store: Store) -> Iterator[RankGroup]:
     """Join torch's process group as one rank for the duration of the context."""
     own = {
         **{"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)},
-        "LOCAL_RANK": "0" if device().type == "cuda" else str(rank),  # a rank sees its own GPU only
+        "LOCAL_RANK": "0"
+        if device().type == "cuda"
+        else str(rank),  # a rank sees its own GPU first
         "OMP_NUM_THREADS": str(torch.get_num_threads()),  # accelerate would choose another number
     }
     # accelerate reads these variables only once a process, so its state is reset before and after
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
     AcceleratorState._reset_state(reset_partial_state=True)
-    backend = "nccl" if device().type == "cuda" else "gloo"
+    own_gpu = device() if device().type == "cuda" else None
     distributed.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=RANK_TIMEOUT
+        "gloo" if own_gpu is None else "nccl",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=RANK_TIMEOUT,
+        device_id=own_gpu,  # torch would guess the GPU from the rank, and each rank's own is its first
     )
     try:  # transformers and accelerate detect the group from torch and the variables
         yield RankGroup(rank, size)

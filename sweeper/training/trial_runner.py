@@ -48,12 +48,12 @@ from sweeper.core.paths import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.core.spool import finite
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
-from sweeper.data.packing import require_isolation
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
 from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
+from sweeper.modeling.packing_proof import require_isolation
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
 from sweeper.training.baseline_model import require_same_architecture, store_model

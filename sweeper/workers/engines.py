@@ -14,7 +14,11 @@ from sweeper.workers.time_limits import LimitedEngine
 
 
 def open_engine(
-    workers: WorkerSettings, n_jobs: int, log: Callable[[int], Path], devices: int = 1
+    workers: WorkerSettings,
+    n_jobs: int,
+    log: Callable[[int], Path],
+    devices: int = 1,
+    say: Callable[[str], None] = print,
 ) -> Engine:
     """Start the workers. The caller closes the engine, whatever happens.
 
@@ -23,21 +27,26 @@ def open_engine(
         n_jobs: number of workers (the inline engine has one).
         log: returns the file that a worker prints into.
         devices: number of devices of each worker (one with the inline engine).
+        say: takes a sentence about GPUs that are shared, idle or unusable.
 
     Raises:
-        WorkerError: the engine cannot be started here.
+        WorkerError: the engine cannot be started here, or workers would have GPUs in common.
     """
     count = 1 if workers.engine == "inline" else n_jobs
-    return LimitedEngine(_hosts(workers, n_jobs, devices, log), workers, count=count)
+    return LimitedEngine(_hosts(workers, n_jobs, devices, log, say), workers, count=count)
 
 
 def _hosts(
-    workers: WorkerSettings, n_jobs: int, devices: int, log: Callable[[int], Path]
+    workers: WorkerSettings,
+    n_jobs: int,
+    devices: int,
+    log: Callable[[int], Path],
+    say: Callable[[str], None],
 ) -> Engine:
     if workers.engine == "inline":
         return InlineEngine(workers)
     if workers.engine == "local":
-        return LocalEngine(workers, n_jobs, devices, log)
+        return LocalEngine(workers, n_jobs, devices, log, say)
     try:
         from sweeper.workers.ray_engine import RayEngine
     except ModuleNotFoundError as error:

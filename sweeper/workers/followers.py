@@ -33,7 +33,7 @@ from sweeper.training.distributed import (
     process_group,
 )
 from sweeper.training.micro_batch import out_of_memory
-from sweeper.workers.devices import see_only
+from sweeper.workers.devices import see_devices
 from sweeper.workers.worker_log import print_into, tail_of
 
 END_SECONDS = 60.0
@@ -92,7 +92,8 @@ class FollowerGroup:
     def __init__(self, devices: Sequence[str | None], threads: int, log: Path) -> None:
         """
         Args:
-            devices: each follower's GPU as CUDA_VISIBLE_DEVICES names it, or None for CPUs.
+            devices: the GPU of each rank as CUDA_VISIBLE_DEVICES names it, or None for CPUs. The
+                first is the leader's.
             threads: CPU threads of each follower.
             log: the worker's log. The followers' logs lie in the same folder.
         """
@@ -117,8 +118,8 @@ class FollowerGroup:
         if size == 1:
             yield SINGLE_PROCESS
             return
-        if size > len(self._devices) + 1:
-            raise ConfigError([_too_many(size, len(self._devices) + 1)])
+        if size > len(self._devices):
+            raise ConfigError([_too_many(size, len(self._devices))])
         rendezvous = open_rendezvous(size)
         for rank in range(1, size):
             follow = FollowCommand(
@@ -150,7 +151,7 @@ class FollowerGroup:
             log = self._log.with_stem(f"{self._log.stem}_rank_{rank}")
             process = multiprocessing.get_context("spawn").Process(
                 target=_main,
-                args=(theirs, self._devices[rank - 1], self._threads, str(log)),
+                args=(theirs, rank, self._devices, self._threads, str(log)),
                 name=f"{self._log.stem}-rank-{rank}",
             )
             process.start()
@@ -207,17 +208,21 @@ def _too_many(size: int, have: int) -> str:
     )
 
 
-def _main(connection: Connection, device: str | None, threads: int, log: str) -> None:
+def _main(
+    connection: Connection, rank: int, devices: Sequence[str | None], threads: int, log: str
+) -> None:
     """Run a follower from its start to its end."""
     die_with_parent()
     for number in (*STOPS, *NOTICES):  # the driver decides
         signal.signal(number, signal.SIG_IGN)
     print_into(Path(log))
-    see_only(device)
+    see_devices(devices[rank], [*devices[:rank], *devices[rank + 1 :]])
     work: queue.Queue[FollowCommand] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, work), daemon=True).start()
     with uncollected():
+        from sweeper.modeling.hardware import prepare_device
         from sweeper.training.trial_runner import TransformersRunner
+    prepare_device(devices[rank])
     exempt_from_collection()
     runner = TransformersRunner(threads=threads)
     while True:

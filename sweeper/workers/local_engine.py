@@ -25,6 +25,7 @@ from sweeper.core.errors import WorkerError
 from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.signals import NOTICES, STOPS, die_with_parent
 from sweeper.core.value import FrozenValue
+from sweeper.workers.devices import DeviceSurvey, share_devices, survey_devices
 from sweeper.workers.hosted_engine import HostedEngine
 from sweeper.workers.protocol import (
     COMMANDS,
@@ -110,11 +111,20 @@ class LocalEngine(HostedEngine[ProcessHost]):
     """An engine of `n_jobs` worker processes. A dead one is replaced at once."""
 
     def __init__(
-        self, workers: WorkerSettings, n_jobs: int, devices: int, log: Callable[[int], Path]
+        self,
+        workers: WorkerSettings,
+        n_jobs: int,
+        devices: int,
+        log: Callable[[int], Path],
+        say: Callable[[str], None] = print,
     ) -> None:
         super().__init__()
         self._workers = workers
         self._devices = devices
+        # The fake trainer of the tests uses no device
+        self._survey = DeviceSurvey() if workers.trainer == "fake" else survey_devices()
+        for sentence in share_devices(self._survey, n_jobs, devices):
+            say(sentence)
         self._threads = max(1, (os.cpu_count() or 1) // (n_jobs * devices))
         self._log = log
         self._oom_kills = oom_kills()
@@ -189,7 +199,7 @@ class LocalEngine(HostedEngine[ProcessHost]):
                 worker,
                 self._workers.model_dump_json(),
                 self._threads,
-                WorkerResources(log, self._devices),
+                WorkerResources(log, self._devices, self._survey),
             ),
             name=f"sweeper-worker-{worker}",
         )

@@ -26,7 +26,7 @@ from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
 from sweeper.core.references import remember, remembered
 from sweeper.core.value import FrozenValue, MemoryShortfall
-from sweeper.workers.devices import devices_of, see_only
+from sweeper.workers.devices import DeviceSurvey, devices_of, see_devices
 from sweeper.workers.protocol import (
     CheckCommand,
     CheckedEvent,
@@ -172,6 +172,8 @@ class WorkerResources:
 
     log: Path
     devices: int = 1
+    survey: DeviceSurvey | None = None
+    """The GPUs of the machine, or None if the worker finds them by itself."""
     references: Mapping[str, str] = field(default_factory=remembered)
     """Values that the worker writes as references, by variable. A cluster's node may lack these."""
 
@@ -228,13 +230,15 @@ def make_runner(
         from sweeper.workers.fake_runner import FakeRunner
 
         return FakeRunner(workers.fake)
-    first, *others = devices_of(worker, place.devices)
-    see_only(first)
+    devices = devices_of(worker, place.devices, place.survey)
+    see_devices(devices[0], devices[1:])
     with uncollected():
+        from sweeper.modeling.hardware import prepare_device
         from sweeper.training.trial_runner import TransformersRunner
         from sweeper.workers.followers import FollowerGroup
 
-    return TransformersRunner(threads, FollowerGroup(others, threads, place.log).join)
+    prepare_device(devices[0])
+    return TransformersRunner(threads, FollowerGroup(devices, threads, place.log).join)
 
 
 def _answer(command: JudgeCommand | ProbeCommand | CheckCommand, runner: TrialRunner) -> WorkAnswer:

@@ -16,6 +16,7 @@ from sweeper.cli.verbs import app
 from sweeper.commands import doctor
 from sweeper.commands.doctor import DoctorFinding
 from sweeper.modeling.device_check import check, nf4_problem
+from sweeper.workers.devices import DeviceSurvey
 from tests.conftest import make_settings
 
 NOBODY = "127.0.0.1:9"
@@ -27,6 +28,7 @@ GPU = {
     "total_mib": 143_000.0,
     "bf16": True,
     "nf4": None,
+    "spills": False,
 }
 
 
@@ -77,6 +79,21 @@ def test_devices_are_judged_by_what_is_free() -> None:
     broken = doctor.device_findings({**GPU, "nf4": "RuntimeError: CUDA Setup failed"})[1]
     assert broken.level == "failure"
     assert "quantization=none" in broken.advice
+
+
+def test_a_driver_that_spills_is_a_warning() -> None:
+    """Under WSL2 the doctor says that memory is capped, and where Windows keeps the setting."""
+    found = doctor.device_findings({**GPU, "spills": True})
+    assert [one.level for one in found] == ["ok", "warning", "ok"]
+    assert "Sysmem Fallback" in found[1].advice
+
+
+def test_gpus_that_nvidia_smi_cannot_list_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that fails is named instead of the silence of a machine without a GPU."""
+    survey = DeviceSurvey(problem="no GPU is used, because nvidia-smi fails: no NVML")
+    monkeypatch.setattr(doctor, "survey_devices", lambda: survey)
+    (found,) = doctor.visible_gpus()
+    assert (found.level, found.text) == ("warning", survey.problem)
 
 
 def test_a_torch_that_cannot_be_imported_is_a_failure_not_a_crash() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,8 @@ def _told(runs: dict[str, Run]) -> Iterator[str]:
     ends = parent[f"{at}/difference_low"], parent[f"{at}/difference_high"]
     # The fake trainer's arms are far apart.
     yield f"is ahead by {abs(difference):.4f} nats"
-    yield "(95 % interval {:.4f} to {:.4f})".format(*sorted(map(abs, ends)))
+    yield "(95 % interval {:.4f} to {:.4f}; ".format(*sorted(map(abs, ends)))
+    yield _factor(abs(difference))
     trainable = [run.data.metrics["parameters/trainable"] for run in (lora, full)]
     yield f"trains {100 * trainable[0] / trainable[1]:.3g} % of the parameters"
     # Told only if it exceeds its spread.
@@ -90,7 +92,8 @@ def _told(runs: dict[str, Run]) -> Iterator[str]:
         yield f"takes {time:.3g}× (95 % interval {low:.3g} to {high:.3g}) the time of a training"
     for arm, name in (("lora", "QLoRA"), ("full", "full fine-tuning")):
         forgotten = [parent[f"general/{arm}/forgetting{end}"] for end in ("", "_low", "_high")]
-        yield f"{name} {forgotten[0]:+.4f} (95 % interval {forgotten[1]:+.4f} to {forgotten[2]:+.4f})"
+        yield f"{name} {forgotten[0]:+.4f} (95 % interval {forgotten[1]:+.4f} to {forgotten[2]:+.4f}; "
+        yield _factor(forgotten[0])
     # Seed 1 chose the winner with the trial's own, and the seeds after it are fresh.
     fresh = r"{}/\d+_seed_[2-9]"
     seeds = [
@@ -100,6 +103,10 @@ def _told(runs: dict[str, Run]) -> Iterator[str]:
     yield "Judged on {} against {} fresh seeds".format(*seeds)
     noise = parent[f"{at}/noise"], parent[f"{at}/reference_noise"]
     yield "{:.4f} (QLoRA), {:.4f} (full fine-tuning)".format(*noise)
+
+
+def _factor(nats: float) -> str:
+    return f"a factor of {math.exp(nats):.3f} in perplexity)"
 
 
 def test_every_figure_of_the_headline_is_mlflows(runs: dict[str, Run], page: Page) -> None:

@@ -127,7 +127,7 @@ def test_forgetting_is_the_loss_on_general_text_above_each_arms_own_base() -> No
     assert [row[at] for row in sheet.rows] == ["–", "–", "+0.0200", "+0.3000"]
     words = judge(results).words
     assert "Forgetting (loss on general text minus the untuned base's): QLoRA +0.0200" in words
-    assert "full fine-tuning +0.3000 (95 % interval +0.3000 to +0.3000) nats" in words
+    assert "full fine-tuning +0.3000 (95 % interval +0.3000 to +0.3000; a factor of 1.350" in words
     again = from_document(to_document(results))
     assert again.forgetting == results.forgetting
 

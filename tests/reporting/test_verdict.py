@@ -90,9 +90,9 @@ def test_one_seed_and_no_test_split_has_no_interval_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (-0.01, 0.02, "+0.0050 nats (95 % interval -0.0100 to +0.0200), which may be zero"),
-        (0.03, 0.07, "Full fine-tuning is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700)"),
-        (-0.07, -0.03, "QLoRA is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700)"),
+        (-0.01, 0.02, "+0.0200; a factor of 1.005 in perplexity), which may be zero"),
+        (0.03, 0.07, "Full fine-tuning is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700; "),
+        (-0.07, -0.03, "QLoRA is ahead by 0.0500 nats (95 % interval 0.0300 to 0.0700; "),
     ],
 )
 def test_an_interval_that_holds_zero_is_undecided(low: float, high: float, words: str) -> None:
@@ -124,7 +124,7 @@ def test_an_interval_without_seeds_says_what_it_covers() -> None:
     ("lora", "full", "words"),
     [
         (4.6, 4.0, "no better than the untuned base"),
-        (4.0, None, "lowers the untuned base's eval loss by 0.500 nats. There is no other arm"),
+        (4.0, None, "eval loss by 0.500 nats (a factor of 0.607 in perplexity). There is no other"),
         (4.6, None, "is no better than the untuned base"),
         (4.0, 4.6, "Full fine-tuning is no better than the untuned base"),
         (None, None, "No trial has finished, so"),

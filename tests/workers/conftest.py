@@ -48,7 +48,7 @@ SMALL = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 def followers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FollowerGroup]:
     """One follower on this machine's CPU."""
     log = tmp_path_factory.mktemp("workers") / "worker_0.log"
-    company = FollowerGroup([None], threads=1, log=log)
+    company = FollowerGroup([None, None], threads=1, log=log)
     yield company
     company.close()
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sweeper.core.errors import ConfigError, InputsChanged, WorkerError
 from sweeper.core.paths import TrialFolder
 from sweeper.training.trial_runner import TransformersRunner
-from sweeper.workers.devices import devices_of
+from sweeper.workers.devices import devices_of, survey_devices
 from sweeper.workers.followers import FollowerGroup
 from tests.conftest import make_settings
 from tests.training.recorder import Recorder
@@ -76,7 +76,7 @@ def test_a_follower_that_loads_other_files_ends_no_trial(
     """The leader holds the earlier rows in memory, and its follower reads those of today."""
     rows = tmp_path / "rows.jsonl"
     shutil.copy(rows_file, rows)
-    followers = FollowerGroup([None], threads=1, log=tmp_path / "worker_0.log")
+    followers = FollowerGroup([None, None], threads=1, log=tmp_path / "worker_0.log")
     runner = TransformersRunner(1, followers.join)
     settings = make_settings(
         *(f"model.base_model={tiny_base}", f"data.train={rows}", "quantization=none"),
@@ -124,8 +124,7 @@ def test_workers_share_out_the_visible_gpus(
     worker: int,
     count: int,
     devices: list[str | None],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each worker has GPUs of its own, as many as its trials train on; without any, the CPU."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert devices_of(worker, count) == devices
+    survey = survey_devices("2.11.0+cu130", {"CUDA_VISIBLE_DEVICES": visible})
+    assert devices_of(worker, count, survey) == devices
