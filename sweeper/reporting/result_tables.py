@@ -256,5 +256,5 @@ def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ..
         number(trial.metric("parameters/trainable")),
         number(trial.value, "{:.4f}"),
         duration(trial.metric("cost/seconds")),
-        trial.outcome.cause,
+        trial.outcome.ending,
     )

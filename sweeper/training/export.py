@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from sweeper.config.settings import QuantizationSettings, TrialSettings
 from sweeper.core.manifest import write_manifest
 from sweeper.core.paths import TrialFolder
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import choose_dtype, device, dtype_name
 from sweeper.modeling.merge import MergeDtype, merge
@@ -53,7 +54,7 @@ def merged_figures(
 ) -> dict[str, float]:
     """Evaluate the merged model on the validation split and return its metrics as merged/eval_…."""
     # After QLoRA the merged model (16-bit base + adapter) is not the one that was trained (4-bit base)
-    judgement = prepared.judge(settings, merged)(merged.model)
+    judgement = prepared.judge(settings, merged)(merged.model, JudgementReader.MERGED)
     return {
         name.replace("eval/", "merged/eval_"): value
         for name, value in judgement.metrics.items()

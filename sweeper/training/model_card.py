@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import sweeper
 from sweeper.builtin import stand_ins
 from sweeper.config.settings import EMBEDDED, LoraAdapter, TrialSettings, sources
+from sweeper.core.outcome import LOOK_ROWS
 from sweeper.core.plain_text import in_code, in_markdown, visible
 from sweeper.data.sources import describe_sources
 from sweeper.training.training_log import describe_method
@@ -77,7 +78,7 @@ def _metadata(settings: TrialSettings, figures: Mapping[str, float]) -> dict[str
             EvalResult(
                 task_type="text-generation",
                 dataset_type=datasets[0] if datasets else "custom",
-                dataset_name=f"{describe_sources(settings.data)}, validation split",
+                dataset_name=f"{describe_sources(settings.data)}, {_judged_rows(figures)}",
                 metric_type=metric,
                 metric_name=label,
                 metric_value=round(figures[name], 6),
@@ -116,7 +117,7 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
                 f"# {describe_method(settings)}",
                 f"Trained on {in_code(base)}{revision} by sweeper {sweeper.__version__}.",
                 "## Figures",
-                "The stored checkpoint, evaluated on the validation split that was used to choose it. "
+                f"The stored checkpoint, evaluated on the {_judged_rows(figures)} that chose it. "
                 "Perplexity is exp(loss).",
                 _table({label: f"{value:.4f}" for label, value in metrics.items()}),
                 "## Training",
@@ -131,6 +132,12 @@ def _body(settings: TrialSettings, figures: Mapping[str, float], licence: object
         )
         + "\n"
     )
+
+
+def _judged_rows(figures: Mapping[str, float]) -> str:
+    """Return the words for the rows that the figures are of."""
+    rows = figures.get(LOOK_ROWS)
+    return "validation split" if rows is None else f"{rows:.0f} rows of the validation split"
 
 
 def _count(figures: Mapping[str, float]) -> str:

@@ -37,6 +37,7 @@ from sweeper.core.errors import (
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import (
+    SELF_ENDED,
     ArmBaseline,
     ExampleLosses,
     HeldOutKind,
@@ -49,6 +50,7 @@ from sweeper.core.spool import finite
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
@@ -66,7 +68,7 @@ from sweeper.training.observer import TrialObserver
 from sweeper.training.optimizer import forget_states
 from sweeper.training.outcome_metrics import best_figures, parameter_figures
 from sweeper.training.prepared_data import PreparedData, positions, prepare
-from sweeper.training.prompt_answers import PromptAnswers
+from sweeper.training.prompt_answers import PromptAnswers, UntunedAnswers
 from sweeper.training.schedule import advice
 from sweeper.training.sharded_trainer import load_sharded
 from sweeper.training.train_trial import BatchHalvingJudge, TrialInputs, follow_trial, train_trial
@@ -82,6 +84,8 @@ Only the end of the process frees them. A new worker loads even a large base wit
 """
 Judges = Mapping[str, ModelJudge]
 """Judges of held-out texts, by field of HeldOutLosses."""
+HELD_OUT_READERS = {"test": JudgementReader.VERDICT, "general": JudgementReader.FORGETTING}
+"""Readers of the losses on held-out texts, by field of HeldOutLosses."""
 
 
 class TransformersRunner:
@@ -107,6 +111,7 @@ class TransformersRunner:
         """Data by their settings, the tokenizer's digest and the model's positions."""
         self._job = JobInputs()
         """Digests that the current job expects, and those of what was loaded for it."""
+        self._untuned = UntunedAnswers()
         self._checks = ModelChecks()
         self._memory = MemoryBudget()
         self._join = join
@@ -144,7 +149,7 @@ class TransformersRunner:
         # Winners are evaluated on general text after the search. Errors in its source must show before
         general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
-        judgement = prepared.judge(settings, base)(base.model)
+        judgement = prepared.judge(settings, base)(base.model, JudgementReader.BASELINE)
         # A base whose own loss is not finite would make every trial of the arm end as diverged
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
@@ -256,7 +261,7 @@ class TransformersRunner:
         with costs.stage("load"):
             tuned = self._stored(settings, folder.model)
         with costs.stage("eval"):
-            judgement = BatchHalvingJudge(judge, costs)(tuned)
+            judgement = BatchHalvingJudge(judge, costs)(tuned, JudgementReader.ADOPTED)
         metrics = {
             **best_figures((), judgement.metrics, best_step=0),
             **parameter_figures(count_parameters(tuned)),
@@ -432,7 +437,8 @@ class TransformersRunner:
             settings = smaller
             costs.oom_retries += 1
             _free_unreferenced()
-        if settings.artifacts.merged and folder.adapter.exists():
+        ended = outcome.cause in SELF_ENDED
+        if settings.artifacts.merged and ended and folder.adapter.exists():
             self._release_base()  # the merged model replaces the base in memory
             # Merging reads the base's files again, which were read before the training
             self._job.require_loaded_files(settings)
@@ -456,13 +462,13 @@ class TransformersRunner:
             self._record_facts(settings, base, prepared, folder, costs)
         prompt_answers = PromptAnswers(settings, prepared, base)
         with costs.stage("eval"):
-            untuned = prompt_answers.answers(base.model)
+            untuned = self._untuned.of(prompt_answers, base.model)
         with (
             self._join(settings, folder.checkpoints, self._job.found) as ranks,
             self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
             outcome, trained = train_trial(inputs, settings, folder, observer, costs)
-            if trained is not None:
+            if trained is not None and outcome.cause in SELF_ENDED:
                 with costs.stage("eval"):
                     prompt_answers.write(untuned, prompt_answers.answers(trained), folder)
         _add_advice(outcome, prepared, costs)
@@ -674,19 +680,20 @@ def _free_unreferenced() -> None:
 def _held_out_losses(
     judges: Judges, model: PreTrainedModel | PeftModel, settings: TrialSettings
 ) -> HeldOutLosses:
+    # Only the test split stands for the task, so only there the objective has a meaning.
+    metrics = {"test": settings.objective.metric, "general": ""}
     return HeldOutLosses(
         **{
-            # Only the test split stands for the task, so only there the objective has a meaning.
-            kind: _example_losses(judge, model, settings.objective.metric if kind == "test" else "")
+            kind: _example_losses(judge, model, HELD_OUT_READERS[kind], metrics[kind])
             for kind, judge in judges.items()
         }
     )
 
 
 def _example_losses(
-    judge: ModelJudge, model: PreTrainedModel | PeftModel, metric: str
+    judge: ModelJudge, model: PreTrainedModel | PeftModel, reader: JudgementReader, metric: str
 ) -> ExampleLosses:
-    judgement = BatchHalvingJudge(judge, TrialCosts())(model)
+    judgement = BatchHalvingJudge(judge, TrialCosts())(model, reader)
     return ExampleLosses(
         nll=tuple(loss.nll for loss in judgement.examples),
         tokens=tuple(loss.tokens for loss in judgement.examples),
