@@ -161,7 +161,7 @@ def forecast(plan: StudyPlan, earlier: StudyResults | None) -> str:
             further_seeds(plan, arm) if done.final is None else 0
         )
         seconds += more * typical
-    jobs = plan.study.n_jobs
+    jobs = plan.study.n_jobs if plan.study.n_jobs != "auto" else 1
     beside = f" with {jobs} workers" if jobs > 1 else ""
     return (
         f"time:       about {duration(seconds / jobs)}{beside} at most, from the median of this "

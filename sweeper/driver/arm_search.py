@@ -24,7 +24,7 @@ from sweeper.driver.trial_recorder import TrialRecorder
 from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.pruning import as_told, make_watch
-from sweeper.search.record_prefix import CONTINUES, TrialTurn, next_turn, read_by, turn_of
+from sweeper.search.record_prefix import ARRIVED, CONTINUES, TrialTurn, next_turn, read_by, turn_of
 from sweeper.search.states import STATES
 from sweeper.search.study import (
     DROPPED,
@@ -150,8 +150,10 @@ class ArmSearch:
     def _awaits(self, turn: TrialTurn, trials: Sequence[FrozenTrial]) -> bool:
         """Return True if a trial is open whose end the decision about the next one reads."""
         queued = next_queued(trials)
-        if queued is not None and CONTINUES in queued.user_attrs:
-            return False  # its own turn comes before the next one
+        continues = queued is not None and CONTINUES in queued.user_attrs
+        # an interrupted trial's turn comes before the next one
+        if continues or self._context.places == ARRIVED:
+            return False
         return any(turn_of(job.prepared.trial).place < turn.reads for job in self._open.values())
 
     def _started(self) -> list[float]:

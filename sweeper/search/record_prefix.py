@@ -28,8 +28,8 @@ def reach(workers: int) -> int:
     """Return how many places before a trial the newest trial lies that decisions about it read.
 
     With one worker every earlier trial is read. With as many places as workers, a worker would often
-    wait for the oldest trial. Twice as many less one cost no more than 5 % even where trials differ
-    fivefold in length (benchmarks/ordered_decisions.json), and the search learns that much later.
+    wait for the oldest trial. Twice as many less one add at most 0.5 % to a study whose trials share a
+    schedule (benchmarks/ordered_decisions.json), and the search learns that much later.
     """
     return 2 * workers - 1
 
@@ -42,6 +42,10 @@ class TrialTurn:
     """Place in the order in which the arm's trials were asked. A continued trial keeps its place."""
     reads: int
     """Number of places, from the first on, whose trials decide about this one."""
+
+
+ARRIVED = 0
+"""The number of places with which a trial awaits no other and reads whatever has arrived."""
 
 
 def turn_of(trial: BaseTrial | FrozenTrial) -> TrialTurn:
@@ -102,8 +106,11 @@ class PrefixStorage:
             place = turn_of(trial).place
             if trial.state is TrialState.WAITING or place > self._turn.place or _superseded(trial):
                 continue
-            read = place < self._turn.reads and trial.state.is_finished()
-            seen = trial if read or place == self._turn.place else _as_running(trial)
+            seen = trial
+            if place == self._turn.place:
+                seen = _without_draws(trial)
+            elif place >= self._turn.reads or not trial.state.is_finished():
+                seen = _as_running(trial)
             if states is None or seen.state in states:
                 shown.append(seen)
         return shown
@@ -115,6 +122,15 @@ def _superseded(trial: FrozenTrial) -> bool:
     return cause in STATES and STATES[cause].open
 
 
+def _without_draws(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial as it was before its first value, so that values drawn again are the same."""
+    # the GP sampler would avoid the very point that an attempt before a kill had drawn
+    blank = copy.copy(trial)
+    blank.params, blank.distributions = {}, {}
+    blank.system_attrs = _fixed(trial)
+    return blank
+
+
 def _as_running(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial as it was when it had its point and no result."""
     running = copy.copy(trial)
@@ -122,8 +138,9 @@ def _as_running(trial: FrozenTrial) -> FrozenTrial:
     running.values = None
     running.datetime_complete = None
     running.intermediate_values = {}
-    kept = ("fixed_params",)
-    running.system_attrs = {
-        key: trial.system_attrs[key] for key in kept if key in trial.system_attrs
-    }
+    running.system_attrs = _fixed(trial)
     return running
+
+
+def _fixed(trial: FrozenTrial) -> dict[str, Any]:
+    return {key: value for key, value in trial.system_attrs.items() if key == "fixed_params"}

@@ -68,6 +68,8 @@ CLONE_OF = "clone_of"
 """User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
 MARGIN = "equivalence_margin"
 """User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
+WORKERS = "workers"
+"""User attribute of each arm's study: the devices and the CPU threads that the study uses."""
 DROPPED = "dropped"
 """User attribute of a trial that a user stopped for good."""
 

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from sweeper.config.settings import WorkerSettings
 from sweeper.core.value import FrozenValue
@@ -107,7 +106,7 @@ def opener(
     """Return a replacement of `open_engine`."""
 
     def open_engine(
-        workers: WorkerSettings, n_jobs: int, log: Callable[[int], Path], devices: int = 1
+        workers: WorkerSettings, n_jobs: int, *rest: object, **more: object
     ) -> ThreadedEngine:
         engine = ThreadedEngine(workers, n_jobs, step_seconds)
         if opened is not None:
