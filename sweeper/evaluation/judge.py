@@ -19,7 +19,12 @@ from sweeper.core.outcome import ExampleScores
 from sweeper.data.padding_free import batch_collator
 from sweeper.data.tokens import EncodedPrompt, Tokens
 from sweeper.evaluation.answer_lengths import length_metrics
-from sweeper.evaluation.custom_metrics import CustomMetric, custom_metrics
+from sweeper.evaluation.custom_metrics import (
+    CustomMetric,
+    MetricFailed,
+    custom_metrics,
+    measure,
+)
 from sweeper.evaluation.generation import GeneratedAnswer, generate
 from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.token_loss import LossSum, evaluate_examples, target_bytes, total
@@ -82,6 +87,8 @@ class Judgement:
     """Part of the study that the judgement was made for."""
     answers: Sequence[GeneratedAnswer] = ()
     warnings: Sequence[str] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Reasons why user-defined metrics have no value, by the metrics' names."""
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Score of each answer, by the metrics that are means of such scores: eval/rouge1, …"""
 
@@ -104,9 +111,12 @@ class Judgement:
         """Return the value of the objective's metric.
 
         Raises:
+            MetricFailed: The user's function raised an exception, or returned no finite number.
             ConfigError: The metric was not measured.
         """
         # No other metric is substituted: a study would silently optimise something else.
+        if metric in self.failures:
+            raise MetricFailed([self.failures[metric]])
         if metric not in self.metrics:
             known = ", ".join(sorted(self.metrics))
             raise ConfigError(
@@ -139,7 +149,7 @@ class ModelJudge:
             reader: Part of the study that reads the judgement.
 
         Raises:
-            ConfigError: The prompts do not fit the model's positions, or a user-defined metric fails.
+            ConfigError: The prompts do not fit the model's positions.
         """
         examples = evaluate_examples(
             model,
@@ -173,10 +183,7 @@ class ModelJudge:
             held_out.end_token_ids,
         )
         scores = rouge(written.texts, held_out.references, settings.rouge_tokenizer)
-        own = {
-            f"eval/{name}": metric(held_out.prompts, written.texts, held_out.references)
-            for name, metric in self.custom.items()
-        }
+        own, failures = measure(self.custom, held_out.prompts, written.texts, held_out.references)
         return replace(
             judgement,
             metrics={
@@ -188,7 +195,8 @@ class ModelJudge:
             },
             answers=written.answers,
             scores={f"eval/{kind}": values for kind, values in scores.examples.items()},
-            warnings=[scores.warning] if scores.warning else [],
+            warnings=[*([scores.warning] if scores.warning else []), *failures.values()],
+            failures=failures,
         )
 
     def within_trial(self, metrics: Collection[str]) -> ModelJudge:

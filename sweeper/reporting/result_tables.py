@@ -143,6 +143,7 @@ def markdown_report(results: StudyResults, verdict: Verdict) -> str:
             f"## {sheet.title}",
             sheet.markdown(),
             f"Data: {in_markdown(describe_data(arm.facts))}",
+            *(f"Base: {in_markdown(remark)}." for remark in arm.facts.base_remarks),
         ]
         parts += [] if arm.audit is None else [f"{arm.name}: {arm.audit}."]
     terms = terms_in("\n".join(parts))

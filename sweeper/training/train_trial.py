@@ -27,11 +27,13 @@ from sweeper.core.spool import MetricsSpool, finite, read_spool
 from sweeper.data.encode import EncodedSplit
 from sweeper.data.packing import PackingCollator, packing_collator
 from sweeper.data.padding_free import BatchCollator, PaddingFreeCollator, batch_collator
+from sweeper.evaluation.custom_metrics import MetricFailed
 from sweeper.evaluation.judge import Judgement, ModelJudge
 from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import count_parameters
 from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
+from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
 from sweeper.training.micro_batch import out_of_memory
@@ -62,6 +64,8 @@ class TrialInputs:
     train: EncodedSplit
     judge: ModelJudge
     """Judge of the whole validation split, for the best checkpoint."""
+    form: ArtifactForm
+    """The form that is stored with the trained model."""
     ordered: bool = False
     """True if the rows must be trained in their order (data.order_by)."""
     compute_dtype: torch.dtype = torch.float32
@@ -95,6 +99,7 @@ def train_trial(
 
     Raises:
         TrialDiverged: a loss or the gradient norm is not finite, or the loss is far above the first.
+        MetricFailed: the objective has no value. The artifact has been stored if training had ended.
         ConfigError: the schedule does not fit the data, or the objective's metric is not measured.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
@@ -116,6 +121,7 @@ def train_trial(
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
         judging = trial_judge.judge if settings.training.fsdp else trial_judge
         judgement = judging(model, JudgementReader.LOOK)
+        costs.warn(judgement.failures)
         inputs.ranks.broadcast(dict(judgement.metrics))
         return judgement
 
@@ -124,12 +130,23 @@ def train_trial(
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
     cause = _cause(trainer.state, callback)
     kept = KeptCheckpoint(trainer, folder, inputs.judge, trial_judge)
-    metrics = kept.metrics(costs, whole=cause in SELF_ENDED)
     trained = trainer.trained
-    if trained is not None:
-        with costs.stage("save"):
-            figures = {**costs.figures, **(metrics or {})}
-            save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
+
+    def save(measured: Mapping[str, float]) -> None:
+        if trained is not None:
+            with costs.stage("save"):
+                figures = {**costs.figures, **measured}
+                stored = TrainedModel(trained, inputs.tokenizer, inputs.form)
+                save_artifact(stored, settings, folder, figures)
+
+    try:
+        metrics = kept.metrics(costs, whole=cause in SELF_ENDED)
+    except Exception:  # whatever fails here must not cost the training
+        save({})
+        raise
+    save(metrics or {})
+    if metrics is not None and objective.metric in costs.failures.keys() - metrics.keys():
+        raise MetricFailed([costs.failures[objective.metric]])
     return _outcome(trainer.state, cause, settings, folder, metrics), trained
 
 
@@ -212,6 +229,7 @@ def _trainer(
         settings=settings,
         compute_dtype=inputs.compute_dtype,
         ranks=inputs.ranks,
+        schedule=schedule,
         model=inputs.model,
         args=training_arguments(
             settings, schedule, checkpoints, inputs.compute_dtype, ordered=inputs.ordered
@@ -259,7 +277,9 @@ class KeptCheckpoint:
             return None
         if whole:
             with costs.stage("eval"):
-                return dict(self._judgement(costs).metrics)
+                judgement = self._judgement(costs)
+            costs.warn(judgement.failures)
+            return dict(judgement.metrics)
         look = look_at(read_spool(self.folder.metrics), int(state.best_global_step))
         rows = self.looks.judge.rows
         if look is None or len(rows) == len(self.whole.rows):

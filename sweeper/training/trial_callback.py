@@ -84,7 +84,9 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         average = self.rules.add_evaluation(state.global_step, named)
         self.spool.write(state.global_step, {**named, MOVING_AVERAGE: average})
         self._raise_if_diverged()
-        self.observer.evaluated(state.global_step, self.total_steps, named[self.pruning_metric])
+        if self.pruning_metric in named:  # a user's metric may have failed
+            value = named[self.pruning_metric]
+            self.observer.evaluated(state.global_step, self.total_steps, value)
         self._pass_on_stop(control)
 
     def _pass_on_stop(self, control: TrainerControl) -> None:

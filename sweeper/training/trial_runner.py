@@ -39,6 +39,7 @@ from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import (
     SELF_ENDED,
     ArmBaseline,
+    Cause,
     ExampleLosses,
     HeldOutKind,
     HeldOutLosses,
@@ -49,6 +50,7 @@ from sweeper.core.paths import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.core.spool import finite
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
+from sweeper.evaluation.custom_metrics import MetricFailed
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
 from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
@@ -58,8 +60,9 @@ from sweeper.modeling.hardware import device, device_report, dtype_name
 from sweeper.modeling.packing_proof import require_isolation
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
+from sweeper.training.artifact_form import artifact_form
 from sweeper.training.baseline_model import require_same_architecture, store_model
-from sweeper.training.distributed import Join, RankGroup, single_process
+from sweeper.training.distributed import Join, RankGroup, leave_launcher, single_process
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.job_inputs import JobInputs
 from sweeper.training.memory_budget import MemoryBudget
@@ -98,6 +101,7 @@ class TransformersRunner:
             threads: this worker's share of the CPU cores.
             join: starts the other processes of a trial that trains on several devices.
         """
+        leave_launcher()
         # More threads than cores slow every trial down. torch's default already respects
         # OMP_NUM_THREADS, by which users and batch systems limit a process
         torch.set_num_threads(min(threads, torch.get_num_threads()))
@@ -150,6 +154,8 @@ class TransformersRunner:
         general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
         judgement = prepared.judge(settings, base)(base.model, JudgementReader.BASELINE)
+        if settings.objective.metric in judgement.failures:
+            judgement.value(settings.objective.metric)  # raises
         # A base whose own loss is not finite would make every trial of the arm end as diverged
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
@@ -392,8 +398,12 @@ class TransformersRunner:
             return self._train(settings, folder, observer, costs)
         except TrialDiverged as error:
             return Outcome(cause="diverged", message=str(error), steps=costs.steps)
+        except MetricFailed as error:  # without a value of its objective, the point is impossible
+            return Outcome(cause="diverged", message=str(error), steps=costs.steps)
         except (ModelError, DataError, ConfigError) as error:
-            return Outcome(cause="refused", message=str(error))
+            # Settings that trained a step were possible, so the fault is in the code
+            cause: Cause = "error" if costs.steps else "refused"
+            return Outcome(cause=cause, message=str(error), steps=costs.steps)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 self._warm.clear()  # the error may have left the base in any state
@@ -512,6 +522,7 @@ class TransformersRunner:
                     tokenizer=base.tokenizer,
                     train=prepared.train,
                     judge=prepared.judge(settings, base),
+                    form=artifact_form(settings, base, prepared),
                     ordered=prepared.splits.ordered,
                     compute_dtype=base.compute_dtype,
                     ranks=ranks,
@@ -634,6 +645,7 @@ class TransformersRunner:
             trained_digest=found.trained,
             test_digest=found.test,
             padded_because=base.padded_because if device().type == "cpu" else None,
+            base_remarks=(*base.remarks, *judgement.failures.values()),
         )
 
     def _record_facts(
@@ -658,6 +670,8 @@ class TransformersRunner:
             if base.padded_because is None
             else f"padded: {base.padded_because}",
         }
+        if base.remarks:
+            costs.facts["Base"] = ". ".join(base.remarks)
         if base.commit:
             costs.facts["Base commit"] = base.commit
         costs.advice = advice(settings, len(prepared.train.rows))
