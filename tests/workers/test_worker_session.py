@@ -18,7 +18,9 @@ print(os.getsid(0) == os.getpid(), os.getpriority(os.PRIO_PROCESS, 0), group_nic
 
 
 @pytest.mark.skipif(not AUTOGROUP.exists(), reason="this system does not schedule by session")
-@pytest.mark.parametrize("nice", [0, 7, 19])
+@pytest.mark.parametrize(
+    "nice", [7, *(pytest.param(each, marks=pytest.mark.slow) for each in (0, 19))]
+)
 def test_a_niced_command_has_niced_workers(nice: int) -> None:
     """The session that Linux gives the CPU to has the nice value of the command."""
     command = ["nice", "-n", str(nice), sys.executable, "-S", "-c", SHOW]
