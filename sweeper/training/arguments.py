@@ -65,6 +65,7 @@ def training_arguments(
         logging_nan_inf_filter=False,  # the default would replace a NaN by the running mean
         eval_strategy="steps",
         eval_steps=schedule.eval_every,
+        eval_delay=schedule.first_look,
         save_strategy="steps",
         save_steps=schedule.save_every,
         save_total_limit=None,  # JudgedTrainer removes old checkpoints once the new one is sealed

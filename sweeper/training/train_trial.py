@@ -36,6 +36,7 @@ from sweeper.training.artifact import TrainedModel, save_artifact
 from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
+from sweeper.training.look_losses import LookLosses
 from sweeper.training.micro_batch import halving
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
@@ -117,12 +118,17 @@ def train_trial(
         inputs.judge.within_trial({objective.metric, pruning_metric}), costs
     )
 
+    sample = trial_judge.judge.rows
+    losses = LookLosses(folder.look_losses, sample, resumed.step if resumed else 0)
+
     def judge(model: torch.nn.Module) -> Judgement:
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
         judging = trial_judge.judge if settings.training.fsdp else trial_judge
         judgement = judging(model, JudgementReader.LOOK)
         costs.warn(judgement.failures)
         inputs.ranks.broadcast(dict(judgement.metrics))
+        if settings.evaluation.look_rows is not None:  # whole splits may have 100,000 rows
+            losses.write(trainer.state.global_step, judgement.examples)
         return judgement
 
     trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, costs, [callback])
