@@ -66,7 +66,7 @@ class TrialProgress:
         self.step, self.total_steps = step, total_steps
         self.tokens_per_second = tokens_per_second
 
-    def wait(self, *, paused: bool) -> None:
+    def stand_still(self, *, paused: bool) -> None:
         """Record that the trial waits for a worker. Its wait is no part of its pace."""
         self.state, self._since = "paused" if paused else "waiting", None
 

@@ -100,7 +100,7 @@ def test_a_wait_is_no_part_of_the_pace(paused: bool) -> None:
     trial = TrialProgress("lora/1", "lora", 1, {}, state="running")
     trial.progressed(10, 50, 900.0, now=100.0)
     trial.progressed(20, 50, 900.0, now=105.0)
-    trial.wait(paused=paused)
+    trial.stand_still(paused=paused)
     assert trial.seconds_left(now=3000.0) is None
     trial.progressed(20, 50, 900.0, now=3700.0)
     trial.progressed(30, 50, 900.0, now=3705.0)
