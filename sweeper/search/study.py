@@ -60,6 +60,8 @@ CLONE_OF = "clone_of"
 """User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
 MARGIN = "equivalence_margin"
 """User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
+REFINES = "refines"
+"""User attribute of a trial beside a grid: the values that replace or join those of its draw."""
 DROPPED = "dropped"
 """User attribute of a trial that a user stopped for good."""
 
@@ -203,7 +205,8 @@ def steering_tags(trial: BaseTrial) -> dict[str, str]:
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     """Enqueue a cancelled trial's point again, to be continued from its checkpoint."""
     suggest(trial, space)
-    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
+    kept = {key: trial.user_attrs[key] for key in (REFINES,) if key in trial.user_attrs}
+    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number, **kept})
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:
@@ -238,7 +241,8 @@ def first_draws(arm: ArmPlan) -> list[Draw]:
 
 def suggest(trial: BaseTrial, space: Space) -> Point:
     """Draw a point. Values that a killed driver had drawn are returned unchanged."""
-    return walk(space, lambda name, domain: _suggest(trial, name, domain))
+    drawn = walk(space, lambda name, domain: _suggest(trial, name, domain))
+    return {**drawn, **trial.user_attrs.get(REFINES, {})}
 
 
 def _suggest(trial: BaseTrial, name: str, domain: Domain) -> Scalar:

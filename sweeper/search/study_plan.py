@@ -30,6 +30,7 @@ from sweeper.config.space import Choice, Point, Scalar, Space, decided_twice, gr
 from sweeper.core.errors import ConfigError
 from sweeper.core.regular_files import irregular_in
 from sweeper.data.sources import path_problems
+from sweeper.search.paper_protocol import under_protocol, with_protocol
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.study_naming import StudyNaming, name_study
@@ -71,6 +72,8 @@ class ArmPlan:
     """Settings of the arm before any point of the space is applied."""
     run_id: str | None = None
     """The MLflow run whose model is judged instead of trainings."""
+    refine: bool = False
+    """True if points beside the best one of the arm's grid are tried as well."""
 
     def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
         """Return the arm's overrides followed by those of a point."""
@@ -179,7 +182,8 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     problems += _untracked_baseline(study, composition.config)
     if problems:
         raise ConfigError(problems)
-    arms = _arms(study, fixed, swept, composition)
+    study = under_protocol(study)
+    arms = _arms(study, with_protocol(study, fixed), swept, composition)
     experiment = composition.choices.get("experiment", "default")
     presets = {
         group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
@@ -307,7 +311,8 @@ def _arms(
     problems += _other_places(arms, composition)
     if problems:
         raise ConfigError(problems)
-    run_id = study.baseline.run_id
+    run_id, rivals = study.baseline.run_id, _rivals(study)
+    arms = [replace(arm, refine=arm.name in rivals and rivals[arm.name].refine) for arm in arms]
     return tuple(replace(arm, run_id=run_id) if arm.name == FULL else arm for arm in arms)
 
 
