@@ -80,7 +80,7 @@ bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, 
 	$(BIN)/python benchmarks/start_up.py
 	$(BIN)/python benchmarks/warm_base.py
 	$(BIN)/python benchmarks/padding_free.py
-	$(BIN)/python benchmarks/padding_free_classes.py
+	$(BIN)/python -m benchmarks.padding_free_classes
 	$(BIN)/python benchmarks/oom_region.py
 	$(BIN)/python benchmarks/search_quality.py
 

@@ -100,6 +100,7 @@ class StudySession:
         self._provenance = provenance(plan.command)
         self._tracker = make_tracker(plan.settings.tracking, folder.tracking)
         self._recorded = False
+        self._asked = False
         self._state = StudyState(plan, StudyProgress(plan.objective), studies)
         self._log = CommandLog(folder)
         self._state.raise_totals(self._log.totals)
@@ -150,9 +151,16 @@ class StudySession:
         return self._state.plan
 
     def _confirm(self) -> None:
-        """Take the folder for the study, and open its run in MLflow."""
+        """Take the folder for the study, and open its run in MLflow.
+
+        Raises:
+            TrackingError: MLflow refuses the run for good. No trial was started.
+        """
         record_owner(self._folder, self._uuid)
         self._open_record()
+        if not self._asked and (reason := self._tracker.require_store()) is not None:
+            self._warn(f"MLflow does not record yet, and gets everything later: {reason}")
+        self._asked = True
 
     def _open_record(self) -> None:
         """Open the study's run in MLflow, once."""

@@ -29,6 +29,16 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "training.fsdp": False,
 }
 """Dotted keys, and the values under which nothing changes."""
+RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
+    # Studies of the past name sdpa, and ran only where the class has it. There, auto is sdpa
+    "model.attn_implementation": {'"auto"': '"sdpa"'},
+}
+"""JSON texts of values that became defaults later, by dotted key, and their equals."""
+
+
+def meaning(key: str, text: str) -> str:
+    """Return the JSON text of a setting under which studies of every version are compared."""
+    return RENAMED_VALUES.get(key, {}).get(text, text)
 
 
 def stored_text(parts: Mapping[str, str], part: str) -> str | None:
@@ -45,16 +55,17 @@ def stored_text(parts: Mapping[str, str], part: str) -> str | None:
     if part not in parts and key in ADDED_SETTINGS:
         return json.dumps(ADDED_SETTINGS[key])
     text = parts.get(part)
-    return None if text is None else referenced(text)
+    return None if text is None else meaning(key, referenced(text))
 
 
 def changed_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the parts of a stored question or night that differ from today's."""
-    return [
-        part
-        for part in {**before, **now}
-        if stored_text(before, part) != (referenced(now[part]) if part in now else None)
-    ]
+    return [part for part in {**before, **now} if stored_text(before, part) != _text_now(now, part)]
+
+
+def _text_now(now: Mapping[str, str], part: str) -> str | None:
+    key = part.rpartition(": ")[2]
+    return meaning(key, referenced(now[part])) if part in now else None
 
 
 def stored_settings(config: Mapping[str, Any]) -> TrialSettings:

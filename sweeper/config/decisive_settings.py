@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from sweeper.config.added_settings import ADDED_SETTINGS
+from sweeper.config.added_settings import ADDED_SETTINGS, meaning
 from sweeper.config.section import flatten
 from sweeper.config.trial_settings import TrialSettings
 
@@ -34,7 +34,11 @@ WITHOUT_EFFECT = (
 def decisive_settings(settings: TrialSettings) -> dict[str, str]:
     """Return the settings that decide a trial's result, as JSON texts by dotted key."""
     found = flatten(settings.model_dump(mode="json"))
-    return {key: json.dumps(value) for key, value in found.items() if not _is_left_out(key)}
+    return {
+        key: meaning(key, json.dumps(value))
+        for key, value in found.items()
+        if not _is_left_out(key)
+    }
 
 
 def settings_digest(settings: TrialSettings) -> str:

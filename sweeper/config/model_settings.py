@@ -20,7 +20,12 @@ class ModelSettings(SettingsSection):
     base_model: str = Field(min_length=1)
     revision: str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+    @property
+    def requested_attention(self) -> str | None:
+        """The implementation that transformers receives. None chooses sdpa where the class has it."""
+        return None if self.attn_implementation == "auto" else self.attn_implementation
 
 
 class QuantizationSettings(SettingsSection):
@@ -47,6 +52,24 @@ class QuantizationSettings(SettingsSection):
         if self.load_in_4bit:
             return self.bnb_4bit_quant_type
         return "int8" if self.load_in_8bit else "none"
+
+    def arguments(self, dtype: str) -> dict[str, bool | str]:
+        """Return the arguments of BitsAndBytesConfig, none for an unquantized base.
+
+        Args:
+            dtype: Compute dtype of 4-bit layers if the settings say auto.
+        """
+        if self.load_in_8bit:
+            return {"load_in_8bit": True}
+        if not self.load_in_4bit:
+            return {}
+        auto = self.bnb_4bit_compute_dtype == "auto"
+        return {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
+            "bnb_4bit_compute_dtype": dtype if auto else self.bnb_4bit_compute_dtype,
+        }
 
 
 INITS = ("default", "gaussian", "olora")

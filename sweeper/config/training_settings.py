@@ -63,12 +63,12 @@ class TrainingSettings(SettingsSection):
     divergence_patience: Positive
 
     def warmup_length(self, total_steps: int) -> int:
-        """Return the warm-up in optimizer steps. A constant rate has none."""
+        """Return the warm-up in optimizer steps, never the whole run. A constant rate has none."""
         if self.lr_scheduler_type == "constant":
             return 0
         if self.warmup_steps is not None:
             return self.warmup_steps
-        return math.ceil(self.warmup_ratio * total_steps)
+        return min(math.ceil(self.warmup_ratio * total_steps), total_steps - 1)
 
     @property
     def effective_batch_size(self) -> int:

@@ -13,6 +13,7 @@ SweeperError
 ├── TrialFailed        a single trial ended without a result
 ├── ArtifactError      stored weights differ from their manifest
 ├── TrackingError      MLflow does not answer, or has no such run or model
+│   └── AccessRefused  MLflow does not accept the credentials
 ├── WorkerError        workers cannot be started
 └── TrialDiverged      the loss or the gradient is not finite, or far too high (a trial's outcome)
 """
@@ -119,6 +120,10 @@ class ArtifactError(SweeperError):
 
 class TrackingError(SweeperError):
     """MLflow does not answer, or has no such run or model."""
+
+
+class AccessRefused(TrackingError):
+    """MLflow does not accept the credentials, or asks for some."""
 
 
 class WorkerError(SweeperError):

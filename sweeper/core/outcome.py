@@ -37,8 +37,15 @@ Cause = Literal[
 ]
 """Reason why a trial ended."""
 
+SELF_ENDED: frozenset[Cause] = frozenset({"finished", "early_stopped"})
+"""Causes of trials that ran to their own end. Only these are judged on the whole validation split."""
+
 StopCause = Literal["pruned", "cancelled"]
 """Reason for which the driver may stop a trial."""
+
+
+LOOK_ROWS = "best/look_rows"
+"""Metric of a trial whose other best/ metrics were measured on a sample: the sample's rows."""
 
 
 def device_seconds(metrics: Mapping[str, float]) -> float:
@@ -52,7 +59,8 @@ class Outcome(FrozenValue):
 
     cause: Cause
     best_value: float | None = None
-    """Objective value of the kept checkpoint on the whole validation split."""
+    """Objective value of the kept checkpoint: on the whole validation split if the trial ran to its own
+    end, else of the trial's look at the checkpoint (see `look_rows`)."""
     best_step: int | None = None
     """Optimizer step of the kept checkpoint."""
     steps: int = 0
@@ -62,6 +70,18 @@ class Outcome(FrozenValue):
     """Reason of a failure for people, or the traceback of a code error."""
     inputs: InputDigests | None = LATER
     """Digests of what the trial read. None: an older version stored the outcome, or it read nothing."""
+
+    @property
+    def look_rows(self) -> int | None:
+        """Number of rows of the sample that `best_value` is of, or None if it is of the whole split."""
+        rows = self.metrics.get(LOOK_ROWS)
+        return None if rows is None else int(rows)
+
+    @property
+    def ending(self) -> str:
+        """The cause for tables, with the size of the sample that the value is of, if it is of one."""
+        rows = self.look_rows
+        return self.cause if rows is None else f"{self.cause} (value of {rows} rows)"
 
     @property
     def spent(self) -> dict[str, float]:
@@ -219,6 +239,8 @@ class ArmBaseline(FrozenValue):
     """Digest of the encoded test rows, or None without a test split."""
     padded_because: str | None = LATER
     """Reason why batches are padded although they need not be on this device, or None."""
+    base_remarks: tuple[str, ...] = Field(default=(), exclude_if=lambda found: not found)
+    """Sentences on what loading the base had to change, or could not do as asked."""
 
     @property
     def inputs(self) -> InputDigests:

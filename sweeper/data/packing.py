@@ -2,7 +2,7 @@
 
 Packed rows have `position_ids` that restart with every example, and no attention mask: from these,
 transformers builds a block-diagonal causal mask for sdpa and eager attention, and sequence bounds for
-flash attention. Some model classes ignore them, so `require_isolation` tests the loaded model.
+flash attention. Some model classes ignore them, so modeling/packing_proof.py tests the class.
 """
 
 # A 4D mask built here would be used by every layer as it is and so break sliding-window attention.
@@ -14,16 +14,12 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DataCollatorWithFlattening
 
-from sweeper.core.errors import ModelError
 from sweeper.data.tokens import IGNORED, Tokens, padded
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def pack(rows: Sequence[Tokens], max_length: int) -> list[Tokens]:
@@ -109,53 +105,3 @@ def packing_collator(attn_implementation: str, pad_token_id: int) -> PackingColl
     if attn_implementation == "flash_attention_2":
         return FlatCollator()
     return PackedCollator(pad_token_id)
-
-
-PROBE_TOKENS = (5, 9)
-"""Lengths in tokens of the two sequences that `require_isolation` packs."""
-LEAK_SHARE = 0.2
-"""Largest tolerated change of the logits, relative to a sequence that does attend to its neighbour.
-
-The value is above the rounding noise of bfloat16 and far below a real leak (1).
-"""
-
-
-@torch.no_grad()
-def require_isolation(model: PreTrainedModel) -> None:
-    """Check that a packed sequence gives the logits that it gives alone (three forwards of 14 tokens).
-
-    Raises:
-        ModelError: The logits differ, so packed examples would attend to each other.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        isolated = _leak_share(model) <= LEAK_SHARE
-    except TypeError:  # the model's forward takes no position_ids
-        isolated = False
-    finally:
-        model.train(was_training)
-    if not isolated:
-        raise ModelError(
-            f"data.packing=true: {type(model).__name__} with "
-            f"{model.config._attn_implementation} attention lets packed examples attend to each "
-            "other. Use data.packing=false."
-        )
-
-
-def _leak_share(model: PreTrainedModel) -> float:
-    """Return the change of a packed sequence's logits, relative to one that attends to its neighbour."""
-    first, second = PROBE_TOKENS
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    # Multiples of a large prime spread the token ids over the vocabulary.
-    ids = torch.arange(1, first + second + 1, device=model.device)[None] * 7919 % vocabulary
-    restarting = torch.cat([torch.arange(first), torch.arange(second)])[None].to(model.device)
-
-    def logits(**inputs: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = model(**inputs, use_cache=False).logits[:, -second:].float()
-        return found
-
-    alone = logits(input_ids=ids[:, first:])
-    packed = logits(input_ids=ids, position_ids=restarting)
-    reading = logits(input_ids=ids)
-    return float((packed - alone).abs().max() / (reading - alone).abs().max())

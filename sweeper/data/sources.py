@@ -137,10 +137,11 @@ def path_problems(data: DataSettings, general: GeneralTextSettings) -> list[str]
 
 def describe_sources(data: DataSettings) -> str:
     """Return the origin of the training rows in one line for people."""
-    return " + ".join(_described(source) for source in sources(data.train))
+    return " + ".join(describe_source(source) for source in sources(data.train))
 
 
-def _described(source: DataSource) -> str:
+def describe_source(source: DataSource) -> str:
+    """Return one source with its parts in one line for people."""
     parts = [source.name, source.split, source.revision and f"@{source.revision[:12]}"]
     named = ", ".join(part for part in parts if part)
     weight = "" if source.weight is None else f" × {source.weight:g}"

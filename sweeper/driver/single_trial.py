@@ -130,6 +130,8 @@ class SingleTrial(Job):
             dataset=dataset_record(facts, self.settings.data),
         )
         self.console.print(f"data: {describe_data(facts)}", highlight=False, soft_wrap=True)
+        for remark in facts.base_remarks:
+            self.console.print(f"base: {remark}", highlight=False, soft_wrap=True)
         metric = self.settings.objective.metric
         value = facts.base_value(metric)
         self.console.print(f"Untuned base: {metric_words(metric)} {value:.4f}", highlight=False)

@@ -132,6 +132,8 @@ class StudyRun:
             self._leave_out(arm, facts)
             return
         self._require_same_inputs(arm, facts)
+        for remark in facts.base_remarks:
+            self.services.view.event(f"arm {arm.name}: {remark}")
         if facts.padded_because is not None:
             words = f"arm {arm.name}: batches are padded, because {facts.padded_because}"
             self.services.view.event(words)

@@ -84,6 +84,8 @@ class TrialRecorder:
             answer = Outcome(cause="refused", message=message)
         else:
             answer = outcome.model_copy(update={"cause": "duplicate", "message": message})
+            for step, value in earlier.intermediate_values.items():
+                trial.report(value, step)
         self._tell(trial, answer)
         words = f"{self.context.arm.name} {trial.number}: {message}, not trained again"
         self.context.services.view.event(words)

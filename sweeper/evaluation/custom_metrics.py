@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sweeper.config.settings import EvaluationSettings
 from sweeper.core.errors import ConfigError
 
 Function = Callable[[list[str], list[str], list[str]], float]
+
+
+class MetricFailed(ConfigError):
+    """A user-defined metric has no value for the answers of this model."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class CustomMetric:
         """Return the metric's value for the answers.
 
         Raises:
-            ConfigError: The function raises an exception, or returns anything but a finite number.
+            MetricFailed: The function raises an exception, or returns anything but a finite number.
         """
         try:
             # Fresh lists, so that a function that changes its arguments affects no other metric.
@@ -40,8 +44,8 @@ class CustomMetric:
             )
         return value
 
-    def _problem(self, text: str) -> ConfigError:
-        return ConfigError([f"evaluation.metrics.{self.name}={self.target}: {text}"])
+    def _problem(self, text: str) -> MetricFailed:
+        return MetricFailed([f"evaluation.metrics.{self.name}={self.target}: {text}"])
 
 
 def custom_metrics(settings: EvaluationSettings) -> dict[str, CustomMetric]:
@@ -61,6 +65,23 @@ def custom_metrics(settings: EvaluationSettings) -> dict[str, CustomMetric]:
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def measure(
+    metrics: Mapping[str, CustomMetric],
+    prompts: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[str],
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Return the values of metrics, and why others have none, by their names `eval/<name>`."""
+    values: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for name, metric in metrics.items():
+        try:
+            values[f"eval/{name}"] = metric(prompts, predictions, references)
+        except MetricFailed as failure:
+            failures[f"eval/{name}"] = failure.problems[0]
+    return values, failures
 
 
 def _imported(target: str) -> Function:

@@ -19,8 +19,14 @@ from sweeper.core.outcome import ExampleScores
 from sweeper.data.padding_free import batch_collator
 from sweeper.data.tokens import EncodedPrompt, Tokens
 from sweeper.evaluation.answer_lengths import length_metrics
-from sweeper.evaluation.custom_metrics import CustomMetric, custom_metrics
+from sweeper.evaluation.custom_metrics import (
+    CustomMetric,
+    MetricFailed,
+    custom_metrics,
+    measure,
+)
 from sweeper.evaluation.generation import GeneratedAnswer, generate
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.token_loss import LossSum, evaluate_examples, target_bytes, total
 
 if TYPE_CHECKING:
@@ -77,8 +83,12 @@ class Judgement:
     """Metrics by name: eval/loss, eval/rougeL, eval/<name of a user-defined metric>, …"""
     examples: Sequence[LossSum]
     """Loss of each row, for paired comparisons of two models."""
+    reader: JudgementReader
+    """Part of the study that the judgement was made for."""
     answers: Sequence[GeneratedAnswer] = ()
     warnings: Sequence[str] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Reasons why user-defined metrics have no value, by the metrics' names."""
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Score of each answer, by the metrics that are means of such scores: eval/rouge1, …"""
 
@@ -101,9 +111,12 @@ class Judgement:
         """Return the value of the objective's metric.
 
         Raises:
+            MetricFailed: The user's function raised an exception, or returned no finite number.
             ConfigError: The metric was not measured.
         """
         # No other metric is substituted: a study would silently optimise something else.
+        if metric in self.failures:
+            raise MetricFailed([self.failures[metric]])
         if metric not in self.metrics:
             known = ", ".join(sorted(self.metrics))
             raise ConfigError(
@@ -128,11 +141,15 @@ class ModelJudge:
     groups: Sequence[int] = ()
     """Number of the group that each row belongs to (data.group_by). Empty if rows are not grouped."""
 
-    def __call__(self, model: PreTrainedModel | PeftModel) -> Judgement:
+    def __call__(self, model: PreTrainedModel | PeftModel, reader: JudgementReader) -> Judgement:
         """Evaluate a model without changing its mode or configs.
 
+        Args:
+            model: Model to evaluate.
+            reader: Part of the study that reads the judgement.
+
         Raises:
-            ConfigError: The prompts do not fit the model's positions, or a user-defined metric fails.
+            ConfigError: The prompts do not fit the model's positions.
         """
         examples = evaluate_examples(
             model,
@@ -143,16 +160,18 @@ class ModelJudge:
             self.chunk_size,
             self.row_bytes,
         )
-        judgement = Judgement(loss_metrics(total(examples)), examples)
-        return judgement if self.held_out is None else self._with_answers(model, judgement)
+        judgement = Judgement(loss_metrics(total(examples)), examples, reader)
+        return self.with_answers(model, judgement)
 
-    def _with_answers(self, model: PreTrainedModel | PeftModel, judgement: Judgement) -> Judgement:
+    def with_answers(self, model: PreTrainedModel | PeftModel, judgement: Judgement) -> Judgement:
+        """Return a judgement of the model's losses with its answers, if there are prompts to answer."""
+        if self.held_out is None:
+            return judgement
         from sweeper.evaluation.rouge import (
             rouge,
         )  # imports nltk, which only generated answers need
 
         held_out, settings = self.held_out, self.settings
-        assert held_out is not None
         generation = settings.generation
         written = generate(
             model,
@@ -164,10 +183,7 @@ class ModelJudge:
             held_out.end_token_ids,
         )
         scores = rouge(written.texts, held_out.references, settings.rouge_tokenizer)
-        own = {
-            f"eval/{name}": metric(held_out.prompts, written.texts, held_out.references)
-            for name, metric in self.custom.items()
-        }
+        own, failures = measure(self.custom, held_out.prompts, written.texts, held_out.references)
         return replace(
             judgement,
             metrics={
@@ -179,22 +195,23 @@ class ModelJudge:
             },
             answers=written.answers,
             scores={f"eval/{kind}": values for kind, values in scores.examples.items()},
-            warnings=[scores.warning] if scores.warning else [],
+            warnings=[*([scores.warning] if scores.warning else []), *failures.values()],
+            failures=failures,
         )
 
     def within_trial(self, metrics: Collection[str]) -> ModelJudge:
         """Return the judge for evaluations during training, which must be cheap.
 
         The rows are limited to evaluation.max_samples, and answers are generated only if one of the
-        metrics needs them. If that changes nothing, this judge itself is returned.
+        metrics needs them.
 
         Args:
             metrics: Metrics that pruning, early stopping and the choice of the checkpoint use.
         """
         held_out = None if set(metrics) <= set(LOSS_METRICS) else self.held_out
         kept = _sample(len(self.rows), self.settings.max_samples, self.seed)
-        if len(kept) == len(self.rows) and held_out is self.held_out:
-            return self
+        if len(kept) == len(self.rows):
+            return replace(self, held_out=held_out)
         return replace(
             self,
             rows=[self.rows[index] for index in kept],
@@ -203,9 +220,9 @@ class ModelJudge:
             groups=(),
         )
 
-    def judges_same_examples(self, other: ModelJudge) -> bool:
-        """Return True if both judges have the same rows and prompts. Batch sizes may differ."""
-        return self.rows is other.rows and self.held_out is other.held_out
+    def judges_same_rows(self, other: ModelJudge) -> bool:
+        """Return True if both judges have the same rows. Prompts and batch sizes may differ."""
+        return self.rows is other.rows
 
     def halved(self) -> ModelJudge | None:
         """Return this judge with half the batch size, or None if the batch is one example already."""

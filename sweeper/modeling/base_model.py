@@ -24,14 +24,15 @@ from sweeper.config.settings import ModelSettings, QuantizationSettings
 from sweeper.core.errors import ModelError, SweeperError
 from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
+from sweeper.modeling.fit_of_base import fit_tokens, require_causal
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
 from sweeper.modeling.model_source import (
     NO_CODE,
     config_digest,
     find_source,
+    in_full,
     load_tokenizer,
-    one_line,
     weights_bytes,
     weights_digest,
 )
@@ -56,6 +57,8 @@ class LoadedBase:
     """Reason for the dtype as text, such as "bfloat16: the GPU (sm_80) computes in it"."""
     padded_because: str | None
     """Reason why the model's batches are padded, or None if they have no padding."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on what loading had to change, or could not do as asked."""
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -82,7 +85,7 @@ def load_base(
     dtype = torch.float32 if trained else precision.dtype
     where = f"model.base_model={settings.base_model!r}"
     digest, configured = weights_digest(source.folder), config_digest(source.folder)
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.attn_implementation}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": settings.requested_attention}
     tokenizer = load_tokenizer(source.folder, where)
     try:
         if quantization.kind == "none":
@@ -100,6 +103,9 @@ def load_base(
     if (weights_digest(source.folder), config_digest(source.folder)) != (digest, configured):
         raise ModelError(f"{where}: its files were changed while they were loaded")
     complete_tokenizer(tokenizer, model, settings)
+    remarks = [*_attention_remark(settings, model), *fit_tokens(tokenizer, model, where)]
+    if quantization.kind != "int8":  # its outliers are decided over all tokens of a batch
+        require_causal(model, where)
     obstacle = padding_obstacle(model)
     if obstacle is None:
         confine_to_rows(model)
@@ -112,14 +118,23 @@ def load_base(
         precision.dtype,
         str(precision),
         obstacle,
+        tuple(remarks),
     )
+
+
+def _attention_remark(settings: ModelSettings, model: PreTrainedModel) -> list[str]:
+    """Say which attention was chosen, unless it is the usual one."""
+    chosen = model.config._attn_implementation
+    if settings.attn_implementation != "auto" or chosen != "eager":
+        return []
+    return [f"{type(model).__name__} has no sdpa attention, so its attention is eager"]
 
 
 def _contradiction(settings: ModelSettings, error: Exception) -> str:
     where = f"model.base_model={settings.base_model!r}"
     if "ignore_mismatched_sizes" in str(error):
         return f"{where}: its weights have other shapes than its config.json says"
-    return one_line(where, error)
+    return in_full(where, error)
 
 
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:

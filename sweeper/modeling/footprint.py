@@ -56,7 +56,8 @@ def footprint_or_problem(document: Mapping[str, Any]) -> TrialFootprint:
 def _longest_row(settings: TrialSettings) -> int:
     configured = settings.data.max_length
     longest = LONGEST_ROW if configured == "auto" else configured
-    limit = getattr(load_config(settings.model), "max_position_embeddings", None)
+    text = load_config(settings.model).get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
     return longest if limit is None else min(longest, int(limit))
 
 

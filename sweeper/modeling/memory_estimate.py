@@ -29,7 +29,7 @@ from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.hardware import choose_dtype
-from sweeper.modeling.model_source import load_config, one_line
+from sweeper.modeling.model_source import in_full, load_config
 from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step, trainable
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def estimate_trial(
         settings.quantization,
         workload,
         compute_dtype=choose_dtype(settings.model.dtype, on).dtype,
-        attn_implementation=settings.model.attn_implementation,
+        attn_implementation=settings.model.requested_attention,
         on=on,
     )
 
@@ -181,7 +181,7 @@ def estimate(
     workload: StepWorkload,
     *,
     compute_dtype: torch.dtype,
-    attn_implementation: str,
+    attn_implementation: str | None,
     on: torch.device,
 ) -> MemoryEstimate:
     """Estimate the memory that training an architecture needs, without reading files.
@@ -228,7 +228,7 @@ def model_on_meta(
     config: PretrainedConfig,
     adapter: LoraAdapter | NoAdapter,
     dtype: torch.dtype,
-    attn_implementation: str,
+    attn_implementation: str | None,
 ) -> PreTrainedModel | PeftModel:
     """Build the architecture with its adapter in training mode on the meta device.
 
@@ -241,8 +241,8 @@ def model_on_meta(
                 config, dtype=dtype, attn_implementation=attn_implementation
             )
     except (ValueError, ImportError) as error:
-        where = f"model.attn_implementation={attn_implementation}"
-        raise ModelError(one_line(where, error)) from error
+        where = f"model.attn_implementation={attn_implementation or 'auto'}"
+        raise ModelError(in_full(where, error)) from error
     if isinstance(adapter, NoAdapter):
         return model.train()
     # All initialisations have the same shapes, but OLoRA's would decompose weights without storage

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sweeper.core.errors import ModelError
+from sweeper.core.trained_form import TRAINED_FORM
 from sweeper.modeling.model_source import (
     NO_CODE,
     one_line,
@@ -22,6 +23,7 @@ from sweeper.modeling.model_source import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+GENERATION = "generation_config.json"
 MergeDtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -33,7 +35,8 @@ def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype)
 
     Args:
         base_folder: folder of the unquantized base in transformers' layout.
-        adapter_folder: folder that PEFT's save_pretrained wrote. Its tokenizer is preferred.
+        adapter_folder: folder that PEFT's save_pretrained wrote. Its tokenizer and generation config
+            are preferred.
         out: a folder that does not exist yet, or is empty.
         dtype: dtype of the merged weights.
 
@@ -59,8 +62,12 @@ def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    if (adapter_folder / GENERATION).exists():
+        model.generation_config = GenerationConfig.from_pretrained(adapter_folder)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    if (adapter_folder / TRAINED_FORM).exists():
+        shutil.copy2(adapter_folder / TRAINED_FORM, partial / TRAINED_FORM)
     partial.replace(out)  # atomic, so `out` never holds half a model
 
 

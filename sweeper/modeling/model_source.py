@@ -23,6 +23,10 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
 from sweeper.builtin import stand_ins
 from sweeper.builtin.embedded import BASE_DIR
@@ -41,9 +45,17 @@ NO_CODE = {"trust_remote_code": False}
 """Option for every from_pretrained. The default would ask at the terminal about running remote code."""
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 """Keys of a configuration that change with a copy of the model, and change no computation here."""
+CACHED = "models--"
+"""Start of a repository's folder in the hub's cache."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEMPLATES = "additional_chat_templates"
 """Folder of a model's further chat templates, which its tokenizer reads."""
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""Endings of the names of classes that continue text."""
+ENCODERS = frozenset(config.model_type for config in MODEL_FOR_MASKED_LM_MAPPING)
+"""Types of models that were trained to fill gaps. Some of them can be told to decode."""
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "spiece*", "tekken.json")
+"""Patterns of the files of a tokenizer, of which a folder needs one."""
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Names of the number of layers in config.json."""
 MAX_LAYERS = 10_000
@@ -71,6 +83,20 @@ def find_source(settings: ModelSettings) -> ModelSource:
     require_safetensors(source.folder, f"model.base_model={settings.base_model!r}")
     require_layers(source.folder, f"model.base_model={settings.base_model!r}")
     return source
+
+
+def hub_name(settings: ModelSettings, folder: Path) -> str | None:
+    """Return the hub id of a base whose files are in `folder`, or None for a base that has none.
+
+    A folder in the layout of the hub's cache names its repository.
+    """
+    name = settings.base_model
+    own = name == EMBEDDED or name.startswith(stand_ins.PREFIX)
+    if not own and not Path(name).expanduser().exists():
+        return name
+    place = folder.resolve()
+    cached = place.parent.parent.name if place.parent.name == "snapshots" else ""
+    return cached[len(CACHED) :].replace("--", "/") if cached.startswith(CACHED) else None
 
 
 def require_safetensors(folder: Path, where: str) -> None:
@@ -151,14 +177,45 @@ def load_config_and_digest(settings: ModelSettings) -> tuple[PretrainedConfig, s
     require_layers(source.folder, f"model.base_model={settings.base_model!r}")
     try:
         config = AutoConfig.from_pretrained(source.folder, **NO_CODE)
-        return config, config_digest(source.folder)
+        digest = config_digest(source.folder)
     except Exception as error:  # a file of somebody else may contradict itself in any way
-        raise ModelError(one_line(f"model.base_model={settings.base_model!r}", error)) from error
+        raise ModelError(in_full(f"model.base_model={settings.base_model!r}", error)) from error
+    require_causal_class(config, f"model.base_model={settings.base_model!r}")
+    return config, digest
+
+
+def require_causal_class(config: PretrainedConfig, where: str) -> None:
+    """Refuse a model whose class cannot continue text.
+
+    Raises:
+        ModelError: says what the model is, and what to choose instead.
+    """
+    kind, stored = config.model_type, ", ".join(config.architectures or ())
+    named = f"{kind} ({stored})" if stored else kind
+    advice = "Choose a model whose config.json names a class that ends in ForCausalLM"
+    decodes = any(name.endswith(CAUSAL) for name in config.architectures or ())
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{where}: {named} is no causal language model of transformers. {advice}")
+    if getattr(config, "is_encoder_decoder", False) and not decodes:
+        raise ModelError(
+            f"{where}: {named} is an encoder with a decoder. Without its encoder it would not be the "
+            f"model that was stored. {advice}"
+        )
+    if getattr(config, "is_decoder", None) is False and not decodes and kind in ENCODERS:
+        raise ModelError(
+            f"{where}: {named} is an encoder, which reads text in both directions and cannot continue "
+            f"it. {advice}"
+        )
 
 
 def one_line(where: str, error: BaseException) -> str:
     """Return the first line of a library's error, prefixed with the setting or file it concerns."""
     return f"{where}: {first_line(error)}"
+
+
+def in_full(where: str, error: BaseException) -> str:
+    """Return a library's whole error in one line, where nothing better is known than its own words."""
+    return f"{where}: {' '.join(str(error).split()) or type(error).__name__}"
 
 
 def weights_digest(folder: Path) -> str:
@@ -221,10 +278,15 @@ def load_tokenizer(folder: Path, where: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the folder has none, or its files are broken.
     """
+    if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise ModelError(
+            f"{where}: {folder} contains no tokenizer. Copy the tokenizer's files (tokenizer.json, "
+            "tokenizer_config.json) from the model that its weights were trained from"
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # the tokenizers library raises bare Exceptions on broken files
-        raise ModelError(one_line(where, error)) from error
+        raise ModelError(in_full(where, error)) from error
     return tokenizer
 
 
@@ -367,6 +429,13 @@ def require_unquantized_base(folder: Path, where: str) -> None:
                 "or set the base itself"
             )
         raise ModelError(f"{where}: no config.json in {folder}")
+    if (folder / "adapter_config.json").exists():
+        # transformers would load the adapter's base, with the adapter on it, in place of these weights
+        raise ModelError(
+            f"{where}: {folder} contains adapter_config.json beside config.json, so transformers would "
+            "load the adapter and its base. Move the adapter's files to a folder of their own, or set "
+            "the base itself"
+        )
     require_object(folder / "config.json", where)
     try:
         config = PretrainedConfig.get_config_dict(folder)[0]

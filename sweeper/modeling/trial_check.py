@@ -78,10 +78,10 @@ def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.de
     adapter = settings.adapter
     if isinstance(adapter, LoraAdapter) and adapter.r is None:
         adapter = adapter.with_rank(
-            nearest_rank(adapter, config, settings.model.attn_implementation)
+            nearest_rank(adapter, config, settings.model.requested_attention)
         )
     dtype = held_dtype(adapter, choose_dtype(settings.model.dtype, on).dtype)
-    model = model_on_meta(config, adapter, dtype, settings.model.attn_implementation)
+    model = model_on_meta(config, adapter, dtype, settings.model.requested_attention)
     if isinstance(model, PeftModel):
         _require_trainable(model, settings)
     count = count_parameters(model)
@@ -94,7 +94,9 @@ def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.de
     return TrialSize(trainable=count.trainable, total=count.total, rank=rank, held_mib=need)
 
 
-def nearest_rank(adapter: LoraAdapter, config: PretrainedConfig, attn_implementation: str) -> int:
+def nearest_rank(
+    adapter: LoraAdapter, config: PretrainedConfig, attn_implementation: str | None
+) -> int:
     """Return the whole r whose adapter comes nearest to adapter.trainable_parameters.
 
     Raises:

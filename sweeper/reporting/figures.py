@@ -88,7 +88,10 @@ def rate_figure(results: StudyResults) -> ReportFigure:
         number_axis("learning rate (log)", [dot.x for dot in dots], log=True),
         number_axis(f"best {_metric(results.objective)}", [dot.y for dot in dots]),
     )
-    caption = "One mark per trial. Hollow: stopped early by the pruner."
+    caption = (
+        "One mark per trial. Hollow: stopped early by the pruner, with the value of its best look, "
+        "which may be at a sample of the validation rows."
+    )
     return ReportFigure(title, plot(title, caption, axes, dots, legend=_names(results)), caption)
 
 
@@ -354,4 +357,4 @@ def _metric(objective: Objective) -> str:
 def _tooltip(trial: TrialResult) -> str:
     """Return the tooltip of a trial's mark."""
     loss = "" if trial.value is None else f" {trial.value:.4f},"
-    return f"{trial.arm} {trial.number}:{loss} {trial.outcome.cause}; {point_words(trial.params)}"
+    return f"{trial.arm} {trial.number}:{loss} {trial.outcome.ending}; {point_words(trial.params)}"

@@ -37,7 +37,9 @@ TERMS: Mapping[str, str] = {
     "regression": "the night's best value is worse than the previous one by more than the tolerance.",
     "device-hours": "hours that trials took, times the devices that each of them used.",
     "early_stopped": "ended because the eval loss no longer improved. The best checkpoint counts.",
-    "pruned": "stopped early because the trial was behind earlier trials at the same point.",
+    "pruned": "stopped early because the trial was behind earlier trials at the same point. Its value "
+    "is that of its best look. If the number of rows follows, the look was at a sample of the "
+    "validation split, so the value does not compare with values of the whole split.",
     "oom": "ran out of memory, even with the smallest micro-batch. The settings are infeasible.",
     "diverged": "the loss became infinite or rose far above its start. The settings are infeasible.",
     "refused": "never trained: the settings are impossible (infeasible) on this model or device.",

@@ -225,5 +225,5 @@ def _cells(trial: TrialProgress, keys: list[str], best: bool) -> list[Text | Pro
         Text(speed),
         Text("" if trial.value is None else f"{trial.value:.4f}"),
         Text("" if trial.best is None else f"{trial.best:.4f}", style="bold green" if best else ""),
-        Text(trial.state, style=style),
+        Text(trial.ending or trial.state, style=style),
     ]

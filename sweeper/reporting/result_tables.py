@@ -143,6 +143,7 @@ def markdown_report(results: StudyResults, verdict: Verdict) -> str:
             f"## {sheet.title}",
             sheet.markdown(),
             f"Data: {in_markdown(describe_data(arm.facts))}",
+            *(f"Base: {in_markdown(remark)}." for remark in arm.facts.base_remarks),
         ]
         parts += [] if arm.audit is None else [f"{arm.name}: {arm.audit}."]
     terms = terms_in("\n".join(parts))
@@ -256,5 +257,5 @@ def _trial_row(place: int, trial: TrialResult, keys: list[str]) -> tuple[str, ..
         number(trial.metric("parameters/trainable")),
         number(trial.value, "{:.4f}"),
         duration(trial.metric("cost/seconds")),
-        trial.outcome.cause,
+        trial.outcome.ending,
     )

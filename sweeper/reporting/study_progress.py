@@ -34,6 +34,8 @@ class TrialProgress:
     tokens_per_second: float | None = None
     seconds: float | None = None
     """Worker time, once the trial has ended."""
+    ending: str = ""
+    """How the trial ended and, for a value of a sample, how many rows that has. Empty before."""
     uses_budget: bool = False
     """True once the trial has ended as one of n_trials."""
     _since: tuple[float, int] | None = None
@@ -48,6 +50,11 @@ class TrialProgress:
     def comparable(self) -> bool:
         """True if the trial's best value may be compared: it has not ended, or ended well."""
         return not self.ended or STATES[cast(Cause, self.state)].comparable
+
+    @property
+    def complete(self) -> bool:
+        """True once the trial has run to its own end."""
+        return self.ended and STATES[cast(Cause, self.state)].complete
 
     def progressed(
         self, step: int, total_steps: int, tokens_per_second: float, now: float | None = None
@@ -75,7 +82,7 @@ class TrialProgress:
 
     def end(self, outcome: Outcome) -> None:
         """Record the outcome."""
-        self.state = outcome.cause
+        self.state, self.ending = outcome.cause, outcome.ending
         self.uses_budget = uses_budget(outcome)
         self.best = outcome.best_value
         self.seconds = outcome.metrics.get("cost/seconds")
@@ -87,7 +94,7 @@ class TrialProgress:
         result = "" if value is None else f", {metric_words(metric)} {value:.4f}"
         seconds = "" if self.seconds is None else f", {self.seconds:.0f} s"
         reason = "" if outcome.message is None else f" ({outcome.message.splitlines()[-1]})"
-        return f"{self.key} {outcome.cause}{result}{seconds}: {values}{reason}"
+        return f"{self.key} {outcome.ending}{result}{seconds}: {values}{reason}"
 
 
 def short_names(point: Mapping[str, Scalar]) -> dict[str, str]:
@@ -125,7 +132,11 @@ class StudyProgress:
     def best(self) -> TrialProgress | None:
         """The best trial of the current arm, among those that may be compared."""
         found = [t for t in self.current() if t.best is not None and t.comparable]
-        return min(found, key=lambda trial: self.objective.order(trial.best or 0.0), default=None)
+        # Looks are at a sample, so they do not compare with values of the whole split
+        whole = [trial for trial in found if trial.complete]
+        return min(
+            whole or found, key=lambda trial: self.objective.order(trial.best or 0.0), default=None
+        )
 
     @property
     def done(self) -> int:

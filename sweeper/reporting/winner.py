@@ -20,14 +20,15 @@ from sweeper.config.settings import (
     stored_settings,
 )
 from sweeper.core.errors import StudyError
+from sweeper.core.loading_code import BaseLines, loading_code, prompting_code
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.stored_files import read_words
+from sweeper.core.trained_form import TrainedForm, read_trained_form
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
+from sweeper.reporting.serve_lines import ServedAdapter, whole_serving
 from sweeper.reporting.text_table import point_words
 from sweeper.reporting.verdict_doubts import label
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM accepts as --max-lora-rank (vllm/config/lora.py, MaxLoRARanks)."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class WinningTrial:
         # A damaged adapter would load without an error and answer badly.
         verify_manifest(self.folder.artifact)
         return self.folder.artifact
+
+    @property
+    def form(self) -> TrainedForm | None:
+        """Form that the artifact was trained in, or None if an earlier version stored the artifact."""
+        return read_trained_form(self.artifact)
 
     @property
     def words(self) -> str:
@@ -128,79 +134,105 @@ def experiment_yaml(winner: WinningTrial) -> str:
 def usage(winner: WinningTrial) -> str:
     """Return the commands that load, prompt, serve, merge, publish and retrain the winner."""
     path = winner.artifact.as_posix()
-    parts = [winner.words, f"in {path}", _loading(winner, path)]
+    parts = [winner.words, f"in {path}", *_warnings(winner), _indented(loading_lines(winner))]
     name = winner.study_name
     # The trial is named, so that the command still means it after further trials.
     which = f"{name} --arm {winner.arm.name} --trial {winner.trial.number}"
     if isinstance(winner.settings.adapter, LoraAdapter):
         parts += [
             f"Ask        python -m sweeper generate {shlex.quote(path)} --prompt 'Your prompt'",
-            f"Serve      {_serving(winner, path)}",
+            f"Serve      {_serving(winner)}",
             f"Merge      python -m sweeper best {which} --merge merged",
         ]
     else:
-        parts.append(f"Serve      vllm serve {shlex.quote(path)}")
+        parts.append(f"Serve      {whole_serving(path, winner.form, chat_template(winner))}")
     return "\n\n".join(
         [
             *parts,
-            f"Publish    hf upload YOUR_NAME/{name} {shlex.quote(path)}",
+            f"Publish    hf upload YOUR_NAME/{name} {shlex.quote(path)}{_unpublished(winner)}",
             f"Retrain    python -m sweeper best {which} --yaml > conf/experiment/best.yaml\n"
             "           python -m sweeper +experiment=best",
         ]
     )
 
 
-def base_name(settings: TrialSettings) -> str:
-    """Return the name by which other programs load the base: a hub id or a folder."""
+def _warnings(winner: WinningTrial) -> list[str]:
+    form = winner.form
+    if form is None:
+        return [
+            "An earlier version stored this model without its prompt template and end tokens. "
+            "Train the trial again to get them: "
+            f"python -m sweeper trial {shlex.quote(winner.folder.path.as_posix())} --into FOLDER"
+        ]
+    if form.template_problem is None:
+        return []
+    return [
+        "WARNING: the stored chat template does not prompt the model as in training: "
+        f"{form.template_problem}."
+    ]
+
+
+def _unpublished(winner: WinningTrial) -> str:
+    """Return what is to be done before an adapter of a local base is published."""
+    adapter = isinstance(winner.settings.adapter, LoraAdapter)
+    if not adapter or winner.form is None or winner.form.base is not None:
+        return ""
+    return (
+        "\n           Before: publish the base, and set base_model_name_or_path in "
+        "adapter_config.json to its name"
+    )
+
+
+def base_name(settings: TrialSettings, form: TrainedForm | None) -> str:
+    """Return the name by which other programs load the base: a hub id or an absolute folder."""
+    if form is not None and form.base is not None:
+        return form.base
     # The embedded base and stand-ins have no hub id, so their local folder is named.
     name = settings.model.base_model
-    if name != EMBEDDED and not name.startswith(stand_ins.PREFIX):
-        return name
-    from sweeper.modeling.model_source import find_source
+    if name == EMBEDDED or name.startswith(stand_ins.PREFIX):
+        from sweeper.modeling.model_source import find_source
 
-    return find_source(settings.model).folder.as_posix()
+        return find_source(settings.model).folder.as_posix()
+    folder = Path(name).expanduser()
+    return folder.resolve().as_posix() if folder.exists() else name
 
 
-def _loading(winner: WinningTrial, path: str) -> str:
-    """Return Python code that loads the winner with plain transformers and PEFT."""
-    if not isinstance(winner.settings.adapter, LoraAdapter):
-        return (
-            "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"    model = AutoModelForCausalLM.from_pretrained({path!r})\n"
-            f"    tokenizer = AutoTokenizer.from_pretrained({path!r})"
-        )
-    # An adapter fits only the weights that it was trained on.
-    revision = winner.settings.model.revision
-    pinned = "" if revision is None else f", revision={revision!r}"
-    return (
-        "    from peft import PeftModel\n"
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"    base = AutoModelForCausalLM.from_pretrained({base_name(winner.settings)!r}{pinned})\n"
-        f"    model = PeftModel.from_pretrained(base, {path!r})\n"
-        f"    tokenizer = AutoTokenizer.from_pretrained({path!r})"
+def loading_lines(winner: WinningTrial) -> str:
+    """Return Python code that loads and prompts the winner with plain transformers and PEFT."""
+    settings, path, form = winner.settings, winner.artifact.as_posix(), winner.form
+    base = None
+    if isinstance(settings.adapter, LoraAdapter):
+        dtype = None if form is None else form.dtype
+        # An adapter fits only the weights that it was trained on.
+        revision = settings.model.revision if form is None else form.revision
+        quantized = settings.quantization.arguments(dtype or "bfloat16")
+        base = BaseLines(base_name(settings, form), revision, dtype, quantized)
+    code = loading_code(path, base, stored_ends=form is not None)
+    if form is None or form.template is None:
+        return code
+    limit = settings.evaluation.generation.max_new_tokens
+    return "\n".join([code, "", prompting_code(limit, form.chat_template_kwargs)])
+
+
+def _serving(winner: WinningTrial) -> str:
+    settings, form = winner.settings, winner.form
+    assert isinstance(settings.adapter, LoraAdapter)
+    served = ServedAdapter(
+        winner.study_name,
+        winner.artifact.as_posix(),
+        base_name(settings, form),
+        settings.model.revision if form is None else form.revision,
+        settings.adapter,
+        form,
+        chat_template(winner),
     )
+    return served.command
 
 
-def _serving(winner: WinningTrial, path: str) -> str:
-    """Return vLLM's command for the adapter, or for the merged model with the reason."""
-    adapter = winner.settings.adapter
-    assert isinstance(adapter, LoraAdapter)
-    # rank_pattern may give single modules a higher rank than r.
-    largest = max(adapter.rank, *adapter.rank_pattern.values(), 0)
-    rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
-    # vLLM loads plain LoRA weights only.
-    reasons = {
-        "DoRA": adapter.use_dora,
-        "trained biases": adapter.bias != "none",
-        "modules_to_save": bool(adapter.modules_to_save),
-        f"ranks above {VLLM_RANKS[-1]}": rank is None,
-    }
-    unsupported = [reason for reason, holds in reasons.items() if holds]
-    if unsupported:
-        return (
-            f"vllm serve merged    (after Merge below, vLLM serves no {' or '.join(unsupported)})"
-        )
-    return (
-        f"vllm serve {shlex.quote(base_name(winner.settings))} --enable-lora "
-        f"--max-lora-rank {rank} --lora-modules {winner.study_name}={shlex.quote(path)}"
-    )
+def chat_template(winner: WinningTrial) -> str:
+    """Return the source of the stored chat template, or "" if there is none."""
+    return read_words(winner.artifact / "chat_template.jinja")
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" if line else "" for line in text.splitlines())

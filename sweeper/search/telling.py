@@ -50,14 +50,20 @@ def tell(
         costs: metrics of the outcome that the study minimises besides its objective.
     """
     row = STATES[outcome.cause]
+    # A value of a sample is no final value, so a duplicate of a pruned trial is told as pruned too
+    sampled = row.state == "COMPLETE" and not row.infeasible and outcome.look_rows is not None
     trial.set_user_attr("cause", outcome.cause)
     trial.set_user_attr("counts", uses_budget(outcome))
     trial.set_user_attr("outcome", outcome.model_dump(mode="json"))
-    if row.state == "COMPLETE" and not trial.constraints:  # else a killed driver set it
+    if (
+        row.state == "COMPLETE" and not sampled and not trial.constraints
+    ):  # else a killed driver set it
         trial.set_constraint(INFEASIBLE, 1.0 if row.infeasible else -1.0)
     if row.infeasible:
         worst = [_worst(study, index) for index, _ in enumerate(costs, start=1)]
         study.tell(trial.number, [base_value, *worst])
+    elif sampled:
+        study.tell(trial.number, state=TrialState.PRUNED)
     elif row.state == "COMPLETE":
         assert outcome.best_value is not None, f"{outcome.cause} without an evaluation"
         study.tell(trial.number, [outcome.best_value, *(outcome.metrics[name] for name in costs)])

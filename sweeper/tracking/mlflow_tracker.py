@@ -18,7 +18,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from sweeper.core.errors import TrackingError
+from sweeper.core.errors import AccessRefused, TrackingError
 from sweeper.core.paths import TrialFolder
 from sweeper.tracking.shipment import RunShipper
 from sweeper.tracking.tracker import RunStatus, StudyRecord, TrialRecord
@@ -47,6 +47,8 @@ STORE_SECONDS = 60.0
 """Seconds that the end of a study waits for a database, which has no cheap check if it responds."""
 SAY_SECONDS = 8.0
 """Seconds after which the end of a study says that it waits for MLflow, before it may give up."""
+FIRST_SECONDS = 30.0
+"""Seconds that the first trial waits for the store's answer. An unavailable store answers sooner."""
 LAST_TRIES = 3
 """Consecutive failures at the end of a study after which the rest is left for later."""
 
@@ -67,6 +69,10 @@ class MlflowTracker:
         self._changed = threading.Condition()
         self._closing = False
         self._reasons: dict[str, str] = {}
+        self._tried = threading.Event()
+        """Set when the store has accepted or refused the study's run, or was found unavailable."""
+        self._refusal: TrackingError | None = None
+        """Reason why the store refuses the study's run for good."""
         # A daemon thread, so the end of the program never waits for a server
         self._thread = threading.Thread(target=self._run_thread, name="mlflow", daemon=True)
         self._thread.start()
@@ -88,7 +94,23 @@ class MlflowTracker:
             before=None if before is None else before.ending or before.before,
         )
         self._opened = True
+        self._tried.clear()
         self._save_entry(entry)
+
+    def require_store(self) -> str | None:
+        """Implement Tracker.require_store."""
+        self._tried.wait(FIRST_SECONDS)
+        refusal = self._refusal
+        if refusal is None:
+            return self._reasons.get(STUDY)
+        if not isinstance(refusal, AccessRefused):
+            raise TrackingError(
+                f"MLflow ({self._server.name}) refuses to record this study: {refusal}\n"
+                "  ways out:\n"
+                "    a store of this machine:  MLFLOW_TRACKING_URI=sqlite:///mlruns/mlflow.db\n"
+                "    record nothing:           tracking=none"
+            )
+        return str(refusal)
 
     def start(self, trial: TrialRecord) -> None:
         """Implement Tracker.start."""
@@ -226,6 +248,7 @@ class MlflowTracker:
             except (Timeout, OSError) as error:
                 other = "another process is shipping this study"
                 self._reasons[STUDY] = other if isinstance(error, Timeout) else str(error)
+                self._tried.set()
                 if self._closing:
                     return
 
@@ -236,16 +259,28 @@ class MlflowTracker:
             try:
                 self._shipper.ship(key)
                 self._reasons.pop(key, None)
+                self._note_tried(key, None)
                 waits, failures = _waits(), 0
             except TrackingError as refusal:  # permanent, so a retry would fail as well
                 self._reasons[key] = str(refusal)
+                self._note_tried(key, refusal)
             except StoreAway as away:
                 self._reasons[key] = str(away)
+                self._note_tried(key, None)
                 failures += 1
                 # While the study runs, the thread retries forever. At its end a user waits
                 if self._closing and (failures >= LAST_TRIES or not self._server.responds()):
                     return self._give_up()
                 self._retry_later(key, next(waits))
+
+    def _note_tried(self, key: str, refusal: TrackingError | None) -> None:
+        """Note how the store received the study's run, for `require_store`."""
+        if key != STUDY:
+            return
+        # A store that has the run and refuses a part of it records the trials all the same
+        has_run = self._ledger.read_mark(STUDY, self._server.name).run is not None
+        self._refusal = None if has_run else refusal
+        self._tried.set()
 
     def _next_key(self) -> str | None:
         with self._changed:

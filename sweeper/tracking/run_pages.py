@@ -27,6 +27,48 @@ SHOWN = ("best/", "parameters/trainable")
 """Prefixes of the run's metrics that the model's own page shows."""
 
 
+VIEW = "sweeper"
+"""Name of the experiment's view in MLflow's UI, as its address has it."""
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW}"
+DESCRIPTION_TAG = "mlflow.note.content"
+VIEW_COLUMNS = (
+    *("params.`training.learning_rate`", "params.`adapter.r`", "params.`adapter.target_modules`"),
+    *("metrics.`parameters/trainable`", "metrics.`cost/seconds`", "tags.`cause`"),
+    "attributes.`Models`",
+)
+
+
+def experiment_tags(experiment: str, metric: str, direction: str) -> dict[str, str]:
+    """Return the tags that decide what MLflow's UI shows of an experiment.
+
+    They make it show runs instead of traces, chart this metric first, describe the experiment, and
+    offer a view of the trials by this metric. Without a view the UI shows no column of a metric.
+
+    Args:
+        experiment: the experiment's id.
+        metric: the objective's metric.
+        direction: minimize or maximize.
+    """
+    best = metric.replace("eval/", "best/eval_")
+    order = f"metrics.`{best}`"
+    view = {
+        "selectedColumns": [order, *VIEW_COLUMNS],
+        "orderByKey": order,
+        "orderByAsc": direction == "minimize",
+    }
+    return {
+        "mlflow.experimentKind": "custom_model_development",
+        "mlflow.experiment.primaryMetric.name": best,
+        "mlflow.experiment.primaryMetric.greaterIsBetter": str(direction == "maximize").lower(),
+        VIEW_TAG: json.dumps(view),
+        DESCRIPTION_TAG: (
+            f"Studies of sweeper. Each study is a run, and each of its trials a run below that one. "
+            f"[The trials by {best}](#/experiments/{experiment}/runs?viewStateShareKey={VIEW}). The "
+            "page of a study's run has its verdict."
+        ),
+    }
+
+
 def source_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Return MLflow's own tags for a run's source, which its UI shows and searches."""
     found = {"mlflow.source.name": tags.get("command"), "mlflow.source.type": "LOCAL"}

@@ -17,7 +17,7 @@ from sweeper.core.errors import TrackingError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import TrialFolder
 from sweeper.core.spool import read_spool
-from sweeper.tracking.run_pages import log_dataset, show_model, source_tags
+from sweeper.tracking.run_pages import experiment_tags, log_dataset, show_model, source_tags
 from sweeper.tracking.tracker import DatasetRecord
 from sweeper.tracking.tracking_ledger import (
     OPENED,
@@ -39,6 +39,7 @@ from sweeper.tracking.tracking_server import (
     StoreAway,
     TrackingServer,
     as_tracking_error,
+    is_deleted,
     is_gone,
     lacks_endpoint,
 )
@@ -86,9 +87,9 @@ class RunShipper:
         try:
             self._ship(key)
         except Exception as error:  # noqa: BLE001 - mapped here, at the seam
-            if is_gone(
-                error
-            ):  # the store was replaced by an empty one, so the run is created again
+            # The store was replaced by an empty one, or the run was deleted in the UI, so the run is
+            # created again
+            if is_gone(error) or is_deleted(error):
                 self._ledger.save_mark(key, ShippingMark(store=self._server.name))
                 self._experiment = self._found = None
             else:
@@ -175,6 +176,10 @@ class RunShipper:
         found = client.get_experiment_by_name(name)
         if found is not None:
             experiment = str(found.experiment_id)
+            if found.lifecycle_stage == "deleted":
+                raise TrackingError(
+                    f"the experiment {name!r} was deleted. Restore it: {self._restoring(experiment)}"
+                )
             _tag_experiment(client, experiment, metric, direction, found.tags)
             return experiment
         location = None
@@ -193,6 +198,26 @@ class RunShipper:
             return str(found.experiment_id)
         _tag_experiment(client, experiment, metric, direction, {})
         return experiment
+
+    def _restoring(self, experiment: str) -> str:
+        """Return the command that restores a deleted experiment."""
+        store = self._server.name
+        return (
+            f"MLFLOW_TRACKING_URI={store} mlflow experiments restore --experiment-id {experiment}"
+        )
+
+    def adopt_trials(self, client: MlflowClient, parent: str) -> None:
+        """Make the runs of earlier trials children of a new parent run."""
+        for key in self._ledger.trials:
+            mark = self._ledger.read_mark(key, self._server.name)
+            if mark.run is None:
+                continue
+            try:
+                client.set_tag(mark.run, PARENT_TAG, parent)
+            except Exception as error:
+                # Such a run is created again, with the new parent, when there is more to ship
+                if not (is_gone(error) or is_deleted(error)):
+                    raise
 
 
 class RunShipment:
@@ -295,6 +320,8 @@ class RunShipment:
                 run_name=name,
             )
         self._save(run=run.info.run_id)
+        if isinstance(entry, StudyEntry):
+            self._shipper.adopt_trials(self._client, str(run.info.run_id))
         return str(run.info.run_id)
 
     def _reopen(self, run: str, entry: StudyEntry) -> None:
@@ -445,8 +472,8 @@ class RunShipment:
         try:
             work()
         except Exception as error:
-            if is_gone(error):  # handled by RunShipper.ship, which creates the run again
-                raise
+            if is_gone(error) or is_deleted(error):
+                raise  # handled by RunShipper.ship, which creates the run again
             ours = as_tracking_error(error, "MLflow")
             if isinstance(ours, StoreAway):
                 raise ours from None
@@ -463,18 +490,9 @@ def _tag_experiment(
     client: MlflowClient, experiment: str, metric: str, direction: str, known: Mapping[str, str]
 ) -> None:
     """Set the tags of an experiment that are missing, and leave tags that a user has set."""
-    for tag, value in _experiment_tags(metric, direction).items():
+    for tag, value in experiment_tags(experiment, metric, direction).items():
         if tag not in known:
             client.set_experiment_tag(experiment, tag, value)
-
-
-def _experiment_tags(metric: str, direction: str) -> dict[str, str]:
-    """Return tags that make MLflow's UI show runs instead of traces, and chart this metric first."""
-    return {
-        "mlflow.experimentKind": "custom_model_development",
-        "mlflow.experiment.primaryMetric.name": metric.replace("eval/", "best/eval_"),
-        "mlflow.experiment.primaryMetric.greaterIsBetter": str(direction == "maximize").lower(),
-    }
 
 
 def _model_name(key: str) -> str:

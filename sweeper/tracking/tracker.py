@@ -90,6 +90,16 @@ class Tracker(Protocol):
     def open_study(self, study: StudyRecord) -> None:
         """Create the parent run, or reopen it."""
 
+    def require_store(self) -> str | None:
+        """Wait for the store's answer to the study's run, and return what keeps the store from it.
+
+        A store that is unavailable, or whose credentials are wrong, gets the runs later. None if the
+        store has the run.
+
+        Raises:
+            TrackingError: the store refuses the run for good. The message names the ways out.
+        """
+
     def start(self, trial: TrialRecord) -> None:
         """Create the child run, or reopen it for another attempt."""
 
@@ -161,6 +171,10 @@ class NullTracker:
 
     def open_study(self, study: StudyRecord) -> None:
         """Do nothing."""
+
+    def require_store(self) -> str | None:
+        """Return None."""
+        return None
 
     def start(self, trial: TrialRecord) -> None:
         """Do nothing."""

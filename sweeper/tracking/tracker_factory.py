@@ -69,4 +69,8 @@ def browse_command(settings: TrackingSettings) -> str:
     uri = settings.uri or local_uri(LOCAL_STORE)
     if uri.startswith("http"):
         return redact(uri)
-    return f"mlflow ui --backend-store-uri {redact(uri)}   (in a checkout: make ui)"
+    # Its job runner starts nine processes of 280 MB each, which nothing here uses
+    return (
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1 "
+        f"--backend-store-uri {redact(uri)}   (in a checkout: make ui)"
+    )

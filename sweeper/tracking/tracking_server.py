@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 from sqlalchemy import URL
 
-from sweeper.core.errors import SweeperError, TrackingError
+from sweeper.core.errors import AccessRefused, SweeperError, TrackingError
 from sweeper.core.redaction import redact
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ TRANSIENT = frozenset(
 )
 """MLflow's error codes for a server that may respond later."""
 UNAUTHENTICATED = frozenset({"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"})
+DELETED_RUN = "must be in the 'active' state"
+"""Part of MLflow's refusal of a request for a deleted run or in a deleted experiment."""
 NOT_FOUND = "RESOURCE_DOES_NOT_EXIST"
 ANSWER_SECONDS = 5
 """Seconds to wait for a server's version. A hung server never responds."""
@@ -159,7 +161,7 @@ class TrackingServer:
             raise_on_status=False,
         )
         if answer.status_code in (401, 403):
-            raise TrackingError(f"{self.name} refuses access ({answer.status_code}). {CREDENTIALS}")
+            raise AccessRefused(f"{self.name} refuses access ({answer.status_code}). {CREDENTIALS}")
         if answer.status_code >= 500:
             raise StoreAway(f"{self.name} responds with status {answer.status_code}")
         if answer.status_code == 200:
@@ -185,7 +187,7 @@ def as_tracking_error(error: Exception, name: str) -> StoreAway | TrackingError:
     code = getattr(error, "error_code", None)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if code in UNAUTHENTICATED or status in (401, 403):
-        return TrackingError(f"{name} refuses access: {reason}. {CREDENTIALS}")
+        return AccessRefused(f"{name} refuses access: {reason}. {CREDENTIALS}")
     if code is not None:
         return StoreAway(reason) if code in TRANSIENT else TrackingError(reason)
     if status is not None:
@@ -203,3 +205,10 @@ def lacks_endpoint(error: Exception) -> bool:
 def is_gone(error: Exception) -> bool:
     """Return True if the run no longer exists, because it was deleted or the store was replaced."""
     return getattr(error, "error_code", None) == NOT_FOUND
+
+
+def is_deleted(error: Exception) -> bool:
+    """Return True if a request failed because its run was deleted, as in MLflow's UI."""
+    # MLflow has no code of its own for this refusal. The run still exists until `mlflow gc`
+    words = str(error)
+    return "The run " in words and DELETED_RUN in words

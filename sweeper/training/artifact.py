@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sweeper.config.settings import TrialSettings
 from sweeper.core.manifest import write_manifest
 from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.model_card import README, model_card
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -25,10 +26,11 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its best weights in place, and its tokenizer."""
+    """A model with its best weights in place, and what is needed to use it as it was trained."""
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
+    form: ArtifactForm
 
 
 def save_artifact(
@@ -40,7 +42,7 @@ def save_artifact(
     """Store a trained model: the adapter alone, or all weights of a full fine-tune.
 
     Args:
-        trained: model and tokenizer.
+        trained: model, tokenizer, and the form that it was trained in.
         settings: the settings of the training.
         folder: the trial's folder.
         figures: metrics for the model card (sweeper.training.model_card).
@@ -50,13 +52,13 @@ def save_artifact(
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(trained.model, PeftModel):
         trained.model.save_pretrained(str(partial), save_embedding_layers=False)
-        _name_base(partial / "adapter_config.json", settings)
+        _name_base(partial / "adapter_config.json", trained.form)
     else:
         trained.model.save_pretrained(str(partial))
-    trained.tokenizer.save_pretrained(str(partial))
+    trained.form.save(trained.tokenizer, partial)
     save_bpe(trained.tokenizer, partial)
-    base_folder = Path(trained.model.config.name_or_path)
-    write_atomic(partial / README, model_card(settings, figures, base_folder))
+    card = model_card(settings, figures, trained.form.folder, trained.form.form)
+    write_atomic(partial / README, card)
     write_manifest(partial)  # in the artifact's folder, so that copies and archives contain it
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
@@ -94,12 +96,12 @@ def write_zip(folder: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def _name_base(path: Path, settings: TrialSettings) -> None:
-    """Make adapter_config.json portable and reproducible: the base's configured name, sorted lists."""
+def _name_base(path: Path, form: ArtifactForm) -> None:
+    """Make adapter_config.json resolvable and reproducible: the base's pinned hub id, sorted lists."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    # PEFT writes the folder that the weights were loaded from, which other machines do not have
-    config["base_model_name_or_path"] = settings.model.base_model
-    config["revision"] = settings.model.revision
+    # A relative path would be the name of a stranger's repository on the hub, so a folder is absolute
+    config["base_model_name_or_path"] = form.form.base or form.folder.resolve().as_posix()
+    config["revision"] = form.form.revision
     # PEFT writes sets, whose order changes from process to process
     if isinstance(config["target_modules"], list):
         config["target_modules"] = sorted(config["target_modules"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ from sweeper.core.input_digests import InputDigests
 from sweeper.modeling.hardware import device
 
 HOST = "127.0.0.1"
+LAUNCHER_VARIABLES = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|FORK_LAUNCHED"
+    r"|(OMPI|MV2)_COMM_WORLD_.*|PMI_(RANK|SIZE)|MPI_LOCAL.*|FSDP_.*"
+    r"|ACCELERATE_(USE_.*|MIXED_PRECISION|GRADIENT_ACCUMULATION_STEPS|TORCH_DEVICE|DYNAMO_.*)"
+)
+"""Environment variables by which torchrun, accelerate launch, mpirun and Slurm steps name a group.
+
+transformers and accelerate would wait for that group, although the worker trains alone.
+"""
 RANK_TIMEOUT = timedelta(hours=6)
 """Longest wait of one rank for another. The others wait while the leader evaluates a whole split."""
 
@@ -77,6 +87,12 @@ def single_process(
     """Yield a group of this process alone: the default Join of a runner without followers."""
     assert settings.training.devices_per_trial == 1, "only a runner with followers can gather them"
     yield SINGLE_PROCESS
+
+
+def leave_launcher() -> None:
+    """Remove what a surrounding launcher says about its processes from this process's environment."""
+    for name in [name for name in os.environ if LAUNCHER_VARIABLES.fullmatch(name)]:
+        del os.environ[name]
 
 
 def open_rendezvous(size: int) -> TCPStore:

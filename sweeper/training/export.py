@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from sweeper.config.settings import QuantizationSettings, TrialSettings
 from sweeper.core.manifest import write_manifest
-from sweeper.core.paths import TrialFolder
+from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.trained_form import read_trained_form
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import choose_dtype, device, dtype_name
 from sweeper.modeling.merge import MergeDtype, merge
 from sweeper.modeling.model_source import find_source
+from sweeper.training.model_card import README, model_card
 from sweeper.training.prepared_data import PreparedData
 
 if TYPE_CHECKING:
@@ -37,14 +41,29 @@ def export_merged(settings: TrialSettings, folder: TrialFolder) -> LoadedBase:
     return load_base(model, UNQUANTIZED, trained=False)
 
 
-def merge_trial(settings: TrialSettings, folder: TrialFolder, out: Path) -> None:
+def merge_trial(
+    settings: TrialSettings,
+    folder: TrialFolder,
+    out: Path,
+    figures: Mapping[str, float] | None = None,
+) -> None:
     """Merge a trial's adapter into its unquantized base and store the result in `out`, with a manifest.
+
+    Args:
+        settings: settings of the trial.
+        folder: folder of the trial.
+        out: folder of the merged model.
+        figures: metrics of the merged model for its card, if they are known.
 
     Raises:
         ModelError: the base cannot be found, the adapter does not fit it, or `out` is in use.
     """
     dtype = cast(MergeDtype, dtype_name(choose_dtype(settings.model.dtype, device()).dtype))
-    merge(find_source(settings.model).folder, folder.adapter, out, dtype)
+    base = find_source(settings.model).folder
+    merge(base, folder.adapter, out, dtype)
+    if (form := read_trained_form(out)) is not None:
+        card = model_card(settings, figures or {}, base, form, merged=True)
+        write_atomic(out / README, card)
     write_manifest(out)
 
 
@@ -53,7 +72,7 @@ def merged_figures(
 ) -> dict[str, float]:
     """Evaluate the merged model on the validation split and return its metrics as merged/eval_…."""
     # After QLoRA the merged model (16-bit base + adapter) is not the one that was trained (4-bit base)
-    judgement = prepared.judge(settings, merged)(merged.model)
+    judgement = prepared.judge(settings, merged)(merged.model, JudgementReader.MERGED)
     return {
         name.replace("eval/", "merged/eval_"): value
         for name, value in judgement.metrics.items()

@@ -36,6 +36,7 @@ from sweeper.data.general_text import general_rows
 from sweeper.data.splits import load_examples, load_splits, seen_texts
 from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import make_judge
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.token_loss import LossSum
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.training.prepared_data import positions
@@ -163,7 +164,7 @@ def _losses(
             base.compute_dtype,
             settings.training.loss_chunk_size,
         )
-        return judge(model).examples
+        return judge(model, JudgementReader.CHAMPION).examples
 
     return losses(rows), losses(windows) if windows else []
 

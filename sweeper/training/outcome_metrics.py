@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sweeper.config.settings import TrainingSettings
 from sweeper.modeling.adapter import ParameterCount
 from sweeper.training.schedule import TrialSchedule
+
+MOVING_AVERAGE = "eval/loss_moving_average"
+"""Metric of a row of the spool that is no judgement of the row's own model."""
 
 
 def parameter_figures(count: ParameterCount) -> dict[str, float]:
@@ -65,6 +68,18 @@ def best_figures(
         figures["best/train_loss"] = before[-1]
         figures["best/eval_minus_train_loss"] = metrics["eval/loss"] - before[-1]
     return figures
+
+
+def look_at(rows: Iterable[Mapping[str, Any]], step: int) -> dict[str, float] | None:
+    """Return the metrics of a trial's look at the model of a step, or None if its spool has none."""
+    found = [row for row in rows if row["step"] == step and "eval/loss" in row]
+    if not found:
+        return None
+    return {
+        name: float(value)
+        for name, value in found[-1].items()
+        if name.startswith("eval/") and name != MOVING_AVERAGE
+    }
 
 
 def _training_losses(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:

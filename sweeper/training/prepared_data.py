@@ -21,6 +21,7 @@ from sweeper.data.encode import (
 from sweeper.data.examples import ChatMessage, DropCounts, Example, RawRow
 from sweeper.data.general_text import general_rows
 from sweeper.data.mixture import column
+from sweeper.data.served_prompt import ServedPrompt, serve_prompts
 from sweeper.data.splits import DataSplits, load_splits
 from sweeper.data.token_cache import cache_folder, cached, fingerprint
 from sweeper.data.tokens import EncodedPrompt, Tokens
@@ -88,6 +89,11 @@ class PreparedData:
         return HeldOutPrompts.of(
             encode_prompts(examples, self.tokenizer, self.settings, skip_unusable=True)
         )
+
+    @cached_property
+    def served(self) -> ServedPrompt:
+        """The template and the end tokens with which programs prompt a model trained on these data."""
+        return serve_prompts(self.splits.examples["train"], self.tokenizer, self.settings)
 
     @cached_property
     def data_digest(self) -> str:
@@ -268,5 +274,5 @@ def prepare_rows(
 
 def positions(config: PretrainedConfig) -> int | None:
     """Return the number of tokens a model can attend to, or None if its configuration names none."""
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)

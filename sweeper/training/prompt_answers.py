@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from sweeper.modeling.base_model import LoadedBase
 
 
+class UntunedAnswers:
+    """Answers of untuned bases to qualitative prompts, kept for all trials of a worker."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, list[str]] = {}
+        """Answers by the digest of everything that decides them."""
+
+    def of(self, prompts: PromptAnswers, model: PreTrainedModel) -> list[str]:
+        """Return the answers of a base that no trial has changed, generated at the first call."""
+        if prompts.digest not in self._known:
+            self._known[prompts.digest] = prompts.answers(model)
+        return self._known[prompts.digest]
+
+
 class PromptAnswers:
     """The prompts of `evaluation.prompts`, tokenized for one base. Without prompts it does nothing."""
 
@@ -25,6 +40,21 @@ class PromptAnswers:
         self._evaluation = settings.evaluation
         self._base = base
         self._prompts = prepared.prompts(settings)
+        # A quantized base answers otherwise than the same weights in full precision
+        self._form = [settings.model.model_dump_json(), settings.quantization.model_dump_json()]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over the base as it is loaded, the prompts and the rules of the generation."""
+        base, generation = self._base, self._evaluation.generation
+        parts = [
+            [base.digest, base.config_digest, base.tokenizer_digest, str(base.compute_dtype)],
+            self._form,
+            [[list(prompt.input_ids), prompt.end_token_id] for prompt in self._prompts],
+            # In bfloat16 the padding of a batch can decide between two tokens that are as likely
+            [generation.max_new_tokens, generation.batch_size],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def answers(self, model: PreTrainedModel | PeftModel) -> list[str]:
         """Return the model's greedy answers in the order of the prompts."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from sweeper.config.settings import LoraAdapter, TrainingSettings, TrialSettings
 from sweeper.core.errors import ConfigError
 
+FEW_STEPS = 40
+"""Steps of a run up to which one step at a rate of zero is a noticeable share of it (2.5 %)."""
 LARGE_BATCH = 32
 """Examples per step above which LoRA falls behind full fine-tuning (LoRA Without Regret, 2025)."""
 
@@ -26,6 +28,19 @@ class TrialSchedule:
     warmup_steps: int
     eval_every: int
     save_every: int
+
+    def warmup_factor(self, step: int) -> float | None:
+        """Return the share of the peak rate in a step of the warm-up, or None to leave it as it is.
+
+        transformers begins every warm-up at a rate of zero. A run of few steps would lose its first
+        step, and a run of one step all of its training.
+
+        Args:
+            step: number of the step, from 0.
+        """
+        if self.total_steps > FEW_STEPS or step >= self.warmup_steps:
+            return None
+        return (step + 1) / (self.warmup_steps + 1)
 
 
 def plan_schedule(training: TrainingSettings, rows: int) -> TrialSchedule:

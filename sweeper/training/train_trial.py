@@ -6,6 +6,7 @@ neither models nor data (sweeper.training.trial_runner does).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,22 +21,26 @@ from transformers import (
 )
 
 from sweeper.config.settings import TrialSettings
-from sweeper.core.outcome import Cause, Outcome
+from sweeper.core.outcome import LOOK_ROWS, SELF_ENDED, Cause, Outcome
 from sweeper.core.paths import TrialFolder, size_mib
 from sweeper.core.spool import MetricsSpool, finite, read_spool
 from sweeper.data.encode import EncodedSplit
 from sweeper.data.packing import PackingCollator, packing_collator
 from sweeper.data.padding_free import BatchCollator, PaddingFreeCollator, batch_collator
+from sweeper.evaluation.custom_metrics import MetricFailed
 from sweeper.evaluation.judge import Judgement, ModelJudge
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import count_parameters
 from sweeper.training.arguments import training_arguments
 from sweeper.training.artifact import TrainedModel, save_artifact
+from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
 from sweeper.training.micro_batch import out_of_memory
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
     best_figures,
+    look_at,
     loss_figures,
     parameter_figures,
     schedule_figures,
@@ -59,6 +64,8 @@ class TrialInputs:
     train: EncodedSplit
     judge: ModelJudge
     """Judge of the whole validation split, for the best checkpoint."""
+    form: ArtifactForm
+    """The form that is stored with the trained model."""
     ordered: bool = False
     """True if the rows must be trained in their order (data.order_by)."""
     compute_dtype: torch.dtype = torch.float32
@@ -75,8 +82,9 @@ def train_trial(
     """Train until the schedule ends, early stopping applies or the observer requests a stop.
 
     Continue from the newest undamaged checkpoint of an earlier attempt. Store the best checkpoint by
-    the objective, not the last one. Its value on the whole validation split is the outcome's
-    `best_value`.
+    the objective, not the last one. If the trial ran to its own end, the kept checkpoint's value on
+    the whole validation split is the outcome's `best_value`. Else no further judgement is made, and
+    `best_value` is that of the look at the kept checkpoint.
 
     Args:
         inputs: model, data and judge.
@@ -91,6 +99,7 @@ def train_trial(
 
     Raises:
         TrialDiverged: a loss or the gradient norm is not finite, or the loss is far above the first.
+        MetricFailed: the objective has no value. The artifact has been stored if training had ended.
         ConfigError: the schedule does not fit the data, or the objective's metric is not measured.
     """
     schedule = plan_schedule(settings.training, len(inputs.train.rows))
@@ -110,20 +119,35 @@ def train_trial(
 
     def judge(model: torch.nn.Module) -> Judgement:
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
-        judgement = trial_judge.judge(model) if settings.training.fsdp else trial_judge(model)
+        judging = trial_judge.judge if settings.training.fsdp else trial_judge
+        judgement = judging(model, JudgementReader.LOOK)
+        costs.warn(judgement.failures)
         inputs.ranks.broadcast(dict(judgement.metrics))
         return judgement
 
     trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, costs, [callback])
     with costs.stage("train"):
         trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
-    judgement = _judge_best_checkpoint(trainer, inputs.judge, trial_judge, costs)
+    cause = _cause(trainer.state, callback)
+    kept = KeptCheckpoint(trainer, folder, inputs.judge, trial_judge)
     trained = trainer.trained
-    if trained is not None:
-        with costs.stage("save"):
-            figures = {**costs.figures, **({} if judgement is None else judgement.metrics)}
-            save_artifact(TrainedModel(trained, inputs.tokenizer), settings, folder, figures)
-    return _outcome(trainer.state, callback, settings, folder, judgement), trained
+
+    def save(measured: Mapping[str, float]) -> None:
+        if trained is not None:
+            with costs.stage("save"):
+                figures = {**costs.figures, **measured}
+                stored = TrainedModel(trained, inputs.tokenizer, inputs.form)
+                save_artifact(stored, settings, folder, figures)
+
+    try:
+        metrics = kept.metrics(costs, whole=cause in SELF_ENDED)
+    except Exception:  # whatever fails here must not cost the training
+        save({})
+        raise
+    save(metrics or {})
+    if metrics is not None and objective.metric in costs.failures.keys() - metrics.keys():
+        raise MetricFailed([costs.failures[objective.metric]])
+    return _outcome(trainer.state, cause, settings, folder, metrics), trained
 
 
 def _find_resume_point(folder: TrialFolder, costs: TrialCosts) -> Checkpoint | None:
@@ -155,8 +179,8 @@ def follow_trial(inputs: TrialInputs, settings: TrialSettings, checkpoints: Path
 
     def receive_judgement(model: torch.nn.Module) -> Judgement:
         if settings.training.fsdp:
-            judge(model)
-        return Judgement(inputs.ranks.broadcast({}), examples=())
+            judge(model, JudgementReader.LOOK)
+        return Judgement(inputs.ranks.broadcast({}), (), JudgementReader.LOOK)
 
     trainer = _trainer(inputs, settings, schedule, checkpoints, receive_judgement, TrialCosts(), [])
     trainer.train(resume_from_checkpoint=str(resumed.path) if resumed else None)
@@ -169,11 +193,18 @@ class BatchHalvingJudge:
         self.judge = judge
         self._costs = costs
 
-    def __call__(self, model: torch.nn.Module) -> Judgement:
+    def __call__(self, model: torch.nn.Module, reader: JudgementReader) -> Judgement:
         """Evaluate a model, with smaller batches after each out of memory, down to one example."""
+        return self._retried(lambda judge: judge(model, reader))
+
+    def with_answers(self, model: torch.nn.Module, judgement: Judgement) -> Judgement:
+        """Add the model's answers to a judgement of its losses, in the same way."""
+        return self._retried(lambda judge: judge.with_answers(model, judgement))
+
+    def _retried(self, judging: Callable[[ModelJudge], Judgement]) -> Judgement:
         while True:
             try:
-                return self.judge(model)
+                return judging(self.judge)
             except (MemoryError, RuntimeError) as error:
                 smaller = self.judge.halved()
                 if not out_of_memory(error) or smaller is None:
@@ -198,6 +229,7 @@ def _trainer(
         settings=settings,
         compute_dtype=inputs.compute_dtype,
         ranks=inputs.ranks,
+        schedule=schedule,
         model=inputs.model,
         args=training_arguments(
             settings, schedule, checkpoints, inputs.compute_dtype, ordered=inputs.ordered
@@ -222,36 +254,67 @@ def _collator(inputs: TrialInputs, settings: TrialSettings) -> BatchCollator | P
     return collator
 
 
-def _judge_best_checkpoint(
-    trainer: JudgedTrainer, whole: ModelJudge, trial_judge: BatchHalvingJudge, costs: TrialCosts
-) -> Judgement | None:
-    """Evaluate the best checkpoint, now in the model, on the whole validation split.
+@dataclass(frozen=True)
+class KeptCheckpoint:
+    """The best checkpoint of a training that has ended, whose weights are in the model now."""
 
-    Return None if no checkpoint was ever evaluated.
-    """
-    step = trainer.state.best_global_step
-    if trainer.state.best_metric is None or trainer.trained is None:
-        return None
-    # An evaluation during training counts only if it was on the whole split, not on a capped sample.
-    if trial_judge.judge.judges_same_examples(whole) and step in trainer.judgements:
-        return trainer.judgements[step]
-    with costs.stage("eval"):
-        return BatchHalvingJudge(whole, costs)(trainer.model)
+    trainer: JudgedTrainer
+    folder: TrialFolder
+    whole: ModelJudge
+    """Judge of the whole validation split."""
+    looks: BatchHalvingJudge
+    """Judge of the looks that chose the checkpoint."""
+
+    def metrics(self, costs: TrialCosts, *, whole: bool) -> dict[str, float] | None:
+        """Return the checkpoint's metrics, or None if no checkpoint was ever evaluated.
+
+        Args:
+            costs: charged with the judgement, if one is made.
+            whole: True for the metrics on the whole split, False for those of the trial's own look.
+        """
+        state = self.trainer.state
+        if state.best_metric is None or self.trainer.trained is None:
+            return None
+        if whole:
+            with costs.stage("eval"):
+                judgement = self._judgement(costs)
+            costs.warn(judgement.failures)
+            return dict(judgement.metrics)
+        look = look_at(read_spool(self.folder.metrics), int(state.best_global_step))
+        rows = self.looks.judge.rows
+        if look is None or len(rows) == len(self.whole.rows):
+            return look
+        return {**look, LOOK_ROWS: float(len(rows))}
+
+    def _judgement(self, costs: TrialCosts) -> Judgement:
+        judge = BatchHalvingJudge(self.whole, costs)
+        look = self.trainer.judgements.get(self.trainer.state.best_global_step)
+        # The look counts only if it was at the whole split, not at a sample
+        if look is None or not self.looks.judge.judges_same_rows(self.whole):
+            return judge(self.trainer.model, JudgementReader.RESULT)
+        if self.looks.judge.held_out is not None:
+            return look
+        return judge.with_answers(self.trainer.model, look)
+
+
+def _cause(state: TrainerState, callback: TrialCallback) -> Cause:
+    """Return how the training ended."""
+    if state.global_step >= callback.total_steps:
+        return "finished"
+    return callback.stopped or "early_stopped"
 
 
 def _outcome(
     state: TrainerState,
-    callback: TrialCallback,
+    cause: Cause,
     settings: TrialSettings,
     folder: TrialFolder,
-    judgement: Judgement | None,
+    kept: Mapping[str, float] | None,
 ) -> Outcome:
-    finished = state.global_step >= callback.total_steps
-    cause: Cause = "finished" if finished else (callback.stopped or "early_stopped")
     rows = read_spool(folder.metrics)
     figures = loss_figures(rows)
-    if judgement is not None:
-        figures |= best_figures(rows, judgement.metrics, state.best_global_step)
+    if kept is not None:
+        figures |= best_figures(rows, kept, state.best_global_step)
     metrics = {
         **figures,
         "cost/peak_memory_mib": peak_mib(),
@@ -259,8 +322,8 @@ def _outcome(
     }
     return Outcome(
         cause=cause,
-        best_value=None if judgement is None else judgement.value(settings.objective.metric),
-        best_step=None if judgement is None else int(state.best_global_step),
+        best_value=None if kept is None else kept.get(settings.objective.metric),
+        best_step=None if kept is None else int(state.best_global_step),
         steps=state.global_step,
         metrics=finite(metrics),
     )

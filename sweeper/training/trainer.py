@@ -21,6 +21,7 @@ from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import remove_old, seal
 from sweeper.training.distributed import RankGroup
 from sweeper.training.optimizer import loraplus_optimizer
+from sweeper.training.schedule import TrialSchedule
 from sweeper.training.trial_costs import TrialCosts
 
 Judging = Callable[[torch.nn.Module], Judgement]
@@ -85,10 +86,12 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         settings: TrialSettings,
         compute_dtype: torch.dtype,
         ranks: RankGroup,
+        schedule: TrialSchedule,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self._ranks = ranks
+        self._schedule = schedule
         if ranks.size > 1:
             # DDP averages gradients only if the loss is computed inside the outermost forward method
             compute_loss_in_forward(self.model, settings.training.loss_chunk_size)
@@ -127,6 +130,23 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             optimizer = loraplus_optimizer(self.model, self.args, self._loraplus_lr_ratio)
             self.optimizer = optimizer
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create transformers' schedule, with a warm-up that loses no step of a short run."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if self._schedule.warmup_factor(0) is None:
+            unchanged: torch.optim.lr_scheduler.LRScheduler = schedule
+            return unchanged
+        (factor,) = set(schedule.lr_lambdas)
+
+        def rate(step: int) -> float:
+            warming = self._schedule.warmup_factor(step)
+            return factor(step) if warming is None else warming
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(schedule.optimizer, rate)
+        return self.lr_scheduler
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -124,9 +124,11 @@ def _losses(outcome: Outcome, objective: str) -> list[str]:
             f"{figures['train/final_loss']:.4f} at the end"
         )
     if outcome.best_value is not None:
+        rows = "" if outcome.look_rows is None else f", of a look at {outcome.look_rows} rows"
         lines.append(
             f"Best {objective} {outcome.best_value:.4f} (perplexity "
             f"{figures['best/eval_perplexity']:.4f}) at step {outcome.best_step}, the stored checkpoint"
+            f"{rows}"
         )
     if "best/eval_minus_train_loss" in figures:
         lines.append(

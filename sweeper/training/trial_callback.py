@@ -13,6 +13,7 @@ from sweeper.core.errors import TrialDiverged
 from sweeper.core.outcome import StopCause
 from sweeper.core.spool import MetricsSpool
 from sweeper.training.observer import TrialObserver
+from sweeper.training.outcome_metrics import MOVING_AVERAGE
 from sweeper.training.stop_rules import LOSS_SCALE, StopRules
 from sweeper.training.trial_costs import TrialCosts
 
@@ -81,9 +82,11 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         # Names without a slash are transformers' copies, such as the objective for the best checkpoint
         named = {name: value for name, value in metrics.items() if "/" in name}
         average = self.rules.add_evaluation(state.global_step, named)
-        self.spool.write(state.global_step, {**named, "eval/loss_moving_average": average})
+        self.spool.write(state.global_step, {**named, MOVING_AVERAGE: average})
         self._raise_if_diverged()
-        self.observer.evaluated(state.global_step, self.total_steps, named[self.pruning_metric])
+        if self.pruning_metric in named:  # a user's metric may have failed
+            value = named[self.pruning_metric]
+            self.observer.evaluated(state.global_step, self.total_steps, value)
         self._pass_on_stop(control)
 
     def _pass_on_stop(self, control: TrainerControl) -> None:

@@ -34,6 +34,8 @@ class TrialCosts:
         self.figures: dict[str, float] = {}
         self.facts: dict[str, str] = {}
         self.advice: list[str] = []
+        self.failures: dict[str, str] = {}
+        """Last reasons why user-defined metrics had no value, by metric."""
         self._tokens = TokenSums()
         self._elapsed = self._cpu = 0.0
         """Wall and CPU seconds of earlier attempts."""
@@ -58,6 +60,13 @@ class TrialCosts:
                 tell_damage(earlier, error, LOST_COSTS)
                 return cls()
         return costs
+
+    def warn(self, failures: Mapping[str, str]) -> None:
+        """Add a warning for each user-defined metric that failed for the first time in this attempt."""
+        for metric, reason in failures.items():
+            if metric not in self.failures:
+                self.advice.append(f"{metric} has no value at step {self.steps}: {reason}")
+            self.failures[metric] = reason
 
     def _add(self, found: Mapping[str, Any]) -> None:
         self._seconds |= {name: float(value) for name, value in found["seconds"].items()}

@@ -37,7 +37,9 @@ from sweeper.core.errors import (
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import (
+    SELF_ENDED,
     ArmBaseline,
+    Cause,
     ExampleLosses,
     HeldOutKind,
     HeldOutLosses,
@@ -48,16 +50,19 @@ from sweeper.core.paths import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.core.spool import finite
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
-from sweeper.data.packing import require_isolation
+from sweeper.evaluation.custom_metrics import MetricFailed
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
+from sweeper.modeling.packing_proof import require_isolation
 from sweeper.modeling.trial_check import ModelChecks
 from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_liger_kernel
+from sweeper.training.artifact_form import artifact_form
 from sweeper.training.baseline_model import require_same_architecture, store_model
-from sweeper.training.distributed import Join, RankGroup, single_process
+from sweeper.training.distributed import Join, RankGroup, leave_launcher, single_process
 from sweeper.training.export import export_merged, merged_figures
 from sweeper.training.job_inputs import JobInputs
 from sweeper.training.memory_budget import MemoryBudget
@@ -66,7 +71,7 @@ from sweeper.training.observer import TrialObserver
 from sweeper.training.optimizer import forget_states
 from sweeper.training.outcome_metrics import best_figures, parameter_figures
 from sweeper.training.prepared_data import PreparedData, positions, prepare
-from sweeper.training.prompt_answers import PromptAnswers
+from sweeper.training.prompt_answers import PromptAnswers, UntunedAnswers
 from sweeper.training.schedule import advice
 from sweeper.training.sharded_trainer import load_sharded
 from sweeper.training.train_trial import BatchHalvingJudge, TrialInputs, follow_trial, train_trial
@@ -82,6 +87,8 @@ Only the end of the process frees them. A new worker loads even a large base wit
 """
 Judges = Mapping[str, ModelJudge]
 """Judges of held-out texts, by field of HeldOutLosses."""
+HELD_OUT_READERS = {"test": JudgementReader.VERDICT, "general": JudgementReader.FORGETTING}
+"""Readers of the losses on held-out texts, by field of HeldOutLosses."""
 
 
 class TransformersRunner:
@@ -94,6 +101,7 @@ class TransformersRunner:
             threads: this worker's share of the CPU cores.
             join: starts the other processes of a trial that trains on several devices.
         """
+        leave_launcher()
         # More threads than cores slow every trial down. torch's default already respects
         # OMP_NUM_THREADS, by which users and batch systems limit a process
         torch.set_num_threads(min(threads, torch.get_num_threads()))
@@ -107,6 +115,7 @@ class TransformersRunner:
         """Data by their settings, the tokenizer's digest and the model's positions."""
         self._job = JobInputs()
         """Digests that the current job expects, and those of what was loaded for it."""
+        self._untuned = UntunedAnswers()
         self._checks = ModelChecks()
         self._memory = MemoryBudget()
         self._join = join
@@ -144,7 +153,9 @@ class TransformersRunner:
         # Winners are evaluated on general text after the search. Errors in its source must show before
         general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
-        judgement = prepared.judge(settings, base)(base.model)
+        judgement = prepared.judge(settings, base)(base.model, JudgementReader.BASELINE)
+        if settings.objective.metric in judgement.failures:
+            judgement.value(settings.objective.metric)  # raises
         # A base whose own loss is not finite would make every trial of the arm end as diverged
         if not math.isfinite(judgement.metrics["eval/loss"]):
             loss = judgement.metrics["eval/loss"]
@@ -256,7 +267,7 @@ class TransformersRunner:
         with costs.stage("load"):
             tuned = self._stored(settings, folder.model)
         with costs.stage("eval"):
-            judgement = BatchHalvingJudge(judge, costs)(tuned)
+            judgement = BatchHalvingJudge(judge, costs)(tuned, JudgementReader.ADOPTED)
         metrics = {
             **best_figures((), judgement.metrics, best_step=0),
             **parameter_figures(count_parameters(tuned)),
@@ -387,8 +398,12 @@ class TransformersRunner:
             return self._train(settings, folder, observer, costs)
         except TrialDiverged as error:
             return Outcome(cause="diverged", message=str(error), steps=costs.steps)
+        except MetricFailed as error:  # without a value of its objective, the point is impossible
+            return Outcome(cause="diverged", message=str(error), steps=costs.steps)
         except (ModelError, DataError, ConfigError) as error:
-            return Outcome(cause="refused", message=str(error))
+            # Settings that trained a step were possible, so the fault is in the code
+            cause: Cause = "error" if costs.steps else "refused"
+            return Outcome(cause=cause, message=str(error), steps=costs.steps)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 self._warm.clear()  # the error may have left the base in any state
@@ -432,7 +447,8 @@ class TransformersRunner:
             settings = smaller
             costs.oom_retries += 1
             _free_unreferenced()
-        if settings.artifacts.merged and folder.adapter.exists():
+        ended = outcome.cause in SELF_ENDED
+        if settings.artifacts.merged and ended and folder.adapter.exists():
             self._release_base()  # the merged model replaces the base in memory
             # Merging reads the base's files again, which were read before the training
             self._job.require_loaded_files(settings)
@@ -456,13 +472,13 @@ class TransformersRunner:
             self._record_facts(settings, base, prepared, folder, costs)
         prompt_answers = PromptAnswers(settings, prepared, base)
         with costs.stage("eval"):
-            untuned = prompt_answers.answers(base.model)
+            untuned = self._untuned.of(prompt_answers, base.model)
         with (
             self._join(settings, folder.checkpoints, self._job.found) as ranks,
             self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
             outcome, trained = train_trial(inputs, settings, folder, observer, costs)
-            if trained is not None:
+            if trained is not None and outcome.cause in SELF_ENDED:
                 with costs.stage("eval"):
                     prompt_answers.write(untuned, prompt_answers.answers(trained), folder)
         _add_advice(outcome, prepared, costs)
@@ -506,6 +522,7 @@ class TransformersRunner:
                     tokenizer=base.tokenizer,
                     train=prepared.train,
                     judge=prepared.judge(settings, base),
+                    form=artifact_form(settings, base, prepared),
                     ordered=prepared.splits.ordered,
                     compute_dtype=base.compute_dtype,
                     ranks=ranks,
@@ -628,6 +645,7 @@ class TransformersRunner:
             trained_digest=found.trained,
             test_digest=found.test,
             padded_because=base.padded_because if device().type == "cpu" else None,
+            base_remarks=(*base.remarks, *judgement.failures.values()),
         )
 
     def _record_facts(
@@ -652,6 +670,8 @@ class TransformersRunner:
             if base.padded_because is None
             else f"padded: {base.padded_because}",
         }
+        if base.remarks:
+            costs.facts["Base"] = ". ".join(base.remarks)
         if base.commit:
             costs.facts["Base commit"] = base.commit
         costs.advice = advice(settings, len(prepared.train.rows))
@@ -674,19 +694,20 @@ def _free_unreferenced() -> None:
 def _held_out_losses(
     judges: Judges, model: PreTrainedModel | PeftModel, settings: TrialSettings
 ) -> HeldOutLosses:
+    # Only the test split stands for the task, so only there the objective has a meaning.
+    metrics = {"test": settings.objective.metric, "general": ""}
     return HeldOutLosses(
         **{
-            # Only the test split stands for the task, so only there the objective has a meaning.
-            kind: _example_losses(judge, model, settings.objective.metric if kind == "test" else "")
+            kind: _example_losses(judge, model, HELD_OUT_READERS[kind], metrics[kind])
             for kind, judge in judges.items()
         }
     )
 
 
 def _example_losses(
-    judge: ModelJudge, model: PreTrainedModel | PeftModel, metric: str
+    judge: ModelJudge, model: PreTrainedModel | PeftModel, reader: JudgementReader, metric: str
 ) -> ExampleLosses:
-    judgement = BatchHalvingJudge(judge, TrialCosts())(model)
+    judgement = BatchHalvingJudge(judge, TrialCosts())(model, reader)
     return ExampleLosses(
         nll=tuple(loss.nll for loss in judgement.examples),
         tokens=tuple(loss.tokens for loss in judgement.examples),

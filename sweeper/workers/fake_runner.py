@@ -29,6 +29,8 @@ from sweeper.config.settings import (
 from sweeper.core.errors import ArtifactError, DoesNotFit, TrialDiverged
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import (
+    LOOK_ROWS,
+    SELF_ENDED,
     ArmBaseline,
     Cause,
     ExampleLosses,
@@ -52,6 +54,8 @@ BYTES_PER_TOKEN = 4
 EVALUATIONS = 5
 TEST_TOKENS = (8, 12, 10, 9, 11, 10, 10, 10, 10, 10)
 """Target tokens of each example of a test split that does not exist."""
+VALIDATION_ROWS = 10
+"""Rows of a validation split that does not exist."""
 GENERAL_TOKENS = (127,) * 8
 """Tokens of each window of a general text that does not exist."""
 GENERAL_LOSS = 3.6
@@ -179,7 +183,7 @@ class FakeRunner:
         self._ignore("probe")
         if settings.adapter.method == "none" and adopted is None:
             self._size(settings)
-        counts = {"train": 100, "validation": 10}
+        counts = {"train": 100, "validation": VALIDATION_ROWS}
         counts["test"] = len(TEST_TOKENS) if settings.data.test_ratio else 0
         found = fake_inputs(settings)
         return ArmBaseline(
@@ -428,4 +432,7 @@ def _ended(
         **{"parameters/trainable": fake_parameters(settings), "cost/seconds": seconds},
     }
     value = kept[settings.objective.metric]
+    sample = settings.evaluation.max_samples or VALIDATION_ROWS
+    if cause not in SELF_ENDED and sample < VALIDATION_ROWS:
+        metrics[LOOK_ROWS] = float(sample)
     return Outcome(cause=cause, best_value=value, best_step=best_step, steps=steps, metrics=metrics)

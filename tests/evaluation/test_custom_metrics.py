@@ -9,7 +9,7 @@ import pytest
 
 from sweeper.config.settings import EvaluationSettings, validate
 from sweeper.core.errors import ConfigError
-from sweeper.evaluation.custom_metrics import custom_metrics
+from sweeper.evaluation.custom_metrics import custom_metrics, measure
 from tests.conftest import make_settings
 
 CODE = """
@@ -102,6 +102,16 @@ def test_a_function_must_give_a_finite_number(function: str, message: str) -> No
     settings = evaluation({"mine": f"my_metrics.answers:{function}"}, ["my_metrics"])
     with pytest.raises(ConfigError, match=rf"evaluation\.metrics\.mine=.*{message}"):
         custom_metrics(settings)["mine"](["p"], ["a"], ["b"])
+
+
+def test_a_metric_that_fails_leaves_the_others_their_values() -> None:
+    """Each has its value, or the reason why it has none."""
+    functions = {name: f"my_metrics.answers:{name}" for name in ("broken", "words", "nothing")}
+    metrics = custom_metrics(evaluation(functions, ["my_metrics"]))
+    values, failures = measure(metrics, ["p"], ["one two"], ["r"])
+    assert values == {"eval/words": 2.0}
+    assert list(failures) == ["eval/broken", "eval/nothing"]
+    assert "KeyError" in failures["eval/broken"]
 
 
 @pytest.mark.parametrize(

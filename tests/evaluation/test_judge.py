@@ -15,6 +15,7 @@ from sweeper.core.errors import ConfigError
 from sweeper.data.encode import encode_evaluation, encode_prompts
 from sweeper.data.tokens import PaddingCollator
 from sweeper.evaluation.judge import HeldOutPrompts, ModelJudge, make_judge, plausibility_warning
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.rouge import rouge
 from sweeper.evaluation.token_loss import evaluate_examples, total
 from sweeper.modeling.base_model import LoadedBase, load_base
@@ -56,7 +57,7 @@ def judge_of(base: LoadedBase, **options: Any) -> ModelJudge:
 def test_every_named_metric_is_measured(base: LoadedBase) -> None:
     """The judgement holds all that an objective can name, lengths and speed, all finite."""
     judge = judge_of(base)
-    judgement = judge(base.model)
+    judgement = judge(base.model, JudgementReader.RESULT)
     assert set(DIRECTIONS) <= set(judgement.metrics)
     assert all(math.isfinite(value) for value in judgement.metrics.values())
     loss = total(
@@ -76,16 +77,16 @@ def test_every_named_metric_is_measured(base: LoadedBase) -> None:
 def test_base_lora_and_merged_are_judged_alike(base: LoadedBase) -> None:
     """A LoRA model, the same merged into its base, and the base within disable_adapter agree."""
     judge = judge_of(base)
-    untuned = judge(base.model)
+    untuned = judge(base.model, JudgementReader.RESULT)
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(base.model, config)
     try:
-        tuned = judge(model)
+        tuned = judge(model, JudgementReader.RESULT)
         with model.disable_adapter():
-            again = judge(model)
+            again = judge(model, JudgementReader.RESULT)
         model.merge_adapter()
-        merged = judge(model.get_base_model())
+        merged = judge(model.get_base_model(), JudgementReader.RESULT)
         model.unmerge_adapter()
     finally:
         model.unload()
@@ -98,7 +99,7 @@ def test_base_lora_and_merged_are_judged_alike(base: LoadedBase) -> None:
 
 def test_a_metric_that_was_not_measured_is_an_error(base: LoadedBase) -> None:
     """Asked for ROUGE where nothing was generated, no other metric answers."""
-    judgement = judge_of(base).within_trial(["eval/loss"])(base.model)
+    judgement = judge_of(base).within_trial(["eval/loss"])(base.model, JudgementReader.LOOK)
     message = r"eval/rougeL: not measured\. The measured metrics are .*eval/loss"
     with pytest.raises(ConfigError, match=message):
         judgement.value("eval/rougeL")
@@ -121,14 +122,14 @@ def test_smaller_batches_change_no_figure(base: LoadedBase) -> None:
     """Halved from 32 down to one example at a time, every figure stays; below that is nothing."""
     judge: ModelJudge | None = judge_of(base)
     assert judge is not None
-    whole, sizes = judge(base.model), []
+    whole, sizes = judge(base.model, JudgementReader.RESULT), []
     while judge is not None:
         smallest = judge
         sizes.append(judge.settings.per_device_eval_batch_size)
         judge = judge.halved()
     assert sizes == [32, 16, 8, 4, 2, 1]
     assert smallest.settings.generation.batch_size == 1
-    alone = smallest(base.model)
+    alone = smallest(base.model, JudgementReader.RESULT)
     for name in set(whole.metrics) - {"cost/generated_tokens_per_second"}:
         assert alone.metrics[name] == pytest.approx(whole.metrics[name], abs=1e-5)
     assert [answer.text for answer in alone.answers] == [answer.text for answer in whole.answers]
@@ -165,7 +166,7 @@ def test_the_users_metric_is_measured_beside_the_others(
     name = "tests.evaluation.test_judge"
     options = {"metrics": {"count": f"{name}:count"}, "metric_modules": [name]}
     judge = judge_of(base, **options)
-    judgement = judge(base.model)
+    judgement = judge(base.model, JudgementReader.RESULT)
     assert judgement.value("eval/count") == 4.0
     assert judge.held_out is not None
     assert seen == [

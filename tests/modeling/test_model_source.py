@@ -129,6 +129,7 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="is an adapter, not a base"):
         find_source(_model(tmp_path))
+    (tmp_path / "adapter_config.json").unlink()
     shutil.copy(BASE_DIR / "config.json", tmp_path)
     (tmp_path / "pytest_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match=r"no \*.safetensors weights"):

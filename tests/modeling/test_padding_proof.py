@@ -28,7 +28,8 @@ from sweeper.data.padding_free import (
 )
 from sweeper.data.tokens import IGNORED, PaddingCollator, Tokens
 from sweeper.evaluation.token_loss import evaluate_examples, target_nll
-from sweeper.modeling.padding_proof import confine_to_rows, padding_obstacle, prove, reduced
+from sweeper.modeling.padding_proof import confine_to_rows, padding_obstacle, prove
+from sweeper.modeling.reduced_model import reduced
 from sweeper.modeling.row_attention import UnsupportedAttention, attend_in_rows
 
 SMALL: dict[str, Any] = {
@@ -180,7 +181,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "no sdpa": (
         BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
-        "BloomForCausalLM",
+        "bloom: transformers has no sdpa attention",
     ),
     "no bounds": (StableLmConfig(**SMALL), "do not receive the bounds"),
     "attention dropout": (LlamaConfig(**SMALL, attention_dropout=0.1), "attention dropout"),

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sweeper.config.settings import Objective
-from sweeper.core.outcome import Outcome
+from sweeper.core.outcome import LOOK_ROWS, Outcome
 from sweeper.core.quiet import silence_libraries
 from sweeper.reporting.live_view import LiveView, PlainView, board_table, make_view
 from sweeper.reporting.study_progress import StudyProgress, TrialProgress
@@ -56,6 +56,21 @@ def test_values_and_what_prunes_have_columns_of_their_own() -> None:
         ["3.0000", f"{value:.4f}", "finished"] for value in (0.3, 0.5, 0.4)
     ]
     assert rows[3][-2:] == ["2.5000", "running"]
+
+
+def test_a_value_of_a_sample_is_marked_and_not_the_best() -> None:
+    """A trial that was pruned at a look at 96 rows has its rows named, and a whole value leads."""
+    board = _board(LOSS, (3.0,))
+    pruned = TrialProgress("lora/8", "lora", 8, {"adapter.r": 8})
+    pruned.end(Outcome(cause="pruned", best_value=1.0, metrics={LOOK_ROWS: 96.0}))
+    board.add(pruned)
+    assert board.best is not None
+    assert board.best.number == 0
+    assert " ".join(_drawn(board)[-1]).endswith("1.0000 pruned (value of 96 rows)")
+    outcome = Outcome(cause="pruned", best_value=1.0, metrics={LOOK_ROWS: 96.0})
+    assert "lora/8 pruned (value of 96 rows), eval loss 1.0000" in pruned.summary(
+        outcome, LOSS.metric
+    )
 
 
 def test_the_best_of_a_maximised_objective_is_the_highest() -> None:

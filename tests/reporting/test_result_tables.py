@@ -9,6 +9,7 @@ import pytest
 
 from sweeper.config.space import Choice, Interval
 from sweeper.core.errors import StudyError
+from sweeper.core.outcome import LOOK_ROWS
 from sweeper.core.paths import StudyFolder, write_json
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.result_tables import comparison, conditions, leaderboard, markdown_report
@@ -59,6 +60,15 @@ def test_ranking_puts_complete_trials_first() -> None:
     assert [trial.number for trial in arm.trials] == [3, 2, 1, 0]
     assert arm.best is arm.trials[0]
     assert arm.finished == 2
+
+
+def test_a_leaderboard_names_the_rows_of_a_value_of_a_sample() -> None:
+    """Only where a pruned trial's value is not of the whole split."""
+    sampled = make_trial("lora", 1, "pruned", 3.5, {LOOK_ROWS: 96.0})
+    arm = make_arm("lora", [make_trial("lora", 0, "finished", 4.0), sampled])
+    sheet = leaderboard(arm)
+    assert [row[-1] for row in sheet.rows] == ["finished", "pruned (value of 96 rows)"]
+    assert [row[-3] for row in sheet.rows] == ["4.0000", "3.5000"]
 
 
 def test_ranking_of_a_maximised_objective_puts_the_highest_first() -> None:

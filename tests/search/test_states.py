@@ -9,7 +9,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from sweeper.core.outcome import Cause, Outcome
+from sweeper.core.outcome import LOOK_ROWS, Cause, Outcome
 from sweeper.core.paths import StudyFolder
 from sweeper.driver.device_time import spent_seconds
 from sweeper.search.states import STATES
@@ -40,6 +40,18 @@ def test_finished_trials_are_worth_their_best_evaluation(cause: Cause) -> None:
     assert trial.constraints == {"infeasible": -1.0}
     assert feasible(trial)
     assert counts(trial)
+
+
+def test_a_value_of_a_sample_is_no_final_value() -> None:
+    """The twin of a trial that was pruned at a look at a sample is told as pruned, too."""
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.report(4.2, 250)
+    twin = Outcome(cause="duplicate", best_value=4.2, metrics={LOOK_ROWS: 96.0})
+    tell(study, trial, twin, BASE)
+    (told,) = study.trials
+    assert (told.state, told.value, told.constraints) == (TrialState.PRUNED, 4.2, {})
+    assert (twin.look_rows, twin.ending) == (96, "duplicate (value of 96 rows)")
 
 
 @pytest.mark.parametrize("cause", ["oom", "diverged", "refused"])

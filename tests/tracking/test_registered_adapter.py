@@ -13,6 +13,7 @@ from sweeper.commands.run_study import run_study
 from sweeper.config.compose import read_yaml
 from sweeper.config.settings import TrialSettings, validate
 from sweeper.core.paths import StudyFolder
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.base_model import load_base
 from sweeper.search.study_plan import studies
 from sweeper.tracking.registry import ModelRegistry
@@ -60,9 +61,10 @@ def test_registered_adapter_has_the_recorded_loss(swept: Path, tmp_path: Path) -
         base = load_base(settings.model, settings.quantization, trained=False)
         data = prepare(settings.data, base)
     model = PeftModel.from_pretrained(base.model, adapter)
-    found = data.judge(settings, base)(model).value("eval/loss")
+    found = data.judge(settings, base)(model, JudgementReader.RESULT).value("eval/loss")
     assert found == pytest.approx(run.data.metrics["best/eval_loss"], abs=1e-5)
-    assert data.judge(settings, base)(model.unload()).value("eval/loss") > found + 0.01
+    plain = data.judge(settings, base)(model.unload(), JudgementReader.RESULT)
+    assert plain.value("eval/loss") > found + 0.01
 
 
 def test_the_best_two_are_models_of_the_experiment(swept: Path) -> None:

@@ -42,11 +42,19 @@ def test_adapter_folder_has_what_the_reports_list(run_tiny: RunTiny, tiny_base: 
         assert archive.testzip() is None
 
 
-def test_base_is_named_as_the_user_names_it(run_tiny: RunTiny) -> None:
-    """The embedded base is `embedded` in adapter_config.json, not a folder of this machine."""
-    _, _, folder = run_tiny("t", "model.base_model=embedded", "training.max_steps=1")
-    config = json.loads((folder.adapter / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "embedded"
+def test_base_is_named_by_what_can_be_loaded(
+    run_tiny: RunTiny, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path, which the hub would take for a repository, and `embedded` become folders."""
+    monkeypatch.chdir(tiny_base.parent.parent)
+    relative = tiny_base.relative_to(tiny_base.parent.parent).as_posix()
+    for name, folder in ((relative, tiny_base), ("embedded", BASE_DIR)):
+        _, _, trial = run_tiny(
+            folder.name, f"model.base_model={name}", "training.max_steps=1", "data.train=embedded"
+        )
+        config = json.loads((trial.adapter / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == folder.resolve().as_posix()
+        assert config["revision"] is None
 
 
 def test_full_weights_are_verified_too(run_tiny: RunTiny) -> None:
@@ -78,19 +86,29 @@ def test_other_tokenizers_have_no_bpe_files(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_chat_template_travels_with_the_adapter(
-    run_tiny: RunTiny, tiny_base: Path, tmp_path: Path
+@pytest.mark.parametrize("template", ["chat", "instruction"])
+def test_the_trained_template_travels_with_the_adapter(
+    run_tiny: RunTiny, tiny_base: Path, tmp_path: Path, template: str
 ) -> None:
-    """A base with a chat template gives an adapter whose tokenizer renders the same."""
+    """The adapter's tokenizer renders as the training did, whichever template the base carries."""
     base = tmp_path / "chat"
     AutoModelForCausalLM.from_pretrained(tiny_base).save_pretrained(base)
     tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     tokenizer.save_pretrained(base)
-    _, _, folder = run_tiny("t", f"model.base_model={base}", "training.max_steps=1")
+    chosen = (f"model.base_model={base}", f"data.template={template}", "training.max_steps=1")
+    _, _, folder = run_tiny("t", *chosen)
     stored = AutoTokenizer.from_pretrained(folder.adapter)
-    rendered = stored.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert rendered == "<user>hi"
+    messages = [{"role": "user", "content": "hi"}]
+    rendered = stored.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = {
+        "chat": "<user>hi<assistant>",
+        "instruction": "### Instruction:\nhi\n\n### Response:\n",
+    }
+    assert rendered == expected[template]
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.paths import TrialFolder
 from sweeper.data.tokens import PaddingCollator
 from sweeper.evaluation.judge import Judgement, ModelJudge
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.token_loss import evaluate_examples, total
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.training.prepared_data import PreparedData, prepare
@@ -51,8 +52,8 @@ def _script_rouge(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     losses: list[float] = []
     judged = ModelJudge.__call__
 
-    def scripted(judge: ModelJudge, model: Any) -> Judgement:
-        judgement = judged(judge, model)
+    def scripted(judge: ModelJudge, model: Any, reader: JudgementReader) -> Judgement:
+        judgement = judged(judge, model, reader)
         losses.append(judgement.value("eval/loss"))
         scores = {"eval/rougeL": [0.1, 0.5, 0.2][len(losses) - 1]}
         return replace(judgement, metrics={**judgement.metrics, **scores})
@@ -160,7 +161,7 @@ def test_stored_adapter_judged_anew_gives_the_reported_value(
     """prepare() and its judge, on a fresh base, find best_value and all it was reported with."""
     outcome, _, folder = run_tiny("t", *objective, *LEARNS)
     model, base, data, settings = _reloaded(folder)
-    again = data.judge(settings, base)(model)
+    again = data.judge(settings, base)(model, JudgementReader.RESULT)
     assert again.value(settings.objective.metric) == pytest.approx(outcome.best_value, abs=1e-5)
     for name, value in again.metrics.items():
         if name.startswith("eval/"):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+from functools import cache
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments, get_scheduler
 
+from sweeper.config.settings import TrainingSettings
 from sweeper.core.errors import ConfigError
 from sweeper.training.arguments import use_liger_kernel
-from sweeper.training.schedule import advice, plan_schedule
+from sweeper.training.schedule import FEW_STEPS, advice, plan_schedule
+from sweeper.training.trainer import JudgedTrainer
 from tests.conftest import make_settings
+from tests.training.conftest import RunTiny
 
 REAL = "training=real"
 
@@ -121,3 +129,75 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match="use_liger_kernel=true needs a CUDA GPU"):
         use_liger_kernel(make_settings("training.use_liger_kernel=true").trial)
     assert not use_liger_kernel(make_settings("training.use_liger_kernel=auto").trial)
+
+
+KINDS = ("cosine", "cosine_with_restarts", "linear", "constant", "constant_with_warmup")
+WARMUPS = (0.0, 0.03, 0.1, 0.5)
+
+
+@cache
+def _defaults() -> TrainingSettings:
+    return make_settings().training
+
+
+def _training(kind: str, warmup_ratio: float, steps: int) -> TrainingSettings:
+    changed = {"lr_scheduler_type": kind, "warmup_ratio": warmup_ratio, "max_steps": steps}
+    return _defaults().model_copy(update=changed)
+
+
+def _rates(kind: str, warmup_ratio: float, steps: int) -> list[float]:
+    """The rate of every step, from the trainer's own schedule, with a peak of 1."""
+    training = _training(kind, warmup_ratio, steps)
+    trainer = object.__new__(JudgedTrainer)
+    trainer._schedule = plan_schedule(training, 1000)
+    trainer.lr_scheduler = None
+    options = {"num_cycles": 2} if kind == "cosine_with_restarts" else {}
+    trainer.args = SimpleNamespace(
+        lr_scheduler_type=kind,
+        lr_scheduler_kwargs=options,
+        get_warmup_steps=lambda _: trainer._schedule.warmup_steps,
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = trainer.create_scheduler(steps, optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_of_a_short_run_trains(kind: str) -> None:
+    """In 1 to 40 steps no rate is zero, none exceeds the peak, and some step has the whole of it."""
+    assert FEW_STEPS == 40
+    for warmup, steps in itertools.product(WARMUPS, range(1, 41)):
+        rates = _rates(kind, warmup, steps)
+        assert min(rates) > 0, (warmup, steps)
+        assert max(rates) == 1.0, (warmup, steps)
+        assert rates.index(1.0) < steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rates_that_were_right_are_those_of_transformers(kind: str) -> None:
+    """Bit for bit: every rate without a warm-up or after it, and all rates of longer runs."""
+    options = {"scheduler_specific_kwargs": {"num_cycles": 2}} if "restarts" in kind else {}
+    compared = 0
+    for warmup, steps in itertools.product(WARMUPS, (2, 7, 40, 41, 64, 104)):
+        length = _training(kind, warmup, steps).warmup_length(steps)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = get_scheduler(kind, optimizer, length, steps, **options)
+        (rate,) = theirs.lr_lambdas
+        first = length if steps <= FEW_STEPS else 0
+        ours = _rates(kind, warmup, steps)
+        compared += steps - first
+        assert ours[first:] == [rate(step) for step in range(first, steps)], (warmup, steps)
+    assert compared > 900
+
+
+def test_one_step_changes_the_adapter(run_tiny: RunTiny) -> None:
+    """Twelve rows in a batch of 16 are one step, whose rate was zero under the default warm-up."""
+    outcome, _, folder = run_tiny("t", "training.max_steps=1", "training.warmup_ratio=0.03")
+    weights = load_file(folder.adapter / "adapter_model.safetensors")
+    assert outcome.cause == "finished"
+    assert sum(float(w.abs().sum()) for name, w in weights.items() if "lora_B" in name) > 0

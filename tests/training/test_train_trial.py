@@ -19,6 +19,7 @@ from sweeper.core.outcome import Outcome
 from sweeper.core.paths import TrialFolder
 from sweeper.core.spool import MetricsSpool
 from sweeper.data.tokens import PaddingCollator
+from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.token_loss import evaluate_examples, total
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.hardware import DeviceReport
@@ -58,7 +59,7 @@ def test_stored_adapter_reloaded_by_plain_peft_gives_the_reported_loss(
     collator = PaddingCollator(fresh.tokenizer.pad_token_id)
     again = total(evaluate_examples(model, data.validation.rows, collator, 8)).mean
     assert again == pytest.approx(outcome.best_value, abs=1e-3)
-    judged = data.judge(settings.trial, fresh)(model).value("eval/loss")
+    judged = data.judge(settings.trial, fresh)(model, JudgementReader.RESULT).value("eval/loss")
     assert judged == pytest.approx(outcome.best_value, abs=1e-5)
 
 
