@@ -169,8 +169,9 @@ class ArmSettings(SettingsSection):
     def _only_a_grid_is_refined(self) -> ArmSettings:
         if self.refine and self.sampler != "grid":
             raise ValueError(
-                f"refine=true with sampler={self.sampler or 'null'}: only a grid is refined, other "
-                "samplers choose between its points by themselves. Set sampler: grid or refine: false"
+                f"refine is true and sampler is {self.sampler or 'null'}: only a grid is refined, "
+                "other samplers choose between its points by themselves. Set sampler: grid or "
+                "refine: false"
             )
         return self
 

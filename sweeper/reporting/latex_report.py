@@ -47,7 +47,7 @@ SPECIAL = {
 """Characters that LaTeX does not print as they are."""
 PREAMBLE = r"""\documentclass{article}
 \usepackage[T1]{fontenc}
-\usepackage[a4paper,landscape,margin=2cm]{geometry}
+\usepackage[a4paper,landscape]{geometry}
 \usepackage{booktabs}
 \usepackage{textcomp}
 \setlength{\tabcolsep}{4pt}

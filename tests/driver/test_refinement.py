@@ -56,5 +56,7 @@ def test_a_study_of_before_is_not_refined(tmp_path: Path) -> None:
 
 def test_only_a_grid_can_be_refined() -> None:
     """Another sampler chooses between its points by itself, and the message says what to set."""
-    with pytest.raises(ConfigError, match=r"refine=true with sampler=tpe: only a grid is refined"):
+    with pytest.raises(
+        ConfigError, match=r"refine is true and sampler is tpe: only a grid is refined"
+    ):
         studies([*FAKE, "hydra.sweeper.arms.full.sampler=tpe"])
