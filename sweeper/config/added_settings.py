@@ -25,6 +25,8 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "data.ignore_columns": [],
     "data.train_history": False,
     "evaluation.over_length": "refuse",
+    "seed_data": None,  # one seed decided both
+    "seed_init": None,
     "training.devices_per_trial": 1,
     "training.fsdp": False,
 }

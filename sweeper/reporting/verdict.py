@@ -56,6 +56,10 @@ LARGEST_TEST_RATIO = 0.4
 """Share of the rows in a test split beyond which more of them are no advice."""
 
 
+FIXED_SEEDS = {"seed_init": "the initialisation", "seed_data": "the order of the rows"}
+"""What a seed of its own fixes, by setting."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The answer of a study to how its arms compare."""
@@ -325,6 +329,11 @@ def _evidence(results: StudyResults, found: ArmContrast) -> ComparisonEvidence:
         fresh=found.fresh,
         margin=margin,
         margin_size=size,
+        fixed_seeds=tuple(
+            words
+            for key, words in FIXED_SEEDS.items()
+            if any(arm.settings.get(key) is not None for arm in results.arms)
+        ),
     )
 
 

@@ -48,7 +48,10 @@ PER_TOKEN = ("eval/loss", "eval/perplexity")
 _OTHER_QUESTION = "decides what is compared, so it cannot be searched. Make it an arm or a study"
 _MACHINERY = "is machinery and changes no result, so it cannot be searched"
 NEVER_SEARCHED = {
-    "seed": "is never searched: the best seed is luck. Repeat the best trials over seeds instead",
+    **dict.fromkeys(
+        ("seed", "seed_init", "seed_data"),
+        "is never searched: the best seed is luck. Repeat the best trials over seeds instead",
+    ),
     **dict.fromkeys(("data", "evaluation", "objective"), _OTHER_QUESTION),
     **dict.fromkeys(
         ("space", "sampler", "pruner", "workers", "tracking", "output_dir", "dry_run"), _MACHINERY
@@ -308,6 +311,7 @@ def _arms(
         except ConfigError as error:
             problems += error.problems
     problems += _other_objectives(arms)
+    problems += _equal_repeats(study, arms)
     problems += _other_places(arms, composition)
     if problems:
         raise ConfigError(problems)
@@ -333,6 +337,18 @@ def _other_objectives(arms: Sequence[ArmPlan]) -> list[str]:
         for arm in arms
         if arm.settings.objective != arms[0].settings.objective
     ]
+
+
+def _equal_repeats(study: StudySettings, arms: Sequence[ArmPlan]) -> list[str]:
+    """Return a problem if the seeds of finalists would repeat the same training."""
+    wanted = study.finalists
+    if not wanted.top or max(wanted.seeds - 1, wanted.fresh_seeds) < 1:
+        return []
+    fixed = [arm for arm in arms if None not in (arm.settings.seed_init, arm.settings.seed_data)]
+    return [
+        "seed_init and seed_data are both given, so the seeds of the finalists would differ in dropout "
+        "alone, and their spread would mean nothing. Leave one of them null, or set finalists.top=0"
+    ][: len(fixed)]
 
 
 def _other_places(arms: Sequence[ArmPlan], composition: compose.Composition) -> list[str]:

@@ -118,7 +118,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, *arguments: Any) -> Sampler[int] | None:
         sampler: Sampler[int] | None = super()._get_train_sampler(*arguments)
         if isinstance(sampler, LengthGroupedSampler):
-            return GroupedByLength(sampler, self.args.seed)
+            return GroupedByLength(sampler, self.args.data_seed)
         return sampler
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
