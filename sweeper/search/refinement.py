@@ -18,6 +18,7 @@ from sweeper.config.space import Choice, Point
 from sweeper.search.states import STATES
 from sweeper.search.study import REFINES, point_of
 from sweeper.search.study_plan import ArmPlan
+from sweeper.search.telling import counts
 
 RATE, WARMUP = "training.learning_rate", "training.warmup_ratio"
 REFINE = "refine"
@@ -41,6 +42,10 @@ def rates_beside_best(arm: ArmPlan, study: optuna.Study) -> list[Point]:
     best = _best(arm, [trial for trial in _complete(study) if REFINES not in trial.user_attrs])
     if not study.user_attrs.get(REFINE) or best is None or not isinstance(domain, Choice):
         return []
+    tried = {point_of(trial)[RATE] for trial in study.get_trials(deepcopy=False) if counts(trial)}
+    # Beside the best of half a grid lies the other half.
+    if not tried >= set(domain.values):
+        return []
     rates = sorted(float(rate) for rate in domain.values if isinstance(rate, int | float))
     at = rates.index(float(point_of(best)[RATE]))  # type: ignore[arg-type]
     neighbours = [rates[place] for place in (at - 1, at + 1) if 0 <= place < len(rates)]
@@ -58,7 +63,7 @@ def warmup_beside_best(arm: ArmPlan, study: optuna.Study, winner: Point) -> list
     best = _best(arm, _complete(study))
     warmup = winner.get(WARMUP)
     own = arm.settings.training.warmup_ratio
-    if not study.user_attrs.get(REFINE) or best is None or WARMUP in arm.space:
+    if not refined_count(study) or best is None or WARMUP in arm.space:
         return []
     if warmup is None or warmup == own or WARMUP in point_of(best):
         return []

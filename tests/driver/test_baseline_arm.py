@@ -64,7 +64,7 @@ def test_an_adopted_arm_trains_nothing_and_says_so(
     assert len(results.contrasts) == len(results.forgetting[1:]) == 1
     words = judge(results).words
     assert f"it is MLflow run {earlier}, evaluated on this study's rows." in words
-    assert "Its search has 5 finished trials." in words
+    assert "Its search has 8 finished trials." in words
     assert "was trained with" not in words
     assert "does not record" not in words
     row = conditions(results).rows[1]
