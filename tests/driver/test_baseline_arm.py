@@ -68,7 +68,7 @@ def test_an_adopted_arm_trains_nothing_and_says_so(
     assert "was trained with" not in words
     assert "does not record" not in words
     row = conditions(results).rows[1]
-    assert row[:3] == (f"full fine-tuning (run {earlier[:8]})", "5 in that run's search", "1")
+    assert row[:3] == (f"full fine-tuning (run {earlier[:8]})", "8 in that run's search", "1")
     stored = load_results("new", Path("outputs"))
     assert stored.arms[1].adopted == full.adopted
     assert full.adopted is not None

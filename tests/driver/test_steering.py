@@ -51,6 +51,7 @@ from sweeper.reporting.live_view import QuietView
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress
 from sweeper.reporting.study_status import ArmStatus, StudyStatus, is_driven
+from sweeper.search.study import QUEUED_BY, REFINES
 from sweeper.search.study_plan import studies
 from sweeper.search.telling import counts
 from sweeper.workers.protocol import SlotsEvent, Work, WorkerEvent, lost
