@@ -70,10 +70,12 @@ def run_study(plan: StudyPlan) -> StudyResults:
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
-        storage = open_storage(plan.study.storage, folder)
+        # made before the wait for a database, which a wall-clock limit includes
+        budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
+        storage = open_storage(plan.study.storage, folder, budget.seconds_over, interrupt.check)
         shared = plan.study.storage is not None  # else it lies in the folder that is locked
         with storage.owned(plan.study.study_name) if shared else nullcontext():
-            return StudySession(plan, folder, storage, console, interrupt).run()
+            return StudySession(plan, folder, storage, console, interrupt, budget).run()
 
 
 class StudySession:
@@ -86,8 +88,10 @@ class StudySession:
         storage: RDBStorage,
         console: Console,
         interrupt: StopSignal,
+        budget: StudyBudget,
     ) -> None:
         self._folder = folder
+        self._budget = budget
         self._console = console
         self._interrupt = interrupt
         self._storage = share_cache(storage)
@@ -178,7 +182,7 @@ class StudySession:
         for note in (self._plan.name_note, *self._moved, *self._kept):
             if note:
                 view.event(note)
-        budget = StudyBudget(self._plan.study.budget, self._plan.objective.direction == "minimize")
+        budget = self._budget
         commands = CommandHandler(
             self._state, CommandInbox(self._folder), self._log, self._status, view.event
         )

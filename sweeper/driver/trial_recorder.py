@@ -101,13 +101,14 @@ class TrialRecorder:
             view = TrialProgress(key=key, arm=arm, number=frozen.number, point=shown_point(frozen))
             view.end(outcome)
             services.board.add(view)
+            record = TrialRecord(key, self.context.folder(frozen.number), {}, {"arm": arm})
+            services.claims.recall(record)
             if (status := STATES[outcome.cause].status) is not None:
-                record = TrialRecord(key, self.context.folder(frozen.number), {}, {"arm": arm})
                 services.tracker.end(record, status, outcome.metrics, {"cause": outcome.cause})
 
     def cancel_unprepared(self) -> None:
         """Record trials as cancelled that were asked, but interrupted before they became jobs."""
-        for trial in reattach_orphans(self.context.study):
+        for trial in reattach_orphans(self.context.study, self.context.places):
             ask_again(self.context.study, trial, self.context.arm.space)
             self._tell(trial, Outcome(cause="cancelled"))
 
