@@ -57,6 +57,7 @@ from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import (
     attach,
     count_parameters,
+    describe_reach,
     detach,
     load_adapter,
     touches_base,
@@ -571,8 +572,10 @@ class TransformersRunner:
     ) -> Iterator[TrialInputs]:
         """Yield a trial's inputs, with its adapter on the warm base for the duration of the context."""
         with costs.stage("load"):
-            set_seed(settings.seed)  # before the adapter, whose initialisation is random
+            set_seed(settings.init_seed)  # before the adapter, whose initialisation is random
             model = self._trainable(settings, base)
+        if isinstance(model, PeftModel):
+            costs.facts["Adapter"] = describe_reach(model)
         try:
             with module_restored(base.model):
                 yield TrialInputs(
@@ -729,6 +732,8 @@ class TransformersRunner:
             if base.padded_because is None
             else f"padded: {base.padded_because}",
         }
+        if base.quantized_share is not None:
+            costs.figures["parameters/quantized_share"] = base.quantized_share
         if base.remarks:
             costs.facts["Base"] = ". ".join(base.remarks)
         if base.commit:
