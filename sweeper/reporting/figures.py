@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sweeper.config.settings import Objective, metric_words
 from sweeper.reporting.baseline_doubts import RATE
+from sweeper.reporting.best_of_n import best_of_n
 from sweeper.reporting.chart import (
     SERIES,
     ChartAxis,
@@ -34,6 +35,8 @@ MOST_MARKS = 1000
 """Dots in one picture, which keeps a page below 2 MB."""
 MOST_LINES = 300
 """Lines across parallel axes. More of them would merge into an area."""
+MOST_COUNTS = 100
+"""Numbers of trials of which the expected best is drawn."""
 FEW = 6
 """Distinct values of a setting up to which each one gets a tick."""
 BEST_SHARE, MOST_BEST = 0.1, 10
@@ -55,6 +58,7 @@ def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigur
     return [
         rate_figure(results),
         curve_figure(results, evidence),
+        best_of_n_figure(results),
         *(rank_figure(ladder) for ladder in rank_ladders(results)),
         target_figure(results),
         pareto_figure(results),
@@ -66,7 +70,7 @@ def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigur
 
 def rate_figure(results: StudyResults) -> ReportFigure:
     """Return the plot of the objective over the learning rate, by arm."""
-    title = "Learning rate against loss"
+    title = f"Learning rate against {_subject(results.objective)}"
     measured = [
         (place, trial, rate, trial.value)
         for place, arm in enumerate(results.arms)
@@ -132,6 +136,34 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
     )
 
 
+def best_of_n_figure(results: StudyResults) -> ReportFigure:
+    """Return the plot of the expected best of n trials over n, by arm."""
+    title = "Best of n trials"
+    searched = [(place, arm) for place, arm in enumerate(results.arms) if arm.adopted is None]
+    curves = [(place, arm, best_of_n(arm, MOST_COUNTS)) for place, arm in searched]
+    lines = [
+        ChartLine(points, f"{label(arm)}: {points[-1][1]:.4f} of all {len(points)}", place, True)
+        for place, arm, points in curves
+        if len(points) > 1
+    ]
+    if not lines:
+        return ReportFigure(title, None, "No arm has two trials with a value.")
+    axes = (
+        number_axis("trials", [x for line in lines for x, _ in line.points]),
+        number_axis(
+            f"expected best {_metric(results.objective)}",
+            [y for line in lines for _, y in line.points],
+        ),
+    )
+    caption = (
+        "What a smaller search would have found, on average over all choices of n among the arm's "
+        "trials. Compare arms at equal n."
+    )
+    return ReportFigure(
+        title, plot(title, caption, axes, lines=lines, legend=_names(results)), caption
+    )
+
+
 def rank_figure(ladder: RankLadder) -> ReportFigure:
     """Return the plot of the best value at each rank."""
     title = f"{ladder.arm}: loss by rank"
@@ -187,7 +219,8 @@ def target_figure(results: StudyResults) -> ReportFigure:
 
 def pareto_figure(results: StudyResults) -> ReportFigure:
     """Return the plot of the objective over trainable parameters, with the Pareto front."""
-    title = "Loss against trainable parameters"
+    subject = _subject(results.objective)
+    title = f"{subject[0].upper()}{subject[1:]} against trainable parameters"
     measured = [
         (place, trial, size, trial.value)
         for place, arm in enumerate(results.arms)
@@ -320,6 +353,11 @@ def _names(results: StudyResults) -> list[str]:
 
 def _metric(objective: Objective) -> str:
     return metric_words(objective.metric)
+
+
+def _subject(objective: Objective) -> str:
+    """Return the objective as a title calls it: loss, or eval rougeL."""
+    return "loss" if objective.metric == "eval/loss" else _metric(objective)
 
 
 def _tooltip(trial: TrialResult) -> str:
