@@ -198,7 +198,7 @@ def estimate(
     Raises:
         ModelError: the adapter does not fit the architecture.
     """
-    form = TrainedForm(
+    form = EstimatedForm(
         config=config.to_json_string(),
         adapter=adapter,
         quantization=quantization,
@@ -234,7 +234,7 @@ def estimate(
 
 
 @dataclass(frozen=True)
-class TrainedForm:
+class EstimatedForm:
     """Everything that decides the model which an estimate builds, whatever the batch."""
 
     config: str
@@ -277,7 +277,7 @@ _last_built: dict[str, BuiltForm] = {}
 """The latest form. A trial asks for several batches of its form before its first step."""
 
 
-def _built(form: TrainedForm, config: PretrainedConfig) -> BuiltForm:
+def _built(form: EstimatedForm, config: PretrainedConfig) -> BuiltForm:
     """Return the built form, from the last call if that had the same one."""
     if form.key not in _last_built:
         _last_built.clear()
@@ -285,7 +285,7 @@ def _built(form: TrainedForm, config: PretrainedConfig) -> BuiltForm:
     return _last_built[form.key]
 
 
-def _build(form: TrainedForm, config: PretrainedConfig) -> BuiltForm:
+def _build(form: EstimatedForm, config: PretrainedConfig) -> BuiltForm:
     dtype = held_dtype(form.adapter, form.compute_dtype)
     model = model_on_meta(config, form.adapter, dtype, form.attn_implementation)
     held = held_bytes(model, form.quantization, form.optim, form.on, form.shards)

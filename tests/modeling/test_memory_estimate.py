@@ -245,7 +245,7 @@ def test_batches_of_one_form_are_simulated_from_two(
 
 
 def test_a_form_is_built_once_for_all_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five questions before a trial's first step build its model once, and another form builds its own."""
+    """Five questions before a first step build one model, and another form builds its own."""
     built: list[object] = []
     plain = memory_estimate._build
     monkeypatch.setattr(memory_estimate, "_build", lambda *form: built.append(form) or plain(*form))
