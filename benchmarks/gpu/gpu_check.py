@@ -100,7 +100,7 @@ def settings_of(name: str, *overrides: str):
         "training.eval_steps=3",
         "training.logging_steps=1",
         "training.warmup_steps=1",
-        "evaluation.max_samples=64",
+        "evaluation.look_rows=64",
         "evaluation.generation.num_examples=0",
         "evaluation.prompts=[]",
         "training.early_stopping_patience=null",
@@ -595,7 +595,7 @@ def part_oom():
             "training.max_steps=3",
             "training.per_device_train_batch_size=16",
             "training.optim=adamw_8bit",
-            "evaluation.max_samples=16",
+            "evaluation.look_rows=16",
             "evaluation.generation.num_examples=0",
             "evaluation.prompts=[]",
             "-m",
@@ -686,7 +686,7 @@ def part_invariance():
         settings = settings_of(
             "q06",
             "quantization=nf4",
-            "evaluation.max_samples=64",
+            "evaluation.look_rows=64",
             f"evaluation.per_device_eval_batch_size={size}",
             "model.dtype=bfloat16",
         )
