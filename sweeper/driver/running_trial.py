@@ -163,7 +163,7 @@ class RunningTrial(Job):
     def on_requeued(self, *, paused: bool) -> None:
         """See Job: after a pause the attempt continues from its checkpoint."""
         self.timer.pause()
-        self.prepared.view.state = "paused" if paused else "waiting"
+        self.prepared.view.stand_still(paused=paused)
 
     def drop(self) -> None:
         """See Job: stored first, so that a killed driver drops the trial when it starts again."""
