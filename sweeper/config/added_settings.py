@@ -28,6 +28,8 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "data.ignore_columns": [],
     "data.train_history": False,
     "evaluation.over_length": "refuse",
+    "seed_data": None,  # one seed decided both
+    "seed_init": None,
     "training.devices_per_trial": 1,
     "training.eval_delay": 0.0,
     "training.fsdp": False,

@@ -26,6 +26,7 @@ from sweeper.reporting.arm_comparison import (
 from sweeper.reporting.finalist_results import FinalistRanking, impossible
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
+from sweeper.reporting.search_protocol import protocol_sentences
 from sweeper.reporting.split_looks import holm, look_alpha
 from sweeper.reporting.text_table import capital, point_words
 from sweeper.reporting.time_ratio import on_cpu, time_ratio
@@ -55,6 +56,10 @@ LARGEST_TEST_RATIO = 0.4
 """Share of the rows in a test split beyond which more of them are no advice."""
 
 
+FIXED_SEEDS = {"seed_init": "the initialisation", "seed_data": "the order of the rows"}
+"""What a seed of its own fixes, by setting."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The answer of a study to how its arms compare."""
@@ -79,6 +84,8 @@ class Verdict:
     """Number of this look at the test split in the study's family. None: an older version looked."""
     other_looks: int = 0
     """Looks of other studies at the same test split."""
+    protocol: tuple[str, ...] = ()
+    """How the arms were searched, in sentences."""
 
     @property
     def provisional(self) -> bool:
@@ -173,6 +180,7 @@ def judge(results: StudyResults) -> Verdict:
         () if found else tuple(_settling(results, duels)),
         results.look if results.contrasts else None,
         results.other_looks if results.contrasts else 0,
+        tuple(protocol_sentences(results)),
     )
 
 
@@ -321,6 +329,11 @@ def _evidence(results: StudyResults, found: ArmContrast) -> ComparisonEvidence:
         fresh=found.fresh,
         margin=margin,
         margin_size=size,
+        fixed_seeds=tuple(
+            words
+            for key, words in FIXED_SEEDS.items()
+            if any(arm.settings.get(key) is not None for arm in results.arms)
+        ),
     )
 
 
@@ -354,6 +367,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from adoption_sentences(verdict.sides)
     yield from (f"{capital(edge.reason)}." for edge in verdict.edges)
     yield from forgetting_sentences(verdict.sides)
+    yield from verdict.protocol
     yield from _missing_sentences(verdict)
     yield from dict.fromkeys(words for duel in verdict.duels for words in seed_sentences(duel))
     if (words := look_sentence(verdict.look, verdict.other_looks)) is not None:
