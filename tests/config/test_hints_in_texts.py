@@ -49,6 +49,12 @@ NO_OVERRIDES = {
     "over=last.best": "a Python call",
     "timezone=utc": "a PostgreSQL option",
     "adapter.use_dora=true/adapter.r": "the name of a sampler's parameter",
+    "hydra.sweeper.arms={}": "an example of what is refused",
+    "add_generation_prompt=True": "Python that a card shows",
+    "skip_special_tokens=True": "Python that a card shows",
+    "messages=[]": "Python that a card shows",
+    "input=message.input": "a chat template",
+    "instruction=message.instruction": "a chat template",
 }
 """Texts that look like overrides of training and are none, with what they are."""
 
