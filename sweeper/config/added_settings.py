@@ -25,6 +25,7 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "data.ignore_columns": [],
     "data.train_history": False,
     "evaluation.over_length": "refuse",
+    "evaluation.serve_as": "trained",
     "training.devices_per_trial": 1,
     "training.fsdp": False,
 }

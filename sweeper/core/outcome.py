@@ -122,6 +122,8 @@ class ExampleLosses(FrozenValue):
         return math.fsum(self.nll) / sum(self.tokens)
 
 
+ServeForm = Literal["trained", "unquantized", "merged"]
+"""Form of a winner: adapter on the base of its training, on the unquantized one, or merged."""
 HeldOutKind = Literal["test", "general"]
 """Name of a field of HeldOutLosses."""
 
