@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +44,8 @@ STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "failure": "b
 TIMEOUT_S = 5
 DEVICE_TIMEOUT_S = 120
 """Seconds for the process that imports torch, which a cold file system or a busy machine slows down."""
+MPS = "the GPU of this Mac (MPS) is not used: trials train on its CPU"
+MPS_ADVICE = "train small bases here, and larger ones on Linux with an NVIDIA GPU"
 SPILLS = (
     "under WSL2 the driver moves memory of this GPU into system memory instead of refusing, which is "
     "many times slower. sweeper allocates no more than the GPU has free when a worker starts"
@@ -163,6 +167,8 @@ def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
     elif free < 0.8 * total:
         level, advice = "warning", "another process holds memory of this device (see nvidia-smi)"
     findings = [DoctorFinding("device", level, f"{text}; {bf16}", advice)]
+    if device["mps"]:
+        findings.append(DoctorFinding("Apple GPU", "warning", MPS, MPS_ADVICE))
     if device["spills"]:
         findings.append(DoctorFinding("device memory", "warning", SPILLS, SPILL_ADVICE))
     if device["nf4"] is None:
@@ -181,7 +187,7 @@ def packages(requirements: Sequence[str] | None = None) -> list[DoctorFinding]:
     """Compare installed versions with the supported ranges (pyproject.toml)."""
     from packaging.requirements import Requirement
 
-    texts = requirements if requirements is not None else metadata.requires("sweeper") or []
+    texts = requirements if requirements is not None else own_requirements()
     needed = [text for text in texts if "extra ==" not in text]
     wrong = [problem for text in needed if (problem := _package_problem(Requirement(text)))]
     if not wrong:
@@ -190,6 +196,15 @@ def packages(requirements: Sequence[str] | None = None) -> list[DoctorFinding]:
         ]
     advice = "pip install -c constraints.txt -e .   (the versions that were tested)"
     return [DoctorFinding("packages", "failure", problem, advice) for problem in wrong]
+
+
+def own_requirements() -> list[str]:
+    """Return the requirements of the installed sweeper, or of the checkout that runs without one."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.requires("sweeper") or []
+    project = Path(compose.__file__).parents[2] / "pyproject.toml"
+    found: list[str] = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+    return found
 
 
 def _package_problem(need: Any) -> str | None:

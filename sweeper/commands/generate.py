@@ -20,6 +20,7 @@ from sweeper.core.paths import TrialFolder
 from sweeper.data.encode import encode_prompts
 from sweeper.data.examples import ChatMessage, Example, RawRow
 from sweeper.evaluation.generation import generate
+from sweeper.modeling.adapter import load_adapter, restore_precision
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.model_source import one_line, require_safetensors
 
@@ -123,8 +124,9 @@ def _loaded(
     """Return the base with this adapter active. Adapters loaded before stay loaded."""
     try:
         if model is None:
-            return PeftModel.from_pretrained(base.model, str(adapter.path), adapter_name=name)
+            return load_adapter(base.model, adapter.path, name)
         model.load_adapter(str(adapter.path), adapter_name=name)
+        restore_precision(model, adapter.path, name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(one_line(f"{adapter.name} on its base", error)) from error
     model.set_adapter(name)

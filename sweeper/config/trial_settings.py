@@ -154,7 +154,10 @@ class FakeTrainer(SettingsSection):
 
     step_seconds: Annotated[float, Field(ge=0)]
     steps: Positive
-    plan: dict[int, Literal["finish", "diverge", "oom", "hang", "crash", "error"]]
+    plan: dict[
+        int,
+        Literal["finish", "diverge", "oom", "native_oom", "hang", "crash", "context", "error"],
+    ]
     finalists: dict[str, Literal["diverge", "oom", "hang", "crash", "error"]]
     requests: dict[Literal["probe", "check", "judge"], Literal["hang", "crash"]]
     """Requests of the driver that are not answered: the worker hangs or dies."""

@@ -21,8 +21,15 @@ class MemoryShortfall(FrozenValue):
     have_mib: float
     what: str = "weights, gradients and optimizer states"
     """Name of the things that need the memory, in the plural: the subject of the message."""
+    met: str = ""
+    """First line of the error, if memory ran out where the estimate saw room."""
 
     def __str__(self) -> str:
+        if self.met:
+            return (
+                f"memory ran out for {self.what} ({self.met}). They need about {self.need_mib:,.0f} "
+                f"MiB, and {self.have_mib:,.0f} MiB of the device were free"
+            )
         return (
             f"{self.what} need {self.need_mib:,.0f} MiB, but the device "
             f"has {self.have_mib:,.0f} MiB"

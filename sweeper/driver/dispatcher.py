@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn, Protocol
 from sweeper.core.errors import CommandRefused, InputsChanged, StudyError
 from sweeper.core.signals import StopSignal
 from sweeper.driver.job_waits import JobWaits, is_silent
-from sweeper.driver.jobs import MAX_ATTEMPTS, Job, JobList, JobPhase, JobSource
+from sweeper.driver.jobs import MAX_ATTEMPTS, Job, JobList, JobPhase, JobSource, LostCause
 from sweeper.driver.pause_clock import PAUSE_PATIENCE_SECONDS, PauseClock
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.workers.protocol import (
@@ -331,9 +331,8 @@ class Dispatcher:
             # ended on purpose, which costs no attempt
             self._jobs.requeue(job)
             job.on_requeued(paused=True)
-        elif event.cause == "oom" or job.attempt >= MAX_ATTEMPTS:
-            # after oom no attempt: the job would run out of memory again
-            job.fail(event.cause, event.message)
+        elif (result := _result_of(job, event)) is not None:
+            job.fail(result, event.message)
             self._end(job)
         elif self._waits.time_is_over and (is_silent(job) or event.cause == "timeout"):
             # a trial that was killed for a limit is cancelled, so that the next run continues it
@@ -341,6 +340,7 @@ class Dispatcher:
             self._give_up(job)
         else:
             job.attempt += 1
+            job.broken_devices += event.cause == "device"
             self._jobs.requeue(job)
             job.on_requeued(paused=False)
 
@@ -369,3 +369,12 @@ class Dispatcher:
             job.cancel()
             self._end(job)
         self._source.abandon()
+
+
+def _result_of(job: Job, event: LostEvent) -> LostCause | None:
+    """Return how a job ends whose worker died, or None if it gets another attempt."""
+    if event.cause == "device":
+        # A GPU's context may break by another process or by the hardware, but hardly twice in one job
+        return "error" if job.broken_devices or job.attempt >= MAX_ATTEMPTS else None
+    # After out of memory no attempt: the job would run out of memory again
+    return event.cause if event.cause == "oom" or job.attempt >= MAX_ATTEMPTS else None

@@ -15,7 +15,7 @@ from sweeper.workers.protocol import Engine, WorkerEvent
 MAX_ATTEMPTS = 3
 """Executions of one job before the death of its worker is its outcome."""
 
-LostCause = Literal["crash", "timeout", "oom"]
+LostCause = Literal["crash", "timeout", "oom", "error"]
 
 
 class JobPhase(Enum):
@@ -41,6 +41,8 @@ class Job(ABC):
 
     attempt: int = 1
     phase: JobPhase = JobPhase.QUEUED
+    broken_devices: int = 0
+    """Attempts after which a worker could not use its GPU any more."""
     worker: int = -1
     """The worker that the current attempt was handed to."""
     stoppable: ClassVar[bool] = False

@@ -228,7 +228,13 @@ class StudyRun:
     def _ways_out(self, arm: ArmPlan) -> list[str]:
         smaller = "    a smaller base:           model.base_model=PATH_OR_HUB_ID"
         if arm.name == LORA:
-            return [f"    a paged 8-bit optimizer:  {PAGED}", smaller]
+            packed = arm.settings.quantization.kind == "nf4"
+            return [
+                *([] if packed else ["    a 4-bit base:             quantization=nf4"]),
+                "    shorter rows:             data.max_length=TOKENS",
+                f"    a paged 8-bit optimizer:  {PAGED}",
+                smaller,
+            ]
         where = f"hydra.sweeper.arms.{arm.name}"
         overrides = ",".join((*self._state.plan.study.arms[arm.name].overrides, PAGED))
         return [

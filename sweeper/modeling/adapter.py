@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -60,9 +62,73 @@ def attach(model: PreTrainedModel, settings: LoraAdapter) -> PeftModel:
     except ValueError as error:
         # PEFT raises ValueError for a combination of options that leaves nothing to adapt
         raise ModelError(one_line("adapter", error)) from error
+    hold_trained_in_fp32(adapted)
     # PEFT renders a model card into every checkpoint, 45 ms each; the artifact gets a card of ours
     adapted.create_or_update_model_card = _write_no_card
     return adapted
+
+
+def hold_trained_in_fp32(model: torch.nn.Module) -> None:
+    """Convert every trainable weight to fp32.
+
+    PEFT converts the weights of LoRA only. Copies of modules_to_save and trained biases would keep the
+    base's dtype, in which most steps of an optimizer are too small to change a weight.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)  # tied copies share the parameter
+    assert trained_dtypes(model) <= {torch.float32}, "an optimizer would round its steps"
+
+
+def trained_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
+    """Return the dtypes of a model's trainable weights."""
+    return {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+    """Load a stored adapter onto its base with the precision of its training."""
+    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    restore_precision(adapted, folder, name)
+    return adapted
+
+
+def restore_precision(model: PeftModel, folder: Path, name: str) -> None:
+    """Load the weights that an adapter replaces again in fp32.
+
+    PEFT rounds stored copies of modules_to_save and biases to the base's dtype.
+
+    Args:
+        model: a base with the adapter.
+        folder: the stored adapter.
+        name: the adapter's name in the model.
+    """
+    whole = _replaced(model, name)
+    if all(parameter.dtype == torch.float32 for parameter in whole):
+        return
+    for parameter in whole:
+        parameter.data = parameter.data.to(torch.float32)
+    weights = load_peft_weights(str(folder), device=str(model.device))
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def _replaced(model: PeftModel, name: str) -> list[torch.nn.Parameter]:
+    """Return the weights that an adapter replaces: copies of modules_to_save, and trained biases."""
+    copies = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for parameter in module.modules_to_save[name].parameters()
+    ]
+    bias = model.peft_config[name].bias
+    if bias == "none":
+        return copies
+    layers = model.modules() if bias == "all" else _adapted_layers(model)
+    found = (getattr(layer, "bias", None) for layer in layers)
+    return [*copies, *(each for each in found if isinstance(each, torch.nn.Parameter))]
+
+
+def _adapted_layers(model: PeftModel) -> list[torch.nn.Module]:
+    return [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def _write_no_card(output_dir: str) -> None:

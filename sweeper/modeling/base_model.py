@@ -12,7 +12,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import prepare_model_for_kbit_training
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -21,12 +20,14 @@ from transformers import (
 )
 
 from sweeper.config.settings import ModelSettings, QuantizationSettings
+from sweeper.core.device_failures import breaks_context, means_out_of_memory
 from sweeper.core.errors import ModelError, SweeperError
 from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
 from sweeper.modeling.fit_of_base import fit_tokens, require_causal
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
+from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import (
     NO_CODE,
     config_digest,
@@ -96,8 +97,9 @@ def load_base(
     except (SweeperError, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # files of somebody else may contradict each other in any way
-        if isinstance(error, RuntimeError) and "memory" in str(error):
-            raise  # the CPU's own out of memory, which is a result
+        # The CPU's own out of memory is a result, and a broken GPU says nothing about the model
+        if means_out_of_memory(str(error)) or breaks_context(error):
+            raise
         raise ModelError(_contradiction(settings, error)) from error
     # The digests stand for what was loaded, so the files must not change in between
     if (weights_digest(source.folder), config_digest(source.folder)) != (digest, configured):
@@ -179,11 +181,17 @@ def _quantized(
             *digests, decided, dtype_name(options["dtype"]), device().type
         )
         model = quantized_cache.quantized_once(key, quantized_cache.cache_folder(), quantize, load)
-    prepared: PreTrainedModel = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=False
-    )
-    disable_inference_repacking(prepared)
-    return prepared
+    model.requires_grad_(False)
+    packed = {
+        id(parameter)
+        for parameter in model.parameters()
+        if isinstance(parameter, bnb.nn.Params4bit | bnb.nn.Int8Params)
+    }
+    hold_frozen(model, options["dtype"], packed)
+    if device().type == "cuda":
+        torch.cuda.empty_cache()  # what the converted weights occupied before
+    disable_inference_repacking(model)
+    return model
 
 
 def bits_and_bytes(

@@ -46,6 +46,7 @@ def _describe(on: torch.device) -> dict[str, object]:
         "total_mib": total / MIB,
         "bf16": bool(bf16),
         "nf4": nf4_problem(on),
+        "mps": torch.backends.mps.is_available(),
         "spills": on.type == "cuda" and spills(),
     }
 

@@ -29,6 +29,7 @@ from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.hardware import choose_dtype
+from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import in_full, load_config
 from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step, trainable
 
@@ -116,7 +117,8 @@ def held_bytes(
     """Return the bytes that each of `shards` devices would hold during the training of a model.
 
     Args:
-        model: the model on the meta device. Its unquantized weights become fp32 if others are quantized.
+        model: the model on the meta device. If weights are quantized, the others get the dtypes in
+            which a loaded base holds them.
         quantization: the base's quantization.
         optim: transformers' name of the optimizer.
         on: the device.
@@ -124,7 +126,8 @@ def held_bytes(
     """
     packed = quantized_weights(model) if quantization.kind != "none" else {}
     if packed:
-        _hold_the_rest_in_fp32(model, packed)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        hold_frozen(base, base.dtype, {id(found.weight) for found in packed.values()})
     weights, adapter = _resident_bytes(model, packed, quantization)
     learned = trainable(model)
     # A paged optimizer moves its states to CPU memory when the GPU needs the space
@@ -304,16 +307,6 @@ def state_bytes(numel: int, optim: str) -> int:
     if "8bit" not in optim or numel < MIN_8BIT_STATE:
         return 8 * numel
     return 2 * (numel + 4 * math.ceil(numel / BLOCK_8BIT_STATE))
-
-
-def _hold_the_rest_in_fp32(
-    model: PreTrainedModel | PeftModel, packed: Mapping[str, QuantizedWeight]
-) -> None:
-    """Convert embeddings, norms and the head to fp32, as PEFT's preparation for k-bit training does."""
-    quantized = {id(found.weight) for found in packed.values()}
-    for parameter in model.parameters():
-        if id(parameter) not in quantized:
-            parameter.data = parameter.data.to(torch.float32)
 
 
 def _resident_bytes(

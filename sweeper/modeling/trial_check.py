@@ -17,7 +17,7 @@ from sweeper.config.settings import LoraAdapter, TrialSettings
 from sweeper.core.errors import ModelError
 from sweeper.core.outcome import TrialSize
 from sweeper.modeling.adapter import OLORA_ON_CONV1D, count_parameters
-from sweeper.modeling.hardware import choose_dtype
+from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.memory_estimate import (
     MIB,
     held_bytes,
@@ -84,6 +84,7 @@ def size_on_meta(settings: TrialSettings, config: PretrainedConfig, on: torch.de
     model = model_on_meta(config, adapter, dtype, settings.model.requested_attention)
     if isinstance(model, PeftModel):
         _require_trainable(model, settings)
+        _require_exact_bias(settings, choose_dtype(settings.model.dtype, on).dtype, on)
     count = count_parameters(model)
     training = settings.training
     held = held_bytes(model, settings.quantization, training.optim, on, training.shards)
@@ -137,6 +138,27 @@ def _require_trainable(model: PeftModel, settings: TrialSettings) -> None:
         _require_floating_point(model, adapter.modules_to_save, kind)
     if adapter.init_lora_weights == "olora":
         _require_columns(model, quantized=kind != "none")
+
+
+def _require_exact_bias(settings: TrialSettings, dtype: torch.dtype, on: torch.device) -> None:
+    """Refuse trained biases that bitsandbytes would round to the compute dtype in every forward pass.
+
+    Raises:
+        ModelError: biases are trained on a quantized base that computes below fp32.
+    """
+    adapter, quantization = settings.adapter, settings.quantization
+    assert isinstance(adapter, LoraAdapter)
+    named = quantization.bnb_4bit_compute_dtype
+    packed = (
+        dtype if named == "auto" or quantization.load_in_8bit else choose_dtype(named, on).dtype
+    )
+    exact = dtype == packed == torch.float32
+    if adapter.bias != "none" and quantization.kind != "none" and not exact:
+        raise ModelError(
+            f"adapter.bias={adapter.bias}: bitsandbytes rounds the biases of quantized layers to "
+            f"{dtype_name(packed)} in every step, so most steps would not change them. Set "
+            "adapter.bias=none, quantization=none or model.dtype=float32"
+        )
 
 
 def _require_floating_point(model: PeftModel, modules_to_save: list[str], kind: str) -> None:

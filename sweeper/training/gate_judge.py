@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftModel
-
 from sweeper.config.compose import read_yaml
 from sweeper.config.input_sources import describe_changes
 from sweeper.config.settings import (
@@ -38,6 +36,7 @@ from sweeper.data.tokens import Tokens
 from sweeper.evaluation.judge import make_judge
 from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.token_loss import LossSum
+from sweeper.modeling.adapter import load_adapter
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.training.prepared_data import positions
 
@@ -141,7 +140,7 @@ def _losses(
             raise ArtifactError(f"{trial.adapter} is missing (deleted by `sweeper clean`?)")
         verify_manifest(trial.adapter)
         _require_own_base(trial, settings, base)
-        model = PeftModel.from_pretrained(base.model, str(trial.adapter))
+        model = load_adapter(base.model, trial.adapter)
     limit = positions(base.model.config)
     length = settings.data.max_length if isinstance(settings.data.max_length, int) else limit
     tokenizer, data = base.tokenizer, settings.data

@@ -7,9 +7,14 @@ auto_find_batch_size would change it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from sweeper.config.settings import TrialSettings
+from sweeper.core.device_failures import means_out_of_memory
+from sweeper.core.errors import first_line
 
+Knob = TypeVar("Knob")
+Result = TypeVar("Result")
 Fits = Callable[[TrialSettings], bool | None]
 """Returns True if a trial with exactly these settings fits in the device's memory, None if unknown."""
 
@@ -76,11 +81,46 @@ def smallest_form(settings: TrialSettings) -> TrialSettings:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return True if an exception of Python, torch or bitsandbytes means that memory ran out."""
-    text = str(
-        error
-    ).lower()  # torch's CPU allocator raises a plain RuntimeError, so the text decides
-    known = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
-    return isinstance(error, MemoryError) or any(words in text for words in known)
+    # torch's CPU allocator raises a plain RuntimeError, so the text decides
+    return isinstance(error, MemoryError) or means_out_of_memory(str(error))
+
+
+class StageOutOfMemory(MemoryError):
+    """Memory ran out in a stage whose own batch is one example, so no smaller training batch helps."""
+
+
+def halving(
+    run: Callable[[Knob], Result],
+    knob: Knob,
+    smaller: Callable[[Knob], Knob | None],
+    retried: Callable[[], None],
+) -> tuple[Result, Knob]:
+    """Run a stage of a trial, with half the batch after each out of memory.
+
+    Args:
+        run: the stage, with the thing that sets its batch.
+        knob: what sets the batch of the first try.
+        smaller: returns the knob with half the batch, or None below one example.
+        retried: called before each further try.
+
+    Returns:
+        The stage's result, and the knob of the try that had enough memory.
+
+    Raises:
+        StageOutOfMemory: one example at a time needs too much memory.
+    """
+    while True:
+        try:
+            return run(knob), knob
+        except (MemoryError, RuntimeError) as error:
+            half = smaller(knob)
+            if not out_of_memory(error):
+                raise
+            if half is None:
+                raise StageOutOfMemory(first_line(error)) from error
+        # Memory of the failed try is free only after the except block, which holds its traceback
+        knob = half
+        retried()
 
 
 def _with_largest(settings: TrialSettings, fits: Fits) -> TrialSettings:

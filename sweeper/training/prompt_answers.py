@@ -10,7 +10,9 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.evaluation.generation import generate
 from sweeper.evaluation.sample_answers import as_json, as_markdown, pair_answers
+from sweeper.training.micro_batch import halving
 from sweeper.training.prepared_data import PreparedData
+from sweeper.training.trial_costs import TrialCosts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -36,8 +38,12 @@ class UntunedAnswers:
 class PromptAnswers:
     """The prompts of `evaluation.prompts`, tokenized for one base. Without prompts it does nothing."""
 
-    def __init__(self, settings: TrialSettings, prepared: PreparedData, base: LoadedBase) -> None:
+    def __init__(
+        self, settings: TrialSettings, prepared: PreparedData, base: LoadedBase, costs: TrialCosts
+    ) -> None:
         self._evaluation = settings.evaluation
+        self._batch_size = settings.evaluation.generation.batch_size
+        self._costs = costs
         self._base = base
         self._prompts = prepared.prompts(settings)
         # A quantized base answers otherwise than the same weights in full precision
@@ -57,16 +63,28 @@ class PromptAnswers:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def answers(self, model: PreTrainedModel | PeftModel) -> list[str]:
-        """Return the model's greedy answers in the order of the prompts."""
+        """Return the model's greedy answers in the order of the prompts.
+
+        Answer half as many prompts at a time after each out of memory. The answers do not depend on it.
+        """
         if not self._prompts:
             return []
+        texts, self._batch_size = halving(
+            lambda size: self._generate(model, size),
+            self._batch_size,
+            lambda size: size // 2 or None,
+            self._costs.count_retry,
+        )
+        return texts
+
+    def _generate(self, model: PreTrainedModel | PeftModel, batch_size: int) -> list[str]:
         generation = self._evaluation.generation
         return generate(
             model,
             self._base.tokenizer,
             [prompt.input_ids for prompt in self._prompts],
             generation.max_new_tokens,
-            generation.batch_size,
+            batch_size,
             self._base.compute_dtype,
             # Templates can end an answer with a token of their own, such as <|im_end|>
             {prompt.end_token_id for prompt in self._prompts},

@@ -36,7 +36,7 @@ from sweeper.training.artifact import TrainedModel, save_artifact
 from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
-from sweeper.training.micro_batch import out_of_memory
+from sweeper.training.micro_batch import halving
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
     best_figures,
@@ -202,15 +202,10 @@ class BatchHalvingJudge:
         return self._retried(lambda judge: judge.with_answers(model, judgement))
 
     def _retried(self, judging: Callable[[ModelJudge], Judgement]) -> Judgement:
-        while True:
-            try:
-                return judging(self.judge)
-            except (MemoryError, RuntimeError) as error:
-                smaller = self.judge.halved()
-                if not out_of_memory(error) or smaller is None:
-                    raise
-            self.judge = smaller
-            self._costs.oom_retries += 1
+        judgement, self.judge = halving(
+            judging, self.judge, ModelJudge.halved, self._costs.count_retry
+        )
+        return judgement
 
 
 def _trainer(

@@ -45,6 +45,10 @@ class TrialCosts:
         self._started = self._charged = time.monotonic()
         self._cpu_started = self._cpu_charged = time.process_time()
 
+    def count_retry(self) -> None:
+        """Count a further try after out of memory."""
+        self.oom_retries += 1
+
     @classmethod
     def continued(cls, earlier: Path) -> TrialCosts:
         """Return a new attempt's costs, which include those of earlier attempts.

@@ -34,6 +34,7 @@ from sweeper.core.errors import (
     InputsChanged,
     ModelError,
     TrialDiverged,
+    first_line,
 )
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
@@ -54,7 +55,14 @@ from sweeper.data.general_text import digest
 from sweeper.evaluation.custom_metrics import MetricFailed
 from sweeper.evaluation.judge import Judgement, ModelJudge, plausibility_warning
 from sweeper.evaluation.judgement_readers import JudgementReader
-from sweeper.modeling.adapter import attach, count_parameters, detach, touches_base
+from sweeper.modeling.adapter import (
+    attach,
+    count_parameters,
+    detach,
+    load_adapter,
+    touches_base,
+    trained_dtypes,
+)
 from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.checksum import changed, checksums
 from sweeper.modeling.hardware import device, device_report, dtype_name
@@ -67,7 +75,7 @@ from sweeper.training.distributed import Join, RankGroup, leave_launcher, single
 from sweeper.training.export import export_merged, load_merged, merged_figures
 from sweeper.training.job_inputs import JobInputs
 from sweeper.training.memory_budget import MemoryBudget
-from sweeper.training.micro_batch import halved, out_of_memory, resolve
+from sweeper.training.micro_batch import StageOutOfMemory, halved, out_of_memory, resolve
 from sweeper.training.observer import TrialObserver
 from sweeper.training.optimizer import forget_states
 from sweeper.training.outcome_metrics import best_figures, parameter_figures
@@ -86,6 +94,8 @@ MAX_UNFREEABLE_BYTES = 2 * 2**30
 
 Only the end of the process frees them. A new worker loads even a large base within a minute.
 """
+CHECKED = "the description of the trial's model"
+"""The things that a check holds in memory: the model without its weights."""
 Judges = Mapping[str, ModelJudge]
 """Judges of held-out texts, by field of HeldOutLosses."""
 HELD_OUT_READERS = {"test": JudgementReader.VERDICT, "general": JudgementReader.FORGETTING}
@@ -121,11 +131,13 @@ class TransformersRunner:
         self._memory = MemoryBudget()
         self._join = join
         self._unfreeable_bytes = 0
+        self._ran_out = False
+        """True if memory ran out while this process probed, checked or judged."""
 
     @property
     def worn_out(self) -> bool:
         """True if the worker's process should be replaced because it cannot free enough memory."""
-        return self._unfreeable_bytes > MAX_UNFREEABLE_BYTES
+        return self._ran_out or self._unfreeable_bytes > MAX_UNFREEABLE_BYTES
 
     def probe(self, settings: TrialSettings, adopted: Path | None = None) -> ArmBaseline:
         """Load what an arm's trials share and evaluate the untuned base.
@@ -138,8 +150,35 @@ class TransformersRunner:
             DataError: the data cannot be read.
             ModelError: the base cannot be loaded.
             ConfigError: the settings do not fit this machine.
-            DoesNotFit: a full fine-tune exceeds the device's memory at any batch size.
+            DoesNotFit: the base, its evaluation or a full fine-tune exceeds the device's memory.
         """
+        with self._fitting(settings, "the base and the evaluation of one example"):
+            return self._probe(settings, adopted)
+
+    @contextmanager
+    def _fitting(self, settings: TrialSettings, what: str) -> Iterator[None]:
+        """Turn out of memory within the context into DoesNotFit.
+
+        Args:
+            settings: the trial.
+            what: the things that need the memory, for the message.
+        """
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            met = first_line(error)
+        else:
+            return
+        self._ran_out = True
+        # The base may be half loaded. The free memory is that of a process without one
+        self._release_base()
+        need = 0.0 if what == CHECKED else self._checks.size(settings, device()).held_mib
+        have = device_report(device()).free_mib
+        raise DoesNotFit(MemoryShortfall(need_mib=need, have_mib=have, what=what, met=met))
+
+    def _probe(self, settings: TrialSettings, adopted: Path | None) -> ArmBaseline:
         refuse_fp16_on_cpu(settings)
         if not isinstance(settings.adapter, LoraAdapter) and adopted is None:
             self._require_free_memory(settings)
@@ -154,7 +193,8 @@ class TransformersRunner:
         # Winners are evaluated on general text after the search. Errors in its source must show before
         general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
-        judgement = prepared.judge(settings, base)(base.model, JudgementReader.BASELINE)
+        judge = BatchHalvingJudge(prepared.judge(settings, base), TrialCosts())
+        judgement = judge(base.model, JudgementReader.BASELINE)
         if settings.objective.metric in judgement.failures:
             judgement.value(settings.objective.metric)  # raises
         # A base whose own loss is not finite would make every trial of the arm end as diverged
@@ -181,6 +221,10 @@ class TransformersRunner:
 
     def _size(self, settings: TrialSettings) -> TrialSize:
         refuse_fp16_on_cpu(settings)
+        with self._fitting(settings, CHECKED):
+            return self._checked_size(settings)
+
+    def _checked_size(self, settings: TrialSettings) -> TrialSize:
         size = self._checks.size(settings, device())
         self._job.note(settings, InputDigests(config=self._checks.config_digest(settings)))
         data = settings.data.model_dump_json()
@@ -254,6 +298,12 @@ class TransformersRunner:
                 outcome = self._judge_baseline(settings, folder, model)
             except (ModelError, DataError, ConfigError, ArtifactError) as error:
                 outcome = Outcome(cause="refused", message=str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                outcome = Outcome(
+                    cause="oom", message=f"{type(error).__name__}: {first_line(error)}"
+                )
             outcome = outcome.model_copy(update={"inputs": self._job.found})
             write_atomic(folder.outcome, outcome.model_dump_json(indent=2) + "\n")
         return outcome
@@ -301,7 +351,10 @@ class TransformersRunner:
             ArtifactError: the artifact is missing or differs from its manifest.
             DataError: a text is not configured.
         """
-        with self._expecting(expected):
+        with (
+            self._expecting(expected),
+            self._fitting(settings, "the model and the evaluation of one example"),
+        ):
             return self._test(settings, folder, kinds)
 
     def _test(
@@ -345,7 +398,7 @@ class TransformersRunner:
     def _test_adapter(
         self, judges: Judges, settings: TrialSettings, adapter: LoraAdapter, artifact: Path
     ) -> HeldOutLosses:
-        model = PeftModel.from_pretrained(self._base(settings).model, str(artifact))
+        model = load_adapter(self._base(settings).model, artifact)
         try:
             return _held_out_losses(judges, model, settings)
         finally:
@@ -422,7 +475,7 @@ class TransformersRunner:
             if not out_of_memory(error):
                 self._warm.clear()  # the error may have left the base in any state
                 raise
-            message = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            message = f"{type(error).__name__}: {first_line(error)}"
             return Outcome(cause="oom", message=message, steps=costs.steps)
         except Exception:
             self._warm.clear()
@@ -453,13 +506,15 @@ class TransformersRunner:
             try:
                 outcome = self._attempt(settings, folder, observer, costs)
                 break
+            except StageOutOfMemory:
+                raise  # evaluation and answers have batches of their own
             except (MemoryError, RuntimeError) as error:
                 smaller = halved(settings)
                 if not out_of_memory(error) or smaller is None:
                     raise
             # Memory of the failed step is free only after the except block, which holds its traceback
             settings = smaller
-            costs.oom_retries += 1
+            costs.count_retry()
             _free_unreferenced()
         ended = outcome.cause in SELF_ENDED
         if settings.artifacts.merged and ended and folder.adapter.exists():
@@ -484,13 +539,15 @@ class TransformersRunner:
         with costs.stage("data"):
             prepared = self._data(settings, base)
             self._record_facts(settings, base, prepared, folder, costs)
-        prompt_answers = PromptAnswers(settings, prepared, base)
+        prompt_answers = PromptAnswers(settings, prepared, base, costs)
         with costs.stage("eval"):
             untuned = self._untuned.of(prompt_answers, base.model)
         with (
             self._join(settings, folder.checkpoints, self._job.found) as ranks,
             self._inputs(settings, base, prepared, ranks, costs) as inputs,
         ):
+            dtypes = sorted(dtype_name(dtype) for dtype in trained_dtypes(inputs.model))
+            costs.facts["Precision"] += f". Trained weights are {', '.join(dtypes)}"
             outcome, trained = train_trial(inputs, settings, folder, observer, costs)
             if trained is not None and outcome.cause in SELF_ENDED:
                 with costs.stage("eval"):
@@ -676,7 +733,7 @@ class TransformersRunner:
         estimate = self._memory.estimate_mib(settings, prepared)
         costs.facts = {
             "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
-            "Precision": f"{base.dtype_reason}. Trained weights are float32",
+            "Precision": base.dtype_reason,
             "Checkpointing": "activations recomputed"
             if training.activation_checkpointing
             else "activations kept",

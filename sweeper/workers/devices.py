@@ -184,7 +184,12 @@ def _gpus(count: int) -> str:
 
 def _torch_build() -> str:
     """Return torch's version with its local part, without the seconds that an import takes."""
-    return metadata.version("torch")
+    try:
+        return metadata.version("torch")
+    except (
+        metadata.PackageNotFoundError
+    ):  # built in place: assume a GPU, as for a build without label
+        return ""
 
 
 def _nvidia_devices() -> DeviceSurvey:

@@ -345,6 +345,12 @@ class FakeRunner:
                 raise ValueError("fake: an error in the code")
             case "crash":
                 os._exit(9)
+            case "context":
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            case "native_oom":
+                # bitsandbytes prints this line and ends the process when CUDA refuses a call
+                print("Error out of memory at line 541 in file /src/csrc/ops.cu", flush=True)
+                os._exit(1)
             case "hang":
                 time.sleep(HANG_SECONDS)
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.device_failures import cause_of_death
+from sweeper.core.errors import WorkerError
 from sweeper.core.outcome import StopCause
 from sweeper.core.value import FrozenValue
 from sweeper.workers.protocol import (
@@ -74,6 +76,9 @@ class InlineEngine:
             event = EVENTS.validate_json(self._up.get(timeout=timeout_s))
         except queue.Empty:
             return None
+        if isinstance(event, LostEvent) and event.job is None and self._current is not None:
+            work = {"job": self._current.job, "attempt": self._current.attempt}
+            event = event.model_copy(update=work)
         if isinstance(event, WorkAnswer | LostEvent):
             self._current = None
         return event
@@ -100,5 +105,11 @@ def _serve(workers: WorkerSettings, channel: QueueChannel) -> None:
         workers, worker=0, threads=os.cpu_count() or 1, place=WorkerResources(Path(os.devnull))
     )
     orders = CommandQueue.listen(channel)
-    while serve(channel, orders, runner, worker=0) is not ExitReason.CLOSED:
-        pass  # out of memory: a process would be replaced, a thread can only start over
+    ended: ExitReason | None = None
+    while ended is not ExitReason.CLOSED:
+        try:
+            # After out of memory a process would be replaced. A thread can only start over
+            ended = serve(channel, orders, runner, worker=0)
+        except WorkerError as error:
+            words = f"the worker ended: {error}"
+            channel.send(lost(0, None, None, words, cause_of_death(words)))

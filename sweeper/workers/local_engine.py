@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Literal
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.device_failures import cause_of_death, last_words
 from sweeper.core.errors import WorkerError
 from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.signals import NOTICES, STOPS, die_with_parent
@@ -168,8 +168,8 @@ class LocalEngine(HostedEngine[ProcessHost]):
         tail = tail_of(host.log)
         self._died(worker, host, tail)
         self._hosts[worker] = self._start(worker)
-        died_of: Literal["crash", "oom"] = "crash"
-        ended = f"worker {worker} ended with exit code {code}"
+        died_of = cause_of_death(tail)
+        ended = f"worker {worker} ended with exit code {code}: {last_words(tail)}".rstrip(": ")
         if code == -signal.SIGKILL and (kills := oom_kills()) > self._oom_kills:
             died_of, self._oom_kills = "oom", kills
             ended = f"worker {worker} was killed: this machine, or this container, is out of memory"

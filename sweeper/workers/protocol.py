@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import Field, TypeAdapter
 
 from sweeper.config.settings import TrialSettings
+from sweeper.core.device_failures import DeathCause
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import (
     ArmBaseline,
@@ -196,7 +197,7 @@ class LostEvent(FrozenValue):
     worker: int
     job: str | None
     attempt: int
-    cause: Literal["crash", "timeout", "oom"]
+    cause: Literal["timeout"] | DeathCause
     message: str
 
 
@@ -211,7 +212,7 @@ def lost(
     current: Work | None,
     killed_for: str | None,
     message: str,
-    died_of: Literal["crash", "oom"] = "crash",
+    died_of: DeathCause = "crash",
 ) -> LostEvent:
     """Return the event of a dead worker: cause timeout if the driver killed it, else `died_of`."""
     return LostEvent(

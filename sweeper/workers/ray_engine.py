@@ -35,6 +35,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.device_failures import cause_of_death, last_words
 from sweeper.core.errors import WorkerError
 from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.value import FrozenValue
@@ -292,10 +293,14 @@ class RayEngine(HostedEngine[ActorHost]):
         ray.kill(
             host.actor, no_restart=True
         )  # should it only be out of reach, it must not train on
-        message = f"worker {worker} is lost: {reason}\n{tail_of(host.log)}"
+        tail = tail_of(host.log)
+        said = last_words(tail)
+        message = f"worker {worker} is lost: {reason}{said and f' ({said})'}\n{tail}"
         self._died(worker, host, message)
         self._hosts[worker] = self._start(worker)
-        event: LostEvent = lost(worker, host.current, host.killed_for, message)
+        event: LostEvent = lost(
+            worker, host.current, host.killed_for, message, cause_of_death(tail)
+        )
         self._events.append(event)
 
     def _require_a_place(self, waited_s: float) -> None:

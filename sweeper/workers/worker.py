@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sweeper.config.settings import WorkerSettings
+from sweeper.core.device_failures import require_whole_context
 from sweeper.core.errors import DoesNotFit, InputsChanged, SweeperError, WorkerError
 from sweeper.core.garbage import uncollected
 from sweeper.core.outcome import ArmBaseline, HeldOutLosses, Outcome, StopCause, TrialSize
@@ -178,6 +179,8 @@ def serve(
             return ExitReason.CLOSED
         if not isinstance(command, SubmitCommand):
             channel.send(_answer(command, runner))
+            if runner.worn_out:
+                return ExitReason.MEMORY
             continue
         try:
             outcome = _outcome(command, runner, channel, orders, patience)
@@ -245,7 +248,8 @@ def _probed(command: ProbeCommand, runner: TrialRunner) -> ProbedEvent:
     except SweeperError as error:
         message = str(error)
         misfit = error.misfit if isinstance(error, DoesNotFit) else None
-    except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
+    except Exception as error:  # noqa: BLE001 - the worker's edge: the driver shows it
+        require_whole_context(error)
         message = _traceback()
     return ProbedEvent(
         job=command.job, attempt=command.attempt, facts=facts, message=message, misfit=misfit
@@ -261,7 +265,8 @@ def _checked(command: CheckCommand, runner: TrialRunner) -> CheckedEvent:
         raise
     except SweeperError as error:
         refusal = Outcome(cause="refused", message=str(error))
-    except Exception:  # noqa: BLE001 - the worker's edge: one trial's error must not end the worker
+    except Exception as error:  # noqa: BLE001 - the worker's edge: it must survive a trial
+        require_whole_context(error)
         refusal = Outcome(cause="error", message=_traceback())
     return CheckedEvent(job=command.job, attempt=command.attempt, size=size, refusal=refusal)
 
@@ -276,7 +281,8 @@ def _judged(command: JudgeCommand, runner: TrialRunner) -> JudgedEvent:
         raise
     except SweeperError as error:
         message = str(error)
-    except Exception:  # noqa: BLE001 - the worker's edge: the driver shows it
+    except Exception as error:  # noqa: BLE001 - the worker's edge: the driver shows it
+        require_whole_context(error)
         message = _traceback()
     return JudgedEvent(job=command.job, attempt=command.attempt, losses=losses, message=message)
 
@@ -312,9 +318,12 @@ def _outcome(
     while True:
         try:
             outcome = _run(command, runner, folder, observer)
-        except (WorkerError, InputsChanged):
-            raise  # not the trial's fault: it continues on another worker, or in another run
-        except Exception as error:  # noqa: BLE001 - the worker's edge: one trial must not end the worker
+        except InputsChanged:
+            raise  # not the trial's fault: it continues in another run
+        except Exception as error:  # the worker's edge: one trial must not end the worker
+            require_whole_context(error)
+            if isinstance(error, WorkerError):
+                raise  # not the trial's fault: it continues on another worker
             if not disk_full(error, folder.path):
                 return Outcome(cause="error", message=_traceback())
         else:

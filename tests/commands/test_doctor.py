@@ -7,9 +7,11 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from sweeper.cli.verbs import app
@@ -28,6 +30,7 @@ GPU = {
     "total_mib": 143_000.0,
     "bf16": True,
     "nf4": None,
+    "mps": False,
     "spills": False,
 }
 
@@ -94,6 +97,26 @@ def test_gpus_that_nvidia_smi_cannot_list_are_a_warning(monkeypatch: pytest.Monk
     monkeypatch.setattr(doctor, "survey_devices", lambda: survey)
     (found,) = doctor.visible_gpus()
     assert (found.level, found.text) == ("warning", survey.problem)
+
+
+def test_a_mac_is_told_that_its_gpu_is_not_used() -> None:
+    """MPS is there, and trials train on the CPU: the doctor says so."""
+    found = doctor.device_findings({**GPU, "type": "cpu", "mps": True})
+    assert "(MPS) is not used" in found[1].text
+
+
+def test_a_checkout_that_is_not_installed_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an installed sweeper the requirements are those of the checkout's pyproject.toml."""
+    installed = doctor.own_requirements()
+
+    def missing(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", missing)
+    found = [Requirement(text) for text in doctor.own_requirements()]
+    needed = [Requirement(text) for text in installed if "extra ==" not in text]
+    assert sorted(map(str, found)) == sorted(map(str, needed))
+    assert [finding.level for finding in doctor.packages()] == ["ok"]
 
 
 def test_a_torch_that_cannot_be_imported_is_a_failure_not_a_crash() -> None:

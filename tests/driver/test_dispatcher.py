@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 from rich.console import Console
 
+from sweeper.core.device_failures import DeathCause
 from sweeper.core.errors import InputsChanged, StudyError
 from sweeper.core.outcome import HeldOutLosses, Outcome, StopCause, TrialSize
 from sweeper.core.paths import TrialFolder
@@ -458,3 +459,30 @@ def test_a_worker_that_dies_by_itself_in_a_pause_costs_an_attempt(
     job = _trial(tmp_path)
     _supervised(engine, Turns(JobPhase.RUNNING, Dispatcher.pause)).run(JobList([job]))
     assert (job.attempt, job.outcome) == expected
+
+
+@pytest.mark.parametrize(
+    ("deaths", "expected"),
+    [
+        (["device"], (2, "finished")),
+        (["device", "device"], (2, "error")),
+        (["device", "crash", "device"], (3, "error")),
+        (["crash", "crash", "device"], (3, "error")),
+        (["crash", "device", "crash"], (3, "crash")),
+    ],
+)
+def test_a_trial_that_breaks_its_gpu_twice_is_at_fault(
+    tmp_path: Path, deaths: list[DeathCause], expected: tuple[int, str]
+) -> None:
+    """A broken context costs its worker and an attempt. The second one is the trial's own error."""
+    left = list(deaths)
+
+    def script(worker: int, work: Work) -> Sequence[WorkerEvent]:
+        if isinstance(work, SubmitCommand) and left:
+            return (lost(worker, work, None, "died", left.pop(0)), SLOT)
+        return (_answer(work), SLOT)
+
+    job = _trial(tmp_path)
+    _dispatcher(ScriptedEngine(script)).run(JobList([job]))
+    assert job.outcome is not None
+    assert (job.attempt, job.outcome.cause) == expected

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from sweeper.config.settings import TrialSettings
+from sweeper.core.errors import DoesNotFit
+from sweeper.evaluation.generation import generate
 from sweeper.evaluation.token_loss import LossSum, evaluate_examples, target_nll
+from sweeper.training.trial_runner import TransformersRunner
+from tests.conftest import make_settings
 from tests.training.batches import count_rows
 from tests.training.conftest import RunTiny
 
@@ -110,3 +116,93 @@ def test_another_runtime_error_is_not_retried(
     monkeypatch.setattr("sweeper.training.trainer.target_nll", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         run_tiny("t", *BATCH)
+
+
+def test_the_smallest_evaluation_leaves_the_training_batch_alone(
+    run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation of one example that does not fit is the outcome: no smaller training helps."""
+
+    def full(*_: object) -> list[LossSum]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("sweeper.evaluation.judge.evaluate_examples", full)
+    outcome, _, _ = run_tiny("t", *BATCH, "evaluation.per_device_eval_batch_size=2")
+    assert outcome.cause == "oom"
+    assert outcome.metrics["training/micro_batch"] == 8
+
+
+@pytest.mark.parametrize(("room", "cause", "retries"), [(2, "finished", 2), (0, "oom", 3)])
+def test_answers_to_prompts_halve_their_own_batch(
+    room: int, cause: str, retries: int, run_tiny: RunTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8, 4, 2 prompts at a time, while the training keeps its micro-batch."""
+
+    def limited(model: Any, tokenizer: Any, prompts: Any, new: int, size: int, *more: Any) -> Any:
+        if size > room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(model, tokenizer, prompts, new, size, *more)
+
+    monkeypatch.setattr("sweeper.training.prompt_answers.generate", limited)
+    asked = "evaluation.prompts=[{category: a, prompt: 'Write a haiku about the ocean.'}]"
+    short = ("evaluation.generation.batch_size=8", "evaluation.generation.max_new_tokens=2")
+    outcome, _, _ = run_tiny("t", *BATCH, asked, *short)
+    assert outcome.cause == cause
+    assert outcome.metrics["cost/oom_retries"] == retries
+    if room:
+        assert outcome.metrics["training/micro_batch"] == 8
+
+
+PROBED = {
+    "the base": "sweeper.training.trial_runner.load_base",
+    "its evaluation": "sweeper.evaluation.judge.evaluate_examples",
+}
+
+
+@pytest.mark.parametrize("stage", PROBED)
+def test_a_probe_that_runs_out_of_memory_does_not_fit(
+    stage: str, tiny_base: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arm is left out with its sizes and the error, and the worker's process is replaced."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(PROBED[stage], full)
+    runner = TransformersRunner(threads=1)
+    with pytest.raises(DoesNotFit, match=r"memory ran out for the base .* Tried to allocate 20"):
+        runner.probe(_settings(tiny_base, rows_file))
+    assert runner.worn_out
+
+
+def test_a_probe_halves_the_batch_of_its_evaluation(
+    tiny_base: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The untuned base is judged in batches that fit, as every later model is."""
+
+    def limited(model: Any, rows: Any, collator: Any, size: int, *more: Any) -> list[LossSum]:
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate_examples(model, rows, collator, size, *more)
+
+    monkeypatch.setattr("sweeper.evaluation.judge.evaluate_examples", limited)
+    facts = TransformersRunner(threads=1).probe(_settings(tiny_base, rows_file))
+    assert facts.base_metrics["eval/loss"] > 0
+
+
+def test_a_check_that_runs_out_of_memory_is_a_refusal(
+    tiny_base: Path, rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial whose bare description fills the memory is too large, and no error in the code."""
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . can't allocate memory")
+
+    monkeypatch.setattr("sweeper.modeling.trial_check.ModelChecks.size", full)
+    with pytest.raises(DoesNotFit, match="memory ran out for the description"):
+        TransformersRunner(threads=1).check(_settings(tiny_base, rows_file))
+
+
+def _settings(base: Path, rows: Path) -> TrialSettings:
+    fixed = (f"model.base_model={base}", f"data.train={rows}", "quantization=none")
+    return make_settings(*fixed, "evaluation.per_device_eval_batch_size=8").trial

@@ -121,6 +121,44 @@ def test_a_trial_is_evaluated_then_ends(open_one: Open, tmp_path: Path) -> None:
     assert (submit.folder / "outcome.json").exists()
 
 
+def test_a_broken_context_ends_its_worker(open_one: Open, tmp_path: Path) -> None:
+    """Every later use of the GPU by that process would fail, so another worker takes the next job."""
+    engine = open_one(t0="context")
+    submit = submit_trial(engine, tmp_path)
+    _, gone = until(engine, LostEvent)
+    assert isinstance(gone, LostEvent)
+    assert (gone.cause, gone.job) == ("device", submit.job)
+    assert "illegal memory access" in gone.message.splitlines()[0]
+    submit_trial(engine, tmp_path, 1)
+    _, ended = until(engine, EndedEvent)
+    assert isinstance(ended, EndedEvent)
+    assert ended.outcome.cause == "finished"
+
+
+def test_a_library_that_ends_the_process_for_memory_is_out_of_memory(tmp_path: Path) -> None:
+    """bitsandbytes prints one line and exits with 1: that line is the cause, and is said."""
+    fake = FakeTrainer(
+        step_seconds=0.001,
+        steps=10,
+        plan={0: "native_oom"},
+        finalists={},
+        requests={},
+        free_mib=None,
+        room_mib=None,
+    )
+    engine = open_engine(make_workers("local", fake), 1, lambda worker: tmp_path / "0.log")
+    try:
+        submit_trial(engine, tmp_path)
+        _, gone = until(engine, LostEvent)
+    finally:
+        engine.close()
+    assert isinstance(gone, LostEvent)
+    assert gone.cause == "oom"
+    assert gone.message.startswith(
+        "worker 0 ended with exit code 1: Error out of memory at line 541 in file"
+    )
+
+
 def test_a_probe_is_answered(open_one: Open) -> None:
     """Probe: facts come back."""
     engine = open_one()
