@@ -154,6 +154,7 @@ class Verdict:
             "provisional": self.provisional,
             **asdict(self, dict_factory=plain),
             "misfits": {name: misfit.model_dump() for name, misfit in self.misfits},
+            "served": [each.model_dump() for each in self.served],
             "words": self.words,
         }
 

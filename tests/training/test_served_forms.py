@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from sweeper.config.compose import read_yaml
@@ -9,7 +11,9 @@ from sweeper.config.settings import TrialSettings, stored_settings
 from sweeper.core.outcome import ExampleLosses, HeldOutLosses
 from sweeper.core.paths import TrialFolder
 from sweeper.reporting.served_forms import served_contrasts, served_sentences, served_warning
+from sweeper.reporting.verdict import judge
 from sweeper.training.trial_runner import TransformersRunner
+from tests.reporting.studies import make_arm, make_results, make_trial
 from tests.training.conftest import RunTiny
 
 TRAINED = ExampleLosses(nll=tuple(float(n) for n in range(40, 60)), tokens=(10,) * 20)
@@ -72,3 +76,15 @@ def test_a_difference_beyond_zero_is_a_warning() -> None:
 def test_without_the_trained_form_there_is_no_contrast() -> None:
     """A judgement that failed leaves nothing to compare with."""
     assert served_contrasts("lora", {"merged": _shifted(0.1)}) == []
+
+
+def test_a_verdict_with_served_forms_is_json() -> None:
+    """The forms are in the verdict's document, its headline and its sentences."""
+    served = {"trained": HeldOutLosses(test=TRAINED), "merged": _shifted(0.02, 0.01)}
+    results = make_results(make_arm("lora", [make_trial("lora", 0, "finished", 4.0)]))
+    contrasts = tuple(served_contrasts("lora", served))  # type: ignore[arg-type]
+    verdict = judge(results.model_copy(update={"served": contrasts}))
+    document = json.loads(json.dumps(verdict.document()))
+    assert document["served"][0]["form"] == "merged"
+    assert "worse merged into the unquantized base" in verdict.headline
+    assert "as it is served" in document["words"]
