@@ -56,7 +56,7 @@ STUDY = "lr_rank_sweep"
 COMMON = (f"+experiment={STUDY}", "~hydra.sweeper.arms.full", "finalists=none", "tracking=none")
 SHORT = (
     *("training.max_steps=32", "training.per_device_train_batch_size=8"),
-    "evaluation.max_samples=111",
+    "evaluation.look_rows=111",
 )
 SEARCHES = {
     "random": ("sampler=random", "pruner=median", "pruner.audit_fraction=1.0"),

@@ -8,15 +8,15 @@ from __future__ import annotations
 import difflib
 import itertools
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sweeper.core.errors import ConfigError, SweeperError, sentence
+from sweeper.cli.exit_codes import run_to_code
+from sweeper.core.errors import ConfigError
 from sweeper.core.redaction import holds_password
-from sweeper.core.steady_output import echo, steady_output
+from sweeper.core.steady_output import steady_output
 
 if TYPE_CHECKING:
     from sweeper.config.compose import CommandLine
@@ -32,7 +32,7 @@ MAX_NESTED = 50
 def main() -> None:
     """Entry point of `sweeper` and `python -m sweeper`."""
     with steady_output():
-        code = _or_code(lambda: _run(sys.argv[1:]))
+        code = run_to_code(lambda: _run(sys.argv[1:]))
     if code:
         sys.exit(code)
 
@@ -46,22 +46,6 @@ def _run(argv: Sequence[str]) -> None:
         app(prog_name="sweeper")
     else:
         _hydra(argv)
-
-
-def _or_code(run: Callable[[], object]) -> int:
-    """Run a command, and return its exit code. Its errors become messages."""
-    try:
-        run()
-    except SweeperError as error:
-        echo(error, stderr=True)
-        return error.exit_code
-    except OSError as error:
-        echo(sentence(error), stderr=True)
-        return SweeperError.exit_code
-    except KeyboardInterrupt as stop:
-        echo("stopped", stderr=True)
-        return int(getattr(stop, "exit_code", 128 + signal.SIGINT))
-    return 0
 
 
 def run_studies(overrides: Sequence[str]) -> None:
@@ -205,7 +189,7 @@ def _hydra_application() -> None:
 
 def _or_exit(run: Callable[[], object]) -> None:
     """Run a command inside Hydra, which prints a stack trace for exceptions and lets SystemExit pass."""
-    if code := _or_code(run):
+    if code := run_to_code(run):
         raise SystemExit(code)
 
 

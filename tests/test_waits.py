@@ -66,13 +66,14 @@ BOUNDED = {
     "sweeper/workers/inline_engine.py:receive self.down.get": "a daemon thread of the driver",
     "sweeper/commands/steer.py:_wait time.sleep": "the loop ends at its time limit",
     "sweeper/data/render_limit.py:_watch time.sleep": "a daemon thread that watches for ever",
-    "sweeper/search/storage.py:__init__ time.sleep": "a loop of STARTS turns",
+    "sweeper/search/storage.py:_open time.sleep": "a loop of STARTS turns, or of an OpeningWait",
     "sweeper/search/storage.py:repeated sleep": "the loop ends after PATIENCE_S",
     "sweeper/workers/local_engine.py:_read self.connection.recv_bytes": (
         "a daemon thread that ends with the worker. The driver reads its queue with a limit"
     ),
     "sweeper/workers/fake_runner.py:_train time.sleep": "a loop of workers.fake.steps turns",
     "sweeper/workers/local_engine.py:receive self.connection.recv_bytes": DRIVER,
+    "sweeper/workers/ray_engine.py:_private_folder owner.acquire": LOCK,
     "sweeper/workers/ray_engine.py:_take ray.get": "ray.wait has seen the answer",
     "sweeper/workers/ray_engine.py:receive self._down.get": "Ray ends an actor with its driver",
     "sweeper/workers/worker.py:_outcome patience.wait": "sleeps for FULL_DISK_WAIT_S",

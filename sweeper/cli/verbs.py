@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sweeper.cli import study_verbs
+from sweeper.cli.exit_codes import run_to_code
 from sweeper.core.steady_output import echo
 
 if TYPE_CHECKING:
@@ -18,7 +21,22 @@ VERBS = (
     *("sync", "nightly", "champion", "clean"),
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+class VerbGroup(TyperGroup):
+    """The verbs, whose errors come to their messages before typer meets them.
+
+    Typer takes every broken pipe for a reader of the output that has left, and ends with exit code 1
+    and no message. A worker that dies while it is started breaks a pipe as well. It also gives every
+    stop the exit code of Ctrl-C.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        if code := run_to_code(partial(super().invoke, ctx)):
+            raise typer.Exit(code)
+
+
+app = typer.Typer(cls=VerbGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback()

@@ -41,6 +41,7 @@ from sweeper.reporting.console import make_console
 from sweeper.reporting.live_view import make_view
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress, StudyView
+from sweeper.search.stored_defaults import with_stored_defaults
 from sweeper.search.study import (
     find_study,
     open_storage,
@@ -69,10 +70,12 @@ def run_study(plan: StudyPlan) -> StudyResults:
     console = make_console()
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     with _one_driver(folder), deferred_interrupt() as interrupt:
-        storage = open_storage(plan.study.storage, folder)
+        # made before the wait for a database, which a wall-clock limit includes
+        budget = StudyBudget(plan.study.budget, plan.objective.direction == "minimize")
+        storage = open_storage(plan.study.storage, folder, budget.seconds_over, interrupt.check)
         shared = plan.study.storage is not None  # else it lies in the folder that is locked
         with storage.owned(plan.study.study_name) if shared else nullcontext():
-            return StudySession(plan, folder, storage, console, interrupt).run()
+            return StudySession(plan, folder, storage, console, interrupt, budget).run()
 
 
 class StudySession:
@@ -85,13 +88,16 @@ class StudySession:
         storage: RDBStorage,
         console: Console,
         interrupt: StopSignal,
+        budget: StudyBudget,
     ) -> None:
         self._folder = folder
+        self._budget = budget
         self._console = console
         self._interrupt = interrupt
         self._storage = share_cache(storage)
         found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
         studies = {name: study for name, study in found.items() if study is not None}
+        plan, self._kept = with_stored_defaults(plan, studies, self._storage)
         for arm in plan.arms:
             if arm.name in studies:
                 require_same_settings(studies[arm.name], plan, arm)
@@ -173,10 +179,10 @@ class StudySession:
         presets = ", ".join(f"{group}={name}" for group, name in self._plan.presets.items())
         name, board = self._plan.study.study_name, self._state.board
         view.event(f"study {name} ({presets}): loading the base model and the data")
-        for note in (self._plan.name_note, *self._moved):
+        for note in (self._plan.name_note, *self._moved, *self._kept):
             if note:
                 view.event(note)
-        budget = StudyBudget(self._plan.study.budget, self._plan.objective.direction == "minimize")
+        budget = self._budget
         commands = CommandHandler(
             self._state, CommandInbox(self._folder), self._log, self._status, view.event
         )

@@ -1,15 +1,18 @@
-"""Settings that were added after studies had been stored, with the value that keeps the old behaviour.
+"""Settings that changed after studies had been stored, with the values that keep the old behaviour.
 
 A new setting that trials depend on gets one line in ADDED_SETTINGS. Stored questions, nights and
 trials' configs that lack the key are then read as if they had that value, so studies of the past
 are resumed, continued, forked and used. A setting without a line makes them another question.
+
+A setting whose default changes, or which is added with another default than its value in
+ADDED_SETTINGS, also gets one line in EARLIER_DEFAULTS. A stored study then keeps its own value.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -27,9 +30,20 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "evaluation.over_length": "refuse",
     "evaluation.serve_as": "trained",
     "training.devices_per_trial": 1,
+    "training.eval_delay": 0.0,
     "training.fsdp": False,
 }
 """Dotted keys, and the values under which nothing changes."""
+EARLIER_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
+    "evaluation.look_rows": (None, 500),
+    "training.early_stopping_patience": (3,),
+    "training.eval_delay": (0.0,),
+    "training.eval_steps": (0.1,),
+    "training.moving_average_window": (3,),
+}
+"""Settings whose default has changed, and the defaults of earlier versions in any preset."""
+RENAMED_SETTINGS: Mapping[str, str] = {"evaluation.look_rows": "evaluation.max_samples"}
+"""Settings and the keys that earlier versions stored them under."""
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
     # Studies of the past name sdpa, and ran only where the class has it. There, auto is sdpa
     "model.attn_implementation": {'"auto"': '"sdpa"'},
@@ -53,6 +67,8 @@ def stored_text(parts: Mapping[str, str], part: str) -> str | None:
         The stored text, the text of the value in ADDED_SETTINGS where the part is absent, or None.
     """
     key = part.rpartition(": ")[2]
+    if part not in parts and key in RENAMED_SETTINGS:
+        part = f"{part.removesuffix(key)}{RENAMED_SETTINGS[key]}"
     if part not in parts and key in ADDED_SETTINGS:
         return json.dumps(ADDED_SETTINGS[key])
     text = parts.get(part)
@@ -61,12 +77,48 @@ def stored_text(parts: Mapping[str, str], part: str) -> str | None:
 
 def changed_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the parts of a stored question or night that differ from today's."""
-    return [part for part in {**before, **now} if stored_text(before, part) != _text_now(now, part)]
+    return [
+        part
+        for part in {**with_names_of_today(before), **now}
+        if stored_text(before, part) != _text_now(now, part)
+    ]
 
 
 def _text_now(now: Mapping[str, str], part: str) -> str | None:
     key = part.rpartition(": ")[2]
     return meaning(key, referenced(now[part])) if part in now else None
+
+
+def kept_defaults(
+    before: Mapping[str, str], now: Mapping[str, str], named: Collection[str]
+) -> dict[str, str]:
+    """Return the values that a stored study keeps because only their defaults have changed.
+
+    Args:
+        before: the stored settings as JSON texts, by key.
+        now: today's.
+        named: the keys that the user's overrides name, whose values the user wants.
+    """
+    texts = {key: stored_text(before, key) for key in EARLIER_DEFAULTS if key in now}
+    return {
+        key: text
+        for key, text in texts.items()
+        if text is not None
+        and key not in named
+        and text != referenced(now[key])
+        and json.loads(text) in EARLIER_DEFAULTS[key]
+    }
+
+
+def with_names_of_today(parts: Mapping[str, str]) -> dict[str, str]:
+    """Return stored parts with the keys of renamed settings as they are today."""
+    names = {earlier: key for key, earlier in RENAMED_SETTINGS.items()}
+    return {_renamed(part, names): text for part, text in parts.items()}
+
+
+def _renamed(part: str, names: Mapping[str, str]) -> str:
+    key = part.rpartition(": ")[2]
+    return f"{part.removesuffix(key)}{names[key]}" if key in names else part
 
 
 def stored_settings(config: Mapping[str, Any]) -> TrialSettings:

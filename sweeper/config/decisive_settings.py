@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from sweeper.config.added_settings import ADDED_SETTINGS, meaning
+from sweeper.config.added_settings import ADDED_SETTINGS, RENAMED_SETTINGS, meaning
 from sweeper.config.section import flatten
 from sweeper.config.trial_settings import TrialSettings
 
@@ -51,9 +51,9 @@ def settings_digest(settings: TrialSettings) -> str:
 def digested_settings(settings: TrialSettings) -> dict[str, str]:
     """Return the decisive settings that a digest covers, as JSON texts by dotted key."""
     # A setting that a later version adds must not change the digests of today, so a setting at the
-    # value that reproduces the old behaviour is left out.
+    # value that reproduces the old behaviour is left out, and a renamed one keeps its first name.
     return {
-        key: text
+        RENAMED_SETTINGS.get(key, key): text
         for key, text in decisive_settings(settings).items()
         if key not in ADDED_SETTINGS or text != json.dumps(ADDED_SETTINGS[key])
     }

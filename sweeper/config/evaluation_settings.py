@@ -71,7 +71,8 @@ class EvaluationSettings(SettingsSection):
     """Settings that decide how every model is judged, tuned or not."""
 
     per_device_eval_batch_size: Positive
-    max_samples: Positive | None
+    look_rows: Positive | None
+    """Rows of the sample that evaluations during a trial look at, or null for the whole split."""
     over_length: Literal["drop", "truncate", "refuse"]
     """What happens to judged rows that are longer than the model's positions."""
     serve_as: ServeForm
@@ -99,11 +100,16 @@ class EvaluationSettings(SettingsSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_rouge_path(cls, section: object) -> object:
-        """Drop a key that trials of earlier versions have in their config.yaml; null was its default."""
-        if isinstance(section, Mapping) and section.get("rouge_path", ...) is None:
-            return {key: value for key, value in section.items() if key != "rouge_path"}
-        return section
+    def _from_earlier_versions(cls, section: object) -> object:
+        """Read the keys that trials of earlier versions have in their config.yaml."""
+        if not isinstance(section, Mapping):
+            return section
+        found = dict(section)
+        if found.get("rouge_path", ...) is None:  # null was its default
+            del found["rouge_path"]
+        if "max_samples" in found:
+            found.setdefault("look_rows", found.pop("max_samples"))
+        return found
 
     @model_validator(mode="after")
     def _metrics_are_allowed(self) -> EvaluationSettings:

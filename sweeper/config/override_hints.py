@@ -33,6 +33,7 @@ ALIASES = {
     "train_batch_size": "training.per_device_train_batch_size",
     "micro_batch_size": "training.per_device_train_batch_size",
     "eval_batch_size": "evaluation.per_device_eval_batch_size",
+    "max_eval_samples": "evaluation.look_rows",
     "grad_accum": "training.gradient_accumulation_steps",
     "warmup": "training.warmup_ratio",
     "scheduler": "training.lr_scheduler_type",

@@ -6,7 +6,13 @@ starts. Names are those of PEFT, transformers and Optuna wherever these have one
 """
 
 # One import place for all sections, so that callers need not know which file holds which.
-from sweeper.config.added_settings import changed_parts, stored_settings, stored_text
+from sweeper.config.added_settings import (
+    changed_parts,
+    kept_defaults,
+    stored_settings,
+    stored_text,
+    with_names_of_today,
+)
 from sweeper.config.data_settings import (
     EMBEDDED,
     SPLIT_KEYS,
@@ -108,6 +114,7 @@ __all__ = [
     "describe",
     "flatten",
     "is_study_name",
+    "kept_defaults",
     "metric_words",
     "parse_duration",
     "require_arm_name",
@@ -115,4 +122,5 @@ __all__ = [
     "stored_settings",
     "stored_text",
     "validate",
+    "with_names_of_today",
 ]

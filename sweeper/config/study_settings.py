@@ -46,7 +46,7 @@ class PrunerSettings(SettingsSection):
     """
 
     name: Literal["none", "median", "percentile", "successive_halving", "optuna"]
-    rungs: list[Annotated[int, Field(ge=333, lt=1000)]]
+    rungs: list[Annotated[int, Field(ge=250, lt=1000)]]
     n_startup_trials: Annotated[int, Field(ge=0)]
     percentile: Annotated[float, Field(gt=0, lt=100)] | None
     reduction_factor: Annotated[int, Field(ge=2)] | None

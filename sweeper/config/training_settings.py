@@ -52,6 +52,8 @@ class TrainingSettings(SettingsSection):
     loss_chunk_size: Positive | None
     logging_steps: Positive
     eval_steps: Steps
+    eval_delay: Annotated[float, Field(ge=0)]
+    """Optimizer steps, or a fraction of the schedule (below 1), before which no evaluation is made."""
     save_steps: Steps | None
     save_total_limit: Positive
     early_stopping_patience: Positive | None

@@ -76,6 +76,11 @@ class TrialFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def look_losses(self) -> Path:
+        """Losses of each row that the trial's looks were at, one JSON object per look."""
+        return self.path / "look_losses.jsonl"
+
+    @property
     def outcome(self) -> Path:
         """Result of the trial, written last: if the file exists, the folder is complete."""
         return self.path / "outcome.json"
@@ -160,13 +165,17 @@ class TrialFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def continue_from(self, earlier: TrialFolder) -> None:
-        """Take over the checkpoints and metrics.jsonl of a cancelled trial, if it left checkpoints."""
+        """Take over the checkpoints and looks of a cancelled trial, if it left checkpoints."""
         # Existing checkpoints mean that an earlier attempt has taken them over already.
         if not earlier.checkpoints.is_dir() or self.checkpoints.exists():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if earlier.metrics.exists():
-            shutil.copy2(earlier.metrics, self.metrics)
+        for source, target in (
+            (earlier.metrics, self.metrics),
+            (earlier.look_losses, self.look_losses),
+        ):
+            if source.exists():
+                shutil.copy2(source, target)
         earlier.checkpoints.replace(self.checkpoints)
         # The cancelled trial's outcome already counts its costs, so this trial starts at zero.
         self.spent.unlink(missing_ok=True)

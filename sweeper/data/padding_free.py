@@ -5,15 +5,15 @@ Knows the form of such a batch, and nothing of how attention is computed (modeli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sweeper.data.packing import unpack
-from sweeper.data.tokens import PaddingCollator
+from sweeper.data.tokens import IGNORED, PaddingCollator
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,6 +52,35 @@ class PaddingFreeCollator:
             # block-diagonal mask of all tokens by all tokens
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         }
+
+
+def split_by_tokens(batch: Mapping[str, torch.Tensor], limit: int) -> list[dict[str, torch.Tensor]]:
+    """Split a batch without padding into batches of consecutive rows.
+
+    Each has as many rows as fit into `limit` tokens, but at least one.
+    """
+    bounds = batch[ROW_BOUNDS].tolist()
+    last = len(bounds) - 1
+    firsts = [0]
+    for row in range(1, last):
+        if bounds[row + 1] - bounds[firsts[-1]] > limit:
+            firsts.append(row)
+    return [_rows(batch, first, end) for first, end in pairwise([*firsts, last])]
+
+
+def without_targets(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch of one row that adds nothing to the loss and its gradients."""
+    shortest = int(batch[ROW_BOUNDS].diff().argmin())
+    row = _rows(batch, shortest, shortest + 1)
+    return {**row, "labels": torch.full_like(row["labels"], IGNORED)}
+
+
+def _rows(batch: Mapping[str, torch.Tensor], first: int, end: int) -> dict[str, torch.Tensor]:
+    """Return the rows from `first` to before `end`."""
+    bounds = batch[ROW_BOUNDS][first : end + 1]
+    tokens = slice(int(bounds[0]), int(bounds[-1]))
+    parts = {name: batch[name][:, tokens] for name in ("input_ids", "labels", "position_ids")}
+    return {**batch, **parts, ROW_BOUNDS: bounds - bounds[0]}
 
 
 def _joined(values: Any) -> torch.Tensor:

@@ -26,6 +26,7 @@ from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.pruning import as_told, make_watch
 from sweeper.search.states import STATES
 from sweeper.search.study import (
+    AUDITED,
     DROPPED,
     ask,
     counted,
@@ -176,6 +177,7 @@ class ArmSearch:
         )
         prepared = PreparedTrial(trial, point, settings, record, identity, view, guard)
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
+        job.audited = bool(trial.user_attrs.get(AUDITED, False))
         self._open[key] = job
         return job
 
@@ -189,9 +191,15 @@ class ArmSearch:
         if (number := trial.user_attrs.get("continues")) is not None:
             earlier = context.folder(int(number))
             whatever_number = identity.model_copy(update={"trial": None})
-            if not contradictions(earlier, whatever_number, [settings_digest(ranked)]):
+            reasons = contradictions(earlier, whatever_number, [settings_digest(ranked)])
+            if not reasons:
                 write_identity(record.folder, identity)  # first: a kill must not leave it unnamed
                 record.folder.continue_from(earlier)
+            elif not record.folder.checkpoints.exists():
+                context.services.view.event(
+                    f"{record.key}: starts from its first step. {earlier.path}, which it continues, "
+                    f"holds the work of another trial ({', '.join(reasons)})"
+                )
         return identity
 
     def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
@@ -214,7 +222,6 @@ class ArmSearch:
         job = self._prepare(trial, point, frozen.intermediate_values)
         if job is None:
             return None
-        job.audited = bool(frozen.user_attrs.get("audited", False))
         job.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         dropped = DROPPED in frozen.user_attrs
         # it may have ended, and the driver died before it could tell

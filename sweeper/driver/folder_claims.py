@@ -69,19 +69,41 @@ class FolderClaims:
         if record.folder.path.is_symlink() and read_identity(record.folder) is None:
             reasons = reasons or ["a link to a trial of another study"]
         if reasons:
-            try:
-                moved = set_aside(self.folder, record.folder)
-            except OSError as error:
-                raise StudyError(
-                    f"{record.key}: {record.folder.path} holds the work of another trial "
-                    f"({', '.join(reasons)}), and cannot be moved to {self.folder.set_aside}: {error}"
-                ) from error
-            self.tracker.set_aside(record, moved)
-            self.announce(
-                f"{record.key}: {record.folder.path} holds the work of another trial "
-                f"({', '.join(reasons)}). Moved to {moved.path}"
-            )
+            self._move(record, reasons)
+        elif not _has_work(record.folder):
+            # a driver may have been killed between a move and its record
+            for moved in places_aside(self.folder, record.folder):
+                self.tracker.settle_move(record, moved)
         return identity
+
+    def recall(self, record: TrialRecord) -> None:
+        """Set aside the folder of a finished trial that another study or trial has written.
+
+        Settings and inputs are compared when the trial is judged: to compute the settings of every
+        finished trial would take longer than all else at a start.
+
+        Raises:
+            StudyError: the folder cannot be moved.
+        """
+        if record.folder.path.is_symlink():  # a fork's, which another study has written
+            return
+        found = read_identity(record.folder)
+        if found is not None:
+            expected = found.model_copy(update={"study": self.study, "trial": record.key})
+            if reasons := expected.contradictions(found):
+                self._move(record, reasons)
+
+    def _move(self, record: TrialRecord, reasons: Collection[str]) -> None:
+        place, why = record.folder.path, ", ".join(reasons)
+        words = f"{record.key}: {place} holds the work of another trial ({why})"
+        try:
+            moved = set_aside(self.folder, record.folder)
+        except OSError as error:
+            raise StudyError(
+                f"{words}, and cannot be moved to {self.folder.set_aside}: {error}"
+            ) from error
+        self.tracker.set_aside(record, moved)
+        self.announce(f"{words}. Moved to {moved.path}")
 
 
 def contradictions(
@@ -115,7 +137,7 @@ def set_aside(study: StudyFolder, trial: TrialFolder) -> TrialFolder:
         The folder's new place.
     """
     place = trial.path.relative_to(study.path)
-    target = free_path(study.set_aside / "trials" / place)
+    target = free_path(_place_aside(study, trial))
     target.parent.mkdir(parents=True, exist_ok=True)
     trial.path.rename(target)
     # Losses were stored by the trial's name alone before format 5 of this folder's names
@@ -123,6 +145,17 @@ def set_aside(study: StudyFolder, trial: TrialFolder) -> TrialFolder:
         if losses.relative_to(study.path).parts[0] == place.parts[0]:
             losses.rename(free_path(target / f"judged_{losses.parent.name}_{losses.name}"))
     return TrialFolder(target)
+
+
+def places_aside(study: StudyFolder, trial: TrialFolder) -> list[TrialFolder]:
+    """Return the folders that were moved away from a trial's place."""
+    place = _place_aside(study, trial)
+    found = [place, *sorted(place.parent.glob(f"{place.name}_[0-9]*"))]
+    return [TrialFolder(path) for path in found if path.is_dir()]
+
+
+def _place_aside(study: StudyFolder, trial: TrialFolder) -> Path:
+    return study.set_aside / "trials" / trial.path.relative_to(study.path)
 
 
 def free_path(path: Path) -> Path:

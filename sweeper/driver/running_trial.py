@@ -17,7 +17,7 @@ from sweeper.driver.jobs import Job, JobPhase, LostCause
 from sweeper.driver.trial_sizes import KnownSizes, decided, recorded
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.pruning import PruningGuard, as_told, audited
-from sweeper.search.study import DROPPED
+from sweeper.search.study import AUDITED, DROPPED
 from sweeper.tracking.tracker import TrialRecord
 from sweeper.workers.protocol import (
     CheckCommand,
@@ -188,7 +188,7 @@ class RunningTrial(Job):
         pruner, announce = self.context.pruner, self.context.services.view.event
         self.audited = audited(pruner, self.context.arm.sampler.seed, self.key)
         if self.audited:
-            self.prepared.trial.set_user_attr("audited", True)
+            self.prepared.trial.set_user_attr(AUDITED, True)
             announce(f"{self.key}: the pruner would stop it. Kept running as an audit trial")
             return None
         judged = metric_words(self.context.objective.judged_while_training)

@@ -101,8 +101,9 @@ class TrialRecorder:
             view = TrialProgress(key=key, arm=arm, number=frozen.number, point=shown_point(frozen))
             view.end(outcome)
             services.board.add(view)
+            record = TrialRecord(key, self.context.folder(frozen.number), {}, {"arm": arm})
+            services.claims.recall(record)
             if (status := STATES[outcome.cause].status) is not None:
-                record = TrialRecord(key, self.context.folder(frozen.number), {}, {"arm": arm})
                 services.tracker.end(record, status, outcome.metrics, {"cause": outcome.cause})
 
     def cancel_unprepared(self) -> None:

@@ -202,14 +202,14 @@ class ModelJudge:
     def within_trial(self, metrics: Collection[str]) -> ModelJudge:
         """Return the judge for evaluations during training, which must be cheap.
 
-        The rows are limited to evaluation.max_samples, and answers are generated only if one of the
-        metrics needs them.
+        They look at a sample of evaluation.look_rows rows, the same for every trial, and answers are
+        generated only if one of the metrics needs them.
 
         Args:
             metrics: Metrics that pruning, early stopping and the choice of the checkpoint use.
         """
         held_out = None if set(metrics) <= set(LOSS_METRICS) else self.held_out
-        kept = _sample(len(self.rows), self.settings.max_samples, self.seed)
+        kept = draw_rows(len(self.rows), self.groups, self.settings.look_rows, self.seed)
         if len(kept) == len(self.rows):
             return replace(self, held_out=held_out)
         return replace(
@@ -217,7 +217,7 @@ class ModelJudge:
             rows=[self.rows[index] for index in kept],
             row_bytes=[self.row_bytes[index] for index in kept],
             held_out=held_out,
-            groups=(),
+            groups=[self.groups[index] for index in kept] if self.groups else (),
         )
 
     def judges_same_rows(self, other: ModelJudge) -> bool:
@@ -284,6 +284,26 @@ def plausibility_warning(perplexity: float) -> str | None:
         "validation split probably overlaps the training split (overlapping windows of one book, "
         "duplicates). Check the data before you trust this figure."
     )
+
+
+def draw_rows(count: int, groups: Sequence[int], limit: int | None, seed: int) -> list[int]:
+    """Return the sorted indices of a sample of rows, in which every group has its share.
+
+    Args:
+        count: Number of rows.
+        groups: Group of each row, or empty if rows are not grouped.
+        limit: Size of the sample, or None for all rows.
+        seed: Seed of the draw.
+    """
+    if limit is None or limit >= count or not groups:
+        return _sample(count, limit, seed)
+    # Rows of one group are alike, so a plain draw could miss groups or take one too often. Every
+    # so-many-th row in the order of the groups takes each group as often as its size asks for
+    draw = random.Random(seed)
+    place = {group: draw.random() for group in dict.fromkeys(groups)}
+    order = sorted(range(count), key=lambda index: (place[groups[index]], draw.random()))
+    start = draw.random()
+    return sorted(order[int((start + index) * count / limit)] for index in range(limit))
 
 
 def _sample(count: int, limit: int | None, seed: int) -> list[int]:

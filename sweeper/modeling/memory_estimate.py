@@ -143,21 +143,23 @@ def estimate_trial(
     *,
     length: int,
     targets: int | None = None,
+    padding_free: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory that a trial needs on a device.
 
     Args:
         settings: the trial. activation_checkpointing=auto counts as off.
         on: the device, which decides dtype=auto and the optimizer's temporaries.
-        length: tokens per row of the longest batch.
-        targets: positions per row that carry loss, or None for all.
+        length: tokens per row of the longest batch. Without padding, tokens of a whole micro-batch.
+        targets: positions per row that carry loss, or None for all. Without padding, of a micro-batch.
+        padding_free: True if micro-batches have no padding.
 
     Raises:
         ModelError: the architecture does not exist, or the adapter does not fit it.
     """
     training = settings.training
     workload = StepWorkload(
-        batch_size=training.per_device_train_batch_size,
+        batch_size=1 if padding_free else training.per_device_train_batch_size,
         length=length,
         activation_checkpointing=training.activation_checkpointing is True,
         accumulates=training.gradient_accumulation_steps > 1,
@@ -165,6 +167,7 @@ def estimate_trial(
         targets=targets,
         loss_chunk_size=training.loss_chunk_size,
         shards=training.shards,
+        padding_free=padding_free,
     )
     return estimate(
         load_config(settings.model),

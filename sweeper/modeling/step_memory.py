@@ -44,6 +44,8 @@ class StepWorkload:
     """Positions (over all rows) whose logits exist at once, or None for all."""
     shards: int = 1
     """Devices that weights, gradients and optimizer states are spread over (training.fsdp)."""
+    padding_free: bool = False
+    """True if the rows are one sequence without padding: `batch_size` is 1, `length` all tokens."""
 
     @property
     def logit_positions(self) -> int:
@@ -111,7 +113,10 @@ def _simulate(
     model: PreTrainedModel | PeftModel, workload: StepWorkload, compute_dtype: torch.dtype
 ) -> PeakBytes:
     shape = (workload.batch_size, workload.length)
-    ids, mask = torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.long)
+    ids = torch.zeros(shape, dtype=torch.long)
+    # The placeholder of a batch without padding, for which no mask of all tokens by all tokens is made
+    placeholder = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    mask = placeholder if workload.padding_free else torch.ones(shape, dtype=torch.long)
     positions = workload.logit_positions
     labels = torch.zeros(workload.batch_size * positions, dtype=torch.long)
     model.zero_grad()  # gradients of the simulation at another depth

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from sweeper.config.settings import changed_parts
+from sweeper.config.settings import changed_parts, kept_defaults
 from sweeper.core.paths import StudyFolder
 from sweeper.driver.device_time import spent_seconds
 from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord
 from sweeper.nightly.nightly_set import LoadedSet, SetEntry
 from sweeper.nightly.study_identity import identity, question_of, with_templates
+from sweeper.search.stored_defaults import named_keys
 from sweeper.search.study import counted, find_study, open_storage
 from sweeper.search.study_plan import StudyPlan
 
@@ -80,6 +81,8 @@ def decide(
     parts = identity(plan)
     past = _trained_nights(entry, history)
     last = past[0] if past else None
+    if entry.policy == "continue" and last is not None and last.decided is not None:
+        parts |= _kept_parts(plan, last.decided.identity, parts)
     choice, reason = _choose(entry, parts, last)
     if choice == "skip" and last is not None and last.decided is not None:
         return last.decided.model_copy(update={"choice": "skip", "reason": reason})
@@ -130,6 +133,20 @@ def _choose(entry: SetEntry, parts: dict[str, str], last: EntryRecord | None) ->
     if last.status != "done":
         return "new", f"the last study did not finish ({last.status.replace('_', ' ')})"
     return "skip", f"nothing changed since study {last.decided.study_name}"
+
+
+def _kept_parts(plan: StudyPlan, before: dict[str, str], parts: dict[str, str]) -> dict[str, str]:
+    """Return the parts of the last night that only differ from today's because a default has changed."""
+    found: dict[str, str] = {}
+    for arm in plan.arms:
+        prefix = f"{arm.name}: "
+        then, now = (
+            {part.removeprefix(prefix): parts[part] for part in parts if part.startswith(prefix)}
+            for parts in (before, parts)
+        )
+        kept = kept_defaults(then, now, named_keys(arm))
+        found |= {f"{prefix}{key}": text for key, text in kept.items()}
+    return found
 
 
 def _changes(parts: Sequence[str]) -> str:

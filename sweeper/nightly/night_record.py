@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from sweeper.config.settings import Objective, StudyName, stored_text
+from sweeper.config.settings import Objective, StudyName, stored_text, with_names_of_today
 from sweeper.config.space import Scalar
 from sweeper.core.errors import StudyError, sentence
 from sweeper.core.input_digests import InputDigests
@@ -31,7 +31,7 @@ FORMAT = 1
 """Version of night.json. It rises only when an older program would misread the record. A new key has a
 default instead."""
 # Suffixes, because each part begins with the name of its arm.
-JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.max_samples")
+JUDGED_ON = (": data digest", ": base model", ": objective.metric", ": evaluation.look_rows")
 """Suffixes of the identity parts that must be equal for two values to be comparable, if the digests
 of what was judged are not known."""
 METRIC = ": objective.metric"
@@ -182,7 +182,7 @@ def comparable(entry: EntryRecord, last: EntryRecord) -> bool:
     """Return True if two nights' values rest on the same data, base model and metric."""
     if entry.decided is None or last.decided is None:
         return False
-    then, now = last.decided.identity, entry.decided.identity
+    then, now = last.decided.identity, with_names_of_today(entry.decided.identity)
     judged = _judged_alike(entry.best, last.best)
     if judged is not None:
         return judged and all(then.get(part) == now[part] for part in now if part.endswith(METRIC))

@@ -22,6 +22,11 @@ from sweeper.search.samplers import make_by_class_name
 
 WHOLE = 1000
 """The whole schedule in per-mille."""
+NEAR = 0.05
+"""Largest distance of a look from a rung at which it counts as at the rung, as a share of the rung.
+
+Looks are rounded to steps: an eighth of 100 steps is 12, so the looks are at 24 % and 36 %.
+"""
 
 
 class PruningGuard(Protocol):
@@ -228,12 +233,15 @@ def value_at(
         counts.
     """
     place, value = here
-    # Less than half a per-mille apart counts as exactly at the rung.
-    if abs(place - rung) < 0.5:
+    if _is_near(place, rung):
         return value
-    if before is None or not before[0] + 0.5 <= rung < place:
+    if before is None or _is_near(before[0], rung) or not before[0] < rung < place:
         return None
     return before[1] + (value - before[1]) * (rung - before[0]) / (place - before[0])
+
+
+def _is_near(place: float, rung: int) -> bool:
+    return abs(place - rung) <= NEAR * rung
 
 
 def may_prune(training: TrainingSettings, rung: int, step: int, total_steps: int) -> bool:

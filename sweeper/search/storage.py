@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import shlex
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from json import JSONDecodeError
 from typing import Any, TypeVar
 
@@ -38,6 +41,8 @@ from sweeper.search.ownership import (
 
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+SAY_SECONDS = 5.0
+"""Seconds of one attempt to open a database after which a message says that it is waited for."""
 STARTS = 10
 """Attempts to open an empty database while other processes create its tables."""
 PATIENCE_S = 15 * 60.0
@@ -78,6 +83,37 @@ _LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+def _never() -> float:
+    return -math.inf
+
+
+def _nothing() -> None:
+    """Let a wait continue."""
+
+
+@dataclass(frozen=True)
+class OpeningWait:
+    """How long the opening of a database waits for one that is away, and what ends the wait."""
+
+    patience_s: float = 0.0
+    seconds_over: Callable[[], float] = _never
+    """Seconds since the end of the study's time, negative before."""
+    check: Callable[[], object] = _nothing
+    """Called before each attempt. An error of it ends the wait, as a signal does."""
+
+    def is_worth(self, waited_s: float) -> bool:
+        """Return True if the database is still waited for."""
+        return waited_s < self.patience_s and self.seconds_over() < 0
+
+    def words(self) -> str:
+        """Return why the database is no longer waited for, or "" if it never was."""
+        if self.patience_s == 0:
+            return ""
+        if self.seconds_over() >= 0:
+            return ". The study's time is used up"
+        return f". It has been away for {self.patience_s / 60:.0f} minutes"
+
+
 class KeptJournal(sqlite3.Connection):
     """An SQLite connection whose rollback journal is overwritten, not deleted, at every commit.
 
@@ -99,8 +135,8 @@ class PatientStorage(RDBStorage):
         StudyError: the database is unreachable, or cannot be opened as the kind its URL names.
     """
 
-    def __init__(self, url: str, patience_s: float = 0.0) -> None:
-        """Open a database, and wait so many seconds for one that is away."""
+    def __init__(self, url: str, wait: OpeningWait | None = None) -> None:
+        """Open a database, and wait for one that is away."""
         self.gave_up = False
         """True after one call's patience ran out: the final calls of the study then wait no more."""
         # a restart leaves dead connections behind
@@ -112,28 +148,33 @@ class PatientStorage(RDBStorage):
                 "options": "-c timezone=utc",
                 "connect_timeout": CONNECT_SECONDS,
             }
-        tries, end = 0, time.monotonic() + patience_s
-        while True:
-            tries += 1
-            try:
-                super().__init__(url, engine_kwargs=options)
-                break
-            except ImportError as error:
-                raise StudyError(
-                    f"hydra.sweeper.storage needs a driver that is not installed ({error}). "
-                    "Install it for postgresql+psycopg:// with pip install 'sweeper[postgres]'"
-                ) from None
-            except (SQLAlchemyError, StorageInternalError) as error:
-                waits = _is_away(error) and time.monotonic() < end
-                if not (waits or (tries < STARTS and _was_created_meanwhile(error))):
-                    raise _unopened(url, error) from None
-                if waits and tries == 1:
-                    _LOG.warning("waiting for the study's database: %s", _reason(error))
-            except (*DAMAGES, AssertionError, RuntimeError) as error:
-                # the last two are Optuna's own checks of the tables' version
-                raise damaged(url, error) from None
-            time.sleep(FIRST_WAIT_S)
+        self._open(url, options, wait or OpeningWait())
         self._ownership: StudyOwnership = NullOwnership()
+
+    def _open(self, url: str, options: dict[str, Any], wait: OpeningWait) -> None:
+        """Call Optuna's constructor, again and again while the database is away."""
+        tries, began = 0, time.monotonic()
+        with _said_after(SAY_SECONDS, "waiting for the study's database to answer"):
+            while True:
+                wait.check()
+                tries += 1
+                try:
+                    return super().__init__(url, engine_kwargs=options)
+                except ImportError as error:
+                    raise StudyError(
+                        f"hydra.sweeper.storage needs a driver that is not installed ({error}). "
+                        "Install it for postgresql+psycopg:// with pip install 'sweeper[postgres]'"
+                    ) from None
+                except (SQLAlchemyError, StorageInternalError) as error:
+                    waits = _is_away(error) and wait.is_worth(time.monotonic() - began)
+                    if not (waits or (tries < STARTS and _was_created_meanwhile(error))):
+                        raise _unopened(url, error, wait) from None
+                    if waits and tries == 1:
+                        _LOG.warning("waiting for the study's database: %s", _reason(error))
+                except (*DAMAGES, AssertionError, RuntimeError) as error:
+                    # the last two are Optuna's own checks of the tables' version
+                    raise damaged(url, error) from None
+                time.sleep(FIRST_WAIT_S)
 
     @contextmanager
     def owned(self, study_name: str) -> Iterator[None]:
@@ -252,10 +293,23 @@ def _is_damaged(error: Exception) -> bool:
     return any(words in str(_cause(error)) for words in DAMAGED_FILE)
 
 
-def _unopened(url: str, error: Exception) -> StudyError:
+@contextmanager
+def _said_after(seconds: float, text: str) -> Iterator[None]:
+    """Log a warning if the block takes longer: one attempt at a silent server takes CONNECT_SECONDS."""
+    timer = threading.Timer(seconds, _LOG.warning, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _unopened(url: str, error: Exception, wait: OpeningWait) -> StudyError:
     if _is_damaged(error):
         return damaged(url, error)
-    return StudyError(f"hydra.sweeper.storage cannot be opened: {_reason(error)}")
+    ended = wait.words() if _is_away(error) else ""
+    return StudyError(f"hydra.sweeper.storage cannot be opened: {_reason(error)}{ended}")
 
 
 def _is_gone(url: str, error: Exception) -> bool:

@@ -8,7 +8,8 @@ driver and is reattached.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ from sweeper.core.references import referenced_tree
 from sweeper.search.ownership import database_url
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
-from sweeper.search.storage import PATIENCE_S, PatientStorage
+from sweeper.search.storage import PATIENCE_S, OpeningWait, PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.telling import counts
 
@@ -60,18 +61,33 @@ CLONE_OF = "clone_of"
 """User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
 MARGIN = "equivalence_margin"
 """User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
+AUDITED = "audited"
+"""User attribute of a trial that the pruner would have stopped, and that was kept running."""
 DROPPED = "dropped"
 """User attribute of a trial that a user stopped for good."""
 
 
-def open_storage(url: str | None, folder: StudyFolder) -> PatientStorage:
-    """Open Optuna's storage: the given URL, or SQLite in the study's folder."""
+def open_storage(
+    url: str | None,
+    folder: StudyFolder,
+    seconds_over: Callable[[], float] = lambda: -math.inf,
+    check: Callable[[], object] = lambda: None,
+) -> PatientStorage:
+    """Open Optuna's storage: the given URL, or SQLite in the study's folder.
+
+    Args:
+        url: the database that the settings name, if any.
+        folder: the study's folder.
+        seconds_over: returns the seconds since the end of the study's time, negative before.
+        check: called before each attempt at a database that is away. Its error ends the wait.
+    """
     if url is None:
         folder.path.mkdir(parents=True, exist_ok=True)
         url = database_url(folder.database)
         return PatientStorage(url)
     # a study that was run before is waited for as it is while it runs; a first start may be misspelt
-    return PatientStorage(url, PATIENCE_S if folder.standing.exists() else 0.0)
+    patience_s = PATIENCE_S if folder.standing.exists() else 0.0
+    return PatientStorage(url, OpeningWait(patience_s, seconds_over, check))
 
 
 def share_cache(storage: RDBStorage) -> BaseStorage:
@@ -203,7 +219,9 @@ def steering_tags(trial: BaseTrial) -> dict[str, str]:
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     """Enqueue a cancelled trial's point again, to be continued from its checkpoint."""
     suggest(trial, space)
-    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number})
+    # an audit that is drawn again would prune trials that the first draw had spared
+    audited = {AUDITED: True} if trial.user_attrs.get(AUDITED) else {}
+    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number, **audited})
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:

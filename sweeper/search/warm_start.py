@@ -233,6 +233,12 @@ def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBase
         )
 
 
+def forked_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:
+    """Return the arm of the study that a plan forks, or None if it forks none or the arm is absent."""
+    name = plan.study.fork_of
+    return None if name is None else _earlier(plan, arm, storage, name)
+
+
 def _earlier(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage, name: str) -> optuna.Study | None:
     """Return an arm of an earlier study, or None if it was never opened."""
     if arm.name not in _arms(plan, storage, name):

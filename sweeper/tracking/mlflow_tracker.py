@@ -148,6 +148,17 @@ class MlflowTracker:
             }
             self._save_entry(known.model_copy(update=moved))
 
+    def settle_move(self, trial: TrialRecord, moved_to: TrialFolder) -> None:
+        """Implement Tracker.settle_move."""
+        known, place = self._known(trial), self._ledger.relative(moved_to.path)
+        recorded = any(entry.folder == place for entry in self._ledger.trials.values())
+        if known is None or recorded:
+            return
+        # a run that is younger than the move is the new trial's: the move was made without MLflow
+        moved_at_ms = moved_to.path.stat().st_ctime * 1000
+        if known.started_ms <= moved_at_ms:
+            self.set_aside(trial, moved_to)
+
     def keep(self, folders: Sequence[TrialFolder]) -> None:
         """Implement Tracker.keep."""
         chosen = {self._ledger.relative(folder.path) for folder in folders}

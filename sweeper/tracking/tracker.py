@@ -121,6 +121,9 @@ class Tracker(Protocol):
         The trial itself gets a run of its own.
         """
 
+    def settle_move(self, trial: TrialRecord, moved_to: TrialFolder) -> None:
+        """Detach the run of a folder that was moved, unless its move was recorded."""
+
     def keep(self, folders: Sequence[TrialFolder]) -> None:
         """Upload the weights of these trials only. Metrics of all trials are recorded."""
 
@@ -192,6 +195,9 @@ class NullTracker:
         """Do nothing."""
 
     def set_aside(self, trial: TrialRecord, moved_to: TrialFolder) -> None:
+        """Do nothing."""
+
+    def settle_move(self, trial: TrialRecord, moved_to: TrialFolder) -> None:
         """Do nothing."""
 
     def keep(self, folders: Sequence[TrialFolder]) -> None:

@@ -26,6 +26,7 @@ def training_arguments(
     compute_dtype: torch.dtype,
     *,
     ordered: bool,
+    whole_steps: bool = False,
 ) -> TrainingArguments:
     """Return transformers' arguments for a trial.
 
@@ -35,9 +36,14 @@ def training_arguments(
         checkpoints: folder of the checkpoints.
         compute_dtype: dtype of the forward pass. float16 and bfloat16 are autocast to.
         ordered: True if the rows are trained in their order (data.order_by), not shuffled.
+        whole_steps: True if a device's rows of a step come as one batch, and the trainer splits it.
     """
     training = settings.training
     cuda = torch.cuda.is_available()
+    # transformers multiplies the effective batch by the devices. Ours is part of the settings and
+    # stays the same, so each device accumulates fewer micro-batches
+    share = training.effective_batch_size // training.devices_per_trial
+    rows = share if whole_steps else training.per_device_train_batch_size
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=schedule.total_steps,
@@ -45,11 +51,10 @@ def training_arguments(
         lr_scheduler_type=training.lr_scheduler_type,
         lr_scheduler_kwargs=_scheduler_options(settings),
         warmup_steps=schedule.warmup_steps,
-        # transformers multiplies the effective batch by the devices. Ours is part of the settings and
-        # stays the same, so each device accumulates fewer micro-batches
-        per_device_train_batch_size=training.per_device_train_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps
-        // training.devices_per_trial,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=share // rows,
+        # Rows that complete the last batch of every device would be trained twice (rank_batches.py)
+        accelerator_config={"even_batches": False},
         optim=training.optim,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -65,6 +70,7 @@ def training_arguments(
         logging_nan_inf_filter=False,  # the default would replace a NaN by the running mean
         eval_strategy="steps",
         eval_steps=schedule.eval_every,
+        eval_delay=schedule.first_look,
         save_strategy="steps",
         save_steps=schedule.save_every,
         save_total_limit=None,  # JudgedTrainer removes old checkpoints once the new one is sealed

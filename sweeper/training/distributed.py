@@ -70,6 +70,14 @@ class RankGroup:
         agreed: T = json.loads(bytes(content.tolist()))
         return agreed
 
+    def largest(self, value: int) -> int:
+        """Return the largest value of all ranks."""
+        if self.size == 1:
+            return value
+        found = torch.tensor([value], device=device())
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return int(found)
+
 
 SINGLE_PROCESS = RankGroup()
 

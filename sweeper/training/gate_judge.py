@@ -158,7 +158,7 @@ def _losses(
             tokenized,
             None,
             # All rows and the loss only, whatever the trial evaluated during its training
-            settings.evaluation.model_copy(update={"max_samples": None, "metrics": {}}),
+            settings.evaluation.model_copy(update={"look_rows": None, "metrics": {}}),
             data.split_seed,
             base.compute_dtype,
             settings.training.loss_chunk_size,

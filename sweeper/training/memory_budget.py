@@ -7,16 +7,18 @@ allocator than on the trial. dry_run=true prints the whole estimate on any machi
 
 from __future__ import annotations
 
+from heapq import nlargest
+
 import torch
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import DoesNotFit
 from sweeper.core.outcome import TrialSize
 from sweeper.core.value import MemoryShortfall
-from sweeper.data.tokens import IGNORED
+from sweeper.data.tokens import IGNORED, Tokens
 from sweeper.modeling.hardware import device, device_report
 from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.training.micro_batch import Fits, smallest_form
+from sweeper.training.micro_batch import Fits, smallest_form, token_limit
 from sweeper.training.prepared_data import PreparedData
 
 USABLE_MEMORY = 0.8
@@ -32,12 +34,12 @@ class MemoryBudget:
     def __init__(self) -> None:
         self._estimates: dict[str, float] = {}
 
-    def fits(self, prepared: PreparedData) -> Fits:
+    def fits(self, prepared: PreparedData, *, padding_free: bool = False) -> Fits:
         """Return `Fits` for trials on these data. On a CPU it answers None."""
         free = _available_mib()
 
         def fit(settings: TrialSettings) -> bool | None:
-            needed = self.estimate_mib(settings, prepared)
+            needed = self.estimate_mib(settings, prepared, padding_free=padding_free)
             return None if needed is None else needed < USABLE_MEMORY * free
 
         return fit
@@ -68,18 +70,33 @@ class MemoryBudget:
             what = "weights, optimizer states and the activations of one row"
             raise DoesNotFit(MemoryShortfall(need_mib=least, have_mib=have, what=what))
 
-    def estimate_mib(self, settings: TrialSettings, prepared: PreparedData) -> float | None:
-        """Return the peak MiB of a step on a batch of the longest rows, or None on a CPU."""
+    def estimate_mib(
+        self, settings: TrialSettings, prepared: PreparedData, *, padding_free: bool = False
+    ) -> float | None:
+        """Return the peak MiB of a step on a batch of the longest rows, or None on a CPU.
+
+        Args:
+            settings: the trial.
+            prepared: the trial's data.
+            padding_free: True if micro-batches have no padding, so that their memory is their tokens.
+        """
         if device().type == "cpu":
             return None
         rows = prepared.train.rows
-        length = max(len(row["input_ids"]) for row in rows)
-        targets = max(sum(label != IGNORED for label in row["labels"]) for row in rows)
-        key = f"{length} {targets} {settings.structure}"
+        size = settings.training.per_device_train_batch_size if padding_free else 1
+        length = token_limit(rows, size)
+        targets = sum(nlargest(size, (_targets(row) for row in rows)))
+        key = f"{length} {targets} {padding_free} {settings.structure}"
         if key not in self._estimates:
-            estimate = estimate_trial(settings, device(), length=length, targets=targets)
+            estimate = estimate_trial(
+                settings, device(), length=length, targets=targets, padding_free=padding_free
+            )
             self._estimates[key] = estimate.total
         return self._estimates[key]
+
+
+def _targets(row: Tokens) -> int:
+    return sum(label != IGNORED for label in row["labels"])
 
 
 def _available_mib() -> float:

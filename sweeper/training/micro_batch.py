@@ -1,17 +1,21 @@
 """Split an optimiser step's examples into micro-batches, and halve those after out of memory.
 
+A micro-batch without padding is limited in tokens: to those that its number of rows may have at most.
+
 The effective batch never changes here, because it affects the result. transformers'
 auto_find_batch_size would change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from heapq import nlargest
 from typing import TypeVar
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.device_failures import means_out_of_memory
 from sweeper.core.errors import first_line
+from sweeper.data.tokens import Tokens
 
 Knob = TypeVar("Knob")
 Result = TypeVar("Result")
@@ -71,6 +75,11 @@ def with_micro_batch(settings: TrialSettings, limit: int) -> TrialSettings:
     return _with(
         settings, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulation
     )
+
+
+def token_limit(rows: Sequence[Tokens], size: int) -> int:
+    """Return the tokens of the `size` longest rows, which `size` rows never exceed."""
+    return sum(nlargest(size, (len(row["input_ids"]) for row in rows)))
 
 
 def smallest_form(settings: TrialSettings) -> TrialSettings:

@@ -121,7 +121,7 @@ class PreparedData:
 
     def judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
         """Return the judge of the whole validation split."""
-        return make_judge(
+        judge = make_judge(
             self.tokenizer,
             self.validation.rows,
             self.held_out if settings.evaluation.generation.num_examples else None,
@@ -131,6 +131,7 @@ class PreparedData:
             base.compute_dtype,
             settings.training.loss_chunk_size,
         )
+        return replace(judge, groups=self._groups("validation"))
 
     def test_judge(self, settings: TrialSettings, base: LoadedBase) -> ModelJudge:
         """Return the judge on the test split: of the losses, and of answers if the objective needs them.
@@ -147,14 +148,15 @@ class PreparedData:
             count = settings.evaluation.generation.num_examples
             held_out = prompts and prompts.sample(count, settings.data.split_seed)
             judge = replace(judge, held_out=held_out)
-        return replace(judge, groups=self._test_groups())
+        return replace(judge, groups=self._groups("test"))
 
-    def _test_groups(self) -> list[int]:
-        """Return the group of each row of the test split, or nothing if rows are not grouped."""
-        name, examples = self.settings.group_by, self.splits.examples.get("test", ())
+    def _groups(self, split: str) -> list[int]:
+        """Return the group of each row of a held-out split, or nothing if rows are not grouped."""
+        name, examples = self.settings.group_by, self.splits.examples.get(split, ())
+        rows = self.encoded[split].rows if split in self.encoded else ()
         # Plain text is cut into blocks, and a row without a target is dropped: then rows and examples
         # do not correspond, and the report says that rows were drawn one by one.
-        if name is None or self.test is None or len(self.test.rows) != len(examples):
+        if name is None or len(rows) != len(examples):
             return []
         values = [str(column(example, name, "group_by")) for example in examples]
         numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}

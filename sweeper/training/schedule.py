@@ -28,6 +28,8 @@ class TrialSchedule:
     warmup_steps: int
     eval_every: int
     save_every: int
+    first_look: int
+    """Step of the first evaluation. One more than total_steps: only the end is evaluated."""
 
     def warmup_factor(self, step: int) -> float | None:
         """Return the share of the peak rate in a step of the warm-up, or None to leave it as it is.
@@ -64,6 +66,7 @@ def plan_schedule(training: TrainingSettings, rows: int) -> TrialSchedule:
         warmup_steps=training.warmup_length(total),
         eval_every=every,
         save_every=every * int(_saves_per_evaluation(training, every, per_epoch)),
+        first_look=first_look(training, total, every),
     )
 
 
@@ -73,6 +76,21 @@ def evaluate_every(training: TrainingSettings, total_steps: int, steps_per_epoch
     if steps == "epoch":
         return steps_per_epoch
     return max(1, round(steps * total_steps)) if steps < 1 else int(steps)
+
+
+def first_look(training: TrainingSettings, total_steps: int, every: int) -> int:
+    """Return the step of the first evaluation, a multiple of `every`."""
+    delay = training.eval_delay
+    steps = delay * total_steps if delay < 1 else delay
+    # Intervals are rounded to steps: of 100 steps an eighth is 12, and the second look, at 24, is the
+    # one at a quarter
+    return every * max(1, math.ceil(steps / every - 0.25))
+
+
+def look_steps(schedule: TrialSchedule) -> list[int]:
+    """Return the steps after which a trial is evaluated: from the first look on, and at the end."""
+    steps = range(schedule.first_look, schedule.total_steps, schedule.eval_every)
+    return [*steps, schedule.total_steps]
 
 
 def advice(settings: TrialSettings, rows: int) -> list[str]:

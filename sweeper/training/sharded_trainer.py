@@ -141,6 +141,9 @@ class ShardedTrainer(JudgedTrainer):
         # Deferred, as transformers does it, whole gradients would stay on every device
         return nullcontext()
 
+    def _unsynchronized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        return self._defer_fsdp_gradient_reduction()
+
     @property
     def trained(self) -> PreTrainedModel | None:
         """The whole model with the best weights after training, or None without any evaluation."""

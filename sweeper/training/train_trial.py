@@ -36,7 +36,8 @@ from sweeper.training.artifact import TrainedModel, save_artifact
 from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.checkpoint import Checkpoint, fall_back, newest_checkpoint
 from sweeper.training.distributed import SINGLE_PROCESS, RankGroup, RankSyncCallback
-from sweeper.training.micro_batch import halving
+from sweeper.training.look_losses import LookLosses
+from sweeper.training.micro_batch import halving, token_limit
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import (
     best_figures,
@@ -117,12 +118,17 @@ def train_trial(
         inputs.judge.within_trial({objective.metric, pruning_metric}), costs
     )
 
+    sample = trial_judge.judge.rows
+    losses = LookLosses(folder.look_losses, sample, resumed.step if resumed else 0)
+
     def judge(model: torch.nn.Module) -> Judgement:
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
         judging = trial_judge.judge if settings.training.fsdp else trial_judge
         judgement = judging(model, JudgementReader.LOOK)
         costs.warn(judgement.failures)
         inputs.ranks.broadcast(dict(judgement.metrics))
+        if settings.evaluation.look_rows is not None:  # whole splits may have 100,000 rows
+            losses.write(trainer.state.global_step, judgement.examples)
         return judgement
 
     trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, costs, [callback])
@@ -218,6 +224,22 @@ def _trainer(
     callbacks: list[TrainerCallback],
 ) -> JudgedTrainer:
     kind = ShardedTrainer if settings.training.fsdp else JudgedTrainer
+    collator = _collator(inputs, settings)
+    padding_free = isinstance(collator, PaddingFreeCollator)
+    rows = settings.training.per_device_train_batch_size
+    tokens = token_limit(inputs.train.rows, rows) if padding_free else None
+    if tokens is not None:
+        costs.facts["Micro-batches"] = (
+            f"at most {tokens:,} tokens, those of the {rows} longest rows"
+        )
+    arguments = training_arguments(
+        settings,
+        schedule,
+        checkpoints,
+        inputs.compute_dtype,
+        ordered=inputs.ordered,
+        whole_steps=padding_free,
+    )
     trainer = kind(
         judging=judging,
         costs=costs,
@@ -226,12 +248,11 @@ def _trainer(
         ranks=inputs.ranks,
         schedule=schedule,
         model=inputs.model,
-        args=training_arguments(
-            settings, schedule, checkpoints, inputs.compute_dtype, ordered=inputs.ordered
-        ),
+        micro_batch_tokens=tokens,
+        args=arguments,
         train_dataset=TokenizedRows(inputs.train.rows),
         eval_dataset=TokenizedRows(list(inputs.judge.rows)),
-        data_collator=_collator(inputs, settings),
+        data_collator=collator,
         callbacks=[*callbacks, RankSyncCallback(inputs.ranks)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints what the spool already contains

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sweeper.config.settings import LoraAdapter, TrialSettings
 from sweeper.core.paths import TrialFolder, write_json
-from sweeper.data.tokens import Tokens
+from sweeper.data.padding_free import split_by_tokens, without_targets
+from sweeper.data.tokens import IGNORED, Tokens
 from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.token_loss import autocast, compute_loss_in_forward, target_nll
 from sweeper.modeling.model_source import NO_CODE
@@ -21,6 +23,7 @@ from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import remove_old, seal
 from sweeper.training.distributed import RankGroup
 from sweeper.training.optimizer import loraplus_optimizer
+from sweeper.training.rank_batches import NO_ROW, CompletedBatches
 from sweeper.training.schedule import TrialSchedule
 from sweeper.training.trial_costs import TrialCosts
 
@@ -38,7 +41,11 @@ class TokenizedRows(Dataset[Tokens]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Tokens:
-        return self._rows[index]
+        """Return a row, or for NO_ROW one that adds nothing to the loss."""
+        if index != NO_ROW:
+            return self._rows[index]
+        short = {name: values[:2] for name, values in self._rows[0].items()}
+        return {**short, "labels": [IGNORED] * len(short["labels"])}
 
 
 class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
@@ -86,11 +93,26 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         settings: TrialSettings,
         compute_dtype: torch.dtype,
         ranks: RankGroup,
+        micro_batch_tokens: int | None,
         schedule: TrialSchedule,
         **options: Any,
     ) -> None:
+        """Prepare the training.
+
+        Args:
+            judging: Evaluates the model.
+            costs: Charged with what the trial uses.
+            settings: The trial.
+            compute_dtype: Dtype of the forward pass.
+            ranks: The processes that train the trial.
+            micro_batch_tokens: Limit of a micro-batch, if a device's rows of a step come as one batch
+                without padding. None if transformers accumulates padded batches.
+            schedule: The trial's schedule.
+            options: Arguments of transformers.Trainer.
+        """
         super().__init__(**options)
         self._ranks = ranks
+        self._micro_batch_tokens = micro_batch_tokens
         self._schedule = schedule
         if ranks.size > 1:
             # DDP averages gradients only if the loss is computed inside the outermost forward method
@@ -120,6 +142,14 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         if isinstance(sampler, LengthGroupedSampler):
             return GroupedByLength(sampler, self.args.seed)
         return sampler
+
+    def get_train_dataloader(self) -> DataLoader[Tokens]:
+        """Return this rank's batches. Every rank has as many of them."""
+        loader: DataLoader[Tokens] = super().get_train_dataloader()
+        if self._ranks.size > 1:
+            shard: Any = loader.batch_sampler
+            shard.batch_sampler = CompletedBatches(shard.batch_sampler, self._ranks.size)
+        return loader
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the configured optimiser, with LoRA+ learning rates if they are set."""
@@ -156,6 +186,39 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         assert targets is not None, "transformers counts the labels of a step"
         self._costs.add_step(batches, targets, self._ranks.size)
         return batches, targets
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Compute the gradients of a batch, in micro-batches if it is a step without padding."""
+        if self._micro_batch_tokens is None:
+            loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+            return loss
+        *earlier, last = self._micro_batches(inputs, self._micro_batch_tokens)
+        losses = []
+        for part in earlier:
+            with self._unsynchronized(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def _micro_batches(
+        self, step: dict[str, torch.Tensor], limit: int
+    ) -> list[dict[str, torch.Tensor]]:
+        """Return a step's micro-batches, as many on every rank."""
+        parts = split_by_tokens(step, limit)
+        # Rows of other lengths may need fewer micro-batches here than on another rank. A sharded model
+        # gathers its weights in each of them, so a rank with fewer would let the others wait for ever
+        missing = self._ranks.largest(len(parts)) - len(parts)
+        return parts + [without_targets(step)] * missing
+
+    def _unsynchronized(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which gradients are accumulated, not averaged over the ranks."""
+        context: AbstractContextManager[None] = self.accelerator.no_sync(model=model)
+        return context
 
     def compute_loss(
         self,

@@ -499,7 +499,8 @@ class TransformersRunner:
         with costs.stage("data"):
             # No local variable refers to the base, because full fine-tuning releases it on the way
             prepared = self._data(settings, self._base(settings))
-            fits = self._memory.fits(prepared)
+            padding_free = self._base(settings).padded_because is None
+            fits = self._memory.fits(prepared, padding_free=padding_free)
         with costs.stage("load"):
             settings = resolve(settings, fits, on_gpu=device().type == "cuda")
         while True:
@@ -730,7 +731,8 @@ class TransformersRunner:
         """Record the data and the machine for the training log and the outcome, and the data card."""
         training, report = settings.training, device_report(device())
         write_atomic(folder.data_card, prepared.card.markdown())
-        estimate = self._memory.estimate_mib(settings, prepared)
+        padding_free = base.padded_because is None
+        estimate = self._memory.estimate_mib(settings, prepared, padding_free=padding_free)
         costs.facts = {
             "Device": f"{report.name}, {report.total_mib:,.0f} MiB",
             "Precision": base.dtype_reason,

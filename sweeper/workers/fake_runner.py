@@ -438,7 +438,7 @@ def _ended(
         **{"parameters/trainable": fake_parameters(settings), "cost/seconds": seconds},
     }
     value = kept[settings.objective.metric]
-    sample = settings.evaluation.max_samples or VALIDATION_ROWS
+    sample = settings.evaluation.look_rows or VALIDATION_ROWS
     if cause not in SELF_ENDED and sample < VALIDATION_ROWS:
         metrics[LOOK_ROWS] = float(sample)
     return Outcome(cause=cause, best_value=value, best_step=best_step, steps=steps, metrics=metrics)

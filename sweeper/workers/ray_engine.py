@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray
+from filelock import FileLock, Timeout
 from ray.exceptions import RayError, RayTaskError
 
 from sweeper.config.settings import WorkerSettings
@@ -359,22 +360,41 @@ def _this_machine_only() -> Iterator[None]:
         os.environ |= {} if variable is None else {name: variable}
 
 
-_PRIVATE: list[Path] = []
+OWNER = ".sweeper"
+"""Lock file in the folder of a session, held by the process that started Ray."""
+
+_PRIVATE: dict[Path, FileLock] = {}
 """Folders of sessions that were started here."""
 
 
 def _private_folder() -> Path:
-    """Return a new folder for Ray's session, which Ray itself opens to every user of the machine."""
+    """Return a new folder for Ray's session, inside one that no other user can enter."""
     # short, because the paths of its sockets have at most 107 characters
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp" if Path("/tmp").is_dir() else None))
-    _PRIVATE.append(folder)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    place = Path("/tmp" if Path("/tmp").is_dir() else tempfile.gettempdir())
+    _remove_abandoned(place)
+    outer = Path(tempfile.mkdtemp(prefix="ray-", dir=place))
+    owner = FileLock(outer / OWNER, timeout=0)
+    owner.acquire()
+    _PRIVATE[outer] = owner
+    atexit.register(_remove_private_folders)
+    # Ray gives every user all rights on its folder, also on one that exists already
+    return outer / "s"
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove the folders of sessions whose process was killed."""
+    for owner in place.glob(f"ray-*/{OWNER}"):
+        with suppress(OSError, Timeout):
+            if owner.parent.stat().st_uid == os.getuid() and owner.parent not in _PRIVATE:
+                with FileLock(owner, timeout=0):
+                    shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _remove_private_folders() -> None:
     while _PRIVATE:
-        shutil.rmtree(_PRIVATE.pop(), ignore_errors=True)
+        folder, owner = _PRIVATE.popitem()
+        shutil.rmtree(folder, ignore_errors=True)
+        owner.release()
 
 
 def connect(address: str | None, n_jobs: int) -> None:

@@ -269,7 +269,7 @@ def test_a_continued_trial_keeps_the_rungs_it_had_passed(tmp_path: Path) -> None
     _run(tmp_path, *one)
     cancelled, continued = _trials(tmp_path)
     assert (cancelled.user_attrs["cause"], continued.user_attrs["continues"]) == ("cancelled", 0)
-    assert list(continued.intermediate_values) == [350, 500, 650, 800]
+    assert list(continued.intermediate_values) == [250, 375, 500, 625, 750]
     assert cancelled.intermediate_values.items() <= continued.intermediate_values.items()
 
 

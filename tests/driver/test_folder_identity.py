@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -17,8 +19,12 @@ from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import train_single
 from sweeper.core.errors import StudyError, StudyMismatch
 from sweeper.core.paths import StudyFolder, TrialFolder, read_json, write_atomic, write_json
+from sweeper.core.trial_identity import TrialIdentity
+from sweeper.driver.folder_claims import FolderClaims
 from sweeper.reporting.results import StudyResults, load_results
 from sweeper.search.study_plan import single, studies
+from sweeper.tracking.mlflow_tracker import MlflowTracker
+from sweeper.tracking.tracker import NullTracker, TrialRecord
 
 NAME = "mine"
 FAKE = (
@@ -227,6 +233,93 @@ def test_trials_later_than_a_restored_database_are_set_aside(
     runs = _runs()
     assert runs["lora/0003"][0].data.params["adapter.r"] == str(was["r"])
     assert runs["lora/0003_2"][0].data.params["adapter.r"] == str(_settings(later)["r"])
+
+
+@pytest.mark.slow
+def test_a_kill_between_a_move_and_its_record_gives_the_new_trial_a_run_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The folder lies in set_aside and MLflow's ledger does not know it: the next start records it."""
+    _run(LOW, recorded=True)
+    shutil.copy(FOLDER.database, "backup.db")
+    _run(LOW, "hydra.sweeper.n_trials=4", recorded=True)
+    later = FOLDER.trial("lora", 3)
+    _kill_in(later)
+    was = _settings(later)
+    shutil.copy("backup.db", FOLDER.database)
+    again = ("hydra.sweeper.n_trials=4", "sampler=random", "hydra.sweeper.sampler.seed=7")
+
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    for _ in ("lora/0002", "lora/0003"):  # each start meets one more of them
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowTracker, "set_aside", killed)
+            with pytest.raises(SystemExit):
+                _run(LOW, *again, recorded=True)
+    _run(LOW, *again, recorded=True)
+    runs = _runs()
+    for key in ("lora/0002", "lora/0003"):
+        assert len(runs[key]) == len(runs[f"{key}_2"]) == 1
+        assert runs[key][0].info.status != "RUNNING"
+    assert runs["lora/0003"][0].data.params["adapter.r"] == str(was["r"])
+    assert runs["lora/0003_2"][0].data.params["adapter.r"] == str(_settings(later)["r"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["study", "trial"])
+def test_the_folder_of_a_finished_trial_is_claimed_when_its_arm_is_opened(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Replaced by another trial's: moved away with a message, before anything hands out its weights."""
+    _run(LOW)
+    own, other = FOLDER.trial("lora", 0), FOLDER.trial("lora", 1)
+    _altered(own, key, "another")
+    was = own.outcome.stat().st_ino
+    capsys.readouterr()
+    _run(LOW, "verbosity=normal")
+    aside = TrialFolder(FOLDER.set_aside / "trials" / "lora" / "trial_0000")
+    assert aside.outcome.stat().st_ino == was
+    assert not own.path.exists()
+    assert other.outcome.exists()
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"lora/0000: {own.path} holds the work of another trial ({key} another" in output
+
+
+@pytest.mark.parametrize(("study", "key"), [("other", "lora/0000"), ("mine", "lora/0001")])
+def test_a_finished_trial_of_another_study_or_number_is_set_aside(study: str, key: str) -> None:
+    """Its folder is moved with all that is in it. One of the study's own stays."""
+    claims = FolderClaims(FOLDER, "mine", NullTracker(), print)
+    for number, identity in enumerate(((study, key), ("mine", "lora/0001"))):
+        folder = FOLDER.trial("lora", number)
+        named = TrialIdentity(study=identity[0], trial=identity[1], seed=0, settings="x")
+        write_atomic(folder.identity, named.model_dump_json())
+        claims.recall(TrialRecord(f"lora/{number:04d}", folder, {}))
+    assert not FOLDER.trial("lora", 0).path.exists()
+    assert TrialFolder(FOLDER.set_aside / "trials" / "lora" / "trial_0000").identity.exists()
+    assert FOLDER.trial("lora", 1).identity.exists()
+
+
+@pytest.mark.slow
+def test_a_cancelled_trial_that_cannot_be_continued_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its folder was trained with another rate: the point is trained from its first step."""
+    _run(LOW)
+    folder = FOLDER.trial("lora", 1)
+    _kill_in(folder)
+    _another_rate(folder)
+    with closing(sqlite3.connect(FOLDER.database)) as database, database:
+        database.execute("update trials set state = 'FAIL' where number = 1")
+    study = optuna.load_study(study_name=f"{NAME}/lora", storage=f"sqlite:///{FOLDER.database}")
+    study.enqueue_trial(study.trials[1].params, user_attrs={"continues": 1})
+    capsys.readouterr()
+    _run(LOW, "hydra.sweeper.n_trials=3", "verbosity=normal")
+    assert _steps(FOLDER.trial("lora", 2))[0] < 8
+    output = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"lora/0002: starts from its first step. {folder.path}, which it continues, holds" in output
+    )
 
 
 def _another_seed(folder: TrialFolder) -> None:

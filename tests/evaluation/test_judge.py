@@ -14,7 +14,13 @@ from sweeper.config.settings import DIRECTIONS, EvaluationSettings, validate
 from sweeper.core.errors import ConfigError
 from sweeper.data.encode import encode_evaluation, encode_prompts
 from sweeper.data.tokens import PaddingCollator
-from sweeper.evaluation.judge import HeldOutPrompts, ModelJudge, make_judge, plausibility_warning
+from sweeper.evaluation.judge import (
+    HeldOutPrompts,
+    ModelJudge,
+    draw_rows,
+    make_judge,
+    plausibility_warning,
+)
 from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.evaluation.rouge import rouge
 from sweeper.evaluation.token_loss import evaluate_examples, total
@@ -106,16 +112,28 @@ def test_a_metric_that_was_not_measured_is_an_error(base: LoadedBase) -> None:
 
 
 def test_looks_inside_a_trial_are_capped_and_cheap(base: LoadedBase) -> None:
-    """max_samples rows, the same ones for every judge of the seed; answers only if asked for."""
-    judge = judge_of(base, max_samples=5)
+    """look_rows rows, the same ones for every judge of the seed; answers only if asked for."""
+    judge = judge_of(base, look_rows=5)
     look = judge.within_trial(["eval/loss", "eval/perplexity"])
     assert len(look.rows) == len(look.row_bytes) == 5
-    assert look.rows == judge_of(base, max_samples=5).within_trial(["eval/loss"]).rows
+    assert look.rows == judge_of(base, look_rows=5).within_trial(["eval/loss"]).rows
     assert look.held_out is None
     assert judge.within_trial(["eval/loss", "eval/rouge1"]).held_out == judge.held_out
     assert len(judge.rows) == 20
     indices = [judge.rows.index(row) for row in look.rows]
     assert [judge.row_bytes[index] for index in indices] == look.row_bytes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_sample_of_grouped_rows_has_every_groups_share(seed: int) -> None:
+    """Groups of 60, 30 and 10 rows that lie mixed have 12, 6 and 2 of 20, to the rounding of a place."""
+    groups = [0 if index % 10 < 6 else 1 if index % 10 < 9 else 2 for index in range(100)]
+    drawn = draw_rows(100, groups, 20, seed)
+    assert drawn == sorted(set(drawn)) == draw_rows(100, groups, 20, seed)
+    assert len(drawn) == 20
+    shares = [sum(groups[index] == group for index in drawn) for group in range(3)]
+    assert shares == pytest.approx([12, 6, 2], abs=1)
+    assert draw_rows(100, groups, 100, seed) == draw_rows(100, [], None, seed) == list(range(100))
 
 
 def test_smaller_batches_change_no_figure(base: LoadedBase) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -22,6 +23,7 @@ from sweeper.search.study import open_storage
 from sweeper.search.study_plan import studies
 from sweeper.training.trial_costs import TrialCosts
 from tests.conftest import run_in_process
+from tests.faults.conftest import Launch
 
 NAME = "mine"
 FAKE = (
@@ -239,19 +241,24 @@ def test_a_damaged_account_of_costs_counts_as_nothing(damage: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_database_that_is_deleted_in_mid_run_ends_the_study_at_once(
-    copied: StudyFolder, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", ["study.db", "mine", "outputs"])
+@pytest.mark.parametrize("moment", ["trained", "asked"])
+def test_what_is_deleted_in_mid_run_ends_the_study_at_once(
+    launch: Launch, what: str, moment: str
 ) -> None:
-    """It is not waited for as one that is busy."""
-    from sweeper.driver.arm_search import ArmSearch
-
-    ended = ArmSearch.run
-
-    def deleted(self: ArmSearch, *words: object, **more: object) -> object:
-        copied.database.unlink()
-        return ended(self, *words, **more)
-
-    monkeypatch.setattr(ArmSearch, "run", deleted)
-    (plan,) = studies([*FAKE, "hydra.sweeper.n_trials=4"])
-    with pytest.raises(StudyError, match="database is gone"):
-        run_study(plan)
+    """The database, the study or all studies: no wait as for one that is busy, and a way out."""
+    step_s = "workers.fake.step_seconds=" + ("0.2" if moment == "trained" else "0.005")
+    sweep = launch("tracking=none", "hydra.sweeper.n_trials=40", step_s, name=NAME)
+    sweep.until_steps(1) if moment == "trained" else sweep.until_ended(2)
+    places = {"study.db": sweep.study / "study.db", "mine": sweep.study}
+    place = places.get(what, sweep.study.parent)
+    began = time.monotonic()
+    # its programs write meanwhile: a folder that they make again is deleted with the rest
+    while place.exists() and time.monotonic() - began < 5:
+        shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink()
+    output = " ".join(sweep.end(exit_code=1).split())
+    assert time.monotonic() - began < 60
+    assert "Traceback" not in output, output
+    assert "the study's database is gone" in output, output
+    assert "run the same command again" in output

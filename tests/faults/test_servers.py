@@ -94,6 +94,25 @@ def test_training_outlives_postgres_and_nobody_takes_over(
     assert {trial.user_attrs["attempt"] for trial in trials} == {1}
 
 
+def test_a_driver_that_is_started_while_postgres_is_away_waits_for_it(
+    stack: Stack, launch: Launch, stored: dict[str, Any]
+) -> None:
+    """It says so within seconds, keeps to the end of its time, and runs the study when it is back."""
+    overrides = ("tracking=none", STORAGE, "workers.fake.step_seconds=0.02")
+    launch(*overrides, "hydra.sweeper.n_trials=2", **stored).end()
+    stack.crash_postgres()
+    more = (*overrides, "hydra.sweeper.n_trials=4")
+    began = time.monotonic()
+    limited = launch(*more, "budget.wall_clock=3s", **stored)
+    assert "The study's time is used up" in limited.end(exit_code=1)
+    assert time.monotonic() - began < 60
+    sweep = launch(*more, **stored)
+    sweep.until(lambda: "waiting for the study's database" in sweep.output, "it said so")
+    assert stack.begin("start").wait(DEADLINE_S) == 0
+    sweep.end()
+    sweep.check_each_once(4)
+
+
 def test_a_study_without_mlflow_is_synced_later(
     stack: Stack, launch: Launch, tracked: dict[str, Any]
 ) -> None:

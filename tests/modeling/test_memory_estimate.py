@@ -68,6 +68,21 @@ def test_weights_are_what_the_loaded_base_really_holds(overrides: list[str]) -> 
     assert found.adapter * 2**20 == adapter
 
 
+@pytest.mark.slow
+def test_a_batch_without_padding_needs_the_memory_of_its_tokens() -> None:
+    """As many tokens in one sequence need what they need in rows, and half of them need half of it."""
+    settings = make_settings("training.per_device_train_batch_size=8", "quantization=none").trial
+    rows = estimate_trial(settings, CPU, length=64, targets=16)
+    whole, half = (
+        estimate_trial(settings, CPU, length=64 * n, targets=16 * n, padding_free=True)
+        for n in (8, 4)
+    )
+    assert whole.activations == pytest.approx(rows.activations, rel=0.05)
+    assert whole.logits == pytest.approx(rows.logits, rel=0.05)
+    assert half.activations == pytest.approx(whole.activations / 2, rel=0.05)
+    assert half.logits == pytest.approx(whole.logits / 2, rel=0.05)
+
+
 def test_the_same_modules_are_quantized_as_transformers_quantizes() -> None:
     """Names on the meta device are those of the Linear4bit modules of a loaded base."""
     settings = make_settings("quantization=nf4")

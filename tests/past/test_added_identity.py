@@ -15,6 +15,7 @@ from sweeper.core.input_digests import InputDigests
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder
 from sweeper.nightly.night_record import BestTrial, EntryDecision, EntryRecord, comparable
+from sweeper.search.stored_defaults import with_stored_defaults
 from sweeper.search.study import MEASURED, open_storage, open_study, require_same_settings
 from sweeper.search.study_plan import StudyPlan, studies
 from sweeper.search.warm_start import fork, winners
@@ -34,8 +35,15 @@ def _facts(**changes: Any) -> ArmBaseline:
     return found.model_copy(update={**TODAY, **changes})
 
 
-def _open(**changes: Any) -> optuna.Study:
+def _finished_plan() -> StudyPlan:
+    """The finished study's plan, with the defaults that it was started with."""
     (plan,) = studies(FINISHED)
+    plan, _ = with_stored_defaults(plan, {"lora": _stored()}, open_storage(None, FOLDER))
+    return plan
+
+
+def _open(**changes: Any) -> optuna.Study:
+    plan = _finished_plan()
     return open_study(plan, plan.arms[0], _facts(**changes), open_storage(None, FOLDER), "uuid")
 
 
@@ -81,7 +89,7 @@ def test_another_template_shows_in_the_target_tokens_of_the_past(past: Path) -> 
 
 def test_parts_that_need_a_worker_are_not_missed_before_one_runs(past: Path) -> None:
     """The first look at a study compares what its configuration says."""
-    (plan,) = studies(FINISHED)
+    plan = _finished_plan()
     _open()
     require_same_settings(_stored(), plan, plan.arms[0])
 
@@ -89,6 +97,8 @@ def test_parts_that_need_a_worker_are_not_missed_before_one_runs(past: Path) -> 
 def _fork_plan() -> StudyPlan:
     forked = ("hydra.sweeper.study_name=forked", "hydra.sweeper.fork_of=finished")
     (plan,) = studies([*FAKE, *SMALL, *forked])
+    storage = open_storage(None, StudyFolder(Path("outputs/forked")))
+    plan, _ = with_stored_defaults(plan, {}, storage)
     return plan
 
 

@@ -12,7 +12,7 @@ import optuna
 import pytest
 
 from sweeper.config import added_settings
-from sweeper.config.added_settings import ADDED_SETTINGS
+from sweeper.config.added_settings import ADDED_SETTINGS, EARLIER_DEFAULTS, kept_defaults
 from sweeper.config.compose import compose, read_yaml, to_yaml
 from sweeper.config.settings import TrialSettings, changed_parts, flatten, stored_settings, validate
 from sweeper.core.errors import ConfigError, StudyMismatch
@@ -21,6 +21,7 @@ from sweeper.core.paths import NightsFolder, StudyFolder
 from sweeper.nightly.entry_decision import decide
 from sweeper.nightly.night_record import NightRecord, comparable, read_record, write_record
 from sweeper.nightly.nightly_set import load_set
+from sweeper.search.stored_defaults import with_stored_defaults
 from sweeper.search.study import open_storage, open_study
 from sweeper.search.study_plan import StudyPlan, studies
 from sweeper.search.warm_start import fork
@@ -31,17 +32,22 @@ ADDED = "adapter.trainable_parameters"
 OTHER = "training.optim"
 """Stands in every question, and not in the table."""
 FOLDER = StudyFolder(Path("outputs/finished"))
+SHORTER = {"training.eval_steps": "0.125"}
 
 
 def _open(plan: StudyPlan, alter: Callable[[dict[str, str]], object]) -> list[optuna.Study]:
     """Every arm of the finished study, opened after its stored question was altered."""
     storage = open_storage(None, FOLDER)
-    opened = []
+    opened, studies = [], {}
     for arm in plan.arms:
         stored = optuna.load_study(study_name=f"finished/{arm.name}", storage=storage)
         question = dict(stored.user_attrs["question"])
         alter(question)
         stored.set_user_attr("question", question)
+        studies[arm.name] = stored
+    plan, _ = with_stored_defaults(plan, studies, storage)
+    for arm in plan.arms:
+        stored = studies[arm.name]
         facts = ArmBaseline.model_validate(stored.user_attrs["facts"])
         opened.append(open_study(plan, arm, facts, storage, "uuid"))
     return opened
@@ -70,9 +76,73 @@ def test_an_added_setting_that_is_used_makes_another_question(past: Path) -> Non
     assert f"{ADDED}: null then, 5000 now" in str(refusal.value)
 
 
+def test_a_stored_study_keeps_the_defaults_that_it_was_started_with(past: Path) -> None:
+    """Its looks are at the whole split, all of them, and at its rungs; each is named."""
+    (plan,) = studies(FINISHED)
+    assert (plan.settings.evaluation.look_rows, plan.settings.training.eval_delay) == (96, 0.25)
+    kept, notes = _kept(plan)
+    for arm in kept.arms:
+        assert arm.settings.evaluation.look_rows is None
+        assert arm.settings.training.eval_delay == 0
+        assert arm.settings_at({}).evaluation.look_rows is None
+    assert kept.study.pruner.rungs == [350, 500, 650, 800]
+    assert "arm lora keeps evaluation.look_rows=null, training.eval_delay=0.0" in notes[0]
+    assert "the pruner keeps rungs=[350, 500, 650, 800]" in notes[-1]
+
+
+@pytest.mark.slow
+def test_a_value_that_the_command_line_names_is_not_kept(past: Path) -> None:
+    """The user's value makes another question, and its own rungs another pruner."""
+    (plan,) = studies([*FINISHED, "evaluation.look_rows=64", "hydra.sweeper.pruner.rungs=[500]"])
+    kept, _ = _kept(plan)
+    assert {arm.settings.evaluation.look_rows for arm in kept.arms} == {64}
+    assert kept.study.pruner.rungs == [500]
+    with pytest.raises(StudyMismatch, match=r"evaluation\.look_rows: null then, 64 now"):
+        _open(plan, lambda question: None)
+
+
+def _kept(plan: StudyPlan) -> tuple[StudyPlan, list[str]]:
+    storage = open_storage(None, FOLDER)
+    stored = {
+        arm.name: optuna.load_study(study_name=f"finished/{arm.name}", storage=storage)
+        for arm in plan.arms
+    }
+    return with_stored_defaults(plan, stored, storage)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named", "kept"),
+    [
+        ({}, {"training.eval_delay": "0.25"}, [], {"training.eval_delay": "0.0"}),
+        ({}, {"training.eval_delay": "0.25"}, ["training.eval_delay"], {}),
+        (
+            {"training.eval_steps": "0.1"},
+            {"training.eval_steps": "0.125"},
+            [],
+            {"training.eval_steps": "0.1"},
+        ),
+        ({"training.eval_steps": "0.2"}, SHORTER, [], {}),
+        (
+            {"evaluation.max_samples": "500"},
+            {"evaluation.look_rows": "96"},
+            [],
+            {"evaluation.look_rows": "500"},
+        ),
+        ({"evaluation.look_rows": "96"}, {"evaluation.look_rows": "96"}, [], {}),
+    ],
+)
+def test_only_earlier_defaults_are_kept(
+    before: Mapping[str, str], now: Mapping[str, str], named: list[str], kept: Mapping[str, str]
+) -> None:
+    """A value that was no default, or that the user names, is compared as ever."""
+    assert kept_defaults(before, now, named) == kept
+
+
 @pytest.mark.parametrize(
     ("before", "now", "changed"),
     [
+        ({"lora: evaluation.max_samples": "5"}, {"lora: evaluation.look_rows": "5"}, []),
+        ({"evaluation.max_samples": "5"}, {"evaluation.look_rows": "6"}, ["evaluation.look_rows"]),
         ({}, {"training.fsdp": "false"}, []),
         ({}, {"training.fsdp": "true"}, ["training.fsdp"]),
         ({"training.fsdp": "true"}, {"training.fsdp": "false"}, ["training.fsdp"]),
@@ -92,10 +162,11 @@ def test_parts_are_compared_by_what_they_meant(
 
 @pytest.mark.parametrize("key", ADDED_SETTINGS)
 def test_the_table_names_settings_and_their_defaults(key: str) -> None:
-    """Each line is a setting of a trial, and its value can be one."""
+    """Each line is a setting of a trial, with its default or the default that it had before."""
     config = validate(TrialSettings, _trial(compose([]).config)).model_dump(mode="json")
     assert key in flatten(config)
-    assert flatten(config)[key] == ADDED_SETTINGS[key]
+    earlier = EARLIER_DEFAULTS.get(key, (flatten(config)[key],))
+    assert ADDED_SETTINGS[key] in earlier
 
 
 def _trial(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +220,7 @@ def test_a_fork_adopts_trials_without_added_settings(
     forked = ("hydra.sweeper.study_name=forked", "hydra.sweeper.fork_of=finished")
     (plan,) = studies([*FAKE, *SMALL, *forked])
     storage = open_storage(None, StudyFolder(Path("outputs/forked")))
+    plan, _ = with_stored_defaults(plan, {}, storage)
     stored = optuna.load_study(study_name="finished/lora", storage=open_storage(None, FOLDER))
     facts = ArmBaseline.model_validate(stored.user_attrs["facts"])
     study = open_study(plan, plan.arms[0], facts, storage, "uuid")
@@ -201,5 +273,5 @@ def test_nights_compare_where_an_added_setting_is_judged_on(
     without = _alter_night([key]).entries[MODEL]
     assert not comparable(whole.entries[MODEL], without)
     text = json.loads(whole.entries[MODEL].decided.identity[f"lora: {key}"])  # type: ignore[union-attr]
-    monkeypatch.setattr(added_settings, "ADDED_SETTINGS", {key: text})
+    monkeypatch.setattr(added_settings, "ADDED_SETTINGS", {"evaluation.look_rows": text})
     assert comparable(whole.entries[MODEL], without)

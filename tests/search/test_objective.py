@@ -194,7 +194,7 @@ def test_settings_that_change_no_value_are_no_other_question(change: str) -> Non
     assert settings_as_json(plain.arms[0]) == settings_as_json(changed.arms[0])
 
 
-@pytest.mark.parametrize("change", ["training.weight_decay=0.5", "evaluation.max_samples=7"])
+@pytest.mark.parametrize("change", ["training.weight_decay=0.5", "evaluation.look_rows=7"])
 def test_settings_that_change_a_value_are_another_question(change: str) -> None:
     """What decides a trial's value, or by what sample it is judged, is part of the question."""
     (plain,), (changed,) = studies(LORA), studies([*LORA, change])

@@ -17,7 +17,7 @@ SMALL = (
 )
 REAL = (
     *("+experiment=lr_rank_sweep", "tracking=none", "finalists=none", "~hydra.sweeper.arms.full"),
-    *("hydra.sweeper.n_trials=3", "training.max_steps=6", "evaluation.max_samples=8"),
+    *("hydra.sweeper.n_trials=3", "training.max_steps=6", "evaluation.look_rows=8"),
 )
 """The embedded base, trained: half a minute a sweep, most of it loading libraries."""
 GOOD_HOPELESS_GOOD = (

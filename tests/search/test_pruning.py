@@ -290,7 +290,7 @@ def test_audited_share_is_the_fraction_and_repeats() -> None:
     [
         ({"rungs": []}, "needs increasing per-mille"),
         ({"rungs": [500, 350]}, "needs increasing per-mille"),
-        ({"rungs": [300]}, "greater than or equal to 333"),
+        ({"rungs": [240]}, "greater than or equal to 250"),
         ({"percentile": 25.0}, "belongs to pruner=percentile"),
         ({"class_name": "NopPruner"}, "with no other pruner"),
         ({"name": "successive_halving", "reduction_factor": 3, "rungs": [340, 680]}, "× 3"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -13,6 +15,7 @@ from sweeper.commands.run_study import run_study
 from sweeper.core.errors import StudyMismatch
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
 from sweeper.search.pruning_audit import PruningAudit, audit
+from sweeper.search.study import AUDITED, ask_again
 from sweeper.search.study_plan import studies
 from tests.conftest import make_settings
 
@@ -79,6 +82,39 @@ def test_an_audited_trial_ends_by_itself_and_is_judged(tmp_path: Path) -> None:
     assert arm.audit == PruningAudit(audited=1, wrong=0, costly=0)
     assert "pruner audit" in (tmp_path / "x" / "report.md").read_text()
     assert load_results("x", tmp_path).arms[0].audit == arm.audit
+
+
+def test_an_interrupted_audit_is_queued_as_an_audit() -> None:
+    """Only one that was spared: the point of any other is drawn when the pruner would stop it."""
+    study = optuna.create_study()
+    for spared in (True, False):
+        trial = study.ask()
+        if spared:
+            trial.set_user_attr(AUDITED, True)
+        ask_again(study, trial, {})
+        continued = study.ask()
+        assert continued.user_attrs["continues"] == trial.number
+        assert continued.user_attrs.get(AUDITED, False) is spared
+
+
+@pytest.mark.slow
+def test_a_continued_audit_is_not_drawn_again(tmp_path: Path) -> None:
+    """Though no further trial would be audited, it runs to its end and is judged as an audit."""
+    grid = (*HOPELESS, "sampler=grid")
+    _lora(tmp_path, "x", *grid, "hydra.sweeper.pruner.audit_fraction=1")
+    with closing(sqlite3.connect(tmp_path / "x" / "study.db")) as database, database:
+        database.execute("update trials set state = 'FAIL' where number = 4")
+        cancelled = "select trial_id from trials where number = 4"
+        database.execute(
+            "update trial_user_attributes set value_json = 'false' "
+            f"where key = 'counts' and trial_id = ({cancelled})"
+        )
+    (audited,) = (trial for trial in _study(tmp_path, "x").trials if AUDITED in trial.user_attrs)
+    queued = {"continues": audited.number, AUDITED: True}
+    _study(tmp_path, "x").enqueue_trial(audited.params, user_attrs=queued)
+    arm = _lora(tmp_path, "x", *grid, "hydra.sweeper.pruner.audit_fraction=0")
+    assert (arm.trials[-1].number, arm.trials[-1].outcome.cause) == (5, "finished")
+    assert arm.trials[-1].audited
 
 
 @pytest.mark.slow

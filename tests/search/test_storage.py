@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +15,13 @@ from typing import Any
 import optuna
 import pytest
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, _CachedStorage
+from optuna.storages import BaseStorage, RDBStorage, _CachedStorage
 from sqlalchemy.exc import OperationalError, PendingRollbackError
 
 from sweeper.core.errors import StudyError
-from sweeper.search.storage import PATIENCE_S, PatientStorage, patient
+from sweeper.core.signals import StopRequested, StopSignal
+from sweeper.search import storage as storage_module
+from sweeper.search.storage import PATIENCE_S, OpeningWait, PatientStorage, patient
 from sweeper.search.study import share_cache
 
 
@@ -177,3 +181,84 @@ def test_a_storage_that_cannot_be_opened_is_an_error_without_its_password(
     with pytest.raises(StudyError, match=words) as caught:
         PatientStorage(url)
     assert "geheim" not in str(caught.value)
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A database that refuses connections until three minutes have passed by the clock."""
+    clock = Clock()
+    opened = RDBStorage.__init__
+
+    def refused(storage: RDBStorage, *words: Any, **more: Any) -> None:
+        if clock() < 180:
+            raise _away(wrapped=False)
+        opened(storage, *words, **more)
+
+    monkeypatch.setattr(RDBStorage, "__init__", refused)
+    monkeypatch.setattr("sweeper.search.storage.time.monotonic", clock)
+    monkeypatch.setattr("sweeper.search.storage.time.sleep", clock.sleep)
+    return clock
+
+
+def test_a_start_waits_for_a_database_that_is_away(
+    away: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first refusal is said at once and once, and the study is opened when the database is back."""
+    storage = PatientStorage(f"sqlite:///{tmp_path / 'study.db'}", OpeningWait(PATIENCE_S))
+    assert away.now == 180
+    assert storage.get_all_studies() == []
+    assert [record.getMessage() for record in caplog.records] == [
+        "waiting for the study's database: (builtins.Exception) connection refused"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("patience_s", "ends_at", "now", "words"),
+    [
+        (0.0, 1e9, 0, "refused$"),
+        (120.0, 1e9, 120, "It has been away for 2 minutes"),
+        (PATIENCE_S, 20.0, 20, "The study's time is used up"),
+        (PATIENCE_S, 0.0, 0, "The study's time is used up"),
+    ],
+)
+def test_a_start_waits_no_longer_than_its_patience_and_the_studys_time(
+    away: Clock, patience_s: float, ends_at: float, now: float, words: str
+) -> None:
+    """A first start ends at once, others with the reason why they no longer wait."""
+    wait = OpeningWait(patience_s, lambda: away() - ends_at)
+    with pytest.raises(StudyError, match=f"cannot be opened: .*{words}"):
+        PatientStorage("sqlite:///study.db", wait)
+    assert away.now == now
+
+
+def test_a_stop_ends_the_wait_of_a_start(away: Clock) -> None:
+    """One Ctrl-C, as anywhere else."""
+    stop = StopSignal()
+
+    def pressed() -> None:
+        if away() > 10:
+            stop.request()
+        stop.check()
+
+    with pytest.raises(StopRequested):
+        PatientStorage("sqlite:///study.db", OpeningWait(PATIENCE_S, check=pressed))
+    assert away.now < 15
+
+
+@pytest.mark.slow
+def test_a_server_that_accepts_and_says_nothing_is_waited_for_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said before the first attempt has failed."""
+    pytest.importorskip("psycopg", reason="the driver of PostgreSQL is optional")
+    monkeypatch.setattr(storage_module, "SAY_SECONDS", 0.2)
+    monkeypatch.setattr(storage_module, "CONNECT_SECONDS", 2)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        url = f"postgresql+psycopg://me@127.0.0.1:{server.getsockname()[1]}/optuna"
+        began = time.monotonic()
+        with pytest.raises(StudyError, match="cannot be opened"):
+            PatientStorage(url)
+    assert time.monotonic() - began < 20
+    assert "waiting for the study's database to answer" in caplog.text

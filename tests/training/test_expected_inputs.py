@@ -204,7 +204,7 @@ def test_an_outcome_tells_what_was_read(files: Path, expected: InputDigests) -> 
 @pytest.mark.parametrize(
     ("overrides", "changed"),
     [
-        (("evaluation.max_samples=3",), {"judged"}),
+        (("evaluation.look_rows=3",), {"judged"}),
         (("evaluation.per_device_eval_batch_size=2", "training.learning_rate=0.01"), set()),
         pytest.param(
             ("data.max_length=32", "data.over_length=truncate"),

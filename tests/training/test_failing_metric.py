@@ -86,7 +86,7 @@ def test_the_artifact_is_stored_before_the_last_evaluation_can_fail(  # type: ig
     run_tiny: RunTiny, metric
 ) -> None:
     """The whole split is judged once more at the end, after a sample was judged while training."""
-    outcome, _, folder = run_tiny("t", *metric("late", 3), *OBJECTIVE, "evaluation.max_samples=1")
+    outcome, _, folder = run_tiny("t", *metric("late", 3), *OBJECTIVE, "evaluation.look_rows=1")
     assert outcome.cause == "diverged"
     assert (folder.adapter / "adapter_model.safetensors").exists()
 

@@ -21,7 +21,7 @@ from tests.training.recorder import Recorder
 
 ANSWERS = ("evaluation.generation.num_examples=2", "evaluation.generation.max_new_tokens=2")
 ASKED = "evaluation.prompts=[{category: creative, prompt: Write a haiku about the ocean.}]"
-SAMPLE = "evaluation.max_samples=1"
+SAMPLE = "evaluation.look_rows=1"
 ROUGE = ("objective.metric=eval/rougeL", "objective.direction=maximize")
 
 

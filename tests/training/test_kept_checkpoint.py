@@ -141,8 +141,8 @@ def test_best_checkpoint_is_found_where_the_folder_has_moved(
 
 
 def test_value_is_of_the_whole_split_where_the_looks_are_capped(run_tiny: RunTiny) -> None:
-    """evaluation.max_samples=1: the looks see one row, best_value all of them."""
-    outcome, looks, folder = run_tiny("t", "evaluation.max_samples=1", *LEARNS)
+    """evaluation.look_rows=1: the looks see one row, best_value all of them."""
+    outcome, looks, folder = run_tiny("t", "evaluation.look_rows=1", *LEARNS)
     step, capped = min(looks, key=lambda item: item[1])
     assert outcome.best_step == step
     model, base, data, _ = _reloaded(folder)

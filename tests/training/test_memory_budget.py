@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,31 @@ def test_estimate_is_held_against_the_free_memory_of_a_gpu(
         assert room.fits(prepared)(settings) is fits
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 2**40)
     assert room.fits(prepared)(settings), "what this process holds is the trial's as well"
+
+
+@pytest.mark.slow
+def test_micro_batches_without_padding_are_estimated_by_their_tokens(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight rows of which one is long need less than eight long ones, whose memory padding takes."""
+    path = tmp_path / "rows.jsonl"
+    words = ["word " * (200 if number == 7 else 2) for number in range(40)]
+    rows = [{"instruction": "Count.", "input": text, "output": "many"} for text in words]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = (f"model.base_model={tiny_base}", f"data.train={path}", "quantization=none")
+    settings = make_settings(*overrides, "training.per_device_train_batch_size=8").trial
+    base = load_base(settings.model, settings.quantization, trained=False)
+    prepared = prepare(settings.data, base)
+    monkeypatch.setattr("sweeper.training.memory_budget.device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("sweeper.modeling.memory_estimate.choose_dtype", _fp32)
+    budget = MemoryBudget()
+    padded = budget.estimate_mib(settings, prepared)
+    free = budget.estimate_mib(settings, prepared, padding_free=True)
+    one = budget.estimate_mib(smallest_form(settings), prepared, padding_free=True)
+    assert padded is not None
+    assert free is not None
+    assert one is not None
+    assert one < free < padded
 
 
 @pytest.mark.parametrize(

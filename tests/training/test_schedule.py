@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments, get_scheduler
 
+from sweeper.config.compose import conf_dir, read_yaml
 from sweeper.config.settings import TrainingSettings
 from sweeper.core.errors import ConfigError
+from sweeper.search.pruning import may_prune
 from sweeper.training.arguments import use_liger_kernel
-from sweeper.training.schedule import FEW_STEPS, advice, plan_schedule
+from sweeper.training.schedule import FEW_STEPS, advice, look_steps, plan_schedule
 from sweeper.training.trainer import JudgedTrainer
 from tests.conftest import make_settings
 from tests.training.conftest import RunTiny
@@ -46,6 +48,42 @@ def test_length_is_that_of_transformers(
     trainer = Trainer(torch.nn.Linear(1, 1), arguments, train_dataset=data)
     expected = trainer.set_initial_training_values(arguments, trainer.get_train_dataloader())[-1]
     assert plan_schedule(training, rows).total_steps == expected
+
+
+PRESETS = {"training=tiny": [0.25, 0.5, 0.75], REAL: [0.25, 0.375, 0.5, 0.625, 0.75, 0.875]}
+PRUNERS = ("median", "percentile")
+
+
+@pytest.mark.parametrize("total", [64, 100, 500, 937, 12_345])
+@pytest.mark.parametrize(("preset", "places"), PRESETS.items())
+def test_no_look_of_a_preset_is_earlier_than_a_quarter(
+    preset: str, places: list[float], total: int
+) -> None:
+    """Each look is where the preset says, to the rounding of its interval, and the last at the end."""
+    schedule = plan_schedule(make_settings(preset, f"training.max_steps={total}").training, 10_000)
+    *looks, end = (step / total for step in look_steps(schedule))
+    assert end == 1
+    # An interval that is rounded down may leave one more look just before the end
+    assert looks[: len(places)] == pytest.approx(places, rel=0.05)
+    assert all(look > 0.95 for look in looks[len(places) :])
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_look_of_a_preset_can_prune_or_stop(preset: str, pruner: str) -> None:
+    """A look passes a rung after the warm-up, or is late enough for the patience; the last is kept."""
+    training = make_settings(preset, "training.max_steps=1000").training
+    *looks, _ = look_steps(plan_schedule(training, 10_000))
+    rungs = read_yaml(conf_dir() / "pruner" / f"{pruner}.yaml")["rungs"]
+    patience = training.early_stopping_patience
+    assert patience is not None
+    passed = [0, *looks]
+    for place, look in enumerate(looks):
+        prunes = any(
+            passed[place] < rung <= look and may_prune(training, rung, look, 1000) for rung in rungs
+        )
+        stops = look >= 1000 * training.early_stopping_min_fraction and place >= patience
+        assert prunes or stops, f"nothing reads the look at {look} per-mille"
 
 
 def test_first_report_has_seven_steps_an_epoch_the_last_of_four() -> None:

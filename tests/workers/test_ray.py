@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -263,6 +264,42 @@ def test_a_sweep_survives_a_node_killed_in_its_middle(tmp_path: Path, ray_cluste
     assert max(trial.user_attrs["attempt"] for trial in trials) == 2
     outcomes = sorted(study.glob("lora/trial_*/outcome.json"))
     assert len(outcomes) == 10
+
+
+@pytest.mark.slow
+def test_the_session_of_a_ray_started_here_is_private_and_is_not_left_behind(
+    tmp_path: Path,
+) -> None:
+    """No other user reaches its files; after kill -9 the next start removes them, and only them."""
+    program = (
+        "import time\nfrom sweeper.workers import ray_engine\nray_engine.connect(None, 1)\n"
+        "print(*ray_engine._PRIVATE, flush=True)\ntime.sleep(600)"
+    )
+
+    def session() -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().strip())
+
+    first, killed = session()
+    assert killed.name.startswith("ray-")
+    assert killed.stat().st_mode & 0o077 == 0
+    assert any(killed.glob("s/session_*"))
+    first.kill()
+    first.wait()
+    second, own = session()
+    third, other = session()
+    try:
+        assert not killed.exists()
+        assert own.exists(), "a session of a process that lives is left alone"
+    finally:
+        for process in (second, third):
+            process.terminate()
+            process.wait(60)
+    for folder in (own, other):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.slow

@@ -123,17 +123,17 @@ def test_accumulated_gradients_are_spread_at_once(
 ) -> None:
     """Between two micro-batches no device keeps a whole gradient."""
     seen: list[float] = []
-    step = ShardedTrainer.training_step
+    step = ShardedTrainer.compute_loss
 
-    def watching(trainer: ShardedTrainer, model: torch.nn.Module, *rest: Any) -> Any:
+    def watching(trainer: ShardedTrainer, model: torch.nn.Module, *rest: Any, **items: Any) -> Any:
         seen.extend(
             weight.grad.to_local().numel() / weight.numel()
             for weight in model.parameters()
             if weight.grad is not None
         )
-        return step(trainer, model, *rest)
+        return step(trainer, model, *rest, **items)
 
-    monkeypatch.setattr(ShardedTrainer, "training_step", watching)
+    monkeypatch.setattr(ShardedTrainer, "compute_loss", watching)
     two = ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=4")
     outcome, _, _ = train("accumulated", *SHARDED, *two)
     assert outcome.cause == "finished"
