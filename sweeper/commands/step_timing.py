@@ -20,7 +20,7 @@ from sweeper.core.outcome import StopCause, TrialTiming
 from sweeper.core.paths import TrialFolder
 from sweeper.modeling.hardware import device, device_report
 from sweeper.modeling.memory_estimate import estimate_trial
-from sweeper.training.schedule import plan_schedule
+from sweeper.training.schedule import look_steps, plan_schedule
 from sweeper.training.trial_runner import TransformersRunner
 
 STEPS = 4
@@ -57,7 +57,7 @@ def time_trial(settings: TrialSettings) -> TrialTiming:
         dropped=prepared.dropped,
         unread=prepared.splits.unread,
         steps=schedule.total_steps,
-        looks=max(1, schedule.total_steps // schedule.eval_every),
+        looks=len(look_steps(schedule)),
         free_mib=free,
     )
     need = estimate_trial(settings, device(), length=prepared.train.max_length).total
@@ -73,7 +73,13 @@ def time_trial(settings: TrialSettings) -> TrialTiming:
 
 def shortened(settings: TrialSettings) -> TrialSettings:
     """Return a trial of a few steps with one look at the validation split, and no prompts."""
-    schedule = {"max_steps": STEPS, "eval_steps": STEPS, "save_steps": None, "logging_steps": STEPS}
+    schedule = {
+        "max_steps": STEPS,
+        "eval_steps": STEPS,
+        "eval_delay": 0.0,
+        "save_steps": None,
+        "logging_steps": STEPS,
+    }
     training = settings.training.model_copy(
         update={**schedule, "warmup_steps": None, "warmup_ratio": 0.0}
     )
@@ -88,7 +94,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Return the seconds of a step, of a look, of the last judgement and of everything that is once."""
     # A look at a sample is followed by a judgement of the whole split
-    sample = min(settings.evaluation.max_samples or judged, judged)
+    sample = min(settings.evaluation.look_rows or judged, judged)
     once = 0 if sample == judged else judged
     row_s = metrics["cost/eval_seconds"] / max(1, sample + once)
     return {

@@ -146,7 +146,8 @@ def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "23 in all: lora 12 in the search and 3 with further seeds; full 5" in text
     # each of 23 trainings 40 s, and for each arm 15 s of loading and 5 s of judging the base
     assert (
-        "time:       about 16.0 min if no trial ends early: lora 15 × 40.0 s; full 8 × 40.0 s" in text
+        "time:       about 16.0 min if no trial ends early: lora 15 × 40.0 s; full 8 × 40.0 s"
+        in text
     )
     assert "arm full needs about 1,500 MiB of 2,000 MiB free" in text
 
