@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
+from pydantic import BaseModel
 
+from sweeper.config.settings import RunSettings
 from tests.conftest import run_in_process
 
 CANARY = "c4n4ry0f7h3d4y"
@@ -86,7 +91,50 @@ TEXT_SETTINGS = (
     f"evaluation.general_text.source={BY_REFERENCE}",
     f"adapter.modules_to_save=['{BY_REFERENCE}']",
     f"data.cleaning.completion_pattern='{BY_REFERENCE}'",
+    f"data.ignore_columns=['{BY_REFERENCE}']",
+    f"++data.chat_template_kwargs={{note: '{BY_REFERENCE}'}}",
+    f"stand_in.validation={BY_REFERENCE}",
 )
+NO_FREE_TEXT = {
+    **dict.fromkeys(
+        ("output_dir", "tracking.uri"), "a place, whose name is on the disk or the network"
+    ),
+    **dict.fromkeys(("objective.metric", "objective.pruning_metric"), "the name of a metric"),
+    **dict.fromkeys(("evaluation.metrics", "evaluation.metric_modules"), "names of Python modules"),
+    **dict.fromkeys(
+        ("space.learning_rate", "space.r", "space.full_learning_rate"), "a search space"
+    ),
+    **dict.fromkeys(("space.priors", "workers.fake.finalists"), "checked against known values"),
+    **dict.fromkeys(
+        ("adapter.target_modules", "adapter.layers_to_transform"), "checked by its form"
+    ),
+    **dict.fromkeys(("adapter.init_lora_weights", "adapter.rank_pattern"), "checked by its form"),
+    **dict.fromkeys(
+        ("adapter.alpha_pattern", "workers.address", "training.save_steps"), "checked by its form"
+    ),
+}
+"""Settings that take a text, but not any text, and why no secret stands there."""
+
+
+def _text_settings(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield each setting whose type admits a string."""
+    for name, setting in section.model_fields.items():
+        inner = [setting.annotation, *get_args(setting.annotation)]
+        parts = [each for each in inner if isinstance(each, type) and issubclass(each, BaseModel)]
+        for part in parts:
+            yield from _text_settings(part, f"{prefix}{name}.")
+        if not parts and re.search(r"\bstr\b|Any\b", str(setting.annotation)):
+            yield prefix + name
+
+
+def test_every_setting_that_takes_a_text_has_its_canary() -> None:
+    """A setting that is added stands in TEXT_SETTINGS, or in NO_FREE_TEXT with its reason."""
+    given = {text.lstrip("+").partition("=")[0] for text in TEXT_SETTINGS}
+    found = {
+        re.sub(r"^(evaluation\.prompts)\..*", r"\1", key) for key in _text_settings(RunSettings)
+    }
+    assert found - {"data.train"} - given == set(NO_FREE_TEXT)
+    assert not given & set(NO_FREE_TEXT)
 
 
 @pytest.mark.parametrize("tracking", ["none", pytest.param("mlflow", marks=pytest.mark.slow)])

@@ -79,6 +79,8 @@ BOUNDED = {
     "sweeper/workers/worker.py:_outcome patience.wait": "sleeps for FULL_DISK_WAIT_S",
     "sweeper/workers/worker.py:_read channel.receive": DRIVER,
     "sweeper/workers/worker.py:serve orders.work.get": DRIVER,
+    "sweeper/workers/worker.py:wait_for_answer self.answered.wait_for": DRIVER,
+    "sweeper/workers/worker_session.py:lead_session time.sleep": "five times at most",
 }
 """Calls without a limit, by file, function and call, and what bounds each of them."""
 

@@ -214,7 +214,7 @@ def show_single(
 
 def first_asked(arm: ArmPlan, count: int) -> list[Point]:
     """Return the points that an arm's sampler proposes first. Its first draws are random."""
-    sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn=0)
+    sampler = make_sampler(arm.sampler, arm.space, arm.n_trials)
     study = optuna.create_study(sampler=sampler)
     enqueue(study, first_draws(arm))
     wanted = min(count, arm.n_trials)
@@ -255,7 +255,7 @@ def forecast(plan: StudyPlan, earlier: StudyResults | None) -> str:
             further_seeds(plan, arm) if done.final is None else 0
         )
         seconds += more * typical
-    jobs = plan.study.n_jobs
+    jobs = plan.study.n_jobs if plan.study.n_jobs != "auto" else 1
     beside = f" with {jobs} workers" if jobs > 1 else ""
     return (
         f"time:       about {duration(seconds / jobs)}{beside} at most, from the median of this "

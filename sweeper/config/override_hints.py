@@ -197,7 +197,7 @@ def refused_words(words: Sequence[str], experiments: Sequence[str]) -> list[str]
 
 def moved(override: str) -> str | None:
     """Return where a setting is that Hydra's own sweepers keep elsewhere, or None."""
-    _, key, rest = split_override(override)
+    mark, key, rest = split_override(override)
     value = rest[1:]
     answer: str | None = None
     if key == "hydra/sweeper" and value != "study":
@@ -216,6 +216,11 @@ def moved(override: str) -> str | None:
     elif key.startswith(f"{SWEEPER}params."):
         own = key.removeprefix(f"{SWEEPER}params.")
         answer = f"a key is searched under its own name. Write {shell_word(f'{own}={value}')} -m"
+    elif key == f"{SWEEPER}arms" and value.strip() == "{}" and not mark.startswith("~"):
+        answer = (
+            "is merged with the experiment's arms, so nothing changes. Leave an arm out by its name: "
+            f"{shell_word(f'~{SWEEPER}arms.full')}"
+        )
     return None if answer is None else f"{override}: {answer}"
 
 

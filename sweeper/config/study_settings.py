@@ -191,7 +191,10 @@ class StudySettings(SettingsSection):
 
     study_name: StudyName
     n_trials: Positive
-    n_jobs: Positive
+    n_jobs: Positive | Literal["auto"]
+    """Devices in use at the same time. auto: chosen at the study's first run, and stored with it."""
+    reproducible: bool
+    """True if the order in which results arrive decides nothing."""
     storage: str | None
     costs: list[str]
     sampler: SamplerSettings

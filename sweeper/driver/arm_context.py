@@ -30,6 +30,8 @@ class ArmContext:
     """Metrics of an outcome that are minimised besides the objective."""
     budget: ArmBudget
     services: StudyServices
+    places: int = 1
+    """Places before a trial of the newest trial that decisions about it read (record_prefix)."""
     adopted: BaselineRun | None = None
     """An earlier run that replaces the arm's search: its one trial is judged, not trained."""
 

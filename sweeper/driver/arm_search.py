@@ -19,11 +19,12 @@ from sweeper.driver.budget import typical_seconds
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import MAX_ATTEMPTS, JobPhase
-from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
+from sweeper.driver.running_trial import HOPELESS_AT, PreparedTrial, RunningTrial, WorkTimer
 from sweeper.driver.trial_recorder import TrialRecorder
 from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.pruning import as_told, make_watch
+from sweeper.search.record_prefix import ARRIVED, CONTINUES, TrialTurn, next_turn, read_by, turn_of
 from sweeper.search.states import STATES
 from sweeper.search.study import (
     AUDITED,
@@ -32,6 +33,7 @@ from sweeper.search.study import (
     counted,
     decided_rank,
     find_duplicate,
+    next_queued,
     reattach_orphans,
     steering_tags,
     suggest,
@@ -92,10 +94,10 @@ class ArmSearch:
     def next_job(self) -> RunningTrial | None:
         """See JobSource: duplicates and impossible points are answered at once."""
         while self._may_ask():
-            trial = ask(self._context.study)
+            trial = ask(self._context.study, self._context.places)
             point = suggest(trial, self._context.arm.space)
             # training the same point again would cost a trial and teach the sampler nothing
-            if earlier := find_duplicate(self._context.study, point):
+            if earlier := find_duplicate(trial.study, point):
                 self._recorder.answer_duplicate(trial, earlier)
                 continue
             job = self._prepare(trial, point)
@@ -128,8 +130,12 @@ class ArmSearch:
 
     def _may_ask(self) -> bool:
         trials = self._context.study.get_trials(deepcopy=False)
+        turn = next_turn(trials, self._context.places)
+        if self._awaits(turn, trials):
+            return False
+        read = read_by(turn, trials)
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
-        fruitless = sum(map(_fruitless, trials))
+        fruitless = sum(map(_fruitless, read))
         # the whole grid was queued when the arm was opened; a grid sampler would repeat its points
         exhausted = self._context.arm.sampler.name == "grid" and not waiting
         total = self._wanted()
@@ -138,9 +144,18 @@ class ArmSearch:
         if allowed:
             budget = self._context.budget
             self._refusal = budget.refusal(
-                self._started(), typical_seconds(budget.ended), _values(trials)
+                self._started(), typical_seconds(budget.ended), _values(read)
             )
         return allowed and self._refusal is None
+
+    def _awaits(self, turn: TrialTurn, trials: Sequence[FrozenTrial]) -> bool:
+        """Return True if a trial is open whose end the decision about the next one reads."""
+        queued = next_queued(trials)
+        continues = queued is not None and CONTINUES in queued.user_attrs
+        # an interrupted trial's turn comes before the next one
+        if continues or self._context.places == ARRIVED:
+            return False
+        return any(turn_of(job.prepared.trial).place < turn.reads for job in self._open.values())
 
     def _started(self) -> list[float]:
         """Return when each open trial would have been started if it had never waited."""
@@ -188,7 +203,7 @@ class ArmSearch:
         inputs = context.inputs(settings.trial)
         identity = claims.claim(record, settings.trial, inputs, also=[ranked])
         # a cancelled trial is final for Optuna, so its checkpoints are continued by a new trial
-        if (number := trial.user_attrs.get("continues")) is not None:
+        if (number := trial.user_attrs.get(CONTINUES)) is not None:
             earlier = context.folder(int(number))
             whatever_number = identity.model_copy(update={"trial": None})
             reasons = contradictions(earlier, whatever_number, [settings_digest(ranked)])
@@ -211,7 +226,10 @@ class ArmSearch:
 
     def _orphans(self) -> list[RunningTrial]:
         """Return the trials that a killed driver left behind, with one attempt more."""
-        found = [self._orphan(trial) for trial in reattach_orphans(self._context.study)]
+        found = [
+            self._orphan(trial)
+            for trial in reattach_orphans(self._context.study, self._context.places)
+        ]
         return [job for job in found if job is not None]
 
     def _orphan(self, trial: Trial) -> RunningTrial | None:
@@ -222,6 +240,7 @@ class ArmSearch:
         job = self._prepare(trial, point, frozen.intermediate_values)
         if job is None:
             return None
+        job.hopeless_at = frozen.user_attrs.get(HOPELESS_AT)
         job.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         dropped = DROPPED in frozen.user_attrs
         # it may have ended, and the driver died before it could tell

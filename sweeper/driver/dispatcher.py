@@ -21,6 +21,7 @@ from sweeper.driver.pause_clock import PAUSE_PATIENCE_SECONDS, PauseClock
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.workers.protocol import (
     EndedEvent,
+    EvaluatedEvent,
     InputsChangedEvent,
     LostEvent,
     SlotsEvent,
@@ -302,6 +303,10 @@ class Dispatcher:
         if isinstance(event, WorkAnswer) and is_silent(job):
             self._waits.answered(job)
         match job.on_event(event):
+            case None if job.watched and isinstance(event, EvaluatedEvent):
+                # one that was asked to stop has its answer
+                if job.phase is JobPhase.RUNNING:
+                    self._pool.engine.proceed(job.key, event.step)
             case JobPhase.ENDED:
                 self._end(job)
             case JobPhase.QUEUED:

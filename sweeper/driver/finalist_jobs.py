@@ -96,7 +96,7 @@ class FinalistTraining(Job):
 
     def on_requeued(self, *, paused: bool) -> None:
         """See Job."""
-        self.view.state = "paused" if paused else "waiting"
+        self.view.stand_still(paused=paused)
 
     def reuse_outcome(self) -> bool:
         """Take the outcome that an earlier run stored, and return True if there is one."""

@@ -52,6 +52,11 @@ class Job(ABC):
     """Words for what a worker does while it runs the job."""
 
     @property
+    def watched(self) -> bool:
+        """True if the worker waits at each evaluation until the driver has decided."""
+        return False
+
+    @property
     @abstractmethod
     def key(self) -> str:
         """The job's name in the protocol, unique among the jobs of a run, the same in each attempt."""

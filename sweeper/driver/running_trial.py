@@ -30,6 +30,9 @@ from sweeper.workers.protocol import (
     WorkerEvent,
 )
 
+HOPELESS_AT = "hopeless_at"
+"""User attribute of a trial that the pruner stops: the step of the evaluation that decided it."""
+
 
 @dataclass
 class WorkTimer:
@@ -81,6 +84,8 @@ class RunningTrial(Job):
     timer: WorkTimer
     audited: bool = False
     """True if the pruner would have stopped it, and it continues to find out whether that is right."""
+    hopeless_at: int | None = None
+    """The step at which the pruner stopped it. An attempt that is lost before the end keeps it."""
     outcome: Outcome | None = None
     stoppable: ClassVar[bool] = True
 
@@ -88,6 +93,12 @@ class RunningTrial(Job):
     def key(self) -> str:
         """See Job: the key of the trial's record, as in "lora/0007"."""
         return self.prepared.record.key
+
+    @property
+    def watched(self) -> bool:
+        """See Job: the pruner decides at each evaluation."""
+        # several objectives have no intermediate values, and nothing of them is pruned
+        return not self.context.costs and self.context.pruner.name != "none"
 
     def send(self, engine: Engine, worker: int) -> JobPhase:
         """See Job: a check if the trial's size is not known yet, else the trial."""
@@ -119,6 +130,7 @@ class RunningTrial(Job):
                 settings=settings.trial.with_rank(None if size is None else size.rank),
                 provenance={**self.context.origin, "attempt": self.attempt},
                 adopted=None if adopted is None else adopted.model,
+                watched=self.watched,
                 expected=self.context.inputs(settings.trial),
             ),
         )
@@ -151,7 +163,7 @@ class RunningTrial(Job):
     def on_requeued(self, *, paused: bool) -> None:
         """See Job: after a pause the attempt continues from its checkpoint."""
         self.timer.pause()
-        self.prepared.view.state = "paused" if paused else "waiting"
+        self.prepared.view.stand_still(paused=paused)
 
     def drop(self) -> None:
         """See Job: stored first, so that a killed driver drops the trial when it starts again."""
@@ -179,6 +191,8 @@ class RunningTrial(Job):
         self.context.services.tracker.ship(self.prepared.record)
         told = as_told(objective, event.value)  # Optuna has one direction for all values
         hopeless = self.prepared.guard.evaluated(event.step, event.total_steps, told)
+        if self.hopeless_at is not None and event.step >= self.hopeless_at:
+            hopeless = True
         # the guard sees every evaluation, but a trial that stops already is not stopped again
         if not hopeless or self.audited or self.phase is not JobPhase.RUNNING:
             return None
@@ -191,6 +205,9 @@ class RunningTrial(Job):
             self.prepared.trial.set_user_attr(AUDITED, True)
             announce(f"{self.key}: the pruner would stop it. Kept running as an audit trial")
             return None
+        # stored first: whoever continues the trial after a kill stops it at the same step
+        self.prepared.trial.set_user_attr(HOPELESS_AT, event.step)
+        self.hopeless_at = event.step
         judged = metric_words(self.context.objective.judged_while_training)
         announce(
             f"{self.key} pruned at step {event.step} of {event.total_steps}: {judged} "

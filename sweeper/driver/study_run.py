@@ -27,10 +27,12 @@ from sweeper.driver.study_services import StudyServices
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.reporting.result_tables import describe_data
 from sweeper.search.first_points import fill_study
-from sweeper.search.study import counted, open_study
+from sweeper.search.record_prefix import ARRIVED, reach
+from sweeper.search.study import WORKERS, counted, open_study
 from sweeper.search.study_plan import LORA, ArmPlan
 from sweeper.tracking.tracker_factory import make_baselines
 from sweeper.workers.engines import open_engine
+from sweeper.workers.worker_count import WorkerCount, count_workers
 
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no memory of the device: they move to the host's memory and back."""
@@ -53,6 +55,8 @@ class StudyRun:
     """The total to which each arm was run."""
     _probed: dict[str, tuple[ArmPlan, ArmBaseline]] = field(default_factory=dict)
     """The arms that this run has probed, and the facts about them."""
+    _count: WorkerCount = field(init=False)
+    """The devices and the CPU threads that the study uses."""
     _devices: int = 0
     """The devices of each worker in the pool."""
     _announced: bool = False
@@ -75,6 +79,8 @@ class StudyRun:
             raise self._mismatch(changed) from changed
 
     def _run_arms(self) -> None:
+        self._count = self._count_workers()
+        self.services.view.event(f"workers: {self._count}")
         self.commands.catch_up()
         while (arm := self._next_arm()) is not None:
             self._host([arm])
@@ -104,12 +110,36 @@ class StudyRun:
         if devices == self._devices:
             return
         self.pool.close()  # the next engine needs the devices of this one
-        plan = self._state.plan
-        count = max(1, plan.study.n_jobs // devices)
-        log = self.services.folder.worker_log
-        say = self.services.view.event
-        self.pool.host_with(open_engine(plan.settings.workers, count, log, devices, say))
+        workers = self._state.plan.settings.workers
+        log, say = self.services.folder.worker_log, self.services.view.event
+        count, threads = self._workers(devices), self._count.threads
+        self.pool.host_with(open_engine(workers, count, log, devices, say, threads))
         self._devices = devices
+
+    def _workers(self, devices: int) -> int:
+        """Return the number of workers of that many devices each."""
+        if self._state.plan.settings.workers.engine == "inline":
+            return 1
+        return max(1, self._count.jobs // devices)
+
+    def _places(self, arm: ArmPlan) -> int:
+        """Return how many places a trial of an arm lies behind those that decide about it."""
+        if not self._state.plan.study.reproducible:
+            return ARRIVED
+        return reach(self._workers(arm.settings.training.devices_per_trial))
+
+    def _count_workers(self) -> WorkerCount:
+        plan, studies = self._state.plan, self._state.studies
+        stored = [
+            study.user_attrs[WORKERS] for study in studies.values() if WORKERS in study.user_attrs
+        ]
+        return count_workers(
+            plan.study.n_jobs,
+            stored[0] if stored else None,
+            begun=bool(studies),
+            workers=plan.settings.workers,
+            arms=[(arm.settings.trial, arm.n_trials) for arm in plan.arms],
+        )
 
     def _run_arm(self, arm: ArmPlan) -> None:
         adopted = self._adopted(arm)
@@ -173,6 +203,7 @@ class StudyRun:
         base_value = facts.base_value(self._state.plan.objective.metric)
         plan = self._state.plan
         study = open_study(plan, arm, facts, self.storage, self.services.study)
+        study.set_user_attr(WORKERS, self._count.stored())
         self.on_confirmed()
         self._state.studies[arm.name] = study
         self.commands.on_arm_opened()  # points for this arm may wait in the inbox
@@ -191,6 +222,7 @@ class StudyRun:
             costs=plan.study.costs,
             budget=budget,
             services=self.services,
+            places=self._places(arm),
             adopted=adopted,
         )
 

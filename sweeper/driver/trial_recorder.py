@@ -108,7 +108,7 @@ class TrialRecorder:
 
     def cancel_unprepared(self) -> None:
         """Record trials as cancelled that were asked, but interrupted before they became jobs."""
-        for trial in reattach_orphans(self.context.study):
+        for trial in reattach_orphans(self.context.study, self.context.places):
             ask_again(self.context.study, trial, self.context.arm.space)
             self._tell(trial, Outcome(cause="cancelled"))
 

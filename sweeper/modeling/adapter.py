@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from sweeper.config.settings import LoraAdapter, NoAdapter
 from sweeper.core.errors import ModelError
+from sweeper.modeling.expert_weights import expert_weights, hidden_weights
 from sweeper.modeling.model_source import one_line
-from sweeper.modeling.target_modules import require_matches, resolve_targets
+from sweeper.modeling.portable_targets import make_portable, names_as_given, open_adapter
+from sweeper.modeling.target_modules import (
+    Role,
+    reached,
+    require_matches,
+    resolve_targets,
+    role_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,10 +68,12 @@ def attach(model: PreTrainedModel, settings: LoraAdapter) -> PeftModel:
     """
     config = lora_config(model, settings)
     try:
-        adapted = get_peft_model(model, config)
+        with names_as_given():
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         # PEFT raises ValueError for a combination of options that leaves nothing to adapt
         raise ModelError(one_line("adapter", error)) from error
+    make_portable(config, model)
     hold_trained_in_fp32(adapted)
     # PEFT renders a model card into every checkpoint, 45 ms each; the artifact gets a card of ours
     adapted.create_or_update_model_card = _write_no_card
@@ -87,7 +99,7 @@ def trained_dtypes(model: torch.nn.Module) -> set[torch.dtype]:
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """Load a stored adapter onto its base with the precision of its training."""
-    adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    adapted = open_adapter(model, folder, name)
     restore_precision(adapted, folder, name)
     return adapted
 
@@ -142,20 +154,30 @@ def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
         ModelError: see `attach`.
     """
     # PEFT ignores patterns and modules that match nothing, so the names are checked here
-    names = linear_modules(model)
+    experts = expert_weights(model)
+    names = [*linear_modules(model), *experts]
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
     if transposed and settings.init_lora_weights == "olora":
         raise ModelError(OLORA_ON_CONV1D)
     require_matches("rank_pattern", list(settings.rank_pattern), names)
     require_matches("alpha_pattern", list(settings.alpha_pattern), names)
+    modules: str | list[str] = resolve_targets(
+        settings.target_modules, names, settings.layers_to_transform, module_roles(model, names)
+    )
+    stacked: list[str] = []
+    if experts:
+        wanted = reached(modules, names)
+        stacked = [name for name in experts if name in wanted]
+        modules = [name for name in wanted if name not in stacked]
+    if stacked:
+        _require_options_of_experts(settings, stacked[0])
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=resolve_targets(
-            settings.target_modules, names, settings.layers_to_transform
-        ),
+        target_modules=modules,
+        target_parameters=stacked or None,
         modules_to_save=settings.modules_to_save or None,
         ensure_weight_tying=_saves_tied_embeddings(model, settings.modules_to_save),
         bias=settings.bias,
@@ -166,6 +188,35 @@ def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
         alpha_pattern=settings.alphas,
         fan_in_fan_out=transposed,
     )
+
+
+def _require_options_of_experts(settings: LoraAdapter, example: str) -> None:
+    """Refuse options that PEFT cannot apply to the stacked weights of experts."""
+    wrong = {
+        f"adapter.lora_dropout={settings.lora_dropout}": settings.lora_dropout > 0,
+        "adapter.use_dora=true": settings.use_dora,
+        "adapter.init_lora_weights=olora": settings.init_lora_weights == "olora",
+    }
+    if refused := [text for text, used in wrong.items() if used]:
+        raise ModelError(
+            f"{', '.join(refused)}: not possible on the stacked weights of experts ({example}). Set the "
+            "default, or leave the experts out: adapter.target_modules=attention"
+        )
+
+
+def module_roles(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Role]:
+    """Return the role of each linear weight, from the names and classes of what it is part of."""
+    classes = {name: type(module).__name__.lower() for name, module in model.named_modules()}
+
+    def path(name: str) -> list[str]:
+        parts = name.split(".")
+        prefixes = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        return [
+            f"{part.lower()} {classes.get(prefix, '')}".strip()
+            for part, prefix in zip(parts, prefixes, strict=True)
+        ]
+
+    return {name: role_of(path(name)) for name in names}
 
 
 def touches_base(settings: LoraAdapter | NoAdapter) -> bool:
@@ -212,12 +263,45 @@ def linear_modules(model: PreTrainedModel) -> list[str]:
     ]
 
 
+def describe_reach(model: PeftModel) -> str:
+    """Return which kinds of linear weights an adapter reaches, and which it does not, with counts."""
+    base = model.get_base_model()
+    adapted = {_plain(name) for name, part in base.named_modules() if isinstance(part, LoraLayer)}
+    stacked = {_plain(name) for name in model.base_model.targeted_parameter_names}
+    names = [*linear_modules(base), *expert_weights(base)]
+    own = dict.fromkeys(_plain(name) for name in names if ".lora_" not in name)
+    found = [name for name in own if name in adapted | stacked]
+    missed = [name for name in own if name not in found]
+    words = f"on {_kinds(found)}"
+    return f"{words}; not on {_kinds(missed)}" if missed else words
+
+
+def _kinds(names: Sequence[str]) -> str:
+    counts = Counter(name.rpartition(".")[2] for name in names)
+    return ", ".join(f"{kind} ×{count}" for kind, count in counts.items())
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer", "")
+
+
+def modules_without_gradient(model: PeftModel) -> list[str]:
+    """Return the adapted modules that the backward pass did not reach."""
+    # B starts at zero, so the gradient of A is zero in the first step, and that of B is not
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return [
+        _plain(name).partition(".lora_B")[0].removeprefix("base_model.model.")
+        for name, weight in weights.items()
+        if ".lora_B." in name and (weight.grad is None or not weight.grad.any())
+    ]
+
+
 def count_parameters(model: PreTrainedModel | PeftModel) -> ParameterCount:
     """Count all parameters and the trainable ones. Packed 4-bit weights count unpacked."""
     if isinstance(model, PeftModel):
         trainable, total = model.get_nb_trainable_parameters()
-        return ParameterCount(total, trainable)
-    total = int(model.num_parameters())
+        return ParameterCount(total + hidden_weights(model), trainable)
+    total = int(model.num_parameters()) + hidden_weights(model)
     trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return ParameterCount(total, trainable)
 

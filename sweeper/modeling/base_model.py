@@ -24,6 +24,7 @@ from sweeper.core.device_failures import breaks_context, means_out_of_memory
 from sweeper.core.errors import ModelError, SweeperError
 from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
+from sweeper.modeling.expert_weights import every_linear_weight, quantized_share
 from sweeper.modeling.fit_of_base import fit_tokens, require_causal
 from sweeper.modeling.hardware import choose_dtype, dtype_name
 from sweeper.modeling.hardware import device as device  # training takes it from here
@@ -60,6 +61,8 @@ class LoadedBase:
     """Reason why the model's batches are padded, or None if they have no padding."""
     remarks: tuple[str, ...] = ()
     """Sentences on what loading had to change, or could not do as asked."""
+    quantized_share: float | None = None
+    """Quantized weights as a share of the linear ones without the head, or None without quantization."""
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -106,6 +109,10 @@ def load_base(
         raise ModelError(f"{where}: its files were changed while they were loaded")
     complete_tokenizer(tokenizer, model, settings)
     remarks = [*_attention_remark(settings, model), *fit_tokens(tokenizer, model, where)]
+    share = None
+    if quantization.kind != "none":
+        share = quantized_share(model, where, quantization.kind)
+        remarks += share.remarks(quantization.kind)
     if quantization.kind != "int8":  # its outliers are decided over all tokens of a batch
         require_causal(model, where)
     obstacle = padding_obstacle(model)
@@ -121,6 +128,7 @@ def load_base(
         str(precision),
         obstacle,
         tuple(remarks),
+        None if share is None else share.share,
     )
 
 
@@ -140,14 +148,15 @@ def _contradiction(settings: ModelSettings, error: Exception) -> str:
 
 
 def _load(folder: Path, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        device_map={"": device()},  # the whole model on one device, also when memory is short
-        output_loading_info=True,
-        use_safetensors=True,
-        **NO_CODE,
-        **options,
-    )
+    with every_linear_weight():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map={"": device()},  # the whole model on one device, also when memory is short
+            output_loading_info=True,
+            use_safetensors=True,
+            **NO_CODE,
+            **options,
+        )
     _require_all_weights(report, settings)
     loaded: PreTrainedModel = model
     return loaded

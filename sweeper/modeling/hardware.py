@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import platform
-import resource
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from sweeper.core.errors import WorkerError
+from sweeper.core.memory_limits import usable_memory
 
 
 @dataclass(frozen=True)
@@ -71,14 +68,14 @@ def spills(release: str = platform.release()) -> bool:
 
 def device_report(on: torch.device) -> DeviceReport:
     """Return the report of a device. A CPU's memory is the amount that this process may use."""
+    free: float
+    total: float
     if on.type == "cuda":
         free, total = torch.cuda.mem_get_info(on)
         name, capability = str(torch.cuda.get_device_name(on)), _cuda_capability(on)
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        memory = psutil.virtual_memory()
-        limit = min((memory.total, *_limits()))
-        free, total = min(memory.available, limit), limit
+        total, free = usable_memory()
         units = _cpu_bf16_units()
         name, capability, bf16 = platform.processor() or "cpu", "/".join(units), bool(units)
     return DeviceReport(name, capability, bf16, total / 2**20, free / 2**20)
@@ -122,30 +119,6 @@ def _for_cpu(units: tuple[str, ...]) -> ComputePrecision:
         "losses must not depend on the CPU model. This CPU also computes bfloat16 "
         f"({'/'.join(units)}), so model.dtype=bfloat16 would be faster",
     )
-
-
-def _limits() -> Iterator[float]:
-    """Yield the memory limits of this process in bytes: resource limits and control groups (v2)."""
-    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY:
-            yield soft
-    for group in _control_groups():
-        text = group.read_text(encoding="ascii").strip() if group.is_file() else "max"
-        if text != "max":
-            yield int(text)
-
-
-def _control_groups(
-    membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> list[Path]:
-    """Return the files with the memory limits of this process's control group and its parents."""
-    lines = membership.read_text(encoding="ascii").splitlines() if membership.is_file() else []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    if own is None:
-        return []
-    group = root / own
-    return [folder / "memory.max" for folder in (group, *group.parents)]
 
 
 def _cpu_bf16_units() -> tuple[str, ...]:

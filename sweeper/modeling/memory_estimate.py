@@ -28,6 +28,8 @@ from sweeper.config.settings import LoraAdapter, NoAdapter, QuantizationSettings
 from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
+from sweeper.modeling.even_experts import even_experts
+from sweeper.modeling.expert_weights import computes_plain_product, expert_weights
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import in_full, load_config
@@ -124,7 +126,7 @@ def held_bytes(
         on: the device.
         shards: devices that weights, gradients and optimizer states are spread over.
     """
-    packed = quantized_weights(model) if quantization.kind != "none" else {}
+    packed = packed_weights(model, quantization)
     if packed:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         hold_frozen(base, base.dtype, {id(found.weight) for found in packed.values()})
@@ -200,7 +202,7 @@ def estimate(
     held = held_bytes(model, quantization, workload.optim, on, shards)
     sizes = [math.ceil(p.numel() / shards) for p in trainable(model)]
     step = step_workspace(sizes, workload.optim, on)
-    packed = quantized_weights(model) if quantization.kind != "none" else {}
+    packed = packed_weights(model, quantization)
     unpacked = _largest(packed, compute_dtype)
     peak = simulate_step(model, workload, compute_dtype)
     if (
@@ -244,7 +246,10 @@ def model_on_meta(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attn_implementation
+                config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                **even_experts(config),
             )
     except (ValueError, ImportError) as error:
         where = f"model.attn_implementation={attn_implementation or 'auto'}"
@@ -264,6 +269,25 @@ class QuantizedWeight:
     """Number of output features. An 8-bit weight has one scale for each."""
 
 
+def packed_weights(
+    model: PreTrainedModel | PeftModel, quantization: QuantizationSettings
+) -> dict[str, QuantizedWeight]:
+    """Return the weights that a quantization packs: with 4 bits, the experts' as well."""
+    if quantization.kind == "none":
+        return {}
+    found = quantized_weights(model)
+    return found | _packed_experts(model) if quantization.load_in_4bit else found
+
+
+def _packed_experts(model: PreTrainedModel | PeftModel) -> dict[str, QuantizedWeight]:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = {name.replace(".base_layer", ""): weight for name, weight in base.named_parameters()}
+    return {
+        name: QuantizedWeight(weights[name], int(weights[name].shape[0]))
+        for name in expert_weights(base)
+    }
+
+
 def quantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, QuantizedWeight]:
     """Return the weights that transformers quantizes, by module name.
 
@@ -274,7 +298,7 @@ def quantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, Quantized
     return {
         _plain(name): _quantized(module)
         for name, module in base.named_modules()
-        if type(module) in (torch.nn.Linear, Conv1D)
+        if (type(module) in (torch.nn.Linear, Conv1D) or computes_plain_product(type(module)))
         and not {"lora_A", "lora_B", "modules_to_save"} & set(name.split("."))
         and should_convert_module(_plain(name), kept)
     }

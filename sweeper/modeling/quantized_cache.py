@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from sweeper.core.errors import ArtifactError
 from sweeper.core.manifest import verify_manifest, write_manifest
 from sweeper.core.paths import size_mib
+from sweeper.modeling.expert_weights import hidden_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ KEPT_BYTES = 32 * 2**30
 """Maximum bytes of the cache. The least recently used entries are removed first."""
 LOCK_SECONDS = 1800
 """Seconds that a worker waits for another one that quantizes the same base."""
-FORMAT = 1
+FORMAT = 2
 """Version of the stored format. Increment it with every change of what is stored for the same key."""
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ def is_whole(entry: Path) -> bool:
 
 def _store(model: PreTrainedModel, entry: Path) -> None:
     """Write an entry into a temporary folder, then rename the folder."""
+    if hidden_weights(model):
+        return  # transformers cannot read packed experts back
     partial = entry.with_name(f".{entry.name}.{uuid4().hex}")
     try:
         model.save_pretrained(partial)

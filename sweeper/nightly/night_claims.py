@@ -126,7 +126,7 @@ class NightLog:
         held = read_object(path, "the process that runs the set is unknown")
         try:
             process, on = int(held["process"]), date.fromisoformat(held["date"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):  # the last one of int(1e999)
             return None
         # numbers from 1 down mean init, and groups of processes
         return LockHolder(process, on) if 1 < process < 2**31 else None

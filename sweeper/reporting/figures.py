@@ -66,7 +66,7 @@ def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigur
 
 def rate_figure(results: StudyResults) -> ReportFigure:
     """Return the plot of the objective over the learning rate, by arm."""
-    title = "Learning rate against loss"
+    title = f"Learning rate against {_subject(results.objective)}"
     measured = [
         (place, trial, rate, trial.value)
         for place, arm in enumerate(results.arms)
@@ -187,7 +187,8 @@ def target_figure(results: StudyResults) -> ReportFigure:
 
 def pareto_figure(results: StudyResults) -> ReportFigure:
     """Return the plot of the objective over trainable parameters, with the Pareto front."""
-    title = "Loss against trainable parameters"
+    subject = _subject(results.objective)
+    title = f"{subject[0].upper()}{subject[1:]} against trainable parameters"
     measured = [
         (place, trial, size, trial.value)
         for place, arm in enumerate(results.arms)
@@ -320,6 +321,11 @@ def _names(results: StudyResults) -> list[str]:
 
 def _metric(objective: Objective) -> str:
     return metric_words(objective.metric)
+
+
+def _subject(objective: Objective) -> str:
+    """Return the objective as a title calls it: loss, or eval rougeL."""
+    return "loss" if objective.metric == "eval/loss" else _metric(objective)
 
 
 def _tooltip(trial: TrialResult) -> str:

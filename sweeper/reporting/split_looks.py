@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from sweeper.core.errors import StudyError
 from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.core.stored_files import read_stored
 from sweeper.core.value import FrozenValue
 
 FIRST_ALPHA = 0.045
@@ -118,13 +119,19 @@ def _root(folder: StudyFolder, fork_of: str | None) -> StudyFolder:
 def _others(outputs: Path, split: str, family: str) -> int:
     """Return how many looks of other families at the same rows are recorded in the same folder."""
     paths = [path.parent for path in outputs.glob("*/looks.json") if path.parent.name != family]
-    ledgers = [_read(StudyFolder(path)) for path in paths]
-    return sum(look.split == split for ledger in ledgers for look in ledger.looks)
+    # another study's damaged file must not end this one
+    found = (
+        read_stored(
+            StudyFolder(path).looks, LookLedger, "its looks at the test split are not counted"
+        )
+        for path in paths
+    )
+    return sum(look.split == split for ledger in found if ledger for look in ledger.looks)
 
 
 def _read(folder: StudyFolder) -> LookLedger:
     try:
-        return LookLedger.model_validate_json(folder.looks.read_text(encoding="utf-8"))
+        return LookLedger.model_validate_json(folder.looks.read_bytes())
     except FileNotFoundError:
         return LookLedger()
     except ValidationError as error:

@@ -66,6 +66,10 @@ class TrialProgress:
         self.step, self.total_steps = step, total_steps
         self.tokens_per_second = tokens_per_second
 
+    def stand_still(self, *, paused: bool) -> None:
+        """Record that the trial waits for a worker. Its wait is no part of its pace."""
+        self.state, self._since = "paused" if paused else "waiting", None
+
     def seconds_left(self, now: float | None = None) -> float | None:
         """Return the seconds until the last step at the pace so far, or None before there is a pace."""
         now = time.monotonic() if now is None else now

@@ -5,18 +5,23 @@ Only sampler=gp and some classes of sampler=optuna load torch and scipy into the
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import warnings
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.config.settings import SamplerSettings
 from sweeper.config.space import Space, conditional
 from sweeper.core.errors import ConfigError
+from sweeper.search.record_prefix import turn_of
 
 UNFIT = dict.fromkeys(
     ("GridSampler", "BruteForceSampler"), "ends with an error when its points are used up"
@@ -24,18 +29,86 @@ UNFIT = dict.fromkeys(
 """Optuna's samplers that do not work with ask and tell, each with the reason."""
 
 
-def make_sampler(settings: SamplerSettings, space: Space, n_trials: int, drawn: int) -> BaseSampler:
+def make_sampler(settings: SamplerSettings, space: Space, n_trials: int) -> BaseSampler:
     """Return the sampler of an arm.
-
-    A sampler's random state is not stored. The seed therefore moves with the number of values drawn
-    so far. With a fixed seed a resumed study would repeat its first draws.
 
     Raises:
         ConfigError: Optuna has no such class, or the class does not take these arguments.
     """
-    # Counting trials instead of values would repeat a point: an orphan's values may be drawn by
-    # one run and a new trial asked by the next.
-    seed = settings.seed + drawn
+    _make(settings, space, n_trials, settings.seed)  # what cannot be made is refused here
+    return SeededDraws(lambda seed: _make(settings, space, n_trials, seed), settings.seed)
+
+
+class SeededDraws(BaseSampler):
+    """A sampler each of whose draws follows from a seed, the trial's place, and the record.
+
+    Optuna's samplers keep a random state and a memory of earlier draws that is not stored. Here every
+    trial, and every value that is drawn on its own, gets a new sampler of the configured kind.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        """
+        Args:
+            make: returns a sampler with a seed.
+            seed: the arm's.
+        """
+        self._make = make
+        self._seed = seed
+        self._of_trial: tuple[int, BaseSampler] | None = None
+
+    def reseed_rng(self) -> None:
+        """See BaseSampler: no draw depends on a random state."""
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """See BaseSampler."""
+        self._whole(trial).before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """See BaseSampler."""
+        return self._whole(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """See BaseSampler."""
+        return self._whole(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """See BaseSampler."""
+        # seeded by name: values that a killed driver has drawn take no part in those after them
+        sampler = self._make(self._seed_of(trial, param_name))
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """See BaseSampler."""
+        self._whole(trial).after_trial(study, trial, state, values)
+
+    def _whole(self, trial: FrozenTrial) -> BaseSampler:
+        """Return the sampler that draws a trial's values together."""
+        if self._of_trial is None or self._of_trial[0] != trial.number:
+            self._of_trial = trial.number, self._make(self._seed_of(trial, ""))
+        return self._of_trial[1]
+
+    def _seed_of(self, trial: FrozenTrial, name: str) -> int:
+        words = f"{self._seed}/{turn_of(trial).place}/{name}"
+        return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
+
+
+def _make(settings: SamplerSettings, space: Space, n_trials: int, seed: int) -> BaseSampler:
     # A fifth of the trials, because Optuna's fixed default of 10 would leave a study of 12 to
     # random search.
     startup = settings.n_startup_trials or max(4, n_trials // 5)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,14 @@ from sweeper.core.paths import StudyFolder
 from sweeper.core.references import referenced_tree
 from sweeper.search.ownership import database_url
 from sweeper.search.pruning import make_pruner
+from sweeper.search.record_prefix import (
+    CONTINUES,
+    TURN,
+    TrialTurn,
+    next_turn,
+    prefix_of,
+    turn_of,
+)
 from sweeper.search.samplers import make_sampler
 from sweeper.search.storage import PATIENCE_S, OpeningWait, PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
@@ -61,6 +69,8 @@ CLONE_OF = "clone_of"
 """User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
 MARGIN = "equivalence_margin"
 """User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
+WORKERS = "workers"
+"""User attribute of each arm's study: the devices and the CPU threads that the study uses."""
 AUDITED = "audited"
 """User attribute of a trial that the pruner would have stopped, and that was kept running."""
 DROPPED = "dropped"
@@ -129,8 +139,7 @@ def open_study(
     )
     require_readable(study)
     _check_question(study, plan, arm, facts)
-    # After load_if_exists, because the seed depends on the values drawn so far.
-    study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, drawn(study))
+    study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials)
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     # last: find_study ignores a study without facts, and the next start would choose another UUID
     if study_uuid(study) is None:
@@ -172,15 +181,6 @@ def require_readable(study: optuna.Study) -> None:
         )
 
 
-def drawn(study: optuna.Study) -> int:
-    """Return the number of stored parameter values, which grows with every draw of every run.
-
-    The number of trials would not do: a trial that a killed run asked for may be drawn by the next
-    run.
-    """
-    return sum(len(trial.params) for trial in study.get_trials(deepcopy=False))
-
-
 def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
     """Enqueue draws that are neither tried nor queued yet.
 
@@ -197,15 +197,53 @@ def enqueue(study: optuna.Study, draws: list[Draw]) -> int:
     return new
 
 
-def ask(study: optuna.Study) -> Trial:
-    """Ask for the next trial: points queued by a user first, then the queue, then the sampler."""
-    # study.ask() would take the oldest queued trial, and a prior is older than a user's request.
-    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-    first = next((trial for trial in waiting if QUEUED_BY in trial.user_attrs), None)
+def ask(study: optuna.Study, places: int = 1) -> Trial:
+    """Ask for the next trial: an interrupted one first, then the queue, then the sampler.
+
+    Args:
+        study: the arm's study.
+        places: see `reach` of record_prefix.
+
+    Returns:
+        A trial whose study shows what decisions about it read.
+    """
+    trials, storage = study.get_trials(deepcopy=False), study._storage
+    first = next_queued(trials)
     if first is None:
-        return study.ask()
-    study._storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)
-    return Trial(study, first._trial_id)
+        trial_id = storage.create_new_trial(study._study_id)
+    else:
+        trial_id = first._trial_id
+        storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+    return _take_turn(study, trial_id, _turn_for(first, trials, places))
+
+
+def next_queued(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """Return the queued trial that comes first, or None if none is queued."""
+    # study.ask() would take the oldest, but a prior is older than an interrupted trial, whose place
+    # precedes it, and than a user's request
+    waiting = [trial for trial in trials if trial.state is TrialState.WAITING]
+    return min(
+        waiting,
+        key=lambda trial: (
+            CONTINUES not in trial.user_attrs,
+            QUEUED_BY not in trial.user_attrs,
+            trial.number,
+        ),
+        default=None,
+    )
+
+
+def _turn_for(queued: FrozenTrial | None, trials: Sequence[FrozenTrial], places: int) -> TrialTurn:
+    number = None if queued is None else queued.user_attrs.get(CONTINUES)
+    if number is None:
+        return next_turn(trials, places)
+    return turn_of(next(trial for trial in trials if trial.number == number))
+
+
+def _take_turn(study: optuna.Study, trial_id: int, turn: TrialTurn) -> Trial:
+    # before the trial can draw, so that a killed driver's successor draws the same
+    study._storage.set_trial_user_attr(trial_id, TURN, [turn.place, turn.reads])
+    return Trial(prefix_of(study, turn), trial_id)
 
 
 def steering_tags(trial: BaseTrial) -> dict[str, str]:
@@ -221,7 +259,7 @@ def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     suggest(trial, space)
     # an audit that is drawn again would prune trials that the first draw had spared
     audited = {AUDITED: True} if trial.user_attrs.get(AUDITED) else {}
-    study.enqueue_trial(trial.params, user_attrs={"continues": trial.number, **audited})
+    study.enqueue_trial(trial.params, user_attrs={CONTINUES: trial.number, **audited})
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:
@@ -294,12 +332,20 @@ def decided_rank(trial: BaseTrial) -> int | None:
     return sized.get("rank")
 
 
-def reattach_orphans(study: optuna.Study) -> list[Trial]:
+def reattach_orphans(study: optuna.Study, places: int = 1) -> list[Trial]:
     """Return the trials that a dead driver left RUNNING as trials that can be told."""
     # Trial(study, id) is the only way to tell a trial that another process asked for. Optuna
     # advises against it, so the version is pinned and the cases are tested.
-    orphans = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return [Trial(study, orphan._trial_id) for orphan in orphans]
+    found: list[Trial] = []
+    for orphan in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if TURN in orphan.user_attrs:
+            found.append(Trial(prefix_of(study, turn_of(orphan)), orphan._trial_id))
+            continue
+        # killed before its turn was stored, or asked by an earlier version
+        trials = study.get_trials(deepcopy=False)
+        others = [trial for trial in trials if trial.number != orphan.number]
+        found.append(_take_turn(study, orphan._trial_id, _turn_for(orphan, others, places)))
+    return found
 
 
 def counted(study: optuna.Study) -> int:
@@ -308,7 +354,7 @@ def counted(study: optuna.Study) -> int:
 
 
 def find_duplicate(study: optuna.Study, point: Point) -> FrozenTrial | None:
-    """Return an earlier trial at exactly this point that has a result or was pruned, if any."""
+    """Return a trial of a study at exactly this point that has a result or was pruned, if any."""
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     return next((other for other in done if point_of(other) == point), None)
 

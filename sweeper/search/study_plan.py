@@ -202,7 +202,7 @@ def _library_problems(study: StudySettings) -> list[str]:
     """Return problems with Optuna classes that do not exist or do not take the given arguments."""
     problems: list[str] = []
     for make in (
-        lambda: make_sampler(study.sampler, {}, study.n_trials, 0),
+        lambda: make_sampler(study.sampler, {}, study.n_trials),
         lambda: make_pruner(study.pruner),
     ):
         try:

@@ -60,7 +60,7 @@ def tell(
     ):  # else a killed driver set it
         trial.set_constraint(INFEASIBLE, 1.0 if row.infeasible else -1.0)
     if row.infeasible:
-        worst = [_worst(study, index) for index, _ in enumerate(costs, start=1)]
+        worst = [_worst(trial.study, index) for index, _ in enumerate(costs, start=1)]
         study.tell(trial.number, [base_value, *worst])
     elif sampled:
         study.tell(trial.number, state=TrialState.PRUNED)

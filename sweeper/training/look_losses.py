@@ -79,5 +79,6 @@ def _look(line: str) -> StoredLook | None:
         found = json.loads(line)
         losses = tuple(map(float, found["nll"])), tuple(map(int, found["tokens"]))
         return StoredLook(int(found["step"]), str(found["rows"]), *losses)
-    except (ValueError, KeyError, TypeError):  # cut by a power failure
+    # cut by a power failure, or nested deeper than Python reads
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None

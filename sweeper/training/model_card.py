@@ -191,6 +191,7 @@ class ArtifactCard:
         return {
             "Method": describe_method(self.settings),
             "Trained parameters": _count(self.figures),
+            "Quantized": _share(self.figures),
             "Learning rate": f"{training.learning_rate:g}, {training.lr_scheduler_type}",
             "Effective batch": f"{training.effective_batch_size}",
             "Optimiser": training.optim,
@@ -236,6 +237,12 @@ def _judged_rows(figures: Mapping[str, float]) -> str:
     """Return the words for the rows that the figures are of."""
     rows = figures.get(LOOK_ROWS)
     return "validation split" if rows is None else f"{rows:.0f} rows of the validation split"
+
+
+def _share(figures: Mapping[str, float]) -> str:
+    """Return how much of the base was quantized while training, or "" without quantization."""
+    share = figures.get("parameters/quantized_share")
+    return "" if share is None else f"{share:.1%} of the base's linear weights while training"
 
 
 def _count(figures: Mapping[str, float]) -> str:

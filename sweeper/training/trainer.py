@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerControl
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -18,6 +19,7 @@ from sweeper.data.padding_free import split_by_tokens, without_targets
 from sweeper.data.tokens import IGNORED, Tokens
 from sweeper.evaluation.judge import Judgement
 from sweeper.evaluation.token_loss import autocast, compute_loss_in_forward, target_nll
+from sweeper.modeling.adapter import modules_without_gradient
 from sweeper.modeling.model_source import NO_CODE
 from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import remove_old, seal
@@ -114,6 +116,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         self._ranks = ranks
         self._micro_batch_tokens = micro_batch_tokens
         self._schedule = schedule
+        self._audited = False
         if ranks.size > 1:
             # DDP averages gradients only if the loss is computed inside the outermost forward method
             compute_loss_in_forward(self.model, settings.training.loss_chunk_size)
@@ -192,6 +195,31 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         model: torch.nn.Module,
         inputs: dict[str, torch.Tensor],
         num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Compute the gradients of a batch. After the first one, audit the adapter."""
+        loss = self._gradients(model, inputs, num_items_in_batch)
+        if not self._audited:
+            self._audited = True
+            self._audit_adapter()
+        return loss
+
+    def _audit_adapter(self) -> None:
+        """Count the adapted modules that have no gradient, and warn of them."""
+        if not isinstance(self.model, PeftModel):
+            return
+        dead = modules_without_gradient(self.model)
+        self._costs.figures["parameters/modules_without_gradient"] = float(len(dead))
+        if dead:
+            named = ", ".join(dead[:3]) + (" …" if len(dead) > 3 else "")
+            self._costs.advice.append(
+                f"{len(dead)} adapted modules have no gradient, so they are not trained: {named}"
+            )
+
+    def _gradients(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """Compute the gradients of a batch, in micro-batches if it is a step without padding."""
         if self._micro_batch_tokens is None:

@@ -58,6 +58,7 @@ from sweeper.evaluation.judgement_readers import JudgementReader
 from sweeper.modeling.adapter import (
     attach,
     count_parameters,
+    describe_reach,
     detach,
     load_adapter,
     touches_base,
@@ -587,6 +588,8 @@ class TransformersRunner:
         with costs.stage("load"):
             set_seed(settings.seed)  # before the adapter, whose initialisation is random
             model = self._trainable(settings, base)
+        if isinstance(model, PeftModel):
+            costs.facts["Adapter"] = describe_reach(model)
         try:
             with module_restored(base.model):
                 yield TrialInputs(
@@ -743,6 +746,8 @@ class TransformersRunner:
             if base.padded_because is None
             else f"padded: {base.padded_because}",
         }
+        if base.quantized_share is not None:
+            costs.figures["parameters/quantized_share"] = base.quantized_share
         if base.remarks:
             costs.facts["Base"] = ". ".join(base.remarks)
         if base.commit:

@@ -19,6 +19,7 @@ def open_engine(
     log: Callable[[int], Path],
     devices: int = 1,
     say: Callable[[str], None] = print,
+    threads: int | None = None,
 ) -> Engine:
     """Start the workers. The caller closes the engine, whatever happens.
 
@@ -28,12 +29,13 @@ def open_engine(
         log: returns the file that a worker prints into.
         devices: number of devices of each worker (one with the inline engine).
         say: takes a sentence about GPUs that are shared, idle or unusable.
+        threads: CPU threads of each process of a local worker, or None for an equal share.
 
     Raises:
         WorkerError: the engine cannot be started here, or workers would have GPUs in common.
     """
     count = 1 if workers.engine == "inline" else n_jobs
-    return LimitedEngine(_hosts(workers, n_jobs, devices, log, say), workers, count=count)
+    return LimitedEngine(_hosts(workers, n_jobs, devices, log, say, threads), workers, count=count)
 
 
 def _hosts(
@@ -42,11 +44,12 @@ def _hosts(
     devices: int,
     log: Callable[[int], Path],
     say: Callable[[str], None],
+    threads: int | None,
 ) -> Engine:
     if workers.engine == "inline":
         return InlineEngine(workers)
     if workers.engine == "local":
-        return LocalEngine(workers, n_jobs, devices, log, say)
+        return LocalEngine(workers, n_jobs, devices, log, say, threads)
     try:
         from sweeper.workers.ray_engine import RayEngine
     except ModuleNotFoundError as error:

@@ -7,7 +7,14 @@ from typing import Generic, Protocol, TypeVar
 from sweeper.core.errors import WorkerError
 from sweeper.core.outcome import StopCause
 from sweeper.core.value import FrozenValue
-from sweeper.workers.protocol import SlotsEvent, StopCommand, Work, WorkAnswer, WorkerEvent
+from sweeper.workers.protocol import (
+    ProceedCommand,
+    SlotsEvent,
+    StopCommand,
+    Work,
+    WorkAnswer,
+    WorkerEvent,
+)
 
 MAX_FAILED_STARTS = 3
 
@@ -43,6 +50,12 @@ class HostedEngine(Generic[H]):
         for host in self._hosts.values():
             if host.current is not None and host.current.job == job:
                 host.send(StopCommand(job=job, cause=cause))
+
+    def proceed(self, job: str, step: int) -> None:
+        """See Engine."""
+        for host in self._hosts.values():
+            if host.current is not None and host.current.job == job:
+                host.send(ProceedCommand(job=job, step=step))
 
     def _heard(self, host: H, event: WorkerEvent) -> None:
         """Update a host from an event of its worker."""

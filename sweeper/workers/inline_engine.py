@@ -19,6 +19,7 @@ from sweeper.workers.protocol import (
     EVENTS,
     CloseCommand,
     LostEvent,
+    ProceedCommand,
     StopCommand,
     Work,
     WorkAnswer,
@@ -61,6 +62,10 @@ class InlineEngine:
     def stop(self, job: str, cause: StopCause) -> None:
         """See Engine."""
         self._order(StopCommand(job=job, cause=cause))
+
+    def proceed(self, job: str, step: int) -> None:
+        """See Engine."""
+        self._order(ProceedCommand(job=job, step=step))
 
     def kill(self, worker: int, reason: str) -> None:
         """See Engine."""

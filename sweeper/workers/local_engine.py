@@ -25,6 +25,7 @@ from sweeper.core.errors import WorkerError
 from sweeper.core.garbage import exempt_from_collection
 from sweeper.core.signals import NOTICES, STOPS, die_with_parent
 from sweeper.core.value import FrozenValue
+from sweeper.workers.device_use import free_first, users_of
 from sweeper.workers.devices import DeviceSurvey, share_devices, survey_devices
 from sweeper.workers.hosted_engine import HostedEngine
 from sweeper.workers.protocol import (
@@ -39,6 +40,7 @@ from sweeper.workers.protocol import (
 )
 from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, serve
 from sweeper.workers.worker_log import begin_log, print_into, tail_of
+from sweeper.workers.worker_session import lead_session
 
 CLOSE_SECONDS = 5.0
 VMSTAT = Path("/proc/vmstat")
@@ -117,15 +119,17 @@ class LocalEngine(HostedEngine[ProcessHost]):
         devices: int,
         log: Callable[[int], Path],
         say: Callable[[str], None] = print,
+        threads: int | None = None,
     ) -> None:
         super().__init__()
         self._workers = workers
         self._devices = devices
         # The fake trainer of the tests uses no device
         self._survey = DeviceSurvey() if workers.trainer == "fake" else survey_devices()
+        self._survey = free_first(self._survey, users_of(self._survey.names))
         for sentence in share_devices(self._survey, n_jobs, devices):
             say(sentence)
-        self._threads = max(1, (os.cpu_count() or 1) // (n_jobs * devices))
+        self._threads = threads or max(1, (os.cpu_count() or 1) // (n_jobs * devices))
         self._log = log
         self._oom_kills = oom_kills()
         self._arrived: queue.Queue[tuple[ProcessHost, bytes | None]] = queue.Queue()
@@ -228,7 +232,7 @@ def _main(
     connection: Connection, worker: int, workers: str, threads: int, place: WorkerResources
 ) -> None:
     """Run a worker process from its start to its end."""
-    os.setsid()
+    lead_session()
     die_with_parent()
     for number in (*STOPS, *NOTICES):  # a batch system signals every process; the driver decides
         signal.signal(number, signal.SIG_IGN)

@@ -1,8 +1,8 @@
 """The protocol between driver and worker: frozen messages that travel as JSON.
 
-A worker announces free slots. The driver sends work (submit, judge, probe, check), and stop and close.
-The worker answers with events that carry the key and the attempt of the job. A worker has one slot
-today. Packed training would announce more without a change of the protocol.
+A worker announces free slots. The driver sends work (submit, judge, probe, check), and stop, proceed
+and close. The worker answers with events that carry the key and the attempt of the job. A worker has
+one slot today. Packed training would announce more without a change of the protocol.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ class SubmitCommand(FrozenValue):
     """A model that another run trained: it is judged and kept, and nothing is trained."""
     expected: InputDigests | None = None
     """Digests that the worker must find when it loads data and base model."""
+    watched: bool = False
+    """True if each evaluation is answered with ProceedCommand or StopCommand, which the trial awaits."""
 
 
 class JudgeCommand(FrozenValue):
@@ -69,6 +71,14 @@ class StopCommand(FrozenValue):
     kind: Literal["stop"] = "stop"
     job: str
     cause: StopCause
+
+
+class ProceedCommand(FrozenValue):
+    """Continue this trial after its evaluation at this step."""
+
+    kind: Literal["proceed"] = "proceed"
+    job: str
+    step: int
 
 
 class ProbeCommand(FrozenValue):
@@ -224,7 +234,7 @@ def lost(
     )
 
 
-WorkerCommand = Work | StopCommand | CloseCommand
+WorkerCommand = Work | StopCommand | ProceedCommand | CloseCommand
 WorkerEvent = SlotsEvent | ProgressEvent | EvaluatedEvent | WaitingEvent | WorkAnswer | LostEvent
 COMMANDS: TypeAdapter[WorkerCommand] = TypeAdapter(
     Annotated[WorkerCommand, Field(discriminator="kind")]
@@ -309,6 +319,9 @@ class Engine(Protocol):
 
     def stop(self, job: str, cause: StopCause) -> None:
         """Ask a running trial to end. Its EndedEvent follows. Unknown keys are ignored."""
+
+    def proceed(self, job: str, step: int) -> None:
+        """Let a watched trial continue after its evaluation at this step."""
 
     def kill(self, worker: int, reason: str) -> None:
         """End a worker at once, whatever it is doing. Its LostEvent follows with cause timeout.

@@ -119,6 +119,10 @@ class LimitedEngine:
         """See Engine."""
         self._engine.stop(job, cause)
 
+    def proceed(self, job: str, step: int) -> None:
+        """See Engine."""
+        self._engine.proceed(job, step)
+
     def kill(self, worker: int, reason: str) -> None:
         """See Engine."""
         if worker not in self._killed:  # its LostEvent may take a while

@@ -39,6 +39,7 @@ from sweeper.workers.protocol import (
     JudgedEvent,
     ProbeCommand,
     ProbedEvent,
+    ProceedCommand,
     ProgressEvent,
     SlotsEvent,
     StopCommand,
@@ -77,6 +78,10 @@ class CommandQueue:
 
     work: queue.Queue[Work | CloseCommand] = field(default_factory=queue.Queue)
     stops: dict[str, StopCause] = field(default_factory=dict)
+    proceeds: dict[str, int] = field(default_factory=dict)
+    """The step of the newest evaluation after which each job may continue."""
+    answered: threading.Condition = field(default_factory=threading.Condition)
+    """Notified of each stop and each proceed."""
 
     @classmethod
     def listen(cls, channel: WorkerChannel) -> CommandQueue:
@@ -90,21 +95,34 @@ class CommandQueue:
         try:
             while True:
                 command = channel.receive()
-                if isinstance(command, StopCommand):
-                    self.stops[command.job] = command.cause
-                else:
-                    if isinstance(
-                        command, SubmitCommand
-                    ):  # an older stop was for an earlier attempt
-                        self.stops.pop(command.job, None)
-                    self.work.put(command)
-                    if isinstance(command, CloseCommand):
-                        return
+                self._take(command)
+                if isinstance(command, CloseCommand):
+                    return
         except (EOFError, OSError):
             os._exit(1)  # nothing to save: checkpoints are on disk, the spool is flushed
         except Exception:  # noqa: BLE001 - without its reader a worker would wait for ever
             traceback.print_exc()
             os._exit(1)
+
+    def _take(self, command: WorkerCommand) -> None:
+        with self.answered:
+            match command:
+                case StopCommand():
+                    self.stops[command.job] = command.cause
+                case ProceedCommand():
+                    self.proceeds[command.job] = command.step
+                case SubmitCommand():  # older answers were for an earlier attempt
+                    self.stops.pop(command.job, None)
+                    self.proceeds.pop(command.job, None)
+                    self.work.put(command)
+                case _:
+                    self.work.put(command)
+            self.answered.notify_all()
+
+    def wait_for_answer(self, job: str, step: int) -> None:
+        """Wait until the driver lets a job continue after its evaluation at a step, or stops it."""
+        with self.answered:
+            self.answered.wait_for(lambda: job in self.stops or self.proceeds.get(job) == step)
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,7 @@ class RemoteObserver:
     orders: CommandQueue
     job: str
     attempt: int
+    watched: bool = False
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
         """See TrialObserver."""
@@ -139,6 +158,9 @@ class RemoteObserver:
                 value=value,
             )
         )
+        # A step more would be trained or not by the speed of the driver, and its cost recorded
+        if self.watched:
+            self.orders.wait_for_answer(self.job, step)
 
     def stop_cause(self) -> StopCause | None:
         """See TrialObserver."""
@@ -312,7 +334,7 @@ def _outcome(
     patience: DiskPatience,
 ) -> Outcome:
     """Run a trial. On a full disk, wait and continue from the newest whole checkpoint."""
-    observer = RemoteObserver(channel, orders, command.job, command.attempt)
+    observer = RemoteObserver(channel, orders, command.job, command.attempt, command.watched)
     folder = TrialFolder(command.folder)
     announced = False
     while True:

@@ -126,6 +126,7 @@ HINTS = {
     "hydra.sweeper.n_jobs=2": ["n_jobs is a setting of a study", "Add -m"],
     "study_name=x seed=abc": ["study_name is a setting of a study", "seed='abc'"],
     "sampler=gp": ["sampler is a setting of a study", "Add -m"],
+    "+experiment=lr_rank_sweep hydra.sweeper.arms={} -m": ["nothing changes", "arms.full"],
     "pruner.audit_fraction=0.1": ["pruner.audit_fraction is a setting of a study"],
     f"hydra/sweeper/sampler=tpe {SWEEP}": ["Write sampler=tpe"],
     f"hydra/sweeper/sampler=cmaes {SWEEP}": ["sampler.class_name=CmaEsSampler"],

@@ -33,6 +33,9 @@ class ScriptedEngine:
         self.sent.append(work)
         self._events.extend(self._script(worker, work))
 
+    def proceed(self, job: str, step: int) -> None:
+        """See Engine."""
+
     def stop(self, job: str, cause: StopCause) -> None:
         """See Engine."""
         self.stopped.append((job, cause))

@@ -66,6 +66,9 @@ class ChaosEngine:
         self._current[worker] = work
         self._stops.pop(work.job, None)
 
+    def proceed(self, job: str, step: int) -> None:
+        """See Engine."""
+
     def stop(self, job: str, cause: StopCause) -> None:
         """See Engine."""
         for work in self._current.values():

@@ -379,6 +379,9 @@ class Devices:
     def send(self, worker: int, work: Work) -> None:
         """See Engine."""
 
+    def proceed(self, job: str, step: int) -> None:
+        """See Engine."""
+
     def stop(self, job: str, cause: StopCause) -> None:
         """See Engine."""
 

@@ -5,7 +5,8 @@
 The real program with the fake trainer and two workers on a real PostgreSQL and a real MLflow server
 (deploy/servers.sh). Every kill is SIGKILL. A killed driver is started again by the same command, a
 killed server comes back after up to 20 seconds. Now and then a worker is frozen for good, the data file
-is replaced until a worker refuses it, or the same name is started on another storage for a moment.
+is replaced until a worker refuses it, or the same name is started on another storage for a moment. Or
+the driver is started again with full output or damaged files, or hundreds of commands arrive.
 When all faults are done the study is left alone, and then every promise is checked; exit code 0 if all
 are kept. soak.json tells what was done and found.
 """
@@ -25,24 +26,44 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from sweeper.core.paths import StudyFolder
+from sweeper.driver.command_files import ResumeStudy, send
+
 ROOT = Path(__file__).resolve().parents[2]
 STUDY = "soak"
 PASSWORD = "soak3c1d9e"
 VICTIMS = {
-    **{"worker": 0.48, "driver": 0.22, "postgres": 0.09, "mlflow": 0.09},
+    **{"worker": 0.40, "driver": 0.18, "postgres": 0.09, "mlflow": 0.09},
     **{"frozen worker": 0.05, "data file": 0.04, "other storage": 0.03},
+    **{"full output": 0.04, "damaged files": 0.05, "slow inbox": 0.03},
 }
 """Which share of the faults meets whom."""
 REFUSED = "found other data or another base model"
 """What the driver says where a worker refuses another data file."""
 ROWS, OTHER_ROWS = ("".join(f'{{"text": "{word} {n}"}}\n' for n in range(9)) for word in "ab")
+DAMAGED = (
+    *("results.json", "report.md", "standing.json", "driver.pid", "identity.json"),
+    *(".tracking/store.json", ".tracking/study.json", "lora/*/provenance.json"),
+)
+"""Files of a study, as patterns, that it can do without."""
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "zeros": lambda content: bytes(len(content)),
+    "half": lambda content: content[: len(content) // 2],
+    "noise": lambda _: bytes(range(256)),
+    "other": lambda _: b"[]",
+}
+TORN_LINES = b'{"step": 3, "ti\n' + bytes(40) + b'\n{"step": '
+"""What a power cut may leave at the end of metrics.jsonl."""
+COMMANDS = 300
+"""Commands that arrive at once, one of three of them no command."""
 LIMITS = ("workers.stall_timeout_s=15", "workers.probe_timeout_s=30")
 AWAY_SECONDS = 20.0
 """The longest time a killed server stays away before it is started again."""
@@ -148,12 +169,13 @@ class Driver:
         """The study's folder."""
         return self.folder / "outputs" / STUDY
 
-    def start(self, *overrides: str) -> None:
-        """The same command, every time."""
+    def start(self, *overrides: str, output: Path | None = None) -> None:
+        """The same command, every time. Its output goes to its log, or to another file."""
         self.runs += 1
         if self.runs == 1:
             self.rows.write_text(ROWS)
-        with (self.folder / f"run_{self.runs:03d}.log").open("wb") as log:
+        log_path = self.folder / f"run_{self.runs:03d}.log"
+        with log_path.open("wb") as log, (output or log_path).open("ab") as sink:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "sweeper", "+experiment=lr_rank_sweep", "workers=fake"),
@@ -167,8 +189,8 @@ class Driver:
                 cwd=self.folder,
                 env={**os.environ, **self.environment},
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                stdout=sink,
+                stderr=log,
                 start_new_session=True,
             )
 
@@ -231,8 +253,7 @@ class Driver:
             return False
         identity = self.study / "identity.json"
         own = identity.read_text() if identity.exists() else None
-        self.process.kill()
-        self.process.wait()
+        self._end()
         self.start("hydra.sweeper.storage=sqlite:///other.db", "tracking=none")
         time.sleep(draw.uniform(0, AWAY_SECONDS))
         self.process.kill()
@@ -243,6 +264,48 @@ class Driver:
             assert time.monotonic() < deadline, "the study's own trials never came back"
             self.revive()
             time.sleep(0.1)
+        return True
+
+    def lose_output(self) -> bool:
+        """Kill it, and start it with an output that takes nothing."""
+        if not self._end():
+            return False
+        self.start(output=Path("/dev/full"))
+        return True
+
+    def damage(self, draw: random.Random) -> bool:
+        """Kill it, and damage its files as a power cut does, then start it."""
+        found = sorted(path for name in DAMAGED for path in self.study.glob(name))
+        if not found or not self._end():
+            return False
+        for path in draw.sample(found, min(5, len(found))):
+            path.write_bytes(DAMAGES[draw.choice(list(DAMAGES))](path.read_bytes()))
+        for path in self.study.glob("lora/*/metrics.jsonl"):
+            if not (path.parent / "outcome.json").exists():
+                with path.open("ab") as file:
+                    file.write(TORN_LINES)
+        self.start()
+        return True
+
+    def flood(self) -> bool:
+        """Send hundreds of commands, which change nothing, to its inbox, and files that are none."""
+        assert self.process is not None
+        if self.process.poll() is not None or not self.study.exists():
+            return False
+        folder = StudyFolder(self.study)
+        for number in range(COMMANDS):
+            send(folder, ResumeStudy())
+            if number % 3 == 0:
+                (folder.inbox / f"{number:020d}-{number:08x}.json").write_bytes(TORN_LINES)
+        return True
+
+    def _end(self) -> bool:
+        """Kill it for another start than usual; False while that would hide another fault."""
+        assert self.process is not None
+        if self.tampered_at is not None or self.process.poll() is not None:
+            return False
+        self.process.kill()
+        self.process.wait()
         return True
 
     def revive(self) -> bool:
@@ -293,7 +356,12 @@ class Outcomes:
 
 
 def soak(
-    servers: Servers, driver: Driver, minutes: float, kills: int, draw: random.Random
+    servers: Servers,
+    driver: Driver,
+    minutes: float,
+    kills: int,
+    draw: random.Random,
+    faults: Sequence[str],
 ) -> tuple[Counter[str], Outcomes]:
     """Kill at random moments, then let the study come to its end."""
     done: Counter[str] = Counter()
@@ -309,8 +377,11 @@ def soak(
         "frozen worker": lambda: driver.kill_worker(draw, signal.SIGSTOP),
         "data file": lambda: driver.tamper(draw),
         "other storage": lambda: driver.mistake(draw),
+        "full output": driver.lose_output,
+        "damaged files": lambda: driver.damage(draw),
+        "slow inbox": driver.flood,
     }
-    victims = draw.choices(list(VICTIMS), list(VICTIMS.values()), k=kills)
+    victims = draw.choices(faults, [VICTIMS[name] for name in faults], k=kills)
     end = None
     while True:
         servers.mend()
@@ -432,6 +503,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--step-seconds", type=float, default=0.25, help="20 steps a trial")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", nargs="+", choices=VICTIMS, default=list(VICTIMS))
     parser.add_argument("--output", type=Path, default=Path("soak.json"))
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="sweeper-soak-"))
@@ -443,7 +515,7 @@ def main() -> None:
     try:
         assert servers.run("start").wait() == 0, (folder / "servers.log").read_text()
         draw = random.Random(asked.seed)
-        kills, outcomes = soak(servers, driver, asked.minutes, asked.kills, draw)
+        kills, outcomes = soak(servers, driver, asked.minutes, asked.kills, draw, asked.faults)
         problems = broken_promises(servers, driver, outcomes) + _left_behind(mark)
     finally:
         if driver.process is not None and driver.process.poll() is None:

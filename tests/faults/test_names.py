@@ -123,7 +123,7 @@ def test_a_night_names_only_studies(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("process", [-1, 0, 1, "x", None, 1e99])
+@pytest.mark.parametrize("process", [-1, 0, 1, "x", None, 1e99, float("inf")])
 def test_no_other_process_is_stopped_for_a_night(process: object, tmp_path: Path) -> None:
     """overlap=replace signals the process that a file names: never init, and never everybody."""
     from datetime import UTC, datetime

@@ -12,18 +12,27 @@ from pathlib import Path
 
 import optuna
 import pytest
+from filelock import FileLock
 
 from sweeper.commands.run_study import run_study
 from sweeper.core.errors import StudyError, SweeperError, sentence
-from sweeper.core.outcome import stored_outcome
-from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.core.outcome import ExampleLosses, stored_outcome
+from sweeper.core.paths import NightFolder, NightsFolder, StudyFolder, TrialFolder
 from sweeper.core.spool import MetricsSpool, read_spool
-from sweeper.core.stored_files import _TOLD
+from sweeper.core.stored_files import _TOLD, read_stored
+from sweeper.driver.folder_moves import end_move
+from sweeper.driver.folder_owner import settle_owner
+from sweeper.nightly.night_claims import NightLog
+from sweeper.nightly.night_record import read_record
+from sweeper.reporting.report_evidence import read_samples
+from sweeper.reporting.split_looks import count_look
 from sweeper.search.study import open_storage
 from sweeper.search.study_plan import studies
+from sweeper.training.look_losses import read_looks
 from sweeper.training.trial_costs import TrialCosts
 from tests.conftest import run_in_process
 from tests.faults.conftest import Launch
+from tests.reporting.studies import two_arms
 
 NAME = "mine"
 FAKE = (
@@ -262,3 +271,94 @@ def test_what_is_deleted_in_mid_run_ends_the_study_at_once(
     assert "Traceback" not in output, output
     assert "the study's database is gone" in output, output
     assert "run the same command again" in output
+
+
+def _looks_of_others(path: Path) -> object:
+    """Count a look in a study beside the one whose looks.json is damaged."""
+    return count_look(StudyFolder(path.parent.parent / "other"), None, "rows", "models")
+
+
+def _holder(path: Path) -> object:
+    """Ask which process holds a lock that is held."""
+    nights = NightsFolder(path.parent)
+    with FileLock(nights.lock("mine"), timeout=5):
+        return NightLog(nights).holder("mine")
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "outputs/mine/looks.json": lambda path: count_look(
+        StudyFolder(path.parent), None, "rows", "models"
+    ),
+    "outputs/mine/./looks.json": _looks_of_others,
+    "outputs/mine/set_aside/move.json": lambda path: end_move(StudyFolder(path.parent.parent)),
+    "outputs/mine/identity.json": lambda path: settle_owner(
+        StudyFolder(path.parent), "uuid", opened=False
+    ),
+    "outputs/mine/lora/trial_0000/samples.json": lambda path: read_samples(
+        StudyFolder(path.parents[2]), two_arms(3.0, 3.1).arms[0]
+    ),
+    "outputs/mine/lora/trial_0000/look_losses.jsonl": read_looks,
+    "outputs/mine/lora/finalists/test/0/trial_0000_seed_0.json": lambda path: read_stored(
+        path, ExampleLosses, "the model is judged again"
+    ),
+    "nightly/mine/2026-05-01/night.json": lambda path: read_record(NightFolder(path.parent)),
+    "nightly/mine.running.json": _holder,
+}
+"""Files that a study without finalists and nights has not, each with what reads it."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_reads_a_damaged_file_says_so_or_does_without(name: str, tmp_path: Path) -> None:
+    """Every damage: a value or an error with the file's name, never an error of Python."""
+    for damage in DAMAGES:
+        path = tmp_path / damage.replace(" ", "_") / name
+        path.parent.mkdir(parents=True)
+        path.write_text('{"format": 1, "looks": []}')
+        DAMAGES[damage](path)
+        assert path.name in (_error(READERS[name], path) or path.name), damage
+
+
+def _error(read: Callable[[Path], object], path: Path) -> str | None:
+    try:
+        read(path)
+    except SweeperError as error:
+        return str(error)
+    except OSError as error:
+        return sentence(error)
+    return None
+
+
+COVERED = {
+    # by property of the classes of sweeper/core/paths.py: the file's name in FILES or READERS
+    **{"config": "config.yaml", "metrics": "metrics.jsonl", "outcome": "outcome.json"},
+    **{"provenance": "provenance.json", "identity": "identity.json", "samples": "samples.json"},
+    **{"database": "study.db", "steering": "steering.json", "standing": "standing.json"},
+    **{"tracking": "store.json", "looks": "looks.json", "results": "results.json"},
+    **{"report": "report.md", "judged_examples": "trial_0000_seed_0.json", "record": "night.json"},
+    **{"holder": "mine.running.json", "set_aside": "move.json", "look_losses": "look_losses.jsonl"},
+}
+OTHERWISE = {
+    "spent": "test_a_damaged_account_of_costs_counts_as_nothing",
+    "checkpoints": "tests/training/test_checkpoint.py",
+    **dict.fromkeys(
+        ("adapter", "model", "artifact", "adopted"), "a manifest tells of every change"
+    ),
+    **dict.fromkeys(("inbox", "outbox"), "tests/driver/test_command_files.py"),
+    **dict.fromkeys(("lock", "worker_log", "log_text"), "shown, or locked, and never parsed"),
+    **dict.fromkeys(
+        ("log_json", "data_card", "archive", "merged", "page", "figures", "digest"),
+        "never read again",
+    ),
+    **dict.fromkeys(("answers", "trial", "finalist", "finalists", "night", "dates"), "no file"),
+}
+"""Properties without a case here, and what stands in its place."""
+
+
+def test_every_file_that_is_written_and_read_again_has_a_case() -> None:
+    """A file that is added to sweeper/core/paths.py stands in COVERED, or in OTHERWISE with a reason."""
+    classes = (TrialFolder, StudyFolder, NightsFolder, NightFolder)
+    made = {"under", "path", "continue_from", "forget_checkpoints", "clear_results"}
+    named = {name for each in classes for name in vars(each) if not name.startswith("_")} - made
+    assert named == set(COVERED) | set(OTHERWISE)
+    cases = {Path(name).name for name in (*FILES, *READERS)}
+    assert set(COVERED.values()) <= cases

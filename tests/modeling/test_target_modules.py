@@ -117,4 +117,4 @@ def test_a_regular_expression_that_is_wrong_or_matches_nothing_says_so() -> None
 def test_a_preset_that_matches_nothing_lists_what_exists() -> None:
     """An architecture without these names answers with its own."""
     with pytest.raises(ModelError, match=r"Its linear modules are wide\. Presets: attention_qv"):
-        resolve_targets("mlp", ["block.0.wide"])
+        resolve_targets("mlp", ["block.0.attn.wide"])

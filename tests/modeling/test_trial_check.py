@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 
 from sweeper.config.settings import LoraAdapter, TrialSettings
 from sweeper.core.errors import ConfigError, ModelError
+from sweeper.core.memory_limits import control_groups
 from sweeper.modeling import trial_check
 from sweeper.modeling.adapter import attach, lora_config
 from sweeper.modeling.base_model import load_base
-from sweeper.modeling.hardware import _control_groups
 from sweeper.modeling.model_source import load_config, load_config_and_digest
 from sweeper.modeling.trial_check import TOLERANCE, ModelChecks, nearest_rank, size_on_meta
 from tests.conftest import make_settings
@@ -244,11 +244,8 @@ def test_memory_limits_stand_in_the_group_of_the_process_and_around_it(tmp_path:
     """A control group of version 2 is limited by those it lies in; version 1 is not read."""
     own, root = tmp_path / "cgroup", tmp_path / "sys"
     own.write_text("0::/user.slice/job.scope\n")
-    found = _control_groups(own, root)
-    assert found[:2] == [
-        root / "user.slice/job.scope/memory.max",
-        root / "user.slice/memory.max",
-    ]
+    found = control_groups(own, root)
+    assert found[:2] == [root / "user.slice/job.scope", root / "user.slice"]
     own.write_text("4:memory:/job\n")
-    assert _control_groups(own, root) == []
-    assert _control_groups(tmp_path / "nothing", root) == []
+    assert control_groups(own, root) == []
+    assert control_groups(tmp_path / "nothing", root) == []

@@ -19,7 +19,14 @@ from sweeper.reporting.chart import (
     step_axis,
     word_axis,
 )
-from sweeper.reporting.figures import TARGETS, TRAINABLE, pareto, pareto_figure, target_figure
+from sweeper.reporting.figures import (
+    TARGETS,
+    TRAINABLE,
+    pareto,
+    pareto_figure,
+    rate_figure,
+    target_figure,
+)
 from sweeper.reporting.results import StudyResults
 from tests.reporting.studies import (
     FACTS,
@@ -161,6 +168,15 @@ def _targets(objective: Objective) -> StudyResults:
 def test_target_modules_stand_with_their_best_trial(objective: Objective, words: str) -> None:
     """The best group first, whichever way the objective goes."""
     assert target_figure(_targets(objective)).caption.startswith(words)
+
+
+def test_titles_name_the_objective() -> None:
+    """Figures of the objective of a study that maximises ROUGE are not called figures of losses."""
+    for objective, word in ((LOSS, "loss"), (ROUGE, "eval rougeL")):
+        results = _targets(objective)
+        titles = [rate_figure(results).title, pareto_figure(results).title]
+        assert all(word.lower() in title.lower() for title in titles), titles
+        assert objective == LOSS or not any("loss" in title.lower() for title in titles)
 
 
 def test_the_front_of_a_maximised_objective_joins_the_best() -> None:

@@ -94,6 +94,19 @@ def test_a_running_trial_tells_when_it_ends() -> None:
     assert trial.seconds_left(now=200.0) is None
 
 
+@pytest.mark.parametrize("paused", [True, False])
+def test_a_wait_is_no_part_of_the_pace(paused: bool) -> None:
+    """An hour between two steps: nothing is said until the trial runs, then by the pace since."""
+    trial = TrialProgress("lora/1", "lora", 1, {}, state="running")
+    trial.progressed(10, 50, 900.0, now=100.0)
+    trial.progressed(20, 50, 900.0, now=105.0)
+    trial.stand_still(paused=paused)
+    assert trial.seconds_left(now=3000.0) is None
+    trial.progressed(20, 50, 900.0, now=3700.0)
+    trial.progressed(30, 50, 900.0, now=3705.0)
+    assert trial.seconds_left(now=3705.0) == pytest.approx(10.0)
+
+
 def test_the_headline_tells_the_best_and_the_time_left() -> None:
     """Two of four trials ended in 60 s each and two run: a minute more."""
     board = StudyProgress(LOSS)

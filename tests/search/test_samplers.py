@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.trial import Trial
 
 from sweeper.config.grammar import parse_domain
 from sweeper.config.settings import SamplerSettings
@@ -17,7 +19,7 @@ from sweeper.config.space import Branch, Branches, Choice, Interval, Space
 from sweeper.config.study_settings import SamplerName
 from sweeper.core.errors import ConfigError
 from sweeper.search.samplers import make_sampler
-from sweeper.search.study import drawn, reattach_orphans, suggest
+from sweeper.search.study import ask, reattach_orphans, suggest
 from sweeper.search.study_plan import studies
 
 BASE = SamplerSettings(name="tpe", seed=0, n_startup_trials=4, class_name=None, kwargs={})
@@ -28,6 +30,9 @@ SPACE: Space = {
     "c": Choice((None, "a", 2, True)),
     "v": Branches({"one": Branch({}, {"y": Interval(0.0, 1.0)}), "two": Branch({"y": 2.0}, {})}),
 }
+
+
+FLAT: Space = {"x": Interval(1e-4, 1.0, log=True), "y": Interval(0.0, 1.0)}
 
 
 def _named(name: str, **changes: object) -> SamplerSettings:
@@ -45,7 +50,7 @@ def _named(name: str, **changes: object) -> SamplerSettings:
 )
 def test_every_sampler_draws_inside_a_space_with_branches(settings: SamplerSettings) -> None:
     """Bounds, steps, choices with null, and only the drawn branch's keys, past the random start."""
-    sampler = make_sampler(settings, SPACE, 12, drawn=0)
+    sampler = make_sampler(settings, SPACE, 12)
     # Optuna would take its own default for None, and every draw below would be right.
     assert isinstance(sampler, BaseSampler), "add its case to make_sampler"
     study = optuna.create_study(sampler=sampler)
@@ -88,26 +93,40 @@ def test_optuna_draws_from_the_very_domain_that_was_typed(
         assert (value - a) / unit == pytest.approx(round((value - a) / unit), abs=1e-6)
 
 
-def test_a_resumed_study_does_not_repeat_its_draws() -> None:
-    """Nor does it after a run that asked nothing and drew an orphan's values only."""
-    storage = optuna.storages.InMemoryStorage()
+@pytest.mark.parametrize("name", ["random", "tpe", pytest.param("gp", marks=pytest.mark.slow)])
+def test_a_killed_driver_changes_no_draw(name: SamplerName) -> None:
+    """Whether it died before a trial's first value, between two values, or between two trials."""
 
-    def run() -> optuna.Study:
+    def opened(storage: BaseStorage) -> optuna.Study:
         study = optuna.create_study(storage=storage, study_name="x", load_if_exists=True)
-        study.sampler = make_sampler(_named("random"), SPACE, 12, drawn(study))
+        study.sampler = make_sampler(_named(name, n_startup_trials=2), FLAT, 12)
         return study
 
-    run().ask()  # killed before it could draw
-    orphan = suggest(reattach_orphans(run())[0], SPACE)  # killed before it could ask
-    asked = suggest(run().ask(), SPACE)
-    assert orphan["x"] != asked["x"]
+    def told(study: optuna.Study, trial: Trial) -> object:
+        point = suggest(trial, FLAT)
+        study.tell(trial.number, float(point["x"]) + float(point["y"]))
+        return point
+
+    whole = opened(optuna.storages.InMemoryStorage())
+    undisturbed = [told(whole, ask(whole)) for _ in range(5)]
+    storage = optuna.storages.InMemoryStorage()
+    disturbed = []
+    for place in range(5):
+        trial = ask(opened(storage))
+        if place > 1:  # the first two drivers die before any value
+            trial.suggest_float("x", 1e-4, 1.0, log=True)
+        study = opened(storage)
+        (orphan,) = reattach_orphans(study)
+        disturbed.append(told(study, orphan))
+    assert disturbed == undisturbed
+    assert len({str(point) for point in disturbed}) == 5
 
 
 def test_the_same_seed_draws_the_same_in_a_new_study() -> None:
     """Two studies of one command start alike."""
 
     def first() -> object:
-        study = optuna.create_study(sampler=make_sampler(BASE, SPACE, 12, drawn=0))
+        study = optuna.create_study(sampler=make_sampler(BASE, SPACE, 12))
         return suggest(study.ask(), SPACE)
 
     assert first() == first()

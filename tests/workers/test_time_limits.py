@@ -45,6 +45,9 @@ class ScriptedEngine:
     def send(self, worker: int, work: Work) -> None:
         self.current = work
 
+    def proceed(self, job: str, step: int) -> None:
+        pass
+
     def stop(self, job: str, cause: StopCause) -> None:
         raise NotImplementedError
 

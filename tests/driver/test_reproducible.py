@@ -1,0 +1,147 @@
+"""The same seed and number of workers give the same trials, whatever comes first."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import optuna
+import pytest
+
+from sweeper.commands.run_study import run_study
+from sweeper.commands.study_conclusion import StudyConclusion
+from sweeper.driver import study_run
+from sweeper.search.record_prefix import turn_of
+from sweeper.search.study_plan import studies
+from tests.driver.threaded import StepSeconds, ThreadedEngine, opener
+
+FAKE = (
+    *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "finalists=none"),
+    *("~hydra.sweeper.arms.full", "++workers.fake.steps=10"),
+    *("hydra.sweeper.pruner.n_startup_trials=2", "hydra.sweeper.pruner.rungs=[400,600]"),
+)
+Row = tuple[int, object, str, object, object]
+
+
+def _uneven(seed: int, step_s: float = 0.002) -> StepSeconds:
+    """Trials of one seed differ up to tenfold in speed, those of another seed otherwise."""
+    return lambda key: step_s * 10 ** random.Random(f"{seed}/{key}").random()
+
+
+def _table(tmp_path: Path) -> list[Row]:
+    """Return what became of each place: its point, cause, value and steps."""
+    storage = f"sqlite:///{tmp_path / 'lr_rank_sweep' / 'study.db'}"
+    trials = optuna.load_study(study_name="lr_rank_sweep/lora", storage=storage).trials
+    rows = [
+        (
+            turn_of(trial).place,
+            trial.user_attrs.get("point", trial.params),  # a duplicate has none
+            trial.user_attrs["cause"],
+            trial.values,
+            trial.user_attrs["outcome"]["steps"],
+        )
+        for trial in trials
+        if trial.user_attrs["cause"] != "cancelled"
+    ]
+    return sorted(rows, key=lambda row: row[0])
+
+
+def _run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step_seconds: StepSeconds, *overrides: str
+) -> list[ThreadedEngine]:
+    opened: list[ThreadedEngine] = []
+    monkeypatch.setattr(study_run, "open_engine", opener(step_seconds, opened))
+    monkeypatch.setattr(
+        StudyConclusion, "_write", lambda self, *results: None
+    )  # no page is read here
+    (plan,) = studies([*FAKE, f"output_dir={tmp_path}", *overrides])
+    run_study(plan)
+    return opened
+
+
+def _same_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timings: Sequence[StepSeconds], *overrides: str
+) -> list[Row]:
+    """Run one study with several timings, and return the table that all of them have."""
+    tables = []
+    for number, timing in enumerate(timings):
+        _run(tmp_path / str(number), monkeypatch, timing, *overrides)
+        tables.append(_table(tmp_path / str(number)))
+    assert all(table == tables[0] for table in tables[1:])
+    return tables[0]
+
+
+def test_two_timings_of_one_study_give_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Points, prunings, values and steps follow from the record, not from what arrives first."""
+    timings = (lambda key: 0.0, _uneven(1))
+    wanted = ("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=8")
+    table = _same_table(tmp_path, monkeypatch, timings, *wanted)
+    assert {row[2] for row in table} >= {"finished", "pruned"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("n_jobs=3", "n_trials=20", "sampler.name=gp"),
+        ("n_jobs=3", "n_trials=24", "pruner.name=percentile", "pruner.percentile=30.0"),
+        ("n_jobs=2", "n_trials=16", "pruner.audit_fraction=0.5"),
+        ("n_jobs=4", "n_trials=40", "budget.plateau={trials: 8, min_improvement: 0.01}"),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_three_timings_of_every_kind_of_search_give_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    """With every sampler and pruner, audits, and a search that ends at a plateau."""
+    timings = (lambda key: 0.0, _uneven(1), _uneven(2))
+    keys = [f"++hydra.sweeper.{each}" for each in overrides]
+    assert len(_same_table(tmp_path, monkeypatch, timings, *keys)) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("++workers.fake.plan={1: oom, 4: diverge, 5: oom}",),
+        ("training.learning_rate=1e-3,3e-3,1e-2", "adapter.r=2,4,8"),
+        ("pruner=successive_halving", "hydra.sweeper.pruner.rungs=[400,800]"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_failures_and_duplicates_follow_from_the_record_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    """Infeasible points, points that are drawn twice, and rungs that trials pass while others run."""
+    timings = (lambda key: 0.0, _uneven(1), _uneven(2))
+    wanted = ("hydra.sweeper.n_jobs=3", "hydra.sweeper.n_trials=12")
+    assert len(_same_table(tmp_path, monkeypatch, timings, *wanted, *overrides)) >= 12
+
+
+@pytest.mark.slow
+def test_a_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
+    """Killed four times: every place has the point, the end and the value that it had."""
+    command = [sys.executable, "-m", "sweeper", *FAKE, "hydra.sweeper.n_jobs=2", "-m"]
+    command += ["++workers.fake.step_seconds=0.05", "hydra.sweeper.n_trials=12"]
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    subprocess.run([*command, f"output_dir={undisturbed}"], check=True, timeout=300)
+    command.append(f"output_dir={disturbed}")
+    database = disturbed / "lr_rank_sweep" / "study.db"
+    for seconds in (2.0, 1.0, 2.5, 1.5):
+        written = database.stat().st_mtime_ns if database.exists() else 0
+        process = subprocess.Popen(command)
+        deadline = time.monotonic() + 120
+        while not (database.exists() and database.stat().st_mtime_ns > written):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.kill()
+        process.wait(60)
+    subprocess.run(command, check=True, timeout=300)
+    assert _table(disturbed) == _table(undisturbed)

@@ -1,0 +1,116 @@
+"""An engine of several fake workers in this process, each as fast as a test wants it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sweeper.config.settings import WorkerSettings
+from sweeper.core.value import FrozenValue
+from sweeper.workers.fake_runner import FakeRunner
+from sweeper.workers.hosted_engine import HostedEngine
+from sweeper.workers.inline_engine import QueueChannel
+from sweeper.workers.protocol import (
+    EVENTS,
+    CloseCommand,
+    SlotsEvent,
+    SubmitCommand,
+    Work,
+    WorkAnswer,
+    WorkerEvent,
+)
+from sweeper.workers.worker import CommandQueue, serve
+
+StepSeconds = Callable[[str], float]
+"""Takes a trial's key and returns the seconds of each of its steps."""
+
+
+@dataclass(eq=False)
+class ThreadHost:
+    """One worker thread."""
+
+    down: queue.Queue[str] = field(default_factory=queue.Queue)
+    started: bool = False
+    current: Work | None = None
+    killed_for: str | None = None
+    runner: FakeRunner | None = None
+
+    def send(self, message: FrozenValue) -> None:
+        """See WorkerHost."""
+        self.down.put(message.model_dump_json())
+
+
+class ThreadedEngine(HostedEngine[ThreadHost]):
+    """Hosts `n_jobs` fake workers in threads, and measures how long they had nothing to do."""
+
+    def __init__(self, workers: WorkerSettings, n_jobs: int, step_seconds: StepSeconds) -> None:
+        super().__init__()
+        self._fake = workers.fake
+        self._step_seconds = step_seconds
+        self._arrived: queue.Queue[tuple[int, str]] = queue.Queue()
+        self.free_since: dict[int, float] = {}
+        self.idle_s: list[float] = []
+        """Seconds between the end of each worker's trial and the begin of its next one."""
+        self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
+
+    def send(self, worker: int, work: Work) -> None:
+        """See Engine."""
+        if isinstance(work, SubmitCommand):
+            pace = self._step_seconds(work.job)
+            fake = self._fake.model_copy(update={"step_seconds": pace})
+            runner = self._hosts[worker].runner
+            assert runner is not None
+            runner._settings = fake
+            if worker in self.free_since:
+                self.idle_s.append(time.monotonic() - self.free_since[worker])
+        super().send(worker, work)
+
+    def kill(self, worker: int, reason: str) -> None:
+        """See Engine."""
+        raise AssertionError("no test of this engine kills")
+
+    def next_event(self, timeout_s: float) -> WorkerEvent | None:
+        """See Engine."""
+        try:
+            worker, text = self._arrived.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        event = EVENTS.validate_json(text)
+        self._heard(self._hosts[worker], event)
+        if isinstance(event, WorkAnswer | SlotsEvent):
+            self.free_since[worker] = time.monotonic()
+        return event
+
+    def close(self) -> None:
+        """See Engine."""
+        for host in self._hosts.values():
+            host.send(CloseCommand())
+
+    def _start(self, worker: int) -> ThreadHost:
+        host = ThreadHost(runner=FakeRunner(self._fake))
+        channel = QueueChannel(host.down, lambda text: self._arrived.put((worker, text)))
+        threading.Thread(target=_serve, args=(channel, host.runner, worker), daemon=True).start()
+        return host
+
+
+def _serve(channel: QueueChannel, runner: FakeRunner, worker: int) -> None:
+    serve(channel, CommandQueue.listen(channel), runner, worker)
+
+
+def opener(
+    step_seconds: StepSeconds, opened: list[ThreadedEngine] | None = None
+) -> Callable[..., ThreadedEngine]:
+    """Return a replacement of `open_engine`."""
+
+    def open_engine(
+        workers: WorkerSettings, n_jobs: int, *rest: object, **more: object
+    ) -> ThreadedEngine:
+        engine = ThreadedEngine(workers, n_jobs, step_seconds)
+        if opened is not None:
+            opened.append(engine)
+        return engine
+
+    return open_engine
