@@ -74,7 +74,7 @@ def _time_line(plan: StudyPlan, arms: Sequence[ArmForecast]) -> str:
     unknown = [each.arm.name for each in trained if each.seconds is None]
     if unknown:
         return f"time:       unknown, because arm {' and '.join(unknown)} could not be timed"
-    jobs = plan.study.n_jobs
+    jobs = plan.study.n_jobs if plan.study.n_jobs != "auto" else 1
     total = sum(each.seconds or 0.0 for each in trained) / jobs
     workers = f" with {jobs} workers" if jobs > 1 else ""
     parts = "; ".join(
