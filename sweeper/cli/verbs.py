@@ -51,7 +51,7 @@ def report(
     ] = None,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
     form: Annotated[
-        str, typer.Option("--format", help="terminal, html, md, json, csv or svg.")
+        str, typer.Option("--format", help="terminal, html, md, json, csv, svg or latex.")
     ] = "terminal",
     output: Annotated[Path | None, typer.Option(help="File to write to.")] = None,
 ) -> None:

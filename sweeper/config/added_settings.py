@@ -29,6 +29,8 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "data.train_history": False,
     "evaluation.over_length": "refuse",
     "evaluation.serve_as": "trained",
+    "seed_data": None,  # one seed decided both
+    "seed_init": None,
     "training.devices_per_trial": 1,
     "training.eval_delay": 0.0,
     "training.fsdp": False,

@@ -15,7 +15,7 @@ from sweeper.config.grammar import read_override
 from sweeper.config.space import word
 
 SWEEPER = "hydra.sweeper."
-SHORT_KEYS = ("n_trials", "n_jobs", "study_name")
+SHORT_KEYS = ("n_trials", "n_jobs", "study_name", "protocol")
 """Keys of `hydra.sweeper` that need no prefix on the command line."""
 SHORT_SECTIONS = ("sampler", "pruner", "finalists", "budget", "baseline", "verdict")
 """Sections of `hydra.sweeper` whose keys need no prefix on the command line."""

@@ -162,6 +162,18 @@ class ArmSettings(SettingsSection):
     sampler: SamplerName | None = None
     params: dict[str, Any]
     priors: list[dict[str, Any]] = Field(default_factory=list)
+    refine: bool = False
+    """True if points beside the best one of the arm's grid are tried as well."""
+
+    @model_validator(mode="after")
+    def _only_a_grid_is_refined(self) -> ArmSettings:
+        if self.refine and self.sampler != "grid":
+            raise ValueError(
+                f"refine is true and sampler is {self.sampler or 'null'}: only a grid is refined, "
+                "other samplers choose between its points by themselves. Set sampler: grid or "
+                "refine: false"
+            )
+        return self
 
 
 StudyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -195,6 +207,8 @@ class StudySettings(SettingsSection):
     """Devices in use at the same time. auto: chosen at the study's first run, and stored with it."""
     reproducible: bool
     """True if the order in which results arrive decides nothing."""
+    protocol: Literal["own", "paper"]
+    """paper: no priors, no stops, and equal device seconds for all arms."""
     storage: str | None
     costs: list[str]
     sampler: SamplerSettings

@@ -38,6 +38,20 @@ class TrialSettings(SettingsSection):
     objective: Objective
     artifacts: ArtifactSettings
     seed: Annotated[int, Field(ge=0, lt=2**32)]
+    seed_init: Annotated[int, Field(ge=0, lt=2**32)] | None
+    """Seed of the adapter's initialisation. null: `seed`."""
+    seed_data: Annotated[int, Field(ge=0, lt=2**32)] | None
+    """Seed of the order of the rows. null: `seed`."""
+
+    @property
+    def init_seed(self) -> int:
+        """The seed of the adapter's initialisation."""
+        return self.seed if self.seed_init is None else self.seed_init
+
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of the rows."""
+        return self.seed if self.seed_data is None else self.seed_data
 
     @model_validator(mode="after")
     def _objective_is_measured(self) -> TrialSettings:

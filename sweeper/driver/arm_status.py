@@ -9,6 +9,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from sweeper.reporting.study_status import ArmStatus, TrialStatus
+from sweeper.search.refinement import refined_count
 from sweeper.search.states import STATES
 from sweeper.search.study import QUEUED_BY, draw_of, point_of
 from sweeper.search.study_plan import ArmPlan
@@ -25,7 +26,7 @@ def arm_standing(arm: ArmPlan, study: optuna.Study | None) -> ArmStatus:
     )
     return ArmStatus(
         name=arm.name,
-        wanted=arm.n_trials,
+        wanted=arm.n_trials + (0 if study is None else refined_count(study)),
         done=sum(map(counts, trials)),
         trials=dict(causes),
         best=_best(arm, trials),

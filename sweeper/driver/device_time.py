@@ -19,13 +19,14 @@ def spent_seconds(studies: Mapping[str, optuna.Study | None], folder: StudyFolde
         folder: the folder of the study_name they belong to.
     """
     return sum(
-        _trials_seconds(study) + finalists_seconds(folder, arm)
+        searched_seconds(study) + finalists_seconds(folder, arm)
         for arm, study in studies.items()
         if study is not None
     )
 
 
-def _trials_seconds(study: optuna.Study) -> float:
+def searched_seconds(study: optuna.Study) -> float:
+    """Return the device seconds of all trials of an arm's search."""
     outcomes = (trial.user_attrs.get("outcome") for trial in study.get_trials(deepcopy=False))
     return sum(
         device_seconds(Outcome.model_validate(outcome).spent) for outcome in outcomes if outcome

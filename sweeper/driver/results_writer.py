@@ -71,6 +71,8 @@ class ResultsWriter:
             untested=NOT_ENDED if plan.study.finalists.top else SWITCHED_OFF,
             misfits=self.misfits,
             equivalence_margin=self._margin(),
+            protocol=plan.study.protocol,
+            pruner=plan.study.pruner.class_name or plan.study.pruner.name,
         )
         if self.finals is None:
             return results

@@ -11,6 +11,7 @@ from optuna.storages import BaseStorage
 
 from sweeper.config.input_sources import describe_changes, expected_inputs
 from sweeper.config.settings import metric_words
+from sweeper.config.space import Point
 from sweeper.core.errors import InputsChanged, StudyError, StudyMismatch
 from sweeper.core.outcome import ArmBaseline, BaselineRun
 from sweeper.core.value import MemoryShortfall
@@ -19,7 +20,7 @@ from sweeper.driver.arm_probe import probe_arm
 from sweeper.driver.arm_search import ArmSearch
 from sweeper.driver.budget import ArmBudget, StudyBudget
 from sweeper.driver.command_handler import CommandHandler
-from sweeper.driver.device_time import spent_seconds
+from sweeper.driver.device_time import searched_seconds, spent_seconds
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_runs import FinalistRuns
 from sweeper.driver.results_writer import ResultsWriter
@@ -28,6 +29,14 @@ from sweeper.driver.worker_pool import WorkerPool
 from sweeper.reporting.result_tables import describe_data
 from sweeper.search.first_points import fill_study
 from sweeper.search.record_prefix import ARRIVED, reach
+from sweeper.search.refinement import (
+    best_point,
+    fix_refinement,
+    queue_refined,
+    rates_beside_best,
+    refined_count,
+    warmup_beside_best,
+)
 from sweeper.search.study import WORKERS, counted, open_study
 from sweeper.search.study_plan import LORA, ArmPlan
 from sweeper.tracking.tracker_factory import make_baselines
@@ -161,11 +170,33 @@ class StudyRun:
         arm = self._state.arm(arm.name)  # a command may have raised its total during the probe
         context = self._open_arm(arm, facts, adopted)
         search = ArmSearch(
-            context, lambda: self._state.total(arm.name), self.results.on_trial_finished
+            context,
+            lambda: self._state.total(arm.name) + refined_count(context.study),
+            self.results.on_trial_finished,
         )
         search.run(self.dispatcher)
+        self._refine(context, search)
         # its trial has a copy now
         shutil.rmtree(self.services.folder.adopted(arm.name), ignore_errors=True)
+
+    def _refine(self, context: ArmContext, search: ArmSearch) -> None:
+        """Try points beside the best one of the arm's grid, once the whole grid was tried."""
+        arm, study = context.arm, context.study
+        if counted(study) < self._state.total(arm.name):
+            return
+        self._try_beside(context, search, rates_beside_best(arm, study))
+        lora = self._state.studies.get(LORA)
+        winner = {} if lora is None else best_point(self._state.arm(LORA), lora)
+        self._try_beside(context, search, warmup_beside_best(arm, study, winner))
+
+    def _try_beside(self, context: ArmContext, search: ArmSearch, points: Sequence[Point]) -> None:
+        """Train the points that were not tried yet."""
+        arm, study = context.arm, context.study
+        if new := queue_refined(arm, study, points):
+            self.services.board.wanted = self._state.total(arm.name) + refined_count(study)
+            words = f"arm {arm.name}: {new} further points beside the best of its grid"
+            self.services.view.event(words)
+            search.run(self.dispatcher)
 
     def _require_same_inputs(self, arm: ArmPlan, facts: ArmBaseline) -> None:
         """Refuse an arm that finds other files than an arm before it, where both name the same.
@@ -209,6 +240,7 @@ class StudyRun:
         self.commands.on_arm_opened()  # points for this arm may wait in the inbox
         if adopted is not None:
             study.set_user_attr("adopted", adopted.model_dump(mode="json"))
+        fix_refinement(study, arm)
         words = fill_study(study, plan, arm, facts, self.storage)
         budget = self._arm_budget(arm)
         words += [left] if (left := budget.left([])) else []
@@ -306,7 +338,23 @@ class StudyRun:
         names = list(wanted)
         following = sum(wanted[name] for name in names[names.index(arm.name) :])
         share = wanted[arm.name] / max(1, following)
-        return self.budget.of_arm(share, self._spent(), self._devices)
+        budget = self.budget.of_arm(share, self._spent(), self._devices)
+        if plan.study.protocol == "paper" and arm.name != names[0]:
+            equal = self._seconds_left_to_equal(arm, names[0])
+            limit = budget.device_seconds
+            budget.device_seconds = equal if limit is None else min(limit, equal)
+        return budget
+
+    def _seconds_left_to_equal(self, arm: ArmPlan, first: str) -> float:
+        """Return the device seconds that an arm's search lacks to have as many as the first arm's."""
+        seconds = {
+            name: searched_seconds(study)
+            for name, study in self._state.studies.items()
+            if name in (arm.name, first)
+        }
+        # Trials end whole, so an arm ends a little below or above: within what fairness tolerates.
+        wanted = (1 + self._state.plan.study.fairness.tolerance / 2) * seconds.get(first, 0.0)
+        return max(0.0, wanted - seconds.get(arm.name, 0.0))
 
     def _spent(self) -> float:
         """Return the device time of all trials and finalists so far, in seconds."""

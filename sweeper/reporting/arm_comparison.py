@@ -84,6 +84,8 @@ class ComparisonEvidence:
     """Probability of a false lead that this look may have."""
     settled: bool = True
     """False while the answer is PROVISIONAL."""
+    fixed_seeds: tuple[str, ...] = ()
+    """What the seeds did not vary, because its own seed was given."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sweeper.config.settings import Objective, metric_words
 from sweeper.reporting.baseline_doubts import RATE
+from sweeper.reporting.best_of_n import best_of_n
 from sweeper.reporting.chart import (
     SERIES,
     ChartAxis,
@@ -34,6 +35,8 @@ MOST_MARKS = 1000
 """Dots in one picture, which keeps a page below 2 MB."""
 MOST_LINES = 300
 """Lines across parallel axes. More of them would merge into an area."""
+MOST_COUNTS = 100
+"""Numbers of trials of which the expected best is drawn."""
 FEW = 6
 """Distinct values of a setting up to which each one gets a tick."""
 BEST_SHARE, MOST_BEST = 0.1, 10
@@ -55,6 +58,7 @@ def figures(results: StudyResults, evidence: ReportEvidence) -> list[ReportFigur
     return [
         rate_figure(results),
         curve_figure(results, evidence),
+        best_of_n_figure(results),
         *(rank_figure(ladder) for ladder in rank_ladders(results)),
         target_figure(results),
         pareto_figure(results),
@@ -127,6 +131,34 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
     # The caption states what is left out, or the picture would look complete.
     if len(trials) > MOST_CURVES:
         caption += f" The best {MOST_CURVES} of {len(trials)} trials are shown."
+    return ReportFigure(
+        title, plot(title, caption, axes, lines=lines, legend=_names(results)), caption
+    )
+
+
+def best_of_n_figure(results: StudyResults) -> ReportFigure:
+    """Return the plot of the expected best of n trials over n, by arm."""
+    title = "Best of n trials"
+    searched = [(place, arm) for place, arm in enumerate(results.arms) if arm.adopted is None]
+    curves = [(place, arm, best_of_n(arm, MOST_COUNTS)) for place, arm in searched]
+    lines = [
+        ChartLine(points, f"{label(arm)}: {points[-1][1]:.4f} of all {len(points)}", place, True)
+        for place, arm, points in curves
+        if len(points) > 1
+    ]
+    if not lines:
+        return ReportFigure(title, None, "No arm has two trials with a value.")
+    axes = (
+        number_axis("trials", [x for line in lines for x, _ in line.points]),
+        number_axis(
+            f"expected best {_metric(results.objective)}",
+            [y for line in lines for _, y in line.points],
+        ),
+    )
+    caption = (
+        "What a smaller search would have found, on average over all choices of n among the arm's "
+        "trials. Compare arms at equal n."
+    )
     return ReportFigure(
         title, plot(title, caption, axes, lines=lines, legend=_names(results)), caption
     )

@@ -1,4 +1,4 @@
-"""Reports as HTML, Markdown, JSON, CSV and SVG. The terminal's report is in live_view."""
+"""Reports as HTML, Markdown, JSON, CSV, SVG and LaTeX. The terminal's report is in live_view."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Literal, get_args
 
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.html_page import PageStudy, page
+from sweeper.reporting.latex_report import latex_report
 from sweeper.reporting.live_view import picture
 from sweeper.reporting.report_evidence import gather
 from sweeper.reporting.result_tables import markdown_report
 from sweeper.reporting.results import StudyResults, to_document
 from sweeper.reporting.verdict import judge
 
-Format = Literal["terminal", "html", "md", "json", "csv", "svg"]
+Format = Literal["terminal", "html", "md", "json", "csv", "svg", "latex"]
 FORMATS = get_args(Format)
 
 
@@ -70,12 +71,18 @@ def as_svg(results: Sequence[StudyResults], _: Path) -> str:
     return "\n".join(picture(found) for found in results)
 
 
+def as_latex(results: Sequence[StudyResults], _: Path) -> str:
+    """Return one LaTeX document: a table over all studies, and their protocols."""
+    return latex_report(results)
+
+
 WRITERS: dict[str, Callable[[Sequence[StudyResults], Path], str]] = {
     "html": as_html,
     "md": as_markdown,
     "json": as_json,
     "csv": as_csv,
     "svg": as_svg,
+    "latex": as_latex,
 }
 """The function that writes each format. The terminal is printed by live_view instead."""
 

@@ -34,8 +34,9 @@ from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.served_forms import ServedContrast
 from sweeper.search.pruning_audit import PruningAudit, audit
 from sweeper.search.states import STATES
-from sweeper.search.study import shown_point
+from sweeper.search.study import REFINES, shown_point
 from sweeper.search.study_plan import ArmPlan
+from sweeper.search.telling import counts
 
 FORMAT = 4
 """Version of results.json. It rises only when a reader of the version before would be misled: a new
@@ -124,6 +125,10 @@ class ArmResult(FrozenValue):
     finalist_seconds: float | None = None
     """Device seconds of the trainings with further seeds, as budgets count them. None: an older version
     stored the results."""
+    priors: int | None = None
+    """Number of known-good points that were tried first. None: an older version stored the results."""
+    refined: int = 0
+    """Number of trials beside the best one of the grid."""
 
     @model_validator(mode="before")
     @classmethod
@@ -244,6 +249,10 @@ class StudyResults(FrozenValue):
     """Number of this look at the test split in the study's family. None: an older version looked."""
     other_looks: int = 0
     """Looks at the same test split by other studies in the same folder."""
+    protocol: str | None = None
+    """Name of the protocol of the comparison. None: an older version stored the results."""
+    pruner: str | None = None
+    """Name of the pruner that all arms share. None: an older version stored the results."""
     misfits: Mapping[str, MemoryShortfall] = Field(default_factory=dict)
     """Arms that were not run because their trainings exceed the device's memory, by name."""
     arms: tuple[ArmResult, ...]
@@ -351,6 +360,10 @@ def collect_arm(
         front=tuple(front),
         adopted=adopted,
         finalist_seconds=finalist_seconds,
+        priors=len(arm.priors),
+        refined=sum(
+            counts(t) and REFINES in t.user_attrs for t in study.get_trials(deepcopy=False)
+        ),
     )
 
 

@@ -27,6 +27,7 @@ from sweeper.reporting.arm_comparison import (
 from sweeper.reporting.finalist_results import FinalistRanking, impossible
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
+from sweeper.reporting.search_protocol import protocol_sentences
 from sweeper.reporting.served_forms import ServedContrast, served_sentences, served_warning
 from sweeper.reporting.split_looks import holm, look_alpha
 from sweeper.reporting.text_table import capital, point_words
@@ -57,6 +58,10 @@ LARGEST_TEST_RATIO = 0.4
 """Share of the rows in a test split beyond which more of them are no advice."""
 
 
+FIXED_SEEDS = {"seed_init": "the initialisation", "seed_data": "the order of the rows"}
+"""What a seed of its own fixes, by setting."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The answer of a study to how its arms compare."""
@@ -85,6 +90,8 @@ class Verdict:
     """Winners in the forms in which they are served."""
     served_as: tuple[tuple[str, ServeForm], ...] = ()
     """Arms whose winner was compared in another form than the trained one, and that form."""
+    protocol: tuple[str, ...] = ()
+    """How the arms were searched, in sentences."""
 
     @property
     def provisional(self) -> bool:
@@ -192,6 +199,7 @@ def judge(results: StudyResults) -> Verdict:
         results.other_looks if results.contrasts else 0,
         results.served,
         served_as(results) if results.contrasts else (),
+        tuple(protocol_sentences(results)),
     )
 
 
@@ -350,6 +358,11 @@ def _evidence(results: StudyResults, found: ArmContrast) -> ComparisonEvidence:
         fresh=found.fresh,
         margin=margin,
         margin_size=size,
+        fixed_seeds=tuple(
+            words
+            for key, words in FIXED_SEEDS.items()
+            if any(arm.settings.get(key) is not None for arm in results.arms)
+        ),
     )
 
 
@@ -384,6 +397,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from (f"{capital(edge.reason)}." for edge in verdict.edges)
     yield from forgetting_sentences(verdict.sides)
     yield from served_sentences(verdict.served, verdict.labels, verdict.served_as)
+    yield from verdict.protocol
     yield from _missing_sentences(verdict)
     yield from dict.fromkeys(words for duel in verdict.duels for words in seed_sentences(duel))
     if (words := look_sentence(verdict.look, verdict.other_looks)) is not None:

@@ -193,7 +193,7 @@ def _budget_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
         return
     largest = max(searched, key=lambda arm: _spent(arm, rule.equal))
     for arm in searched:
-        if arm.tried >= arm.n_trials and (arm.exhaustive or arm.best is None):
+        if arm.tried - arm.refined >= arm.n_trials and (arm.exhaustive or arm.best is None):
             # A completed grid has no further point, and an arm that only failed needs another space.
             # Whether the grid had enough learning rates is a doubt of its own.
             continue
@@ -228,7 +228,9 @@ def _adoption_doubts(results: StudyResults) -> Iterator[VerdictDoubt]:
 
 
 def _spent(arm: ArmResult, unit: str) -> float:
-    return {"trials": arm.tried, "tokens": arm.tokens, "device_seconds": arm.seconds}[unit]
+    # Points beside a grid make up for its steps, so a rival does not have to match them.
+    trials = arm.tried - arm.refined
+    return {"trials": trials, "tokens": arm.tokens, "device_seconds": arm.seconds}[unit]
 
 
 def _command_with_more_trials(results: StudyResults, arm: ArmResult, factor: float) -> str:

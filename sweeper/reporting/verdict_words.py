@@ -135,7 +135,11 @@ def seed_sentences(duel: ArmComparison) -> Iterator[str]:
     floor = f"Noise floor (standard deviation over seeds): {noise} {duel.objective.unit}".rstrip()
     kind = "fresh seeds" if duel.evidence.fresh else "seeds, with those that chose the winner"
     yield f"Judged on {seeds[0]} against {seeds[1]} {kind}. {floor}."
-    yield "A seed sets the initialisation, the order of the rows and dropout together."
+    fixed = duel.evidence.fixed_seeds
+    if not fixed:
+        yield "A seed sets the initialisation, the order of the rows and dropout together."
+    else:
+        yield f"The seeds vary all but {' and '.join(fixed)}, which is the same in every training."
 
 
 def adoption_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:

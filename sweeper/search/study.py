@@ -69,6 +69,8 @@ CLONE_OF = "clone_of"
 """User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
 MARGIN = "equivalence_margin"
 """User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
+REFINES = "refines"
+"""User attribute of a trial beside a grid: the values that replace or join those of its draw."""
 WORKERS = "workers"
 """User attribute of each arm's study: the devices and the CPU threads that the study uses."""
 AUDITED = "audited"
@@ -259,7 +261,9 @@ def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     suggest(trial, space)
     # an audit that is drawn again would prune trials that the first draw had spared
     audited = {AUDITED: True} if trial.user_attrs.get(AUDITED) else {}
-    study.enqueue_trial(trial.params, user_attrs={CONTINUES: trial.number, **audited})
+    kept = {key: trial.user_attrs[key] for key in (REFINES,) if key in trial.user_attrs}
+    attributes = {CONTINUES: trial.number, **audited, **kept}
+    study.enqueue_trial(trial.params, user_attrs=attributes)
 
 
 def find_study(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage) -> optuna.Study | None:
@@ -294,7 +298,8 @@ def first_draws(arm: ArmPlan) -> list[Draw]:
 
 def suggest(trial: BaseTrial, space: Space) -> Point:
     """Draw a point. Values that a killed driver had drawn are returned unchanged."""
-    return walk(space, lambda name, domain: _suggest(trial, name, domain))
+    drawn = walk(space, lambda name, domain: _suggest(trial, name, domain))
+    return {**drawn, **trial.user_attrs.get(REFINES, {})}
 
 
 def _suggest(trial: BaseTrial, name: str, domain: Domain) -> Scalar:

@@ -30,6 +30,7 @@ from sweeper.config.space import Choice, Point, Scalar, Space, decided_twice, gr
 from sweeper.core.errors import ConfigError
 from sweeper.core.regular_files import irregular_in
 from sweeper.data.sources import path_problems
+from sweeper.search.paper_protocol import under_protocol, with_protocol
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
 from sweeper.search.study_naming import StudyNaming, name_study
@@ -47,7 +48,10 @@ PER_TOKEN = ("eval/loss", "eval/perplexity")
 _OTHER_QUESTION = "decides what is compared, so it cannot be searched. Make it an arm or a study"
 _MACHINERY = "is machinery and changes no result, so it cannot be searched"
 NEVER_SEARCHED = {
-    "seed": "is never searched: the best seed is luck. Repeat the best trials over seeds instead",
+    **dict.fromkeys(
+        ("seed", "seed_init", "seed_data"),
+        "is never searched: the best seed is luck. Repeat the best trials over seeds instead",
+    ),
     **dict.fromkeys(("data", "evaluation", "objective"), _OTHER_QUESTION),
     **dict.fromkeys(
         ("space", "sampler", "pruner", "workers", "tracking", "output_dir", "dry_run"), _MACHINERY
@@ -71,6 +75,8 @@ class ArmPlan:
     """Settings of the arm before any point of the space is applied."""
     run_id: str | None = None
     """The MLflow run whose model is judged instead of trainings."""
+    refine: bool = False
+    """True if points beside the best one of the arm's grid are tried as well."""
 
     def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
         """Return the arm's overrides followed by those of a point."""
@@ -179,7 +185,8 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     problems += _untracked_baseline(study, composition.config)
     if problems:
         raise ConfigError(problems)
-    arms = _arms(study, fixed, swept, composition)
+    study = under_protocol(study)
+    arms = _arms(study, with_protocol(study, fixed), swept, composition)
     experiment = composition.choices.get("experiment", "default")
     presets = {
         group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
@@ -304,10 +311,12 @@ def _arms(
         except ConfigError as error:
             problems += error.problems
     problems += _other_objectives(arms)
+    problems += _equal_repeats(study, arms)
     problems += _other_places(arms, composition)
     if problems:
         raise ConfigError(problems)
-    run_id = study.baseline.run_id
+    run_id, rivals = study.baseline.run_id, _rivals(study)
+    arms = [replace(arm, refine=arm.name in rivals and rivals[arm.name].refine) for arm in arms]
     return tuple(replace(arm, run_id=run_id) if arm.name == FULL else arm for arm in arms)
 
 
@@ -328,6 +337,18 @@ def _other_objectives(arms: Sequence[ArmPlan]) -> list[str]:
         for arm in arms
         if arm.settings.objective != arms[0].settings.objective
     ]
+
+
+def _equal_repeats(study: StudySettings, arms: Sequence[ArmPlan]) -> list[str]:
+    """Return a problem if the seeds of finalists would repeat the same training."""
+    wanted = study.finalists
+    if not wanted.top or max(wanted.seeds - 1, wanted.fresh_seeds) < 1:
+        return []
+    fixed = [arm for arm in arms if None not in (arm.settings.seed_init, arm.settings.seed_data)]
+    return [
+        "seed_init and seed_data are both given, so the seeds of the finalists would differ in dropout "
+        "alone, and their spread would mean nothing. Leave one of them null, or set finalists.top=0"
+    ][: len(fixed)]
 
 
 def _other_places(arms: Sequence[ArmPlan], composition: compose.Composition) -> list[str]:

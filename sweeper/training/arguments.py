@@ -79,7 +79,7 @@ def training_arguments(
         greater_is_better=settings.objective.direction == "maximize",
         train_sampling_strategy="sequential" if ordered else training.train_sampling_strategy,
         seed=settings.seed,
-        data_seed=settings.seed,
+        data_seed=settings.order_seed,
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,

@@ -143,7 +143,7 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, *arguments: Any) -> Sampler[int] | None:
         sampler: Sampler[int] | None = super()._get_train_sampler(*arguments)
         if isinstance(sampler, LengthGroupedSampler):
-            return GroupedByLength(sampler, self.args.seed)
+            return GroupedByLength(sampler, self.args.data_seed)
         return sampler
 
     def get_train_dataloader(self) -> DataLoader[Tokens]:

@@ -586,7 +586,7 @@ class TransformersRunner:
     ) -> Iterator[TrialInputs]:
         """Yield a trial's inputs, with its adapter on the warm base for the duration of the context."""
         with costs.stage("load"):
-            set_seed(settings.seed)  # before the adapter, whose initialisation is random
+            set_seed(settings.init_seed)  # before the adapter, whose initialisation is random
             model = self._trainable(settings, base)
         if isinstance(model, PeftModel):
             costs.facts["Adapter"] = describe_reach(model)

@@ -64,11 +64,11 @@ def test_an_adopted_arm_trains_nothing_and_says_so(
     assert len(results.contrasts) == len(results.forgetting[1:]) == 1
     words = judge(results).words
     assert f"it is MLflow run {earlier}, evaluated on this study's rows." in words
-    assert "Its search has 5 finished trials." in words
+    assert "Its search has 8 finished trials." in words
     assert "was trained with" not in words
     assert "does not record" not in words
     row = conditions(results).rows[1]
-    assert row[:3] == (f"full fine-tuning (run {earlier[:8]})", "5 in that run's search", "1")
+    assert row[:3] == (f"full fine-tuning (run {earlier[:8]})", "8 in that run's search", "1")
     stored = load_results("new", Path("outputs"))
     assert stored.arms[1].adopted == full.adopted
     assert full.adopted is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -89,8 +90,12 @@ def _difference(model: Any, rows: list[Tokens], batch: dict[str, torch.Tensor]) 
     return [abs(other - loss) / loss, max(norms)]
 
 
+def _mostly_slow(names: Iterable[str], fast: set[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
+
+
 @pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", _mostly_slow(CONFIGS, {"a window of 32"}))
 def test_gradients_without_padding_are_those_of_padded_batches(name: str, recomputed: bool) -> None:
     """To 1e-10 in float64, also with recomputed activations and rows longer than a window."""
     model = _model(CONFIGS[name], torch.float64).eval()
@@ -157,13 +162,7 @@ PROVEN = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(name for name in PROVEN if name != FULL_SIZE),
-        pytest.param(FULL_SIZE, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", _mostly_slow(PROVEN, {"a window of 32", "mixture of experts"}))
 def test_proof_accepts_what_is_exact(name: str) -> None:
     """The proof accepts these models, and the proof at load changes no random state."""
     before = torch.get_rng_state()

@@ -195,8 +195,8 @@ def test_a_trials_config_without_another_setting_is_refused(past: Path) -> None:
 
 def _without(config: dict[str, Any], keys: Any) -> None:
     for key in keys:
-        section, name = key.split(".")
-        config[section].pop(name, None)
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config).pop(name, None)
 
 
 def test_every_config_of_the_past_is_read(past: Path) -> None:

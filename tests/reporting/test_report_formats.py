@@ -71,4 +71,4 @@ def test_report_verb_writes_files(in_process: Program, tmp_path: Path) -> None:
     assert (tmp_path / "there" / "x.html").read_text().startswith("<!doctype html>")
     refused = in_process("report", "mine", "--format", "pdf")
     assert refused.returncode == 2
-    assert "Choose terminal, html, md, json, csv, svg" in refused.stderr
+    assert "Choose terminal, html, md, json, csv, svg, latex" in refused.stderr

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,17 @@ TRIALS: dict[str, tuple[str, ...]] = {
     "whole modules": ("adapter.modules_to_save=[lm_head]", "adapter.lora_dropout=0"),
     "packing": ("data.packing=true", "data.max_length=128", "adapter.lora_dropout=0"),
     "full": ("adapter=none",),
+    "a partial last batch": (
+        *("training.per_device_train_batch_size=5", "training.gradient_accumulation_steps=3"),
+        *("training.max_steps=null", "training.num_train_epochs=2", "training.eval_steps=1"),
+        "adapter.lora_dropout=0",
+    ),
+    "early stopping": (
+        *("training.max_steps=20", "training.early_stopping_patience=2"),
+        # Each evaluation is better, but not by as much as counts
+        *("training.early_stopping_threshold=1", "training.early_stopping_min_fraction=0.1"),
+        "adapter.lora_dropout=0",
+    ),
 }
 
 
@@ -43,6 +57,7 @@ def test_evaluations_are_those_of_the_padded_trial(
     expected, padded, other = run_tiny("padded", *TRIALS[name], runner=TransformersRunner(1))
     assert _fact(other) == "padded: this test pads"
     assert (outcome.cause, outcome.best_step) == (expected.cause, expected.best_step)
+    assert outcome.cause == ("early_stopped" if name == "early stopping" else "finished")
     assert [step for step, _ in losses] == [step for step, _ in padded]
     assert [value for _, value in losses] == pytest.approx([v for _, v in padded], abs=1e-5)
     if name != "packing":  # without padding, its samples are examples, not packs
@@ -66,6 +81,49 @@ def test_padded_trial_continues_without_padding(
     _, rest, folder = run_tiny("t", *options)
     assert _fact(folder) == "without padding"
     assert [v for _, v in begun + rest] == pytest.approx([v for _, v in whole], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adapter.lora_dropout=0", "adapter=none"], ids=["lora", "full"])
+def test_trial_that_was_killed_ends_as_the_padded_trial(
+    run_tiny: RunTiny,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_base: Path,
+    rows_file: Path,
+    tmp_path: Path,
+    method: str,
+) -> None:
+    """kill -9 in an epoch: the rest has the losses of the padded trial that was never killed."""
+    options = (method, *ACCUMULATED)
+    attempt = get_context("spawn").Process(
+        target=_run_until_killed,
+        args=(tmp_path / "t", f"model.base_model={tiny_base}", f"data.train={rows_file}", *options),
+    )
+    attempt.start()
+    attempt.join(200)
+    assert attempt.exitcode == -signal.SIGKILL
+    outcome, rest, folder = run_tiny("t", *options)
+    assert _fact(folder) == "without padding"
+    assert [step for step, _ in rest] == [4, 6]
+    _pad_everything(monkeypatch)
+    expected, padded, _ = run_tiny("padded", *options, runner=TransformersRunner(1))
+    assert [value for _, value in rest] == pytest.approx([v for _, v in padded[1:]], abs=1e-5)
+    assert (outcome.cause, outcome.best_step) == (expected.cause, expected.best_step)
+
+
+class _KillsItself(Recorder):
+    def evaluated(self, step: int, total_steps: int, value: float) -> None:
+        super().evaluated(step, total_steps, value)
+        if len(self.losses) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_until_killed(folder: Path, *overrides: str) -> None:
+    settings = make_settings(
+        *("quantization=none", "training.max_steps=6", "training.eval_steps=2", *overrides),
+        "training.logging_steps=1",
+    ).trial
+    TransformersRunner(1).run(settings, TrialFolder(folder), {}, _KillsItself())
 
 
 class _Cancelled(Recorder):

@@ -1,0 +1,59 @@
+"""How the arms were searched, as sentences: trials, priors and stops of each.
+
+What a search was given decides what it finds, so a comparison without these facts is not one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sweeper.config.settings import metric_words
+from sweeper.reporting.best_of_n import expected_best, trial_values
+from sweeper.reporting.results import ArmResult, StudyResults
+from sweeper.reporting.text_table import counted
+from sweeper.reporting.verdict_doubts import label, reference_arm
+
+
+def protocol_sentences(results: StudyResults) -> Iterator[str]:
+    """Yield how each arm was searched, the pruner, and the expected best of equal numbers of trials."""
+    searched = [arm for arm in results.arms if arm.adopted is None and arm.tried]
+    # An older version stored no priors, and without a rival nothing is compared.
+    if len(searched) < 2 or any(arm.priors is None for arm in searched):
+        return
+    if results.protocol == "paper":
+        yield "Protocol paper: no priors, no stops, equal device-seconds."
+    yield f"Search: {'; '.join(map(_arm, searched))}."
+    if results.pruner is not None:
+        yield f"Pruner: {results.pruner}."
+    yield from _equal_trials(results, searched)
+
+
+def _arm(arm: ArmResult) -> str:
+    facts = [f"{counted(arm.priors, 'prior')}" if arm.priors else "no prior"]
+    if arm.refined:
+        facts.append(f"{arm.refined} beside the best of its grid")
+    causes = [trial.outcome.cause for trial in arm.trials]
+    facts += [
+        f"{causes.count(cause)} {words}"
+        for cause, words in (("pruned", "pruned"), ("early_stopped", "stopped early"))
+        if cause in causes
+    ]
+    return f"{label(arm)} {counted(arm.tried, 'trial')} ({', '.join(facts)})"
+
+
+def _equal_trials(results: StudyResults, searched: list[ArmResult]) -> Iterator[str]:
+    """Yield the expected best of a larger search, had it been as large as its reference's."""
+    reference = reference_arm(results)
+    if reference is None or reference not in searched:
+        return
+    few = trial_values(reference)
+    metric = metric_words(results.objective.metric)
+    for arm in searched:
+        many = trial_values(arm)
+        if arm is not reference and few and len(many) > len(few):
+            found = expected_best(many, len(few), results.objective)
+            best = expected_best(few, len(few), results.objective)
+            yield (
+                f"The expected best {metric} of {len(few)} of the {len(many)} trials of {label(arm)} "
+                f"is {found:.4f}, against {best:.4f} of {label(reference)}."
+            )
