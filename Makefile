@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all test-versions faults lint format ui report nightly servers servers-stop pictures audit bench soak wheel clean
+.PHONY: help setup sweep test test-all test-versions faults lint format ui report nightly servers servers-stop pictures audit bench gpu-check soak wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ audit:  ## Look for known holes in the pinned packages (needs a network; a venv 
 
 soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (tests/faults/soak.py)
 	$(BIN)/python tests/faults/soak.py
+
+gpu-check: $(READY)  ## Prove the CUDA paths on a GPU in 15 minutes (benchmarks/gpu); GPU_ARGS=--cpu rehearses
+	PYTHON=$(BIN)/python bash benchmarks/gpu/gpu_check.sh --budget 870 $(GPU_ARGS)
 
 bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, takes 40 CPU minutes
 	$(BIN)/python benchmarks/command_line.py

@@ -104,6 +104,9 @@ def best(
         bool, typer.Option("--adapter", help="Print only the folder of its adapter.")
     ] = False,
     merge: Annotated[Path | None, typer.Option(help="Folder for the merged model.")] = None,
+    ollama: Annotated[
+        Path | None, typer.Option(help="Folder for the merged model and a Modelfile of Ollama.")
+    ] = None,
 ) -> None:
     """Show how to load, query, serve, merge, publish and retrain a study's winner."""
     from sweeper.commands.newest_study import named_or_newest
@@ -112,8 +115,10 @@ def best(
     from sweeper.reporting.results import load_results
     from sweeper.reporting.winner import experiment_yaml, find_winner, usage
 
-    if as_yaml + adapter + (merge is not None) > 1:
-        raise ConfigError(["--yaml, --adapter and --merge exclude each other. Give one of them"])
+    if as_yaml + adapter + (merge is not None) + (ollama is not None) > 1:
+        raise ConfigError(
+            ["--yaml, --adapter, --merge and --ollama exclude each other. Give one of them"]
+        )
     name = named_or_newest(name, output_dir, "results.json")
     results = load_results(name, output_dir)
     winner = find_winner(results, StudyFolder(output_dir / name), arm, number)
@@ -127,6 +132,11 @@ def best(
 
         merge_trial(winner.settings, winner.folder, merge)
         echo(merge)
+    elif ollama is not None:
+        _quiet()
+        from sweeper.commands.ollama_export import export_ollama
+
+        echo(export_ollama(winner, ollama))
     else:
         echo(usage(winner))
 

@@ -42,11 +42,17 @@ def report_data(settings: Iterable[TrialSettings], console: Console, rows: int) 
         for each in settings
     }
     for each in different.values():
-        for line in _lines(_prepared(each), rows):
+        for line in _lines(prepared_rows(each), rows):
             say(console, line)
 
 
-def _prepared(settings: TrialSettings) -> PreparedData:
+def prepared_rows(settings: TrialSettings) -> PreparedData:
+    """Return the data of a trial, tokenized without loading a model.
+
+    Raises:
+        DataError: The data cannot be read or encoded.
+        ModelError: The base model has no tokenizer, or does not exist.
+    """
     config = load_config(settings.model)
     where = f"model.base_model={settings.model.base_model!r}"
     tokenizer = load_tokenizer(find_source(settings.model).folder, where)

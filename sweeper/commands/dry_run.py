@@ -13,18 +13,20 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
 from rich.console import Console
 
+from sweeper.commands.study_forecast import ArmForecast, data_lines, forecast_lines, trainings_line
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, TrialSettings, flatten
 from sweeper.config.space import Branches, Choice, Point, Space
 from sweeper.core.errors import ConfigError, WorkerError
-from sweeper.core.outcome import TrialFootprint
+from sweeper.core.outcome import TrialFootprint, TrialTiming
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.console import make_console, say
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
@@ -51,6 +53,9 @@ class ArmDraft:
 
 ESTIMATE_SECONDS = 900.0
 """Time limit of counting, which takes a second for each model and may fetch its configuration first."""
+TIMING_SECONDS = 3600.0
+"""Time limit of timing, which loads each arm's base and takes a few steps."""
+Timer = Callable[[Sequence[TrialSettings]], list[TrialTiming]]
 Estimator = Callable[[Sequence[TrialSettings]], list[TrialFootprint]]
 
 
@@ -60,24 +65,46 @@ def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     Raises:
         WorkerError: that process died or gave no answer.
     """
+    documents = _ask("sweeper.modeling.footprint", settings, "counts parameters", ESTIMATE_SECONDS)
+    return [TrialFootprint.model_validate(document) for document in documents]
+
+
+def time_steps(settings: Sequence[TrialSettings]) -> list[TrialTiming]:
+    """Train a few steps of trials in a process with torch, and return one timing each.
+
+    Raises:
+        WorkerError: that process died or gave no answer.
+    """
+    documents = _ask("sweeper.commands.step_timing", settings, "times steps", TIMING_SECONDS)
+    return [TrialTiming.model_validate(document) for document in documents]
+
+
+def _ask(
+    module: str, settings: Sequence[TrialSettings], activity: str, limit_s: float
+) -> list[Any]:
+    """Return the answer of a process with torch to some trials' settings.
+
+    Raises:
+        WorkerError: the process died or gave no answer.
+    """
     asked = json.dumps([one.model_dump(mode="json") for one in settings])
     try:
         answer = subprocess.run(
-            [sys.executable, "-m", "sweeper.modeling.footprint"],
+            [sys.executable, "-m", module],
             input=asked,
             capture_output=True,
             text=True,
             check=False,
-            timeout=ESTIMATE_SECONDS,
+            timeout=limit_s,
         )
     except subprocess.TimeoutExpired:
         raise WorkerError(
-            f"the process that counts parameters gave no answer for {ESTIMATE_SECONDS / 60:g} min"
+            f"the process that {activity} gave no answer for {limit_s / 60:g} min"
         ) from None
     if answer.returncode != 0:
-        raise WorkerError(f"the process that counts parameters died:\n{answer.stderr.strip()}")
-    documents = json.loads(answer.stdout.splitlines()[-1])
-    return [TrialFootprint.model_validate(document) for document in documents]
+        raise WorkerError(f"the process that {activity} died:\n{answer.stderr.strip()}")
+    found: list[Any] = json.loads(answer.stdout.splitlines()[-1])
+    return found
 
 
 def show(plans: Sequence[StudyPlan | RunSettings]) -> None:
@@ -90,32 +117,99 @@ def show(plans: Sequence[StudyPlan | RunSettings]) -> None:
             show_study(plan, console)
 
 
-def show_study(plan: StudyPlan, console: Console, estimator: Estimator = estimate) -> None:
-    """Print what a study would do."""
+def show_study(
+    plan: StudyPlan,
+    console: Console,
+    estimator: Estimator = estimate,
+    timer: Timer = time_steps,
+) -> None:
+    """Print what a study would do: data, trainings, time and memory first, all settings last."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     name = plan.study.study_name
     _line(console, f"dry run of study {name}: nothing is trained, stored or tracked")
     if plan.name_note:
         _line(console, plan.name_note)
-    _show_settings(console, plan.settings)
     earlier = _earlier(plan)
     drafts = [draft(arm) for arm in plan.arms]
-    sizes = iter(estimator([trial for found in drafts for trial in found.settings]))
+    estimated = estimator([trial for found in drafts for trial in found.settings])
+    if earlier is None:
+        _show_forecast(console, plan, forecasts(plan, drafts, estimated, timer, console))
+    else:  # what earlier trials really took is better than a few steps
+        arms = [ArmForecast(arm, further_seeds(plan, arm), None) for arm in plan.arms]
+        _line(console, trainings_line(arms), forecast(plan, earlier))
+    sizes = iter(estimated)
     for arm, found in zip(plan.arms, drafts, strict=True):
         _show_arm(console, plan, arm, earlier)
         found_sizes = list(itertools.islice(sizes, len(found.settings)))
         _show_points(console, arm, found, found_sizes, further_seeds(plan, arm))
-    _line(console, "", forecast(plan, earlier))
-    _line(console, f"run it:     python -m sweeper {without_dry_run(plan.command)}")
+    _line(console, "", f"run it:     python -m sweeper {without_dry_run(plan.command)}", "")
+    _show_settings(console, plan.settings)
 
 
-def show_single(settings: RunSettings, console: Console, estimator: Estimator = estimate) -> None:
-    """Print what one trial would do."""
+def forecasts(
+    plan: StudyPlan,
+    drafts: Sequence[ArmDraft],
+    sizes: Sequence[TrialFootprint],
+    timer: Timer,
+    console: Console,
+) -> list[ArmForecast]:
+    """Return the forecast of each arm, after timing the largest of its first points."""
+    left = iter(sizes)
+    largest = [_largest(found, itertools.islice(left, len(found.settings))) for found in drafts]
+    timed = [
+        trial
+        for arm, trial in zip(plan.arms, largest, strict=True)
+        if trial is not None and arm.run_id is None
+    ]
+    _line(console, f"timing a few steps of {len(timed)} trials, which are trained nowhere else …")
+    timings = iter(timer(timed))
+    return [
+        ArmForecast(
+            arm,
+            further_seeds(plan, arm),
+            None if trial is None or arm.run_id is not None else next(timings),
+        )
+        for arm, trial in zip(plan.arms, largest, strict=True)
+    ]
+
+
+def _largest(found: ArmDraft, sizes: Iterable[TrialFootprint]) -> TrialSettings | None:
+    """Return the settings of an arm's first points that train the most parameters."""
+    pairs = zip(found.settings, sizes, strict=True)
+    trials = [(size.trainable or 0, -place, trial) for place, (trial, size) in enumerate(pairs)]
+    return max(trials, key=lambda each: each[:2])[2] if trials else None
+
+
+def _show_forecast(console: Console, plan: StudyPlan, arms: Sequence[ArmForecast]) -> None:
+    known = next((each.timing for each in arms if each.timing and each.timing.rows), None)
+    if known is not None:
+        _line(
+            console,
+            *data_lines(known),
+            "            all of it: the same overrides with sweeper data",
+        )
+    _line(console, *forecast_lines(plan, arms))
+
+
+def show_single(
+    settings: RunSettings,
+    console: Console,
+    estimator: Estimator = estimate,
+    timer: Timer = time_steps,
+) -> None:
+    """Print what one trial would do: data, size and time first, all settings last."""
     _line(console, "dry run of one trial: nothing is trained, stored or tracked")
-    _show_settings(console, settings)
     (found,) = estimator([settings.trial])
+    _line(console, "timing a few steps of the trial …")
+    (timing,) = timer([settings.trial])
+    if timing.rows:
+        _line(console, *data_lines(timing))
     _line(console, f"size:       {describe(found)}", disk(settings, [found.artifact_mib]))
-    _line(console, "time:       cannot be known before the first trial")
+    seconds = timing.training_s
+    words = timing.problem or "the trial does not fit the device's memory"
+    about = f"unknown: {words}" if seconds is None else f"about {duration(seconds)}"
+    _line(console, f"time:       {about}", "")
+    _show_settings(console, settings)
 
 
 def first_asked(arm: ArmPlan, count: int) -> list[Point]:

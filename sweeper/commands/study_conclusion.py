@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sweeper.commands.guarded_steps import GuardedSteps
 from sweeper.commands.retention import delete, kept, losers
+from sweeper.commands.winner_cards import add_served_losses
 from sweeper.core.errors import TrackingError
 from sweeper.core.paths import StudyFolder, size_mib
 from sweeper.driver.results_writer import ResultsWriter
@@ -82,6 +83,7 @@ class StudyConclusion:
         take = self.steps.take
         answered = status == "FINISHED" and bool(results.arms)
         if answered:
+            take("the winners' cards", lambda: add_served_losses(results, self.folder))
             take("the kept weights in MLflow", lambda: self._keep(results))
         take("the answer in MLflow", lambda: self._close_tracker(results, status))
         if answered:

@@ -28,6 +28,7 @@ ADDED_SETTINGS: Mapping[str, Any] = {
     "data.ignore_columns": [],
     "data.train_history": False,
     "evaluation.over_length": "refuse",
+    "evaluation.serve_as": "trained",
     "seed_data": None,  # one seed decided both
     "seed_init": None,
     "training.devices_per_trial": 1,

@@ -19,6 +19,7 @@ WITHOUT_EFFECT = (
     "evaluation.per_device_eval_batch_size",  # padding and batching change no figure
     "evaluation.generation.batch_size",
     "evaluation.general_text",  # read when every search has ended
+    "evaluation.serve_as",  # the form in which a winner is judged, after every search
     "evaluation.rouge_path",  # evaluate and rouge_score give the same figures
     "training.logging_steps",
     "training.save_steps",  # a new best is saved at once, whatever this says

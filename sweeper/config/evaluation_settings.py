@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sweeper.config.data_settings import OneSource, sources
 from sweeper.config.section import Positive, SettingsSection
+from sweeper.core.outcome import ServeForm
 
 LOSS_METRICS = {
     "eval/loss": "minimize",
@@ -74,6 +75,8 @@ class EvaluationSettings(SettingsSection):
     """Rows of the sample that evaluations during a trial look at, or null for the whole split."""
     over_length: Literal["drop", "truncate", "refuse"]
     """What happens to judged rows that are longer than the model's positions."""
+    serve_as: ServeForm
+    """The form of a LoRA winner that the verdict is about. The other forms are judged beside it."""
     generation: GenerationSettings
     general_text: GeneralTextSettings
     rouge_tokenizer: Literal["ascii", "unicode"]

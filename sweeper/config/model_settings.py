@@ -72,6 +72,13 @@ class QuantizationSettings(SettingsSection):
         }
 
 
+UNQUANTIZED = QuantizationSettings(
+    load_in_4bit=False,
+    load_in_8bit=False,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=False,
+    bnb_4bit_compute_dtype="auto",
+)
 INITS = ("default", "gaussian", "olora")
 REFUSED_INITS = {
     "pissa": "it decomposes the base's weights and fails on a 4-bit or 8-bit base",

@@ -35,6 +35,7 @@ from sweeper.config.evaluation_settings import (
 )
 from sweeper.config.model_settings import (
     LAYERS,
+    UNQUANTIZED,
     LoraAdapter,
     ModelSettings,
     NoAdapter,
@@ -78,6 +79,7 @@ __all__ = [
     "ROUGE_METRICS",
     "SCORED_METRICS",
     "SPLIT_KEYS",
+    "UNQUANTIZED",
     "ArmName",
     "ArmSettings",
     "BudgetSettings",

@@ -15,6 +15,7 @@ from sweeper.config.evaluation_settings import (
     Objective,
 )
 from sweeper.config.model_settings import (
+    UNQUANTIZED,
     LoraAdapter,
     ModelSettings,
     NoAdapter,
@@ -22,6 +23,7 @@ from sweeper.config.model_settings import (
 )
 from sweeper.config.section import Positive, Seconds, SettingsSection
 from sweeper.config.training_settings import ArtifactSettings, TrainingSettings
+from sweeper.core.outcome import ServeForm
 
 
 class TrialSettings(SettingsSection):
@@ -95,6 +97,25 @@ class TrialSettings(SettingsSection):
         if rank is None or isinstance(self.adapter, NoAdapter):
             return self
         return self.model_copy(update={"adapter": self.adapter.with_rank(rank)})
+
+    def served_as(self, form: ServeForm) -> Self:
+        """Return the settings by which a LoRA trial's artifact is judged in a form.
+
+        Full fine-tunes have one form, and their settings are returned unchanged.
+        """
+        if isinstance(self.adapter, NoAdapter):
+            return self
+        evaluation = self.evaluation.model_copy(update={"serve_as": form})
+        base = self.quantization if form == "trained" else UNQUANTIZED
+        return self.model_copy(update={"evaluation": evaluation, "quantization": base})
+
+    @property
+    def serve_forms(self) -> tuple[ServeForm, ...]:
+        """The forms in which the trial's artifact can be served, the trained one first."""
+        if isinstance(self.adapter, NoAdapter):
+            return ()
+        whole = self.quantization.kind == "none"
+        return ("trained", "merged") if whole else ("trained", "unquantized", "merged")
 
     @property
     def structure(self) -> str:

@@ -122,6 +122,8 @@ class ExampleLosses(FrozenValue):
         return math.fsum(self.nll) / sum(self.tokens)
 
 
+ServeForm = Literal["trained", "unquantized", "merged"]
+"""Form of a winner: adapter on the base of its training, on the unquantized one, or merged."""
 HeldOutKind = Literal["test", "general"]
 """Name of a field of HeldOutLosses."""
 
@@ -291,6 +293,49 @@ class TrialFootprint(FrozenValue):
     """MiB of device memory at the peak."""
     problem: str | None = None
     """Reason why there are no figures: the model is unavailable, or the adapter does not suit it."""
+
+
+class TrialTiming(FrozenValue):
+    """Data and seconds of a trial for a forecast. Unknown figures are None."""
+
+    source: str = ""
+    """Origin of the training rows."""
+    rows: dict[str, int] = Field(default_factory=dict)
+    """Rows by split."""
+    dropped: dict[str, int] = Field(default_factory=dict)
+    """Dropped rows by reason."""
+    unread: dict[str, int] = Field(default_factory=dict)
+    """Columns that are not read, with the number of rows that have a value."""
+    steps: int = 0
+    """Optimiser steps of the whole schedule."""
+    looks: int = 0
+    """Evaluations inside the schedule."""
+    step_s: float | None = None
+    """Seconds of one optimiser step."""
+    look_s: float = 0.0
+    """Seconds of one evaluation inside the schedule."""
+    judgement_s: float = 0.0
+    """Seconds of the judgement of the kept checkpoint on the whole validation split."""
+    row_s: float | None = None
+    """Seconds of judging one row."""
+    save_s: float = 0.0
+    """Seconds of storing the model."""
+    start_s: float | None = None
+    """Seconds of loading base and data, once for a worker."""
+    need_mib: float | None = None
+    """MiB at the peak: measured, or estimated for a trial that does not fit."""
+    free_mib: float | None = None
+    """Free MiB of the device."""
+    problem: str | None = None
+    """Reason why there are no figures."""
+
+    @property
+    def training_s(self) -> float | None:
+        """Seconds of a training that runs to the end of its schedule, or None if it was not timed."""
+        if self.step_s is None:
+            return None
+        evaluated = self.looks * self.look_s + self.judgement_s
+        return self.steps * self.step_s + evaluated + self.save_s
 
 
 GATE_BASE = "base"

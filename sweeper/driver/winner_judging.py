@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sweeper.config.decisive_settings import settings_digest
 from sweeper.config.input_sources import expected_inputs
 from sweeper.config.settings import SCORED_METRICS, TrialSettings
 from sweeper.core.input_digests import InputDigests
-from sweeper.core.outcome import ArmBaseline, ExampleLosses, HeldOutKind, HeldOutLosses
+from sweeper.core.outcome import (
+    ArmBaseline,
+    ExampleLosses,
+    HeldOutKind,
+    HeldOutLosses,
+    ServeForm,
+)
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.stored_files import read_stored
 from sweeper.core.trial_identity import TrialIdentity
@@ -45,10 +51,13 @@ class WinnerJudging:
             return ArmConclusion(final)
         untuned = self._job("untuned", self.winner.settings, None, kinds)
         seeds = self._seed_jobs(kinds)
-        jobs = [untuned, *seeds.values()]
-        self._judge(jobs, dispatcher)
+        served = self._served_jobs(kinds, seeds)
+        jobs = [untuned, *seeds.values(), *served.values()]
+        self._judge(list(dict.fromkeys(jobs)), dispatcher)
         found = {seed: job.losses for seed, job in seeds.items() if job.losses}
         ended = ArmConclusion.judged(final, found, untuned.losses or HeldOutLosses())
+        forms = {form: job.losses for form, job in served.items() if job.losses}
+        ended = replace(ended, served=forms)
         for seed in found:
             self._record(ended, seed, self._files(seeds[seed]))
         return ended
@@ -82,6 +91,28 @@ class WinnerJudging:
                 trained[training.settings.seed] = (training.record.folder, training.settings)
         return self._jobs_of(trained, kinds)
 
+    def _served_jobs(
+        self, kinds: tuple[HeldOutKind, ...], seeds: Mapping[int, JudgeJob]
+    ) -> dict[ServeForm, JudgeJob]:
+        """Return a job for each form in which the winner can be served, on the test split.
+
+        The model is the one that `sweeper best` names. Jobs of the verdict are used again.
+        """
+        winner = self.winner
+        own = self.services.folder.trial(winner.arm.name, winner.number)
+        if "test" not in kinds or own.artifact is None or not self._owns(own):
+            return {}
+        known = {} if self.fresh is not None else {self._form: seeds.get(winner.settings.seed)}
+        return {
+            form: known.get(form) or self._job("served", winner.settings, own, ("test",), form)
+            for form in winner.settings.serve_forms
+        }
+
+    @property
+    def _form(self) -> ServeForm:
+        """The form that the verdict is about."""
+        return self.winner.settings.evaluation.serve_as
+
     def _jobs_of(
         self,
         trained: Mapping[int, tuple[TrialFolder, TrialSettings]],
@@ -98,9 +129,13 @@ class WinnerJudging:
         settings: TrialSettings,
         folder: TrialFolder | None,
         kinds: tuple[HeldOutKind, ...],
+        form: ServeForm | None = None,
     ) -> JudgeJob:
         # the seed does not change what is read
-        return JudgeJob(f"{self._trial_key}_{name}", settings, folder, kinds, self._inputs)
+        form = form or self._form
+        judged = settings.served_as(form)
+        served = "" if form == "trained" or judged is settings else f"_{form}"
+        return JudgeJob(f"{self._trial_key}_{name}{served}", judged, folder, kinds, self._inputs)
 
     def _owns(self, folder: TrialFolder) -> bool:
         """Return True if the winner's folder holds the winner's model, and say so if it does not."""

@@ -33,7 +33,7 @@ from sweeper.modeling.expert_weights import computes_plain_product, expert_weigh
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import in_full, load_config
-from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step, trainable
+from sweeper.modeling.step_memory import PeakBytes, SimulatedSteps, StepWorkload, trainable
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -51,6 +51,9 @@ BLOCK_8BIT_STATE = 256
 """Elements of an 8-bit optimizer state that share one fp32 scale."""
 MIN_8BIT_STATE = 4096
 """Elements below which bitsandbytes keeps an optimizer state in fp32."""
+
+MIN_PAGED_STATE = 100_000
+"""Elements below which a paged optimizer of bitsandbytes allocates states as any other does."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,9 @@ def held_bytes(
         hold_frozen(base, base.dtype, {id(found.weight) for found in packed.values()})
     weights, adapter = _resident_bytes(model, packed, quantization)
     learned = trainable(model)
-    # A paged optimizer moves its states to CPU memory when the GPU needs the space
-    pages = optim.startswith("paged") and on.type == "cuda"
-    states = 0 if pages else sum(state_bytes(p.numel(), optim) for p in learned)
+    states = sum(
+        state_bytes(p.numel(), optim) for p in learned if not _is_paged(p.numel(), optim, on)
+    )
     gradients = sum(p.numel() * p.element_size() for p in learned)
     return HeldBytes(*(math.ceil(part / shards) for part in (weights, adapter, gradients, states)))
 
@@ -197,18 +200,23 @@ def estimate(
     Raises:
         ModelError: the adapter does not fit the architecture.
     """
-    model = model_on_meta(config, adapter, held_dtype(adapter, compute_dtype), attn_implementation)
-    shards = workload.shards
-    held = held_bytes(model, quantization, workload.optim, on, shards)
-    sizes = [math.ceil(p.numel() / shards) for p in trainable(model)]
-    step = step_workspace(sizes, workload.optim, on)
-    packed = packed_weights(model, quantization)
-    unpacked = _largest(packed, compute_dtype)
-    peak = simulate_step(model, workload, compute_dtype)
+    form = EstimatedForm(
+        config=config.to_json_string(),
+        adapter=adapter,
+        quantization=quantization,
+        compute_dtype=compute_dtype,
+        attn_implementation=attn_implementation,
+        optim=workload.optim,
+        shards=workload.shards,
+        on=on,
+    )
+    built = _built(form, config)
+    shards, held, step, unpacked = workload.shards, built.held, built.step, built.unpacked
+    peak = built.steps.peak(workload)
     if (
         shards > 1
     ):  # FSDP gathers one block at a time, and its gradient is whole before the reduction
-        unpacked = 2 * largest_gathered(model)
+        unpacked = built.gathered
         peak = replace(peak, gradients=math.ceil(peak.gradients / shards))
     if workload.accumulates:  # all gradients of earlier micro-batches are alive at the peak
         peak = replace(peak, gradients=held.gradients)
@@ -224,6 +232,73 @@ def estimate(
         activations=peak.activations / MIB,
         logits=peak.logits / MIB,
         workspace=workspace / MIB,
+    )
+
+
+@dataclass(frozen=True)
+class EstimatedForm:
+    """Everything that decides the model which an estimate builds, whatever the batch."""
+
+    config: str
+    """The architecture as JSON."""
+    adapter: LoraAdapter | NoAdapter
+    quantization: QuantizationSettings
+    compute_dtype: torch.dtype
+    attn_implementation: str | None
+    optim: str
+    shards: int
+    on: torch.device
+
+    @property
+    def key(self) -> str:
+        """The form as text."""
+        return " ".join(
+            str(part)
+            for part in (
+                *(self.config, self.adapter.model_dump_json(), self.quantization.model_dump_json()),
+                *(self.compute_dtype, self.attn_implementation, self.optim, self.shards, self.on),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class BuiltForm:
+    """The model of a form on the meta device, and its sizes in bytes."""
+
+    steps: SimulatedSteps
+    held: HeldBytes
+    step: int
+    """Bytes of the optimizer step's temporaries."""
+    unpacked: int
+    """Bytes of the largest quantized weight in the compute dtype."""
+    gathered: int
+    """Bytes of the largest block of a sharded model and its gradient, or 0 without sharding."""
+
+
+_last_built: dict[str, BuiltForm] = {}
+"""The latest form. A trial asks for several batches of its form before its first step."""
+
+
+def _built(form: EstimatedForm, config: PretrainedConfig) -> BuiltForm:
+    """Return the built form, from the last call if that had the same one."""
+    if form.key not in _last_built:
+        _last_built.clear()
+        _last_built[form.key] = _build(form, config)
+    return _last_built[form.key]
+
+
+def _build(form: EstimatedForm, config: PretrainedConfig) -> BuiltForm:
+    dtype = held_dtype(form.adapter, form.compute_dtype)
+    model = model_on_meta(config, form.adapter, dtype, form.attn_implementation)
+    held = held_bytes(model, form.quantization, form.optim, form.on, form.shards)
+    sizes = [math.ceil(p.numel() / form.shards) for p in trainable(model)]
+    packed = packed_weights(model, form.quantization)
+    return BuiltForm(
+        held=held,
+        step=step_workspace(sizes, form.optim, form.on),
+        unpacked=_largest(packed, form.compute_dtype),
+        gathered=2 * largest_gathered(model) if form.shards > 1 else 0,
+        steps=SimulatedSteps(model, form.compute_dtype),  # last, because it takes the model apart
     )
 
 
@@ -327,6 +402,11 @@ def packed_bytes(numel: int, rows: int, quantization: QuantizationSettings) -> i
         4 * math.ceil(scales / NESTED_BLOCK) + CODES_8BIT + 4
     )  # 4 bytes for the mean of the scales
     return packed + scales + nested
+
+
+def _is_paged(numel: int, optim: str, on: torch.device) -> bool:
+    """Return True if the states of a tensor move to CPU memory when the GPU needs the space."""
+    return optim.startswith("paged") and on.type == "cuda" and numel >= MIN_PAGED_STATE
 
 
 def state_bytes(numel: int, optim: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 SHALLOW, DEEP = 2, 4
 """Numbers of layers at which a uniform stack is simulated."""
+FEW_ROWS = 2
+"""Rows of the larger of the two batches from which others are extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -83,30 +85,78 @@ def simulate_step(
     """Run one forward and backward pass on shapes alone and return the bytes alive at its peak.
 
     Args:
-        model: the model on the meta device. It is unusable afterwards, because its weights become fake
-            tensors and its deeper layers are removed.
+        model: the model on the meta device. It is unusable afterwards: see SimulatedSteps.
         workload: the micro-batch.
         compute_dtype: dtype of the forward pass.
     """
-    if workload.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    layers = _layers(model)
-    depth = len(layers)
-    with FakeTensorMode():
-        _replace_by_fake_tensors(model)
+    return SimulatedSteps(model, compute_dtype).peak(workload)
+
+
+class SimulatedSteps:
+    """One model, built once, whose step is simulated for any number of micro-batches."""
+
+    def __init__(self, model: PreTrainedModel | PeftModel, compute_dtype: torch.dtype) -> None:
+        """
+        Args:
+            model: the model on the meta device. It is unusable afterwards, because its weights become
+                fake tensors and its deeper layers are removed.
+            compute_dtype: dtype of the forward pass.
+        """
+        self._model = model
+        self._compute_dtype = compute_dtype
+        self._layers = _layers(model)
+        self._depth = len(self._layers)
         # Each layer of a uniform stack with an adapter adds the same bytes, so two small depths suffice.
         # In full fine-tuning gradients grow while activations shrink, and the peak moves with the depth
-        if (
-            depth <= DEEP
-            or not _uniform(layers)
-            or all(p.requires_grad for p in model.parameters())
-        ):
-            return _simulate(model, workload, compute_dtype)
-        del layers[DEEP:]
-        deep = _simulate(model, workload, compute_dtype)
-        del layers[SHALLOW:]
-        shallow = _simulate(model, workload, compute_dtype)
-    return shallow.extrapolated(deep, (depth - SHALLOW) / (DEEP - SHALLOW))
+        self._extrapolates = (
+            self._depth > DEEP
+            and _uniform(self._layers)
+            and not all(p.requires_grad for p in model.parameters())
+        )
+        if self._extrapolates:  # before the fake tensors, of which a deep model needs hundreds
+            del self._layers[DEEP:]
+        self._known: dict[StepWorkload, PeakBytes] = {}
+        self._mode = FakeTensorMode()
+        with self._mode:
+            _replace_by_fake_tensors(model)
+
+    def peak(self, workload: StepWorkload) -> PeakBytes:
+        """Return the bytes alive at the peak of a step.
+
+        Every row of a batch adds the same bytes to a stack with an adapter that keeps its activations,
+        so two small batches suffice for all others. Each simulation is done once.
+        """
+        # With recomputed activations the peak moves from a layer to the logits as the batch grows
+        kept = not workload.activation_checkpointing and workload.loss_chunk_size is None
+        affine = self._extrapolates and kept
+        if not affine or workload.batch_size <= FEW_ROWS:
+            if workload not in self._known:
+                self._known[workload] = self._simulated(workload)
+            return self._known[workload]
+        one, few = (self.peak(replace(workload, batch_size=size)) for size in (1, FEW_ROWS))
+        return one.extrapolated(few, (workload.batch_size - 1) / (FEW_ROWS - 1))
+
+    def _simulated(self, workload: StepWorkload) -> PeakBytes:
+        if workload.activation_checkpointing:
+            self._model.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            with self._mode:
+                return self._peak(workload)
+        finally:
+            if workload.activation_checkpointing:
+                base = getattr(self._model, "get_base_model", lambda: self._model)()
+                base.activation_checkpointing_disable()
+                base.disable_input_require_grads()
+
+    def _peak(self, workload: StepWorkload) -> PeakBytes:
+        deep = _simulate(self._model, workload, self._compute_dtype)
+        if not self._extrapolates:
+            return deep
+        removed = list(self._layers)[SHALLOW:]
+        del self._layers[SHALLOW:]
+        shallow = _simulate(self._model, workload, self._compute_dtype)
+        self._layers.extend(removed)
+        return shallow.extrapolated(deep, (self._depth - SHALLOW) / (DEEP - SHALLOW))
 
 
 def _simulate(

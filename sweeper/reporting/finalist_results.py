@@ -17,6 +17,7 @@ from sweeper.core.outcome import (
     HeldOutKind,
     HeldOutLosses,
     Outcome,
+    ServeForm,
     device_seconds,
     stored_outcome,
 )
@@ -129,6 +130,8 @@ class ArmConclusion:
     final: FinalistRanking
     seeds: Mapping[int, HeldOutLosses] = field(default_factory=dict)
     untuned: HeldOutLosses = field(default_factory=HeldOutLosses)
+    served: Mapping[ServeForm, HeldOutLosses] = field(default_factory=dict)
+    """Losses of one model of the winner in each form in which it can be served."""
 
     @classmethod
     def judged(

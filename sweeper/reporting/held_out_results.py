@@ -6,16 +6,22 @@ The module turns per-example losses into contrasts and knows no worker.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from sweeper.config.settings import SCORED_METRICS
-from sweeper.core.outcome import ExampleLosses
 from sweeper.reporting.finalist_results import ArmConclusion
-from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast, pooled_spread
+from sweeper.reporting.intervals import (
+    ArmContrast,
+    SeedLosses,
+    contrast,
+    example_rows,
+    pooled_spread,
+)
 from sweeper.reporting.results import StudyResults
+from sweeper.reporting.served_forms import served_contrasts
 from sweeper.reporting.verdict_doubts import reference_arm
 
 SWITCHED_OFF = "finalists.top=0 selects no finalists"
@@ -46,7 +52,12 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
     )
     forgotten = [_forgetting(name, final) for name, final in finals.items()]
     forgetting = tuple(found for found in forgotten if found is not None)
-    settled = results.model_copy(update={"arms": arms, "forgetting": forgetting})
+    served = [
+        each for name, final in finals.items() for each in served_contrasts(name, final.served)
+    ]
+    settled = results.model_copy(
+        update={"arms": arms, "forgetting": forgetting, "served": tuple(served)}
+    )
     # General text does not belong to the test split, so its contrasts are kept.
     if results.untested is not None:
         return settled
@@ -78,8 +89,8 @@ def _forgetting(arm: str, final: ArmConclusion) -> ArmContrast | None:
     tuned, untuned = final.losses("general"), final.untuned.general
     if not tuned or untuned is None:
         return None
-    base = _rows([untuned])
-    return contrast((arm, UNTUNED), _rows(tuned), base, base, split="general text")
+    base = example_rows([untuned])
+    return contrast((arm, UNTUNED), example_rows(tuned), base, base, split="general text")
 
 
 def _contrast(
@@ -102,7 +113,7 @@ def _contrast(
         (arm, reference),
         one,
         other,
-        _rows([base], metric),
+        example_rows([base], metric),
         margin=results.equivalence_margin,
         maximize=results.objective.direction == "maximize",
         fresh=all(finals[name].final.judged for name in (arm, reference)),
@@ -116,16 +127,4 @@ def _judged(final: ArmConclusion, metric: str) -> SeedLosses:
     repeats = [finalist.repeats[1:] for finalist in final.final.finalists]
     values = [[each.value for each in found if each.value is not None] for found in repeats]
     further = pooled_spread(values) if final.final.judged else None
-    return replace(_rows(final.losses("test"), metric), further=further)
-
-
-def _rows(seeds: Sequence[ExampleLosses], metric: str = "eval/loss") -> SeedLosses:
-    """Return the losses of one configuration with one row per seed, or its scores by a metric."""
-    groups = np.array(seeds[0].groups, dtype=np.int64) if seeds[0].groups else None
-    if metric == "eval/loss":
-        nll = np.array([examples.nll for examples in seeds], dtype=np.float64)
-        return SeedLosses(nll, np.array(seeds[0].tokens, dtype=np.float64), groups)
-    scores = [examples.scores for examples in seeds if examples.scores is not None]
-    values = np.array([each.values for each in scores], dtype=np.float64)
-    # Scores are of generated answers, whose examples are not the rows that were grouped.
-    return SeedLosses(values, np.array(scores[0].weights, dtype=np.float64))
+    return replace(example_rows(final.losses("test"), metric), further=further)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sweeper.core.outcome import ExampleLosses
 from sweeper.core.value import EquivalenceMargin, FrozenValue
 
 LEVEL = 0.95
@@ -345,3 +346,15 @@ def _retained(joint: JointMeans, sign: int) -> IntervalEstimate | None:
     root = max(middle**2 - leading * last, 0.0) ** 0.5
     ends = ((middle - root) / leading, (middle + root) / leading)
     return IntervalEstimate(value=100 * share, low=100 * ends[0], high=100 * ends[1])
+
+
+def example_rows(seeds: Sequence[ExampleLosses], metric: str = "eval/loss") -> SeedLosses:
+    """Return the losses of one configuration with one row per seed, or its scores by a metric."""
+    groups = np.array(seeds[0].groups, dtype=np.int64) if seeds[0].groups else None
+    if metric == "eval/loss":
+        nll = np.array([examples.nll for examples in seeds], dtype=np.float64)
+        return SeedLosses(nll, np.array(seeds[0].tokens, dtype=np.float64), groups)
+    scores = [examples.scores for examples in seeds if examples.scores is not None]
+    values = np.array([each.values for each in scores], dtype=np.float64)
+    # Scores are of generated answers, whose examples are not the rows that were grouped.
+    return SeedLosses(values, np.array(scores[0].weights, dtype=np.float64))

@@ -31,6 +31,7 @@ from sweeper.core.stored_files import damage
 from sweeper.core.value import EquivalenceMargin, FrozenValue, MemoryShortfall
 from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
+from sweeper.reporting.served_forms import ServedContrast
 from sweeper.search.pruning_audit import PruningAudit, audit
 from sweeper.search.states import STATES
 from sweeper.search.study import REFINES, shown_point
@@ -238,6 +239,8 @@ class StudyResults(FrozenValue):
     """Contrasts of arms with their reference on the test split, once finalists were judged on it."""
     forgetting: tuple[ArmContrast, ...] = ()
     """Contrasts of arms with their untuned base on general text, once finalists were judged on it."""
+    served: tuple[ServedContrast, ...] = ()
+    """Contrasts of winners as they are served with their trained form, on the test split."""
     untested: str | None = None
     """Reason why the arms are not compared on the test split, for the user."""
     equivalence_margin: EquivalenceMargin | None = None

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from sweeper.config.settings import Objective
+from sweeper.core.outcome import ServeForm
 from sweeper.core.value import MemoryShortfall
 from sweeper.reporting.arm_comparison import (
     MOST_SEEDS,
@@ -27,6 +28,7 @@ from sweeper.reporting.finalist_results import FinalistRanking, impossible
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.search_protocol import protocol_sentences
+from sweeper.reporting.served_forms import ServedContrast, served_sentences, served_warning
 from sweeper.reporting.split_looks import holm, look_alpha
 from sweeper.reporting.text_table import capital, point_words
 from sweeper.reporting.time_ratio import on_cpu, time_ratio
@@ -84,6 +86,10 @@ class Verdict:
     """Number of this look at the test split in the study's family. None: an older version looked."""
     other_looks: int = 0
     """Looks of other studies at the same test split."""
+    served: tuple[ServedContrast, ...] = ()
+    """Winners in the forms in which they are served."""
+    served_as: tuple[tuple[str, ServeForm], ...] = ()
+    """Arms whose winner was compared in another form than the trained one, and that form."""
     protocol: tuple[str, ...] = ()
     """How the arms were searched, in sentences."""
 
@@ -95,7 +101,17 @@ class Verdict:
     @property
     def headline(self) -> str:
         """The answer in one or two sentences."""
-        return " ".join(filter(None, (self.outcome_line, self.forgetting_line)))
+        return " ".join(filter(None, (self.outcome_line, self.forgetting_line, self.served_line)))
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Label of each arm with a finished trial."""
+        return {side.arm: side.label for side in self.sides}
+
+    @property
+    def served_line(self) -> str:
+        """Which winners are not what was judged when they are served, or ''."""
+        return served_warning(self.served, self.labels)
 
     @property
     def forgetting_line(self) -> str:
@@ -145,6 +161,7 @@ class Verdict:
             "provisional": self.provisional,
             **asdict(self, dict_factory=plain),
             "misfits": {name: misfit.model_dump() for name, misfit in self.misfits},
+            "served": [each.model_dump() for each in self.served],
             "words": self.words,
         }
 
@@ -180,8 +197,20 @@ def judge(results: StudyResults) -> Verdict:
         () if found else tuple(_settling(results, duels)),
         results.look if results.contrasts else None,
         results.other_looks if results.contrasts else 0,
+        results.served,
+        served_as(results) if results.contrasts else (),
         tuple(protocol_sentences(results)),
     )
+
+
+def served_as(results: StudyResults) -> tuple[tuple[str, ServeForm], ...]:
+    """Return the LoRA arms whose winner is judged in another form than the trained one."""
+    found = (
+        (arm.name, arm.settings.get("evaluation.serve_as", "trained"))
+        for arm in results.arms
+        if arm.settings.get("adapter.method") == "lora"
+    )
+    return tuple((name, form) for name, form in found if form != "trained")
 
 
 def _decided(results: StudyResults, duels: list[ArmComparison]) -> list[ArmComparison]:
@@ -367,6 +396,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from adoption_sentences(verdict.sides)
     yield from (f"{capital(edge.reason)}." for edge in verdict.edges)
     yield from forgetting_sentences(verdict.sides)
+    yield from served_sentences(verdict.served, verdict.labels, verdict.served_as)
     yield from verdict.protocol
     yield from _missing_sentences(verdict)
     yield from dict.fromkeys(words for duel in verdict.duels for words in seed_sentences(duel))

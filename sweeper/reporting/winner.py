@@ -27,6 +27,7 @@ from sweeper.core.stored_files import read_words
 from sweeper.core.trained_form import TrainedForm, read_trained_form
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.serve_lines import ServedAdapter, whole_serving
+from sweeper.reporting.served_forms import ServedContrast, served_sentences, served_warning
 from sweeper.reporting.text_table import point_words
 from sweeper.reporting.verdict_doubts import label
 
@@ -39,6 +40,8 @@ class WinningTrial:
     arm: ArmResult
     trial: TrialResult
     folder: TrialFolder
+    served: tuple[ServedContrast, ...] = ()
+    """The test losses of the arm's winner as it is served, empty for any other trial."""
 
     @cached_property
     def settings(self) -> TrialSettings:
@@ -116,7 +119,9 @@ def find_winner(
         reason = f"--trial {number}: no such trial in arm {name}. Known trials: {numbers}"
     if trial is None:
         raise StudyError(reason)
-    return WinningTrial(results.study_name, found, trial, folder.trial(name, trial.number))
+    chosen = trial.number if found.final is None else found.final.winner
+    served = tuple(each for each in results.served if each.arm == name and trial.number == chosen)
+    return WinningTrial(results.study_name, found, trial, folder.trial(name, trial.number), served)
 
 
 def experiment_yaml(winner: WinningTrial) -> str:
@@ -134,7 +139,15 @@ def experiment_yaml(winner: WinningTrial) -> str:
 def usage(winner: WinningTrial) -> str:
     """Return the commands that load, prompt, serve, merge, publish and retrain the winner."""
     path = winner.artifact.as_posix()
-    parts = [winner.words, f"in {path}", *_warnings(winner), _indented(loading_lines(winner))]
+    names = {winner.arm.name: label(winner.arm)}
+    parts = [
+        winner.words,
+        f"in {path}",
+        *_warnings(winner),
+        *filter(None, [served_warning(winner.served, names)]),
+        *served_sentences(winner.served, names),
+        _indented(loading_lines(winner)),
+    ]
     name = winner.study_name
     # The trial is named, so that the command still means it after further trials.
     which = f"{name} --arm {winner.arm.name} --trial {winner.trial.number}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from sweeper.config.settings import QuantizationSettings, TrialSettings
+from sweeper.config.settings import UNQUANTIZED, TrialSettings
 from sweeper.core.manifest import write_manifest
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.core.trained_form import read_trained_form
@@ -21,14 +21,6 @@ from sweeper.training.prepared_data import PreparedData
 if TYPE_CHECKING:
     from sweeper.modeling.base_model import LoadedBase
 
-UNQUANTIZED = QuantizationSettings(
-    load_in_4bit=False,
-    load_in_8bit=False,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=False,
-    bnb_4bit_compute_dtype="auto",
-)
-
 
 def export_merged(settings: TrialSettings, folder: TrialFolder) -> LoadedBase:
     """Merge a trial's adapter into its unquantized base, store the result and load it from disk.
@@ -36,8 +28,17 @@ def export_merged(settings: TrialSettings, folder: TrialFolder) -> LoadedBase:
     Raises:
         ModelError: the base cannot be loaded, or the adapter does not fit it.
     """
-    merge_trial(settings, folder, folder.merged)
-    model = settings.model.model_copy(update={"base_model": str(folder.merged), "revision": None})
+    return load_merged(settings, folder, folder.merged)
+
+
+def load_merged(settings: TrialSettings, folder: TrialFolder, out: Path) -> LoadedBase:
+    """Merge a trial's adapter into its unquantized base in `out`, and load the result from there.
+
+    Raises:
+        ModelError: the base cannot be loaded, the adapter does not fit it, or `out` is in use.
+    """
+    merge_trial(settings, folder, out)
+    model = settings.model.model_copy(update={"base_model": str(out), "revision": None})
     return load_base(model, UNQUANTIZED, trained=False)
 
 

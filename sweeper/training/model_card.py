@@ -6,7 +6,7 @@ PEFT's own card consists of placeholders and names a local folder as base_model,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ METRICS = {
     "eval/rougeL": ("rouge", "ROUGE-L"),
 }
 """Our metric -> the hub's metric and its label on the card."""
+SERVED = "## As it is served"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -56,6 +57,13 @@ def model_card(
     fields: dict[str, Any] = licence or {"license": "unknown"}
     data = ModelCardData(**card.metadata(), **fields)
     return f"---\n{data.to_yaml()}\n---\n\n{card.body()}"
+
+
+def with_served(card: str, sentences: Sequence[str]) -> str:
+    """Return a card with the losses of the model as it is served, in place of earlier ones."""
+    head, use, rest = card.partition("\n## Use\n")
+    head = head.partition(f"\n{SERVED}\n")[0]
+    return f"{head}\n{SERVED}\n\n{in_markdown(' '.join(sentences))}\n{use}{rest}"
 
 
 def base_licence(base_folder: Path) -> dict[str, str]:

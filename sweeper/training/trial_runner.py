@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,7 +73,7 @@ from sweeper.training.arguments import module_restored, refuse_fp16_on_cpu, use_
 from sweeper.training.artifact_form import artifact_form
 from sweeper.training.baseline_model import require_same_architecture, store_model
 from sweeper.training.distributed import Join, RankGroup, leave_launcher, single_process
-from sweeper.training.export import export_merged, merged_figures
+from sweeper.training.export import export_merged, load_merged, merged_figures
 from sweeper.training.job_inputs import JobInputs
 from sweeper.training.memory_budget import MemoryBudget
 from sweeper.training.micro_batch import StageOutOfMemory, halved, out_of_memory, resolve
@@ -368,6 +369,8 @@ class TransformersRunner:
             raise ArtifactError(f"{folder.path} contains neither an adapter nor a model")
         verify_manifest(artifact)
         if isinstance(settings.adapter, LoraAdapter):
+            if settings.evaluation.serve_as == "merged":
+                return self._test_merged(judges, settings, folder)
             return self._test_adapter(judges, settings, settings.adapter, artifact)
         return _held_out_losses(judges, self._stored(settings, artifact), settings)
 
@@ -403,6 +406,17 @@ class TransformersRunner:
             detach(model)
             if touches_base(adapter):
                 self._warm.clear()
+
+    def _test_merged(
+        self, judges: Judges, settings: TrialSettings, folder: TrialFolder
+    ) -> HeldOutLosses:
+        """Evaluate a trial's adapter merged into its unquantized base, and keep nothing of it."""
+        self._release_base()  # the merged model replaces the base in memory
+        self._job.require_loaded_files(settings)  # merging reads the base's files again
+        # In the trial's folder, because a temporary folder may be a small file system in memory
+        with tempfile.TemporaryDirectory(prefix=".merged_", dir=folder.path) as place:
+            merged = load_merged(settings, folder, Path(place) / "model")
+            return _held_out_losses(judges, merged.model, settings)
 
     def _require_free_memory(self, settings: TrialSettings) -> None:
         """Refuse a full fine-tune whose weights, gradients and optimizer states exceed free memory."""

@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from sweeper.commands.dry_run import (
+    Timer,
     disk,
     draft,
     first_asked,
@@ -21,9 +22,10 @@ from sweeper.commands.dry_run import (
     without_dry_run,
 )
 from sweeper.commands.run_study import run_study
+from sweeper.commands.step_timing import time_trial
 from sweeper.config.settings import TrialSettings
 from sweeper.config.space import Choice, Interval
-from sweeper.core.outcome import TrialFootprint
+from sweeper.core.outcome import TrialFootprint, TrialTiming
 from sweeper.core.paths import StudyFolder, write_json
 from sweeper.modeling.footprint import footprint, footprint_or_problem
 from sweeper.reporting.results import load_results, to_document
@@ -53,9 +55,37 @@ def _estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     ]
 
 
-def _shown(plan: StudyPlan) -> str:
+def _time(settings: Sequence[TrialSettings]) -> list[TrialTiming]:
+    """A timer for tests: ten steps of 2 s and two looks of 5 s, 10 s of judging and storing."""
+    return [
+        TrialTiming(
+            source="mine.jsonl",
+            rows={"train": 90, "validation": 10},
+            dropped={"echo": 3},
+            unread={"label": 7},
+            steps=10,
+            looks=2,
+            step_s=2.0,
+            look_s=5.0,
+            judgement_s=4.0,
+            save_s=6.0,
+            row_s=0.5,
+            start_s=15.0,
+            need_mib=1500.0,
+            free_mib=2000.0,
+        )
+        for _ in settings
+    ]
+
+
+def _misfit(settings: Sequence[TrialSettings]) -> list[TrialTiming]:
+    """A timer for tests: no trial fits."""
+    return [TrialTiming(need_mib=9000.0, free_mib=2000.0) for _ in settings]
+
+
+def _shown(plan: StudyPlan, timer: Timer = _time) -> str:
     console = Console(file=io.StringIO(), width=160)
-    show_study(plan, console, _estimate)
+    show_study(plan, console, _estimate, timer)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -102,17 +132,47 @@ def test_a_study_is_shown_with_arms_points_sizes_and_the_command() -> None:
     assert "1,024 MiB" in text
     assert "then 3 more: the winner with 3 fresh seeds" in text
     assert "30.0 MiB of artifacts" in text
-    assert text.rstrip().endswith("run it:     python -m sweeper +experiment=lr_rank_sweep -m")
+    assert "run it:     python -m sweeper +experiment=lr_rank_sweep -m" in text
+    assert text.index("trainings:") < text.index("arm lora:") < text.index("base_model: embedded")
 
 
-def test_time_is_unknown_without_earlier_trials(
+def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Data, all trainings, hours from timed steps, and memory, before anything is trained."""
+    monkeypatch.chdir(tmp_path)
+    text = _shown(_plan())
+    assert "mine.jsonl: 90 train / 10 validation rows" in text
+    assert "dropped 3: 3 echo" in text
+    assert "columns not read: label (7 rows)" in text
+    assert "23 in all: lora 12 in the search and 3 with further seeds; full 5" in text
+    # each of 23 trainings 40 s, and for each arm 15 s of loading and 5 s of judging the base
+    assert (
+        "time:       about 16.0 min if no trial ends early: lora 15 × 40.0 s; full 8 × 40.0 s"
+        in text
+    )
+    assert "arm full needs about 1,500 MiB of 2,000 MiB free" in text
+
+
+def test_an_arm_that_does_not_fit_is_said_first(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """No forecast is made up."""
+    """Its time is unknown, and its memory stands beside the device's."""
     monkeypatch.chdir(tmp_path)
-    assert "time:       cannot be known before the first finished trial of arm lora" in _shown(
-        _plan()
-    )
+    text = _shown(_plan(), _misfit)
+    assert "time:       unknown, because arm lora and full could not be timed" in text
+    assert "arm full DOES NOT FIT: it needs about 9,000 MiB of 2,000 MiB free" in text
+
+
+@pytest.mark.slow
+def test_timed_steps_are_those_of_the_trial(rows_file: Path, tiny_base: Path) -> None:
+    """The rows, the steps and the looks are exact, and nothing but the timing is left."""
+    names = (f"model.base_model={tiny_base}", f"data.train={rows_file}", "quantization=none")
+    schedule = ("training.max_steps=30", "training.eval_steps=10", "training.logging_steps=1")
+    found = time_trial(make_settings(*names, *schedule).trial)
+    assert found.problem is None
+    assert (found.steps, found.looks) == (30, 3)
+    assert sum(found.rows.values()) == 40
+    assert found.training_s is not None
+    assert found.training_s > 30 * (found.step_s or 0)
 
 
 def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
@@ -171,11 +231,12 @@ def test_footprint_of_nothing_says_why() -> None:
 
 
 def test_one_trial_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without -m: the settings, the size, the disk."""
-    show_single(single(["dry_run=true"]), Console(width=120), _estimate)
+    """Without -m: the data, the size, the time, the disk and the settings."""
+    show_single(single(["dry_run=true"]), Console(width=120), _estimate, _time)
     text = capsys.readouterr().out
     assert "80 of 1,000 parameters trained (8 %), memory about 1,024 MiB" in text
     assert "2.0 MiB of artifacts" in text
+    assert "time:       about 40.0 s" in text
 
 
 @pytest.mark.slow

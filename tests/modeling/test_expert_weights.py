@@ -103,7 +103,7 @@ ROLES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "falcon": (FALCON, {"mlp.dense_h_to_4h", "mlp.dense_4h_to_h"}, set()),
     "lfm2": (LFM2, {f"feed_forward.w{n}" for n in (1, 2, 3)}, {"conv.in_proj", "conv.out_proj"}),
 }
-FAST = ("qwen2_moe", "falcon")
+FAST = ("qwen2_moe",)
 BY_NAME = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow, id=name) for name in CONFIGS
 ]
@@ -133,7 +133,7 @@ def _targets(model: PeftModel) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_presets_follow_the_role_in_the_block(name: str) -> None:
     """Experts are per-token work, delta nets attention, routers neither; all layers are all of them."""
     attention, mlp, more = ROLES[name]
@@ -247,7 +247,8 @@ def test_what_an_adapter_reaches_is_counted() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("kind", ["nf4", "none"])
 def test_the_memory_of_a_mixture_of_experts_is_estimated_on_a_cpu(name: str, kind: str) -> None:
     """Experts are packed in 4 bits, and their step is simulated without values."""

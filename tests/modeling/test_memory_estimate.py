@@ -9,18 +9,19 @@ from bitsandbytes.optim import AdamW8bit
 from transformers import LlamaConfig
 
 from sweeper.config.settings import LoraAdapter
-from sweeper.modeling import step_memory
+from sweeper.modeling import memory_estimate, step_memory
 from sweeper.modeling.adapter import attach, count_parameters
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.memory_estimate import (
     LABELS,
     estimate,
     estimate_trial,
+    held_bytes,
     model_on_meta,
     quantized_weights,
     state_bytes,
 )
-from sweeper.modeling.step_memory import PeakBytes, StepWorkload, simulate_step
+from sweeper.modeling.step_memory import PeakBytes, SimulatedSteps, StepWorkload, simulate_step
 from sweeper.modeling.trial_check import ModelChecks
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, GROUPED, HEADS, SIZE
@@ -205,3 +206,70 @@ def test_every_architecture_is_estimated(name: str) -> None:
     assert found.activations > 0
     assert found.total == pytest.approx(sum(parts))
     assert found.table().splitlines()[-1].split()[-2] == f"{found.total:,.0f}"
+
+
+DEEP_LLAMA = LlamaConfig(**{**GROUPED, "num_hidden_layers": 6, "vocab_size": 512})
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_batches_of_one_form_are_simulated_from_two(
+    recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One build and two simulations give every batch's bytes, if activations are kept."""
+    settings = make_settings("adapter.r=4", "quantization=none")
+    adapter = settings.adapter
+    assert isinstance(adapter, LoraAdapter)
+
+    def steps() -> SimulatedSteps:
+        return SimulatedSteps(
+            model_on_meta(DEEP_LLAMA, adapter, torch.bfloat16, "sdpa"), torch.bfloat16
+        )
+
+    def workload(size: int) -> StepWorkload:
+        return StepWorkload(size, 32, recomputed, True, "adamw_torch", targets=8)
+
+    calls: list[StepWorkload] = []
+    plain = SimulatedSteps._simulated
+
+    def counted(self: SimulatedSteps, asked: StepWorkload) -> PeakBytes:
+        calls.append(asked)
+        return plain(self, asked)
+
+    monkeypatch.setattr(SimulatedSteps, "_simulated", counted)
+    shared = steps()
+    found = [shared.peak(workload(size)) for size in (8, 4, 1, 16, 8)]
+    assert len(calls) == (4 if recomputed else 2)
+    own = [steps()._simulated(workload(size)) for size in (8, 4, 1, 16)]
+    for one, other in zip(found, own, strict=False):
+        assert one.bytes == pytest.approx(other.bytes, rel=1e-3)
+
+
+def test_a_form_is_built_once_for_all_its_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five questions before a first step build one model, and another form builds its own."""
+    built: list[object] = []
+    plain = memory_estimate._build
+    monkeypatch.setattr(memory_estimate, "_build", lambda *form: built.append(form) or plain(*form))
+    memory_estimate._last_built.clear()
+    sizes = [f"training.per_device_train_batch_size={size}" for size in (1, 2, 4, 8, 16)]
+    for override in sizes:
+        estimate_trial(make_settings(override).trial, CPU, length=16)
+    assert len(built) == 1
+    estimate_trial(make_settings("adapter.r=3").trial, CPU, length=16)
+    assert len(built) == 2
+
+
+def test_only_large_states_are_paged() -> None:
+    """bitsandbytes pages tensors of 100,000 elements and more: none of a small adapter's."""
+    cuda = torch.device("cuda")
+    adapter = make_settings("adapter.r=4").adapter
+    assert isinstance(adapter, LoraAdapter)
+    quantization = make_settings("quantization=none").quantization
+
+    def states(config: LlamaConfig, optim: str) -> int:
+        model = model_on_meta(config, adapter, torch.float32, "sdpa")
+        return held_bytes(model, quantization, optim, cuda).optimizer
+
+    small = LlamaConfig(**GROUPED)
+    assert states(small, "paged_adamw_32bit") == states(small, "adamw_torch") > 0
+    wide = LlamaConfig(**{**GROUPED, "intermediate_size": 30_000})
+    assert 0 < states(wide, "paged_adamw_32bit") < states(wide, "adamw_torch")

@@ -72,7 +72,7 @@ def test_the_trials_that_are_judged_whole_are_those_that_compare() -> None:
     assert {cause for cause, row in STATES.items() if row.complete} == SELF_ENDED
 
 
-@pytest.mark.parametrize("cause", ["pruned", "cancelled"])
+@pytest.mark.parametrize("cause", ["pruned", pytest.param("cancelled", marks=pytest.mark.slow)])
 def test_a_stopped_trial_keeps_its_last_look(
     run_tiny: RunTiny, judged: Counter[str], cause: StopCause
 ) -> None:

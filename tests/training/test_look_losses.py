@@ -32,6 +32,7 @@ def test_looks_are_at_the_same_rows_and_give_what_was_reported(run_tiny: RunTiny
     assert first[-1].nll != second[-1].nll
 
 
+@pytest.mark.slow
 def test_a_killed_attempt_makes_the_looks_of_one_that_was_not(
     run_tiny: RunTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

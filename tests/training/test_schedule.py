@@ -54,7 +54,7 @@ PRESETS = {"training=tiny": [0.25, 0.5, 0.75], REAL: [0.25, 0.375, 0.5, 0.625, 0
 PRUNERS = ("median", "percentile")
 
 
-@pytest.mark.parametrize("total", [64, 100, 500, 937, 12_345])
+@pytest.mark.parametrize("total", [64, 100, 937])
 @pytest.mark.parametrize(("preset", "places"), PRESETS.items())
 def test_no_look_of_a_preset_is_earlier_than_a_quarter(
     preset: str, places: list[float], total: int

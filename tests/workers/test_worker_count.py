@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from sweeper.workers.worker_count import (
 )
 from tests.conftest import make_settings
 
-FULL = make_settings("workers=local", "adapter=none", "quantization=none")
+_settings = functools.cache(lambda *overrides: make_settings("workers=local", *overrides))
 TWO_CORES = MachineShare(2, 24_000.0, DeviceSurvey(), {})
 GPUS = ("GPU-aa", "GPU-bb", "GPU-cc")
 
@@ -32,8 +33,8 @@ def _count(
     begun: bool = False,
     n_trials: int = 12,
 ) -> WorkerCount:
-    settings = make_settings("workers=local", *overrides)
-    arms = [(settings.trial, n_trials), (FULL.trial, 5)]
+    settings, full = _settings(*overrides), _settings("adapter=none", "quantization=none")
+    arms = [(settings.trial, n_trials), (full.trial, 5)]
     return count_workers(
         wanted, stored, begun=begun, workers=settings.workers, arms=arms, machine=lambda: machine
     )

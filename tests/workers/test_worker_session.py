@@ -38,6 +38,7 @@ def test_a_niced_command_has_niced_workers(nice: int) -> None:
     assert int(group) == int(process) >= nice
 
 
+@pytest.mark.slow
 def test_without_autogroups_a_worker_only_leads_a_session() -> None:
     """Nothing is written, and nothing fails, where Linux has no autogroups."""
     elsewhere = SHOW.replace("lead_session()\n", "", 1).replace(

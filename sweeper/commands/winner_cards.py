@@ -1,0 +1,28 @@
+"""Add to the cards of a study's winners how good they are as they are served."""
+
+from __future__ import annotations
+
+from sweeper.core.manifest import write_manifest
+from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.core.stored_files import read_words
+from sweeper.reporting.results import StudyResults
+from sweeper.reporting.served_forms import served_sentences
+from sweeper.reporting.verdict_doubts import label
+
+
+def add_served_losses(results: StudyResults, folder: StudyFolder) -> None:
+    """Write the test losses of each winner in every form into the card of its artifact."""
+    for arm in results.arms:
+        served = [each for each in results.served if each.arm == arm.name]
+        if not served or arm.final is None:
+            continue
+        artifact = folder.trial(arm.name, arm.final.winner).artifact
+        if artifact is None:
+            continue
+        from sweeper.training.model_card import README, with_served  # after the search, not before
+
+        card = artifact / README
+        text = with_served(read_words(card), list(served_sentences(served, {arm.name: label(arm)})))
+        if text != read_words(card):
+            write_atomic(card, text)
+            write_manifest(artifact)

@@ -1,0 +1,90 @@
+"""A winner is judged again in the forms in which it is served."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sweeper.config.compose import read_yaml
+from sweeper.config.settings import TrialSettings, stored_settings
+from sweeper.core.outcome import ExampleLosses, HeldOutLosses
+from sweeper.core.paths import TrialFolder
+from sweeper.reporting.served_forms import served_contrasts, served_sentences, served_warning
+from sweeper.reporting.verdict import judge
+from sweeper.training.trial_runner import TransformersRunner
+from tests.reporting.studies import make_arm, make_results, make_trial
+from tests.training.conftest import RunTiny
+
+TRAINED = ExampleLosses(nll=tuple(float(n) for n in range(40, 60)), tokens=(10,) * 20)
+
+
+def _shifted(shift: float, noise: float = 0.0) -> HeldOutLosses:
+    nll = (n + 10 * (shift + noise * (-1) ** k) for k, n in enumerate(TRAINED.nll))
+    return HeldOutLosses(test=ExampleLosses(nll=tuple(nll), tokens=TRAINED.tokens))
+
+
+def _judged(runner: TransformersRunner, settings: TrialSettings, folder: TrialFolder) -> float:
+    losses = runner.test(settings, folder, ("test",)).test
+    assert losses is not None
+    return losses.loss
+
+
+def test_each_form_is_another_model(run_tiny: RunTiny) -> None:
+    """On 4 bits the adapter alone is what was trained, and merged is the adapter on the full base."""
+    runner = TransformersRunner(threads=1)
+    _, _, folder = run_tiny("t", "quantization=nf4", "training.learning_rate=0.05", runner=runner)
+    settings = stored_settings(read_yaml(folder.config))
+    before = {path.name for path in folder.path.iterdir()}
+    found = {
+        form: _judged(runner, settings.served_as(form), folder) for form in settings.serve_forms
+    }
+    assert list(found) == ["trained", "unquantized", "merged"]
+    assert found["merged"] == pytest.approx(found["unquantized"], abs=1e-4)
+    assert abs(found["unquantized"] - found["trained"]) > 1e-4
+    assert {path.name for path in folder.path.iterdir()} == before, (
+        "nothing of the merged model stays"
+    )
+    assert _judged(runner, settings, folder) == pytest.approx(found["trained"], abs=1e-6)
+
+
+def test_an_unquantized_base_leaves_two_forms_and_full_weights_none(run_tiny: RunTiny) -> None:
+    """There is nothing to judge again where a form is the trained one."""
+    from tests.conftest import make_settings
+
+    assert make_settings("quantization=none").trial.serve_forms == ("trained", "merged")
+    whole = make_settings("adapter=none", "quantization=none").trial
+    assert whole.serve_forms == ()
+    assert whole.served_as("merged") is whole
+
+
+def test_a_difference_beyond_zero_is_a_warning() -> None:
+    """The interval of paired rows decides: a constant shift is found, noise around zero is none."""
+    served = {"trained": HeldOutLosses(test=TRAINED), "unquantized": _shifted(0.02, 0.01)}
+    (worse,) = served_contrasts("lora", served)  # type: ignore[arg-type]
+    assert worse.is_worse
+    assert worse.difference.value == pytest.approx(0.02)
+    assert "worse on the unquantized base" in served_warning([worse], {"lora": "QLoRA"})
+    served["unquantized"] = _shifted(0.0, 0.01)
+    (same,) = served_contrasts("lora", served)  # type: ignore[arg-type]
+    assert not same.differs
+    assert served_warning([same], {}) == ""
+    (words,) = served_sentences([same], {"lora": "QLoRA"})
+    assert words.startswith("Test loss of QLoRA as it is served: 4.95")
+
+
+def test_without_the_trained_form_there_is_no_contrast() -> None:
+    """A judgement that failed leaves nothing to compare with."""
+    assert served_contrasts("lora", {"merged": _shifted(0.1)}) == []
+
+
+def test_a_verdict_with_served_forms_is_json() -> None:
+    """The forms are in the verdict's document, its headline and its sentences."""
+    served = {"trained": HeldOutLosses(test=TRAINED), "merged": _shifted(0.02, 0.01)}
+    results = make_results(make_arm("lora", [make_trial("lora", 0, "finished", 4.0)]))
+    contrasts = tuple(served_contrasts("lora", served))  # type: ignore[arg-type]
+    verdict = judge(results.model_copy(update={"served": contrasts}))
+    document = json.loads(json.dumps(verdict.document()))
+    assert document["served"][0]["form"] == "merged"
+    assert "worse merged into the unquantized base" in verdict.headline
+    assert "as it is served" in document["words"]
