@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,8 +61,14 @@ def artifact_form(
         template=prompt.name,
         template_problem=prompt.problem,
         chat_template_kwargs=settings.data.chat_template_kwargs,
-        end_tokens=tuple(tokenizer.convert_ids_to_tokens(list(generation.eos_token_id))),
+        end_tokens=_names(tokenizer, generation.eos_token_id),
         tools=prompt.tools,
         data_digest=prepared.data_digest,
     )
     return ArtifactForm(form, prompt, generation, folder)
+
+
+def _names(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    # A base's generation config may name ids that its tokenizer does not have
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return tuple(name for name in names if name is not None)

@@ -9,7 +9,6 @@ import torch
 from typer.testing import CliRunner
 
 from sweeper.cli.verbs import app
-from sweeper.core.errors import ConfigError
 from sweeper.modeling import base_model as base
 from sweeper.modeling import quantized_cache
 from sweeper.modeling.base_model import load_base
@@ -157,4 +156,5 @@ def test_clean_empties_the_cache(tiny_base: Path, cache: Path) -> None:
     done = CliRunner().invoke(app, ["clean", "--bases"])
     assert done.exit_code == 0, done.output
     assert _entries(cache) == []
-    assert isinstance(CliRunner().invoke(app, ["clean"]).exception, ConfigError)
+    unnamed = CliRunner().invoke(app, ["clean"])
+    assert (unnamed.exit_code, "Name the study" in unnamed.output) == (2, True)
