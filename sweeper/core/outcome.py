@@ -243,6 +243,9 @@ class ArmBaseline(FrozenValue):
     """Reason why batches are padded although they need not be on this device, or None."""
     base_remarks: tuple[str, ...] = Field(default=(), exclude_if=lambda found: not found)
     """Sentences on what loading the base had to change, or could not do as asked."""
+    equal_presets: dict[str, str] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    """Presets of target modules that adapt the same weights of this base as another preset, with its
+    name."""
 
     @property
     def inputs(self) -> InputDigests:
