@@ -1,8 +1,8 @@
 """`dry_run=true`: show what a command would do, without training, storing or tracking anything.
 
 The plan is the real one. The points come from the real sampler, on a study in memory. A process
-with torch counts parameters. A forecast of time needs earlier trials of the same study and is
-refused without them.
+with torch counts parameters and times a few steps of each arm's largest point. A study that has
+finished trials is forecast from these instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from typing import Any
 import optuna
 from rich.console import Console
 
-from sweeper.commands.study_forecast import ArmForecast, data_lines, forecast_lines, trainings_line
+from sweeper.commands.study_forecast import (
+    ArmForecast,
+    data_lines,
+    forecast_lines,
+    planned_workers,
+    side_by_side,
+    trainings_line,
+)
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, TrialSettings, flatten
 from sweeper.config.space import Branches, Choice, Point, Space
@@ -33,9 +40,11 @@ from sweeper.reporting.results import ArmResult, StudyResults, load_results
 from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.text_table import TextTable, duration, number
 from sweeper.reporting.verdict_doubts import with_override
+from sweeper.search.largest_point import largest_trials
 from sweeper.search.samplers import make_sampler
 from sweeper.search.study import enqueue, first_draws, suggest
 from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.workers.worker_count import MachineShare, WorkerCount, this_machine, usable_cores
 
 POINTS = 5
 SHOWN = ("model", "data", "quantization", "adapter", "training", "evaluation", "seed")
@@ -55,7 +64,8 @@ ESTIMATE_SECONDS = 900.0
 """Time limit of counting, which takes a second for each model and may fetch its configuration first."""
 TIMING_SECONDS = 3600.0
 """Time limit of timing, which loads each arm's base and takes a few steps."""
-Timer = Callable[[Sequence[TrialSettings]], list[TrialTiming]]
+Timer = Callable[[Sequence[TrialSettings], int], list[TrialTiming]]
+"""Times trials with a number of CPU threads."""
 Estimator = Callable[[Sequence[TrialSettings]], list[TrialFootprint]]
 
 
@@ -69,18 +79,27 @@ def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     return [TrialFootprint.model_validate(document) for document in documents]
 
 
-def time_steps(settings: Sequence[TrialSettings]) -> list[TrialTiming]:
+def time_steps(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
     """Train a few steps of trials in a process with torch, and return one timing each.
+
+    Args:
+        settings: the trials.
+        threads: CPU threads that a worker of the study has.
 
     Raises:
         WorkerError: that process died or gave no answer.
     """
-    documents = _ask("sweeper.commands.step_timing", settings, "times steps", TIMING_SECONDS)
+    module = "sweeper.commands.step_timing"
+    documents = _ask(module, settings, "times steps", TIMING_SECONDS, str(threads))
     return [TrialTiming.model_validate(document) for document in documents]
 
 
 def _ask(
-    module: str, settings: Sequence[TrialSettings], activity: str, limit_s: float
+    module: str,
+    settings: Sequence[TrialSettings],
+    activity: str,
+    limit_s: float,
+    *arguments: str,
 ) -> list[Any]:
     """Return the answer of a process with torch to some trials' settings.
 
@@ -90,7 +109,7 @@ def _ask(
     asked = json.dumps([one.model_dump(mode="json") for one in settings])
     try:
         answer = subprocess.run(
-            [sys.executable, "-m", module],
+            [sys.executable, "-m", module, *arguments],
             input=asked,
             capture_output=True,
             text=True,
@@ -122,6 +141,7 @@ def show_study(
     console: Console,
     estimator: Estimator = estimate,
     timer: Timer = time_steps,
+    machine: Callable[[], MachineShare] = this_machine,
 ) -> None:
     """Print what a study would do: data, trainings, time and memory first, all settings last."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -130,57 +150,56 @@ def show_study(
     if plan.name_note:
         _line(console, plan.name_note)
     earlier = _earlier(plan)
+    workers = planned_workers(plan, machine)
     drafts = [draft(arm) for arm in plan.arms]
-    estimated = estimator([trial for found in drafts for trial in found.settings])
+    largest = [[] if arm.run_id is not None else largest_trials(arm) for arm in plan.arms]
+    first = [trial for found in drafts for trial in found.settings]
+    estimated = estimator([*first, *itertools.chain.from_iterable(largest)])
+    sizes = iter(estimated)
+    of_points = [list(itertools.islice(sizes, len(found.settings))) for found in drafts]
     if earlier is None:
-        _show_forecast(console, plan, forecasts(plan, drafts, estimated, timer, console))
+        chosen = [_largest(trials, itertools.islice(sizes, len(trials))) for trials in largest]
+        timed = forecasts(plan, chosen, timer, workers.threads, console)
+        _show_forecast(console, plan, timed, workers)
     else:  # what earlier trials really took is better than a few steps
         arms = [ArmForecast(arm, further_seeds(plan, arm), None) for arm in plan.arms]
-        _line(console, trainings_line(arms), forecast(plan, earlier))
-    sizes = iter(estimated)
-    for arm, found in zip(plan.arms, drafts, strict=True):
+        _line(console, trainings_line(arms), forecast(plan, earlier, workers))
+    for arm, found, arm_sizes in zip(plan.arms, drafts, of_points, strict=True):
         _show_arm(console, plan, arm, earlier)
-        found_sizes = list(itertools.islice(sizes, len(found.settings)))
-        _show_points(console, arm, found, found_sizes, further_seeds(plan, arm))
+        _show_points(console, arm, found, arm_sizes, further_seeds(plan, arm))
     _line(console, "", f"run it:     python -m sweeper {without_dry_run(plan.command)}", "")
     _show_settings(console, plan.settings)
 
 
 def forecasts(
     plan: StudyPlan,
-    drafts: Sequence[ArmDraft],
-    sizes: Sequence[TrialFootprint],
+    largest: Sequence[TrialSettings | None],
     timer: Timer,
+    threads: int,
     console: Console,
 ) -> list[ArmForecast]:
-    """Return the forecast of each arm, after timing the largest of its first points."""
-    left = iter(sizes)
-    largest = [_largest(found, itertools.islice(left, len(found.settings))) for found in drafts]
-    timed = [
-        trial
-        for arm, trial in zip(plan.arms, largest, strict=True)
-        if trial is not None and arm.run_id is None
-    ]
+    """Return the forecast of each arm, after timing its largest trial."""
+    timed = [trial for trial in largest if trial is not None]
     _line(console, f"timing a few steps of {len(timed)} trials, which are trained nowhere else …")
-    timings = iter(timer(timed))
+    timings = iter(timer(timed, threads))
     return [
-        ArmForecast(
-            arm,
-            further_seeds(plan, arm),
-            None if trial is None or arm.run_id is not None else next(timings),
-        )
+        ArmForecast(arm, further_seeds(plan, arm), None if trial is None else next(timings))
         for arm, trial in zip(plan.arms, largest, strict=True)
     ]
 
 
-def _largest(found: ArmDraft, sizes: Iterable[TrialFootprint]) -> TrialSettings | None:
-    """Return the settings of an arm's first points that train the most parameters."""
-    pairs = zip(found.settings, sizes, strict=True)
-    trials = [(size.trainable or 0, -place, trial) for place, (trial, size) in enumerate(pairs)]
-    return max(trials, key=lambda each: each[:2])[2] if trials else None
+def _largest(
+    trials: Sequence[TrialSettings], sizes: Iterable[TrialFootprint]
+) -> TrialSettings | None:
+    """Return the trial that needs the most memory or, where that is unknown, trains the most."""
+    pairs = zip(trials, sizes, strict=True)
+    known = [(size.peak_mib or 0.0, size.trainable or 0, trial) for trial, size in pairs]
+    return max(known, key=lambda each: each[:2])[2] if known else None
 
 
-def _show_forecast(console: Console, plan: StudyPlan, arms: Sequence[ArmForecast]) -> None:
+def _show_forecast(
+    console: Console, plan: StudyPlan, arms: Sequence[ArmForecast], workers: WorkerCount
+) -> None:
     known = next((each.timing for each in arms if each.timing and each.timing.rows), None)
     if known is not None:
         _line(
@@ -188,7 +207,7 @@ def _show_forecast(console: Console, plan: StudyPlan, arms: Sequence[ArmForecast
             *data_lines(known),
             "            all of it: the same overrides with sweeper data",
         )
-    _line(console, *forecast_lines(plan, arms))
+    _line(console, *forecast_lines(plan, arms, workers))
 
 
 def show_single(
@@ -201,7 +220,7 @@ def show_single(
     _line(console, "dry run of one trial: nothing is trained, stored or tracked")
     (found,) = estimator([settings.trial])
     _line(console, "timing a few steps of the trial …")
-    (timing,) = timer([settings.trial])
+    (timing,) = timer([settings.trial], usable_cores())
     if timing.rows:
         _line(console, *data_lines(timing))
     _line(console, f"size:       {describe(found)}", disk(settings, [found.artifact_mib]))
@@ -240,7 +259,7 @@ def space_size(space: Space) -> str:
     return f"{combined}{continuous} continuous key{'s' if continuous > 1 else ''}"
 
 
-def forecast(plan: StudyPlan, earlier: StudyResults | None) -> str:
+def forecast(plan: StudyPlan, earlier: StudyResults | None, workers: WorkerCount) -> str:
     """Forecast the remaining duration of a study from its earlier trials of every arm."""
     seconds = 0.0
     for arm in plan.arms:
@@ -255,7 +274,7 @@ def forecast(plan: StudyPlan, earlier: StudyResults | None) -> str:
             further_seeds(plan, arm) if done.final is None else 0
         )
         seconds += more * typical
-    jobs = plan.study.n_jobs if plan.study.n_jobs != "auto" else 1
+    jobs = side_by_side(plan, workers)
     beside = f" with {jobs} workers" if jobs > 1 else ""
     return (
         f"time:       about {duration(seconds / jobs)}{beside} at most, from the median of this "

@@ -119,6 +119,6 @@ def _commands(
     if form.template is not None and texts is None:
         lines.append(
             "WARNING: the Modelfile has no TEMPLATE, because the trained template cannot be written in "
-            "Ollama's language. Serve the model with vLLM instead (sweeper best)."
+            "Ollama's language. Serve the model with vLLM instead, as `sweeper best` says"
         )
     return lines

@@ -1,7 +1,7 @@
 """Time a few steps of trials, in a process of its own, for the forecast of a dry run.
 
-`python -m sweeper.commands.step_timing` reads a JSON list of trial settings from stdin and prints a list
-of timings. Each trial is really trained for a few steps in a temporary folder.
+`python -m sweeper.commands.step_timing THREADS` reads a JSON list of trial settings from stdin
+and prints a list of timings. Each trial is really trained for a few steps in a temporary folder.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ STEPS = 4
 """Steps that are timed. The first one is a little slower than the others."""
 
 
+ALL_THREADS = 10_000
+"""More CPU threads than any machine has: torch's own number is used."""
+
+
 class SilentObserver:
     """An observer that neither reports nor stops a trial."""
 
@@ -41,7 +45,7 @@ class SilentObserver:
         return None
 
 
-def time_trial(settings: TrialSettings) -> TrialTiming:
+def time_trial(settings: TrialSettings, threads: int = ALL_THREADS) -> TrialTiming:
     """Return the data in numbers, the schedule, and seconds by part of one trial.
 
     Raises:
@@ -64,7 +68,7 @@ def time_trial(settings: TrialSettings) -> TrialTiming:
     if need is not None and need > free:
         return facts.model_copy(update={"need_mib": need})
     with tempfile.TemporaryDirectory(prefix="sweeper-timing-") as place:
-        runner = TransformersRunner(threads=10_000)  # torch's own number of threads
+        runner = TransformersRunner(threads)
         outcome = runner.run(shortened(settings), TrialFolder(Path(place)), {}, SilentObserver())
     if outcome.cause not in ("finished", "early_stopped"):
         return facts.model_copy(update={"problem": f"{outcome.cause}: {outcome.message}"})
@@ -108,14 +112,14 @@ def _seconds(
     }
 
 
-def timing_or_problem(document: Mapping[str, Any]) -> TrialTiming:
+def timing_or_problem(document: Mapping[str, Any], threads: int = ALL_THREADS) -> TrialTiming:
     """Return the timing of a trial's settings, or the reason for its absence under `problem`."""
     try:
-        return time_trial(TrialSettings.model_validate(document))
+        return time_trial(TrialSettings.model_validate(document), threads)
     except SweeperError as error:
         return TrialTiming(problem=str(error))
 
 
 if __name__ == "__main__":
-    timings = [timing_or_problem(document) for document in json.load(sys.stdin)]
+    timings = [timing_or_problem(document, int(sys.argv[1])) for document in json.load(sys.stdin)]
     print(json.dumps([timing.model_dump() for timing in timings]))

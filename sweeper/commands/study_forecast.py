@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sweeper.core.outcome import TrialTiming
+from sweeper.reporting.expected_gap import gap_line
 from sweeper.reporting.text_table import duration
 from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.workers.worker_count import (
+    MachineShare,
+    WorkerCount,
+    count_workers,
+    this_machine,
+)
 
 
 @dataclass(frozen=True)
 class ArmForecast:
-    """An arm with the timing of its largest first point, None for an arm that is not trained."""
+    """An arm with the timing of its largest point, None for an arm that is not trained."""
 
     arm: ArmPlan
     further: int
@@ -24,17 +32,21 @@ class ArmForecast:
         """All trainings of the arm, further seeds included."""
         return 0 if self.arm.run_id is not None else self.arm.n_trials + self.further
 
-    @property
-    def seconds(self) -> float | None:
-        """Seconds of the arm on one worker if no trial ends early, or None if nothing was timed."""
+    def seconds_with(self, jobs: int) -> float | None:
+        """Return the seconds of the arm if no trial ends early, or None if nothing was timed.
+
+        Args:
+            jobs: trials that run at the same time.
+        """
         timing = self.timing
         if self.trainings == 0:
             return 0.0
         if timing is None or timing.training_s is None:
             return None
-        # The untuned base is judged on the validation split before the first trial
+        # One worker judges the untuned base on the validation split before the first trial
         judged = (timing.row_s or 0.0) * timing.rows.get("validation", 0)
-        return (timing.start_s or 0.0) + judged + self.trainings * timing.training_s
+        rounds = math.ceil(self.arm.n_trials / jobs) + self.further / jobs
+        return (timing.start_s or 0.0) + judged + rounds * timing.training_s
 
     @property
     def words(self) -> str:
@@ -50,11 +62,44 @@ def trainings_line(arms: Sequence[ArmForecast]) -> str:
     return f"trainings:  {total} in all: {parts}"
 
 
-def forecast_lines(plan: StudyPlan, arms: Sequence[ArmForecast]) -> Iterator[str]:
-    """Yield the trainings, the time and the memory of a study."""
+def planned_workers(
+    plan: StudyPlan, machine: Callable[[], MachineShare] = this_machine
+) -> WorkerCount:
+    """Return the devices and threads that a new study of this plan would use here."""
+    return count_workers(
+        plan.study.n_jobs,
+        None,
+        begun=False,
+        workers=plan.settings.workers,
+        arms=[(arm.settings.trial, arm.n_trials) for arm in plan.arms],
+        machine=machine,
+    )
+
+
+def side_by_side(plan: StudyPlan, workers: WorkerCount) -> int:
+    """Return the number of trials that run at the same time."""
+    width = max(arm.settings.training.devices_per_trial for arm in plan.arms)
+    return 1 if plan.settings.workers.engine == "inline" else max(1, workers.jobs // width)
+
+
+def forecast_lines(
+    plan: StudyPlan, arms: Sequence[ArmForecast], workers: WorkerCount
+) -> Iterator[str]:
+    """Yield the trainings, the time, the memory and the smallest gap of a study."""
     yield trainings_line(arms)
-    yield _time_line(plan, arms)
+    yield _time_line(plan, arms, workers)
     yield from (line for each in arms for line in _memory_lines(each))
+    yield from _gap_lines(plan, arms)
+
+
+def _gap_lines(plan: StudyPlan, arms: Sequence[ArmForecast]) -> Iterator[str]:
+    """Yield the smallest gap that the test rows can show, where arms are compared by their loss."""
+    rows = next((each.timing.rows for each in arms if each.timing and each.timing.rows), None)
+    wanted = plan.study.finalists
+    judged = rows is not None and wanted.top > 0 and wanted.test
+    if rows is None or not judged or len(arms) < 2 or plan.objective.metric != "eval/loss":
+        return
+    yield gap_line(rows.get("test", 0), wanted.fresh_seeds, len(arms) - 1)
 
 
 def data_lines(timing: TrialTiming) -> Iterator[str]:
@@ -69,22 +114,22 @@ def data_lines(timing: TrialTiming) -> Iterator[str]:
         yield f"            columns not read: {unread}"
 
 
-def _time_line(plan: StudyPlan, arms: Sequence[ArmForecast]) -> str:
+def _time_line(plan: StudyPlan, arms: Sequence[ArmForecast], workers: WorkerCount) -> str:
     trained = [each for each in arms if each.trainings]
-    unknown = [each.arm.name for each in trained if each.seconds is None]
+    unknown = [each.arm.name for each in trained if each.seconds_with(1) is None]
     if unknown:
         return f"time:       unknown, because arm {' and '.join(unknown)} could not be timed"
-    jobs = plan.study.n_jobs if plan.study.n_jobs != "auto" else 1
-    total = sum(each.seconds or 0.0 for each in trained) / jobs
-    workers = f" with {jobs} workers" if jobs > 1 else ""
+    jobs = side_by_side(plan, workers)
+    total = sum(each.seconds_with(jobs) or 0.0 for each in trained)
+    beside = f" with {jobs} workers" if jobs > 1 else ""
     parts = "; ".join(
         f"{each.arm.name} {each.trainings} × {duration(each.timing.training_s or 0.0)}"
         for each in trained
         if each.timing is not None
     )
     return (
-        f"time:       about {duration(total)}{workers} if no trial ends early: {parts} (from a few "
-        "timed steps of the largest first point of each arm)"
+        f"time:       about {duration(total)}{beside} if no trial ends early: {parts} (from a few "
+        "timed steps of each arm's largest point)"
     )
 
 

@@ -151,7 +151,7 @@ class ArmComparison:
         error, freedom = self.evidence.standard_error, self.evidence.freedom
         if error is None:
             return None
-        return error * _reach(self.evidence.level, freedom)
+        return error * visible_reach(self.evidence.level, freedom)
 
     @property
     def needed(self) -> NeededEvidence | None:
@@ -164,7 +164,7 @@ class ArmComparison:
         target = observed if margin is None else max(observed, margin - observed)
         if target == 0:
             return None
-        wanted = (target / _reach(self.evidence.level, None)) ** 2
+        wanted = (target / visible_reach(self.evidence.level, None)) ** 2
         return _needed(error**2, self.evidence, wanted)
 
     @property
@@ -190,7 +190,7 @@ class NeededEvidence:
     """Factor on the number of examples of the test split."""
 
 
-def _reach(level: float, freedom: float | None) -> float:
+def visible_reach(level: float, freedom: float | None) -> float:
     """Return the standard errors between no difference and one that is found with POWER."""
     nu = ENDLESS if freedom is None else freedom
     return t_quantile(1 - level / 2, nu) + t_quantile(POWER, nu)

@@ -224,8 +224,8 @@ def test_what_is_no_study_is_refused_with_those_there_are(
     with pytest.raises(CommandRefused, match=r"no study .* under .*; studies there: lr_rank_sweep"):
         study_folder(name, tmp_path / "outputs")
     refused = _study(tmp_path, "extend", name, "--trials", "1")
-    assert isinstance(refused.exception, CommandRefused)
-    assert refused.exception.exit_code == 2
+    assert refused.exit_code == 2
+    assert "studies there: lr_rank_sweep" in refused.output
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -244,8 +244,7 @@ def test_studies_of_another_version_are_named(tmp_path: Path, ended: StudyFolder
     assert "killed" in listed
     assert "of another version, see sweeper report: old" in listed
     write_json(ended.standing, {"format": 99})
-    with pytest.raises(CommandRefused, match="another version of sweeper"):
-        raise _study(tmp_path, "show", NAME).exception or AssertionError
+    assert "another version of sweeper" in _study(tmp_path, "show", NAME).output
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,7 @@ def test_stop_takes_options_that_belong_together(
 ) -> None:
     """A study is stopped as a whole, a trial at once."""
     refused = _study(tmp_path, "stop", NAME, *arguments)
-    assert words in str(refused.exception)
+    assert words in refused.output
 
 
 def test_the_program_exits_with_the_documented_codes(

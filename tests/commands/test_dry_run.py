@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,16 +24,23 @@ from sweeper.commands.dry_run import (
 )
 from sweeper.commands.run_study import run_study
 from sweeper.commands.step_timing import time_trial
-from sweeper.config.settings import TrialSettings
-from sweeper.config.space import Choice, Interval
+from sweeper.commands.study_forecast import planned_workers
+from sweeper.config.settings import TrialSettings, flatten
+from sweeper.config.space import Branch, Branches, Choice, Interval, Space
 from sweeper.core.outcome import TrialFootprint, TrialTiming
 from sweeper.core.paths import StudyFolder, write_json
 from sweeper.modeling.footprint import footprint, footprint_or_problem
+from sweeper.reporting.expected_gap import smallest_gap
 from sweeper.reporting.results import load_results, to_document
+from sweeper.search.largest_point import largest_trials
 from sweeper.search.study_plan import StudyPlan, single, studies
+from sweeper.workers.devices import DeviceSurvey
+from sweeper.workers.worker_count import MachineShare
 from tests.conftest import Program, make_settings
 from tests.reporting.studies import LORA_COSTS, make_arm, make_results, make_trial
 
+MACHINE = MachineShare(1, 8000.0, DeviceSurvey(), {})
+"""A machine of one core."""
 STUDY = ["+experiment=lr_rank_sweep", "dry_run=true"]
 
 
@@ -55,12 +63,12 @@ def _estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     ]
 
 
-def _time(settings: Sequence[TrialSettings]) -> list[TrialTiming]:
+def _time(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
     """A timer for tests: ten steps of 2 s and two looks of 5 s, 10 s of judging and storing."""
     return [
         TrialTiming(
             source="mine.jsonl",
-            rows={"train": 90, "validation": 10},
+            rows={"train": 90, "validation": 10, "test": 321},
             dropped={"echo": 3},
             unread={"label": 7},
             steps=10,
@@ -78,14 +86,14 @@ def _time(settings: Sequence[TrialSettings]) -> list[TrialTiming]:
     ]
 
 
-def _misfit(settings: Sequence[TrialSettings]) -> list[TrialTiming]:
+def _misfit(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
     """A timer for tests: no trial fits."""
     return [TrialTiming(need_mib=9000.0, free_mib=2000.0) for _ in settings]
 
 
 def _shown(plan: StudyPlan, timer: Timer = _time) -> str:
     console = Console(file=io.StringIO(), width=160)
-    show_study(plan, console, _estimate, timer)
+    show_study(plan, console, _estimate, timer, lambda: MACHINE)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -140,7 +148,7 @@ def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """Data, all trainings, hours from timed steps, and memory, before anything is trained."""
     monkeypatch.chdir(tmp_path)
     text = _shown(_plan())
-    assert "mine.jsonl: 90 train / 10 validation rows" in text
+    assert "mine.jsonl: 90 train / 10 validation / 321 test rows" in text
     assert "dropped 3: 3 echo" in text
     assert "columns not read: label (7 rows)" in text
     assert "23 in all: lora 12 in the search and 3 with further seeds; full 5" in text
@@ -150,6 +158,63 @@ def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         in text
     )
     assert "arm full needs about 1,500 MiB of 2,000 MiB free" in text
+    assert "nats per token between arms is the smallest that 80 of 100 such studies find" in text
+
+
+def test_the_forecast_counts_the_workers_of_n_jobs_auto(tmp_path: Path) -> None:
+    """Two cores run two trials at a time with a thread each, and the timing has that thread."""
+    threads: list[int] = []
+
+    def timer(settings: Sequence[TrialSettings], count: int) -> list[TrialTiming]:
+        threads.append(count)
+        return _time(settings, count)
+
+    plan, console = _plan(f"output_dir={tmp_path}"), Console(file=io.StringIO(), width=160)
+    show_study(plan, console, _estimate, timer, lambda: replace(MACHINE, cores=2))
+    # 6 + 3 rounds of the searches, 3 + 3 seeds by two workers, twice the start and the base
+    assert "about 8.7 min with 2 workers" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert threads == [1]
+
+
+def test_the_largest_point_is_that_of_the_space() -> None:
+    """The highest rank, the widest targets and the longest rows that are possible together."""
+    targets = Choice(("attention", "all-linear"))
+    space: Space = {
+        "training.learning_rate": Interval(0.001, 0.01, log=True),
+        "adapter.r": Choice((4, 32, 8)),
+        "data.max_length": Interval(64, 128, integer=True),
+        "label": Branches({"a": Branch({}, {"adapter.target_modules": targets})}, label=True),
+    }
+    trials = largest_trials(replace(_plan().arms[0], space=space))
+    found = [flatten(one.model_dump(mode="json")) for one in trials]
+    keys = ("adapter.r", "adapter.target_modules", "data.max_length")
+    assert [tuple(one[key] for key in keys) for one in found] == [
+        (32, "attention", 128),
+        (32, "all-linear", 128),
+    ]
+
+
+def test_the_next_smaller_point_replaces_an_impossible_one() -> None:
+    """A combination that the settings refuse is not timed, and the next smaller one is."""
+    space: Space = {
+        "adapter.r": Choice((8, 16)),
+        "training.per_device_train_batch_size": Interval(0.5, 2.0, step=0.5),
+    }
+    (trial,) = largest_trials(replace(_plan().arms[0], space=space))
+    assert trial.training.per_device_train_batch_size == 2
+    impossible: Space = {"adapter.r": Choice((8, 16.5))}
+    (trial,) = largest_trials(replace(_plan().arms[0], space=impossible))
+    assert getattr(trial.adapter, "r", None) == 8
+
+
+def test_the_smallest_gap_is_the_verdicts() -> None:
+    """The gap shrinks with rows and seeds, and needs two fresh seeds."""
+    assert smallest_gap(321, 3) == pytest.approx(0.021, abs=0.004)
+    few, many = smallest_gap(321, 3), smallest_gap(100_000, 3)
+    assert few is not None
+    assert many is not None
+    assert many < few
+    assert smallest_gap(321, 1) is None
 
 
 def test_an_arm_that_does_not_fit_is_said_first(
@@ -187,7 +252,9 @@ def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
     plan = _plan(f"output_dir={tmp_path}", "hydra.sweeper.n_jobs=2")
     assert "about 2.8 min with 2 workers" in _shown(plan)
     only = make_results(results.arms[0])
-    assert "cannot be known before the first finished trial of arm full" in forecast(plan, only)
+    assert "cannot be known before the first finished trial of arm full" in forecast(
+        plan, only, planned_workers(plan)
+    )
 
 
 def test_impossible_points_are_named_and_not_estimated() -> None:
@@ -248,5 +315,5 @@ def test_nothing_is_left_behind(
     result = program(*arguments)
     assert result.returncode == 0, result.stderr
     assert "dry run of" in result.stdout
-    assert "parameters trained" in result.stdout or "81,920" in result.stdout
+    assert "parameters trained" in result.stdout or "1,115,264" in result.stdout
     assert not list(tmp_path.iterdir())

@@ -186,7 +186,7 @@ def test_divergence_against_the_first_loss_ends_a_trial(run_tiny: RunTiny) -> No
     """A rate that drives the loss far above its start and keeps it there is diverged, with why."""
     outcome, _, _ = run_tiny(
         *("t", "adapter=none", "training.learning_rate=1.0", "training.warmup_ratio=0"),
-        *("training.max_steps=20", "training.divergence_threshold=1.5"),
+        *("training.max_steps=20", "training.divergence_threshold=1.5", "training.eval_delay=0"),
     )
     assert outcome.cause == "diverged"
     assert "1.5 times the first loss" in (outcome.message or "")
