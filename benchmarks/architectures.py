@@ -106,7 +106,8 @@ def examine(kind: type[PretrainedConfig]) -> dict[str, Any]:
 
 
 def _short(error: Exception) -> str:
-    words = " ".join(str(error).split()).partition("': ")
+    anywhere = re.sub(rf"{tempfile.gettempdir()}/\w+/", "", str(error))
+    words = " ".join(anywhere.split()).partition("': ")
     text = words[2] or words[0] or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 

@@ -63,9 +63,13 @@ def computes_otherwise(kind: type[torch.nn.Module]) -> bool:
     return own and not computes_plain_product(kind)
 
 
-@cache
 def computes_plain_product(kind: Any) -> bool:
     """Return True if a class of transformers computes what `nn.Linear` does, so it can be replaced."""
+    return _computes_plain_product(kind)
+
+
+@cache
+def _computes_plain_product(kind: Any) -> bool:
     if not issubclass(kind, torch.nn.Linear) or not kind.__module__.startswith("transformers."):
         return False
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
