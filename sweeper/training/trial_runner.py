@@ -50,6 +50,7 @@ from sweeper.core.outcome import (
 )
 from sweeper.core.paths import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.core.spool import finite
+from sweeper.core.stage_words import stage
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
 from sweeper.evaluation.custom_metrics import MetricFailed
@@ -628,7 +629,10 @@ class TransformersRunner:
         if key not in self._warm:
             self._release_base()  # before loading: two bases may not fit in memory
             try:
-                self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
+                with stage("loading the base model"):
+                    self._warm[key] = load_base(
+                        settings.model, settings.quantization, trained=trained
+                    )
             except ModelError:
                 self._job.require_base_files(settings)
                 raise
@@ -649,7 +653,8 @@ class TransformersRunner:
         key = (chosen, base.tokenizer_digest, positions(base.model.config))
         try:
             if key not in self._prepared:
-                self._prepared[key] = prepare(settings.data, base, over_length)
+                with stage("reading and tokenizing the data"):
+                    self._prepared[key] = prepare(settings.data, base, over_length)
             prepared = self._prepared[key]
             found = prepared.inputs(settings, base)
         except (DataError, ConfigError) as error:
