@@ -1,17 +1,19 @@
 """From pressing Enter to the first training step of the main job: how long, and where the time goes.
 
-    python benchmarks/start_up.py
+    python benchmarks/start_up.py [EARLIER_CHECKOUT]
 
-Three runs of the command with one trial: cold (no tokens cached, and Python's files dropped from the
-page cache as far as no other process holds them), then two warm ones, of which the second is shown
-too. The program runs unchanged under a launcher that notes when certain functions begin and end, in
-the driver and in its worker; driver and worker work side by side, so the stages of the two overlap.
+Runs of the command with one trial: cold (no tokens cached, and Python's files dropped from the page
+cache as far as no other process holds them), then three warm ones. With an earlier checkout, each warm
+run follows one of that code. The program runs unchanged under a launcher that notes when certain
+functions begin and end, in the driver and in its worker; driver and worker work side by side, so the
+stages of the two overlap. Other processes make the seconds longer, the CPU seconds hardly.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 LOG = "START_UP_LOG"
+RUNS = 3
 STAGES = {
     # module, function, in words; entered in whichever process calls it
     ("sweeper.search.study_plan", "studies"): "driver: compose and validate",
@@ -45,7 +48,7 @@ def note(words: str) -> None:
     """A moment, for the parent."""
     if path := os.environ.get(LOG):
         with Path(path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps([time.time(), words]) + "\n")
+            file.write(json.dumps([time.time(), words, time.process_time()]) + "\n")
 
 
 def noted(words: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,11 +118,13 @@ def drop_pages() -> None:
                     os.close(descriptor)
 
 
-def measure(folder: Path, cache: Path) -> dict[str, Any]:
-    """One run in a folder of its own."""
+def measure(folder: Path, cache: Path, code: Path) -> dict[str, Any]:
+    """One run of a checkout's code in a folder of its own."""
+    folder.mkdir()
     log = folder / "log.jsonl"
-    environment = {**os.environ, LOG: str(log), "XDG_CACHE_HOME": str(cache)}
-    began = time.time()
+    paths = {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(code)}
+    environment = {**os.environ, LOG: str(log), **paths}
+    used, began = children_seconds(), time.time()
     subprocess.run(
         [sys.executable, __file__, *COMMAND],
         cwd=folder,
@@ -128,40 +133,56 @@ def measure(folder: Path, cache: Path) -> dict[str, Any]:
         stdout=subprocess.DEVNULL,
     )
     whole = time.time() - began
+    whole_cpu = children_seconds() - used
     moments = [json.loads(line) for line in log.read_text().splitlines()]
-    begins: dict[str, float] = {}
+    begins: dict[str, tuple[float, float]] = {}
     stages: dict[str, dict[str, float]] = {}
-    first_step = next(moment for moment, words in moments if words == "first step")
-    for moment, words in moments:
+    first_step, worker_cpu = next((at, cpu) for at, words, cpu in moments if words == "first step")
+    for moment, words, cpu in moments:
         kind, _, stage = words.partition(" ")
         if kind == "begin":
-            begins.setdefault(stage, moment)
+            begins.setdefault(stage, (moment, cpu))
         elif kind == "end" and stage not in stages:
-            at = round(begins[stage] - began, 2)
-            stages[stage] = {"from second": at, "seconds": round(moment - begins[stage], 2)}
+            begin, begin_cpu = begins[stage]
+            stages[stage] = {
+                "from second": round(begin - began, 2),
+                "seconds": round(moment - begin, 2),
+                "CPU seconds": round(cpu - begin_cpu, 2),
+            }
     in_order = dict(sorted(stages.items(), key=lambda item: item[1]["from second"]))
-    starts = {words: moment for moment, words in reversed(moments) if words.endswith("starts")}
+    starts = {words: moment for moment, words, _ in reversed(moments) if words.endswith("starts")}
     return {
         "seconds to the first training step": round(first_step - began, 2),
+        "worker's CPU seconds to the first training step": round(worker_cpu, 2),
         "seconds of the whole command": round(whole, 2),
+        "CPU seconds of the whole command": round(whole_cpu, 2),
         "driver's first line at": round(starts["driver starts"] - began, 2),
         "worker's first line at": round(starts["worker starts"] - began, 2),
         "stages": in_order,
     }
 
 
+def children_seconds() -> float:
+    """CPU seconds of all child processes that ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
-    """Cold, then warm."""
+    """Cold, then warm, alternating with an earlier checkout."""
     from record import record
 
-    figures = {}
+    here = Path(__file__).resolve().parents[1]
+    earlier = [Path(text).resolve() for text in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as root:
         cache = Path(root) / "cache"
         drop_pages()
-        for name in ("cold", "warm", "warm again"):
-            folder = Path(root) / name
-            folder.mkdir()
-            figures[name] = measure(folder, cache)
+        figures: dict[str, Any] = {"cold": measure(Path(root) / "cold", cache, here)}
+        for run in range(RUNS):
+            for code in (*earlier, here):
+                name = "warm" if code == here else "warm, earlier code"
+                folder = Path(root) / f"{name} {run}"
+                figures.setdefault(name, []).append(measure(folder, cache, code))
     record("start_up", figures)
 
 

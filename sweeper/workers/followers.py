@@ -219,7 +219,9 @@ def _main(
     see_devices(devices[rank], [*devices[:rank], *devices[rank + 1 :]])
     work: queue.Queue[FollowCommand] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, work), daemon=True).start()
-    with uncollected():
+    from sweeper.modeling.lean_imports import lean_imports
+
+    with uncollected(), lean_imports():
         from sweeper.modeling.hardware import prepare_device
         from sweeper.training.trial_runner import TransformersRunner
     prepare_device(devices[rank])

@@ -250,7 +250,9 @@ def make_runner(
         return FakeRunner(workers.fake)
     devices = devices_of(worker, place.devices, place.survey)
     see_devices(devices[0], devices[1:])
-    with uncollected():
+    from sweeper.modeling.lean_imports import lean_imports
+
+    with uncollected(), lean_imports():
         from sweeper.modeling.hardware import prepare_device
         from sweeper.training.trial_runner import TransformersRunner
         from sweeper.workers.followers import FollowerGroup
