@@ -20,14 +20,14 @@ COUNT_SECONDS = 2.0
 class StageListener:
     """A receiver of words, which is spared most counts."""
 
-    receive: Callable[[str], None]
+    pass_on: Callable[[str], None]
     clock: Callable[[], float] = time.monotonic
     _heard: float = 0.0
 
     def begin(self, words: str) -> None:
         """Pass on the begin of a stage."""
         self._heard = self.clock()
-        self.receive(words)
+        self.pass_on(words)
 
     def count(self, words: str) -> None:
         """Pass on a count if the last words are old enough."""

@@ -196,7 +196,9 @@ class TransformersRunner:
         general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
         judge = BatchHalvingJudge(prepared.judge(settings, base), TrialCosts())
+        began = time.monotonic()
         judgement = judge(base.model, JudgementReader.BASELINE)
+        judging_s = time.monotonic() - began
         if settings.objective.metric in judgement.failures:
             judgement.value(settings.objective.metric)  # raises
         # A base whose own loss is not finite would make every trial of the arm end as diverged
@@ -204,7 +206,9 @@ class TransformersRunner:
             loss = judgement.metrics["eval/loss"]
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
         facts = self._arm_baseline(settings, base, prepared, judgement)
-        return facts.model_copy(update={"general_digest": windows})
+        # Generated answers cost more than the losses, and say nothing about a training step
+        timed = None if judgement.answers else judging_s
+        return facts.model_copy(update={"general_digest": windows, "judging_s": timed})
 
     def check(self, settings: TrialSettings, expected: InputDigests | None = None) -> TrialSize:
         """Return the size of a trial without loading any weights.
