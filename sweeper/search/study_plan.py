@@ -124,6 +124,13 @@ class StudyPlan:
         """The objective of every arm's trials."""
         return self.settings.objective
 
+    def further_seeds(self, arm: ArmPlan) -> int:
+        """Count the trainings with further seeds that follow an arm's search."""
+        if arm.run_id is not None:
+            return 0
+        wanted = self.study.finalists
+        return wanted.top * (wanted.seeds - 1) + (wanted.fresh_seeds if wanted.top else 0)
+
     @property
     def dry_run(self) -> bool:
         """True if the study is only to be shown."""
