@@ -167,7 +167,9 @@ def _require_loaded(model: PeftModel, folder: Path, name: str) -> None:
     lost = [
         key
         for key, weight in stored.items()
-        if "lora_" in key and key in held and not torch.equal(held[key].cpu(), weight)
+        if "lora_" in key
+        and key in held
+        and not torch.equal(held[key].cpu(), weight.to(held[key].dtype))
     ]
     if lost:
         raise ModelError(
