@@ -38,7 +38,7 @@ from sweeper.search.refinement import (
     refined_count,
     warmup_beside_best,
 )
-from sweeper.search.study import WORKERS, counted, open_study
+from sweeper.search.study import WORKERS, counted, describe_equal_choices, open_study
 from sweeper.search.study_plan import LORA, ArmPlan
 from sweeper.tracking.tracker_factory import make_baselines
 from sweeper.workers.engines import open_engine
@@ -165,7 +165,10 @@ class StudyRun:
             self._leave_out(arm, facts)
             return
         self._require_same_inputs(arm, facts)
-        for remark in facts.base_remarks:
+        for remark in (
+            *facts.base_remarks,
+            *describe_equal_choices(arm.space, facts.equal_presets),
+        ):
             self.services.view.event(f"arm {arm.name}: {remark}")
         if facts.padded_because is not None:
             words = f"arm {arm.name}: batches are padded, because {facts.padded_because}"

@@ -61,6 +61,7 @@ from sweeper.modeling.adapter import (
     count_parameters,
     describe_reach,
     detach,
+    equal_presets_of,
     load_adapter,
     touches_base,
     trained_dtypes,
@@ -730,6 +731,7 @@ class TransformersRunner:
             test_digest=found.test,
             padded_because=base.padded_because if device().type == "cpu" else None,
             base_remarks=(*base.remarks, *judgement.failures.values()),
+            equal_presets=equal_presets_of(base.model),
         )
 
     def _record_facts(
