@@ -162,8 +162,7 @@ def show_study(
         timed = forecasts(plan, chosen, timer, workers.threads, console)
         _show_forecast(console, plan, timed, workers)
     else:  # what earlier trials really took is better than a few steps
-        arms = [ArmForecast(arm, plan.further_seeds(arm), None) for arm in plan.arms]
-        _line(console, trainings_line(arms), forecast(plan, earlier, workers))
+        _line(console, trainings_line(plan), forecast(plan, earlier, workers))
     for arm, found, arm_sizes in zip(plan.arms, drafts, of_points, strict=True):
         _show_arm(console, plan, arm, earlier)
         _show_points(console, arm, found, arm_sizes, plan.further_seeds(arm))

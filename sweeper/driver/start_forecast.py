@@ -46,13 +46,14 @@ def trainings_words(plan: StudyPlan) -> str:
     arms = [arm for arm in plan.arms if arm.run_id is None]
     total = sum(arm.n_trials + plan.further_seeds(arm) for arm in arms)
     parts = "; ".join(f"{arm.name} {_parts(plan, arm, arm.n_trials)}" for arm in arms)
-    return f"trainings: {total} in all: {parts}"
+    return f"{total} in all: {parts}"
 
 
 def _parts(plan: StudyPlan, arm: ArmPlan, trials: int) -> str:
     further = plan.further_seeds(arm)
     seeds = f" and {further} with further seeds" if further else ""
-    refined = " (and up to 3 beside the best of its grid)" if arm.refine else ""
+    most = plan.refined_at_most(arm)
+    refined = f" (and up to {most} beside the best of its grid)" if most else ""
     return f"{trials} in the search{refined}{seeds}"
 
 
@@ -78,7 +79,7 @@ class StartForecast:
         """
         left = arm.n_trials - done
         if not self._begun and not done:
-            self.say(trainings_words(self.plan))
+            self.say(f"trainings: {trainings_words(self.plan)}")
             if (words := self._memory_words()) is not None:
                 self.say(words)
         self._begun = True

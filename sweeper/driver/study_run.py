@@ -208,7 +208,8 @@ class StudyRun:
         arm, study = context.arm, context.study
         if new := queue_refined(arm, study, points):
             self.services.board.wanted = self._state.total(arm.name) + refined_count(study)
-            words = f"arm {arm.name}: {new} further points beside the best of its grid"
+            points_word = "point" if new == 1 else "points"
+            words = f"arm {arm.name}: {new} further {points_word} beside the best of its grid"
             self.services.view.event(words)
             search.run(self.dispatcher)
 
