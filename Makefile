@@ -84,6 +84,7 @@ bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, 
 	$(BIN)/python benchmarks/warm_base.py
 	$(BIN)/python benchmarks/padding_free.py
 	$(BIN)/python -m benchmarks.padding_free_classes
+	$(BIN)/python -m benchmarks.architectures
 	$(BIN)/python -m benchmarks.padding_large_shape
 	$(BIN)/python -m benchmarks.padding_left_out
 	$(BIN)/python benchmarks/oom_region.py

@@ -162,11 +162,10 @@ def show_study(
         timed = forecasts(plan, chosen, timer, workers.threads, console)
         _show_forecast(console, plan, timed, workers)
     else:  # what earlier trials really took is better than a few steps
-        arms = [ArmForecast(arm, further_seeds(plan, arm), None) for arm in plan.arms]
-        _line(console, trainings_line(arms), forecast(plan, earlier, workers))
+        _line(console, trainings_line(plan), forecast(plan, earlier, workers))
     for arm, found, arm_sizes in zip(plan.arms, drafts, of_points, strict=True):
         _show_arm(console, plan, arm, earlier)
-        _show_points(console, arm, found, arm_sizes, further_seeds(plan, arm))
+        _show_points(console, arm, found, arm_sizes, plan.further_seeds(arm))
     _line(console, "", f"run it:     python -m sweeper {without_dry_run(plan.command)}", "")
     _show_settings(console, plan.settings)
 
@@ -183,7 +182,7 @@ def forecasts(
     _line(console, f"timing a few steps of {len(timed)} trials, which are trained nowhere else …")
     timings = iter(timer(timed, threads))
     return [
-        ArmForecast(arm, further_seeds(plan, arm), None if trial is None else next(timings))
+        ArmForecast(arm, plan.further_seeds(arm), None if trial is None else next(timings))
         for arm, trial in zip(plan.arms, largest, strict=True)
     ]
 
@@ -271,7 +270,7 @@ def forecast(plan: StudyPlan, earlier: StudyResults | None, workers: WorkerCount
             return f"time:       cannot be known before the first finished trial of arm {arm.name}"
         assert done is not None
         more = max(arm.n_trials - done.tried, 0) + (
-            further_seeds(plan, arm) if done.final is None else 0
+            plan.further_seeds(arm) if done.final is None else 0
         )
         seconds += more * typical
     jobs = side_by_side(plan, workers)
@@ -280,14 +279,6 @@ def forecast(plan: StudyPlan, earlier: StudyResults | None, workers: WorkerCount
         f"time:       about {duration(seconds / jobs)}{beside} at most, from the median of this "
         "study's earlier trials (pruned ones take less)"
     )
-
-
-def further_seeds(plan: StudyPlan, arm: ArmPlan) -> int:
-    """Count the trainings with further seeds that follow an arm's search."""
-    if arm.run_id is not None:
-        return 0
-    wanted = plan.study.finalists
-    return wanted.top * (wanted.seeds - 1) + (wanted.fresh_seeds if wanted.top else 0)
 
 
 def disk(settings: RunSettings, artifacts_mib: Sequence[float | None]) -> str:
@@ -336,7 +327,7 @@ def _show_arm(
         _line(console, f"  adopted from MLflow run {arm.run_id}: judged, and not trained")
     for key, value in _differences(plan.settings, arm.settings).items():
         _line(console, f"  {key} = {value}")
-    if more := further_seeds(plan, arm):
+    if more := plan.further_seeds(arm):
         wanted = plan.study.finalists
         fresh = f"the winner with {wanted.fresh_seeds} fresh seeds"
         best = f"the best {wanted.top} over {wanted.seeds} seeds, " if wanted.seeds > 1 else ""

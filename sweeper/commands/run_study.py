@@ -38,7 +38,7 @@ from sweeper.driver.study_state import StudyState
 from sweeper.driver.study_supervisor import StudySupervisor
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.reporting.console import make_console
-from sweeper.reporting.live_view import make_view
+from sweeper.reporting.live_view import LiveView, make_view
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress, StudyView
 from sweeper.search.stored_defaults import with_stored_defaults
@@ -198,7 +198,13 @@ class StudySession:
                 view.event,
                 StudySupervisor(commands, self._status, board, view),
                 PauseClock(budget.paused),
-                JobWaits(view.event, self._plan.settings.workers, budget.seconds_over),
+                JobWaits(
+                    view.event,
+                    self._plan.settings.workers,
+                    budget.seconds_over,
+                    # the live table shows the trials
+                    announce_trial=None if isinstance(view, LiveView) else view.event,
+                ),
             ),
             commands=commands,
             budget=budget,

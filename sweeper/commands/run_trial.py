@@ -92,7 +92,7 @@ def train_single(
                     say,
                 )
             )
-            waits = JobWaits(say, settings.workers)
+            waits = JobWaits(say, settings.workers, announce_trial=say)
             dispatcher = Dispatcher(pool, interrupt, say, waits=waits)
             outcome = trial.run(dispatcher, lambda facts: _accept(facts, trial, accept))
     except KeyboardInterrupt as stop:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sweeper.core.outcome import TrialTiming
+from sweeper.driver.start_forecast import trainings_words
 from sweeper.reporting.expected_gap import gap_line
 from sweeper.reporting.text_table import duration
 from sweeper.search.study_plan import ArmPlan, StudyPlan
@@ -48,18 +49,10 @@ class ArmForecast:
         rounds = math.ceil(self.arm.n_trials / jobs) + self.further / jobs
         return (timing.start_s or 0.0) + judged + rounds * timing.training_s
 
-    @property
-    def words(self) -> str:
-        """The arm's trainings in words."""
-        further = f" and {self.further} with further seeds" if self.further else ""
-        return f"{self.arm.name} {self.arm.n_trials} in the search{further}"
 
-
-def trainings_line(arms: Sequence[ArmForecast]) -> str:
+def trainings_line(plan: StudyPlan) -> str:
     """Return the number of all trainings, by arm."""
-    total = sum(each.trainings for each in arms)
-    parts = "; ".join(each.words for each in arms if each.trainings)
-    return f"trainings:  {total} in all: {parts}"
+    return f"trainings:  {trainings_words(plan)}"
 
 
 def planned_workers(
@@ -86,7 +79,7 @@ def forecast_lines(
     plan: StudyPlan, arms: Sequence[ArmForecast], workers: WorkerCount
 ) -> Iterator[str]:
     """Yield the trainings, the time, the memory and the smallest gap of a study."""
-    yield trainings_line(arms)
+    yield trainings_line(plan)
     yield _time_line(plan, arms, workers)
     yield from (line for each in arms for line in _memory_lines(each))
     yield from _gap_lines(plan, arms)

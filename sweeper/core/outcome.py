@@ -241,8 +241,13 @@ class ArmBaseline(FrozenValue):
     """Digest of the encoded test rows, or None without a test split."""
     padded_because: str | None = LATER
     """Reason why batches are padded although they need not be on this device, or None."""
+    judging_s: float | None = Field(default=None, exclude_if=lambda found: found is None)
+    """Seconds of judging the untuned base by losses alone, or None if it wrote answers too."""
     base_remarks: tuple[str, ...] = Field(default=(), exclude_if=lambda found: not found)
     """Sentences on what loading the base had to change, or could not do as asked."""
+    equal_presets: dict[str, str] = Field(default_factory=dict, exclude_if=lambda found: not found)
+    """Presets of target modules that adapt the same weights of this base as another preset, with its
+    name."""
 
     @property
     def inputs(self) -> InputDigests:

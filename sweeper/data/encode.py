@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from sweeper.config.settings import DataSettings
 from sweeper.core.errors import DataError
+from sweeper.core.stage_words import count
 from sweeper.data.examples import DropCounts, Example
 from sweeper.data.packing import pack
 from sweeper.data.row_formats import BOOK
@@ -234,7 +235,8 @@ def _conversations(
     examples: Sequence[Example], setup: TokenizerSetup, settings: DataSettings, drops: DropCounts
 ) -> Iterator[EncodedRow]:
     fits = _fits(examples, setup, settings)
-    for example in examples:
+    for place, example in enumerate(examples):
+        count(place, len(examples), "rows")
         if example.format == BOOK:
             continue
         fit = fits[example.format]

@@ -93,11 +93,12 @@ class ArmSearch:
 
     def next_job(self) -> RunningTrial | None:
         """See JobSource: duplicates and impossible points are answered at once."""
+        equal = self._context.facts.equal_presets
         while self._may_ask():
             trial = ask(self._context.study, self._context.places)
             point = suggest(trial, self._context.arm.space)
             # training the same point again would cost a trial and teach the sampler nothing
-            if earlier := find_duplicate(trial.study, point):
+            if earlier := find_duplicate(trial.study, point, equal):
                 self._recorder.answer_duplicate(trial, earlier)
                 continue
             job = self._prepare(trial, point)

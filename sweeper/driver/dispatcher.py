@@ -28,6 +28,7 @@ from sweeper.workers.protocol import (
     WaitingEvent,
     WorkAnswer,
     WorkerEvent,
+    WorkingEvent,
 )
 from sweeper.workers.time_limits import SLOW_START
 
@@ -286,7 +287,9 @@ class Dispatcher:
             job = self._jobs.running.get(event.job)
             if job is None or job.attempt != event.attempt:
                 return  # sent before the job was lost or ended
-            if isinstance(event, WaitingEvent):
+            if isinstance(event, WorkingEvent):
+                self._waits.heard(job, event.message)
+            elif isinstance(event, WaitingEvent):
                 self._announce(f"{job.key}: {event.message}")
             elif isinstance(event, InputsChangedEvent):
                 self._refuse_inputs(job, event)

@@ -18,12 +18,13 @@ from sweeper.core.value import MemoryShortfall
 from sweeper.driver.arm_context import ArmContext
 from sweeper.driver.arm_probe import probe_arm
 from sweeper.driver.arm_search import ArmSearch
-from sweeper.driver.budget import ArmBudget, StudyBudget
+from sweeper.driver.budget import ArmBudget, StudyBudget, typical_seconds
 from sweeper.driver.command_handler import CommandHandler
 from sweeper.driver.device_time import searched_seconds, spent_seconds
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_runs import FinalistRuns
 from sweeper.driver.results_writer import ResultsWriter
+from sweeper.driver.start_forecast import StartForecast
 from sweeper.driver.study_services import StudyServices
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.reporting.result_tables import describe_data
@@ -37,11 +38,11 @@ from sweeper.search.refinement import (
     refined_count,
     warmup_beside_best,
 )
-from sweeper.search.study import WORKERS, counted, open_study
+from sweeper.search.study import WORKERS, counted, describe_equal_choices, open_study
 from sweeper.search.study_plan import LORA, ArmPlan
 from sweeper.tracking.tracker_factory import make_baselines
 from sweeper.workers.engines import open_engine
-from sweeper.workers.worker_count import WorkerCount, count_workers
+from sweeper.workers.worker_count import WorkerCount, count_workers, this_machine
 
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no memory of the device: they move to the host's memory and back."""
@@ -68,11 +69,13 @@ class StudyRun:
     """The devices and the CPU threads that the study uses."""
     _devices: int = 0
     """The devices of each worker in the pool."""
+    _forecast: StartForecast = field(init=False)
     _announced: bool = False
     """True once the data and the device were announced."""
 
     def __post_init__(self) -> None:
         self._state = self.results.state
+        self._forecast = StartForecast(self._state.plan, self.services.view.event, this_machine)
 
     def run(self) -> None:
         """Run everything that the plan wants.
@@ -162,7 +165,10 @@ class StudyRun:
             self._leave_out(arm, facts)
             return
         self._require_same_inputs(arm, facts)
-        for remark in facts.base_remarks:
+        for remark in (
+            *facts.base_remarks,
+            *describe_equal_choices(arm.space, facts.equal_presets),
+        ):
             self.services.view.event(f"arm {arm.name}: {remark}")
         if facts.padded_because is not None:
             words = f"arm {arm.name}: batches are padded, because {facts.padded_because}"
@@ -172,12 +178,20 @@ class StudyRun:
         search = ArmSearch(
             context,
             lambda: self._state.total(arm.name) + refined_count(context.study),
-            self.results.on_trial_finished,
+            lambda: self._on_trial_finished(context),
         )
         search.run(self.dispatcher)
         self._refine(context, search)
         # its trial has a copy now
         shutil.rmtree(self.services.folder.adopted(arm.name), ignore_errors=True)
+
+    def _on_trial_finished(self, context: ArmContext) -> None:
+        self.results.on_trial_finished()
+        arm, trials = context.arm, self.services.board.trials.values()
+        seconds = [t.seconds for t in trials if t.arm == arm.name and t.complete and t.seconds]
+        left = self._state.total(arm.name) - counted(context.study)
+        jobs = self._workers(arm.settings.training.devices_per_trial)
+        self._forecast.trial_finished(arm, left, typical_seconds(seconds) or None, jobs)
 
     def _refine(self, context: ArmContext, search: ArmSearch) -> None:
         """Try points beside the best one of the arm's grid, once the whole grid was tried."""
@@ -194,7 +208,8 @@ class StudyRun:
         arm, study = context.arm, context.study
         if new := queue_refined(arm, study, points):
             self.services.board.wanted = self._state.total(arm.name) + refined_count(study)
-            words = f"arm {arm.name}: {new} further points beside the best of its grid"
+            points_word = "point" if new == 1 else "points"
+            words = f"arm {arm.name}: {new} further {points_word} beside the best of its grid"
             self.services.view.event(words)
             search.run(self.dispatcher)
 
@@ -244,7 +259,9 @@ class StudyRun:
         words = fill_study(study, plan, arm, facts, self.storage)
         budget = self._arm_budget(arm)
         words += [left] if (left := budget.left([])) else []
-        self._announce(arm, facts, counted(study), words)
+        done, width = counted(study), arm.settings.training.devices_per_trial
+        self._announce(arm, facts, done, words)
+        self._forecast.open_arm(arm, facts, done, self._workers(width))
         self.services.board.open_arm(arm.name, arm.n_trials, base_value)
         return ArmContext(
             arm=arm,

@@ -79,7 +79,9 @@ class TrialRecorder:
     def answer_duplicate(self, trial: Trial, earlier: FrozenTrial) -> None:
         """Record a trial at the point of an earlier one, with the earlier one's result."""
         outcome = Outcome.model_validate(earlier.user_attrs["outcome"])
-        message = f"the same point as trial {earlier.number}"
+        same = trial.params == earlier.params
+        what = "the same point as" if same else "the same modules and settings as"
+        message = f"{what} trial {earlier.number}"
         if outcome.best_value is None or STATES[outcome.cause].infeasible:
             answer = Outcome(cause="refused", message=message)
         else:

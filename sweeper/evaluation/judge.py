@@ -16,6 +16,7 @@ import torch
 from sweeper.config.settings import LOSS_METRICS, EvaluationSettings
 from sweeper.core.errors import ConfigError
 from sweeper.core.outcome import ExampleScores
+from sweeper.core.stage_words import stage
 from sweeper.data.padding_free import batch_collator
 from sweeper.data.tokens import EncodedPrompt, Tokens
 from sweeper.evaluation.answer_lengths import length_metrics
@@ -151,15 +152,16 @@ class ModelJudge:
         Raises:
             ConfigError: The prompts do not fit the model's positions.
         """
-        examples = evaluate_examples(
-            model,
-            self.rows,
-            batch_collator(model, self.tokenizer.pad_token_id),
-            self.settings.per_device_eval_batch_size,
-            self.compute_dtype,
-            self.chunk_size,
-            self.row_bytes,
-        )
+        with stage(f"judging {reader.subject}"):
+            examples = evaluate_examples(
+                model,
+                self.rows,
+                batch_collator(model, self.tokenizer.pad_token_id),
+                self.settings.per_device_eval_batch_size,
+                self.compute_dtype,
+                self.chunk_size,
+                self.row_bytes,
+            )
         judgement = Judgement(loss_metrics(total(examples)), examples, reader)
         return self.with_answers(model, judgement)
 
@@ -173,15 +175,16 @@ class ModelJudge:
 
         held_out, settings = self.held_out, self.settings
         generation = settings.generation
-        written = generate(
-            model,
-            self.tokenizer,
-            held_out.prompt_ids,
-            generation.max_new_tokens,
-            generation.batch_size,
-            self.compute_dtype,
-            held_out.end_token_ids,
-        )
+        with stage(f"judging {judgement.reader.subject}"):
+            written = generate(
+                model,
+                self.tokenizer,
+                held_out.prompt_ids,
+                generation.max_new_tokens,
+                generation.batch_size,
+                self.compute_dtype,
+                held_out.end_token_ids,
+            )
         scores = rouge(written.texts, held_out.references, settings.rouge_tokenizer)
         own, failures = measure(self.custom, held_out.prompts, written.texts, held_out.references)
         return replace(

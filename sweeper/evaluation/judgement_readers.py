@@ -28,3 +28,20 @@ class JudgementReader(StrEnum):
     """The change of a winner's loss on general text."""
     CHAMPION = "champion"
     """The nightly decision between challenger and champion on the gate."""
+
+    @property
+    def subject(self) -> str:
+        """Words for what is judged, as in "the untuned base"."""
+        return _SUBJECTS[self]
+
+
+_SUBJECTS = {
+    JudgementReader.BASELINE: "the untuned base",
+    JudgementReader.LOOK: "a sample of the validation split",
+    JudgementReader.RESULT: "the trained model",
+    JudgementReader.ADOPTED: "the adopted model",
+    JudgementReader.MERGED: "the merged model",
+    JudgementReader.VERDICT: "the test split",
+    JudgementReader.FORGETTING: "general text",
+    JudgementReader.CHAMPION: "the nightly gate",
+}

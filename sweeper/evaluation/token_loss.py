@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from sweeper.core.stage_words import count
 from sweeper.data.padding_free import BatchCollator
 from sweeper.data.tokens import IGNORED, Tokens
 from sweeper.evaluation.chunked_head import Head, states_at
@@ -199,6 +200,7 @@ def evaluate_examples(
             # Tokens are summed in float64, so that the batch size does not change the rounding.
             parts = torch.split_with_sizes(nll.double(), per_row)
             sums |= {index: part.sum().item() for index, part in zip(indices, parts, strict=True)}
+            count(len(sums), len(rows), "rows")
     finally:
         model.train(was_training)
     counts = [None] * len(rows) if row_bytes is None else row_bytes

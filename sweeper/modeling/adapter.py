@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from sweeper.config.settings import LoraAdapter, NoAdapter
 from sweeper.core.errors import ModelError
-from sweeper.modeling.expert_weights import expert_weights, hidden_weights
+from sweeper.modeling.expert_weights import computes_otherwise, expert_weights, hidden_weights
 from sweeper.modeling.model_source import one_line
 from sweeper.modeling.portable_targets import make_portable, names_as_given, open_adapter
 from sweeper.modeling.target_modules import (
     Role,
+    equal_presets,
     reached,
     require_matches,
     resolve_targets,
@@ -36,6 +38,9 @@ OLORA_ON_CONV1D = (
     "adapter.init_lora_weights=olora does not support this architecture's transposed weights (Conv1D). "
     "Choose default or gaussian, or an NF4 base"
 )
+
+
+_ANY_LORA = LoraConfig()
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,8 @@ def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
         settings.target_modules, names, settings.layers_to_transform, module_roles(model, names)
     )
     stacked: list[str] = []
-    if experts:
+    # PEFT's own all-linear has layers that are left out here
+    if experts or len(names) < len(_linear_layers(model)):
         wanted = reached(modules, names)
         stacked = [name for name in experts if name in wanted]
         modules = [name for name in wanted if name not in stacked]
@@ -219,6 +225,12 @@ def module_roles(model: PreTrainedModel, names: Sequence[str]) -> dict[str, Role
     return {name: role_of(path(name)) for name in names}
 
 
+def equal_presets_of(model: PreTrainedModel) -> dict[str, str]:
+    """Return the presets that adapt the same weights of a model as another one. See `equal_presets`."""
+    names = [*linear_modules(model), *expert_weights(model)]
+    return equal_presets(names, module_roles(model, names))
+
+
 def touches_base(settings: LoraAdapter | NoAdapter) -> bool:
     """Return True if training this adapter changes the base's own weights, so it must be reloaded."""
     # Biases are trained in place and OLoRA subtracts its initial product from the base. All else is
@@ -253,14 +265,34 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 
 def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Return the full names of the modules LoRA can target: all linear layers but the output head."""
-    head = model.get_output_embeddings()
+    """Return the full names of the modules LoRA can target: all linear layers but the output head.
+
+    Left out are classes that compute something else (routers, DeepSeek-V4's grouped product), and what
+    PEFT refuses, because the model reads the weight itself (Mamba's out_proj).
+    """
     return [
         name
+        for name, module in _linear_layers(model).items()
+        if not computes_otherwise(type(module)) and not _refused_by_peft(model, name)
+    ]
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+    head = model.get_output_embeddings()
+    return {
+        name: module
         for name, module in model.named_modules()
         # Conv1D is GPT-2's linear layer, whose weights are transposed
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    ]
+    }
+
+
+def _refused_by_peft(model: PreTrainedModel, name: str) -> bool:
+    try:
+        _check_lora_target_modules_mamba(_ANY_LORA, model, name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
 
 
 def describe_reach(model: PeftModel) -> str:

@@ -21,7 +21,7 @@ from transformers import (
 
 from sweeper.config.settings import ModelSettings, QuantizationSettings
 from sweeper.core.device_failures import breaks_context, means_out_of_memory
-from sweeper.core.errors import ModelError, SweeperError
+from sweeper.core.errors import ModelError, SweeperError, first_line
 from sweeper.data.token_cache import tokenizer_digest
 from sweeper.modeling import quantized_cache
 from sweeper.modeling.expert_weights import every_linear_weight, quantized_share
@@ -114,7 +114,7 @@ def load_base(
         share = quantized_share(model, where, quantization.kind)
         remarks += share.remarks(quantization.kind)
     if quantization.kind != "int8":  # its outliers are decided over all tokens of a batch
-        require_causal(model, where)
+        _require_computing(model, where, quantization.kind)
     obstacle = padding_obstacle(model)
     if obstacle is None:
         confine_to_rows(model)
@@ -130,6 +130,28 @@ def load_base(
         tuple(remarks),
         None if share is None else share.share,
     )
+
+
+def _require_computing(model: PreTrainedModel, where: str, kind: str) -> None:
+    """Check that a model computes, and reads text in one direction.
+
+    Raises:
+        ModelError: its class cannot compute with these weights, or see `require_causal`.
+    """
+    try:
+        require_causal(model, where)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, SweeperError) or means_out_of_memory(str(error)):
+            raise
+        if breaks_context(error):
+            raise
+        # Mamba multiplies with a projection's weight itself, which is packed bytes in NF4
+        packed = kind != "none"
+        remedy = " Its class may need unpacked weights: quantization=none" if packed else ""
+        raise ModelError(
+            f"{where}: {type(model).__name__} does not compute: {first_line(error).rstrip('.')}."
+            f"{remedy}"
+        ) from error
 
 
 def _attention_remark(settings: ModelSettings, model: PreTrainedModel) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -53,8 +54,22 @@ def _stacked(module: torch.nn.Module) -> list[str]:
     return [*own, *computed]
 
 
+def computes_otherwise(kind: type[torch.nn.Module]) -> bool:
+    """Return True for a linear class of transformers whose output is no plain product.
+
+    LoRA adds a plain product to the output, which has another shape or meaning there.
+    """
+    own = issubclass(kind, torch.nn.Linear) and kind.__module__.startswith("transformers.")
+    return own and not computes_plain_product(kind)
+
+
 def computes_plain_product(kind: Any) -> bool:
     """Return True if a class of transformers computes what `nn.Linear` does, so it can be replaced."""
+    return _computes_plain_product(kind)
+
+
+@cache
+def _computes_plain_product(kind: Any) -> bool:
     if not issubclass(kind, torch.nn.Linear) or not kind.__module__.startswith("transformers."):
         return False
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):

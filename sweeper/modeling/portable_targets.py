@@ -17,9 +17,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import get_peft_model_state_dict, load_peft_weights
 from peft.utils import transformers_weight_conversion as conversion
 from torch.nn.utils import parametrize
 
+from sweeper.core.errors import ModelError
 from sweeper.modeling.expert_weights import IN_ORDER
 
 if TYPE_CHECKING:
@@ -132,6 +134,9 @@ def open_adapter(model: PreTrainedModel, folder: Path, name: str = "default") ->
         model: the base.
         folder: folder that an adapter was saved to.
         name: name of the adapter in the model.
+
+    Raises:
+        ModelError: PEFT did not load all of its weights.
     """
     config = LoraConfig.from_pretrained(str(folder))
     layers = {
@@ -150,4 +155,25 @@ def open_adapter(model: PreTrainedModel, folder: Path, name: str = "default") ->
         loaded: PeftModel = PeftModel.from_pretrained(
             model, str(folder), adapter_name=name, config=config
         )
+    _require_loaded(loaded, folder, name)
     return loaded
+
+
+def _require_loaded(model: PeftModel, folder: Path, name: str) -> None:
+    # PEFT applies renamings of the base's files to the adapter's (Laguna: shared_expert), and continues
+    # with a warning where a weight has no counterpart then
+    held = get_peft_model_state_dict(model, adapter_name=name)
+    stored = load_peft_weights(str(folder), device="cpu")
+    lost = [
+        key
+        for key, weight in stored.items()
+        if "lora_" in key
+        and key in held
+        and not torch.equal(held[key].cpu(), weight.to(held[key].dtype))
+    ]
+    if lost:
+        raise ModelError(
+            f"{folder}: PEFT did not load {len(lost)} of the adapter's {len(stored)} weights "
+            f"({lost[0]}, …), because it renames them on this architecture. Adapt other modules: "
+            "adapter.target_modules=attention"
+        )

@@ -26,6 +26,9 @@ SMALLER = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_selected_experts"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    # The layers before the first one with experts are no list: DeepSeek-V3 has 3 of them
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), 1),
     "vocab_size": VOCABULARY,
 }
 """Upper limits of sizes in the small model, by names of transformers' configurations."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from sweeper.config.settings import LAYERS
@@ -15,11 +16,14 @@ from sweeper.core.errors import ModelError
 
 Role = Literal["attention", "mlp", "mixer", "router", "tower", "other"]
 """Role of a linear weight: attention, per-token work, other mixing of tokens (Mamba, convolutions),
-choosing (routers of experts, indexers), other media than text, or work outside of the blocks."""
+choosing (routers of experts, indexers), towers (other media than text, and attention to an encoder that
+a causal language model has not), or work outside of the blocks."""
 PRESETS = ("attention_qv", "attention", "mlp")
 TRAINED_ROLES: frozenset[Role] = frozenset(("attention", "mlp", "mixer", "other"))
 """Roles that all-linear adapts. A router's choice has no useful gradient, and a tower sees no text."""
-TOWER = re.compile(r"vision|visual|image|audio|speech|multi_?modal")
+TOWER = re.compile(
+    r"vision|visual|image|audio|speech|multi_?modal_?proj|encoder_attn|cross_?attn|cross_?attention"
+)
 ROUTER = re.compile(r"router|topk|indexer|^gate$|shared_expert_gate")
 ROLES: Mapping[Role, re.Pattern[str]] = {
     "attention": re.compile(r"attention|attn|delta_?net|_att$"),
@@ -110,6 +114,24 @@ def reached(resolved: str | Sequence[str], names: Sequence[str]) -> list[str]:
     return [name for name in names if any(_ends_with(name, ending) for ending in resolved)]
 
 
+def equal_presets(names: Sequence[str], roles: Mapping[str, Role] | None = None) -> dict[str, str]:
+    """Return each preset that reaches the same weights as an earlier one, with the earlier one's name.
+
+    Args:
+        names: see `resolve_targets`.
+        roles: see `resolve_targets`.
+    """
+    known = roles_by_name(names) if roles is None else roles
+    first: dict[tuple[str, ...], str] = {}
+    equal: dict[str, str] = {}
+    for preset in (*PRESETS, ALL_LINEAR):
+        with suppress(ModelError):
+            found = tuple(_preset(preset, names, known))
+            if first.setdefault(found, preset) != preset:
+                equal[preset] = first[found]
+    return equal
+
+
 def _preset(preset: str, names: Sequence[str], roles: Mapping[str, Role]) -> list[str]:
     if preset == ALL_LINEAR:
         found = [name for name in names if roles[name] in TRAINED_ROLES]
@@ -132,6 +154,9 @@ def _endings_of(wanted: Sequence[str], names: Sequence[str]) -> list[str]:
     """Return endings that select exactly the wanted names, or [] if two words do not suffice."""
     for words in (1, 2):
         endings = list(dict.fromkeys(".".join(name.split(".")[-words:]) for name in wanted))
+        # A number alone is the name of a block as well (Gemma 3n: altup_projections.0 and layers.0)
+        if any(ending.isdigit() for ending in endings):
+            continue
         if reached(endings, names) == list(wanted):
             return endings
     return []

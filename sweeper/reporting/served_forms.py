@@ -94,10 +94,12 @@ def served_sentences(
 
 def served_warning(found: Sequence[ServedContrast], names: Mapping[str, str]) -> str:
     """Return which winners are not what was judged when they are served, or ''."""
+    by_side: dict[tuple[str, bool], list[ServedContrast]] = {}
+    for each in found:
+        if each.differs:
+            by_side.setdefault((each.arm, each.is_worse), []).append(each)
     return " ".join(
-        f"WARNING: {names.get(each.arm, each.arm)} is "
-        f"{'worse' if each.is_worse else 'better'} {FORM_WORDS[each.form]} than as it was trained: "
-        f"{each.words}."
-        for each in found
-        if each.differs
+        f"WARNING: {names.get(arm, arm)} is {'worse' if worse else 'better'} as it is served than as "
+        f"it was trained: {', '.join(each.words for each in forms)}."
+        for (arm, worse), forms in by_side.items()
     )

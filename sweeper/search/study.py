@@ -21,6 +21,7 @@ from sweeper.config.decisive_settings import decisive_settings
 from sweeper.config.input_sources import named_by
 from sweeper.config.settings import TrialSettings, changed_parts, stored_text
 from sweeper.config.space import (
+    Branches,
     Choice,
     Domain,
     Draw,
@@ -53,6 +54,7 @@ from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.telling import counts
 
 DTYPE = "computed dtype"
+TARGETS = "adapter.target_modules"
 TARGET_TOKENS = "target tokens of the validation split"
 """Stands for the digest of the judged rows in questions that earlier versions stored."""
 _ASKED = {INPUT_NAMES[name]: name for name in ASKED}
@@ -358,10 +360,43 @@ def counted(study: optuna.Study) -> int:
     return sum(map(counts, study.get_trials(deepcopy=False)))
 
 
-def find_duplicate(study: optuna.Study, point: Point) -> FrozenTrial | None:
-    """Return a trial of a study at exactly this point that has a result or was pruned, if any."""
+def find_duplicate(
+    study: optuna.Study, point: Point, equal: Mapping[str, str] | None = None
+) -> FrozenTrial | None:
+    """Return a trial of a study at this point that has a result or was pruned, if any.
+
+    Args:
+        study: the study of the arm.
+        point: the point.
+        equal: presets of target modules that adapt the same weights as another one, with its name.
+    """
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return next((other for other in done if point_of(other) == point), None)
+    wanted = _merged(point, equal or {})
+    return next((other for other in done if _merged(point_of(other), equal or {}) == wanted), None)
+
+
+def _merged(point: Point, equal: Mapping[str, str]) -> Point:
+    """Return a point with one name for each set of adapted weights."""
+    chosen = point.get(TARGETS)
+    return (
+        {**point, TARGETS: equal[chosen]} if isinstance(chosen, str) and chosen in equal else point
+    )
+
+
+def describe_equal_choices(space: Space, equal: Mapping[str, str]) -> list[str]:
+    """Return a sentence for each choice of a space that adapts the same weights as another one."""
+    domain = space.get(TARGETS)
+    choice = domain.choice if isinstance(domain, Branches) else domain
+    values = choice.values if isinstance(choice, Choice) else ()
+    merged: dict[str, list[str]] = {}
+    for value in values:
+        merged.setdefault(equal.get(str(value), str(value)), []).append(str(value))
+    return [
+        f"{TARGETS}: {' and '.join(same)} are the same modules of this base, so only one of two "
+        "points that differ in nothing else is trained"
+        for same in merged.values()
+        if len(same) > 1
+    ]
 
 
 def question(plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> dict[str, str]:

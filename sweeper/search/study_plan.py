@@ -124,6 +124,20 @@ class StudyPlan:
         """The objective of every arm's trials."""
         return self.settings.objective
 
+    def further_seeds(self, arm: ArmPlan) -> int:
+        """Count the trainings with further seeds that follow an arm's search."""
+        if arm.run_id is not None:
+            return 0
+        wanted = self.study.finalists
+        return wanted.top * (wanted.seeds - 1) + (wanted.fresh_seeds if wanted.top else 0)
+
+    def refined_at_most(self, arm: ArmPlan) -> int:
+        """Return how many trials may follow beside the best one of an arm's grid."""
+        rates = arm.space.get("training.learning_rate")
+        whole = isinstance(rates, Choice) and arm.n_trials >= len(rates.values)
+        # two rates beside the best one, and then the best with the warm-up of the LoRA winner
+        return 3 if arm.refine and whole and arm.run_id is None else 0
+
     @property
     def dry_run(self) -> bool:
         """True if the study is only to be shown."""

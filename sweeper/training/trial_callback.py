@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sweeper.core.errors import TrialDiverged
 from sweeper.core.outcome import StopCause
 from sweeper.core.spool import MetricsSpool
+from sweeper.core.stage_words import report
 from sweeper.training.observer import TrialObserver
 from sweeper.training.outcome_metrics import MOVING_AVERAGE
 from sweeper.training.stop_rules import LOSS_SCALE, StopRules
@@ -41,6 +42,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
     stopped: StopCause | None = None
     """Cause of a stop that the observer requested."""
     _last_progress: float = field(default=0.0, init=False)
+    _loss: float | None = field(default=None, init=False)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -54,6 +56,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
             self._last_progress = now
             rate = self.costs.tokens_per_second
             self.observer.progress(state.global_step, self.total_steps, rate)
+            loss = "" if self._loss is None else f", loss {self._loss:.2f}"
+            report(f"step {state.global_step} of {self.total_steps}{loss}")
         self._pass_on_stop(control)
 
     def on_log(
@@ -67,6 +71,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         metrics = {TRAIN_METRICS[name]: logs[name] for name in TRAIN_METRICS if name in logs}
         if "train/loss" not in metrics:
             return  # transformers' summary at the end of training, not a step
+        self._loss = metrics["train/loss"]
         self.spool.write(state.global_step, metrics)
         self.rules.add_training_step(state.global_step, metrics)
         self._raise_if_diverged()

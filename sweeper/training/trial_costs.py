@@ -10,11 +10,20 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from sweeper.core.stage_words import stage
 from sweeper.core.stored_files import read_object, tell_damage
 from sweeper.data.padding_free import ROW_BOUNDS
 
 Stage = Literal["load", "data", "train", "eval", "save"]
 """Parts of a trial that exclude each other: an evaluation inside training is not training time."""
+STAGE_WORDS: dict[Stage, str] = {
+    "load": "loading the model",
+    "data": "reading and tokenizing the data",
+    "train": "training",
+    "eval": "judging",
+    "save": "storing the model",
+}
+"""Words for each stage, for the person who waits for it."""
 
 
 LOST_COSTS = "what earlier attempts cost is lost, and counts as nothing"
@@ -99,7 +108,8 @@ class TrialCosts:
         self._charge()
         self._stages.append(name)
         try:
-            yield
+            with stage(STAGE_WORDS[name]):
+                yield
         finally:
             self._charge()
             self._stages.pop()

@@ -50,6 +50,7 @@ from sweeper.core.outcome import (
 )
 from sweeper.core.paths import TrialFolder, size_mib, write_atomic, write_json
 from sweeper.core.spool import finite
+from sweeper.core.stage_words import stage
 from sweeper.core.value import MemoryShortfall
 from sweeper.data.general_text import digest
 from sweeper.evaluation.custom_metrics import MetricFailed
@@ -60,6 +61,7 @@ from sweeper.modeling.adapter import (
     count_parameters,
     describe_reach,
     detach,
+    equal_presets_of,
     load_adapter,
     touches_base,
     trained_dtypes,
@@ -195,7 +197,9 @@ class TransformersRunner:
         general = settings.evaluation.general_text.source
         windows = None if general is None else digest(prepared.general_rows(settings))
         judge = BatchHalvingJudge(prepared.judge(settings, base), TrialCosts())
+        began = time.monotonic()
         judgement = judge(base.model, JudgementReader.BASELINE)
+        judging_s = time.monotonic() - began
         if settings.objective.metric in judgement.failures:
             judgement.value(settings.objective.metric)  # raises
         # A base whose own loss is not finite would make every trial of the arm end as diverged
@@ -203,7 +207,9 @@ class TransformersRunner:
             loss = judgement.metrics["eval/loss"]
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
         facts = self._arm_baseline(settings, base, prepared, judgement)
-        return facts.model_copy(update={"general_digest": windows})
+        # Generated answers cost more than the losses, and say nothing about a training step
+        timed = None if judgement.answers else judging_s
+        return facts.model_copy(update={"general_digest": windows, "judging_s": timed})
 
     def check(self, settings: TrialSettings, expected: InputDigests | None = None) -> TrialSize:
         """Return the size of a trial without loading any weights.
@@ -628,7 +634,10 @@ class TransformersRunner:
         if key not in self._warm:
             self._release_base()  # before loading: two bases may not fit in memory
             try:
-                self._warm[key] = load_base(settings.model, settings.quantization, trained=trained)
+                with stage("loading the base model"):
+                    self._warm[key] = load_base(
+                        settings.model, settings.quantization, trained=trained
+                    )
             except ModelError:
                 self._job.require_base_files(settings)
                 raise
@@ -649,7 +658,8 @@ class TransformersRunner:
         key = (chosen, base.tokenizer_digest, positions(base.model.config))
         try:
             if key not in self._prepared:
-                self._prepared[key] = prepare(settings.data, base, over_length)
+                with stage("reading and tokenizing the data"):
+                    self._prepared[key] = prepare(settings.data, base, over_length)
             prepared = self._prepared[key]
             found = prepared.inputs(settings, base)
         except (DataError, ConfigError) as error:
@@ -721,6 +731,7 @@ class TransformersRunner:
             test_digest=found.test,
             padded_because=base.padded_because if device().type == "cpu" else None,
             base_remarks=(*base.remarks, *judgement.failures.values()),
+            equal_presets=equal_presets_of(base.model),
         )
 
     def _record_facts(

@@ -44,7 +44,7 @@ from sweeper.core.paths import TrialFolder, write_atomic, write_json
 from sweeper.core.spool import MetricsSpool
 from sweeper.core.stored_files import read_object
 from sweeper.core.value import MemoryShortfall
-from sweeper.modeling.target_modules import resolve_targets
+from sweeper.modeling.target_modules import equal_presets, resolve_targets
 from sweeper.training.observer import TrialObserver
 
 BASE_LOSS = 4.5
@@ -204,6 +204,7 @@ class FakeRunner:
             judged_digest=found.judged,
             trained_digest=found.trained,
             test_digest=found.test,
+            equal_presets=equal_presets(FAKE_MODULES),
         )
 
     def check(self, settings: TrialSettings, expected: InputDigests | None = None) -> TrialSize:

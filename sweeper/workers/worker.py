@@ -26,6 +26,7 @@ from sweeper.core.outcome import ArmBaseline, HeldOutLosses, Outcome, StopCause,
 from sweeper.core.paths import TrialFolder
 from sweeper.core.redaction import redact
 from sweeper.core.references import remember, remembered
+from sweeper.core.stage_words import StageListener, heard_by
 from sweeper.core.value import FrozenValue, MemoryShortfall
 from sweeper.workers.devices import DeviceSurvey, devices_of, see_devices
 from sweeper.workers.protocol import (
@@ -49,6 +50,7 @@ from sweeper.workers.protocol import (
     Work,
     WorkAnswer,
     WorkerCommand,
+    WorkingEvent,
 )
 
 TRACEBACK_LINES = 30
@@ -199,19 +201,32 @@ def serve(
         command = orders.work.get()
         if isinstance(command, CloseCommand):
             return ExitReason.CLOSED
+        listener = _listener(channel, command)
         if not isinstance(command, SubmitCommand):
-            channel.send(_answer(command, runner))
+            with heard_by(listener):
+                answer = _answer(command, runner)
+            channel.send(answer)
             if runner.worn_out:
                 return ExitReason.MEMORY
             continue
         try:
-            outcome = _outcome(command, runner, channel, orders, patience)
+            with heard_by(listener):
+                outcome = _outcome(command, runner, channel, orders, patience)
         except InputsChanged as error:
             channel.send(_changed(command, error))
             continue
         channel.send(EndedEvent(job=command.job, attempt=command.attempt, outcome=outcome))
         if outcome.cause == "oom" or runner.worn_out:
             return ExitReason.MEMORY
+
+
+def _listener(channel: WorkerChannel, work: Work) -> StageListener:
+    """Return a listener that sends what it hears about this work to the driver."""
+
+    def send(words: str) -> None:
+        channel.send(WorkingEvent(job=work.job, attempt=work.attempt, message=words))
+
+    return StageListener(send)
 
 
 def make_runner(

@@ -122,7 +122,7 @@ def _fitting(machine: MachineShare, arms: Sequence[tuple[TrialSettings, int]]) -
     if machine.devices.names:
         return _on_gpus(machine, arms)
     trials = max(count for _, count in arms)
-    need = max((_need_mib(settings) for settings, _ in arms), key=_unknown_last)
+    need = max((needed_mib(settings) for settings, _ in arms), key=_unknown_last)
     if need is None:
         return WorkerCount(
             1, machine.cores, "the base model's size is not known before its download"
@@ -162,7 +162,7 @@ def _unknown_last(need: float | None) -> float:
     return math.inf if need is None else need
 
 
-def _need_mib(settings: TrialSettings) -> float | None:
+def needed_mib(settings: TrialSettings) -> float | None:
     """Return the MiB that a worker needs about, or None if the base model is not on this machine."""
     name = settings.model.base_model
     folder = BASE_DIR if name == EMBEDDED else Path(name)

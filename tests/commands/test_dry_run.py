@@ -151,7 +151,7 @@ def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "mine.jsonl: 90 train / 10 validation / 321 test rows" in text
     assert "dropped 3: 3 echo" in text
     assert "columns not read: label (7 rows)" in text
-    assert "23 in all: lora 12 in the search and 3 with further seeds; full 5" in text
+    assert "23 in all: lora 12 in the search and 3 with further seeds; full 5 in" in text
     # each of 23 trainings 40 s, and for each arm 15 s of loading and 5 s of judging the base
     assert (
         "time:       about 16.0 min if no trial ends early: lora 15 × 40.0 s; full 8 × 40.0 s"

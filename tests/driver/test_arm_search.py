@@ -22,6 +22,7 @@ from sweeper.driver.results_writer import ResultsWriter
 from sweeper.reporting.results import StudyResults
 from sweeper.search.study_plan import studies
 from sweeper.search.telling import counts
+from sweeper.workers import fake_runner
 
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),
@@ -180,6 +181,29 @@ def test_a_twin_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert _causes(tmp_path).count("finished") == 2
     assert "arm lora ends at 2 of 5 trials" in capsys.readouterr().out
+
+
+def test_choices_that_are_the_same_modules_are_one_point(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a base without MLPs, attention and all-linear train once, and the arm says so first."""
+    attention = tuple(name for name in fake_runner.FAKE_MODULES if "self_attn" in name)
+    monkeypatch.setattr(fake_runner, "FAKE_MODULES", attention)
+    _run(
+        tmp_path,
+        *(ONLY_LORA, "sampler=grid", "training.learning_rate=3e-3", "adapter.r=2"),
+        *("adapter.alpha_over_r=2", "training.warmup_ratio=0.03"),
+        "adapter.target_modules=attention_qv,attention,all-linear",
+    )
+    trained = {
+        trial.params["adapter.target_modules"]
+        for trial in _trials(tmp_path)
+        if trial.user_attrs["cause"] != "duplicate"
+    }
+    assert trained == {"attention_qv", "attention"}
+    words = capsys.readouterr().out
+    assert "attention and all-linear are the same modules of this base" in words
+    assert words.count("the same modules and settings as trial") == 1
 
 
 def _start(tmp_path: Path, *overrides: str) -> subprocess.Popen[str]:

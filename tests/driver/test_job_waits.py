@@ -14,12 +14,18 @@ from sweeper.driver.finalist_jobs import JudgeJob
 from sweeper.driver.job_waits import JobWaits
 from sweeper.driver.jobs import Job, JobList, JobPhase
 from sweeper.driver.worker_pool import WorkerPool
-from sweeper.workers.protocol import SlotsEvent, Work, WorkerEvent, lost
+from sweeper.workers.protocol import JudgedEvent, SlotsEvent, Work, WorkerEvent, WorkingEvent, lost
 from tests.conftest import make_settings
 from tests.driver.scripted import ScriptedEngine
 
 RUN = make_settings("workers=local")
 SLOT = SlotsEvent(worker=0, free=1)
+
+
+class StoppableJob(JudgeJob):
+    """A job that reports its steps, as a trial does."""
+
+    stoppable = True
 
 
 class Time:
@@ -49,17 +55,72 @@ def _judge(number: int = 0) -> JudgeJob:
     return JudgeJob(key, RUN.trial, None, ("test",), phase=JobPhase.RUNNING)
 
 
-def test_a_long_wait_is_announced_once() -> None:
-    """After ten seconds: what a worker does, for how long, and the limit with its setting."""
+def test_a_long_wait_is_announced_and_repeated() -> None:
+    """After ten seconds, then each minute: what a worker does, for how long, and the limit."""
     time, probe = Time(), _probe()
     time.passes(9, probe)
     assert time.said == []
-    time.passes(600, probe)
-    words = "lora probe: loading base and data for 10 s (limit 4 h, workers.probe_timeout_s)"
-    assert time.said == [words]
+    time.passes(65, probe)
+    words = "lora probe: loading base and data for {} s (limit 4 h, workers.probe_timeout_s)"
+    assert time.said == [words.format(10), words.format(70)]
     probe.attempt = 2
     time.passes(12, probe)
-    assert time.said == [words, words], "another attempt is another wait"
+    assert time.said[2:] == [words.format(10)], "another attempt is another wait"
+
+
+def test_a_workers_words_are_said_every_ten_seconds() -> None:
+    """The stage first, then each count that is news, and no count twice."""
+    time, probe = Time(), _probe()
+    for rows in range(0, 4000, 100):
+        time.waits.heard(probe, f"judging the untuned base: {rows:,} of 17,436 rows")
+        time.passes(1, probe)
+    time.passes(30, probe)
+    assert time.said == [
+        "lora probe: judging the untuned base for 10 s (limit 4 h, workers.probe_timeout_s)",
+        "lora probe: judging the untuned base: 1,900 of 17,436 rows",
+        "lora probe: judging the untuned base: 2,900 of 17,436 rows",
+        "lora probe: judging the untuned base: 3,900 of 17,436 rows",
+    ]
+
+
+def test_a_slow_trial_is_said_every_half_minute() -> None:
+    """In plain output only: a live table shows the steps."""
+    trial = StoppableJob("lora/0003", RUN.trial, None, ("test",), phase=JobPhase.RUNNING)
+    for shown, lines in ((True, 4), (False, 0)):
+        time, said = Time(), []
+        time.waits = JobWaits(
+            time.said.append,
+            clock=lambda time=time: time.now,
+            announce_trial=said.append if shown else None,
+        )
+        for step in range(120):
+            time.waits.heard(trial, f"step {step} of 200, loss 2.31")
+            time.passes(1, trial)
+        assert len(said) == lines
+        assert said[:1] in ([], ["lora/0003: step 29 of 200, loss 2.31"])
+        assert time.said == []
+        assert time.waits.hanging([trial]) == [], "a trial has limits of its own"
+
+
+def test_words_reach_the_person_through_the_dispatcher() -> None:
+    """A WorkingEvent of the current attempt is passed on, and ends no job."""
+    time = Time()
+
+    def script(worker: int, work: Work) -> Sequence[WorkerEvent]:
+        words = [WorkingEvent(job=work.job, attempt=1, message=f"judging: {n}") for n in range(30)]
+        answer = JudgedEvent(job=work.job, attempt=1, losses=None, message=None)
+        return (*words, answer, SLOT)
+
+    engine = ScriptedEngine(script)
+    listen = engine.next_event
+
+    def next_event(timeout_s: float) -> WorkerEvent | None:
+        time.now += 1
+        return listen(timeout_s)
+
+    engine.next_event = next_event  # type: ignore[method-assign]
+    _run([_judge()], engine, time)
+    assert "lora/0000_untuned: judging: 19" in time.said
 
 
 def test_a_worker_that_takes_long_to_start_is_announced() -> None:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from sweeper.config.settings import LoraAdapter
 from sweeper.core.errors import ModelError
-from sweeper.modeling.adapter import attach, count_parameters, detach, linear_modules, touches_base
+from sweeper.modeling.adapter import (
+    attach,
+    count_parameters,
+    detach,
+    linear_modules,
+    load_adapter,
+    touches_base,
+)
 from sweeper.modeling.base_model import load_base
 from sweeper.modeling.target_modules import resolve_targets
 from tests.conftest import make_settings
@@ -302,3 +311,19 @@ def test_rank_and_alpha_patterns_reach_the_modules() -> None:
     for name, module in found.items():
         assert module.r["default"] == (8 if name.endswith("q_proj") else 4)
         assert module.scaling["default"] == 2
+
+
+@pytest.mark.slow
+def test_an_adapter_that_was_stored_in_half_precision_is_loaded(tmp_path: Path) -> None:
+    """PEFT holds its weights in fp32, and that they are rounded is no reason to refuse them."""
+    settings = make_settings("quantization=none").adapter
+    assert isinstance(settings, LoraAdapter)
+    model = attach(AutoModelForCausalLM.from_config(CONFIGS["llama"]), settings)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    halves = {name: weight.bfloat16() for name, weight in load_file(file).items()}
+    save_file(halves, file, {"format": "pt"})
+    loaded = load_adapter(detach(model), tmp_path)
+    assert {weight.dtype for name, weight in loaded.named_parameters() if "lora_" in name} == {
+        torch.float32
+    }

@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     T5Config,
 )
 
@@ -31,8 +33,9 @@ SMALL_BERT = {
 }
 
 
-def _load(folder: Path, *overrides: str) -> LoadedBase:
-    settings = make_settings(f"model.base_model={folder}", "quantization=none", *overrides)
+def _load(folder: Path, *overrides: str, quantization: str = "none") -> LoadedBase:
+    quantized = f"quantization={quantization}"
+    settings = make_settings(f"model.base_model={folder}", quantized, *overrides)
     return load_base(settings.model, settings.quantization, trained=False)
 
 
@@ -117,6 +120,17 @@ def test_weights_that_read_both_ways_are_found_by_their_logits() -> None:
     with pytest.raises(ModelError, match="in both directions"):
         require_causal(BertLMHeadModel(BertConfig(**SMALL_BERT)), "here")
     require_causal(BertLMHeadModel(BertConfig(**SMALL_BERT, is_decoder=True)), "here")
+
+
+@pytest.mark.slow
+def test_a_class_that_cannot_compute_with_packed_weights_says_what_to_set(tmp_path: Path) -> None:
+    """Mamba multiplies with a weight itself: NF4 is refused when the base is loaded."""
+    config = MambaConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(BASE_DIR).save_pretrained(tmp_path)
+    _load(tmp_path)
+    with pytest.raises(ModelError, match=r"MambaForCausalLM does not compute.*quantization=none"):
+        _load(tmp_path, quantization="nf4")
 
 
 def test_a_librarys_words_are_kept_whole() -> None:

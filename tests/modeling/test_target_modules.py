@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from sweeper.config.settings import LoraAdapter
 from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach, linear_modules
-from sweeper.modeling.target_modules import resolve_layers, resolve_targets
+from sweeper.modeling.expert_weights import computes_otherwise
+from sweeper.modeling.target_modules import (
+    Role,
+    equal_presets,
+    resolve_layers,
+    resolve_targets,
+    role_of,
+)
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, on_meta
 
@@ -118,3 +127,52 @@ def test_a_preset_that_matches_nothing_lists_what_exists() -> None:
     """An architecture without these names answers with its own."""
     with pytest.raises(ModelError, match=r"Its linear modules are wide\. Presets: attention_qv"):
         resolve_targets("mlp", ["block.0.attn.wide"])
+
+
+def test_presets_of_the_same_weights_are_found() -> None:
+    """Without MLPs all-linear is attention, and where all is fused attention_qv can be as well."""
+    attention = [f"layers.0.self_attn.{name}" for name in ("q_proj", "o_proj")]
+    assert equal_presets(attention) == {"all-linear": "attention"}
+    assert equal_presets([*attention, "layers.0.mlp.up_proj"]) == {}
+    assert equal_presets(attention[:1]) == {
+        "attention": "attention_qv",
+        "all-linear": "attention_qv",
+    }
+
+
+def test_a_number_alone_is_no_ending() -> None:
+    """Gemma 3n has linear layers altup_projections.0 and blocks layers.0, which PEFT would adapt."""
+    names = ["model.layers.0.mlp.up_proj", "model.altup_projections.0"]
+    names += ["model.layers.0.self_attn.q_proj", "model.router"]
+    found = resolve_targets("all-linear", names, None, {**_ROLES, names[1]: "other"})
+    assert "0" not in found
+
+
+_ROLES: dict[str, Role] = {
+    "model.layers.0.mlp.up_proj": "mlp",
+    "model.layers.0.self_attn.q_proj": "attention",
+    "model.router": "router",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "role"),
+    [
+        ("model|layers|0 bartdecoderlayer|encoder_attn bartattention|q_proj linear", "tower"),
+        ("model|layers|0|cross_attn mllamatextcrossattention|q_proj linear", "tower"),
+        ("model|multi_modal_projector gemma3multimodalprojector|linear_1 linear", "tower"),
+        (
+            "model|layers|0 phi4multimodaldecoderlayer|self_attn phi4multimodalattention|o_proj",
+            "attention",
+        ),
+    ],
+)
+def test_attention_to_what_a_text_lacks_is_not_adapted(path: str, role: str) -> None:
+    """Cross-attention has no gradient without an encoder, and a class's name alone is no tower."""
+    assert role_of(path.split("|")) == role
+
+
+def test_linear_classes_that_compute_something_else_are_no_targets() -> None:
+    """DeepSeek-V4's grouped product has another shape than LoRA's, and Falcon's class is plain."""
+    assert computes_otherwise(DeepseekV4GroupedLinear)
+    assert not computes_otherwise(FalconLinear)

@@ -64,7 +64,10 @@ def test_a_difference_beyond_zero_is_a_warning() -> None:
     (worse,) = served_contrasts("lora", served)  # type: ignore[arg-type]
     assert worse.is_worse
     assert worse.difference.value == pytest.approx(0.02)
-    assert "worse on the unquantized base" in served_warning([worse], {"lora": "QLoRA"})
+    words = served_warning([worse, worse], {"lora": "QLoRA"})
+    assert words.startswith("WARNING: QLoRA is worse as it is served than as it was trained: ")
+    assert words.count("WARNING") == 1
+    assert words.count("on the unquantized base") == 2
     served["unquantized"] = _shifted(0.0, 0.01)
     (same,) = served_contrasts("lora", served)  # type: ignore[arg-type]
     assert not same.differs
@@ -86,5 +89,5 @@ def test_a_verdict_with_served_forms_is_json() -> None:
     verdict = judge(results.model_copy(update={"served": contrasts}))
     document = json.loads(json.dumps(verdict.document()))
     assert document["served"][0]["form"] == "merged"
-    assert "worse merged into the unquantized base" in verdict.headline
+    assert "is worse as it is served than as it was trained" in verdict.headline
     assert "as it is served" in document["words"]
