@@ -14,6 +14,7 @@ from sweeper.reporting.served_forms import served_contrasts, served_sentences, s
 from sweeper.reporting.verdict import judge
 from sweeper.training.trial_runner import TransformersRunner
 from tests.reporting.studies import make_arm, make_results, make_trial
+from tests.reporting.test_html_page import render
 from tests.training.conftest import RunTiny
 
 TRAINED = ExampleLosses(nll=tuple(float(n) for n in range(40, 60)), tokens=(10,) * 20)
@@ -82,12 +83,13 @@ def test_without_the_trained_form_there_is_no_contrast() -> None:
 
 
 def test_a_verdict_with_served_forms_is_json() -> None:
-    """The forms are in the verdict's document, its headline and its sentences."""
+    """The forms are in the verdict's document, its headline, its sentences and on the page."""
     served = {"trained": HeldOutLosses(test=TRAINED), "merged": _shifted(0.02, 0.01)}
     results = make_results(make_arm("lora", [make_trial("lora", 0, "finished", 4.0)]))
     contrasts = tuple(served_contrasts("lora", served))  # type: ignore[arg-type]
     verdict = judge(results.model_copy(update={"served": contrasts}))
     document = json.loads(json.dumps(verdict.document()))
     assert document["served"][0]["form"] == "merged"
+    assert verdict.served_line in render(results.model_copy(update={"served": contrasts}))
     assert "is worse as it is served than as it was trained" in verdict.headline
     assert "as it is served" in document["words"]
