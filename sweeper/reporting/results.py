@@ -327,7 +327,8 @@ def collect_arm(
     finalist_seconds: float | None = None,
 ) -> ArmResult:
     """Collect an arm's results from its storage."""
-    facts = ArmBaseline.model_validate(study.user_attrs["facts"])
+    # How long the judging took is of one start only: the answer of a study stays as it was
+    facts = ArmBaseline.model_validate({**study.user_attrs["facts"], "judging_s": None})
     stored = study.user_attrs.get("adopted")
     adopted = None if stored is None else BaselineRun.model_validate(stored)
     trials = [

@@ -176,7 +176,20 @@ def _measures() -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("start", STARTS)
+FAST_STARTS = ("another setting", "no worker", "the database is away", "code error")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        *FAST_STARTS,
+        *(
+            pytest.param(start, marks=pytest.mark.slow)
+            for start in STARTS
+            if start not in FAST_STARTS
+        ),
+    ],
+)
 def test_a_start_that_ends_early_leaves_the_answer_as_it_was(
     finished: None, monkeypatch: pytest.MonkeyPatch, start: str
 ) -> None:

@@ -118,6 +118,7 @@ def test_another_training_of_the_same_data_makes_the_verdict_provisional(earlier
     assert judge(load_results("mask", Path("outputs"))) == verdict
 
 
+@pytest.mark.slow
 def test_it_is_a_way_out_where_full_fine_tuning_does_not_fit(
     earlier: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

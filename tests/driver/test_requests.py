@@ -79,6 +79,7 @@ def test_a_trial_whose_check_freezes_is_lost_with_its_worker(tmp_path: Path) -> 
     assert outcome["message"] == "killed: no answer for 0.3 s (workers.probe_timeout_s)"
 
 
+@pytest.mark.slow
 def test_a_judgement_that_freezes_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

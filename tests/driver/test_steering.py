@@ -193,6 +193,7 @@ def test_a_paused_trial_goes_on_where_it_was_and_what_was_asked_comes_next(tmp_p
     assert _run(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=2").arms[0].n_trials == 3
 
 
+@pytest.mark.slow
 def test_pause_and_resume_in_a_hurry_lose_nothing(tmp_path: Path) -> None:
     """Commands that cross the trials' last steps, and garbage among them: three trials, one attempt
     each, and one more for the command after the garbage."""
@@ -212,6 +213,7 @@ def test_pause_and_resume_in_a_hurry_lose_nothing(tmp_path: Path) -> None:
     assert [trial.user_attrs["attempt"] for trial in _trials(tmp_path)] == [1] * 4
 
 
+@pytest.mark.slow
 def test_arms_that_have_not_begun_or_have_ended_are_steered_as_well(tmp_path: Path) -> None:
     """A point waits for its arm; an arm that had ended is opened again when it is extended; a grid
     is extended to its end, every point once, and no further."""

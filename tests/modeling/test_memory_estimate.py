@@ -211,6 +211,7 @@ def test_every_architecture_is_estimated(name: str) -> None:
 DEEP_LLAMA = LlamaConfig(**{**GROUPED, "num_hidden_layers": 6, "vocab_size": 512})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_batches_of_one_form_are_simulated_from_two(
     recomputed: bool, monkeypatch: pytest.MonkeyPatch

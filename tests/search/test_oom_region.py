@@ -38,7 +38,9 @@ def _is_oom(trial: FrozenTrial) -> bool:
 
 
 # Twenty trials are too few for TPE: over 30 seeds, its later half is better in 15
-@pytest.mark.parametrize(("sampler", "avoids"), [("tpe", False), ("gp", True)])
+@pytest.mark.parametrize(
+    ("sampler", "avoids"), [pytest.param("tpe", False, marks=pytest.mark.slow), ("gp", True)]
+)
 def test_a_sampler_that_learns_finds_the_border(sampler: str, avoids: bool, tmp_path: Path) -> None:
     """None is FAIL; the best fits and is near the border; GP's later half runs less out of memory."""
     arm, trials = _run(tmp_path, *REGION, f"sampler={sampler}")
@@ -51,6 +53,7 @@ def test_a_sampler_that_learns_finds_the_border(sampler: str, avoids: bool, tmp_
     assert 16 <= int(str(arm.best.params["adapter.r"])) <= 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "optuna"])
 def test_a_sampler_that_cannot_learn_still_ends(sampler: str, tmp_path: Path) -> None:
     """Trials without room for a step do not count, and the total is reached all the same."""

@@ -197,6 +197,7 @@ def test_note_is_empty_for_names_that_need_none() -> None:
     assert StudyNaming("lr_rank_sweep").overrides == ()
 
 
+@pytest.mark.slow
 def test_verbs_without_a_name_take_the_newest_study(
     in_process: Program, capsys: pytest.CaptureFixture[str]
 ) -> None:
