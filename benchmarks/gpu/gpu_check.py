@@ -59,6 +59,31 @@ PARTS = [  # name, seconds it may take (a limit, about twice what is expected)
 ]
 
 
+FAILING_PARTS = ("oom", "sticky", "bnb_exit")
+"""Parts that provoke failures: how their trials end is their result."""
+
+
+def unproven(name: str, entry: dict) -> list[str]:
+    """Return what a part did not prove. A part exits with 0 also where a trial inside it has failed."""
+    found = [] if entry else ["the part has no result"]
+    for key, value in entry.items():
+        found += _unproven_at(key, value, name in FAILING_PARTS)
+    return found
+
+
+def _unproven_at(place: str, value: object, may_fail: bool) -> list[str]:
+    if isinstance(value, list):
+        parts = [(f"{place}[{number}]", each) for number, each in enumerate(value)]
+    elif isinstance(value, dict):
+        parts = [(f"{place}.{key}", each) for key, each in value.items()]
+    else:
+        key = place.rsplit(".", 1)[-1]
+        failed = (key == "cause" and value != "finished") or (key in ("rc", "_rc") and value != 0)
+        differs = key == "same_bits" and value is not True
+        return [f"{place} is {value}"] if differs or (failed and not may_fail) else []
+    return [problem for at, each in parts for problem in _unproven_at(at, each, may_fail)]
+
+
 def say(name: str, value: object) -> None:
     print(MARK + json.dumps({name: value}, default=str), flush=True)
 
@@ -510,7 +535,7 @@ def part_resume():
             "killed_at_row": at,
             "first": first.stdout[-200:] + first.stderr[-400:],
             "second": second.stdout[-200:] + second.stderr[-400:],
-            "same_bits": a == b,
+            "same_bits": bool(a) and a == b,
             "max_difference": max((abs(a[k] - b[k]) for k in a.keys() & b.keys()), default=None),
             "rows": [len(a), len(b)],
             "log": (broken / "training_log.txt").read_text()[:700]
@@ -530,7 +555,7 @@ def part_resume():
     say(
         "repeat",
         {
-            "same_bits": a == c,
+            "same_bits": bool(c) and a == c,
             "max_difference": max((abs(a[k] - c[k]) for k in a.keys() & c.keys()), default=None),
         },
     )
@@ -982,7 +1007,8 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--from", dest="first", default="")
     got = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
+    for folder in (OUT, WORK):
+        folder.mkdir(parents=True, exist_ok=True)
     if got.what == "part":
         globals()[f"part_{got.name}"]()
         return
@@ -999,6 +1025,7 @@ def main() -> None:
         else:
             run_part(name, min(limit * (SLOWER_ON_CPUS if CPU else 1), left), document, file)
     file.write_text(json.dumps(document, indent=1))
+    sys.exit(any(document["figures"][name].get("_unproven") for name in chosen))
 
 
 def origin():
@@ -1044,10 +1071,14 @@ def run_part(name, limit_s, document, file):
                 out.write(line)
         code = process.wait()
         killer.cancel()
-    entry["_seconds"], entry["_rc"] = round(time.time() - began, 1), code
+    entry["_rc"] = code
+    problems = unproven(name, entry if len(entry) > 1 else {})
+    entry["_seconds"], entry["_unproven"] = round(time.time() - began, 1), problems
     file.write_text(json.dumps(document, indent=1))
     tail = log.read_text()[-500:].replace("\n", " | ") if code else ""
-    print(f"{name}: rc {code}, {entry['_seconds']} s, {len(entry) - 2} results {tail}", flush=True)
+    print(f"{name}: rc {code}, {entry['_seconds']} s, {len(entry) - 3} results {tail}", flush=True)
+    for problem in problems:
+        print(f"  NOT PROVEN: {problem}", flush=True)
 
 
 if __name__ == "__main__":

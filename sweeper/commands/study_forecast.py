@@ -1,4 +1,4 @@
-"""What a study will take: trainings, time and memory, before anything is trained."""
+"""Forecast a study's trainings, time and memory before anything is trained."""
 
 from __future__ import annotations
 

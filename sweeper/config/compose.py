@@ -89,7 +89,7 @@ _GROUPS: dict[tuple[str, ...], tuple[DictConfig, frozenset[FileVersion]]] = {}
 
 @dataclass
 class FileReading:
-    """How configuration files are read, for the one composition that Hydra makes at a time."""
+    """The way configuration files are read in the one composition that Hydra makes at a time."""
 
     foreign: bool = False
     """True once a file was read that is not trusted (sweeper.config.trusted_files)."""

@@ -1,4 +1,4 @@
-"""What a configuration file of somebody else may set: neither code, nor Hydra, nor places outside.
+"""Limit what a stranger's configuration file may set: no code, no Hydra settings, no places outside.
 
 Works on composed configurations. `compared` is what the same command line gives if every file that is
 not trusted is taken for empty, so a value that differs was set by such a file, whatever its package.

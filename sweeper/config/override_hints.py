@@ -271,7 +271,7 @@ def _similar(key: str, known: Sequence[str]) -> list[str]:
 
 
 def _children(parent: str, known: Iterable[str]) -> set[str]:
-    """Return the names directly below a dotted parent; `hydra` itself has none for users."""
+    """Return the names directly below a dotted parent. `hydra` itself has none for users."""
     prefix = f"{parent}." if parent else ""
     below = {name[len(prefix) :].split(".")[0] for name in known if name.startswith(prefix)}
     return below - {"hydra", ""}

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class BaseLines:
-    """How the base of an adapter is loaded.
+    """The lines of Python that load the base of an adapter.
 
     Attributes:
         name: Hub id or folder.

@@ -18,7 +18,7 @@ TRAINED_FORM = "trained_form.json"
 
 
 class TrainedForm(FrozenValue):
-    """What a program needs to know to use an artifact as it was trained."""
+    """The facts that a program needs to use an artifact as it was trained."""
 
     base: str | None
     """Hub id of the base, or None for a base that is on no hub."""

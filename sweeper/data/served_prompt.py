@@ -55,7 +55,7 @@ WITH_ALPACA_COLUMNS = (
 
 @dataclass(frozen=True)
 class ServedPrompt:
-    """How a model is prompted and how its answers end.
+    """The prompt template of a stored model and the tokens that end its answers.
 
     Attributes:
         name: Name of the template, or None if no prompts were trained.

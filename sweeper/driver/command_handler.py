@@ -69,7 +69,7 @@ class CommandHandler:
     """True after a message that answers cannot be stored."""
 
     def catch_up(self) -> None:
-        """Before the first arm is opened, obey the commands that were kept since the last run.
+        """Obey the commands that were kept since the last run, before the first arm is opened.
 
         Commands to an earlier driver are refused. Totals are raised, because they decide whether there
         is anything to do. All other commands wait for their arm.

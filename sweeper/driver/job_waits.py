@@ -1,4 +1,4 @@
-"""How long the driver has waited for jobs that report nothing, and when such a wait is not worth it.
+"""Measure the driver's waits for jobs that report nothing, and decide when a wait is not worth it.
 
 A probe, a check and a judgement report nothing until they are answered. After ten seconds the driver
 says what it waits for, and then what the worker says about its work. Trials of plain output have such

@@ -1,4 +1,4 @@
-"""What a study will take, said at its start and again after the first finished trial of each arm.
+"""Forecast a study at its start, and again after the first finished trial of each arm.
 
 Costs nothing: the hours come from the time that the probe took to judge the untuned base, and later from
 the trials themselves. Arms run one after the other, so each is forecast when it is opened.

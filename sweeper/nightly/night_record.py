@@ -121,10 +121,10 @@ def write_record(folder: NightFolder, record: NightRecord) -> None:
 
 
 def read_record(folder: NightFolder) -> NightRecord | None:
-    """Return a night's record; None if the night left none.
+    """Return a night's record, or None if the night left none.
 
     Raises:
-        StudyError: this version cannot read the record; says how the answers of its studies are read.
+        StudyError: this version cannot read the record (the message says how to read its studies).
     """
     try:
         text = folder.record.read_bytes()

@@ -1,4 +1,4 @@
-"""When each set last ran, for a monitor: a night that never fired leaves no trace of its own.
+"""Tell a monitor when each set last ran. A night that never fired leaves no trace of its own.
 
 Reads the record of nights and the status of the study that a night runs. Writes nothing.
 """

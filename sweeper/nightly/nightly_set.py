@@ -1,6 +1,6 @@
 """A nightly set: its experiments in order, their time limits, and the rules for champions and disk.
 
-Defaults live in conf/nightly/default.yaml; other sets build on it with `defaults: [default, _self_]`.
+Defaults live in conf/nightly/default.yaml. Other sets build on it with `defaults: [default, _self_]`.
 """
 
 from __future__ import annotations

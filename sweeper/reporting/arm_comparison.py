@@ -65,7 +65,7 @@ class CostRatios:
 
 @dataclass(frozen=True)
 class ComparisonEvidence:
-    """What a comparison rests on besides its figures."""
+    """The facts that a comparison rests on besides its figures."""
 
     standard_error: float | None = None
     freedom: float | None = None
@@ -115,7 +115,7 @@ class ArmComparison:
 
     @property
     def outcome(self) -> OutcomeName:
-        """Whether a side is ahead, or both are equivalent, or neither is shown."""
+        """The outcome: a side is ahead, both are equivalent, or neither is shown."""
         found = self.evidence
         judged = self.split == "test" and self.difference.low is not None
         sound = found.settled and found.fresh and min(found.seeds) >= FEWEST_SEEDS
@@ -139,7 +139,7 @@ class ArmComparison:
 
     @property
     def improves(self) -> tuple[bool, bool]:
-        """Whether the arm and the reference are better than the untuned base."""
+        """True if the arm and the reference are better than the untuned base."""
         if self.base is None:
             return True, True
         own, reference = (self.objective.gain(value, over=self.base) for value in self.values)
@@ -182,7 +182,7 @@ class ArmComparison:
 
 @dataclass(frozen=True)
 class NeededEvidence:
-    """What would decide a comparison: more fresh seeds, more rows of the test split, or both."""
+    """The evidence that would decide a comparison: fresh seeds, rows of the test split, or both."""
 
     seeds: int
     """Fresh seeds of each arm."""

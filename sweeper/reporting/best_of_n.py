@@ -1,4 +1,4 @@
-"""What a search of fewer trials would have found: the expected best of n trials of an arm.
+"""Compute the expected best of n trials of an arm: the find of a search of fewer trials.
 
 Arms differ in their number of trials, and the best of many is better than the best of a few by luck
 alone. The expectation is over all choices of n trials among those that the arm has, without

@@ -1,4 +1,4 @@
-"""How the arms were searched, as sentences: trials, priors and stops of each.
+"""Describe the search of each arm in sentences: its trials, priors and stops.
 
 What a search was given decides what it finds, so a comparison without these facts is not one.
 """

@@ -93,7 +93,7 @@ def served_sentences(
 
 
 def served_warning(found: Sequence[ServedContrast], names: Mapping[str, str]) -> str:
-    """Return which winners are not what was judged when they are served, or ''."""
+    """Return a warning for each winner that differs from the judged model as it is served, or ''."""
     by_side: dict[tuple[str, bool], list[ServedContrast]] = {}
     for each in found:
         if each.differs:

@@ -150,7 +150,7 @@ def counted(count: float, noun: str) -> str:
 
 
 def capital(words: str) -> str:
-    """The words with a capital first letter; the others stay as they are."""
+    """Return the words with a capital first letter. Their other letters stay as they are."""
     return words[:1].upper() + words[1:]
 
 

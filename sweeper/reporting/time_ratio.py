@@ -1,4 +1,4 @@
-"""How the training times of two arms compare, where their times can be compared at all.
+"""Compare the training times of two arms, where the times can be compared at all.
 
 Arms are searched one after the other, so a machine whose load changes gives one of them the quiet hours.
 The winners' fresh seeds alternate between the arms, and each pair of them meets the same load. On CPUs,

@@ -110,12 +110,12 @@ class Verdict:
 
     @property
     def served_line(self) -> str:
-        """Which winners are not what was judged when they are served, or ''."""
+        """The warning that a winner as it is served differs from the judged model, or ''."""
         return served_warning(self.served, self.labels)
 
     @property
     def forgetting_line(self) -> str:
-        """Which arms forget more than their reference beyond doubt, or ''."""
+        """The arms that forget more than their reference beyond doubt, or ''."""
         return " ".join(filter(None, (forgetting_headline(duel) for duel in self.duels)))
 
     @property

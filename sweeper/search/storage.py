@@ -93,7 +93,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class OpeningWait:
-    """How long the opening of a database waits for one that is away, and what ends the wait."""
+    """The patience with a database that is away when a study opens it, and what ends the wait."""
 
     patience_s: float = 0.0
     seconds_over: Callable[[], float] = _never

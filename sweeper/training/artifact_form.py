@@ -1,4 +1,4 @@
-"""What travels with a stored model, so that other programs use it as it was trained and judged."""
+"""Store with a model what other programs need to use it as it was trained and judged."""
 
 from __future__ import annotations
 

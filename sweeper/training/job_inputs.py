@@ -1,4 +1,4 @@
-"""What a job expects to load, and what it has loaded: digests of data and base model.
+"""Compare the inputs that a job expects with those it has loaded: digests of data and base model.
 
 A worker loads files that may have changed since the study was probed. Loads neither models nor tokens.
 """

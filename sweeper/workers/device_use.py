@@ -1,4 +1,4 @@
-"""Which GPUs other processes use, so that a study's workers take the others first."""
+"""Find the GPUs that other processes use, so that a study's workers take the others first."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class FollowerGroup:
             ConfigError: the trial wants more devices than this worker has.
             MemoryError: a follower ran out of memory.
             InputsChanged: a follower found other data or another base model than this process.
-            WorkerError: a follower failed or died; this worker is of no further use.
+            WorkerError: a follower failed or died, and this worker is of no further use.
         """
         size = settings.training.devices_per_trial
         if size == 1:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -477,13 +478,19 @@ def _tracking_problems(servers: Servers, driver: Driver) -> list[str]:
     return problems
 
 
+def _words(process: psutil.Process) -> str:
+    # The interpreter's folder is this machine's, and the figures are committed
+    program, *arguments = process.cmdline()
+    return shlex.join([Path(program).name, *arguments])
+
+
 def _left_behind(mark: str) -> list[str]:
     """Processes of the study that outlive it."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.environ().get("SOAK_MARK") == mark:
-                found.append(f"process {process.pid} outlives the study: {process.cmdline()}")
+                found.append(f"process {process.pid} outlives the study: {_words(process)}")
         except psutil.Error:
             continue
     return found
