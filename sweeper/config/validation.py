@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -20,6 +21,8 @@ TAGS: dict[str, type[SettingsSection] | None] = {
     _SOURCE: DataSource,
 }
 """Parts of a pydantic error location that name a member of a union, with the member's section."""
+
+EXPECTED = "input should be "
 
 S = TypeVar("S", bound=SettingsSection)
 
@@ -42,15 +45,22 @@ def validate(kind: type[S], config: Mapping[str, Any], where: str = "") -> S:
 
 
 def describe(error: ValidationError, kind: type[SettingsSection], where: str = "") -> list[str]:
-    """Return one line per pydantic error: the dotted key, the rule, the value, the valid choices."""
-    return [_describe(item, kind, where) for item in error.errors(include_url=False)]
+    """Return one line per wrong value: the dotted key, the value, the rule, the valid choices."""
+    lines: dict[tuple[str, str], str] = {}
+    for item in error.errors(include_url=False):
+        key = _key(item, kind, where)
+        # A value of several types has an error for each of them
+        first = lines.get((key, repr(item["input"])))
+        lines[key, repr(item["input"])] = (
+            _describe(item, kind, key)
+            if first is None
+            else f"{first}, or {_message(item).removeprefix(EXPECTED)}"
+        )
+    return list(lines.values())
 
 
-def _describe(item: Mapping[str, Any], kind: type[SettingsSection], where: str) -> str:
+def _describe(item: Mapping[str, Any], kind: type[SettingsSection], key: str) -> str:
     location = [str(part) for part in item["loc"]]
-    shown = [part for part in location if part not in TAGS]
-    key = ".".join([where, *shown] if where else shown) or "the configuration"
-    message = str(item["msg"]).removeprefix("Value error, ")
     match item["type"]:
         case "extra_forbidden":
             valid = sorted(_section_at(kind, location[:-1]).model_fields)
@@ -60,9 +70,35 @@ def _describe(item: Mapping[str, Any], kind: type[SettingsSection], where: str) 
         case "missing":
             return f"{key}: missing"
         case "value_error":
-            return f"{key}: {message}"
+            return f"{key}: {str(item['msg']).removeprefix('Value error, ')}"
         case _:
-            return f"{key}={item['input']!r}: {message[0].lower()}{message[1:]}"
+            return f"{key}={item['input']!r}: {_message(item)}"
+
+
+def _message(item: Mapping[str, Any]) -> str:
+    words = str(item["msg"])
+    return words[0].lower() + words[1:]
+
+
+def _key(item: Mapping[str, Any], kind: type[SettingsSection], where: str) -> str:
+    """Return the dotted key of an error, without the names that pydantic gives to a union's members."""
+    location = [str(part) for part in item["loc"]]
+    shown = [
+        part
+        for place, part in enumerate(location)
+        if part not in TAGS and not _names_member(kind, location[:place])
+    ]
+    return ".".join([where, *shown] if where else shown) or "the configuration"
+
+
+def _names_member(kind: type[SettingsSection], location: Sequence[str]) -> bool:
+    """Return True if the part after a location names the type of a value that may have several."""
+    if not location:
+        return False
+    field = _section_at(kind, location[:-1]).model_fields.get(location[-1])
+    if field is None or get_origin(field.annotation) not in (Union, UnionType):
+        return False
+    return len([each for each in get_args(field.annotation) if each is not NoneType]) > 1
 
 
 def _section_at(kind: type[SettingsSection], location: Sequence[str]) -> type[SettingsSection]:
