@@ -71,6 +71,8 @@ class MlflowTracker:
         self._reasons: dict[str, str] = {}
         self._tried = threading.Event()
         """Set when the store has accepted or refused the study's run, or was found unavailable."""
+        self._openings = 0
+        """Number of times that the study was opened."""
         self._refusal: TrackingError | None = None
         """Reason why the store refuses the study's run for good."""
         # A daemon thread, so the end of the program never waits for a server
@@ -94,8 +96,13 @@ class MlflowTracker:
             before=None if before is None else before.ending or before.before,
         )
         self._opened = True
-        self._tried.clear()
-        self._save_entry(entry)
+        self._ledger.save_store(self._store)
+        self._ledger.save_entry(entry)
+        with self._changed:
+            # From here on the thread ships the new entry. What it ships just now may be the earlier one
+            self._openings += 1
+            self._tried.clear()
+        self._wake(STUDY)
 
     def require_store(self) -> str | None:
         """Implement Tracker.require_store."""
@@ -267,31 +274,40 @@ class MlflowTracker:
         """Ship runs until none is due. A run that fails goes to the end of the queue."""
         waits, failures = _waits(), 0
         while (key := self._next_key()) is not None:
+            opening = self._openings
             try:
                 self._shipper.ship(key)
                 self._reasons.pop(key, None)
-                self._note_tried(key, None)
+                self._note_tried(key, None, opening)
                 waits, failures = _waits(), 0
             except TrackingError as refusal:  # permanent, so a retry would fail as well
                 self._reasons[key] = str(refusal)
-                self._note_tried(key, refusal)
+                self._note_tried(key, refusal, opening)
             except StoreAway as away:
                 self._reasons[key] = str(away)
-                self._note_tried(key, None)
+                self._note_tried(key, None, opening)
                 failures += 1
                 # While the study runs, the thread retries forever. At its end a user waits
                 if self._closing and (failures >= LAST_TRIES or not self._server.responds()):
                     return self._give_up()
                 self._retry_later(key, next(waits))
 
-    def _note_tried(self, key: str, refusal: TrackingError | None) -> None:
-        """Note how the store received the study's run, for `require_store`."""
+    def _note_tried(self, key: str, refusal: TrackingError | None, opening: int) -> None:
+        """Note how the store received the study's run, for `require_store`.
+
+        Args:
+            key: the shipped run.
+            refusal: reason why the store refuses it for good.
+            opening: number of openings when its shipment began.
+        """
         if key != STUDY:
             return
         # A store that has the run and refuses a part of it records the trials all the same
         has_run = self._ledger.read_mark(STUDY, self._server.name).run is not None
-        self._refusal = None if has_run else refusal
-        self._tried.set()
+        with self._changed:
+            if opening == self._openings:
+                self._refusal = None if has_run else refusal
+                self._tried.set()
 
     def _next_key(self) -> str | None:
         with self._changed:

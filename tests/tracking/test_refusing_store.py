@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from sweeper.config.compose import compose
 from sweeper.config.settings import RunSettings, validate
 from sweeper.core.errors import TrackingError
 from sweeper.tracking.run_pages import DESCRIPTION_TAG, VIEW_TAG
-from sweeper.tracking.shipment import PARENT_TAG
+from sweeper.tracking.shipment import PARENT_TAG, RunShipper
 from sweeper.tracking.tracker import TrialRecord
 from sweeper.tracking.tracker_factory import browse_command
 from tests.tracking.test_mlflow_tracker import (
@@ -52,6 +54,34 @@ def test_a_deleted_experiment_is_said_before_the_first_trial(
     words = str(refusal.value)
     assert f"mlflow experiments restore --experiment-id {experiment}" in words
     assert "tracking=none" in words
+    tracker.close()
+
+
+def test_the_answer_to_an_earlier_entry_is_not_the_answer_to_this_study(
+    tmp_path: Path,
+    trial: TrialRecord,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tracker looks through the ledger when it starts. Its study may be opened meanwhile."""
+    client = _recorded(tmp_path, trial)
+    client.delete_experiment(client.get_experiment_by_name("lr_rank_sweep").experiment_id)
+    opened, shipping, ship = threading.Event(), threading.Event(), RunShipper.ship
+
+    def slowly(self: RunShipper, key: str) -> None:
+        if opened.is_set():
+            time.sleep(0.3)
+            return ship(self, key)
+        ship(self, key)
+        shipping.set()
+        opened.wait(10)
+
+    monkeypatch.setattr(RunShipper, "ship", slowly)
+    tracker = _tracker(tmp_path)
+    assert shipping.wait(10)
+    tracker.open_study(STUDY)
+    opened.set()
+    with pytest.raises(TrackingError, match="restore"):
+        tracker.require_store()
     tracker.close()
 
 
