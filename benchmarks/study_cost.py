@@ -35,6 +35,8 @@ STEPS = 64
 FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 STUDY = "outputs/lr_rank_sweep/results.json"
 POINTS = 12
+NO_REFINEMENT = "hydra.sweeper.arms.full.refine=false"
+"""The code before has no such setting, and three more points would not be the same points."""
 TOLERANCE = 1e-5
 """Nats by which the value of a trial may differ between the checkouts."""
 Figures = dict[str, Any]
@@ -52,14 +54,15 @@ def study(checkout: Path, root: Path, overrides: Sequence[str]) -> Figures:
     }
 
 
-def same_points(checkout: Path, root: Path) -> Figures:
+def same_points(checkout: Path, root: Path, overrides: Sequence[str] = ()) -> Figures:
     """Run the study over fixed points with one worker and no finalists."""
     points = [
         "{" + ",".join(f"{key}: {value}" for key, value in point.items()) + "}"
         for point in draw_points(POINTS)
     ]
     fixed = ["finalists=none", "hydra.sweeper.n_jobs=1", "sampler=random"]
-    return study(checkout, root, [*fixed, f"hydra.sweeper.priors=[{','.join(points)}]"])
+    priors = f"hydra.sweeper.priors=[{','.join(points)}]"
+    return study(checkout, root, [*fixed, priors, *overrides])
 
 
 def stock(root: Path, rows: Path) -> Figures:
@@ -178,7 +181,7 @@ def main() -> None:
         write_rows(rows)
         sides: dict[str, Callable[[Path], Figures]] = {
             "before, same points": lambda root: same_points(before, root),
-            "this code, same points": lambda root: same_points(HERE, root),
+            "this code, same points": lambda root: same_points(HERE, root, [NO_REFINEMENT]),
             "before, defaults": lambda root: study(before, root, []),
             "this code, defaults": lambda root: study(HERE, root, []),
             "stock": lambda root: stock(root, rows),
