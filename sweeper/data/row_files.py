@@ -50,7 +50,7 @@ SHOWN_CHARS = 80
 SHOWN_KEYS = 10
 ROW_KEYS = ("data", "rows", "records", "examples", "instances", "samples", "train")
 """Keys under which a JSON object may hold the rows."""
-SEPARATOR_LINE = re.compile(r"sep=(.)\s*")
+SEPARATOR_LINE = re.compile(r"sep[=](.)\s*")
 """First line of a CSV file that names the separator to Excel."""
 OTHER_DELIMITERS = (";", "\t", "|", ",")
 """Separators of columns that are recognised in the header of a .csv or .tsv file."""
