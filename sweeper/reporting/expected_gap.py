@@ -48,5 +48,6 @@ def gap_line(rows: int, seeds: int, comparisons: int = 1) -> str:
     return (
         f"gap:        {gap:.4f} nats per token ({perplexity_factor(gap)}) between arms is the "
         f"smallest that {100 * POWER:.0f} of 100 such studies find, with {judged} (assumed: a row's "
-        f"difference spreads by {ROW_SPREAD:g} nats and a seed by {SEED_SPREAD:g}, as measured on the embedded base)"
+        f"difference spreads by {ROW_SPREAD:g} nats and a seed by {SEED_SPREAD:g}, "
+        "as measured on the embedded base)"
     )
