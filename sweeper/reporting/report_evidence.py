@@ -37,7 +37,7 @@ FEWEST_TRIALS = 6
 """Finished trials below which importances are not computed: they would be noise."""
 ABOVE_TARGET = 5
 """Trials that Optuna's documentation asks for above PED-ANOVA's target quantile."""
-SHUFFLES = 59
+SHUFFLES = 39
 """Shufflings of the trials' values that show which importances chance gives."""
 
 
