@@ -36,6 +36,7 @@ from sweeper.search.refinement import (
     queue_refined,
     rates_beside_best,
     refined_count,
+    twin_warmup,
     warmup_beside_best,
 )
 from sweeper.search.study import WORKERS, counted, describe_equal_choices, open_study
@@ -201,7 +202,15 @@ class StudyRun:
         self._try_beside(context, search, rates_beside_best(arm, study))
         lora = self._state.studies.get(LORA)
         winner = {} if lora is None else best_point(self._state.arm(LORA), lora)
-        self._try_beside(context, search, warmup_beside_best(arm, study, winner))
+        for point in warmup_beside_best(arm, study, winner):
+            steps = twin_warmup(arm, study, point)
+            if steps is None:
+                self._try_beside(context, search, [point])
+                continue
+            words = (
+                f"the warm-up of arm {LORA}'s winner is not tried: it has as many steps ({steps})"
+            )
+            self.services.view.event(f"arm {arm.name}: {words}")
 
     def _try_beside(self, context: ArmContext, search: ArmSearch, points: Sequence[Point]) -> None:
         """Train the points that were not tried yet."""
