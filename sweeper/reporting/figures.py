@@ -21,7 +21,7 @@ from sweeper.reporting.chart import (
     word_axis,
 )
 from sweeper.reporting.rank_ladder import RankLadder, rank_ladders
-from sweeper.reporting.report_evidence import EVALUATOR, FEWEST_TRIALS, ReportEvidence
+from sweeper.reporting.report_evidence import EVALUATOR, FEWEST_TRIALS, SHUFFLES, ReportEvidence
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.study_progress import format_scalar
 from sweeper.reporting.text_table import point_words
@@ -39,7 +39,7 @@ MOST_COUNTS = 100
 """Numbers of trials of which the expected best is drawn."""
 FEW = 6
 """Distinct values of a setting up to which each one gets a tick."""
-CHANCE = "values shuffled among the trials give as large an importance in more than 5 of 100 cases"
+CHANCE = f"more than one of {SHUFFLES} shufflings of the trials' values give as large an importance"
 """Condition under which an importance is not told apart from chance."""
 BEST_SHARE, MOST_BEST = 0.1, 10
 """Share and largest number of the best trials that are drawn thick across parallel axes."""

@@ -25,7 +25,6 @@ from sweeper.core.spool import read_spool
 from sweeper.core.steady_output import echo
 from sweeper.core.stored_files import read_words, tell_damage
 from sweeper.evaluation.sample_answers import SampleAnswer
-from sweeper.reporting.intervals import LEVEL
 from sweeper.reporting.results import ArmResult, StudyResults
 from sweeper.search.study import open_storage, optuna_name
 
@@ -37,7 +36,7 @@ FEWEST_TRIALS = 6
 """Finished trials below which importances are not computed: they would be noise."""
 ABOVE_TARGET = 5
 """Trials that Optuna's documentation asks for above PED-ANOVA's target quantile."""
-SHUFFLES = 39
+SHUFFLES = 59
 """Shufflings of the trials' values that show which importances chance gives."""
 
 
@@ -117,8 +116,8 @@ def importances(study: optuna.Study) -> dict[str, float] | None:
     The importances are those of PED-ANOVA. With fewer than six finished trials or a single parameter the
     result is None. The target quantile is one tenth (Optuna's default), raised so that at least five
     trials lie above it, and at most one half. Shares are always large for some parameter, also if none
-    matters. A parameter is therefore left out unless values that are shuffled among the trials give an
-    importance as large to any parameter in at most 5 % of the cases.
+    matters. A parameter is therefore left out if more than one of 59 shufflings of the trials' values give
+    an importance as large to any parameter.
 
     Source: Watanabe et al. 2023, PED-ANOVA, arXiv:2304.10255.
     """
@@ -164,13 +163,13 @@ def _divergences(study: optuna.Study, values: Mapping[int, float]) -> dict[str, 
 def _beyond_chance(rows: NDArray[np.float64]) -> list[bool]:
     """Return which importances of the first row exceed those of the rows of shuffled values.
 
-    Importances are compared in standard deviations of their own parameter, and with the largest one of
-    each row, so that all parameters together are wrong in 5 % of studies.
+    Importances are compared in medians of their own parameter, and with the largest one of each row, so
+    that all parameters together are wrong in two of SHUFFLES + 1 studies (3 %).
     """
-    spread = rows.std(axis=0)
-    scores = (rows - rows.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-    largest = scores.max(axis=1)
-    return [bool((largest >= score).mean() <= 1 - LEVEL and score > 0) for score in scores[0]]
+    medians = np.median(rows, axis=0)
+    scores = rows / np.where(medians > 0, medians, 1.0)
+    largest = scores[1:].max(axis=1)
+    return [int((largest >= score).sum()) <= 1 for score in scores[0]]
 
 
 def _first_value(study: optuna.Study, trial: FrozenTrial) -> float:
