@@ -130,12 +130,11 @@ class Dispatcher:
         """True if the run ends before its next turn, which nothing can cancel."""
         return self._interrupt.number is not None
 
-    def run(self, source: JobSource[Any], resumed: Sequence[Job] = ()) -> None:
+    def run(self, source: JobSource[Any]) -> None:
         """Run all jobs of a source to their ends.
 
         Args:
             source: asked for a job whenever a slot is free.
-            resumed: jobs that an earlier run left behind, which come first.
 
         Raises:
             StudyError: the source cannot continue.
@@ -145,14 +144,15 @@ class Dispatcher:
             All open jobs were cancelled before the first three are raised.
         """
         self._source = source
-        self._jobs.queue.extend(resumed)
         try:
             # before the first job: commands that were kept may raise the total or come first
             self._attend()
-            # a paused run without any job still waits for its resume
-            while self.mode != "running" or self._jobs or not source.done:
+            while True:
                 self._interrupt.check()
                 self._hand_out()
+                # a paused run without any job still waits for its resume
+                if self.mode == "running" and not self._jobs and source.done:
+                    return
                 if (event := self._listen()) is not None:
                     self._route(event)
                 self._attend()
