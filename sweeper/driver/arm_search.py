@@ -20,7 +20,7 @@ from sweeper.driver.arm_context import ArmContext
 from sweeper.driver.budget import typical_seconds
 from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import MAX_ATTEMPTS, JobPhase
-from sweeper.driver.running_trial import HOPELESS_AT, PreparedTrial, RunningTrial, WorkTimer
+from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
 from sweeper.driver.trial_recorder import TrialRecorder
 from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
@@ -30,6 +30,7 @@ from sweeper.search.states import STATES
 from sweeper.search.study import (
     AUDITED,
     DROPPED,
+    HOPELESS_AT,
     ask,
     counted,
     decided_rank,
@@ -202,12 +203,14 @@ class ArmSearch:
             key, folder, params, tags, dataset_record(context.facts, settings.data)
         )
         identity = self._claim(record, settings, trial)
-        guard = make_watch(
-            context.pruner, settings.training, trial, reported, self._measured(folder)
-        )
+        measured = self._measured(folder)
+        if measured and CONTINUES in trial.user_attrs:
+            reported = self._report_again(trial, reported)
+        guard = make_watch(context.pruner, settings.training, trial, reported, measured)
         prepared = PreparedTrial(trial, point, settings, record, identity, view, guard)
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
         job.audited = bool(trial.user_attrs.get(AUDITED, False))
+        job.hopeless_at = trial.user_attrs.get(HOPELESS_AT)
         self._open[key] = job
         return job
 
@@ -232,6 +235,16 @@ class ArmSearch:
                 )
         return identity
 
+    def _report_again(self, trial: Trial, reported: Iterable[int]) -> set[int]:
+        """Report what the trial that this one continues had reported, and return all steps reported."""
+        # it was decided then, and a trial that was stopped at its last look has no further one
+        known, number = set(reported), trial.user_attrs[CONTINUES]
+        earlier = self._context.study.get_trials(deepcopy=False)[number].intermediate_values
+        for step, value in earlier.items():
+            if step not in known:
+                trial.report(value, step)
+        return known | set(earlier)
+
     def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
         """Return the (step, value) pairs that earlier attempts measured, in Optuna's sign."""
         objective = self._context.objective
@@ -255,7 +268,6 @@ class ArmSearch:
         job = self._prepare(trial, point, frozen.intermediate_values)
         if job is None:
             return None
-        job.hopeless_at = frozen.user_attrs.get(HOPELESS_AT)
         job.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         dropped = DROPPED in frozen.user_attrs
         # it may have ended, and the driver died before it could tell

@@ -307,9 +307,8 @@ class Dispatcher:
             self._waits.answered(job)
         match job.on_event(event):
             case None if job.watched and isinstance(event, EvaluatedEvent):
-                # one that was asked to stop has its answer
-                if job.phase is JobPhase.RUNNING:
-                    self._pool.engine.proceed(job.key, event.step)
+                # also if it was asked to stop: it does so once its evaluation is decided
+                self._pool.engine.proceed(job.key, event.step)
             case JobPhase.ENDED:
                 self._end(job)
             case JobPhase.QUEUED:
@@ -364,13 +363,14 @@ class Dispatcher:
         ]
         # other jobs do not react to a stop: they end with their workers
         for job in stopping:
-            self._pool.engine.stop(job.key, "cancelled")
+            if job.phase is not JobPhase.PRUNING:  # else it ends as hopeless
+                self._pool.engine.stop(job.key, "cancelled")
         silent_s = 0.0
         while self._jobs.any_runs(stopping) and silent_s < CANCEL_SECONDS:
             event = self._listen()
             # only silence counts: a trial that still writes its checkpoint may take longer
             silent_s += POLL_SECONDS if event is None else 0.0
-            if isinstance(event, EndedEvent | LostEvent | InputsChangedEvent):
+            if isinstance(event, EvaluatedEvent | EndedEvent | LostEvent | InputsChangedEvent):
                 with suppress(StudyError):  # the run ends already
                     self._route(event)
         for job in self._jobs.all():

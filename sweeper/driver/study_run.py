@@ -238,6 +238,7 @@ class StudyRun:
             lambda: self._on_trial_finished(context),
         )
         search.begin()
+        self.commands.on_arm_opened()  # points for this arm may wait in the inbox
         self._searches[arm.name] = search
         yield search
         yield from self._refinement(context, search, before)
@@ -317,7 +318,6 @@ class StudyRun:
         study.set_user_attr(WORKERS, self._count.stored())
         self.on_confirmed()
         self._state.studies[arm.name] = study
-        self.commands.on_arm_opened()  # points for this arm may wait in the inbox
         if adopted is not None:
             study.set_user_attr("adopted", adopted.model_dump(mode="json"))
         fix_refinement(study, arm)

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
 
 import optuna
 import pytest
@@ -16,8 +18,10 @@ import pytest
 from sweeper.commands.run_study import run_study
 from sweeper.commands.study_conclusion import StudyConclusion
 from sweeper.driver import study_run
+from sweeper.driver.dispatcher import Dispatcher
 from sweeper.search.record_prefix import turn_of
 from sweeper.search.study_plan import studies
+from sweeper.workers.protocol import EvaluatedEvent, WorkerEvent
 from tests.driver.threaded import StepSeconds, opener
 
 FAKE = (
@@ -149,6 +153,56 @@ def test_arms_that_overlap_have_the_tables_of_arms_that_do_not(
         tables.append([_table(folder, arm) for arm in ("lora", "full")])
     assert tables[0] == tables[1] == tables[2]
     assert [len(table) for table in tables[0]] == [6, 8]
+
+
+class Disturbance:
+    """A pause or Ctrl-C that arrives at the same moment as the look of a trial."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, every: int, *, ctrl_c: bool) -> None:
+        """Disturb the driver at each look whose number `every` divides."""
+        self.happened = 0
+        self._looks = 0
+        inner = Dispatcher._route
+
+        def route(dispatcher: Dispatcher, event: WorkerEvent) -> None:
+            looks = isinstance(event, EvaluatedEvent) and dispatcher.mode == "running"
+            self._looks += looks
+            if not looks or self._looks % every:
+                inner(dispatcher, event)
+            elif ctrl_c:
+                self._interrupt(dispatcher, event)
+            else:
+                self.happened += 1
+                dispatcher.pause()
+                inner(dispatcher, event)
+                dispatcher.resume()
+
+        monkeypatch.setattr(Dispatcher, "_route", route)
+
+    def _interrupt(self, dispatcher: Dispatcher, event: EvaluatedEvent) -> NoReturn:
+        self.happened += 1
+        worker = dispatcher._jobs.running[event.job].worker
+        dispatcher._pool.engine._arrived.put((worker, event.model_dump_json()))  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ctrl_c", [False, True], ids=["pause", "ctrl_c"])
+def test_a_trial_that_is_stopped_at_a_look_is_pruned_as_if_it_were_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c: bool
+) -> None:
+    """Disturbed at every look, or interrupted at each fifth one and started again: the same table."""
+    keys = (ONLY_LORA, "hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=8")
+    _run(tmp_path / "undisturbed", monkeypatch, lambda key: 0.0, *keys)
+    disturbance = Disturbance(monkeypatch, 5 if ctrl_c else 1, ctrl_c=ctrl_c)
+    for _ in range(50):
+        with suppress(KeyboardInterrupt):
+            _run(tmp_path / "disturbed", monkeypatch, lambda key: 0.0, *keys)
+            break
+    table = _table(tmp_path / "disturbed")
+    assert disturbance.happened > 3
+    assert table == _table(tmp_path / "undisturbed")
+    assert "pruned" in {row[2] for row in table}
 
 
 @pytest.mark.slow
