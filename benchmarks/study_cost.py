@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ STEPS = 64
 FULL_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 STUDY = "outputs/lr_rank_sweep/results.json"
 POINTS = 12
+NO_REFINEMENT = "hydra.sweeper.arms.full.refine=false"
+"""The code before has no such setting, and three more points would not be the same points."""
 TOLERANCE = 1e-5
 """Nats by which the value of a trial may differ between the checkouts."""
 Figures = dict[str, Any]
@@ -52,14 +54,15 @@ def study(checkout: Path, root: Path, overrides: Sequence[str]) -> Figures:
     }
 
 
-def same_points(checkout: Path, root: Path) -> Figures:
+def same_points(checkout: Path, root: Path, overrides: Sequence[str] = ()) -> Figures:
     """Run the study over fixed points with one worker and no finalists."""
     points = [
         "{" + ",".join(f"{key}: {value}" for key, value in point.items()) + "}"
         for point in draw_points(POINTS)
     ]
     fixed = ["finalists=none", "hydra.sweeper.n_jobs=1", "sampler=random"]
-    return study(checkout, root, [*fixed, f"hydra.sweeper.priors=[{','.join(points)}]"])
+    priors = f"hydra.sweeper.priors=[{','.join(points)}]"
+    return study(checkout, root, [*fixed, priors, *overrides])
 
 
 def stock(root: Path, rows: Path) -> Figures:
@@ -93,8 +96,8 @@ def write_rows(path: Path) -> None:
     path.write_text(json.dumps(splits))
 
 
-def measure(sides: dict[str, Callable[[Path], Figures]], rounds: int) -> Figures:
-    """Run the sides in turn and return the CPU and wall seconds and the findings of each."""
+def measure(sides: dict[str, Callable[[Path], Figures]], rounds: int) -> Iterator[Figures]:
+    """Run the sides in turn and yield the seconds and findings of each so far, after each round."""
     measured: dict[str, list[Figures]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -104,7 +107,7 @@ def measure(sides: dict[str, Callable[[Path], Figures]], rounds: int) -> Figures
                 one = {"cpu": _children_cpu() - cpu, "wall": time.perf_counter() - wall}
                 measured[name].append({**one, "found": found})
             print(name, {key: round(value, 1) for key, value in one.items()}, flush=True)
-    return measured
+        yield measured
 
 
 def ratio(measured: Figures, slow: str, fast: str, unit: str) -> float:
@@ -132,6 +135,31 @@ def leaderboards(before: Figures, after: Figures) -> Figures:
         "within the tolerance": sum(abs(a - b) <= TOLERANCE for a, b in finished),
         "winners": winners,
     }
+
+
+def summary(measured: Figures) -> Figures:
+    """Return the seconds of all sides, their ratios, and what both leaderboards share."""
+    seconds = {
+        name: {unit: [round(one[unit], 1) for one in found] for unit in ("cpu", "wall")}
+        for name, found in measured.items()
+    }
+    ratios = {
+        f"{slow} / {fast}, {unit}": ratio(measured, slow, fast, unit)
+        for slow, fast in (
+            ("before, same points", "this code, same points"),
+            ("before, defaults", "this code, defaults"),
+            ("stock", "this code, defaults"),
+        )
+        for unit in ("cpu", "wall")
+    }
+    boards = [
+        leaderboards(one["found"], other["found"])
+        for one, other in zip(
+            measured["before, same points"], measured["this code, same points"], strict=True
+        )
+    ]
+    found = {name: one[-1]["found"] for name, one in measured.items() if name == "stock"}
+    return {"seconds": seconds, "ratios": ratios, "same points": boards, **found}
 
 
 def _train(
@@ -167,7 +195,7 @@ def _children_cpu() -> float:
 
 
 def main() -> None:
-    """Measure the sides in turn and write the ratios with what both leaderboards share."""
+    """Measure the sides in turn and write what is known after each round."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="a checkout of the code before")
     parser.add_argument("--rounds", type=int, default=3)
@@ -178,33 +206,14 @@ def main() -> None:
         write_rows(rows)
         sides: dict[str, Callable[[Path], Figures]] = {
             "before, same points": lambda root: same_points(before, root),
-            "this code, same points": lambda root: same_points(HERE, root),
+            "this code, same points": lambda root: same_points(HERE, root, [NO_REFINEMENT]),
             "before, defaults": lambda root: study(before, root, []),
             "this code, defaults": lambda root: study(HERE, root, []),
             "stock": lambda root: stock(root, rows),
         }
-        measured = measure(sides, asked.rounds)
-    seconds = {
-        name: {unit: [round(one[unit], 1) for one in found] for unit in ("cpu", "wall")}
-        for name, found in measured.items()
-    }
-    ratios = {
-        f"{slow} / {fast}, {unit}": ratio(measured, slow, fast, unit)
-        for slow, fast in (
-            ("before, same points", "this code, same points"),
-            ("before, defaults", "this code, defaults"),
-            ("stock", "this code, defaults"),
-        )
-        for unit in ("cpu", "wall")
-    }
-    boards = [
-        leaderboards(one["found"], other["found"])
-        for one, other in zip(
-            measured["before, same points"], measured["this code, same points"], strict=True
-        )
-    ]
-    found = {name: one[-1]["found"] for name, one in measured.items() if name == "stock"}
-    record("study_cost", {"seconds": seconds, "ratios": ratios, "same points": boards, **found})
+        # After each round, because a round takes half an hour and a benchmark may be cut.
+        for measured in measure(sides, asked.rounds):
+            record("study_cost", summary(measured))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ same rows in the same order.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
+from pathlib import Path
 
-from sweeper.builtin.stdlib_text import HELD_OUT_MODULES, TASK_MODULES, documented
+from sweeper.builtin.kept_json import kept_document
+from sweeper.builtin.stdlib_text import HELD_OUT_MODULES, TASK_MODULES, documented, source_digest
 
 INSTRUCTION = "Write a one-line docstring."
 
@@ -55,6 +57,13 @@ class DocstringPairs:
 
 
 def docstring_pairs() -> DocstringPairs:
+    """Return the rows of the running Python's standard library, from the cache if it has them."""
+    # Each worker of each study needs the rows, and making them takes more than a second
+    digest = source_digest(frozenset().union(*TASK_MODULES.values()), code=(Path(__file__),))
+    return DocstringPairs(**kept_document("docstring_pairs", digest, lambda: asdict(make_pairs())))
+
+
+def make_pairs() -> DocstringPairs:
     """Extract and clean the rows of the running Python's standard library (about 2 s)."""
     return clean({split: list(_rows_of(TASK_MODULES[split])) for split in SPLITS})
 

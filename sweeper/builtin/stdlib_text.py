@@ -6,6 +6,8 @@ no torch. Source files are parsed, never imported or executed.
 """
 
 import ast
+import hashlib
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -98,6 +100,25 @@ def documented(modules: Iterable[str], root: Path | None = None) -> Iterator[Doc
     for module in sorted(modules):
         for file in _files(base, module):
             yield from _documented(module, _parse(file), owner="")
+
+
+def source_digest(
+    modules: Iterable[str], code: Iterable[Path] = (), root: Path | None = None
+) -> str:
+    """Return the sha256 over the modules' files, the Python that reads them, and the code that does.
+
+    Args:
+        modules: Names of the modules.
+        code: Further files of code, besides this one, that decide what is made of the modules.
+        root: Folder of the modules, by default the library's.
+    """
+    base = _root(root)
+    # ast.unparse writes signatures, and differs between versions of Python
+    digest = hashlib.sha256(sys.version.encode())
+    named = [(file.relative_to(base), file) for m in sorted(modules) for file in _files(base, m)]
+    for name, file in [*named, *((Path(path.name), path) for path in (Path(__file__), *code))]:
+        digest.update(f"{name.as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def language_reference() -> list[str]:

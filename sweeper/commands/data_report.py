@@ -74,7 +74,7 @@ def _lines(prepared: PreparedData, rows: int) -> Iterable[str]:
     yield f"source: {splits.source}"
     yield f"format: {splits.format}"
     yield f"columns read: {', '.join(_columns(prepared)) or 'none'}"
-    unread = (f"{name} ({count:,} rows)" for name, count in splits.unread.items())
+    unread = (f"{name or repr(name)} ({count:,} rows)" for name, count in splits.unread.items())
     yield f"columns not read: {', '.join(unread) or 'none'}"
     yield ""
     yield f"{'split':<12}{'examples':>10}{'rows':>10}{'tokens':>12}{'with loss':>12}{'longest':>10}"

@@ -42,7 +42,15 @@ from sweeper.reporting.text_table import TextTable, duration, number
 from sweeper.reporting.verdict_doubts import with_override
 from sweeper.search.largest_point import largest_trials
 from sweeper.search.samplers import make_sampler
-from sweeper.search.study import enqueue, first_draws, suggest
+from sweeper.search.study import (
+    WORKERS,
+    enqueue,
+    find_study,
+    first_draws,
+    open_storage,
+    share_cache,
+    suggest,
+)
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.workers.worker_count import MachineShare, WorkerCount, this_machine, usable_cores
 
@@ -150,7 +158,7 @@ def show_study(
     if plan.name_note:
         _line(console, plan.name_note)
     earlier = _earlier(plan)
-    workers = planned_workers(plan, machine)
+    workers = planned_workers(plan, machine, _stored_workers(plan))
     drafts = [draft(arm) for arm in plan.arms]
     largest = [[] if arm.run_id is not None else largest_trials(arm) for arm in plan.arms]
     first = [trial for found in drafts for trial in found.settings]
@@ -394,6 +402,16 @@ def _earlier(plan: StudyPlan) -> StudyResults | None:
     if not StudyFolder(output_dir / plan.study.study_name).results.exists():
         return None
     return load_results(plan.study.study_name, output_dir)
+
+
+def _stored_workers(plan: StudyPlan) -> list[dict[str, int] | None]:
+    """Return what each arm that was opened before has stored about its workers, None for nothing."""
+    folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
+    if not (folder.database if plan.study.storage is None else folder.path).exists():
+        return []  # a study that never ran, whose storage would be created by opening it
+    storage = share_cache(open_storage(plan.study.storage, folder))
+    found = (find_study(plan, arm, storage) for arm in plan.arms)
+    return [study.user_attrs.get(WORKERS) for study in found if study is not None]
 
 
 def _of_arm(results: StudyResults | None, arm: ArmPlan) -> ArmResult | None:

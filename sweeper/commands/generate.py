@@ -13,10 +13,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.settings import DataSettings, TrialSettings, stored_settings
+from sweeper.config.settings import TrialSettings, stored_settings
 from sweeper.core.errors import ModelError
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.paths import TrialFolder
+from sweeper.core.trained_form import read_trained_form
 from sweeper.data.encode import encode_prompts
 from sweeper.data.examples import ChatMessage, Example, RawRow
 from sweeper.evaluation.generation import generate
@@ -25,6 +26,14 @@ from sweeper.modeling.base_model import LoadedBase, load_base
 from sweeper.modeling.model_source import one_line, require_safetensors
 
 UNTUNED = "untuned"
+CHATS = "messages"
+FORMAT_BY_TEMPLATE = {
+    None: "prompt_completion",
+    "plain": "prompt_completion",
+    "instruction": "alpaca",
+    "instruction_input": "alpaca",
+}
+"""Formats of rows by the template of the training, None for texts. Others are those of chats."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,12 @@ class StoredAdapter:
     name: str
     path: Path
     settings: TrialSettings
+
+    @property
+    def asked_as(self) -> str:
+        """A format of rows for which data.template=auto chooses the template of the training."""
+        form = read_trained_form(self.path)
+        return FORMAT_BY_TEMPLATE.get(form.template, CHATS) if form is not None else CHATS
 
 
 def side_by_side(
@@ -67,12 +82,11 @@ def side_by_side(
     first = adapters[0].settings
     require_one_base(adapters)
     base = load_base(first.model, first.quantization, trained=False)
-    answers = {UNTUNED: _ask(base, base.model, first.data, prompts, max_new_tokens)}
+    answers = {UNTUNED: _ask(base, base.model, adapters[0], prompts, max_new_tokens)}
     model: PeftModel | None = None
     for index, adapter in enumerate(adapters):
         model = _loaded(base, model, adapter, f"adapter_{index}")
-        data = adapter.settings.data
-        answers[adapter.name] = _ask(base, model, data, prompts, max_new_tokens)
+        answers[adapter.name] = _ask(base, model, adapter, prompts, max_new_tokens)
     return [
         SideBySide(prompt, {name: texts[place] for name, texts in answers.items()})
         for place, prompt in enumerate(prompts)
@@ -136,16 +150,16 @@ def _loaded(
 def _ask(
     base: LoadedBase,
     model: PeftModel,
-    data: DataSettings,
+    adapter: StoredAdapter,
     prompts: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
     row = RawRow({}, "--prompt")
     examples = [
-        Example((ChatMessage("user", prompt), ChatMessage("assistant", "")), row)
+        Example((ChatMessage("user", prompt), ChatMessage("assistant", "")), row, adapter.asked_as)
         for prompt in prompts
     ]
-    encoded = encode_prompts(examples, base.tokenizer, data)
+    encoded = encode_prompts(examples, base.tokenizer, adapter.settings.data)
     return generate(
         model,
         base.tokenizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sweeper.core.outcome import TrialTiming
@@ -56,13 +56,21 @@ def trainings_line(plan: StudyPlan) -> str:
 
 
 def planned_workers(
-    plan: StudyPlan, machine: Callable[[], MachineShare] = this_machine
+    plan: StudyPlan,
+    machine: Callable[[], MachineShare] = this_machine,
+    stored: Sequence[Mapping[str, int] | None] = (),
 ) -> WorkerCount:
-    """Return the devices and threads that a new study of this plan would use here."""
+    """Return the devices and threads that a study would use here.
+
+    Args:
+        plan: the study.
+        machine: looks at this machine, if that is necessary.
+        stored: what each arm that has run before stored about its workers. Empty for a new study.
+    """
     return count_workers(
         plan.study.n_jobs,
-        None,
-        begun=False,
+        next(filter(None, stored), None),
+        begun=bool(stored),
         workers=plan.settings.workers,
         arms=[(arm.settings.trial, arm.n_trials) for arm in plan.arms],
         machine=machine,
@@ -103,7 +111,9 @@ def data_lines(timing: TrialTiming) -> Iterator[str]:
     yield f"data:       {timing.source}: {counts} rows"
     yield f"            dropped {lost:,}{f': {reasons}' if reasons else ''}"
     if timing.unread:
-        unread = ", ".join(f"{name} ({count:,} rows)" for name, count in timing.unread.items())
+        unread = ", ".join(
+            f"{name or repr(name)} ({count:,} rows)" for name, count in timing.unread.items()
+        )
         yield f"            columns not read: {unread}"
 
 

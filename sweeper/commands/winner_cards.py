@@ -19,10 +19,14 @@ def add_served_losses(results: StudyResults, folder: StudyFolder) -> None:
         artifact = folder.trial(arm.name, arm.final.winner).artifact
         if artifact is None:
             continue
-        from sweeper.training.model_card import README, with_served  # after the search, not before
+        # After the search, not before: they load torch
+        from sweeper.training.artifact import write_zip
+        from sweeper.training.model_card import README, with_served
 
         card = artifact / README
         text = with_served(read_words(card), list(served_sentences(served, {arm.name: label(arm)})))
         if text != read_words(card):
             write_atomic(card, text)
             write_manifest(artifact)
+            if (archive := folder.trial(arm.name, arm.final.winner).archive).exists():
+                write_zip(artifact, archive)

@@ -47,6 +47,11 @@ MAX_KEYS = 10_000
 MAX_DEPTH = 100
 """Maximum nesting of lists and objects in one row."""
 SHOWN_CHARS = 80
+SHOWN_KEYS = 10
+ROW_KEYS = ("data", "rows", "records", "examples", "instances", "samples", "train")
+"""Keys under which a JSON object may hold the rows."""
+SEPARATOR_LINE = re.compile(r"sep[=](.)\s*")
+"""First line of a CSV file that names the separator to Excel."""
 OTHER_DELIMITERS = (";", "\t", "|", ",")
 """Separators of columns that are recognised in the header of a .csv or .tsv file."""
 
@@ -236,6 +241,8 @@ def _json(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
             raise DataError(f"{name}: {bad.reason}{bad.shown}") from None
         yield from _json_lines(io.BytesIO(content), name, drops)
         return
+    if isinstance(records, dict):
+        records = _rows_inside(records, name, drops)
     if not isinstance(records, list):
         raise DataError(f"{name}: the file holds a {type(records).__name__}, not a list of rows")
     # Lines are not known after parsing, so rows of a JSON list are named by their number.
@@ -247,6 +254,31 @@ def _json(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
             drops.drop(STAGE, bad.reason, where + bad.shown)
 
 
+def _rows_inside(found: dict[str, Any], name: str, drops: DropCounts) -> list[Any]:
+    """Return the rows that an object holds under one of the usual keys.
+
+    Raises:
+        DataError: No such key, or no other than it, holds the rows. The message says what to do.
+    """
+    lists = [key for key, value in found.items() if _is_rows(value)]
+    if len(lists) == 1 and lists[0] in ROW_KEYS:
+        drops.changed[f"rows taken from the key {lists[0]!r} of the JSON object"] += 1
+        return list(found[lists[0]])
+    keys = ", ".join(list(found)[:SHOWN_KEYS]) + (", …" if len(found) > SHOWN_KEYS else "")
+    remedy = (
+        f"Store each of {', '.join(lists)} in a file of its own"
+        if len(lists) > 1
+        else "Store one object a line, or one list of objects (pandas: orient='records')"
+    )
+    raise DataError(
+        f"{name}: the file holds a dict, not a list of rows. Its keys are {keys}. {remedy}"
+    )
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
 def _separated(stream: BinaryIO, name: str, drops: DropCounts, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(MAX_LINE_BYTES)  # the default of 128 KiB is too small for documents
     # Bytes that are not UTF-8 become lone surrogates here, so that only their row is dropped below.
@@ -254,11 +286,13 @@ def _separated(stream: BinaryIO, name: str, drops: DropCounts, delimiter: str) -
         (line or b"").decode("utf-8", errors="surrogateescape") for _, line in _lines(stream, name)
     )
     first = next(lines, "")
-    delimiter = _delimiter(first, delimiter, drops)
-    reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+    named = SEPARATOR_LINE.fullmatch(first)
+    delimiter = named[1] if named else _delimiter(first, delimiter, drops)
+    reader = csv.reader(lines if named else chain([first], lines), delimiter=delimiter, strict=True)
+    before = 1 if named else 0
     header = _header(reader, name)
     while True:
-        where = f"{name}:{reader.line_num + 1}"
+        where = f"{name}:{before + reader.line_num + 1}"
         try:
             fields = next(reader)
             if not fields:

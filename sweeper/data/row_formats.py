@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from sweeper.core.errors import DataError
 from sweeper.data.examples import ChatMessage, DropCounts, Example, RawRow, Role
@@ -44,13 +44,28 @@ Examples = Callable[[Sequence[Record], DropCounts], Iterable[Example]]
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 ANSWERS = ("output", "answer", "response", "completion", "answers")
+COMPLETIONS = ("completion", "response", "output", "answer")
+"""Names of the answer to a prompt that is a list of turns."""
 QUESTIONS = ("question", "query", "prompt", "input", "inputs")
 AROUND = (*SYSTEM, "history", "context", "input", *REASONING)
 """Columns that every format of one question and its answer reads if present."""
 
+PREFERENCES = (
+    ("chosen", "rejected"),
+    ("preferred_output", "non_preferred_output"),
+    ("chosen_response", "rejected_response"),
+)
+"""Names of the better and the worse answer in preference data."""
+PASSAGES = ("passage", "document", "article", "paragraph", "knowledge", "schema", "table")
+"""Columns with what a question is about, under other names than those of AROUND."""
+CHOICES = ("choices", "options", "endings")
+"""Columns with the answers to choose from, without which an answer's letter or number means nothing."""
+
 MEANINGFUL = frozenset(
     {
-        *(*AROUND, *TOOLS, "label", "labels", "weight", "train", "rejected"),
+        *(*AROUND, *TOOLS, "label", "labels", "weight", "train"),
+        *(worse for _, worse in PREFERENCES),
+        *(*PASSAGES, *CHOICES, "passages", "documents", "premise", "hypothesis"),
         *("image", "images", "audio", "audios", "video", "videos", "chat_template_kwargs"),
     }
 )
@@ -64,7 +79,11 @@ BESIDE_TEXT = frozenset(
 """Further columns that carry meaning beside a text: what the text is to be answered with."""
 METADATA = {"oasst": frozenset({"labels"})}
 """Columns of MEANINGFUL that hold something else in a format: judgements about OASST's messages."""
-MEANINGFUL_KEYS = ("train_detail", "images", "audio", "videos")
+MEANINGFUL_KEYS = (
+    *("train_detail", "training_detail", "loss_weight", "loss_mask", "mask"),
+    *("image", "images", "audio", "audios", "video", "videos", *TOOLS),
+)
+"""Keys of turns that change what a row teaches."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,10 @@ class DataFormat:
         """Every column that the format reads."""
         return {*self.optional, *(column for columns in self.known_by for column in columns)}
 
+    def has_columns(self, values: Values) -> bool:
+        """Return True if the values have columns that the format is recognised by."""
+        return any(values.keys() >= set(names) for names in self.known_by)
+
 
 def detect_format(row: RawRow, columns: Mapping[str, str]) -> str:
     """Return the name of the format whose columns a row has.
@@ -102,14 +125,17 @@ def detect_format(row: RawRow, columns: Mapping[str, str]) -> str:
         DataError: No format has these columns. The message lists them and those of every format.
     """
     values = _values(row, columns)
-    for name, kind in FORMATS.items():
-        if kind.fits(values) and any(values.keys() >= set(names) for names in kind.known_by):
-            return name
+    found = _recognised(values)
+    pair = next((each for each in PREFERENCES if values.keys() >= set(each)), None)
+    better = None if pair is None or pair[0] in columns.values() else pair[0]
+    # Where the better answer is a single turn, the conversation lacks it and alone is no example.
+    if found is not None and not (better and _is_turn(values[better])):
+        return found
     # Preference data is common, and "no known format" would not tell the user why it is refused.
-    if {"chosen", "rejected"} <= values.keys():
+    if pair is not None:
         raise DataError(
-            f"{row.where}: chosen/rejected is preference data, which needs another trainer (DPO). To "
-            f"fine-tune on the chosen answers use {_chosen_hint(values)}"
+            f"{row.where}: {'/'.join(pair)} is preference data, which needs another trainer (DPO). To "
+            f"fine-tune on the better answers use {_chosen_hint(values, pair[0])}"
         )
     known = "; ".join(
         f"{name}: {' or '.join('+'.join(required) for required in kind.known_by)}"
@@ -121,18 +147,34 @@ def detect_format(row: RawRow, columns: Mapping[str, str]) -> str:
     )
 
 
-def _chosen_hint(values: Values) -> str:
-    """Return the setting that fine-tunes on the chosen answers of preference data."""
-    chosen, asked = values["chosen"], next((name for name in QUESTIONS if name in values), None)
+def _recognised(values: Values) -> str | None:
+    """Return the name of the format whose columns the values have, or None."""
+    for name, kind in FORMATS.items():
+        if kind.fits(values) and kind.has_columns(values):
+            return name
+    return None
+
+
+def _chosen_hint(values: Values, name: str) -> str:
+    """Return the settings that fine-tune on the better answers of preference data."""
+    chosen, asked = values[name], next((each for each in QUESTIONS if each in values), None)
     if isinstance(chosen, list):
         first = chosen[0] if chosen else None
-        begins = isinstance(first, Mapping) and first.get("role", first.get("from")) == "assistant"
+        begins = _is_turn(first) and first.get("role", first.get("from")) in ("assistant", "gpt")
         if not (begins and asked):
-            return "'data.columns={messages: chosen}'"
+            return f"'data.columns={{messages: {name}}}'"
+    if asked is None and _is_turn(chosen):
+        earlier = next((each for each in ("messages", *CHATS) if each in values), "messages")
+        mapping = f"'data.columns={{prompt: {earlier}, completion: {name}}}'"
+        return f"data.format=chat_completion {mapping}"
     if asked is None:
-        return "'data.columns={text: chosen}'"
+        return f"'data.columns={{text: {name}}}'"
     given = "" if asked == "prompt" else f"prompt: {asked}, "
-    return f"'data.columns={{{given}completion: chosen}}'"
+    return f"'data.columns={{{given}completion: {name}}}'"
+
+
+def _is_turn(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
 
 
 def _values(row: RawRow, columns: Mapping[str, str]) -> RowValues:
@@ -176,10 +218,12 @@ def to_examples(
     kind = FORMATS[format_name]
     _require_columns(rows, format_name, columns)
     records = [(_values(_without(row, ignored), columns), row) for row in rows]
-    made = [replace(each, format=format_name) for each in kind.examples(records, drops)]
+    own = [each for each in records if _is_of(format_name, *each, drops)]
+    made = [replace(each, format=format_name) for each in kind.examples(own, drops)]
     unread = _count_columns(records, format_name, drops)
     # Who maps `chosen` has read that the data are preferences, and leaves out the rejected answers.
-    known = {*ignored, *(("rejected",) if "chosen" in columns.values() else ())}
+    mapped = columns.values()
+    known = {*ignored, *(worse for better, worse in PREFERENCES if better in mapped)}
     _refuse_unread(rows, format_name, [name for name in unread if name not in known])
     if format_name == "text":
         # A file of plain text is a book, also if data.format=text names its format.
@@ -187,6 +231,18 @@ def to_examples(
     if train_history and not kind.conversational:
         made = [replace(each, messages=tuple(map(_as_trained, each.messages))) for each in made]
     return made
+
+
+def _is_of(format_name: str, values: RowValues, row: RawRow, drops: DropCounts) -> bool:
+    """Return False for a row that has the columns of another format only, and count it."""
+    if FORMATS[format_name].has_columns(values):
+        return True
+    if (other := _recognised(values)) is None:
+        return True  # the format says what the row lacks
+    values.usable = False
+    words = f"columns of the format {other}, not of {format_name}: put such rows into another file"
+    drops.drop(STAGE, words, row.where)
+    return False
 
 
 def _as_trained(message: ChatMessage) -> ChatMessage:
@@ -227,24 +283,37 @@ def _refuse_unread(rows: Sequence[RawRow], format_name: str, unread: Sequence[st
     meant = MEANINGFUL - METADATA.get(format_name, frozenset())
     if format_name in TEXT_FORMATS:
         meant |= BESIDE_TEXT
+    lowered = [name.strip().lower() for name in unread]
+    if {"a", "b"} <= set(lowered):  # the answers to choose from, a column each
+        meant |= set("abcdefgh")
     names = [
         name
-        for name in unread
-        if name.strip().lower() in meant or name.rpartition("[].")[2] in MEANINGFUL_KEYS
+        for name, lower in zip(unread, lowered, strict=True)
+        if lower in meant or name.rpartition("[].")[2] in MEANINGFUL_KEYS
     ]
     if not names:
         return
     listed = ", ".join(names)
-    answer = next((name for name in names if "[]" not in name), None)
-    mapping = (
-        f" To train it as the answer use 'data.columns={{question: text, answer: {answer}}}'."
-        if format_name in TEXT_FORMATS and answer
-        else ""
-    )
     raise DataError(
         f"{rows[0].where}: the format {format_name} does not read {listed}, which change what a row "
-        f"teaches.{mapping} To train without use 'data.ignore_columns=[{listed}]'."
+        f"teaches.{_mapping_hint(rows, format_name, names)} To train without use "
+        f"'data.ignore_columns=[{listed}]'."
     )
+
+
+def _mapping_hint(rows: Sequence[RawRow], format_name: str, names: Sequence[str]) -> str:
+    """Return a sentence with the mapping that reads one of the columns, or nothing."""
+    columns = [name for name in names if "[]" not in name]
+    if format_name in TEXT_FORMATS and columns:
+        mapping = f"{{question: text, answer: {columns[0]}}}"
+        return f" To train it as the answer use 'data.columns={mapping}'."
+    texts = [name for name in columns if any(isinstance(r.values.get(name), str) for r in rows)]
+    passage = next((name for name in texts if name.strip().lower() in PASSAGES), None)
+    if passage is not None and "context" in FORMATS[format_name].columns:
+        return f" To put it into the prompt use 'data.columns={{context: {passage}}}'."
+    if any(name.strip().lower() in (*CHOICES, "a") for name in columns):
+        return " To train with the choices write them into the question."
+    return ""
 
 
 def _require_columns(rows: Sequence[RawRow], format_name: str, columns: Mapping[str, str]) -> None:
@@ -332,6 +401,8 @@ def _text(values: RowValues, column: str) -> str:
     value = values.take(column)
     if value is None:
         raise UnusableRow(f"no {column}")
+    if isinstance(value, float) and math.isnan(value):  # pandas writes missing values so
+        raise UnusableRow(f"{column} is NaN")
     if isinstance(value, bool | int | float):  # as a CSV file has them
         return json.dumps(value)
     if not isinstance(value, str):
@@ -379,17 +450,23 @@ def _conversation(columns: Sequence[str], values: RowValues) -> tuple[ChatMessag
 def _chat_completion(values: RowValues) -> tuple[ChatMessage, ...]:
     """Convert TRL's conversational prompt and completion: only the completion carries loss."""
     asked = _side(values, "prompt", "user", trained=False)
-    return ordered([*_system(values), *asked, *_side(values, "completion", "assistant")], values)
+    answered = values.first(*COMPLETIONS) or COMPLETIONS[0]
+    return ordered([*_system(values), *asked, *_side(values, answered, "assistant")], values)
 
 
 def _side(values: RowValues, column: str, role: Role, *, trained: bool = True) -> list[ChatMessage]:
-    if isinstance(values.get(column), list):
+    if isinstance(values.get(column), list | Mapping):
         return conversation(values, column, trained=trained)
     return [ChatMessage(role, _non_empty(values, column))]
 
 
 def _holds_turns(values: Values) -> bool:
-    return any(isinstance(values.get(name), list) for name in ("prompt", "completion"))
+    return any(_are_turns(values.get(name)) for name in ("prompt", *COMPLETIONS))
+
+
+def _are_turns(value: Any) -> bool:
+    # The answers of some data sets are lists of texts, of which one is to be chosen.
+    return _is_turn(value[0] if isinstance(value, list) and value else value)
 
 
 # OASST: trees of messages, from which the best-ranked conversation is taken
@@ -527,7 +604,7 @@ FORMATS: dict[str, DataFormat] = {
         (*AROUND, *TOOLS),
     ),
     "chat_completion": DataFormat(
-        (("prompt", "completion"),),
+        tuple(("prompt", name) for name in COMPLETIONS),
         _of_rows(_chat_completion),
         (*SYSTEM, *TOOLS),
         True,

@@ -82,6 +82,16 @@ class ServedPrompt:
         return served
 
 
+def prompt_format(examples: Sequence[Example]) -> str:
+    """Return the format in which a model that was trained on these examples is asked.
+
+    Rows of several formats may have several templates. The format of most rows is taken.
+    """
+    counts = Counter(each.format for each in examples if each.format not in TEXT_FORMATS)
+    # Plain texts have no prompts. A prompt of this format is printed as they are, without a template
+    return counts.most_common(1)[0][0] if counts else "prompt_completion"
+
+
 def serve_prompts(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: DataSettings
 ) -> ServedPrompt:

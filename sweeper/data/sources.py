@@ -207,6 +207,8 @@ def _split_files(folder: str, source: DataSource, split: str) -> list[str]:
     # datasets' own rules decide, so that a downloaded copy of a hub data set reads as on the hub.
     from datasets.data_files import DEFAULT_PATTERNS_ALL, resolve_pattern
 
+    if "://" not in folder and (saved := _saved_by_datasets(Path(folder))):
+        raise DataError(saved)
     splits = _folder_splits(folder, source)
     if list(splits.items()) == [(str(name), list(p)) for name, p in DEFAULT_PATTERNS_ALL.items()]:
         patterns = next(iter(splits.values()))  # no file is named after a split, so all are used
@@ -229,6 +231,18 @@ def _split_files(folder: str, source: DataSource, split: str) -> list[str]:
     if "://" in folder:
         return sorted(found)
     return sorted(str(Path(folder, os.path.relpath(name, folder))) for name in found)
+
+
+def _saved_by_datasets(folder: Path) -> str | None:
+    """Return why a folder that datasets' save_to_disk wrote is not read, or None for another one."""
+    # Its state.json and dataset_info.json would otherwise be taken for rows.
+    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    return (
+        f"{folder}: written by save_to_disk of datasets, whose .arrow files are not read. Write the "
+        "rows as Parquet: datasets.load_from_disk(FOLDER), then to_parquet('train.parquet') of each "
+        "split"
+    )
 
 
 def _folder_splits(folder: str, source: DataSource) -> dict[str, list[str]]:

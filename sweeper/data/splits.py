@@ -272,6 +272,10 @@ def _tolerate(source: DataSource, drops: DropCounts, read: int, limit: float) ->
         for stage, counts in counts_by_stage.items()
         for reason, count in counts.most_common()
     ]
+    if any("invalid UTF-8" in counts for counts in counts_by_stage.values()):
+        lines.append(
+            "The file has another encoding: iconv -f WINDOWS-1252 -t UTF-8 FILE converts it."
+        )
     raise DataError(
         "\n".join(
             [

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from sweeper.data.examples import ChatMessage, Role
+from sweeper.data.row_files import BadRow, checked_values
 
 ROLES: dict[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -27,7 +28,7 @@ ROLE_KEYS = ("role", "from", "speaker", "author", "sender")
 CONTENT_KEYS = ("content", "value", "text", "message", "utterance")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names that templates and data use for the reasoning before an answer."""
-TRAINED_KEYS = ("weight", "train", "trainable", "loss")
+TRAINED_KEYS = ("weight", "train", "training", "trainable", "loss")
 """Keys of a turn that say whether an answer carries loss."""
 HANDED_OVER = ("name", "tool_call_id")
 """Keys of a turn that only chat templates print."""
@@ -114,7 +115,7 @@ def conversation(values: RowValues, column: str, *, trained: bool = True) -> lis
 
 
 def turn_list(values: RowValues, column: str) -> list[Any]:
-    """Return a column's list.
+    """Return a column's list. It may be JSON text, in an object's `messages`, or a single turn.
 
     Raises:
         UnusableRow: The column holds something else.
@@ -122,6 +123,18 @@ def turn_list(values: RowValues, column: str) -> list[Any]:
     value = values.take(column)
     if value is None:
         raise UnusableRow(f"no {column}")
+    if isinstance(value, str) and value.lstrip().startswith(
+        ("[", "{")
+    ):  # a CSV file has only texts
+        value = _parsed(value, f"{column} is a text that is not JSON")
+    if isinstance(value, Mapping):
+        wrapped = isinstance(value.get("messages"), list)
+        values.unread |= {
+            f"{column}[].{key}"
+            for key, item in value.items()
+            if wrapped and key != "messages" and has_value(item)
+        }
+        value = value["messages"] if wrapped else [value]
     if not isinstance(value, list):
         raise UnusableRow(f"{column} is a {type(value).__name__}, not a list of turns")
     return value
@@ -202,14 +215,19 @@ def _part(part: Any, role: Role) -> str:
     return text
 
 
-def _parsed(value: Any) -> Any:
+def _parsed(value: Any, problem: str = "tools or a tool call are not JSON") -> Any:
     """Return what a text holds as JSON, and any other value as it is."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError:
-        raise UnusableRow("tools or a tool call are not JSON") from None
+        found = json.loads(value)
+        # Escapes inside the text hide what was looked for in the row.
+        checked_values({"value": found})
+    except (ValueError, RecursionError):
+        raise UnusableRow(problem) from None
+    except BadRow as bad:
+        raise UnusableRow(bad.reason) from None
+    return found
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:

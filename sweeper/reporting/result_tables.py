@@ -159,7 +159,8 @@ def describe_data(facts: ArmBaseline) -> str:
     lost = f", dropped {dropped} ({reasons})" if dropped else ""
     changes = "; ".join(f"{count} × {what}" for what, count in facts.changed.items())
     lost += f", changed: {changes}" if changes else ""
-    lost += f", unread columns: {', '.join(facts.unread)}" if facts.unread else ""
+    unread = ", ".join(name or repr(name) for name in facts.unread)
+    lost += f", unread columns: {unread}" if unread else ""
     return (
         f"{facts.data_source} ({facts.data_format}): {counts} rows{lost}, "
         f"{facts.target_tokens:,} target tokens in validation, digest {facts.data_digest[:12]}"

@@ -21,7 +21,7 @@ from sweeper.data.encode import (
 from sweeper.data.examples import ChatMessage, DropCounts, Example, RawRow
 from sweeper.data.general_text import general_rows
 from sweeper.data.mixture import column
-from sweeper.data.served_prompt import ServedPrompt, serve_prompts
+from sweeper.data.served_prompt import ServedPrompt, prompt_format, serve_prompts
 from sweeper.data.splits import DataSplits, load_splits
 from sweeper.data.token_cache import cache_folder, cached, fingerprint
 from sweeper.data.tokens import EncodedPrompt, Tokens
@@ -200,16 +200,18 @@ class PreparedData:
         )
 
     def prompts(self, settings: TrialSettings) -> list[EncodedPrompt]:
-        """Return the qualitative prompts, rendered and tokenized for generation.
+        """Return the qualitative prompts, rendered as the rows of the training and tokenized.
 
         Raises:
             DataError: one of them occurs in the training split.
         """
-        prompts = settings.evaluation.prompts
-        require_unseen(prompts, (example.text for example in self.splits.examples["train"]))
-        row = RawRow({}, "evaluation.prompts")
+        prompts, trained = settings.evaluation.prompts, self.splits.examples["train"]
+        require_unseen(prompts, (example.text for example in trained))
+        row, asked_as = RawRow({}, "evaluation.prompts"), prompt_format(trained)
         examples = [
-            Example((ChatMessage("user", prompt.prompt), ChatMessage("assistant", "")), row)
+            Example(
+                (ChatMessage("user", prompt.prompt), ChatMessage("assistant", "")), row, asked_as
+            )
             for prompt in prompts
         ]
         return encode_prompts(examples, self.tokenizer, self.settings)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from rich.console import Console
 
@@ -33,6 +34,8 @@ from sweeper.modeling.footprint import footprint, footprint_or_problem
 from sweeper.reporting.expected_gap import smallest_gap
 from sweeper.reporting.results import load_results, to_document
 from sweeper.search.largest_point import largest_trials
+from sweeper.search.ownership import database_url
+from sweeper.search.study import WORKERS, optuna_name
 from sweeper.search.study_plan import StudyPlan, single, studies
 from sweeper.workers.devices import DeviceSurvey
 from sweeper.workers.worker_count import MachineShare
@@ -174,6 +177,23 @@ def test_the_forecast_counts_the_workers_of_n_jobs_auto(tmp_path: Path) -> None:
     # 6 + 3 rounds of the searches, 3 + 3 seeds by two workers, twice the start and the base
     assert "about 8.7 min with 2 workers" in console.file.getvalue()  # type: ignore[attr-defined]
     assert threads == [1]
+
+
+def test_a_study_that_ran_keeps_its_number_of_workers(tmp_path: Path) -> None:
+    """The forecast counts the workers that the study has stored, as the study itself does."""
+    overrides = (f"output_dir={tmp_path}", "~hydra.sweeper.arms.full")
+    plan, folder = _plan(*overrides), StudyFolder(tmp_path / "lr_rank_sweep")
+    assert " workers if no trial ends early" not in _shown(plan)
+    assert not folder.path.exists(), "looking for a study creates none"
+    folder.path.mkdir()
+    study = optuna.create_study(
+        storage=database_url(folder.database), study_name=optuna_name("lr_rank_sweep", "lora")
+    )
+    study.set_user_attr("facts", {})
+    study.set_user_attr(WORKERS, {"jobs": 3, "threads": 2})
+    assert "with 3 workers if no trial ends early" in _shown(plan)
+    given = _plan(*overrides, "hydra.sweeper.n_jobs=2")
+    assert "with 2 workers if no trial ends early" in _shown(given)
 
 
 def test_the_largest_point_is_that_of_the_space() -> None:

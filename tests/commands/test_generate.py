@@ -12,12 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from sweeper.builtin.embedded import BASE_DIR
 from sweeper.commands import generate
-from sweeper.commands.generate import UNTUNED, side_by_side
+from sweeper.commands.generate import UNTUNED, StoredAdapter, side_by_side
 from sweeper.config.compose import to_yaml
 from sweeper.core.errors import ModelError
 from sweeper.core.manifest import write_manifest
 from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.trained_form import TRAINED_FORM
+from sweeper.data.encode import encode_prompts
+from sweeper.data.examples import ChatMessage, Example, RawRow
 from tests.conftest import make_settings
+from tests.data.chat import CHATML, byte_level
+from tests.reporting.test_winner import FORM
 
 PROMPTS = ["def add(a, b)", "def load(path)"]
 
@@ -55,6 +60,31 @@ def test_answers_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for together, single in zip(asked, alone, strict=True):
         for name in (UNTUNED, second.adapter.as_posix()):
             assert together.answers[name] == single.answers[name]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("instruction", "### Instruction:\nHi\n\n### Response:\n"),
+        ("chat", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        ("plain", "Hi"),
+        (None, "Hi"),
+    ],
+)
+def test_prompts_are_asked_in_the_template_of_the_training(
+    template: str | None, expected: str, tmp_path: Path
+) -> None:
+    """The form that is stored with the adapter decides, not the chat template of its base."""
+    (tmp_path / TRAINED_FORM).write_text(
+        FORM.model_copy(update={"template": template}).model_dump_json()
+    )
+    adapter = StoredAdapter("mine", tmp_path, make_settings().trial)
+    asked = Example(
+        (ChatMessage("user", "Hi"), ChatMessage("assistant", "")), RawRow({}, "x"), adapter.asked_as
+    )
+    tokenizer = byte_level(chat_template=CHATML)
+    (prompt,) = encode_prompts([asked], tokenizer, adapter.settings.data)
+    assert prompt.text == expected
 
 
 def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import DataError
+from sweeper.training.prepared_data import prepare_rows
 from sweeper.training.trial_runner import TransformersRunner
+from tests.conftest import make_settings
+from tests.data.chat import CHATML, byte_level
+from tests.data.samples import write_rows
 from tests.training.conftest import RunTiny
 
 TUNED = ("adapter=none", "training.learning_rate=0.02", "evaluation.generation.max_new_tokens=6")
@@ -41,6 +48,40 @@ def test_answers_before_and_after_lie_side_by_side(run_tiny: RunTiny) -> None:
     table = folder.samples.read_text(encoding="utf-8").splitlines()
     assert table[0] == "| category | prompt | base | tuned |"
     assert table[2].startswith("| creative | Write a haiku \\| about the ocean. | ")
+
+
+ROWS: dict[str, tuple[Callable[[int], dict[str, Any]], str]] = {
+    "alpaca": (
+        lambda n: {"instruction": f"Say {n}.", "output": str(n)},
+        "### Instruction:\nGo on.\n\n### Response:\n",
+    ),
+    "messages": (
+        lambda n: talk_row(f"Say {n}.", str(n)),
+        "<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "prompt_completion": (lambda n: {"prompt": f"Say {n}.", "completion": str(n)}, "Go on."),
+    "text": (lambda n: {"text": f"Once {n}."}, "Go on."),
+}
+"""A row of each kind of format, and the prompt `Go on.` as such rows are trained."""
+
+
+def talk_row(asked: str, told: str) -> dict[str, Any]:
+    """Return a row of two turns."""
+    turns = (("user", asked), ("assistant", told))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_prompts_are_asked_as_the_rows_are_trained(name: str, tmp_path: Path) -> None:
+    """A base with a chat template that is tuned on another form is asked in that form."""
+    row, expected = ROWS[name]
+    path = write_rows(tmp_path / "rows.jsonl", map(row, range(20)))
+    settings = make_settings(
+        f"data.train={path}", "evaluation.prompts=[{category: any, prompt: 'Go on.'}]"
+    ).trial
+    tokenizer = byte_level(chat_template=CHATML)
+    prepared = prepare_rows(settings.data, tokenizer, None, "refuse")
+    assert [prompt.text for prompt in prepared.prompts(settings)] == [expected]
 
 
 def test_without_prompts_there_is_no_file(run_tiny: RunTiny) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import zipfile
+from pathlib import Path
 
 import pytest
 
+from sweeper.commands.winner_cards import add_served_losses
 from sweeper.config.compose import read_yaml
 from sweeper.config.settings import TrialSettings, stored_settings
+from sweeper.core.manifest import write_manifest
 from sweeper.core.outcome import ExampleLosses, HeldOutLosses
-from sweeper.core.paths import TrialFolder
+from sweeper.core.paths import StudyFolder, TrialFolder
+from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.served_forms import served_contrasts, served_sentences, served_warning
 from sweeper.reporting.verdict import judge
+from sweeper.training.artifact import write_zip
 from sweeper.training.trial_runner import TransformersRunner
 from tests.reporting.studies import make_arm, make_results, make_trial
 from tests.reporting.test_html_page import render
@@ -80,6 +86,30 @@ def test_a_difference_beyond_zero_is_a_warning() -> None:
 def test_without_the_trained_form_there_is_no_contrast() -> None:
     """A judgement that failed leaves nothing to compare with."""
     assert served_contrasts("lora", {"merged": _shifted(0.1)}) == []
+
+
+def test_the_archive_has_the_card_with_the_served_losses(tmp_path: Path) -> None:
+    """artifacts.zip is written before the winner is known, and again with the losses as it is served."""
+    folder = StudyFolder(tmp_path)
+    trial = folder.trial("lora", 0)
+    trial.adapter.mkdir(parents=True)
+    (trial.adapter / "adapter_config.json").write_text("{}")
+    (trial.adapter / "README.md").write_text("# Mine\n\n## Use\n\nLoad it.\n")
+    write_manifest(trial.adapter)
+    served = {"trained": HeldOutLosses(test=TRAINED), "merged": _shifted(0.02, 0.01)}
+    final = FinalistRanking(finalists=(), winner=0)
+    arm = make_arm("lora", [make_trial("lora", 0, "finished", 4.0)])
+    contrasts = tuple(served_contrasts("lora", served))  # type: ignore[arg-type]
+    results = make_results(arm.model_copy(update={"final": final}), served=contrasts)
+    add_served_losses(results, folder)
+    assert not trial.archive.exists(), "without artifacts.zip there is none"
+    write_zip(trial.adapter, trial.archive)
+    (trial.adapter / "README.md").write_text("# Mine\n\n## Use\n\nLoad it.\n")
+    add_served_losses(results, folder)
+    with zipfile.ZipFile(trial.archive) as archive:
+        for name in ("README.md", "manifest.json"):
+            assert archive.read(name) == (trial.adapter / name).read_bytes()
+        assert b"as it is served" in archive.read("README.md")
 
 
 def test_a_verdict_with_served_forms_is_json() -> None:
