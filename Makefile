@@ -87,6 +87,7 @@ bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, 
 	$(BIN)/python -m benchmarks.architectures
 	$(BIN)/python -m benchmarks.padding_large_shape
 	$(BIN)/python -m benchmarks.padding_left_out
+	$(BIN)/python -m benchmarks.frozen_linear
 	$(BIN)/python benchmarks/oom_region.py
 	$(BIN)/python benchmarks/search_quality.py
 

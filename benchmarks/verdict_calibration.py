@@ -85,6 +85,13 @@ class SimulatedStudy:
 
     def contrast(self, random: np.random.Generator, fresh_seeds: int | None = None) -> ArmContrast:
         """Return the product's comparison of the winners over fresh seeds."""
+        arm, reference, base = self.judged(random, fresh_seeds)
+        return contrast(("arm", "reference"), arm, reference, base, margin=MARGIN, fresh=True)
+
+    def judged(
+        self, random: np.random.Generator, fresh_seeds: int | None = None
+    ) -> tuple[SeedLosses, SeedLosses, SeedLosses]:
+        """Return the losses of arm, reference and base on the test split."""
         world = self.world
         count = world.fresh_seeds if fresh_seeds is None else fresh_seeds
         rows = []
@@ -97,7 +104,7 @@ class SimulatedStudy:
             further = None if world.reuse else pooled_spread(self.chosen[arm])
             rows.append(SeedLosses(nll, self.tokens, self.groups, further))
         base = SeedLosses((self.shared + GAIN)[None, :] * self.tokens, self.tokens, self.groups)
-        return contrast(("arm", "reference"), rows[0], rows[1], base, margin=MARGIN, fresh=True)
+        return rows[0], rows[1], base
 
 
 def _searched(
@@ -124,6 +131,12 @@ CELLS: Mapping[str, SimulatedWorld] = {
     "gap at the margin": SimulatedWorld(gap=0.05 * GAIN),
     "gap of 3 % of the gain": SimulatedWorld(gap=0.03 * GAIN),
     "gap of 6 % of the gain": SimulatedWorld(gap=0.06 * GAIN),
+    "gap of 3 % of the gain, embedded default": SimulatedWorld(
+        gap=0.03 * GAIN, top=1, selection_seeds=1
+    ),
+    "gap of 6 % of the gain, embedded default": SimulatedWorld(
+        gap=0.06 * GAIN, top=1, selection_seeds=1
+    ),
 }
 
 

@@ -45,6 +45,7 @@ from sweeper.search.refinement import (
     queue_refined,
     rates_beside_best,
     refined_count,
+    twin_warmup,
     warmup_beside_best,
 )
 from sweeper.search.study import WORKERS, counted, describe_equal_choices, open_study
@@ -265,7 +266,15 @@ class StudyRun:
             yield None
         lora = self._state.studies.get(LORA)
         winner = {} if lora is None else best_point(self._state.arm(LORA), lora)
-        yield from self._beside(context, search, warmup_beside_best(arm, study, winner))
+        for point in warmup_beside_best(arm, study, winner):
+            steps = twin_warmup(arm, study, point)
+            if steps is None:
+                yield from self._beside(context, search, [point])
+                continue
+            words = (
+                f"the warm-up of arm {LORA}'s winner is not tried: it has as many steps ({steps})"
+            )
+            self.services.view.event(f"arm {arm.name}: {words}")
 
     def _beside(
         self, context: ArmContext, search: ArmSearch, points: Sequence[Point]

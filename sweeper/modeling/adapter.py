@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from sweeper.config.settings import LoraAdapter, NoAdapter
 from sweeper.core.errors import ModelError
 from sweeper.modeling.expert_weights import computes_otherwise, expert_weights, hidden_weights
+from sweeper.modeling.frozen_linear import fuse_frozen_linears
 from sweeper.modeling.model_source import one_line
 from sweeper.modeling.portable_targets import make_portable, names_as_given, open_adapter
 from sweeper.modeling.target_modules import (
@@ -82,6 +83,7 @@ def attach(model: PreTrainedModel, settings: LoraAdapter) -> PeftModel:
     hold_trained_in_fp32(adapted)
     # PEFT renders a model card into every checkpoint, 45 ms each; the artifact gets a card of ours
     adapted.create_or_update_model_card = _write_no_card
+    fuse_frozen_linears(adapted)
     return adapted
 
 
@@ -106,6 +108,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str = "default") ->
     """Load a stored adapter onto its base with the precision of its training."""
     adapted = open_adapter(model, folder, name)
     restore_precision(adapted, folder, name)
+    fuse_frozen_linears(adapted)
     return adapted
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from sweeper.reporting.arm_comparison import FEWEST_SEEDS, visible_reach
 from sweeper.reporting.intervals import LEVEL, POWER, JointMeans, SeedSpread
+from sweeper.reporting.text_table import perplexity_factor
 
 ROW_SPREAD = 0.09
 """Standard deviation over rows of the difference of two arms, in nats per target token. Measured: 0.088
@@ -45,7 +46,8 @@ def gap_line(rows: int, seeds: int, comparisons: int = 1) -> str:
         least = f"It takes 2 rows and {FEWEST_SEEDS} seeds at least"
         return f"gap:        no gap between arms can be shown with {judged}. {least}"
     return (
-        f"gap:        {gap:.4f} nats per token between arms is the smallest that {100 * POWER:.0f} "
-        f"of 100 such studies find, with {judged} (assumed: a row's difference spreads by "
-        f"{ROW_SPREAD:g} nats and a seed by {SEED_SPREAD:g}, as measured on the embedded base)"
+        f"gap:        {gap:.4f} nats per token ({perplexity_factor(gap)}) between arms is the "
+        f"smallest that {100 * POWER:.0f} of 100 such studies find, with {judged} (assumed: a row's "
+        f"difference spreads by {ROW_SPREAD:g} nats and a seed by {SEED_SPREAD:g}, "
+        "as measured on the embedded base)"
     )

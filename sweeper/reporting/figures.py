@@ -39,6 +39,8 @@ MOST_COUNTS = 100
 """Numbers of trials of which the expected best is drawn."""
 FEW = 6
 """Distinct values of a setting up to which each one gets a tick."""
+CHANCE = "values shuffled among the trials give as large an importance in more than 5 of 100 cases"
+"""Condition under which an importance is not told apart from chance."""
 BEST_SHARE, MOST_BEST = 0.1, 10
 """Share and largest number of the best trials that are drawn thick across parallel axes."""
 
@@ -190,29 +192,23 @@ def target_figure(results: StudyResults) -> ReportFigure:
         for trial in arm.trials[:MOST_MARKS]
         if trial.complete and trial.value is not None and TARGETS in trial.params
     ]
-    groups = list(dict.fromkeys(group for _, _, group, _ in measured))
+    groups = sorted({group for _, _, group, _ in measured})
     if len(groups) < 2:
         return ReportFigure(
             title, None, "Fewer than two choices of target modules have a finished trial."
         )
-    best = {
-        name: min((value for _, _, group, value in measured if group == name), key=objective.order)
-        for name in groups
-    }
-    # Sorted by their best trial, since other settings decide the rest.
-    groups.sort(key=lambda name: objective.order(best[name]))
     dots = [
         ChartDot(groups.index(group), value, _tooltip(trial), place)
         for place, trial, group, value in measured
     ]
     axes = (
-        word_axis("target modules, the best first", groups),
+        word_axis("target modules", groups),
         number_axis(f"best {_metric(objective)}", [dot.y for dot in dots]),
     )
-    found = ", ".join(f"{name} {best[name]:.4f}" for name in groups)
+    # Choices are tried at other rates and ranks, and unequally often, so their best trials rank none.
     caption = (
-        f"Best {_metric(objective)} of each choice, over all other settings: {found}. One mark per "
-        "finished trial."
+        "One mark per finished trial, at any values of the other settings. The search tries the choices "
+        "unequally often, so the marks do not show which one is better."
     )
     return ReportFigure(title, plot(title, caption, axes, dots), caption)
 
@@ -264,14 +260,16 @@ def importance_figure(arm: ArmResult, evidence: ReportEvidence) -> ReportFigure:
             f"Importances need the study's database and at least {FEWEST_TRIALS} finished trials."
         )
         return ReportFigure(title, None, caption)
+    if not shares:
+        return ReportFigure(title, None, f"No setting is shown to matter: {CHANCE}.")
     rows = [
         (key.rsplit("/", 1)[-1].rsplit(".", 1)[-1], share, f"{share:.0%}")
         for key, share in shares.items()
     ]
-    caption = f"Share that each setting has in being among the best trials, by {EVALUATOR}."
-    # Importances of few trials are unstable.
-    if len(arm.trials) < 50:
-        caption += f" From only {len(arm.trials)} trials, so no more than a hint."
+    caption = (
+        f"Share that a setting has in being among the best trials, by {EVALUATOR}. Settings are left "
+        f"out if {CHANCE}."
+    )
     return ReportFigure(title, bars(title, caption, rows), caption)
 
 

@@ -24,9 +24,13 @@ from sweeper.core.value import EquivalenceMargin, FrozenValue
 LEVEL = 0.95
 POWER = 0.8
 """Probability with which a gap of the size that a study could have seen is found."""
-CAUTION = 0.6
+CAUTION = 0.69
 """Factor on the degrees of freedom of seed variances. A handful of seeds is often too quiet by chance,
 and exactly then an interval is short: without the factor the shortest quarter of intervals covers less.
+"""
+LEAST_SEED_SHARE = 1.2
+"""Least ratio of the seeds' variance to the examples' with which degrees of freedom are counted, where a
+single arm has all of the seeds' variance. Between arms of equal variance there is no such bound.
 """
 
 ENDLESS = 1e9
@@ -239,16 +243,33 @@ class JointMeans:
             for weight, found in zip(weights, self.of_seeds, strict=True)
             if found is not None
         ]
-        parts = [SeedSpread(examples, self.example_freedom), *seeds]
-        variance = sum(part.variance for part in parts)
-        spread = sum(part.variance**2 / part.freedom for part in parts)
+        variance = examples + sum(part.variance for part in seeds)
         return LinearEstimate(
             value=float(by @ self.means),
             error=variance**0.5,
-            # Without any variance the t distribution has no degrees of freedom.
-            freedom=variance**2 / spread if spread > 0 else ENDLESS,
+            freedom=_freedom(SeedSpread(examples, self.example_freedom), seeds),
             seed_share=0.0 if variance == 0 else 1 - examples / variance,
         )
+
+
+def _freedom(examples: SeedSpread, seeds: Sequence[SeedSpread]) -> float:
+    """Return Satterthwaite's degrees of freedom of a variance in parts, with cautious parts of seeds.
+
+    Where one arm is much noisier, only its few seeds show the variance. If they are quiet by chance,
+    their part is small, and the formula would trust the examples' many degrees of freedom. Their part
+    therefore counts as at least LEAST_SEED_SHARE of the examples', in proportion to the imbalance.
+    """
+    total = sum(part.variance for part in seeds)
+    factor = 1.0
+    if total > 0:
+        # Of two parts this is the difference over the sum. A single part is all imbalance.
+        imbalance = max(2 * max(part.variance for part in seeds) / total - 1, 0.0)
+        factor = max(1.0, LEAST_SEED_SHARE * imbalance * examples.variance / total)
+    parts = [examples, *(SeedSpread(factor * each.variance, each.freedom) for each in seeds)]
+    variance = sum(part.variance for part in parts)
+    spread = sum(part.variance**2 / part.freedom for part in parts)
+    # Without any variance the t distribution has no degrees of freedom.
+    return variance**2 / spread if spread > 0 else ENDLESS
 
 
 def contrast(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from sweeper.reporting.rank_ladder import RANK, rank_ladders
+from sweeper.reporting.rank_effects import RANK
+from sweeper.reporting.rank_ladder import rank_ladders
 from sweeper.reporting.report_evidence import Curve, ReportEvidence
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
-from sweeper.reporting.text_table import capital
+from sweeper.reporting.text_table import capital, perplexity_factor
 from sweeper.reporting.verdict import judge
 from sweeper.reporting.verdict_doubts import FULL, label, range_edges, searched_otherwise
 
@@ -70,15 +71,15 @@ def _ranks(results: StudyResults) -> Iterator[NextStep]:
     """Suggest larger ranks if the largest is better than the one below it by more than chance."""
     arms = {arm.name: arm for arm in results.arms}
     for ladder in rank_ladders(results):
-        arm, best = arms[ladder.arm], ladder.best
-        below = ladder.rungs[-2]
-        if best == ladder.rungs[-1] and below in ladder.worse:
-            more = ", ".join(str(r) for r in (below.r, best.r, 2 * best.r, 4 * best.r))
-            yield NextStep(
-                f"{label(arm)}: the best rank, {best.r}, is the largest that was tried "
-                f"({_signed(best.per_doubling)} {ladder.unit} for its last doubling): try larger ones.",
-                _anew(results, arm, "ranks", RANK, f"choice({more})"),
-            )
+        arm, below, largest = arms[ladder.arm], ladder.rungs[-2].r, ladder.rungs[-1].r
+        for lead in ladder.effects.leads:
+            if (lead.better, lead.worse) == (largest, below):
+                more = ", ".join(str(r) for r in (below, largest, 2 * largest, 4 * largest))
+                yield NextStep(
+                    f"{label(arm)}: r={largest} is the largest rank that was tried, and better than "
+                    f"r={below} by {lead.words(arm.objective)}: try larger ones.",
+                    _anew(results, arm, "ranks", RANK, f"choice({more})"),
+                )
 
 
 def _overfitting(
@@ -89,8 +90,9 @@ def _overfitting(
     if gap is None or gap <= LARGE_GAP * gain:
         return
     reason = (
-        f"{label(arm)}: the best trial's eval loss is {gap:.4f} nats above its training loss, "
-        f"{gap / gain:.0%} of its improvement over the untuned base. It memorises training rows"
+        f"{label(arm)}: the best trial's eval loss is {gap:.4f} nats ({perplexity_factor(gap)}) above "
+        "its training loss, "
+        f"{gap / gain:.0%} of its improvement over the untuned base. Training rows may be memorised"
     )
     # Full fine-tuning has no adapter whose dropout could be raised.
     if arm.method == FULL:
@@ -108,16 +110,18 @@ def _length(results: StudyResults, arm: ArmResult, curve: Curve, gain: float) ->
     lowest = min(loss for _, loss in curve)
     arrived = next(step for step, loss in curve if loss <= lowest + FLAT * gain)
     limit = "training.max_steps"
-    if last_loss == lowest and curve[-2][1] - last_loss > STILL_FALLING * gain:
+    fell = curve[-2][1] - last_loss
+    if last_loss == lowest and fell > STILL_FALLING * gain:
         yield NextStep(
-            f"{label(arm)}: the best trial's loss still fell by {curve[-2][1] - last_loss:.4f} nats "
-            f"between its last two evaluations (steps {curve[-2][0]} and {last_step}): train longer.",
+            f"{label(arm)}: the best trial's loss still fell by {fell:.4f} nats "
+            f"({perplexity_factor(fell)}) between its last two evaluations (steps {curve[-2][0]} "
+            f"and {last_step}): try training longer.",
             _anew(results, arm, "longer", limit, str(2 * last_step)),
         )
     elif arrived <= EARLY * last_step:
         yield NextStep(
             f"{label(arm)}: the best trial had made all but {FLAT:.0%} of its improvement by step "
-            f"{arrived} of {last_step}: shorter trials leave time for more of them.",
+            f"{arrived} of {last_step}: try shorter trials, which leave time for more of them.",
             _anew(results, arm, "shorter", limit, str(arrived)),
         )
 
@@ -148,7 +152,3 @@ def _repeat(results: StudyResults) -> Iterator[NextStep]:
 
 def _anew(results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str) -> str:
     return f"python -m sweeper {searched_otherwise(results, arm, suffix, key, words)}"
-
-
-def _signed(gain: float | None) -> str:
-    return "–" if gain is None else f"{-gain:+.4f}"

@@ -1,9 +1,10 @@
-"""The gain from each doubling of LoRA's rank, over trials that differ in numbers only.
+"""Compute the gain from each doubling of LoRA's rank, over trials that differ in numbers only.
 
 Each rank is represented by its best finished trial over the numeric settings. The best learning rate
 depends on the rank, so a comparison at one common rate would be unfair. A rank that was tried with other
-target modules only, or with another choice that is no number, is left out: its gain would be theirs. A
-sentence is said only about differences that exceed what one seed against another brings.
+target modules only, or with another choice that is no number, is left out: its gain would be theirs. The
+gains describe the trials. That a rank is better is said only where sweeper.reporting.rank_effects
+shows it.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from dataclasses import dataclass, replace
 from sweeper.config.settings import Objective, metric_words
 from sweeper.config.space import Scalar
 from sweeper.reporting.intervals import LEVEL, t_quantile
+from sweeper.reporting.rank_effects import RANK, RankEffects, rank_effects
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equal_size
 from sweeper.reporting.study_progress import short_names
-from sweeper.reporting.text_table import TextTable, duration, number
-
-RANK = "adapter.r"
+from sweeper.reporting.text_table import TextTable, counted, duration, number, perplexity_factor
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class RankLadder:
     rungs: tuple[RankStep, ...]
     noise: float | None
     """Standard deviation over seeds of the best configuration. None with a single seed."""
+    effects: RankEffects
+    """What all trials of the ladder show about its ranks, with the other numbers allowed for."""
     freedom: int = 0
     """Degrees of freedom of the noise."""
     like: tuple[str, ...] = ()
@@ -66,12 +68,6 @@ class RankLadder:
         return self.objective.unit or metric_words(self.objective.metric)
 
     @property
-    def best(self) -> RankStep:
-        """The rank with the best value, or the smaller of two equal ones."""
-        # Of two equal ranks the smaller one is cheaper.
-        return min(self.rungs, key=lambda rung: (self.objective.order(rung.value), rung.r))
-
-    @property
     def chance(self) -> float | None:
         """The largest difference of two trials of one seed each that may be chance (95 %)."""
         if self.noise is None or not self.freedom:
@@ -79,22 +75,11 @@ class RankLadder:
         return t_quantile((1 + LEVEL) / 2, self.freedom) * 2**0.5 * self.noise
 
     @property
-    def worse(self) -> tuple[RankStep, ...]:
-        """The ranks that the best one surpasses by more than chance."""
-        chance = self.chance
-        if chance is None:
-            return ()
-        best = self.best.value
-        return tuple(
-            rung for rung in self.rungs if self.objective.gain(best, over=rung.value) > chance
-        )
-
-    @property
     def words(self) -> str:
         """The gains, and what they show, as sentences."""
         steps = " → ".join(str(rung.r) for rung in self.rungs)
         gains = ", ".join(
-            f"{rung.per_doubling:+.4f} at r={rung.r}"
+            f"{rung.per_doubling:+.4f} at r={rung.r}{self._factor(rung.per_doubling)}"
             for rung in self.rungs
             if rung.per_doubling is not None
         )
@@ -108,17 +93,39 @@ class RankLadder:
     def _findings(self) -> str:
         chance = self.chance
         if chance is None:
-            return (
-                f"The best {metric_words(self.objective.metric)} is at r={self.best.r}. How much of "
-                "that is chance is unknown until a configuration is trained with several seeds."
+            told = (
+                "How much of a gain is chance is unknown until a configuration has several seeds."
             )
-        told = (
-            f"Between trials of one seed each, a difference below {chance:.4f} may be chance (95 %)"
+        else:
+            told = (
+                "Between trials of one seed each, a difference below "
+                f"{chance:.4f}{self._factor(chance)} may be chance (95 %)."
+            )
+        return f"{told} {self._comparison()}"
+
+    def _factor(self, difference: float) -> str:
+        """Return a difference as a factor in perplexity in brackets, or '' if it is none of losses."""
+        in_nats = self.objective.unit == "nats"
+        return f" ({perplexity_factor(difference)})" if in_nats else ""
+
+    def _comparison(self) -> str:
+        """Return which ranks are better than others, with intervals, or that none is shown to be."""
+        found = self.effects
+        names = [key.rpartition(".")[2] for key in found.allowed_for]
+        allowed = f" with {', '.join(names)} allowed for" if names else ""
+        none = "no rank is shown to be better than another, or to be enough"
+        if not found.sufficient:
+            return (
+                f"{counted(found.trials, 'trial')} are too few to compare ranks{allowed}: {none}."
+            )
+        over = f"Over all {found.trials} trials{allowed}"
+        if not found.leads:
+            return f"{over}, {none}."
+        leads = "; ".join(
+            f"r={lead.better} is better than r={lead.worse} by {lead.words(self.objective)}"
+            for lead in found.leads
         )
-        if not self.worse:
-            return f"{told}, so no rank is shown to be better than another, or to be enough."
-        ranks = ", ".join(f"r={rung.r}" for rung in self.worse)
-        return f"{told}. r={self.best.r} is better than {ranks} by more."
+        return f"{over}: {leads}."
 
 
 def rank_ladders(results: StudyResults) -> list[RankLadder]:
@@ -162,7 +169,10 @@ def rank_ladder(arm: ArmResult, noise: float | None, freedom: int = 0) -> RankLa
         return None
     like = tuple(f"{name}={value}" for name, value in short_names(choices).items())
     left_out = tuple(sorted(tried.keys() - found.keys()))
-    return RankLadder(arm.name, arm.objective, tuple(rungs), noise, freedom, like, left_out)
+    effects = rank_effects([trial for each in found.values() for trial in each], arm.objective)
+    return RankLadder(
+        arm.name, arm.objective, tuple(rungs), noise, effects, freedom, like, left_out
+    )
 
 
 def _choices(trial: TrialResult) -> dict[str, Scalar]:
@@ -178,10 +188,9 @@ def rank_sheet(ladder: RankLadder) -> TextTable:
     """Return the ladder as a table."""
     columns = (
         *("r", "trials", metric_words(ladder.objective.metric), "trainable", "time/trial"),
-        *("gain", "per doubling"),
-        *("per doubling / noise", "per 1M parameters", "per second"),
+        *("gain", "per doubling", "per 1M parameters", "per second"),
     )
-    rows = [_row(rung, ladder.noise) for rung in ladder.rungs]
+    rows = [_row(rung) for rung in ladder.rungs]
     dropped_first = ("per second", "per 1M parameters", "time/trial", "trainable", "gain")
     title = f"{ladder.arm}: gain by rank"
     return TextTable(title, columns, tuple(rows), dropped_first=dropped_first)
@@ -224,8 +233,7 @@ def _per(gain: float, above: float | None, below: float | None, unit: float) -> 
     return gain / (above - below) * unit
 
 
-def _row(rung: RankStep, noise: float | None) -> tuple[str, ...]:
-    in_noise = None if noise is None or rung.per_doubling is None else rung.per_doubling / noise
+def _row(rung: RankStep) -> tuple[str, ...]:
     return (
         str(rung.r),
         str(rung.trials),
@@ -234,7 +242,6 @@ def _row(rung: RankStep, noise: float | None) -> tuple[str, ...]:
         duration(rung.seconds),
         number(rung.gain, "{:+.4f}"),
         number(rung.per_doubling, "{:+.4f}"),
-        number(in_noise, "{:+.1f}×"),
         number(rung.per_million_parameters, "{:+.3g}"),
         number(rung.per_second, "{:+.2g}"),
     )

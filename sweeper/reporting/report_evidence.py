@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -23,6 +25,7 @@ from sweeper.core.spool import read_spool
 from sweeper.core.steady_output import echo
 from sweeper.core.stored_files import read_words, tell_damage
 from sweeper.evaluation.sample_answers import SampleAnswer
+from sweeper.reporting.intervals import LEVEL
 from sweeper.reporting.results import ArmResult, StudyResults
 from sweeper.search.study import open_storage, optuna_name
 
@@ -34,6 +37,8 @@ FEWEST_TRIALS = 6
 """Finished trials below which importances are not computed: they would be noise."""
 ABOVE_TARGET = 5
 """Trials that Optuna's documentation asks for above PED-ANOVA's target quantile."""
+SHUFFLES = 39
+"""Shufflings of the trials' values that show which importances chance gives."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ class ReportEvidence:
     data_card: str | None = None
     """The data card as Markdown."""
     importances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Importances by arm and key, which sum to one within an arm. Arms with few trials are left out."""
+    """Importances by arm and key, as shares of the arm's settings. Arms with few trials and settings
+    whose importance may be chance are left out."""
 
 
 def gather(
@@ -105,37 +111,73 @@ def read_samples(folder: StudyFolder, arm: ArmResult) -> tuple[SampleAnswer, ...
         return ()
 
 
-def importances(study: optuna.Study) -> dict[str, float]:
-    """Return the share that each parameter has in being among the best trials, by PED-ANOVA.
+def importances(study: optuna.Study) -> dict[str, float] | None:
+    """Return the share of each parameter in being among the best trials, where it exceeds chance.
 
-    The result is empty with fewer than six finished trials. The target quantile is one tenth (Optuna's
-    default), raised so that at least five trials lie above it, and at most one half.
+    The importances are those of PED-ANOVA. With fewer than six finished trials or a single parameter the
+    result is None. The target quantile is one tenth (Optuna's default), raised so that at least five
+    trials lie above it, and at most one half. Shares are always large for some parameter, also if none
+    matters. A parameter is therefore left out unless values that are shuffled among the trials give an
+    importance as large to any parameter in at most 5 % of the cases.
 
     Source: Watanabe et al. 2023, PED-ANOVA, arXiv:2304.10255.
     """
     # A database of a cancelled study may hold running trials, which have no value.
-    count = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-    if count < FEWEST_TRIALS:
-        return {}
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(trials) < FEWEST_TRIALS:
+        return None
+    values = {trial.number: _first_value(study, trial) for trial in trials}
+    found = _divergences(study, values)
+    if len(found) < 2:
+        return None
+    random = np.random.default_rng(0)
+    rows = [list(found.values())]
+    for _ in range(SHUFFLES):
+        shuffled = random.permutation(list(values.values())).tolist()
+        rows.append(list(_divergences(study, dict(zip(values, shuffled, strict=True))).values()))
+    beyond = _beyond_chance(np.array(rows))
+    total = sum(found.values())
+    return {
+        key: value / total for (key, value), keep in zip(found.items(), beyond, strict=True) if keep
+    }
+
+
+def _divergences(study: optuna.Study, values: Mapping[int, float]) -> dict[str, float]:
+    """Return PED-ANOVA's importance of each parameter for the given value of each trial."""
     # PED-ANOVA is Optuna's default, needs no scikit-learn and handles conditional parameters.
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(
-        target_quantile=min(0.5, max(0.1, ABOVE_TARGET / count))
+        target_quantile=min(0.5, max(0.1, ABOVE_TARGET / len(values)))
     )
     with warnings.catch_warnings():  # Optuna warns that the target must be minimised, which it is
         warnings.simplefilter("ignore", UserWarning)
-        found = optuna.importance.get_param_importances(
-            study, evaluator=evaluator, target=_first_value(study)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return dict(
+            optuna.importance.get_param_importances(
+                study,
+                evaluator=evaluator,
+                target=lambda trial: values[trial.number],
+                normalize=False,
+            )
         )
-    return dict(found) if len(found) > 1 else {}
 
 
-def _first_value(study: optuna.Study) -> Callable[[FrozenTrial], float] | None:
-    """Return a reader of the objective with lower as better, or None for a single objective."""
-    if len(study.directions) == 1:
-        return None
+def _beyond_chance(rows: NDArray[np.float64]) -> list[bool]:
+    """Return which importances of the first row exceed those of the rows of shuffled values.
+
+    Importances are compared in standard deviations of their own parameter, and with the largest one of
+    each row, so that all parameters together are wrong in 5 % of studies.
+    """
+    spread = rows.std(axis=0)
+    scores = (rows - rows.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    largest = scores.max(axis=1)
+    return [bool((largest >= score).mean() <= 1 - LEVEL and score > 0) for score in scores[0]]
+
+
+def _first_value(study: optuna.Study, trial: FrozenTrial) -> float:
+    """Return a trial's objective with lower as better."""
     # The evaluator ranks low values as good whatever the study's direction.
     sign = -1.0 if study.directions[0] is StudyDirection.MAXIMIZE else 1.0
-    return lambda trial: sign * trial.values[0]
+    return sign * float(trial.values[0])
 
 
 def _importances(
@@ -149,7 +191,7 @@ def _importances(
         for arm, name in names.items()
         if name in there
     }
-    return {arm: shares for arm, shares in found.items() if shares}
+    return {arm: shares for arm, shares in found.items() if shares is not None}
 
 
 def _data_card(results: StudyResults, folder: StudyFolder) -> str | None:

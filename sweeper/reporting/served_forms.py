@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from sweeper.core.outcome import ExampleLosses, HeldOutLosses, ServeForm
 from sweeper.core.value import FrozenValue
 from sweeper.reporting.intervals import IntervalEstimate, contrast, example_rows
+from sweeper.reporting.text_table import perplexity_factor
 
 FORM_WORDS: Mapping[str, str] = {
     "trained": "as it was trained",
@@ -41,7 +42,8 @@ class ServedContrast(FrozenValue):
         """The loss and its difference in words."""
         change = self.difference
         interval = "" if change.low is None else f" [{change.low:+.4f}, {change.high:+.4f}]"
-        return f"{self.loss:.4f} {FORM_WORDS[self.form]} ({change.value:+.4f}{interval})"
+        factor = perplexity_factor(change.value)
+        return f"{self.loss:.4f} {FORM_WORDS[self.form]} ({change.value:+.4f}{interval}, {factor})"
 
 
 def served_contrasts(arm: str, served: Mapping[ServeForm, HeldOutLosses]) -> list[ServedContrast]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -147,6 +148,11 @@ def number(value: float | None, form: str = "{:,.0f}") -> str:
 def counted(count: float, noun: str) -> str:
     """Return a count with its noun: 1 trial, 2 trials."""
     return f"{count:,.0f} {noun}" + "s" * (count != 1)
+
+
+def perplexity_factor(nats: float) -> str:
+    """Return a difference of losses in nats as a factor in perplexity."""
+    return f"a factor of {math.exp(nats):.3f} in perplexity"
 
 
 def capital(words: str) -> str:

@@ -262,12 +262,12 @@ def _edge(results: StudyResults, arm: ArmResult, key: str) -> RangeEdge | None:
     at_end = "" if value in (low, high) else "near "
     name = key.rpartition(".")[2]
     reason = (
-        f"the best {name} of {label(arm)} ({format_scalar(value)}) is {at_end}the {side} offered "
+        f"the best trial of {label(arm)} has {name}={format_scalar(value)}, {at_end}the {side} offered "
         f"({low:g} to {high:g})"
     )
     best = [trial.params.get(key) for trial in arm.trials if trial.complete][:BEST_FEW]
     if len(best) == BEST_FEW and set(best) == {value}:
-        reason += f", as in its best {BEST_FEW} trials"
+        reason += f", as all of its best {BEST_FEW} trials"
     words = _beyond(found, side == "lowest")
     return RangeEdge(arm.name, reason, searched_otherwise(results, arm, "beyond", key, words))
 

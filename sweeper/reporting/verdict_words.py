@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from sweeper.config.settings import Objective, metric_words
 from sweeper.reporting.arm_comparison import FEWEST_SEEDS, ArmComparison, ArmSide, CostRatios
 from sweeper.reporting.intervals import POWER, IntervalEstimate
-from sweeper.reporting.text_table import capital, counted
+from sweeper.reporting.text_table import capital, counted, perplexity_factor
 
 
 def outcome_sentence(duel: ArmComparison) -> str:
@@ -97,10 +97,8 @@ def visible_sentence(duel: ArmComparison) -> str | None:
     gap, needed = duel.visible_gap, duel.needed
     if duel.outcome != "undecided" or gap is None:
         return None
-    factor = perplexity_words(gap, duel.objective)
-    in_brackets = f" ({factor})" if factor else ""
     words = (
-        f"A gap of {_amount(gap, '{:.4f}', duel.objective)}{in_brackets} would have been found in "
+        f"A gap of {_with_factor(gap, duel.objective)} would have been found in "
         f"{100 * POWER:.0f} of 100 such studies, a smaller one less often"
     )
     if needed is None:
@@ -158,7 +156,7 @@ def forgetting_sentences(sides: Sequence[ArmSide]) -> Iterator[str]:
     found = [(side.label, side.forgetting) for side in sides if side.forgetting is not None]
     if found:
         each = [
-            f"{name} {with_interval(forgot, '{:+.4f}', '', _factor(forgot.value))}"
+            f"{name} {with_interval(forgot, '{:+.4f}', '', perplexity_factor(forgot.value))}"
             for name, forgot in found
         ]
         yield f"Forgetting (loss on general text minus the untuned base's): {', '.join(each)} nats."
@@ -212,11 +210,7 @@ def with_interval(found: IntervalEstimate, form: str, unit: str, note: str = "")
 def perplexity_words(difference: float, objective: Objective) -> str:
     """Return a difference of losses as a factor in perplexity, or '' for another metric."""
     # Of other metrics a difference is no logarithm of a ratio.
-    return _factor(difference) if objective.unit == "nats" else ""
-
-
-def _factor(nats: float) -> str:
-    return f"a factor of {math.exp(nats):.3f} in perplexity"
+    return perplexity_factor(difference) if objective.unit == "nats" else ""
 
 
 def costs_words(ratios: CostRatios, on_cpu: bool) -> str:
@@ -255,12 +249,18 @@ def _difference(found: IntervalEstimate, form: str, objective: Objective) -> str
 def _margin(duel: ArmComparison) -> str:
     margin, size = duel.evidence.margin, duel.evidence.margin_size
     if margin is None or size is None or margin.share is None:
-        return "" if size is None else _amount(size, "{:.4f}", duel.objective)
+        return "" if size is None else _with_factor(size, duel.objective)
     return f"{100 * margin.share:g} % of {duel.reference.label}'s improvement"
 
 
 def _metric(duel: ArmComparison) -> str:
     return duel.objective.metric.removeprefix("eval/")
+
+
+def _with_factor(value: float, objective: Objective) -> str:
+    """Return a difference of the metric with its unit and its factor in perplexity, if it has them."""
+    factor = perplexity_words(value, objective)
+    return _amount(value, "{:.4f}", objective) + (f" ({factor})" if factor else "")
 
 
 def _amount(value: float, form: str, objective: Objective) -> str:

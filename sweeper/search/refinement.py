@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeper.config.settings import TrainingSettings
 from sweeper.config.space import Choice, Point
+from sweeper.core.outcome import Outcome
 from sweeper.search.states import STATES
 from sweeper.search.study import REFINES, point_of
 from sweeper.search.study_plan import ArmPlan
@@ -68,6 +70,40 @@ def warmup_beside_best(arm: ArmPlan, study: optuna.Study, winner: Point) -> list
     if warmup is None or warmup == own or WARMUP in point_of(best):
         return []
     return [{RATE: point_of(best)[RATE], WARMUP: warmup}]
+
+
+def twin_warmup(arm: ArmPlan, study: optuna.Study, point: Point) -> int | None:
+    """Return the steps of a point's warm-up if the best point has as many, else None.
+
+    Both are then one training: a ratio becomes whole steps, and counts for nothing where
+    training.warmup_steps is set.
+
+    Args:
+        arm: the arm that is refined.
+        study: its Optuna study.
+        point: the best point with another warm-up ratio.
+    """
+    best = _best(arm, _complete(study))
+    total = None if best is None else _total_steps(Outcome(**best.user_attrs["outcome"]))
+    if best is None or total is None:
+        return None
+    steps = [_warmup(arm, each, total) for each in (point_of(best), {**point_of(best), **point})]
+    return steps[0] if steps[0] == steps[1] else None
+
+
+def _total_steps(outcome: Outcome) -> int | None:
+    """Return the steps of a trial's whole schedule, or None if they are not known."""
+    # A trial that was stopped early made fewer steps than its schedule has.
+    made = outcome.steps if outcome.cause == "finished" else None
+    found = outcome.metrics.get("training/total_steps", made)
+    return int(found) if found else None
+
+
+def _warmup(arm: ArmPlan, point: Point, total: int) -> int:
+    names = TrainingSettings.model_fields
+    own = {key.removeprefix("training."): value for key, value in point.items()}
+    update = {name: value for name, value in own.items() if name in names}
+    return arm.settings.training.model_copy(update=update).warmup_length(total)
 
 
 def best_point(arm: ArmPlan, study: optuna.Study) -> Point:

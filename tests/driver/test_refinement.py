@@ -25,6 +25,8 @@ def _run(folder: Path, *overrides: str) -> StudyResults:
 def test_a_grid_is_refined_around_its_best_rate(tmp_path: Path) -> None:
     """Two rates beside the best, then the best with LoRA's warm-up. A second start adds nothing."""
     overrides = ("hydra.sweeper.n_trials=2", "pruner=none", "finalists=none")
+    # Of fewer steps, both warm-ups would be the same.
+    overrides += ("workers.fake.steps=200",)
     results = _run(tmp_path, *overrides)
     lora, full = results.arms
     grid = [trial for trial in full.trials if trial.number < 5]
@@ -40,6 +42,19 @@ def test_a_grid_is_refined_around_its_best_rate(tmp_path: Path) -> None:
     assert (full.refined, full.tried) == (3, 8)
     again = _run(tmp_path, *overrides)
     assert [len(arm.trials) for arm in again.arms] == [2, 8]
+
+
+def test_a_warmup_of_as_many_steps_is_not_trained_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 20 steps, ratios of 0.03 and 0.045 both warm up for one, so the same model would come out."""
+    searched = "hydra.sweeper.params={training.warmup_ratio: 'choice(0.045)'}"
+    fixed = ("hydra.sweeper.n_trials=1", "workers.fake.steps=20", "finalists=none", "pruner=none")
+    full = _run(tmp_path, *fixed, searched).arms[1]
+    assert full.refined == 2
+    assert not any(WARMUP in trial.params for trial in full.trials)
+    said = "the warm-up of arm lora's winner is not tried: it has as many steps (1)"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.slow

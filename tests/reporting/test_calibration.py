@@ -43,7 +43,7 @@ def test_equal_arms_in_a_cell_of_the_calibration() -> None:
         ("one selection seed", (0.93, 0.97), 0.88),
         ("selection of 2 of 12 by 2 seeds", (0.92, 0.971), 0.88),
         ("selection by three seeds", (0.92, 0.98), 0.88),
-        ("unequal noise", (0.92, 0.98), 0.84),
+        ("unequal noise", (0.92, 0.98), 0.88),
         ("groups", (0.92, 0.98), 0.88),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -152,22 +153,14 @@ def _targets(objective: Objective) -> StudyResults:
     return make_results(make_arm("lora", trials, objective=objective, facts=facts))
 
 
-@pytest.mark.parametrize(
-    ("objective", "words"),
-    [
-        (
-            LOSS,
-            "Best eval loss of each choice, over all other settings: attention 0.2000, mlp 0.3000.",
-        ),
-        (
-            ROUGE,
-            "Best eval rougeL of each choice, over all other settings: attention 0.5000, mlp 0.4000.",
-        ),
-    ],
-)
-def test_target_modules_stand_with_their_best_trial(objective: Objective, words: str) -> None:
-    """The best group first, whichever way the objective goes."""
-    assert target_figure(_targets(objective)).caption.startswith(words)
+@pytest.mark.parametrize("objective", [LOSS, ROUGE])
+def test_target_modules_are_not_ranked(objective: Objective) -> None:
+    """Each choice was tried at other rates and ranks, so the figure names no best one."""
+    figure = target_figure(_targets(objective))
+    assert figure.svg is not None
+    assert "best first" not in figure.svg
+    assert "do not show which one is better" in figure.caption
+    assert not re.search(r"\d\.\d", figure.caption)
 
 
 def test_titles_name_the_objective() -> None:

@@ -125,8 +125,8 @@ def test_every_figure_of_the_headline_is_mlflows(runs: dict[str, Run], page: Pag
     assert shown == mine
     rest = rest.replace(point[1], "")
     # Ends of ranges are the experiment's, and MLflow holds none.
-    edge = r"The best \w+ of \w+(?: \([\d.e-]+\))?[^.]*? offered \([^)]*\)"
-    rest = re.sub(edge + r"(, as in its best 5 trials)?\.", "", rest)
+    edge = r"The best trial of [\w -]+ has \w+=[\d.e-]+, [^(]*? offered \([^)]*\)"
+    rest = re.sub(edge + r"(, as all of its best 5 trials)?\.", "", rest)
     # Numbers of trials by how they ended, and expectations over them, are the report's own.
     rest = re.sub(
         r"Search: QLoRA .*?\)\.|The expected best eval loss of .*? fine-tuning\.", "", rest

@@ -121,11 +121,11 @@ def _with_ranges(values: tuple[float, ...], tried: tuple[float, ...], key: str) 
 @pytest.mark.parametrize(
     ("key", "values", "tried", "words"),
     [
-        ("adapter.alpha_over_r", (1, 2, 4), (1, 1, 1, 1, 1), "best alpha_over_r of QLoRA (1) is "
-         "the lowest offered (1 to 4), as in its best 5 trials"),
-        ("adapter.r", (2, 8, 32), (32, 8, 32, 2, 2), "best r of QLoRA (32) is the highest offered"),
-        ("training.warmup_ratio", (0.0, 0.1), (0.099, 0.0, 0.0, 0.0, 0.0), "best warmup_ratio of "
-         "QLoRA (0.099) is near the highest offered"),
+        ("adapter.alpha_over_r", (1, 2, 4), (1, 1, 1, 1, 1), "The best trial of QLoRA has "
+         "alpha_over_r=1, the lowest offered (1 to 4), as all of its best 5 trials"),
+        ("adapter.r", (2, 8, 32), (32, 8, 32, 2, 2), "QLoRA has r=32, the highest offered"),
+        ("training.warmup_ratio", (0.0, 0.1), (0.099, 0.0, 0.0, 0.0, 0.0), "QLoRA has "
+         "warmup_ratio=0.099, near the highest offered"),
     ],
 )  # fmt: skip
 def test_edges_of_other_settings_are_named(
