@@ -148,7 +148,7 @@ def test_arms_that_overlap_have_the_tables_of_arms_that_do_not(
     tables = []
     for number, after in enumerate(({}, {"lora/0005": "full/0006"}, {"lora/0004": "full/0000"})):
         folder = tmp_path / str(number)
-        keys = ("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6")
+        keys = ("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=6", "++workers.fake.steps=200")
         _run(folder, monkeypatch, lambda key: 0.0, *keys, after=after)
         tables.append([_table(folder, arm) for arm in ("lora", "full")])
     assert tables[0] == tables[1] == tables[2]
