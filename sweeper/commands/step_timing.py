@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sweeper.commands.data_report import prepared_rows
 from sweeper.config.settings import TrialSettings
@@ -24,15 +27,25 @@ from sweeper.training.schedule import look_steps, plan_schedule
 from sweeper.training.trial_runner import TransformersRunner
 
 STEPS = 4
-"""Steps that are timed. The first one is a little slower than the others."""
+"""Steps that are taken. The first one is much slower than the others, so that these are timed."""
 
 
 ALL_THREADS = 10_000
 """More CPU threads than any machine has: torch's own number is used."""
 
 
-class SilentObserver:
-    """An observer that neither reports nor stops a trial."""
+class StepClock:
+    """An observer that notes when each step ends, and neither reports nor stops a trial."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends: list[float] = []
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step, without the first one, which prepares what all others use."""
+        first, *_, last = self._ends[:STEPS]
+        return (last - first) / (STEPS - 1)
 
     def progress(self, step: int, total_steps: int, tokens_per_second: float) -> None:
         """Do nothing."""
@@ -41,7 +54,10 @@ class SilentObserver:
         """Do nothing."""
 
     def stop_cause(self) -> StopCause | None:
-        """Return None."""
+        """Return None. A trial asks at the end of every step, and after an evaluation."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the host is ahead of the device
+        self._ends.append(self._clock())
         return None
 
 
@@ -67,12 +83,15 @@ def time_trial(settings: TrialSettings, threads: int = ALL_THREADS) -> TrialTimi
     need = estimate_trial(settings, device(), length=prepared.train.max_length).total
     if need is not None and need > free:
         return facts.model_copy(update={"need_mib": need})
+    clock = StepClock()
     with tempfile.TemporaryDirectory(prefix="sweeper-timing-") as place:
         runner = TransformersRunner(threads)
-        outcome = runner.run(shortened(settings), TrialFolder(Path(place)), {}, SilentObserver())
+        outcome = runner.run(shortened(settings), TrialFolder(Path(place)), {}, clock)
     if outcome.cause not in ("finished", "early_stopped"):
         return facts.model_copy(update={"problem": f"{outcome.cause}: {outcome.message}"})
-    return facts.model_copy(update=_seconds(settings, rows["validation"], outcome.metrics))
+    seconds = _seconds(settings, rows["validation"], outcome.metrics)
+    setup_s = max(0.0, outcome.metrics["cost/train_seconds"] - STEPS * clock.step_s)
+    return facts.model_copy(update={**seconds, "step_s": clock.step_s, "setup_s": setup_s})
 
 
 def shortened(settings: TrialSettings) -> TrialSettings:
@@ -96,13 +115,12 @@ def shortened(settings: TrialSettings) -> TrialSettings:
 def _seconds(
     settings: TrialSettings, judged: int, metrics: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the seconds of a step, of a look, of the last judgement and of everything that is once."""
+    """Return the seconds of a look, of the last judgement and of everything that is once."""
     # A look at a sample is followed by a judgement of the whole split
     sample = min(settings.evaluation.look_rows or judged, judged)
     once = 0 if sample == judged else judged
     row_s = metrics["cost/eval_seconds"] / max(1, sample + once)
     return {
-        "step_s": metrics["cost/train_seconds"] / STEPS,
         "look_s": row_s * sample,
         "judgement_s": row_s * once,
         "row_s": row_s,
@@ -120,6 +138,17 @@ def timing_or_problem(document: Mapping[str, Any], threads: int = ALL_THREADS) -
         return TrialTiming(problem=str(error))
 
 
+def timings(documents: Sequence[Mapping[str, Any]], threads: int) -> list[TrialTiming]:
+    """Return the timing of each trial. The first one's start includes that of this process."""
+    # A worker of the study loads the same libraries. Their CPU seconds do not depend on other programs
+    imported_s = time.process_time()
+    found = [timing_or_problem(document, threads) for document in documents]
+    if found and found[0].start_s is not None:
+        found[0] = found[0].model_copy(update={"start_s": found[0].start_s + imported_s})
+    return found
+
+
 if __name__ == "__main__":
-    timings = [timing_or_problem(document, int(sys.argv[1])) for document in json.load(sys.stdin)]
-    print(json.dumps([timing.model_dump() for timing in timings]))
+    print(
+        json.dumps([each.model_dump() for each in timings(json.load(sys.stdin), int(sys.argv[1]))])
+    )

@@ -316,7 +316,9 @@ class TrialTiming(FrozenValue):
     looks: int = 0
     """Evaluations inside the schedule."""
     step_s: float | None = None
-    """Seconds of one optimiser step."""
+    """Seconds of one optimiser step after the first."""
+    setup_s: float = 0.0
+    """Seconds of a training besides its steps: the optimiser, and what the first step prepares."""
     look_s: float = 0.0
     """Seconds of one evaluation inside the schedule."""
     judgement_s: float = 0.0
@@ -326,7 +328,7 @@ class TrialTiming(FrozenValue):
     save_s: float = 0.0
     """Seconds of storing the model."""
     start_s: float | None = None
-    """Seconds of loading base and data, once for a worker."""
+    """Seconds of loading base and data, once for a worker, with its libraries for the first arm."""
     need_mib: float | None = None
     """MiB at the peak: measured, or estimated for a trial that does not fit."""
     free_mib: float | None = None
@@ -340,7 +342,7 @@ class TrialTiming(FrozenValue):
         if self.step_s is None:
             return None
         evaluated = self.looks * self.look_s + self.judgement_s
-        return self.steps * self.step_s + evaluated + self.save_s
+        return self.setup_s + self.steps * self.step_s + evaluated + self.save_s
 
 
 GATE_BASE = "base"

@@ -12,6 +12,7 @@ import optuna
 import pytest
 from rich.console import Console
 
+from sweeper.commands import step_timing
 from sweeper.commands.dry_run import (
     Timer,
     disk,
@@ -25,7 +26,7 @@ from sweeper.commands.dry_run import (
     without_dry_run,
 )
 from sweeper.commands.run_study import run_study
-from sweeper.commands.step_timing import time_trial
+from sweeper.commands.step_timing import StepClock, time_trial
 from sweeper.commands.study_forecast import planned_workers
 from sweeper.config.settings import TrialSettings, flatten
 from sweeper.config.space import Branch, Branches, Choice, Interval, Space
@@ -250,6 +251,25 @@ def test_an_arm_that_does_not_fit_is_said_first(
     text = _shown(_plan(), _misfit)
     assert "time:       unknown, because arm lora and full could not be timed" in text
     assert "arm full DOES NOT FIT: it needs about 9,000 MiB of 2,000 MiB free" in text
+
+
+def test_the_first_step_is_not_taken_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes what the later ones took, and what the first one took more is once a training."""
+    times = iter((12.0, 13.0, 14.0, 15.0, 40.0))
+    clock = StepClock(lambda: next(times))
+    for _ in range(5):  # the last one is asked for after the evaluation
+        assert clock.stop_cause() is None
+    assert clock.step_s == 1.0
+    timing = TrialTiming(steps=100, step_s=clock.step_s, setup_s=11.0, save_s=2.0)
+    assert timing.training_s == 113.0
+
+
+def test_the_first_arm_pays_for_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start of a worker's process is counted once, in its CPU seconds."""
+    timing = TrialTiming(step_s=1.0, start_s=3.0)
+    monkeypatch.setattr(step_timing, "timing_or_problem", lambda *_: timing)
+    monkeypatch.setattr(step_timing.time, "process_time", lambda: 8.0)
+    assert [each.start_s for each in step_timing.timings([{}, {}], 1)] == [11.0, 3.0]
 
 
 @pytest.mark.slow

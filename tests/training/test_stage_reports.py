@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeper.commands.step_timing import SilentObserver
+from sweeper.commands.step_timing import StepClock
 from sweeper.core.paths import TrialFolder
 from sweeper.core.stage_words import StageListener, heard_by
 from sweeper.training.trial_runner import TransformersRunner
@@ -27,7 +27,7 @@ def test_a_probe_a_trial_and_a_judgement_name_their_stages(
     with heard_by(StageListener(said.append, lambda: next(clock))):
         runner.probe(settings)
         probed = len(said)
-        runner.run(settings, TrialFolder(tmp_path / "trial"), {}, SilentObserver())
+        runner.run(settings, TrialFolder(tmp_path / "trial"), {}, StepClock())
     probe, trial = "\n".join(said[:probed]), "\n".join(said[probed:])
     for words in ("loading the base model", "reading and tokenizing the data: ", "base: "):
         assert words in probe
