@@ -29,12 +29,9 @@ from tests.driver.threaded import ThreadedEngine, opener
 
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "finalists=none"),
-    *(
-        "++workers.fake.steps=10",
-        "pruner=none",
-        "hydra.sweeper.n_jobs=2",
-        "hydra.sweeper.n_trials=3",
-    ),
+    # Of fewer steps, the warm-up of the LoRA winner would be that of the full arm.
+    *("++workers.fake.steps=100", "pruner=none"),
+    *("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3"),
 )
 LAST = "lora/0002"
 SETTINGS = make_settings("workers=fake").trial

@@ -26,7 +26,7 @@ from sweeper.workers.protocol import (
 )
 from sweeper.workers.worker import CommandQueue, serve
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 StepSeconds = Callable[[str], float]
 """Takes a trial's key and returns the seconds of each of its steps."""
 
