@@ -21,7 +21,7 @@ from benchmarks.record import record
 from benchmarks.verdict_calibration import GAIN, SEEDS, SimulatedStudy, SimulatedWorld
 from sweeper.core.value import FrozenValue
 
-STUDIES = 200
+STUDIES = 100
 """Simulated studies for each seed. One takes 0.2 CPU seconds."""
 GAPS = (0.03, 0.06)
 """Gaps as shares of the gain."""

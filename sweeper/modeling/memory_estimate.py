@@ -448,8 +448,6 @@ def step_workspace(sizes: list[int], optim: str, on: torch.device) -> int:
         optim: transformers' name of the optimizer.
         on: the device.
     """
-    # torch's AdamW on CUDA computes the square roots of all second moments at once (foreach). On a CPU
-    # it takes one tensor at a time. Fused and 8-bit optimizers need no temporaries
-    if optim == "adamw_torch":
-        return 4 * (sum(sizes) if on.type == "cuda" else 2 * max(sizes))
-    return 0
+    # torch's AdamW on CUDA computes the square roots of all second moments at once (foreach). Fused
+    # ones, which it is on a CPU, and 8-bit optimizers need no temporaries
+    return 4 * sum(sizes) if optim == "adamw_torch" and on.type == "cuda" else 0

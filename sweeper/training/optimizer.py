@@ -1,6 +1,8 @@
-"""Build the LoRA+ optimiser, which transformers cannot, and clear bitsandbytes' global state."""
+"""Choose the optimiser's form, build that of LoRA+, and clear bitsandbytes' global state."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from bitsandbytes.functional import GlobalPageManager
@@ -8,6 +10,23 @@ from bitsandbytes.optim import GlobalOptimManager
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainingArguments
+
+
+def optimizer_class(
+    arguments: TrainingArguments, model: torch.nn.Module | None
+) -> tuple[Any, dict[str, Any]]:
+    """Return the class and the options of the configured optimiser, with torch's fused AdamW on CPUs.
+
+    Args:
+        arguments: names the optimiser.
+        model: the model to train.
+    """
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    # torch's default on CPUs walks over each tensor once per operation: 3.9 instead of 1.3 CPU ms a
+    # step of 1.1M weights. Both forms are one algorithm, and differ by rounding
+    if kind is torch.optim.AdamW and arguments.device.type == "cpu":
+        options["fused"] = True
+    return kind, options
 
 
 def loraplus_optimizer(
@@ -24,7 +43,7 @@ def loraplus_optimizer(
 
     Source: Hayou et al. 2024, LoRA+ (arXiv:2402.12354).
     """
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    kind, options = optimizer_class(arguments, model)
     options.pop("lr")
     optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
         model,

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerControl
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerControl,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sweeper.config.settings import LoraAdapter, TrialSettings
@@ -24,7 +30,7 @@ from sweeper.modeling.model_source import NO_CODE
 from sweeper.training.arguments import OBJECTIVE
 from sweeper.training.checkpoint import remove_old, seal
 from sweeper.training.distributed import RankGroup
-from sweeper.training.optimizer import loraplus_optimizer
+from sweeper.training.optimizer import loraplus_optimizer, optimizer_class
 from sweeper.training.rank_batches import NO_ROW, CompletedBatches
 from sweeper.training.schedule import TrialSchedule
 from sweeper.training.trial_costs import TrialCosts
@@ -153,6 +159,13 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
             shard: Any = loader.batch_sampler
             shard.batch_sampler = CompletedBatches(shard.batch_sampler, self._ranks.size)
         return loader
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: PreTrainedModel | None = None
+    ) -> tuple[Any, Any]:
+        """Return the optimiser's class and options, which transformers asks for."""
+        return optimizer_class(args, model)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the configured optimiser, with LoRA+ learning rates if they are set."""

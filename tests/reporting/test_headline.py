@@ -137,6 +137,16 @@ def test_every_figure_of_the_headline_is_mlflows(runs: dict[str, Run], page: Pag
     assert not re.search(r"\d", rest), rest
 
 
+def test_each_difference_in_nats_has_its_factor(page: Page) -> None:
+    """A reader of the page never has to compute what a difference in nats is in perplexity."""
+    text = page.all("main")[0].text
+    found = list(re.finditer(r"[+-]?\d+\.\d+ nats\b", text))
+    assert len(found) >= 3
+    for each in found:
+        after = text[each.end() : each.end() + 200]
+        assert re.search(r"a factor of \d|× the perplexity", after), text[each.start() :][:220]
+
+
 def test_tiles_are_mlflows(runs: dict[str, Run], page: Page) -> None:
     """The large figures: the difference, what is retained, parameters, and the time if it is told."""
     parent = runs[""].data.metrics

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from sweeper.training.optimizer import loraplus_optimizer
+from sweeper.training.optimizer import loraplus_optimizer, optimizer_class
 from sweeper.training.trial_runner import TransformersRunner
 from tests.training.conftest import RunTiny
 
@@ -63,6 +63,27 @@ def test_schedule_gives_the_rates_of_its_definition(name: str, run_tiny: RunTiny
     rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     logged = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
     assert logged == pytest.approx([rate(step) for step in range(8)], abs=1e-9)
+
+
+def test_adamw_on_a_cpu_is_fused_and_the_same(tmp_path: Path) -> None:
+    """Five steps of the fused form are torch's plain ones to 2e-6 of their length."""
+    arguments = TrainingArguments(
+        str(tmp_path), learning_rate=1e-2, optim="adamw_torch", weight_decay=0.1, use_cpu=True
+    )
+    kind, options = optimizer_class(arguments, None)
+    assert (kind, options["fused"]) == (torch.optim.AdamW, True)
+    torch.manual_seed(0)
+    start, gradients = torch.randn(30, 40), torch.randn(5, 30, 40)
+    ends = []
+    for form in (options, {**options, "fused": False}):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = kind([weight], **form)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach() - start)
+    fused, plain = ends
+    assert (fused - plain).norm() <= 2e-6 * plain.norm() > 0
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "paged_adamw_8bit"])
