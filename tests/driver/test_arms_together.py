@@ -30,7 +30,7 @@ from tests.driver.threaded import ThreadedEngine, opener
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "finalists=none"),
     # Of fewer steps, the warm-up of the LoRA winner would be that of the full arm.
-    *("++workers.fake.steps=100", "pruner=none"),
+    *("++workers.fake.steps=40", "pruner=none"),
     *("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3"),
 )
 LAST = "lora/0002"
