@@ -22,6 +22,7 @@ class ProbeJob(Job):
     name: str
     settings: TrialSettings
     adopted: Path | None = None
+    """An earlier run's model that is judged instead of any training."""
     answer: ProbedEvent | None = None
     lost: Outcome | None = None
     """The outcome of a probe that no worker survived."""
@@ -52,9 +53,7 @@ class ProbeJob(Job):
         self.lost = Outcome(cause=cause, message=message)
 
 
-def run_probe(
-    dispatcher: Dispatcher, name: str, settings: TrialSettings, adopted: Path | None = None
-) -> ProbedEvent | Outcome:
+def run_probe(dispatcher: Dispatcher, name: str, settings: TrialSettings) -> ProbedEvent | Outcome:
     """Return a worker's answer to a probe, or the outcome of a probe that has no answer.
 
     The outcome is `cancelled` if the study's time ended before the answer.
@@ -63,17 +62,14 @@ def run_probe(
         dispatcher: its workers answer.
         name: the arm's.
         settings: of any trial of the arm.
-        adopted: an earlier run's model that is judged instead of any training.
     """
-    job = ProbeJob(name, settings, adopted)
+    job = ProbeJob(name, settings)
     dispatcher.run(JobList([job]))
     return job.answer or job.lost or Outcome(cause="cancelled", message="the time is used up")
 
 
-def probe_arm(
-    dispatcher: Dispatcher, name: str, settings: TrialSettings, adopted: Path | None = None
-) -> ArmBaseline | MemoryShortfall | None:
-    """Return the facts about an arm, or the memory that its trainings lack. See `run_probe`.
+def facts_found(probe: ProbeJob) -> ArmBaseline | MemoryShortfall | None:
+    """Return the facts about an arm that an ended probe found, or the memory that its trainings lack.
 
     Returns None if the study's time ended before the answer.
 
@@ -81,16 +77,16 @@ def probe_arm(
         StudyError: there are no facts, for instance because the base model cannot be had.
         WorkerError: the worker died in every attempt.
     """
-    answer = run_probe(dispatcher, name, settings, adopted)
-    if isinstance(answer, Outcome):
-        if answer.cause == "cancelled":
-            return None
+    if probe.lost is not None:
         raise WorkerError(
             "the worker died each time that it loaded the base model and the data:\n"
-            f"{answer.message}"
+            f"{probe.lost.message}"
         )
+    answer = probe.answer
+    if answer is None:
+        return None
     if answer.misfit is not None:
         return answer.misfit
     if answer.facts is None:
-        raise StudyError(f"arm {name}: {answer.message}")
+        raise StudyError(f"arm {probe.name}: {answer.message}")
     return answer.facts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -16,10 +18,9 @@ from sweeper.core.spool import read_spool
 from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.arm_context import ArmContext
 from sweeper.driver.budget import typical_seconds
-from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import MAX_ATTEMPTS, JobPhase
-from sweeper.driver.running_trial import HOPELESS_AT, PreparedTrial, RunningTrial, WorkTimer
+from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
 from sweeper.driver.trial_recorder import TrialRecorder
 from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
@@ -29,6 +30,7 @@ from sweeper.search.states import STATES
 from sweeper.search.study import (
     AUDITED,
     DROPPED,
+    HOPELESS_AT,
     ask,
     counted,
     decided_rank,
@@ -62,18 +64,18 @@ class ArmSearch:
         self._recorder = TrialRecorder(context, on_trial_finished)
         self._sizes = KnownSizes()
         self._open: dict[str, RunningTrial] = {}
+        self._resumed: deque[RunningTrial] = deque()
+        """Open trials of an earlier run that no worker has got yet."""
         self._refusal: str | None = None
         """The budget's reason to start no further trial."""
 
-    def run(self, dispatcher: Dispatcher) -> None:
-        """Run the search to its end.
-
-        Raises:
-            StudyError: the same code error came too often.
-            KeyboardInterrupt: after the running trials were recorded as cancelled.
-        """
+    def begin(self) -> None:
+        """Show the trials that earlier runs finished, and take over those that they left open."""
         self._recorder.recall_finished()
-        dispatcher.run(self, resumed=self._orphans())
+        self._resumed.extend(self._orphans())
+
+    def conclude(self) -> None:
+        """Say why the search has ended before its total, if it has."""
         done, wanted = counted(self._context.study), self._wanted()
         if done < wanted:
             reason = self._refusal or "every other proposed point was a duplicate or infeasible"
@@ -83,8 +85,8 @@ class ArmSearch:
 
     @property
     def done(self) -> bool:
-        """See JobSource."""
-        return not self._may_ask()
+        """See JobSource. A search that waits for an open trial to decide about the next is not done."""
+        return not self._resumed and self._next_step() == "end"
 
     @property
     def budget_left(self) -> str:
@@ -93,8 +95,10 @@ class ArmSearch:
 
     def next_job(self) -> RunningTrial | None:
         """See JobSource: duplicates and impossible points are answered at once."""
+        if self._resumed:
+            return self._resumed.popleft()
         equal = self._context.facts.equal_presets
-        while self._may_ask():
+        while self._next_step() == "ask":
             trial = ask(self._context.study, self._context.places)
             point = suggest(trial, self._context.arm.space)
             # training the same point again would cost a trial and teach the sampler nothing
@@ -127,27 +131,38 @@ class ArmSearch:
 
     def abandon(self) -> None:
         """See JobSource."""
+        while self._resumed:
+            job = self._resumed.popleft()
+            job.cancel()
+            self.finished(job)
         self._recorder.cancel_unprepared()
 
-    def _may_ask(self) -> bool:
+    def pass_budget_on(self) -> float:
+        """Keep the device time that the open trials are expected to take, and return it in seconds."""
+        budget, started = self._context.budget, self._started()
+        checked = [budget.clock()] * (len(self._open) - len(started))  # they start in a moment
+        return budget.pass_on([*started, *checked], typical_seconds(budget.ended))
+
+    def _next_step(self) -> Literal["ask", "wait", "end"]:
+        """Return how the search uses a free slot: ask for a trial, wait for an open one, or end."""
         trials = self._context.study.get_trials(deepcopy=False)
-        turn = next_turn(trials, self._context.places)
-        if self._awaits(turn, trials):
-            return False
-        read = read_by(turn, trials)
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
-        fruitless = sum(map(_fruitless, read))
         # the whole grid was queued when the arm was opened; a grid sampler would repeat its points
         exhausted = self._context.arm.sampler.name == "grid" and not waiting
         total = self._wanted()
-        room = sum(map(counts, trials)) + len(self._open) < total
-        allowed = room and not exhausted and fruitless < MAX_FRUITLESS * total
-        if allowed:
-            budget = self._context.budget
-            self._refusal = budget.refusal(
-                self._started(), typical_seconds(budget.ended), _values(read)
-            )
-        return allowed and self._refusal is None
+        if exhausted or sum(map(counts, trials)) + len(self._open) >= total:
+            return "end"
+        turn = next_turn(trials, self._context.places)
+        if self._awaits(turn, trials):
+            return "wait"
+        read = read_by(turn, trials)
+        if sum(map(_fruitless, read)) >= MAX_FRUITLESS * total:
+            return "end"
+        budget = self._context.budget
+        self._refusal = budget.refusal(
+            self._started(), typical_seconds(budget.ended), _values(read)
+        )
+        return "ask" if self._refusal is None else "end"
 
     def _awaits(self, turn: TrialTurn, trials: Sequence[FrozenTrial]) -> bool:
         """Return True if a trial is open whose end the decision about the next one reads."""
@@ -188,12 +203,14 @@ class ArmSearch:
             key, folder, params, tags, dataset_record(context.facts, settings.data)
         )
         identity = self._claim(record, settings, trial)
-        guard = make_watch(
-            context.pruner, settings.training, trial, reported, self._measured(folder)
-        )
+        measured = self._measured(folder)
+        if measured and CONTINUES in trial.user_attrs:
+            reported = self._report_again(trial, reported)
+        guard = make_watch(context.pruner, settings.training, trial, reported, measured)
         prepared = PreparedTrial(trial, point, settings, record, identity, view, guard)
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
         job.audited = bool(trial.user_attrs.get(AUDITED, False))
+        job.hopeless_at = trial.user_attrs.get(HOPELESS_AT)
         self._open[key] = job
         return job
 
@@ -218,6 +235,16 @@ class ArmSearch:
                 )
         return identity
 
+    def _report_again(self, trial: Trial, reported: Iterable[int]) -> set[int]:
+        """Report what the trial that this one continues had reported, and return all steps reported."""
+        # it was decided then, and a trial that was stopped at its last look has no further one
+        known, number = set(reported), trial.user_attrs[CONTINUES]
+        earlier = self._context.study.get_trials(deepcopy=False)[number].intermediate_values
+        for step, value in earlier.items():
+            if step not in known:
+                trial.report(value, step)
+        return known | set(earlier)
+
     def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
         """Return the (step, value) pairs that earlier attempts measured, in Optuna's sign."""
         objective = self._context.objective
@@ -241,7 +268,6 @@ class ArmSearch:
         job = self._prepare(trial, point, frozen.intermediate_values)
         if job is None:
             return None
-        job.hopeless_at = frozen.user_attrs.get(HOPELESS_AT)
         job.attempt = int(frozen.user_attrs.get("attempt", 0)) + 1
         dropped = DROPPED in frozen.user_attrs
         # it may have ended, and the driver died before it could tell

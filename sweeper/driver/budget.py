@@ -2,8 +2,9 @@
 
 - No trial is started that would exceed a limit, judged by the median duration of the ended trials.
   A running trial always runs to its end. Ctrl-C stops at once.
-- Arms run one after the other. Each gets the share of the remaining budget that its open trials
-  have among all open trials. Otherwise the baseline, which comes last, would never be trained.
+- Arms begin one after the other. Each gets the share of the remaining budget that its open trials
+  have among all open trials. Otherwise the baseline, which comes last, would never be trained. An arm
+  whose last trials still run keeps the time that they need, and passes the rest on.
 - wall_clock counts from the start of this command, pauses excluded. `until` is a time of day.
   device_hours are counted over all runs of the study.
 
@@ -85,12 +86,12 @@ class ArmBudget:
             typical: typical seconds of a trial, 0 while unknown.
             values: the value of each counted trial in order, None where it has none.
         """
-        now, left = self.clock(), self._seconds_left()
+        left = self._seconds_left()
         if left is not None and typical >= left:
             return "the time is used up"
         if self.device_seconds is not None:
-            running = sum(max(typical, now - moment) for moment in started)
-            if self.devices * (sum(self.ended) + running + typical) >= self.device_seconds:
+            used = self._ended() + self._running(started, typical)
+            if used + self.devices * typical >= self.device_seconds:
                 return "the device-hours are used up"
         if self.plateau is not None and plateaued(self.plateau, values, self.minimize):
             return (
@@ -99,15 +100,29 @@ class ArmBudget:
             )
         return None
 
+    def pass_on(self, started: Sequence[float], typical: float) -> float:
+        """Keep only the device seconds that the running trials are expected to take, and return them."""
+        running = self._running(started, typical)
+        if self.device_seconds is not None:
+            self.device_seconds = min(self.device_seconds, self._ended() + running)
+        return running
+
+    def _ended(self) -> float:
+        """Return the device seconds of the trials that ended in this run."""
+        return self.devices * sum(self.ended)
+
+    def _running(self, started: Sequence[float], typical: float = 0.0) -> float:
+        """Return the device seconds of the running trials, at least `typical` seconds each."""
+        now = self.clock()
+        return self.devices * sum(max(typical, now - moment) for moment in started)
+
     def left(self, started: Sequence[float]) -> str:
         """Return the remaining budget as text, or '' when there is no limit."""
-        now = self.clock()
         words = []
         if (seconds := self._seconds_left()) is not None:
             words.append(f"{duration(max(0.0, seconds))} left")
         if self.device_seconds is not None:
-            running = sum(now - moment for moment in started)
-            used = self.devices * (sum(self.ended) + running)
+            used = self._ended() + self._running(started)
             left = max(0.0, self.device_seconds - used)
             words.append(f"{left / 3600:.2f} device-hours left")
         return ", ".join(words)
@@ -118,7 +133,7 @@ class ArmBudget:
 
 
 class StudyBudget:
-    """Budget of one run of a study, distributed to its arms in turn."""
+    """Budget of one run of a study, distributed to its arms as they begin."""
 
     def __init__(
         self,
@@ -135,19 +150,20 @@ class StudyBudget:
         limit, until = settings.wall_clock, settings.until
         self._deadline = None if limit is None else clock() + limit
         self._until = None if until is None else next_time(until, wall(), zone)
-        self._arm: ArmBudget | None = None
+        self._parts: list[ArmBudget] = []
 
     def of_arm(self, share: float, device_seconds_spent: float, devices: int = 1) -> ArmBudget:
         """Return the part of the remaining budget that an arm gets.
 
         Args:
             share: the arm's open trials over all open trials, 0..1.
-            device_seconds_spent: device seconds of all trials of the study so far.
+            device_seconds_spent: device seconds of all trials of the study so far, and those that the
+                running trials of other arms are expected to take.
             devices: devices that each of the arm's trials occupies.
         """
         hours = self._settings.device_hours
         left = None if hours is None else max(0.0, 3600 * hours - device_seconds_spent) * share
-        self._arm = ArmBudget(
+        part = ArmBudget(
             deadline=_part(share, self._clock(), self._deadline),
             device_seconds=left,
             plateau=self._settings.plateau,
@@ -157,7 +173,8 @@ class StudyBudget:
             wall=self._wall,
             devices=devices,
         )
-        return self._arm
+        self._parts.append(part)
+        return part
 
     def seconds_over(self) -> float:
         """Return the seconds since the end of the study's time: negative before, -inf without one."""
@@ -168,8 +185,8 @@ class StudyBudget:
         """Exclude a pause of the study from its wall-clock time."""
         if self._deadline is not None:
             self._deadline += seconds
-        if self._arm is not None:
-            self._arm.paused(seconds, self._until)
+        for part in self._parts:
+            part.paused(seconds, self._until)
 
 
 def _part(share: float, now: float, end: float | None) -> float | None:

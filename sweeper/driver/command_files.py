@@ -86,6 +86,8 @@ StudyCommand = (
 )
 TO_A_DRIVER = (PauseStudy, ResumeStudy, StopStudy)
 """Commands that are meant for the current driver only. Its successor refuses them."""
+TO_A_SEARCH = (ExtendArm, EnqueuePoint, CloneTrial)
+"""Commands that change what an arm tries."""
 _COMMANDS: TypeAdapter[StudyCommand] = TypeAdapter(
     Annotated[StudyCommand, Field(discriminator="verb")]
 )

@@ -16,6 +16,7 @@ from sweeper.config.space import Draw, Scalar, grid
 from sweeper.core.errors import CommandRefused
 from sweeper.driver.command_files import (
     TO_A_DRIVER,
+    TO_A_SEARCH,
     CloneTrial,
     CommandAnswer,
     CommandFile,
@@ -86,16 +87,21 @@ class CommandHandler:
 
     def obey(self, dispatcher: Dispatcher) -> None:
         """Obey what has arrived, as far as one turn of the loop has time for it."""
+        self._obey_in_turn(self._letters(), dispatcher)
+
+    def on_arm_opened(self) -> None:
+        """Obey the commands that waited for an arm, before its first trial is asked."""
+        self._waiting.clear()
+        kept = (each for each in self._letters() if isinstance(each.command, TO_A_SEARCH))
+        self._obey_in_turn(kept, None)
+
+    def _obey_in_turn(self, letters: Iterator[CommandFile], dispatcher: Dispatcher | None) -> None:
         end = time.monotonic() + TURN_SECONDS
-        for letter in self._letters():
+        for letter in letters:
             self._obey(letter, dispatcher)
             if time.monotonic() > end:
                 break
         self._send_answers()
-
-    def on_arm_opened(self) -> None:
-        """Look again at the commands that wait for an arm."""
-        self._waiting.clear()
 
     def _letters(self) -> Iterator[CommandFile]:
         """Yield the commands that were neither obeyed nor put off."""
@@ -110,10 +116,10 @@ class CommandHandler:
     def _obey(self, letter: CommandFile, dispatcher: Dispatcher | None) -> None:
         command = letter.command
         try:
-            if isinstance(command, ExtendArm | EnqueuePoint | CloneTrial):
+            if isinstance(command, TO_A_SEARCH):
                 text = self._change_search(letter.id, command)
             else:
-                assert dispatcher is not None, "commands to a driver are refused before it runs"
+                assert dispatcher is not None, "commands to a driver need one"
                 text = self._steer(command, dispatcher)
             answer = CommandAnswer(ok=True, text=text)
         except CommandRefused as refusal:

@@ -130,12 +130,11 @@ class Dispatcher:
         """True if the run ends before its next turn, which nothing can cancel."""
         return self._interrupt.number is not None
 
-    def run(self, source: JobSource[Any], resumed: Sequence[Job] = ()) -> None:
+    def run(self, source: JobSource[Any]) -> None:
         """Run all jobs of a source to their ends.
 
         Args:
             source: asked for a job whenever a slot is free.
-            resumed: jobs that an earlier run left behind, which come first.
 
         Raises:
             StudyError: the source cannot continue.
@@ -145,14 +144,15 @@ class Dispatcher:
             All open jobs were cancelled before the first three are raised.
         """
         self._source = source
-        self._jobs.queue.extend(resumed)
         try:
             # before the first job: commands that were kept may raise the total or come first
             self._attend()
-            # a paused run without any job still waits for its resume
-            while self.mode != "running" or self._jobs or not source.done:
+            while True:
                 self._interrupt.check()
                 self._hand_out()
+                # a paused run without any job still waits for its resume
+                if self.mode == "running" and not self._jobs and source.done:
+                    return
                 if (event := self._listen()) is not None:
                     self._route(event)
                 self._attend()
@@ -307,9 +307,8 @@ class Dispatcher:
             self._waits.answered(job)
         match job.on_event(event):
             case None if job.watched and isinstance(event, EvaluatedEvent):
-                # one that was asked to stop has its answer
-                if job.phase is JobPhase.RUNNING:
-                    self._pool.engine.proceed(job.key, event.step)
+                # also if it was asked to stop: it does so once its evaluation is decided
+                self._pool.engine.proceed(job.key, event.step)
             case JobPhase.ENDED:
                 self._end(job)
             case JobPhase.QUEUED:
@@ -364,13 +363,14 @@ class Dispatcher:
         ]
         # other jobs do not react to a stop: they end with their workers
         for job in stopping:
-            self._pool.engine.stop(job.key, "cancelled")
+            if job.phase is not JobPhase.PRUNING:  # else it ends as hopeless
+                self._pool.engine.stop(job.key, "cancelled")
         silent_s = 0.0
         while self._jobs.any_runs(stopping) and silent_s < CANCEL_SECONDS:
             event = self._listen()
             # only silence counts: a trial that still writes its checkpoint may take longer
             silent_s += POLL_SECONDS if event is None else 0.0
-            if isinstance(event, EndedEvent | LostEvent | InputsChangedEvent):
+            if isinstance(event, EvaluatedEvent | EndedEvent | LostEvent | InputsChangedEvent):
                 with suppress(StudyError):  # the run ends already
                     self._route(event)
         for job in self._jobs.all():

@@ -103,7 +103,10 @@ class JobSource(Protocol[AnyJob]):
 
     @property
     def done(self) -> bool:
-        """True if no further job will come, given that no job is open."""
+        """True if no further job will come, unless an open one ends without its result.
+
+        Read after `next_job` has returned None.
+        """
 
     @property
     def budget_left(self) -> str:

@@ -17,7 +17,7 @@ from sweeper.driver.jobs import Job, JobPhase, LostCause
 from sweeper.driver.trial_sizes import KnownSizes, decided, recorded
 from sweeper.reporting.study_progress import TrialProgress
 from sweeper.search.pruning import PruningGuard, as_told, audited
-from sweeper.search.study import AUDITED, DROPPED
+from sweeper.search.study import AUDITED, DROPPED, HOPELESS_AT
 from sweeper.tracking.tracker import TrialRecord
 from sweeper.workers.protocol import (
     CheckCommand,
@@ -29,9 +29,6 @@ from sweeper.workers.protocol import (
     SubmitCommand,
     WorkerEvent,
 )
-
-HOPELESS_AT = "hopeless_at"
-"""User attribute of a trial that the pruner stops: the step of the evaluation that decided it."""
 
 
 @dataclass
@@ -193,8 +190,9 @@ class RunningTrial(Job):
         hopeless = self.prepared.guard.evaluated(event.step, event.total_steps, told)
         if self.hopeless_at is not None and event.step >= self.hopeless_at:
             hopeless = True
-        # the guard sees every evaluation, but a trial that stops already is not stopped again
-        if not hopeless or self.audited or self.phase is not JobPhase.RUNNING:
+        # the guard sees every evaluation, but a trial that stops for good is not stopped again. One that
+        # stops for a pause is: when it continues, this evaluation is over
+        if not hopeless or self.audited or self.phase not in (JobPhase.RUNNING, JobPhase.PAUSING):
             return None
         return self._prune_or_audit(event)
 

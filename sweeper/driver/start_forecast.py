@@ -1,7 +1,7 @@
 """Forecast a study at its start, and again after the first finished trial of each arm.
 
 Costs nothing: the hours come from the time that the probe took to judge the untuned base, and later from
-the trials themselves. Arms run one after the other, so each is forecast when it is opened.
+the trials themselves. Arms begin one after the other, so each is forecast when it is opened.
 """
 
 from __future__ import annotations

@@ -1,11 +1,18 @@
-"""The run of a study: its arms one after the other, then their finalists."""
+"""The run of a study: its arms, and then their finalists.
+
+Arms begin in their order. Once an arm has handed out its last trial, slots that become free go to the
+next arm. Only points beside a best one wait for what they follow from. Decisions read the record of
+their own arm, so the tables are those of arms that run one after the other.
+"""
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.storages import BaseStorage
 
@@ -16,13 +23,15 @@ from sweeper.core.errors import InputsChanged, StudyError, StudyMismatch
 from sweeper.core.outcome import ArmBaseline, BaselineRun
 from sweeper.core.value import MemoryShortfall
 from sweeper.driver.arm_context import ArmContext
-from sweeper.driver.arm_probe import probe_arm
+from sweeper.driver.arm_probe import ProbeJob, facts_found
 from sweeper.driver.arm_search import ArmSearch
 from sweeper.driver.budget import ArmBudget, StudyBudget, typical_seconds
 from sweeper.driver.command_handler import CommandHandler
 from sweeper.driver.device_time import searched_seconds, spent_seconds
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_runs import FinalistRuns
+from sweeper.driver.job_sequences import JobSequence, JobSequences
+from sweeper.driver.jobs import JobList, JobSource
 from sweeper.driver.results_writer import ResultsWriter
 from sweeper.driver.start_forecast import StartForecast
 from sweeper.driver.study_services import StudyServices
@@ -48,6 +57,9 @@ from sweeper.workers.worker_count import WorkerCount, count_workers, this_machin
 PAGED = "training.optim=paged_adamw_8bit"
 """Its states need no memory of the device: they move to the host's memory and back."""
 
+ArmSources = Iterator[JobSource[Any] | None]
+"""The sources of an arm's jobs, one after the other, and None while it waits for another arm."""
+
 
 @dataclass
 class StudyRun:
@@ -64,6 +76,8 @@ class StudyRun:
     """Called when an arm's study is known to answer the plan's question."""
     _ran: dict[str, int] = field(default_factory=dict)
     """The total to which each arm was run."""
+    _searches: dict[str, ArmSearch] = field(default_factory=dict)
+    """The search of each arm that has begun and not ended."""
     _probed: dict[str, tuple[ArmPlan, ArmBaseline]] = field(default_factory=dict)
     """The arms that this run has probed, and the facts about them."""
     _count: WorkerCount = field(init=False)
@@ -95,10 +109,9 @@ class StudyRun:
         self._count = self._count_workers()
         self.services.view.event(f"workers: {self._count}")
         self.commands.catch_up()
-        while (arm := self._next_arm()) is not None:
-            self._host([arm])
-            self._run_arm(arm)
-            self._ran[arm.name] = self._state.total(arm.name)
+        while arms := self._next_arms():
+            self._host(arms)
+            self._run_together(arms)
         if not self._announced:
             raise StudyError(
                 "the time is used up before the base and the data of any arm were loaded. Give the "
@@ -108,18 +121,32 @@ class StudyRun:
         self._host(self._state.plan.arms)
         self._run_finalists()
 
-    def _next_arm(self) -> ArmPlan | None:
-        """Return the first arm that was not run to its total. An extended arm comes again."""
+    def _next_arms(self) -> list[ArmPlan]:
+        """Return the next arms that share workers, of those that were not run to their totals.
+
+        An extended arm comes again. Arms whose trials need other numbers of devices share no workers, so
+        a wide trial never waits for enough narrow ones to end.
+        """
         arms = [arm for arm in self._state.plan.arms if self._ran.get(arm.name) != arm.n_trials]
         # an adopted arm costs little, and its problems are best known first
-        return min(arms, key=lambda arm: arm.run_id is None, default=None)
+        arms.sort(key=lambda arm: arm.run_id is None)
+        if self._state.plan.study.protocol == "paper":
+            return arms[:1]  # how long another arm is searched follows from the whole first search
+        return list(itertools.takewhile(lambda arm: _width(arm) == _width(arms[0]), arms))
+
+    def _run_together(self, arms: Sequence[ArmPlan]) -> None:
+        """Run arms to their ends on the same workers."""
+        sequences: dict[str, JobSequence] = {}
+        for arm in arms:
+            sequences[arm.name] = JobSequence(self._sources(arm, dict(sequences)))
+        self.dispatcher.run(JobSequences(list(sequences.values())))
+        for name, sequence in sequences.items():
+            if not sequence.ended:  # the time is used up, and no worker starts
+                self._end_arm(name)
 
     def _host(self, arms: Sequence[ArmPlan]) -> None:
-        """Have workers that are wide enough for the trials of these arms.
-
-        Arms run one after the other, so a wide trial never waits for enough narrow ones to end.
-        """
-        devices = max(arm.settings.training.devices_per_trial for arm in arms)
+        """Have workers that are wide enough for the trials of these arms."""
+        devices = max(map(_width, arms))
         if devices == self._devices:
             return
         self.pool.close()  # the next engine needs the devices of this one
@@ -139,7 +166,7 @@ class StudyRun:
         """Return how many places a trial of an arm lies behind those that decide about it."""
         if not self._state.plan.study.reproducible:
             return ARRIVED
-        return reach(self._workers(arm.settings.training.devices_per_trial))
+        return reach(self._workers(_width(arm)))
 
     def _count_workers(self) -> WorkerCount:
         plan, studies = self._state.plan, self._state.studies
@@ -154,17 +181,47 @@ class StudyRun:
             arms=[(arm.settings.trial, arm.n_trials) for arm in plan.arms],
         )
 
-    def _run_arm(self, arm: ArmPlan) -> None:
+    def _sources(self, arm: ArmPlan, before: Mapping[str, JobSequence]) -> ArmSources:
+        """Run an arm: yield its probe, its search, and the search of points beside its best one.
+
+        Args:
+            arm: the arm.
+            before: the arms that take free slots before this one, by name.
+        """
+        while not all(each.ended or self._leaves_slots(name) for name, each in before.items()):
+            yield None
         adopted = self._adopted(arm)
         model = None if adopted is None else adopted.model
-        facts = probe_arm(self.dispatcher, arm.name, arm.settings.trial, model)
-        if facts is None:
-            words = "the time is used up, and its base and data were not loaded"
-            self.services.view.event(f"arm {arm.name} is not run: {words}")
-            return
+        probe = ProbeJob(arm.name, arm.settings.trial, model)
+        yield JobList([probe])
+        facts = facts_found(probe)
         if isinstance(facts, MemoryShortfall):
             self._leave_out(arm, facts)
-            return
+        elif facts is not None:
+            yield from self._search(arm, facts, adopted, before)
+        self._end_arm(arm.name)
+
+    def _leaves_slots(self, name: str) -> bool:
+        """Return True if an arm's search has begun and handed out its last trial."""
+        # before that even a slot in which the search waits for a trial is kept: a worker holds one base,
+        # and would load that of the other arm and then the first one again
+        return name in self._searches and self._searches[name].done
+
+    def _end_arm(self, name: str) -> None:
+        self._ran[name] = self._state.total(name)
+        if (search := self._searches.pop(name, None)) is not None:
+            search.conclude()
+        if name not in self._probed and name not in self.results.misfits:
+            words = "the time is used up, and its base and data were not loaded"
+            self.services.view.event(f"arm {name} is not run: {words}")
+
+    def _search(
+        self,
+        arm: ArmPlan,
+        facts: ArmBaseline,
+        adopted: BaselineRun | None,
+        before: Mapping[str, JobSequence],
+    ) -> ArmSources:
         self._require_same_inputs(arm, facts)
         for remark in (
             *facts.base_remarks,
@@ -181,8 +238,11 @@ class StudyRun:
             lambda: self._state.total(arm.name) + refined_count(context.study),
             lambda: self._on_trial_finished(context),
         )
-        search.run(self.dispatcher)
-        self._refine(context, search)
+        search.begin()
+        self.commands.on_arm_opened()  # points for this arm may wait in the inbox
+        self._searches[arm.name] = search
+        yield search
+        yield from self._refinement(context, search, before)
         # its trial has a copy now
         shutil.rmtree(self.services.folder.adopted(arm.name), ignore_errors=True)
 
@@ -191,36 +251,42 @@ class StudyRun:
         arm, trials = context.arm, self.services.board.trials.values()
         seconds = [t.seconds for t in trials if t.arm == arm.name and t.complete and t.seconds]
         left = self._state.total(arm.name) - counted(context.study)
-        jobs = self._workers(arm.settings.training.devices_per_trial)
+        jobs = self._workers(_width(arm))
         self._forecast.trial_finished(arm, left, typical_seconds(seconds) or None, jobs)
 
-    def _refine(self, context: ArmContext, search: ArmSearch) -> None:
+    def _refinement(
+        self, context: ArmContext, search: ArmSearch, before: Mapping[str, JobSequence]
+    ) -> ArmSources:
         """Try points beside the best one of the arm's grid, once the whole grid was tried."""
         arm, study = context.arm, context.study
         if counted(study) < self._state.total(arm.name):
             return
-        self._try_beside(context, search, rates_beside_best(arm, study))
+        yield from self._beside(context, search, rates_beside_best(arm, study))
+        while LORA in before and not before[LORA].ended:  # its winner's warm-up comes next
+            yield None
         lora = self._state.studies.get(LORA)
         winner = {} if lora is None else best_point(self._state.arm(LORA), lora)
         for point in warmup_beside_best(arm, study, winner):
             steps = twin_warmup(arm, study, point)
             if steps is None:
-                self._try_beside(context, search, [point])
+                yield from self._beside(context, search, [point])
                 continue
             words = (
                 f"the warm-up of arm {LORA}'s winner is not tried: it has as many steps ({steps})"
             )
             self.services.view.event(f"arm {arm.name}: {words}")
 
-    def _try_beside(self, context: ArmContext, search: ArmSearch, points: Sequence[Point]) -> None:
+    def _beside(
+        self, context: ArmContext, search: ArmSearch, points: Sequence[Point]
+    ) -> ArmSources:
         """Train the points that were not tried yet."""
         arm, study = context.arm, context.study
         if new := queue_refined(arm, study, points):
-            self.services.board.wanted = self._state.total(arm.name) + refined_count(study)
+            self.services.board.want(arm.name, self._state.total(arm.name) + refined_count(study))
             points_word = "point" if new == 1 else "points"
             words = f"arm {arm.name}: {new} further {points_word} beside the best of its grid"
             self.services.view.event(words)
-            search.run(self.dispatcher)
+            yield search
 
     def _require_same_inputs(self, arm: ArmPlan, facts: ArmBaseline) -> None:
         """Refuse an arm that finds other files than an arm before it, where both name the same.
@@ -261,16 +327,15 @@ class StudyRun:
         study.set_user_attr(WORKERS, self._count.stored())
         self.on_confirmed()
         self._state.studies[arm.name] = study
-        self.commands.on_arm_opened()  # points for this arm may wait in the inbox
         if adopted is not None:
             study.set_user_attr("adopted", adopted.model_dump(mode="json"))
         fix_refinement(study, arm)
         words = fill_study(study, plan, arm, facts, self.storage)
         budget = self._arm_budget(arm)
         words += [left] if (left := budget.left([])) else []
-        done, width = counted(study), arm.settings.training.devices_per_trial
+        done = counted(study)
         self._announce(arm, facts, done, words)
-        self._forecast.open_arm(arm, facts, done, self._workers(width))
+        self._forecast.open_arm(arm, facts, done, self._workers(_width(arm)))
         self.services.board.open_arm(arm.name, arm.n_trials, base_value)
         return ArmContext(
             arm=arm,
@@ -364,7 +429,9 @@ class StudyRun:
         names = list(wanted)
         following = sum(wanted[name] for name in names[names.index(arm.name) :])
         share = wanted[arm.name] / max(1, following)
-        budget = self.budget.of_arm(share, self._spent(), self._devices)
+        # arms whose last trials still run need what those will take, and nothing more
+        running = sum(search.pass_budget_on() for search in self._searches.values())
+        budget = self.budget.of_arm(share, self._spent() + running, self._devices)
         if plan.study.protocol == "paper" and arm.name != names[0]:
             equal = self._seconds_left_to_equal(arm, names[0])
             limit = budget.device_seconds
@@ -403,3 +470,8 @@ class StudyRun:
         say(f"{text}. Untuned base: {metric_words(metric)} {facts.base_value(metric):.4f}")
         for word in words:
             say(f"arm {arm.name}: {word}")
+
+
+def _width(arm: ArmPlan) -> int:
+    """Return the devices that each trial of an arm occupies."""
+    return arm.settings.training.devices_per_trial

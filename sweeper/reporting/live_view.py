@@ -83,7 +83,7 @@ class VerboseView(PlainView):
 
     def update(self, board: StudyProgress) -> None:
         """Print the evaluations that are new since the last update."""
-        for trial in board.current():
+        for trial in (*board.elsewhere(), *board.current()):
             if trial.value is None or trial.state != "running":
                 continue
             # The driver updates several times per evaluation.
@@ -165,9 +165,14 @@ def picture(results: StudyResults) -> str:
 
 
 def board_table(board: StudyProgress) -> Group:
-    """Return a headline and a table of the running arm's trials, the newest last."""
-    trials = board.current()
-    keys = list(dict.fromkeys(key for trial in trials for key in trial.point))
+    """Return a headline and a table of the running arm's trials, the newest last.
+
+    Trials of another arm that still run come first, under their whole names.
+    """
+    others, own = board.elsewhere(), board.current()
+    # A table higher than the terminal cannot be redrawn in place.
+    trials = [*others, *own[-max(1, MAX_ROWS - len(others)) :]]
+    keys = list(dict.fromkeys(key for trial in (*others, *own) for key in trial.point))
     table = Table(box=None)
     for name in ("trial", *(key.rsplit(".", 1)[-1] for key in keys)):
         table.add_column(name, justify="right" if name == "trial" else "left")
@@ -177,9 +182,9 @@ def board_table(board: StudyProgress) -> Group:
     best_of = "best" if judged == valued else metric_words(valued)
     for name in ("progress", "left", "tokens/s", metric_words(judged), best_of, "state"):
         table.add_column(name, justify="right")
-    # A table higher than the terminal cannot be redrawn in place.
-    for trial in trials[-MAX_ROWS:]:
-        table.add_row(*_cells(trial, keys, best=trial is board.best))
+    for trial in trials:
+        name = str(trial.number) if trial.arm == board.arm else trial.key
+        table.add_row(name, *_cells(trial, keys, best=trial is board.best))
     # A line above the table, because rich wraps a title to the width of its table.
     return Group(Text(_headline(board), style="bold"), table)
 
@@ -218,7 +223,6 @@ def _cells(trial: TrialProgress, keys: list[str], best: bool) -> list[Text | Pro
     # An ended trial keeps its last progress, which is no longer of interest.
     left = trial.seconds_left() if running else None
     return [
-        Text(str(trial.number)),
         *(Text(format_scalar(trial.point.get(key, ""))) for key in keys),
         bar,
         Text("" if left is None else duration(left)),

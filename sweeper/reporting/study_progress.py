@@ -128,6 +128,11 @@ class StudyProgress:
         """Show this arm from now on."""
         self.arm, self.wanted, self.base_value = arm, wanted, base_value
 
+    def want(self, arm: str, total: int) -> None:
+        """Show another total of an arm, if it is the one that is shown."""
+        if arm == self.arm:
+            self.wanted = total
+
     def add(self, trial: TrialProgress) -> None:
         """Add a trial, or replace the one of the same key."""
         self.trials[trial.key] = trial
@@ -165,6 +170,10 @@ class StudyProgress:
     def current(self) -> list[TrialProgress]:
         """Return the trials of the current arm."""
         return [trial for trial in self.trials.values() if trial.arm == self.arm]
+
+    def elsewhere(self) -> list[TrialProgress]:
+        """Return the trials of other arms that have not ended: the last ones of the arm before."""
+        return [t for t in self.trials.values() if t.arm != self.arm and not t.ended]
 
 
 class StudyView(Protocol):

@@ -77,6 +77,8 @@ WORKERS = "workers"
 """User attribute of each arm's study: the devices and the CPU threads that the study uses."""
 AUDITED = "audited"
 """User attribute of a trial that the pruner would have stopped, and that was kept running."""
+HOPELESS_AT = "hopeless_at"
+"""User attribute of a trial that the pruner stops: the step of the evaluation that decided it."""
 DROPPED = "dropped"
 """User attribute of a trial that a user stopped for good."""
 
@@ -261,10 +263,11 @@ def steering_tags(trial: BaseTrial) -> dict[str, str]:
 def ask_again(study: optuna.Study, trial: Trial, space: Space) -> None:
     """Enqueue a cancelled trial's point again, to be continued from its checkpoint."""
     suggest(trial, space)
-    # an audit that is drawn again would prune trials that the first draw had spared
-    audited = {AUDITED: True} if trial.user_attrs.get(AUDITED) else {}
-    kept = {key: trial.user_attrs[key] for key in (REFINES,) if key in trial.user_attrs}
-    attributes = {CONTINUES: trial.number, **audited, **kept}
+    # an audit that is drawn again would prune trials that the first draw had spared, and a hopeless one
+    # that was killed before it stopped has no further decision
+    decided = (AUDITED, HOPELESS_AT, REFINES)
+    kept = {key: trial.user_attrs[key] for key in decided if trial.user_attrs.get(key)}
+    attributes = {CONTINUES: trial.number, **kept}
     study.enqueue_trial(trial.params, user_attrs=attributes)
 
 

@@ -95,7 +95,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self._pass_on_stop(control)
 
     def _pass_on_stop(self, control: TrainerControl) -> None:
-        self.stopped = self.stopped or self.observer.stop_cause()
+        # the newest one: a trial that was to be paused may be pruned at the evaluation after this step
+        self.stopped = self.observer.stop_cause() or self.stopped
         if self.stopped or self.rules.stop:
             control.should_training_stop = True
         if self.stopped == "cancelled":

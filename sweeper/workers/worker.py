@@ -122,9 +122,14 @@ class CommandQueue:
             self.answered.notify_all()
 
     def wait_for_answer(self, job: str, step: int) -> None:
-        """Wait until the driver lets a job continue after its evaluation at a step, or stops it."""
+        """Wait until the driver has decided about a job's evaluation at a step.
+
+        A pause or Ctrl-C does not end the wait: a trial that is hopeless would continue later.
+        """
         with self.answered:
-            self.answered.wait_for(lambda: job in self.stops or self.proceeds.get(job) == step)
+            self.answered.wait_for(
+                lambda: self.stops.get(job) == "pruned" or self.proceeds.get(job) == step
+            )
 
 
 @dataclass(frozen=True)

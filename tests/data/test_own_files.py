@@ -113,7 +113,7 @@ def test_a_study_runs_on_the_file(
         *(f"data.train={case.write(tmp_path)}", *case.overrides, "study_name=mine", "n_trials=2"),
         *("~hydra.sweeper.arms.full", "finalists=none", "tracking=none", "training.max_steps=2"),
     )
-    done = program(*overrides, "-m")
+    done = program(*overrides, "-m", timeout_s=600)
     assert done.returncode == 0, done.stdout + done.stderr
     results = load_results("mine", tmp_path / "outputs")
     (arm,) = results.arms

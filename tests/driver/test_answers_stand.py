@@ -18,7 +18,8 @@ from sweeper.commands.run_study import run_study
 from sweeper.commands.study_conclusion import StudyConclusion
 from sweeper.core.errors import StudyError, StudyMismatch, WorkerError
 from sweeper.core.paths import StudyFolder
-from sweeper.driver import arm_probe, results_writer, study_run
+from sweeper.driver import results_writer, study_run
+from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.arm_search import ArmSearch
 from sweeper.driver.budget import ArmBudget
 from sweeper.driver.command_handler import CommandHandler
@@ -110,10 +111,10 @@ MORE = "hydra.sweeper.n_trials=4"
 MOMENTS: dict[str, tuple[Any, str]] = {
     "worker start": (study_run, "open_engine"),
     "commands": (CommandHandler, "catch_up"),
-    "probe": (arm_probe, "run_probe"),
+    "probe": (ProbeJob, "send"),
     "arm's study": (study_run, "open_study"),
     "first points": (study_run, "fill_study"),
-    "search": (ArmSearch, "run"),
+    "search": (ArmSearch, "begin"),
     "finalists": (FinalistRuns, "run"),
     "collecting": (ResultsWriter, "collect"),
     "results.json": (results_writer, "write_json"),

@@ -311,9 +311,9 @@ def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
     process.communicate(timeout=60)
     _, full = _run(tmp_path, *few).arms
     finished = [trial for trial in full.trials if trial.complete]
-    rates = sorted(trial.params["training.learning_rate"] for trial in finished)
-    assert rates == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
-    assert full.tried == 5
+    rates = {trial.params["training.learning_rate"] for trial in finished}
+    assert rates >= {3e-5, 1e-4, 3e-4, 1e-3, 3e-3}
+    assert (full.tried, full.refined) == (8, 3)
 
 
 def test_a_finished_trial_that_was_not_told_is_not_trained_again(tmp_path: Path) -> None:

@@ -115,6 +115,29 @@ def test_device_hours_count_running_trials_as_well() -> None:
     assert arm.refusal([0.0], 600.0, []) == "the device-hours are used up"  # runs for 20 minutes
 
 
+def test_an_arm_keeps_what_its_last_trials_need_and_passes_the_rest_on() -> None:
+    """Ten of fourteen hours, one used, two trials of two hours run: they keep four, 9 are left."""
+    clock = FakeClock(3600.0)
+    budget = StudyBudget(_budget(device_hours=14), True, clock)
+    first = budget.of_arm(10 / 14, 0.0)
+    first.ended.append(3600.0)
+    running = [0.0, 3600.0]
+    assert first.pass_on(running, typical=7200.0) == 4 * 3600.0
+    assert budget.of_arm(1.0, 3600.0 + 4 * 3600.0).left([]) == "9.00 device-hours left"
+    assert first.left(running) == "3.00 device-hours left"
+    assert first.refusal(running, 7200.0, []) == "the device-hours are used up"
+
+
+def test_a_pause_extends_the_time_of_every_arm_that_runs() -> None:
+    """Two arms run when an hour's pause begins: both end an hour later."""
+    clock = FakeClock()
+    budget = StudyBudget(_budget(wall_clock="4h"), True, clock)
+    arms = [budget.of_arm(0.5, 0.0), budget.of_arm(1.0, 0.0)]
+    clock.now = 3600.0
+    budget.paused(3600.0)
+    assert [arm.left([]) for arm in arms] == ["2 h 00 min left", "4 h 00 min left"]
+
+
 def test_no_limit_refuses_nothing_and_says_nothing() -> None:
     """All limits null: the default."""
     arm = StudyBudget(_budget(), True, FakeClock()).of_arm(0.5, 1e9)

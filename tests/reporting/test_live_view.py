@@ -107,6 +107,17 @@ def test_a_wait_is_no_part_of_the_pace(paused: bool) -> None:
     assert trial.seconds_left(now=3705.0) == pytest.approx(10.0)
 
 
+def test_the_last_trial_of_the_arm_before_stays_in_the_table() -> None:
+    """Until it ends, under its whole name; its ended siblings are no longer shown."""
+    board = StudyProgress(LOSS)
+    board.add(TrialProgress("lora/0010", "lora", 10, {}, state="finished"))
+    board.add(TrialProgress("lora/0011", "lora", 11, {}, state="running"))
+    board.open_arm("full", 5, 4.5)
+    board.add(TrialProgress("full/0000", "full", 0, {}, state="running"))
+    names = [row[0] for row in _drawn(board)[2:]]
+    assert names == ["lora/0011", "0"]
+
+
 def test_the_headline_tells_the_best_and_the_time_left() -> None:
     """Two of four trials ended in 60 s each and two run: a minute more."""
     board = StudyProgress(LOSS)

@@ -6,8 +6,17 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from sweeper.core.outcome import StopCause
 from sweeper.core.value import FrozenValue
-from sweeper.workers.protocol import CloseCommand, StopCommand, SubmitCommand, WorkerCommand
+from sweeper.workers.protocol import (
+    CloseCommand,
+    ProceedCommand,
+    StopCommand,
+    SubmitCommand,
+    WorkerCommand,
+)
 from sweeper.workers.worker import CommandQueue
 from tests.conftest import make_settings
 
@@ -42,3 +51,26 @@ def test_a_stop_does_not_reach_the_next_attempt_of_its_trial() -> None:
     assert isinstance(orders.work.get(timeout=10), SubmitCommand)
     assert isinstance(orders.work.get(timeout=10), CloseCommand)
     assert orders.stops == {"lora/0001": "cancelled"}
+
+
+@pytest.mark.parametrize(
+    ("decision", "cause"),
+    [
+        (ProceedCommand(job="lora/0000", step=5), "cancelled"),
+        (StopCommand(job="lora/0000", cause="pruned"), "pruned"),
+    ],
+)
+def test_a_trial_that_is_paused_at_a_look_learns_what_the_look_decided(
+    decision: WorkerCommand, cause: StopCause
+) -> None:
+    """The order to stop comes first and does not end the wait; a hopeless trial ends as pruned."""
+    orders = CommandQueue()
+    orders._take(StopCommand(job="lora/0000", cause="cancelled"))
+    trial = threading.Thread(target=orders.wait_for_answer, args=("lora/0000", 5), daemon=True)
+    trial.start()
+    trial.join(0.05)
+    assert trial.is_alive()
+    orders._take(decision)
+    trial.join(10)
+    assert not trial.is_alive()
+    assert orders.stops["lora/0000"] == cause
