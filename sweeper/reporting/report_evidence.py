@@ -116,8 +116,8 @@ def importances(study: optuna.Study) -> dict[str, float] | None:
     The importances are those of PED-ANOVA. With fewer than six finished trials or a single parameter the
     result is None. The target quantile is one tenth (Optuna's default), raised so that at least five
     trials lie above it, and at most one half. Shares are always large for some parameter, also if none
-    matters. A parameter is therefore left out if more than one of 59 shufflings of the trials' values give
-    an importance as large to any parameter.
+    matters. A parameter is therefore left out if more than one of 59 shufflings of the trials' values
+    give an importance as large to any parameter.
 
     Source: Watanabe et al. 2023, PED-ANOVA, arXiv:2304.10255.
     """
