@@ -160,6 +160,8 @@ class ArmSearch:
             return "end"
         budget = self._context.budget
         self._refusal = budget.refusal(
+            # the plateau reads the record that the sampler reads,
+            # so it does not depend on what runs
             self._started(), typical_seconds(budget.ended), _values(read)
         )
         return "ask" if self._refusal is None else "end"
@@ -209,6 +211,8 @@ class ArmSearch:
         guard = make_watch(context.pruner, settings.training, trial, reported, measured)
         prepared = PreparedTrial(trial, point, settings, record, identity, view, guard)
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
+        # an interrupted trial keeps what was decided about it: an
+        # audit stays one, a stop stays a stop
         job.audited = bool(trial.user_attrs.get(AUDITED, False))
         job.hopeless_at = trial.user_attrs.get(HOPELESS_AT)
         self._open[key] = job

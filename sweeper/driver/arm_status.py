@@ -43,6 +43,7 @@ def _queue(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 def _best(arm: ArmPlan, trials: Sequence[FrozenTrial]) -> TrialStatus | None:
     complete = [trial for trial in trials if _may_be_best(trial)]
     order = arm.settings.objective.order
+    # the values after the first are costs (hydra.sweeper.costs)
     best = min(complete, key=lambda trial: order(trial.values[0]), default=None)
     if best is None:
         return None

@@ -184,6 +184,7 @@ class StudyBudget:
     def paused(self, seconds: float) -> None:
         """Exclude a pause of the study from its wall-clock time."""
         if self._deadline is not None:
+            # `until` stays where it is: a pause does not move the time of day
             self._deadline += seconds
         for part in self._parts:
             part.paused(seconds, self._until)

@@ -26,6 +26,8 @@ class AnsweredCommand(FrozenValue):
 class CommandRecord(FrozenValue):
     """The content of steering.json."""
 
+    # totals, not differences: n_trials may also be raised on
+    # the command line, and would count twice
     totals: dict[str, int] = Field(default_factory=dict)
     """The n_trials that commands have raised, by arm."""
     commands: dict[str, AnsweredCommand] = Field(default_factory=dict)

@@ -32,6 +32,7 @@ from sweeper.workers.protocol import (
 )
 from sweeper.workers.time_limits import SLOW_START
 
+# the longest that a command or a signal waits for the loop while no event comes
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 10.0
 """Silence after which cancelled jobs are no longer waited for."""
@@ -208,6 +209,7 @@ class Dispatcher:
         self._supervisor.on_turn(self, self._source)
         busy = self.busy
         if self.mode == "stopping" and not busy:
+            # ends with the exit code of Ctrl-C: a study that was stopped has not reached its total
             self._interrupt.request()
         if self.mode != "paused":
             return
@@ -232,6 +234,7 @@ class Dispatcher:
 
     def _is_worth_waiting(self) -> bool:
         """End jobs that hang after the end of the study's time. Return False if workers hang too."""
+        # a pause has a patience of its own (PauseClock)
         if self.mode == "paused":
             return True
         idle = not self.busy and not self._pool.free_workers()
@@ -272,6 +275,7 @@ class Dispatcher:
     def _listen(self) -> WorkerEvent | None:
         event = self._pool.engine.next_event(POLL_SECONDS)
         if event is not None:
+            # before the event is routed: a job that is lost or ends must find its slot gone or free
             self._pool.note(event)
         return event
 
@@ -353,6 +357,7 @@ class Dispatcher:
 
     def _end(self, job: Job) -> None:
         self._jobs.remove(job)
+        # before the phase changes, from which a source reads that a person dropped the job
         self._source.finished(job)
         job.phase = JobPhase.ENDED
 

@@ -56,6 +56,7 @@ class FinalistTraining(Job):
 
     def send(self, engine: Engine, worker: int) -> JobPhase:
         """See Job."""
+        # when it is sent, not when it is claimed: a training that never starts leaves no folder
         write_identity(self.record.folder, self.identity)
         self.view.state = "running"
         self.services.board.add(self.view)

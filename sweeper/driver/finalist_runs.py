@@ -193,6 +193,7 @@ class FinalistRuns:
         """
         for found in arms:
             winner = found.winner
+            # the seeds before this one have chosen the winner
             first = winner.settings.seed + self.wanted.seeds
             # An adopted run is never trained.
             count = 0 if found.arm.run_id else self.wanted.fresh_seeds
@@ -243,6 +244,7 @@ class FinalistRuns:
         source = JobList(
             missing,
             self._finished,
+            # without values: a plateau ends searches only
             refusal=lambda: self.budget.refusal(self._started(), typical, []),
             budget_left=lambda: self.budget.left(self._started()),
         )

@@ -55,6 +55,7 @@ class JobSequence:
 
     def _advance(self) -> bool:
         """Begin with the next source, and return False if there is none yet or none at all."""
+        # one turn at most: `next` with a default would not tell a wait (None) from the end
         for found in self._sources:
             if found is not None:
                 self._source = found

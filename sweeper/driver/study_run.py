@@ -108,6 +108,8 @@ class StudyRun:
     def _run_arms(self) -> None:
         self._count = self._count_workers()
         self.services.view.event(f"workers: {self._count}")
+        # before the arms are chosen: a kept `study extend` gives
+        # an arm that was complete more to do
         self.commands.catch_up()
         while arms := self._next_arms():
             self._host(arms)
@@ -118,6 +120,8 @@ class StudyRun:
                 "study more time (hydra.sweeper.budget)"
             )
         self._state.searches_ended = True
+        # the finalists of all arms take turns on the same workers,
+        # so these must be wide enough for each
         self._host(self._state.plan.arms)
         self._run_finalists()
 
@@ -324,6 +328,7 @@ class StudyRun:
         base_value = facts.base_value(self._state.plan.objective.metric)
         plan = self._state.plan
         study = open_study(plan, arm, facts, self.storage, self.services.study)
+        # the next start uses the same number, from which follows which trials decide about which
         study.set_user_attr(WORKERS, self._count.stored())
         self.on_confirmed()
         self._state.studies[arm.name] = study

@@ -52,8 +52,10 @@ class TrialRecorder:
         outcome = judged(outcome, self.context.costs)
         if outcome.cause == "cancelled" and dropped:
             outcome = outcome.model_copy(update={"message": "stopped by hand"})
+            # no later trial continues it
             prepared.record.folder.forget_checkpoints()
         elif outcome.cause == "cancelled":
+            # Optuna reopens no trial that was told, so a new one gets the point and the checkpoints
             ask_again(self.context.study, prepared.trial, self.context.arm.space)
         # the storage first: after a kill the tracker is brought up to date from it
         self._tell(prepared.trial, outcome)
@@ -86,6 +88,7 @@ class TrialRecorder:
             answer = Outcome(cause="refused", message=message)
         else:
             answer = outcome.model_copy(update={"cause": "duplicate", "message": message})
+            # pruners compare other trials with what this one would have reported
             for step, value in earlier.intermediate_values.items():
                 trial.report(value, step)
         self._tell(trial, answer)
@@ -119,6 +122,7 @@ class TrialRecorder:
         tell(context.study, trial, outcome, context.base_value, context.costs)
 
     def _count_error(self, message: str) -> None:
+        # the traceback's frames name the place in the code, and its last line the error
         *frames, last = message.splitlines() or [""]
         # without the error's own words, which may name the trial
         place = "\n".join([*frames, last.split(":")[0]])

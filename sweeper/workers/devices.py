@@ -161,6 +161,7 @@ def see_devices(own: str | None, others: Sequence[str | None] = ()) -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     os.environ["CUDA_VISIBLE_DEVICES"] = seen
     if "+rocm" in _torch_build():
+        # where HIP's own variable is set, HIP does not read CUDA's
         os.environ["HIP_VISIBLE_DEVICES"] = seen
 
 

@@ -56,6 +56,7 @@ TEST_TOKENS = (8, 12, 10, 9, 11, 10, 10, 10, 10, 10)
 """Target tokens of each example of a test split that does not exist."""
 VALIDATION_ROWS = 10
 """Rows of a validation split that does not exist."""
+# as in windows of 128 tokens, the first of which is not predicted
 GENERAL_TOKENS = (127,) * 8
 """Tokens of each window of a general text that does not exist."""
 GENERAL_LOSS = 3.6

@@ -61,6 +61,7 @@ class PipeChannel:
 
     def receive(self) -> WorkerCommand:
         """See WorkerChannel."""
+        # `recv` would unpickle, which can run any code
         return COMMANDS.validate_json(self.connection.recv_bytes())
 
 
@@ -98,6 +99,7 @@ class ProcessHost:
         with suppress(ProcessLookupError):
             if self.process.pid is not None:
                 os.killpg(self.process.pid, signal.SIGKILL)
+        # before the process leads its session there is no group to kill
         self.process.kill()
 
     def bury(self) -> int | None:
@@ -166,6 +168,7 @@ class LocalEngine(HostedEngine[ProcessHost]):
 
     def _replace(self, worker: int) -> LostEvent:
         host = self._hosts.pop(worker)
+        # its pipe closes a moment before it ends, and a kill would hide its own exit code
         host.process.join(CLOSE_SECONDS)
         host.kill()
         code = host.bury()
@@ -174,6 +177,8 @@ class LocalEngine(HostedEngine[ProcessHost]):
         self._hosts[worker] = self._start(worker)
         died_of = cause_of_death(tail)
         ended = f"worker {worker} ended with exit code {code}: {last_words(tail)}".rstrip(": ")
+        # The code says only that somebody killed it. Linux counts its kills for memory on the whole
+        # machine, so one in another container at this moment is taken for ours: it costs one point
         if code == -signal.SIGKILL and (kills := oom_kills()) > self._oom_kills:
             died_of, self._oom_kills = "oom", kills
             ended = f"worker {worker} was killed: this machine, or this container, is out of memory"
@@ -213,6 +218,7 @@ class LocalEngine(HostedEngine[ProcessHost]):
             ours.close()
             raise
         finally:
+            # a copy of the worker's end here would keep the pipe open after the worker's death
             theirs.close()
         host = ProcessHost(worker, process, ours, log)
         # In a thread: a worker that freezes within a long message must not hold up the driver

@@ -224,6 +224,8 @@ class RayEngine(HostedEngine[ActorHost]):
         self._events: deque[WorkerEvent] = deque()
         try:
             self._share = share_of(ray.nodes(), n_jobs, devices)
+            # found out by a file, because a setting that says which
+            # nodes share the folder could be wrong
             self._mark = self._leave_mark()
             self._hosts = {worker: self._start(worker) for worker in range(n_jobs)}
         except BaseException:
@@ -280,6 +282,8 @@ class RayEngine(HostedEngine[ActorHost]):
         if ended:  # after out of memory: the successor starts with clean memory
             self._replace(worker, "it ended by itself")
             return False
+        # polls, not a streaming generator: a last poll also
+        # fetches what a worker sent before its kill
         host.poll = host.actor.poll.remote(POLL_SECONDS)
         return True
 
@@ -415,8 +419,10 @@ def connect(address: str | None, n_jobs: int) -> None:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         options = {
             "address": "local",
+            # each worker is given one CPU at least, also where there are fewer
             "num_cpus": max(os.cpu_count() or 1, n_jobs),
             "object_store_memory": OBJECT_STORE_BYTES,
+            # a further server with a port of its own
             "include_dashboard": False,
             "_temp_dir": str(_private_folder()),
         }

@@ -200,6 +200,7 @@ def serve(
 
     After an out-of-memory outcome the worker ends, so that its successor starts with clean memory.
     """
+    # of the disk, not of each trial: a night of many trials would wait until the morning
     patience = DiskPatience()
     while True:
         channel.send(SlotsEvent(worker=worker, free=1))
@@ -254,6 +255,7 @@ def make_runner(
 
         return FakeRunner(workers.fake)
     devices = devices_of(worker, place.devices, place.survey)
+    # before torch is imported: CUDA reads the variable once in a process
     see_devices(devices[0], devices[1:])
     from sweeper.modeling.lean_imports import lean_imports
 
@@ -371,6 +373,7 @@ def _outcome(
             if not disk_full(error, folder.path):
                 return Outcome(cause="error", message=_traceback())
         else:
+            # a trial that ended has found space, so the next full disk is a new one
             patience.waited_s = 0.0
             return outcome
         if not announced:

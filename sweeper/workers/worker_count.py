@@ -179,8 +179,10 @@ def _logit_bytes(settings: TrialSettings, folder: Path) -> float:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0.0
+    # max_length=auto follows from the tokenized rows, which are not there yet
     length = settings.data.max_length if isinstance(settings.data.max_length, int) else 512
     rows = settings.training.per_device_train_batch_size
+    # three fp32 tensors of 4 bytes
     return 12.0 * rows * length * float(config.get("vocab_size", 0))
 
 
