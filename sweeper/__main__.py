@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sweeper.config.settings import RunSettings
     from sweeper.search.study_plan import StudyPlan
 
+# beyond what anyone types: a megabyte is refused at once, before Hydra's parser reads it
 MAX_OVERRIDE = 10_000
 MAX_OVERRIDES = 1_000
 MAX_NESTED = 50
@@ -78,6 +79,7 @@ def _hydra(argv: Sequence[str]) -> None:
         from sweeper.commands.dry_run import show
 
         return show(plans)
+    # Hydra reads its command line from there
     sys.argv = [sys.argv[0], *line.flags, *overrides]
     _hydra_application()
 

@@ -56,6 +56,7 @@ def _alpaca(folder: Path) -> None:
 def _finetome(folder: Path) -> None:
     """Build mlabonne/FineTome-100k: Parquet with conversations (from, value), source and score."""
     rows = []
+    # not strict: of an odd number of rows the last one is left out
     for number, (first, second) in enumerate(zip(pairs()[::2], pairs()[1::2], strict=False)):
         # Some conversations have two answers, and some a system turn, as in the real data set.
         turns = _turns(first) + (_turns(second) if number % 3 == 0 else [])

@@ -21,5 +21,6 @@ def run_to_code(run: Callable[[], object]) -> int:
         return SweeperError.exit_code
     except KeyboardInterrupt as stop:
         echo("stopped", stderr=True)
+        # a stop by another signal than Ctrl-C carries a code of its own (sweeper.core.signals)
         return int(getattr(stop, "exit_code", 128 + signal.SIGINT))
     return 0

@@ -177,6 +177,7 @@ def trial(
         )
     stored = read_yaml(source)
     trial = stored_settings(stored).model_dump(mode="json")
+    # today's machinery, then what the file says about it, then the trial as this version reads it
     settings = validate(RunSettings, {**compose([]).config, **stored, **trial})
     require_trusted_modules(settings.evaluation, source)
     run_single(settings, TrialFolder(into), f"trial {folder} --into {into}")

@@ -132,6 +132,7 @@ def _histogram(lengths: Sequence[int]) -> Iterable[str]:
         first = low + at * width
         if first > max(lengths):
             return
+        # rounded up, so that no bin with rows is without a bar
         bar = "█" * -(-BAR * count // max(counts))
         yield f"  {first:>7,} to {first + width - 1:>7,}{count:>9,}  {bar}".rstrip()
 

@@ -134,6 +134,7 @@ def devices(
         last = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         advice = "install again with: pip install -c constraints.txt -e ."
         return [DoctorFinding("devices", "failure", f"torch cannot be used: {last}", advice)]
+    # the last line, because libraries may print others before it
     found = json.loads(answer.stdout.splitlines()[-1])["devices"]
     return [finding for device in found for finding in device_findings(device)]
 
@@ -188,6 +189,7 @@ def packages(requirements: Sequence[str] | None = None) -> list[DoctorFinding]:
     from packaging.requirements import Requirement
 
     texts = requirements if requirements is not None else own_requirements()
+    # the packages of extras are optional
     needed = [text for text in texts if "extra ==" not in text]
     wrong = [problem for text in needed if (problem := _package_problem(Requirement(text)))]
     if not wrong:
@@ -212,6 +214,7 @@ def _package_problem(need: Any) -> str | None:
         version = metadata.version(need.name)
     except metadata.PackageNotFoundError:
         return f"{need.name} is not installed; {need.specifier} is needed"
+    # without it packaging takes every pre-release for one outside the range
     if need.specifier.contains(version, prereleases=True):
         return None
     return f"{need.name} {version} is installed; {need.specifier} is supported"
@@ -296,6 +299,7 @@ def reach_database(name: str, url: str) -> DoctorFinding:
             place = disk(name, Path(parsed.database or ""))
             text = f"{url} will be created; {place.text}"
             return DoctorFinding(name, place.level, text, place.advice)
+        # sqlite3 has another name for it than the drivers of PostgreSQL and MySQL
         timeout = {"sqlite": "timeout"}.get(parsed.get_backend_name(), "connect_timeout")
         engine = sqlalchemy.create_engine(parsed, connect_args={timeout: TIMEOUT_S})
         with engine.connect() as connection:

@@ -130,6 +130,7 @@ def _ask(
         ) from None
     if answer.returncode != 0:
         raise WorkerError(f"the process that {activity} died:\n{answer.stderr.strip()}")
+    # the last line, because libraries may print others before it
     found: list[Any] = json.loads(answer.stdout.splitlines()[-1])
     return found
 
@@ -152,6 +153,7 @@ def show_study(
     machine: Callable[[], MachineShare] = this_machine,
 ) -> None:
     """Print what a study would do: data, trainings, time and memory first, all settings last."""
+    # Optuna would announce the studies in memory that the first points are asked of
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     name = plan.study.study_name
     _line(console, f"dry run of study {name}: nothing is trained, stored or tracked")

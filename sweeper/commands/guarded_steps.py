@@ -75,6 +75,7 @@ def lacks_space(error: Exception, folder: Path) -> bool:
     if error.errno != errno.ENOSPC or not folder.exists():
         return False
     disk = os.statvfs(folder)
+    # a file system that makes inodes as it needs them, such as btrfs, reports 0
     short_of_inodes = disk.f_files > 0 and disk.f_favail < FULL_INODES
     return short_of_inodes or shutil.disk_usage(folder).free < FULL_BYTES
 

@@ -64,6 +64,7 @@ def modelfile(name: str, form: TrainedForm, texts: TurnTexts | None, tokens: int
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     lines += [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}" for end in form.end_tokens]
     lines += [] if tokens is None else [f"PARAMETER num_ctx {min(tokens, MAX_CONTEXT)}"]
+    # greedy, as every answer of the study was judged
     lines.append("PARAMETER temperature 0")
     return "\n".join(lines) + "\n"
 

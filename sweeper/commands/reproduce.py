@@ -184,6 +184,7 @@ def read_record(name: str, folder: TrialFolder) -> RecordedTrial:
     settings = stored_settings(read_yaml(folder.config))
     commit = kept.get("base.commit")
     if commit is not None and settings.model.revision is None:
+        # a branch of the hub may have moved since the training
         pinned = settings.model.model_copy(update={"revision": commit})
         settings = settings.model_copy(update={"model": pinned})
     return RecordedTrial(name, settings, kept, outcome.best_value, folder.config)

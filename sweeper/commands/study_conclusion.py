@@ -132,6 +132,7 @@ class StudyConclusion:
         """Remove the losers' weights (sweeper.commands.retention), and print what the study takes up."""
         adapters = self._plan.study.retention.adapters
         freed, words = 0.0, ""
+        # MLflow is asked for its champions only if there is anything to remove
         if adapters is not None and losers(results, self.folder, adapters):
             try:
                 registry = make_registry(self._plan.settings.tracking)

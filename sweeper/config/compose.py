@@ -314,6 +314,7 @@ def compose_leniently(overrides: Sequence[str]) -> tuple[Composition, list[str]]
         return _compose(remaining), list(moved.values())
     accepted: list[str] = []
     refused: list[tuple[str, Exception]] = []
+    # groups first, because a value may belong to a choice that another override makes
     for override in sorted(remaining, key=_groups_first):
         try:
             _compose([*accepted, override])
@@ -535,6 +536,7 @@ def _refuse_foreign_places(written: Mapping[str, Any], overrides: Sequence[str])
     Raises:
         ConfigError: names every such key.
     """
+    # hydra.sweeper holds the study's own settings, which StudySettings validates
     names_hydra = any("hydra" in key_of(text).replace("hydra.sweeper", "") for text in overrides)
     if not (_READING.foreign or names_hydra):
         return  # packaged files and the command line alone
@@ -647,6 +649,7 @@ def _groups_first(override: str) -> bool:
 def _explain(override: str, error: Exception, valid: Composition) -> str:
     """Return the override, why Hydra refused it, and what would be valid."""
     key, value = key_of(override), override.partition("=")[2]
+    # Hydra's refusals are of one class and differ in their texts
     text = f"{error} {error.__cause__}"
     if read_override(override) is None:
         return hints.unreadable(override)

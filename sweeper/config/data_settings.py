@@ -49,6 +49,7 @@ class DataSource(SettingsSection):
 _ONE, _SEVERAL, _SOURCE = "one path", "several sources", "a source"
 
 
+# A tag chooses one member of a union, so that pydantic reports the errors of that member alone.
 def _sources_tag(value: object) -> str:
     return _SEVERAL if isinstance(value, list) else _source_tag(value)
 

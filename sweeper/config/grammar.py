@@ -156,6 +156,7 @@ def _range(sweep: RangeSweep) -> Interval | Choice:
         raise ValueError(f"range({sweep.start}, {sweep.stop}, {sweep.step}) is empty")
     if step < 0 and count > MAX_VALUES:
         raise ValueError(_too_many(count))
+    # an interval needs two ends in ascending order
     if count == 1 or step < 0:
         return Choice(tuple(kind(low + step * index) for index in range(count)))
     high = low + step * (count - 1)
@@ -196,6 +197,7 @@ def scalar(value: Any) -> Scalar:
         return value
     if isinstance(value, list | dict):
         return str(Override._get_value_element_as_str(value))
+    # the text of Hydra's QuotedString, without its quotes
     return str(value.text) if hasattr(value, "text") else str(value)
 
 

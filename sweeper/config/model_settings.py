@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from sweeper.config.section import Fraction, Positive, SettingsSection
 
+# a dash and no colon, because YAML 1.1 reads 1:12 as a number
 LAYERS = re.compile(r"(?P<first>\d+)-(?P<last>\d+)|last-(?P<count>[1-9]\d*)")
 """Pattern of adapter.layers_to_transform as text: 0-11 (both ends included) or last-8."""
 

@@ -266,6 +266,7 @@ def _similar(key: str, known: Sequence[str]) -> list[str]:
         return whole
     if close:
         return close
+    # reversed, so that the first of several keys with one name is kept
     leaves = {name.rpartition(".")[2]: name for name in reversed(primary)}
     return [leaves[name] for name in difflib.get_close_matches(last, leaves, n=1, cutoff=0.8)]
 

@@ -46,6 +46,7 @@ class PrunerSettings(SettingsSection):
     """
 
     name: Literal["none", "median", "percentile", "successive_halving", "optuna"]
+    # from a quarter of the schedule on: before, cosine decay makes low learning rates look bad
     rungs: list[Annotated[int, Field(ge=250, lt=1000)]]
     n_startup_trials: Annotated[int, Field(ge=0)]
     percentile: Annotated[float, Field(gt=0, lt=100)] | None

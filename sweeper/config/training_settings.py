@@ -61,6 +61,7 @@ class TrainingSettings(SettingsSection):
     early_stopping_min_fraction: Annotated[float, Field(ge=0, le=1)]
     early_stopping_metric: Literal["objective", "eval/loss", "eval/loss_moving_average"]
     moving_average_window: Positive
+    # a multiple of the trial's first loss, because an absolute limit would fit one vocabulary only
     divergence_threshold: Annotated[float, Field(gt=1)] | None
     divergence_patience: Positive
 

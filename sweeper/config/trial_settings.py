@@ -37,6 +37,7 @@ class TrialSettings(SettingsSection):
     evaluation: EvaluationSettings
     objective: Objective
     artifacts: ArtifactSettings
+    # numpy, which transformers seeds as well, takes seeds below 2**32
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     seed_init: Annotated[int, Field(ge=0, lt=2**32)] | None
     """Seed of the adapter's initialisation. null: `seed`."""

@@ -17,6 +17,7 @@ MAX_NODES = 20_000
 """Maximum number of values, aliases counted at every use: ten times the largest real file."""
 MAX_DEPTH = 100
 
+# libyaml's parser, which PyYAML has only where it was built with it
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -40,7 +41,7 @@ def require_bounded(path: Path) -> None:
 
 def _problem(events: object) -> str | None:
     """Return the first excess with its line, or None."""
-    sizes: dict[str | None, int] = {}  # of what an anchor stands for; 0 while it is still open
+    sizes: dict[str | None, int] = {}  # nodes that an anchor stands for, 0 while it is open
     opened: list[tuple[str | None, int]] = []  # anchors, and the nodes before them
     nodes = 0
     for event in events:  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ def fill_study(
         StudyMismatch: the study to be forked does not exist, or does not compare with this one.
     """
     words = fork(study, plan, arm, facts, storage)
+    # a grid tries all of its points, in its own order
     if plan.study.warm_start and arm.sampler.name != "grid":
         draws, said = winners(plan, arm, facts, storage)
         enqueue(study, draws)

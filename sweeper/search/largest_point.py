@@ -71,6 +71,7 @@ def _reduced_domain(key: str, domain: Domain | Branches) -> Domain | Branches:
         return Branches(branches, domain.label)
     if key in SIZE_KEYS:
         return Choice(tuple(_descending(domain)))
+    # a key without a dot chooses a group of conf/, which may change anything
     if isinstance(domain, Choice) and (key == TARGETS or "." not in key):
         return domain
     return Choice(domain.probes()[:1])

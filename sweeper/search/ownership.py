@@ -116,6 +116,7 @@ class AdvisoryLock:
             "application_name": name[:63],
             "connect_timeout": CONNECT_SECONDS,
         }
+        # a pool would keep the connection open after its close, and with it the lock
         self._engine = create_engine(url, poolclass=NullPool, connect_args=options)
         self._connection: Connection | None = None
 
@@ -150,6 +151,7 @@ class AdvisoryLock:
         """Return the application name of the lock's holder, which names its process and host."""
         query = text(
             "select application_name from pg_locks join pg_stat_activity using (pid) "
+            # PostgreSQL shows a 64-bit key in two halves, with objsubid 1
             "where locktype = 'advisory' and granted and objsubid = 1 "
             "and (classid::bigint << 32 | objid::bigint) = :key"
         )

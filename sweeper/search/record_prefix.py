@@ -133,6 +133,7 @@ def _without_draws(trial: FrozenTrial) -> FrozenTrial:
 
 def _as_running(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial as it was when it had its point and no result."""
+    # a copy, because without deepcopy a storage hands out the trials of its cache
     running = copy.copy(trial)
     running.state = TrialState.RUNNING
     running.values = None
@@ -143,4 +144,5 @@ def _as_running(trial: FrozenTrial) -> FrozenTrial:
 
 
 def _fixed(trial: FrozenTrial) -> dict[str, Any]:
+    # the other attributes are notes that samplers and pruners have made since the trial was asked
     return {key: value for key, value in trial.system_attrs.items() if key == "fixed_params"}

@@ -105,6 +105,7 @@ class SeededDraws(BaseSampler):
 
     def _seed_of(self, trial: FrozenTrial, name: str) -> int:
         words = f"{self._seed}/{turn_of(trial).place}/{name}"
+        # four bytes: numpy's RandomState, which Optuna's samplers hold, takes seeds below 2**32
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
 
 
@@ -116,6 +117,7 @@ def _make(settings: SamplerSettings, space: Space, n_trials: int, seed: int) -> 
         case "tpe":
             return _tpe(startup, seed, group=conditional(space))
         case "gp":
+            # the parameters of a branch are always drawn independently, which is no news for a user
             return GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
         case "random" | "grid":  # the grid's points are enqueued, so nothing is left to draw
             return RandomSampler(seed)
@@ -130,6 +132,7 @@ def _tpe(startup: int, seed: int, group: bool) -> TPESampler:
         return TPESampler(n_startup_trials=startup, seed=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        # Optuna refuses group without multivariate
         return TPESampler(n_startup_trials=startup, seed=seed, multivariate=True, group=True)
 
 

@@ -264,6 +264,8 @@ def _sound(call: Callable[..., Result]) -> Callable[..., Result]:
 def _claiming(call: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(call)
     def claimed(storage: PatientStorage, *arguments: Any, **options: Any) -> Result:
+        # in every repetition: a restart of the server frees the
+        # lock, and another driver may take it
         storage.hold()
         return call(storage, *arguments, **options)
 

@@ -111,6 +111,8 @@ def share_cache(storage: RDBStorage) -> BaseStorage:
 
     create_study and load_study put an empty cache of their own in front of a bare RDBStorage.
     """
+    # with a cache of its own, each report read all trials again:
+    # 1.2 of 1.6 CPU seconds a trial after 1,000
     return get_storage(storage)
 
 
@@ -135,6 +137,7 @@ def open_study(
         StudyMismatch: the study of this name has other spaces, settings, data or base model.
         StudyError: a newer version stored it.
     """
+    # what is traded for the objective's value is a cost, so less of it is always better
     costs: list[Literal["minimize", "maximize"]] = ["minimize"] * len(plan.study.costs)
     study = optuna.create_study(
         storage=storage,
@@ -471,6 +474,7 @@ def _check_question(study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: A
     before, now = completed_questions(study, asked, facts)
     _refuse_changes(before, now, plan, arm)
     if before != study.user_attrs["question"]:
+        # from now on, the parts that an earlier version did not store are part of the question
         study.set_user_attr("question", before)
 
 

@@ -203,6 +203,7 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     arms = _arms(study, with_protocol(study, fixed), swept, composition)
     experiment = composition.choices.get("experiment", "default")
     presets = {
+        # an `auto` that is left belongs to the embedded base, for which it means tiny
         group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
     }
     command = _command([*overrides, *naming.overrides])
@@ -473,6 +474,7 @@ def _grid_count(space: Space, n_trials: int, sampler: SamplerSettings, problems:
     if sampler.name != "grid":
         return n_trials
     try:
+        # counted up to n_trials only: a short text may describe a grid of a billion points
         return sum(1 for _ in itertools.islice(grid(space), n_trials))
     except ValueError as error:
         problems.append(str(error))

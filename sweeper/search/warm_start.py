@@ -214,10 +214,11 @@ def _copy_trial(
 def _link(new: Path, old: Path) -> None:
     new.parent.mkdir(parents=True, exist_ok=True)
     if not new.exists():
+        # relative, so that the link holds where output_dir is moved or mounted elsewhere
         new.symlink_to(os.path.relpath(old, new.parent), target_is_directory=True)
 
 
-# Spaces may differ in a fork; what makes values comparable may not.
+# Spaces may differ in a fork, but not the parts that make values comparable.
 def _check_same(old: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline) -> None:
     before, now = completed_questions(old, question(plan, arm, facts), facts)
     then = {key: stored_text(before, key) for key in SAME}
