@@ -649,7 +649,7 @@ def _groups_first(override: str) -> bool:
 def _explain(override: str, error: Exception, valid: Composition) -> str:
     """Return the override, why Hydra refused it, and what would be valid."""
     key, value = key_of(override), override.partition("=")[2]
-    # Hydra's refusals are of one class and differ in their texts
+    # only their texts tell Hydra's refusals apart
     text = f"{error} {error.__cause__}"
     if read_override(override) is None:
         return hints.unreadable(override)

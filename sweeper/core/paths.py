@@ -176,6 +176,7 @@ class TrialFolder:
         ):
             if source.exists():
                 shutil.copy2(source, target)
+        # last, because checkpoints in this folder mean that everything was taken over
         earlier.checkpoints.replace(self.checkpoints)
         # The cancelled trial's outcome already counts its costs, so this trial starts at zero.
         self.spent.unlink(missing_ok=True)

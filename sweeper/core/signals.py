@@ -44,6 +44,7 @@ class StopSignal:
 
     def request(self) -> None:
         """Request a stop as Ctrl-C does."""
+        # a signal that came before keeps its exit code
         self.number = self.number or signal.SIGINT
 
     def check(self) -> None:
@@ -77,6 +78,7 @@ def deferred_interrupt() -> Iterator[StopSignal]:
             raise StopRequested(interrupt.number)
         interrupt.number = signal.Signals(number)
 
+    # what the parent ignores stays ignored, as SIGHUP under nohup
     handled = [each for each in (*STOPS, *NOTICES) if signal.getsignal(each) != signal.SIG_IGN]
     before = {number: signal.signal(number, request) for number in handled}
     try:

@@ -75,6 +75,7 @@ def finite(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _write_all(descriptor: int, data: bytes) -> None:
     while data:
+        # a write may take only a part, as on a disk that fills up
         data = data[os.write(descriptor, data) :]
 
 

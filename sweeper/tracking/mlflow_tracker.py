@@ -162,6 +162,7 @@ class MlflowTracker:
         if known is None or recorded:
             return
         # a run that is younger than the move is the new trial's: the move was made without MLflow
+        # (a rename sets a folder's ctime, and leaves its mtime)
         moved_at_ms = moved_to.path.stat().st_ctime * 1000
         if known.started_ms <= moved_at_ms:
             self.set_aside(trial, moved_to)
