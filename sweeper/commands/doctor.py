@@ -44,6 +44,7 @@ STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "failure": "b
 TIMEOUT_S = 5
 DEVICE_TIMEOUT_S = 120
 """Seconds for the process that imports torch, which a cold file system or a busy machine slows down."""
+# no machine with one was at hand, and bitsandbytes' 4-bit layers do not run on it
 MPS = "the GPU of this Mac (MPS) is not used: trials train on its CPU"
 MPS_ADVICE = "train small bases here, and larger ones on Linux with an NVIDIA GPU"
 SPILLS = (

@@ -70,6 +70,7 @@ TARGETS = frozenset(
     }
 )
 """Classes that Hydra may instantiate: this program's sweeper, and the launcher it never uses."""
+# those of Hydra's own logging configurations
 LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
 
 

@@ -207,6 +207,7 @@ def _inside(node: object) -> Iterator[object]:
 def _json_lines(stream: BinaryIO, name: str, drops: DropCounts) -> Iterator[RawRow]:
     lines = _lines(stream, name)
     for number, line in lines:
+        # people give a JSON array the ending of JSON lines
         if number == 1 and line is not None and line.lstrip().startswith(b"["):
             yield from _json(_Rest(line, stream), name, drops)  # type: ignore[arg-type]
             return
@@ -336,6 +337,8 @@ def _checked_text(values: dict[str, str]) -> Mapping[str, Any]:
     try:
         return checked_values(values)
     except BadRow as bad:
+        # the lines were decoded with surrogateescape, so a
+        # surrogate stands for a byte that is no UTF-8
         if "surrogate" in bad.reason:
             raise BadRow("invalid UTF-8") from None
         raise

@@ -162,6 +162,7 @@ def _write(path: Path, encoded: EncodedSplit) -> None:
         with partial.open("xb") as file:
             file.write(save(arrays, {"about": about}))
             file.flush()
+            # without it a power cut after the rename could leave an empty file
             os.fsync(file.fileno())
         partial.replace(path)
     finally:

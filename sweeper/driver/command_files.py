@@ -23,6 +23,7 @@ from sweeper.core.value import FrozenValue
 
 MAX_BYTES = 64 * 1024
 MAX_TRIALS = 100_000
+# the nanosecond of sending, by which names sort, and eight random digits
 _ID = re.compile(r"[0-9]{20}-[0-9a-f]{8}")
 _SUFFIX, _DAMAGED = ".json", ".damaged"
 

@@ -41,6 +41,7 @@ OLORA_ON_CONV1D = (
 )
 
 
+# PEFT's check of a target takes a configuration and reads its type only
 _ANY_LORA = LoraConfig()
 
 

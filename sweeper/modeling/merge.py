@@ -61,6 +61,7 @@ def merge(base_folder: Path, adapter_folder: Path, out: Path, dtype: MergeDtype)
         raise ModelError(one_line(f"{adapter_folder} into {base_folder}", error)) from error
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
+    # what a killed process has left
     shutil.rmtree(partial, ignore_errors=True)
     if (adapter_folder / GENERATION).exists():
         model.generation_config = GenerationConfig.from_pretrained(adapter_folder)

@@ -125,6 +125,7 @@ def equal_presets(names: Sequence[str], roles: Mapping[str, Role] | None = None)
     first: dict[tuple[str, ...], str] = {}
     equal: dict[str, str] = {}
     for preset in (*PRESETS, ALL_LINEAR):
+        # a base may lack the modules of a preset
         with suppress(ModelError):
             found = tuple(_preset(preset, names, known))
             if first.setdefault(found, preset) != preset:

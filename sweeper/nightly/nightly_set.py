@@ -23,6 +23,7 @@ from sweeper.core.paths import NightsFolder
 from sweeper.nightly.night_dates import LONGEST_WINDOW, NightTimes
 from sweeper.search.study_plan import StudyPlan, studies
 
+# `sweeper nightly status` is a command of its own
 SET_NAME = r"(?!status$)[A-Za-z0-9][A-Za-z0-9_-]{0,49}"
 Policy = Literal["continue", "fresh", "skip_unchanged"]
 Duration = Annotated[Annotated[float, Field(gt=0)], BeforeValidator(parse_duration)]

@@ -202,6 +202,7 @@ def _needed(variance: float, found: ComparisonEvidence, wanted: float) -> Needed
     of_rows = variance - of_seeds
     have = max(min(found.seeds), FEWEST_SEEDS)
     # Rows are asked for only where seeds alone would not do, because they need another study.
+    # The rows may have three quarters of the variance. Beyond that rows and seeds get half each.
     rows = 1.0 if of_rows <= 0.75 * wanted else of_rows / (0.5 * wanted)
     left = wanted - of_rows / rows
     seeds = max(have, math.ceil(have * of_seeds / left))

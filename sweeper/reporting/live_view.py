@@ -99,6 +99,7 @@ class LiveView(PlainView):
         super().__init__(console)
         self._board: StudyProgress | None = None
         self._live = Live(
+            # Transient: at the end the leaderboards take the table's place.
             console=console, refresh_per_second=4, get_renderable=self._draw, transient=True
         )
 

@@ -129,6 +129,7 @@ def importances(study: optuna.Study) -> dict[str, float] | None:
     found = _divergences(study, values)
     if len(found) < 2:
         return None
+    # A fixed seed, so that a page that is made again names the same settings.
     random = np.random.default_rng(0)
     rows = [list(found.values())]
     for _ in range(SHUFFLES):

@@ -113,6 +113,7 @@ def is_locked(path: Path) -> bool:
         OSError: the file cannot be opened for reading.
     """
     try:
+        # without O_NONBLOCK a pipe in the lock's place would wait for its writer
         lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return False

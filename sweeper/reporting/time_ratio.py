@@ -47,6 +47,7 @@ def _pairs(arm: ArmResult, reference: ArmResult, metric: str) -> list[float]:
     """Return the logarithms of the ratios of fresh seeds that were trained one after the other."""
     if arm.final is None or reference.final is None:
         return []
+    # a seed that the other arm did not train has no partner
     both = zip(arm.final.judged, reference.final.judged, strict=False)
     times = [(_seconds(one.outcome, metric), _seconds(two.outcome, metric)) for one, two in both]
     return [math.log(one / two) for one, two in times if one and two]

@@ -39,6 +39,7 @@ from sweeper.search.ownership import (
     make_ownership,
 )
 
+# for studies that share a file, each of whose commits locks it (Python waits 5 s by default)
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 SAY_SECONDS = 5.0

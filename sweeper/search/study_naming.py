@@ -129,6 +129,7 @@ def _holds(folder: StudyFolder, settings: RunSettings) -> bool:
     except (ConfigError, OSError, KeyError, TypeError):
         return False
     asked = [source.path for source in sources(settings.data.train)]
+    # not strict: other numbers of sources are compared below
     pairs = [(base, settings.model.base_model), *zip(train, asked, strict=False)]
     return len(train) == len(asked) and all(_same(*pair) for pair in pairs)
 

@@ -49,6 +49,7 @@ def save_artifact(
     """
     target = folder.adapter if isinstance(trained.model, PeftModel) else folder.model
     partial = target.with_name(f".{target.name}.partial")
+    # what a killed attempt has left
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(trained.model, PeftModel):
         trained.model.save_pretrained(str(partial), save_embedding_layers=False)
@@ -60,6 +61,7 @@ def save_artifact(
     card = model_card(settings, figures, trained.form.folder, trained.form.form)
     write_atomic(partial / README, card)
     write_manifest(partial)  # in the artifact's folder, so that copies and archives contain it
+    # a folder that is not empty cannot be replaced
     shutil.rmtree(target, ignore_errors=True)
     partial.replace(target)
     if settings.artifacts.zip:

@@ -61,6 +61,7 @@ def store_model(model: Path, folder: TrialFolder, tokenizer: PreTrainedTokenizer
         tokenizer: the base's tokenizer, for a model that was stored without one.
     """
     partial = folder.model.with_name(".model.partial")
+    # what a killed attempt has left
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for path in model.iterdir():

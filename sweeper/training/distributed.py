@@ -27,6 +27,7 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.input_digests import InputDigests
 from sweeper.modeling.hardware import device
 
+# the ranks of a trial are on one machine, and no other machine may connect
 HOST = "127.0.0.1"
 LAUNCHER_VARIABLES = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|FORK_LAUNCHED"

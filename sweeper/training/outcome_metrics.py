@@ -91,6 +91,7 @@ def _mean_by_step(losses: Sequence[tuple[int, float]]) -> float:
     # Each logged loss is the mean since the previous log, so its weight is the steps between the two
     starts = [0, *(step for step, _ in losses)]
     weighted = sum(
+        # not strict: the last step is the start of no logged loss
         (step - start) * loss for start, (step, loss) in zip(starts, losses, strict=False)
     )
     return weighted / losses[-1][0]

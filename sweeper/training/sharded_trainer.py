@@ -32,7 +32,9 @@ from sweeper.training.trainer import JudgedTrainer, stored_weights
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 """transformers' file names, so that checkpoints have the same files as without sharding."""
+# whole tensors on rank 0 alone and in the host's memory, because a device holds its share only
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# rank 0 alone has read the checkpoint, and every rank keeps its share
 SPREAD = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 
 
