@@ -395,6 +395,7 @@ def _differences(shared: RunSettings, own: RunSettings) -> dict[str, object]:
     """Return the settings that an arm changes besides its space."""
     before = flatten(shared.trial.model_dump(mode="json"))
     after = flatten(own.trial.model_dump(mode="json"))
+    # `...` stands for a missing key, because None is a value of settings.
     return {key: value for key, value in after.items() if before.get(key, ...) != value}
 
 

@@ -82,6 +82,7 @@ def side_by_side(
     first = adapters[0].settings
     require_one_base(adapters)
     base = load_base(first.model, first.quantization, trained=False)
+    # The untuned answers come first, while the base has no adapter.
     answers = {UNTUNED: _ask(base, base.model, adapters[0], prompts, max_new_tokens)}
     model: PeftModel | None = None
     for index, adapter in enumerate(adapters):

@@ -132,6 +132,7 @@ def _pointed_to(arm: ArmResult, folder: StudyFolder) -> Iterator[TrialFolder]:
 
 def _forked(folder: StudyFolder) -> Iterator[Path]:
     """Return the trials that a fork of this study links to."""
+    # A fork lies in the same output_dir.
     for path in folder.path.parent.glob("*/*/trial_*"):
         if path.is_symlink():
             yield path.resolve()

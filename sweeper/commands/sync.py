@@ -77,6 +77,7 @@ def sync(
     for name in names or known:
         try:
             yield _sync(name, known[name], tracking, dry_run=dry_run)
+        # A study that cannot be shipped does not keep the others from it.
         except SweeperError as error:
             yield SyncedStudy(name, str(error), whole=False)
 

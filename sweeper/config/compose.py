@@ -448,6 +448,7 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
         _refuse_foreign_places(written, overrides)
         sweeper = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
         choices = OmegaConf.to_container(composed.hydra.runtime.choices)
+        # a struct refuses to lose a key
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
         config = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)

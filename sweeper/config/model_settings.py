@@ -127,6 +127,7 @@ class LoraAdapter(SettingsSection):
     init_lora_weights: str
     rank_pattern: dict[str, Positive]
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]]
+    # LoRA+ gives the B matrices the higher rate (Hayou et al. 2024, arXiv:2402.12354)
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None
 
     @field_validator("layers_to_transform")

@@ -36,6 +36,7 @@ class TrainingSettings(SettingsSection):
     gradient_accumulation_steps: Positive
     devices_per_trial: Positive
     fsdp: bool
+    # group_by_length saved 16 % of a trial's time and cost 0.018 nats (experiments/LOG.md)
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"]
     micro_batch: Literal["as_given", "largest"]
     optim: Literal[

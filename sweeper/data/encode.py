@@ -114,6 +114,8 @@ def encode_train(
     documents = _documents(examples, setup, settings, drops)
     lengths = [len(row["input_ids"]) for row, _ in rows] + [len(ids) for ids in documents]
     max_length = _max_length(settings, lengths, limit)
+    # Before `_fit`, because too long rows are counted under the
+    # same stage and have a limit of their own.
     _tolerate("training", examples, drops, settings)
     fitted, truncated = _fit(rows, max_length, settings, drops)
     made = fitted + _blocks(documents, max_length, setup)
@@ -153,6 +155,7 @@ def encode_evaluation(
     rows = [
         row for row in _conversations(examples, setup, settings, drops) if _is_target(row, drops)
     ]
+    # Before too long rows leave, because evaluation.over_length asks for that.
     _tolerate("evaluation", examples, drops, settings)
     lengths = [len(row["input_ids"]) for row, _ in rows]
     rows, truncated = _within_positions(rows, limit, over_length, drops)

@@ -82,6 +82,7 @@ def _groups(
     filled = dict.fromkeys(ratios, 0)
     groups = {}
     for name in names:
+        # At least half of a group must fit, so a split exceeds its share by half a group at most.
         unfilled = [split for split in ratios if filled[split] + sizes[name] / 2 <= targets[split]]
         groups[name] = unfilled[0] if unfilled else "train"
         if unfilled:

@@ -56,6 +56,7 @@ class RenderWatch:
             with self._lock:
                 ended = time.process_time() - self.limit_s
                 for thread in [each for each, begun in self._begun.items() if begun < ended]:
+                    # or the next round would raise once more, outside of the block
                     del self._begun[thread]
                     # a signal would reach the main thread only, and the inline engine has another one
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(

@@ -392,6 +392,7 @@ READERS: dict[str, Callable[[BinaryIO, str, DropCounts], Iterator[RawRow]]] = {
 def _lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, bytes | None]]:
     """Yield the lines with their numbers, from 1. A line that is too long is yielded as None."""
     number = 0
+    # One byte more than allowed tells a line that is too long from one that just fits.
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
         if number == 1:
@@ -467,6 +468,7 @@ def _parsed(text: str) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
+    # Python's json keeps the last of two values without notice.
     if len(values) < len(pairs):
         raise BadRow("duplicate key in an object")
     return values

@@ -236,6 +236,7 @@ def _examples(source: DataSource, key: str, data: DataSettings, reading: _Readin
         )
         reading.formats |= dict.fromkeys([each.format for each in examples] or [format_name])
     _tolerate(source, drops, read, data.max_bad_fraction)
+    # No format reads these columns, but the partition and the mixture do.
     for used in (data.group_by, data.balance_by, data.order_by):
         drops.unread.pop(str(used), None)
     reading.drops.add(drops)

@@ -173,6 +173,7 @@ def turn(item: Mapping[str, Any]) -> ChatMessage:
     extra: dict[str, Any] = {key: item[key] for key in HANDED_OVER if has_value(item.get(key))}
     if reasoning := next((item[key] for key in REASONING if has_value(item.get(key))), None):
         extra["reasoning_content"] = content(reasoning, role)
+    # `function_call` is OpenAI's name from before there were several calls in a turn.
     if calls := item.get("tool_calls") or item.get("function_call"):
         extra["tool_calls"] = _calls(_parsed(calls))
     return ChatMessage(role, content(said, role), trained=_trained(item), extra=extra)
@@ -237,6 +238,7 @@ def _calls(value: Any) -> list[dict[str, Any]]:
         call = item.get("function", item) if isinstance(item, Mapping) else None
         if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
             raise UnusableRow("a tool call has no function name")
+        # Llama 3.1 names the arguments `parameters`.
         arguments = _parsed(call.get("arguments") or call.get("parameters") or {})
         if not isinstance(arguments, Mapping):
             raise UnusableRow(f"the arguments of a tool call are a {type(arguments).__name__}")

@@ -135,6 +135,7 @@ def _merging_pays(x: Tensor, weight: Tensor) -> bool:
     """Return True if merging an adapter costs less than multiplying all tokens with it."""
     outputs, inputs = weight.shape
     tokens = x.numel() // inputs
+    # Both sides times the rank are multiplications: of the merge, and of the tokens
     return outputs * inputs < tokens * (outputs + inputs)
 
 

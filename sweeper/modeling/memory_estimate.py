@@ -412,6 +412,7 @@ def _is_paged(numel: int, optim: str, on: torch.device) -> bool:
 def state_bytes(numel: int, optim: str) -> int:
     """Return the bytes of AdamW's two moments for one parameter tensor."""
     if "8bit" not in optim or numel < MIN_8BIT_STATE:
+        # two moments in float32
         return 8 * numel
     return 2 * (numel + 4 * math.ceil(numel / BLOCK_8BIT_STATE))
 

@@ -92,6 +92,7 @@ def _require_equal_logits(small: PreTrainedModel) -> None:
     """
     small.eval()
     first, second = PROBE_TOKENS
+    # 7 and the size of the vocabulary have no common divisor, so neighbours are different tokens
     ids = torch.arange(first + second, device=small.device)[None] * 7 % VOCABULARY
     restarting = torch.cat([torch.arange(first), torch.arange(second)])[None].to(small.device)
 

@@ -93,6 +93,7 @@ def reduced(config: PretrainedConfig) -> PretrainedConfig:
     for name, found in list(vars(small).items()):
         if ("window" in name or name == "attention_chunk_size") and _is_number(found):
             setattr(small, name, min(found, WINDOW))
+    # torch's Embedding refuses a padding_idx beyond the small vocabulary
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(small, name, None) is not None:
             setattr(small, name, 0)

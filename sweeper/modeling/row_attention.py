@@ -54,6 +54,7 @@ def attend_in_rows(
     """
     bounds = options.pop(ROW_BOUNDS, None)
     if bounds is None:
+        # The placeholder mask of a batch without padding has arrived, but not the rows' bounds
         if attention_mask is not None and attention_mask.numel() == 1 < query.shape[2]:
             raise UnsupportedAttention("its layers do not receive the bounds of the rows")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
@@ -112,4 +113,5 @@ def _window_mask(length: int, window: int, on: torch.device) -> Tensor:
 
 
 AttentionInterface.register(ROW_ATTENTION, attend_in_rows)
+# transformers builds no mask for an attention without an entry here, and padded batches need one
 AttentionMaskInterface.register(ROW_ATTENTION, sdpa_mask)

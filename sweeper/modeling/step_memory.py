@@ -222,6 +222,7 @@ class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kinds: weakref.WeakKeyDictionary[torch.UntypedStorage, list[str]]
         self._kinds = weakref.WeakKeyDictionary()
         for tensor in known:
+            # PeakBytes leaves out the weights, so their storages count as known
             self._kinds[tensor.untyped_storage()] = []
 
     def count_as_gradient(self, parameter: torch.Tensor) -> None:
@@ -261,6 +262,7 @@ def _register_hooks(model: PreTrainedModel | PeftModel, alive: AliveBytes) -> li
 
     def enter(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         alive.kind = "logits"
+        # The gradient of the head's input is complete when the backward pass leaves the head
         if inputs[0].requires_grad:
             inputs[0].register_hook(leave)  # type: ignore[no-untyped-call]
 

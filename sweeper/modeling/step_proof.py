@@ -53,6 +53,7 @@ def obstacle(
     """
     name = str((config.architectures or [config.model_type])[0])
     try:
+        # The small model's weights are drawn from the generator that the trial goes on with
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             require(small_model(config, attention, dtype))
     except UnsupportedAttention as reason:

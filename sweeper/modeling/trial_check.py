@@ -109,6 +109,7 @@ def nearest_rank(
     # modules_to_save and modules in rank_pattern do not depend on r. So PEFT counts at r=1 and r=2
     one, two = (
         count_parameters(
+            # the dtype does not change the count
             model_on_meta(config, adapter.with_rank(r), torch.float32, attn_implementation)
         ).trainable
         for r in (1, 2)

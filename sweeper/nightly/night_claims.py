@@ -120,6 +120,7 @@ class NightLog:
             # A holder file may be left by a killed process, so the lock decides.
             with FileLock(self._folder.lock(set_name), timeout=0):
                 return None
+        # The process that holds the lock has named itself in its file.
         except Timeout:
             pass
         path = self._folder.holder(set_name)
@@ -166,6 +167,7 @@ class NightLog:
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
         database = sqlite3.connect(self._folder.database, timeout=BUSY_SECONDS)
+        # A connection's own `with` ends the transaction and leaves the file open.
         with closing(database), database:
             yield database
 

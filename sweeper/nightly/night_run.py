@@ -325,6 +325,7 @@ class NightRun:
         name = f"{self._record.set_name} {self._record.date}"
         tags = {
             "sweeper.result": self._record.result or UNFINISHED,
+            # MLflow limits the value of a run's tag to 8,000 characters.
             "mlflow.note.content": text[:8000],
         }
         try:

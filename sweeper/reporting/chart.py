@@ -16,6 +16,7 @@ from pathlib import Path
 # Own SVG instead of matplotlib or plotly: matplotlib takes seconds to import and fixes the colours,
 # and plotly.js alone is larger than the 2 MB that a page may have.
 ASSETS = Path(__file__).parent / "assets"
+# units of the viewBox, which the page scales to its width
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, BOTTOM = 62, 14, 46
 RANGES_WIDTH = 400

@@ -59,6 +59,8 @@ def training_arguments(
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         activation_checkpointing=training.activation_checkpointing,
+        # The reentrant form gives no gradients if no input of a
+        # block needs one, as on a frozen base
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_liger_kernel=use_liger_kernel(settings),
         # Liger's fused loss would replace the forward pass that computes our loss

@@ -52,6 +52,7 @@ def save_artifact(
     # what a killed attempt has left
     shutil.rmtree(partial, ignore_errors=True)
     if isinstance(trained.model, PeftModel):
+        # PEFT's default, "auto", asks the hub for the base's config to compare the vocabulary sizes
         trained.model.save_pretrained(str(partial), save_embedding_layers=False)
         _name_base(partial / "adapter_config.json", trained.form)
     else:
@@ -90,6 +91,7 @@ def write_zip(folder: Path, target: Path) -> None:
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), EPOCH)
+            # Unix permissions are in the upper two bytes
             entry.external_attr = 0o644 << 16
             entry.create_system = 3  # Unix, also if written on another system
             entry.file_size = path.stat().st_size
