@@ -254,6 +254,7 @@ def reproduce(
         update = {"verdict": "other_inputs", "why": str(error), "differences": differences}
         return made.model_copy(update=update)
     except TrialFailed as error:
+        # without an answer to the probe there is nothing to compare
         differences = differing(record, seen[0]) if seen else ()
         update = {"why": str(error), "differences": differences, "folder": str(folder.path)}
         return made.model_copy(update=update)
@@ -298,6 +299,7 @@ def differing(record: RecordedTrial, facts: ArmBaseline) -> tuple[RecordedDiffer
     return tuple(
         RecordedDifference(what=key, recorded=record.origin.get(key), now=now.get(key))
         for key in COMPARED
+        # two changed work trees may differ, although both count as changed
         if record.origin.get(key) != now.get(key) or (key == "git.dirty" and now.get(key) == "true")
     )
 

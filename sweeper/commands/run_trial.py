@@ -95,6 +95,7 @@ def train_single(
             waits = JobWaits(say, settings.workers, announce_trial=say)
             dispatcher = Dispatcher(pool, interrupt, say, waits=waits)
             outcome = trial.run(dispatcher, lambda facts: _accept(facts, trial, accept))
+    # raised again below, when the tracker has recorded the end
     except KeyboardInterrupt as stop:
         outcome, stopped = Outcome(cause="cancelled"), stop
     except InputsChanged as changed:

@@ -87,6 +87,7 @@ def standings(output_dir: Path) -> list[StudyStatus]:
     for folder in _studies(output_dir):
         try:
             found.append(standing(folder))
+        # `unreadable` tells of these
         except CommandRefused:
             continue
     return found

@@ -83,6 +83,7 @@ class StudyConclusion:
         take = self.steps.take
         answered = status == "FINISHED" and bool(results.arms)
         if answered:
+            # the cards lie in the folders that are uploaded next
             take("the winners' cards", lambda: add_served_losses(results, self.folder))
             take("the kept weights in MLflow", lambda: self._keep(results))
         take("the answer in MLflow", lambda: self._close_tracker(results, status))

@@ -142,6 +142,7 @@ def _told(folder: StudyFolder) -> Mapping[str, Outcome]:
     storage = open_storage(None, folder)
     outcomes: dict[str, Outcome] = {}
     for study in optuna.get_all_study_names(storage):
+        # Optuna's study of an arm is named STUDY/ARM.
         arm = study.rpartition("/")[2]
         for trial in optuna.load_study(study_name=study, storage=storage).get_trials(
             deepcopy=False

@@ -33,8 +33,10 @@ class QuantizationSettings(SettingsSection):
     """Storage of the frozen base in memory (transformers' BitsAndBytesConfig)."""
 
     load_in_4bit: bool
+    # LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339)
     load_in_8bit: bool
     bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    # QLoRA quantizes the scales as well (Dettmers et al. 2023, arXiv:2305.14314)
     bnb_4bit_use_double_quant: bool
     bnb_4bit_compute_dtype: Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -80,6 +82,7 @@ UNQUANTIZED = QuantizationSettings(
     bnb_4bit_use_double_quant=False,
     bnb_4bit_compute_dtype="auto",
 )
+# PEFT calls its default `true`. OLoRA: Büyükakyüz 2024, arXiv:2406.01775
 INITS = ("default", "gaussian", "olora")
 REFUSED_INITS = {
     "pissa": "it decomposes the base's weights and fails on a 4-bit or 8-bit base",
@@ -122,7 +125,9 @@ class LoraAdapter(SettingsSection):
     layers_to_transform: str | list[Annotated[int, Field(ge=0)]] | None
     modules_to_save: list[str]
     bias: Literal["none", "all", "lora_only"]
+    # rsLoRA divides alpha by the root of r (Kalajdzievski 2023, arXiv:2312.03732)
     use_rslora: bool
+    # DoRA trains the norms of the weights apart (Liu et al. 2024, arXiv:2402.09353)
     use_dora: bool
     init_lora_weights: str
     rank_pattern: dict[str, Positive]

@@ -83,8 +83,10 @@ CHOICE_ALIASES = {
     ("sampler", "cmaes"): "sampler=optuna sampler.class_name=CmaEsSampler",
     ("sampler", "nsgaii"): "sampler=optuna sampler.class_name=NSGAIISampler",
     ("sampler", "qmc"): "sampler=optuna sampler.class_name=QMCSampler",
+    # Optuna's TPESampler includes MOTPE
     ("sampler", "motpe"): "sampler=tpe",
     ("pruner", "hyperband"): "pruner=optuna pruner.class_name=HyperbandPruner",
+    # Optuna's SuccessiveHalvingPruner is the asynchronous kind
     ("pruner", "asha"): "pruner=successive_halving",
     ("adapter", "qlora"): "adapter=lora quantization=nf4",
     ("adapter", "dora"): "adapter=lora adapter.use_dora=true",

@@ -69,6 +69,7 @@ class Interval:
             raise ValueError(f"{self}: a log scale takes no step")
 
     def __contains__(self, value: Scalar) -> bool:
+        # True is an int in Python
         if isinstance(value, bool) or not isinstance(value, int | float):
             return False
         return self.low <= value <= self.high and self.snap(value) == value

@@ -39,6 +39,7 @@ class TrainingSettings(SettingsSection):
     # group_by_length saved 16 % of a trial's time and cost 0.018 nats (experiments/LOG.md)
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"]
     micro_batch: Literal["as_given", "largest"]
+    # the last three are bitsandbytes' (Dettmers et al. 2021, arXiv:2110.02861)
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -72,6 +73,7 @@ class TrainingSettings(SettingsSection):
             return 0
         if self.warmup_steps is not None:
             return self.warmup_steps
+        # rounded up, as transformers does
         return min(math.ceil(self.warmup_ratio * total_steps), total_steps - 1)
 
     @property

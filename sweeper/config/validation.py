@@ -22,6 +22,7 @@ TAGS: dict[str, type[SettingsSection] | None] = {
 }
 """Parts of a pydantic error location that name a member of a union, with the member's section."""
 
+# pydantic's words, with the small letter that `_message` gives them
 EXPECTED = "input should be "
 
 S = TypeVar("S", bound=SettingsSection)
@@ -70,6 +71,7 @@ def _describe(item: Mapping[str, Any], kind: type[SettingsSection], key: str) ->
         case "missing":
             return f"{key}: missing"
         case "value_error":
+            # pydantic puts these words before a validator's own
             return f"{key}: {str(item['msg']).removeprefix('Value error, ')}"
         case _:
             return f"{key}={item['input']!r}: {_message(item)}"

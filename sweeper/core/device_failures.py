@@ -16,8 +16,11 @@ DeathCause = Literal["crash", "oom", "device"]
 
 MEMORY_TEXTS = (
     "out of memory",
+    # torch's allocator of CPU memory
     "can't allocate memory",
+    # the operating system (ENOMEM)
     "cannot allocate memory",
+    # C++
     "std::bad_alloc",
     "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
     "failed to cuda calloc",  # NCCL's buffers
@@ -45,6 +48,7 @@ def breaks_context(error: BaseException) -> bool:
     text = str(error)
     if means_out_of_memory(text):
         return False
+    # By name, because torch is not imported here
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "AcceleratorError" in kinds or any(words in text.lower() for words in CONTEXT_TEXTS)
 

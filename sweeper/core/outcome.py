@@ -119,6 +119,7 @@ class ExampleLosses(FrozenValue):
     @property
     def loss(self) -> float:
         """Mean loss in nats per target token."""
+        # fsum rounds only once, so the order of the rows does not matter.
         return math.fsum(self.nll) / sum(self.tokens)
 
 
@@ -174,6 +175,7 @@ class BaselineRun(FrozenValue):
 
 def _parsed_param(text: str) -> int | float | bool | str:
     """Return the bool or number that a text represents, or the text itself."""
+    # MLflow stores parameters as text.
     if text in ("True", "False"):
         return text == "True"
     for kind in (int, float):

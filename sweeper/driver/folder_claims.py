@@ -161,6 +161,7 @@ def _place_aside(study: StudyFolder, trial: TrialFolder) -> Path:
 def free_path(path: Path) -> Path:
     """Return a path, or the first of PATH_2, PATH_3, … that does not exist."""
     found, number = path, 1
+    # a link that leads nowhere does not exist to `exists`, but occupies the name
     while found.exists() or found.is_symlink():
         number += 1
         found = path.with_name(f"{path.name}_{number}")

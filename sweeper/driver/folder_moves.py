@@ -58,6 +58,7 @@ def end_move(folder: StudyFolder) -> None:
     for each in _present(source, move.copied):
         _copy(each, target / each.name)
     for each in _present(source, move.moved):
+        # a folder cannot be renamed onto one that is not empty
         _clear(target / each.name)
         each.replace(target / each.name)
     if move.emptied:

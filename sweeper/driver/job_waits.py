@@ -135,6 +135,7 @@ class JobWaits:
         self._longest_s = max(self._longest_s, ended.seconds)
 
     def _hangs(self, key: tuple[str, int, JobPhase]) -> bool:
+        # silence from before the end of the study's time does not count, a job may take that long
         return min(self._waits[key].seconds, self._seconds_over()) >= self.patience_s
 
     def _turn_trials(self, trials: Sequence[Job], seconds: float) -> None:
@@ -160,6 +161,7 @@ class JobWaits:
             return f"{job.key}: {wait.words}"
         checking = job.phase is JobPhase.CHECKING
         activity = "checking whether the trial is possible" if checking else job.activity
+        # without the count, as in "judging the untuned base: 3,200 of 17,436 rows"
         activity = wait.words.partition(":")[0] or activity
         limit_s = None if self._workers is None else self._workers.probe_timeout_s
         limit = "no limit" if limit_s is None else f"limit {_duration(limit_s)}"

@@ -83,6 +83,7 @@ class SingleTrial(Job):
             )
             engine.send(worker, check)
             return JobPhase.CHECKING
+        # the run begins after the check, because adapter.trainable_parameters has a rank only then
         self.record = replace(self.record, params=recorded(self.settings, self.size))
         self.tracker.start(self.record)
         engine.send(

@@ -76,6 +76,7 @@ def rouge(
     assert len(predictions) == len(references) > 0
     splitter = TOKENIZERS[tokenizer]()
     scorer = RougeScorer(list(KINDS), tokenizer=splitter)
+    # rouge_score takes the reference first.
     rows = [scorer.score(*pair) for pair in zip(references, predictions, strict=True)]
     # The means are plain: the default aggregation of `evaluate` is a bootstrap without a seed.
     scores = {kind: [float(row[kind].fmeasure) for row in rows] for kind in KINDS}

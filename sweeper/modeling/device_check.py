@@ -33,6 +33,7 @@ def _describe(on: torch.device) -> dict[str, object]:
     if on.type == "cuda":
         free, total = torch.cuda.mem_get_info(on)
         name = torch.cuda.get_device_name(on)
+        # torch's default counts a GPU that emulates bf16, such as a T4
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         memory = psutil.virtual_memory()

@@ -40,6 +40,7 @@ SHOWN = 4
 def expert_weights(model: torch.nn.Module) -> list[str]:
     """Return the full names of the stacked weights of experts, quantized or not."""
     return [
+        # PEFT adds this part to the names of what it wraps
         f"{path}.{name}".replace(".base_layer", "")
         for path, module in model.named_modules()
         if EXPERTS in type(module).__name__
@@ -50,6 +51,7 @@ def expert_weights(model: torch.nn.Module) -> list[str]:
 def _stacked(module: torch.nn.Module) -> list[str]:
     # A quantized weight is computed from packed bytes (torch.nn.utils.parametrize)
     computed = list(getattr(module, "parametrizations", {}))
+    # Biases of experts have two dimensions
     own = [name for name, weight in module.named_parameters(recurse=False) if weight.ndim == 3]
     return [*own, *computed]
 
@@ -72,6 +74,7 @@ def computes_plain_product(kind: Any) -> bool:
 def _computes_plain_product(kind: Any) -> bool:
     if not issubclass(kind, torch.nn.Linear) or not kind.__module__.startswith("transformers."):
         return False
+    # The layer's weights are drawn from torch's generator, which must not depend on this check
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         try:
             layer, inputs = kind(8, 4), torch.randn(2, 3, 8)
@@ -129,6 +132,7 @@ class Wider4BitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             module, weight = get_module_from_name(model, name)
             setattr(module, IN_ORDER, (*getattr(module, IN_ORDER, ()), weight))
             unpack = Bnb4bitParametrization(self.states[name])
+            # unsafe allows another dtype and shape than those of the packed bytes
             parametrize.register_parametrization(module, weight, unpack, unsafe=True)
             _register_parametrization_hooks(module, weight)
         return super()._process_model_after_weight_loading(model, **options)
@@ -176,6 +180,7 @@ def _replace_own_classes(quantizer: Any, model: Any) -> None:
                 module.bias is not None,
                 dtype=module.weight.dtype,
             )
+        # transformers replaces layers whose type is nn.Linear itself, and no subclass
         model.set_submodule(name, plain)
     if names:
         from transformers.integrations import replace_with_bnb_linear

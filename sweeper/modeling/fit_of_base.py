@@ -72,6 +72,7 @@ def require_causal(model: PreTrainedModel, where: str) -> None:
     """
     was_training = model.training
     rows = int(model.get_input_embeddings().weight.shape[0])
+    # two texts that differ in their last token only
     first, second = ([[1, 2, 1, last]] for last in (1, min(3, rows - 1)))
     model.eval()
     try:

@@ -297,6 +297,7 @@ def _build(form: EstimatedForm, config: PretrainedConfig) -> BuiltForm:
         held=held,
         step=step_workspace(sizes, form.optim, form.on),
         unpacked=_largest(packed, form.compute_dtype),
+        # the weights of a block and their gradient
         gathered=2 * largest_gathered(model) if form.shards > 1 else 0,
         steps=SimulatedSteps(model, form.compute_dtype),  # last, because it takes the model apart
     )
@@ -373,6 +374,7 @@ def quantized_weights(model: PreTrainedModel | PeftModel) -> dict[str, Quantized
     return {
         _plain(name): _quantized(module)
         for name, module in base.named_modules()
+        # transformers replaces nn.Linear itself, and no subclass
         if (type(module) in (torch.nn.Linear, Conv1D) or computes_plain_product(type(module)))
         and not {"lora_A", "lora_B", "modules_to_save"} & set(name.split("."))
         and should_convert_module(_plain(name), kept)

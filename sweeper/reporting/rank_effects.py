@@ -116,6 +116,7 @@ def _leads(
     for one, two in pairs:
         better, worse = (one, two) if levels[one] > levels[two] else (two, one)
         gain = float(levels[better] - levels[worse])
+        # Var(a − b) = Var(a) + Var(b) − 2 Cov(a, b), as a multiple of the error's variance.
         of_pair = inverse[one, one] + inverse[two, two] - 2 * inverse[one, two]
         half = reach * float(of_pair * variance) ** 0.5
         if gain > half:

@@ -72,6 +72,7 @@ class RankLadder:
         """The largest difference of two trials of one seed each that may be chance (95 %)."""
         if self.noise is None or not self.freedom:
             return None
+        # The difference of two values has twice the variance of one.
         return t_quantile((1 + LEVEL) / 2, self.freedom) * 2**0.5 * self.noise
 
     @property

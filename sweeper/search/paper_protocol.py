@@ -48,6 +48,7 @@ def under_protocol(study: StudySettings) -> StudySettings:
 
 def with_protocol(study: StudySettings, fixed: Sequence[str]) -> list[str]:
     """Return the overrides of all arms with those of the protocol."""
+    # of two overrides of one key Hydra takes the last
     return [*fixed, UNSTOPPED] if study.protocol == "paper" else list(fixed)
 
 

@@ -341,6 +341,7 @@ def _rivals(study: StudySettings) -> dict[str, ArmSettings]:
         return study.arms
     own = study.arms.get(FULL)
     overrides = list(FULL_OVERRIDES) if own is None else own.overrides
+    # the adopted run is the arm's only trial
     return {**study.arms, FULL: ArmSettings(overrides=overrides, n_trials=1, params={})}
 
 

@@ -58,6 +58,7 @@ def tell(
     if (
         row.state == "COMPLETE" and not sampled and not trial.constraints
     ):  # else a killed driver set it
+        # Optuna takes a constraint above 0 for violated
         trial.set_constraint(INFEASIBLE, 1.0 if row.infeasible else -1.0)
     if row.infeasible:
         worst = [_worst(trial.study, index) for index, _ in enumerate(costs, start=1)]

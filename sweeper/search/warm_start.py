@@ -90,6 +90,7 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if (cause := trial.user_attrs.get("cause")) in STATES and STATES[cause].complete
     ]
+    # the objective stands before the costs
     best = max if study.directions[0] is optuna.study.StudyDirection.MAXIMIZE else min
     return best(done, key=lambda trial: trial.values[0]) if done else None
 
@@ -248,6 +249,7 @@ def _earlier(plan: StudyPlan, arm: ArmPlan, storage: BaseStorage, name: str) -> 
         study_name=optuna_name(name, arm.name), storage=_storage(plan, storage, name)
     )
     require_readable(study)
+    # an arm whose probe was never answered has no facts
     return study if "facts" in study.user_attrs else None
 
 

@@ -72,6 +72,7 @@ def _run(client: MlflowClient, run_id: str) -> Any:
             f"baseline.run_id={run_id}: this MLflow store has no such run. Set tracking.uri or "
             "MLFLOW_TRACKING_URI to the store that the run was recorded in"
         ) from None
+    # MLflow returns deleted runs as well
     if run.info.lifecycle_stage != "active":
         raise TrackingError(f"baseline.run_id={run_id}: this run was deleted. Restore it first")
     return run

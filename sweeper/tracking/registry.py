@@ -205,6 +205,7 @@ class ModelRegistry(TrackingStore):
             client.set_terminated(run.info.run_id, "FINISHED")
 
     def _create_experiment(self, client: MlflowClient) -> str:
+        # MLflow's default depends on the first process's current folder
         local = (self._root / "artifacts" / NIGHTS).resolve().as_uri()
         location = local if self._uri is None else None
         return str(client.create_experiment(NIGHTS, artifact_location=location))
@@ -253,6 +254,7 @@ def _models(client: MlflowClient) -> Iterator[Any]:
 
 
 def _champion_number(client: MlflowClient, model: str) -> str | None:
+    # A search, because get_registered_model raises for a name that is not registered
     found = client.search_registered_models(f"name = '{model}'")
     number = found[0].aliases.get(ALIAS) if found else None
     return None if number is None else str(number)

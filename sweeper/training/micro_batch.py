@@ -136,8 +136,10 @@ def _with_largest(settings: TrialSettings, fits: Fits) -> TrialSettings:
     limit = settings.training.effective_batch_size // settings.training.devices_per_trial
     while limit > settings.training.per_device_train_batch_size:
         larger = with_micro_batch(settings, limit)
+        # An unknown need (None) counts as too large
         if fits(larger):
             return larger
+        # `larger` was rounded down to a divisor of the batch, so the next one lies below it
         limit = larger.training.per_device_train_batch_size - 1
     return settings
 

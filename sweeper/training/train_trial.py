@@ -251,6 +251,7 @@ def _trainer(
         micro_batch_tokens=tokens,
         args=arguments,
         train_dataset=TokenizedRows(inputs.train.rows),
+        # Trainer requires one, although JudgedTrainer.evaluate reads none
         eval_dataset=TokenizedRows(list(inputs.judge.rows)),
         data_collator=collator,
         callbacks=[*callbacks, RankSyncCallback(inputs.ranks)],

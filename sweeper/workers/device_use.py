@@ -49,6 +49,7 @@ def parse_use(names: Sequence[str], gpus: str, processes: str) -> dict[str, str]
 
 def free_first(survey: DeviceSurvey, used: Mapping[str, str]) -> DeviceSurvey:
     """Return a survey with the GPUs that nothing uses in front, so that workers are given those."""
+    # the sort is stable: otherwise the GPUs keep their order
     return replace(survey, names=tuple(sorted(survey.names, key=lambda name: name in used)))
 
 

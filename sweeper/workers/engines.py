@@ -53,6 +53,7 @@ def _hosts(
     try:
         from sweeper.workers.ray_engine import RayEngine
     except ModuleNotFoundError as error:
+        # a module that Ray itself lacks is a fault of its installation, which the traceback shows
         if error.name != "ray":
             raise
         raise WorkerError(

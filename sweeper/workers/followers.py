@@ -147,6 +147,7 @@ class FollowerGroup:
 
     def _follower(self, rank: int) -> FollowerProcess:
         if rank not in self._followers:
+            # spawn, because a forked process cannot use CUDA
             ours, theirs = multiprocessing.get_context("spawn").Pipe()
             log = self._log.with_stem(f"{self._log.stem}_rank_{rank}")
             process = multiprocessing.get_context("spawn").Process(
@@ -155,6 +156,7 @@ class FollowerGroup:
                 name=f"{self._log.stem}-rank-{rank}",
             )
             process.start()
+            # else a read from the pipe would not end with the follower
             theirs.close()
             self._followers[rank] = FollowerProcess(process, ours, log)
         return self._followers[rank]

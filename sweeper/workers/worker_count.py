@@ -72,6 +72,7 @@ def this_machine() -> MachineShare:
 
 def usable_cores() -> int:
     """Return the number of CPU cores of this process: its affinity, and its control groups' quota."""
+    # macOS has no affinity
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min([cores or 1, *_quotas()]))
 
@@ -192,6 +193,7 @@ def parameters_in(files: Iterable[Path]) -> int | None:
     for path in files:
         with path.open("rb") as stream:
             try:
+                # a safetensors file begins with the length of its JSON header, in eight bytes
                 header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
                 tensors = [each for name, each in header.items() if name != "__metadata__"]
                 count += sum(math.prod(tensor["shape"]) for tensor in tensors)
@@ -205,6 +207,7 @@ def _quotas() -> list[int]:
     found: list[int] = []
     for group in control_groups():
         file = group / "cpu.max"
+        # a quota and its period in microseconds, the quota may be the word max (cgroup v2)
         words = file.read_text(encoding="ascii").split() if file.is_file() else ["max"]
         if words[0] != "max":
             found.append(int(words[0]) // int(words[1]))
