@@ -164,6 +164,7 @@ def show_study(
     drafts = [draft(arm) for arm in plan.arms]
     largest = [[] if arm.run_id is not None else largest_trials(arm) for arm in plan.arms]
     first = [trial for found in drafts for trial in found.settings]
+    # One process counts all of them, because its imports take seconds.
     estimated = estimator([*first, *itertools.chain.from_iterable(largest)])
     sizes = iter(estimated)
     of_points = [list(itertools.islice(sizes, len(found.settings))) for found in drafts]
@@ -318,6 +319,7 @@ def describe(found: TrialFootprint) -> str:
 
 def without_dry_run(command: str) -> str:
     """Return the command that runs what the dry run shows."""
+    # Set first, because that replaces the override whatever its value is.
     return with_override(command, "dry_run", "false").replace(" dry_run=false", "")
 
 

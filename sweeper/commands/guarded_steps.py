@@ -1,6 +1,6 @@
 """The last steps of a study, each of which is taken whatever became of the others.
 
-A step waits for space as training does. What else it fails with is told, kept, and raised at the end.
+A step waits for space as training does. Any other error is announced, kept, and raised at the end.
 """
 
 from __future__ import annotations

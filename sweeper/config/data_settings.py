@@ -118,6 +118,7 @@ class DataSettings(SettingsSection):
     over_length: Literal["drop", "truncate"]
     packing: bool
     max_samples: Positive | None
+    # Each of the two is below a half, so that rows are left to train on
     validation_ratio: Annotated[float, Field(gt=0, lt=0.5)]
     test_ratio: Annotated[float, Field(ge=0, lt=0.5)]
     split_seed: Annotated[int, Field(ge=0)]

@@ -127,6 +127,7 @@ def _hashable(values: list[Any]) -> list[str]:
 def _reduce_heads(small: PretrainedConfig) -> None:
     """Reduce the number of heads, with their size and the kind of grouping unchanged."""
     heads = small.num_attention_heads
+    # Without this key every head has keys of its own
     keys = getattr(small, "num_key_value_heads", None) or heads
     size = small.hidden_size // heads
     kept, kept_keys = (2, 2) if keys == heads else (2, 1) if keys == 1 else (4, 2)
@@ -134,5 +135,6 @@ def _reduce_heads(small: PretrainedConfig) -> None:
     if getattr(small, "num_key_value_heads", None) is not None:
         small.num_key_value_heads = kept_keys
     small.hidden_size = kept * size
+    # The width of OPT's embeddings, which it projects where it is another one
     if getattr(small, "word_embed_proj_dim", None) is not None:
         small.word_embed_proj_dim = small.hidden_size

@@ -107,6 +107,7 @@ def number_axis(label: str, values: Iterable[float], log: bool = False) -> Chart
         # A single value gets a range around it, so that its mark is not on the frame.
         low, high = (low / 1.5, high * 1.5) if low < high else (low / 3, high * 3)
         return ChartAxis(label, low, high, _log_ticks(low, high), log=True)
+    # Equal values have no range, and zeros have no size either.
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - room, high + room
     return ChartAxis(label, low, high, _linear_ticks(low, high))

@@ -339,6 +339,7 @@ def contrast(
 
 def _equivalence(joint: JointMeans, margin: EquivalenceMargin, sign: int) -> float:
     """Return the larger p value of the tests that the arm is not much worse and not much better."""
+    # Both of two one-sided tests must reject, so the larger p value counts (Schuirmann 1987).
     if margin.share is None:
         limit = margin.absolute or 0.0
         return max(joint.combined(-1, 1, 0).above(-limit), joint.combined(1, -1, 0).above(-limit))
@@ -358,6 +359,7 @@ def _retained(joint: JointMeans, sign: int) -> IntervalEstimate | None:
     of_share = joint.combined(-sign, sign * share, sign * (1 - share))
     square = t_quantile((1 + LEVEL) / 2, of_share.freedom) ** 2
     both = joint.combined(-sign, -sign, 2 * sign)
+    # Var(a + b) = Var(a) + Var(b) + 2 Cov(a, b)
     covariance = (both.error**2 - own.error**2 - reference.error**2) / 2
     # The shares that fit are the roots of a quadratic. It opens upwards only if the reference's
     # improvement differs from zero, and without that there is no bounded set.
@@ -366,6 +368,7 @@ def _retained(joint: JointMeans, sign: int) -> IntervalEstimate | None:
         return None
     middle = own.value * reference.value - square * covariance
     last = own.value**2 - square * own.error**2
+    # Rounding may leave a root of zero a little below it.
     root = max(middle**2 - leading * last, 0.0) ** 0.5
     ends = ((middle - root) / leading, (middle + root) / leading)
     return IntervalEstimate(value=100 * share, low=100 * ends[0], high=100 * ends[1])

@@ -68,6 +68,7 @@ class TrialResult(FrozenValue):
     @model_validator(mode="before")
     @classmethod
     def _with_outcome(cls, trial: dict[str, Any]) -> dict[str, Any]:
+        # Made in Python, and not read from results.json.
         if "outcome" in trial:
             return trial
         own = trial.keys() & cls.model_fields.keys()
@@ -260,6 +261,7 @@ class StudyResults(FrozenValue):
     @model_validator(mode="before")
     @classmethod
     def _of_document(cls, results: dict[str, Any]) -> dict[str, Any]:
+        # Made in Python, and not read from results.json.
         if not isinstance(results.get("arms"), dict):
             return results
         for name in results["arms"]:

@@ -62,6 +62,7 @@ def _contrast(
     arm: str, form: ServeForm, served: ExampleLosses, trained: ExampleLosses
 ) -> ServedContrast:
     own, reference = example_rows([served]), example_rows([trained])
+    # The trained form is both the reference and the zero line.
     found = contrast((form, "trained"), own, reference, reference)
     return ServedContrast(
         arm=arm,

@@ -161,7 +161,7 @@ def capital(words: str) -> str:
 
 
 def point_words(point: Mapping[str, Scalar]) -> str:
-    """A point's values by their short names: learning_rate=0.003, r=8."""
+    """Return a point's values by their short names: learning_rate=0.003, r=8."""
     return ", ".join(f"{name}={value}" for name, value in short_names(point).items())
 
 

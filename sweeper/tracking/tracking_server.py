@@ -191,6 +191,7 @@ def as_tracking_error(error: Exception, name: str) -> StoreAway | TrackingError:
     if code is not None:
         return StoreAway(reason) if code in TRANSIENT else TrackingError(reason)
     if status is not None:
+        # 429: too many requests at the moment
         return StoreAway(reason) if status >= 500 or status == 429 else TrackingError(reason)
     if isinstance(error, FileNotFoundError):  # a missing file of ours is not an outage
         return TrackingError(reason)

@@ -28,5 +28,6 @@ def peak_mib() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     if _STATUS.exists():
         fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        # in proc(5) a kB has 1024 bytes
         return int(fields["VmHWM"].split()[0]) / 1024
     return float(psutil.Process().memory_info().rss) / 2**20

@@ -777,6 +777,7 @@ class TransformersRunner:
 
 def _free_unreferenced() -> None:
     gc.collect()
+    # The allocator returns only blocks that no tensor uses any more
     torch.cuda.empty_cache()
 
 

@@ -349,7 +349,7 @@ class Engine(Protocol):
         """
 
     def next_event(self, timeout_s: float) -> WorkerEvent | None:
-        """The next event, or None if none came in time.
+        """Return the next event, or None if none came in time.
 
         Raises:
             WorkerError: workers die before they can do anything.
