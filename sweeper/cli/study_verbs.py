@@ -37,6 +37,7 @@ OneArm = Annotated[
 Number = Annotated[int, typer.Argument(min=0, help="The earlier trial's number.")]
 Values = Annotated[list[str], typer.Argument(help="KEY=VALUE of searched keys.")]
 
+# the default of output_dir in conf/config.yaml
 OUTPUTS = Path("outputs")
 TIMEOUT_S = 10.0
 
@@ -127,6 +128,7 @@ def stop(
 
 @app.command()
 def extend(
+    # at most MAX_TRIALS of sweeper.driver.command_files
     trials: Annotated[int, typer.Option(min=1, max=100_000, help="How many more.")],
     name: NameOrNewest = None,
     arm: OneArm = None,

@@ -36,6 +36,7 @@ class VerbGroup(TyperGroup):
             raise typer.Exit(code)
 
 
+# Each verb imports what it needs when it runs, so that --help needs no torch.
 app = typer.Typer(cls=VerbGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
@@ -395,6 +396,7 @@ def clean(
         raise ConfigError(["Name the study to clean, or give only --bases"])
     if name is None:
         return _clean_bases(dry_run)
+    # Asked first: if the registry is away, nothing is deleted.
     held = [found.folder for found in _registry_champions(overrides or [])]
     found = removals(name, output_dir, keep_adapters, held)
     for removal in found:

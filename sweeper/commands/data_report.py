@@ -37,6 +37,7 @@ def report_data(settings: Iterable[TrialSettings], console: Console, rows: int) 
         DataError: The data cannot be read or encoded. The message has the reasons.
         ModelError: The base model has no tokenizer, or does not exist.
     """
+    # Arms often differ only in settings that leave the rows as they are.
     different = {
         (each.data.model_dump_json(), each.model.base_model, each.evaluation.over_length): each
         for each in settings
@@ -56,6 +57,7 @@ def prepared_rows(settings: TrialSettings) -> PreparedData:
     config = load_config(settings.model)
     where = f"model.base_model={settings.model.base_model!r}"
     tokenizer = load_tokenizer(find_source(settings.model).folder, where)
+    # As complete_tokenizer does once the model is loaded, which a report does without.
     if tokenizer.eos_token_id is None:
         known = getattr(config, "eos_token_id", None)
         token_id = known[0] if isinstance(known, list) else known

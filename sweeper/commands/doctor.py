@@ -89,6 +89,7 @@ def examine(overrides: Sequence[str]) -> list[DoctorFinding]:
         lambda: [tracking(settings.tracking)],
         lambda: [reach_database("study database", database)],
     ]
+    # side by side, because several of them wait for a server or a process
     with ThreadPoolExecutor(max_workers=len(checks)) as pool:
         return [finding for found in pool.map(lambda check: check(), checks) for finding in found]
 

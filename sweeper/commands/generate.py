@@ -155,6 +155,7 @@ def _ask(
     prompts: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
+    # An example ends with an answer, which generation does not read.
     row = RawRow({}, "--prompt")
     examples = [
         Example((ChatMessage("user", prompt), ChatMessage("assistant", "")), row, adapter.asked_as)

@@ -72,6 +72,7 @@ def modelfile(name: str, form: TrainedForm, texts: TurnTexts | None, tokens: int
 def context(model: Path) -> int | None:
     """Return the positions that a model's configuration names, or None."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    # n_positions is GPT-2's name
     found = config.get("max_position_embeddings", config.get("n_positions"))
     return None if found is None else int(found)
 

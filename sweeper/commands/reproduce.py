@@ -132,6 +132,7 @@ def find_record(run: str, output_dir: Path, store: TrackingStore | None) -> Reco
         StudyError: there is no such trial, or it has no figure of its own.
         TrackingError: MLflow has no such run, or cannot be reached.
     """
+    # a folder that exists is meant, whatever else its name looks like
     if TrialFolder(Path(run)).config.exists():
         return read_record(run, TrialFolder(Path(run)))
     if MLFLOW_RUN.fullmatch(run):
@@ -238,6 +239,7 @@ def reproduce(
     """
     named = machine["evaluation"]["metric_modules"]
     require_trusted_modules(record.settings.evaluation, record.config, named)
+    # the record decides what is computed, the command line only where and by whom
     settings = validate(RunSettings, {**machine, **record.settings.model_dump(mode="json")})
     metric = record.settings.objective.metric
     made = Reproduction(trial=record.name, verdict="failed", metric=metric, recorded=record.value)
@@ -314,6 +316,7 @@ def allowance(
     objective = record.settings.objective
     gain = abs(objective.gain(record.value, over=facts.base_value(objective.metric)))
     reason = ", ".join(other) if other else "a GPU, whose kernels add in any order"
+    # without a gain, two percent of it would allow no rounding at all
     allowed = max(ROUNDING * gain, EXACT * abs(record.value))
     return (
         allowed,

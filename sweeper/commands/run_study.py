@@ -97,6 +97,7 @@ class StudySession:
         self._storage = share_cache(storage)
         found = {arm.name: find_study(plan, arm, self._storage) for arm in plan.arms}
         studies = {name: study for name, study in found.items() if study is not None}
+        # before the comparison: a default that has changed since is no other question
         plan, self._kept = with_stored_defaults(plan, studies, self._storage)
         for arm in plan.arms:
             if arm.name in studies:
@@ -109,6 +110,7 @@ class StudySession:
         self._asked = False
         self._state = StudyState(plan, StudyProgress(plan.objective), studies)
         self._log = CommandLog(folder)
+        # n_trials as `study extend` has raised it in earlier runs
         self._state.raise_totals(self._log.totals)
         self._status = StatusWriter(self._state, folder)
 
@@ -148,6 +150,7 @@ class StudySession:
             results = conclusion.conclude(end)
             done = True
         finally:
+            # a study whose answer could not be written has not finished
             last: RunStatus = end if done or end != "FINISHED" else "FAILED"
             steps.take("the status", lambda: self._status.end(last))
         return results
@@ -233,6 +236,7 @@ def _one_driver(folder: StudyFolder) -> Iterator[None]:
     owner = folder.lock.with_suffix(".pid")
     try:
         with FileLock(folder.lock, timeout=LOCK_SECONDS):
+            # for the message to a second driver
             write_atomic(owner, f"{os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             yield
     except Timeout:

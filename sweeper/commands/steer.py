@@ -27,6 +27,7 @@ from sweeper.driver.command_files import (
 )
 from sweeper.reporting.study_status import ENDED, StudyStatus, is_driven
 
+# 2 is the exit code of CommandRefused as well, and 1 that of any other error
 APPLIED, REFUSED, KEPT = 0, 2, 3
 """Exit codes of the verbs that send a command."""
 POLL_SECONDS = 0.1
@@ -136,6 +137,7 @@ def steer(folder: StudyFolder, command: StudyCommand, timeout_s: float) -> Comma
         return CommandReply(
             REFUSED, f"the study is not running, so there is nothing to {command.verb}"
         )
+    # a driver that starts just now reads it as a command that was kept
     identity = send(folder, command)
     if not driven:
         return CommandReply(

@@ -69,6 +69,7 @@ def sync(
     """
     tracked = [path.parent for path in sorted(output_dir.glob("*/.tracking"))]
     tracked += [path.parent for path in sorted(output_dir.glob("single/*/.tracking"))]
+    # The runs of a study that was set aside may not be recorded yet.
     tracked += [path.parent for path in sorted(output_dir.glob("*/set_aside/studies/*/.tracking"))]
     known = {path.relative_to(output_dir).as_posix(): path for path in tracked}
     if unknown := [name for name in names if name not in known]:
@@ -89,6 +90,7 @@ def _sync(name: str, path: Path, tracking: TrackingSettings, *, dry_run: bool) -
         endings = _endings(folder, ledger)
         if not dry_run:
             _settle(folder, ledger, endings)
+    # Shipping has a lock of its own, so the study may be started meanwhile.
     server = destination(tracking, ledger)
     missing = count_pending(ledger, server.name)
     if dry_run:

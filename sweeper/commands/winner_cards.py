@@ -27,6 +27,7 @@ def add_served_losses(results: StudyResults, folder: StudyFolder) -> None:
         text = with_served(read_words(card), list(served_sentences(served, {arm.name: label(arm)})))
         if text != read_words(card):
             write_atomic(card, text)
+            # the manifest holds the card's checksum
             write_manifest(artifact)
             if (archive := folder.trial(arm.name, arm.final.winner).archive).exists():
                 write_zip(artifact, archive)

@@ -208,6 +208,7 @@ def flag_problems(flags: Sequence[str]) -> list[str]:
 
 def _is_flag(flag: str) -> bool:
     name, equals, _ = flag.partition("=")
+    # the value of --info is optional
     return name in FLAGS and (not equals or name in FLAGS_WITH_VALUE or name == "--info")
 
 
@@ -405,11 +406,13 @@ def _from_environment(name: str, default: Any = ...) -> str | None:
     if found is not None:
         references.remember({name: found})
         return found
+    # not None, because a configuration may give null as the default
     if default is ...:
         raise KeyError(f"Environment variable '{name}' not found")
     return None if default is None else str(default)
 
 
+# OmegaConf has registered one of its own
 OmegaConf.register_new_resolver("oc.env", _from_environment, replace=True)
 
 
@@ -457,6 +460,7 @@ def _compose_anew(overrides: tuple[str, ...]) -> Composition:
     assert isinstance(config, dict)
     assert isinstance(sweeper, dict)
     assert isinstance(choices, dict)
+    # Hydra's name of the class that it makes, and no setting
     sweeper.pop("_target_", None)
     return Composition(
         config={str(key): value for key, value in config.items()},

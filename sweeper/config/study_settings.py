@@ -177,7 +177,7 @@ class ArmSettings(SettingsSection):
         return self
 
 
-# a study's name is also the name of its folder
+# names of folders as well, and an arm's study in Optuna is named STUDY/ARM
 StudyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 ArmName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
 

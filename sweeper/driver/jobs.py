@@ -35,6 +35,7 @@ class JobPhase(Enum):
     ENDED = "it has a result"
 
 
+# without eq a job equals itself alone, and can be hashed
 @dataclass(eq=False, kw_only=True)
 class Job(ABC):
     """Work that occupies one slot of a worker until it is answered."""

@@ -254,6 +254,7 @@ WorkerEvent = (
     | WorkAnswer
     | LostEvent
 )
+# the kind chooses one class of a union, so that pydantic reports the errors of that class alone
 COMMANDS: TypeAdapter[WorkerCommand] = TypeAdapter(
     Annotated[WorkerCommand, Field(discriminator="kind")]
 )
