@@ -85,6 +85,7 @@ class EvaluationSettings(SettingsSection):
         Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")],
         Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")],
     ]
+    # modules that `metrics` may import, which a file of somebody else must not name
     metric_modules: list[Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*$")]]
 
     def halved(self) -> Self | None:

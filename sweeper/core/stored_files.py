@@ -46,6 +46,7 @@ def read_object(path: Path, lost: str) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(found).__name__} instead of an object")
     except FileNotFoundError:
         return {}
+    # RecursionError: JSON may nest deeper than Python reads.
     except (OSError, ValueError, RecursionError) as error:
         tell_damage(path, error, lost)
         return {}

@@ -245,6 +245,7 @@ def pareto(
 ) -> list[tuple[float, float]]:
     """Return the points (size, value) that no other point beats in both, sorted by size."""
     front: list[tuple[float, float]] = []
+    # Of equal sizes the best value comes first, so that none of the others passes it.
     for point in sorted(set(points), key=lambda each: (each[0], objective.order(each[1]))):
         if not front or objective.gain(point[1], over=front[-1][1]) > 0:
             front.append(point)

@@ -181,6 +181,7 @@ def finalists_seconds(folder: StudyFolder, arm: str) -> float:
     """Return the device time of an arm's further seeds so far, in seconds, from their folders."""
     outcomes = (
         stored_outcome(TrialFolder(path.parent))
+        # Optuna's storage holds the search's own trials alone.
         for path in folder.finalists(arm).glob("trial_*/outcome.json")
     )
     return math.fsum(device_seconds(found.metrics) for found in outcomes if found is not None)

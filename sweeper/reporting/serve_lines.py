@@ -18,6 +18,7 @@ TOOL_PARSERS = (
     ("<|python_tag|>", "llama3_json"),
     ("<tool_call>\\n<function=", "qwen3_coder"),
     ("<tool_call>\n<function=", "qwen3_coder"),
+    # after qwen3_coder, whose mark contains this one
     ("<tool_call>", "hermes"),
     ("tool▁calls▁begin", "deepseek_v3"),
     ("<|channel|>", "openai"),

@@ -128,6 +128,7 @@ def _is_free(lock: int) -> bool:
     end = time.monotonic() + LOOK_SECONDS
     while True:
         try:
+            # shared, or two lookers would take each other for a driver
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:  # `sync` and `clean` hold the lock for a moment
             if time.monotonic() > end:
@@ -139,6 +140,7 @@ def _is_free(lock: int) -> bool:
 
 def _is_fresh(path: Path) -> bool:
     try:
+        # the clock of another machine may be ahead
         return abs(time.time() - path.stat().st_mtime) < FRESH_SECONDS
     except OSError:
         return False

@@ -399,6 +399,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     yield from served_sentences(verdict.served, verdict.labels, verdict.served_as)
     yield from verdict.protocol
     yield from _missing_sentences(verdict)
+    # Comparisons share their reference, of which each says the same.
     yield from dict.fromkeys(words for duel in verdict.duels for words in seed_sentences(duel))
     if (words := look_sentence(verdict.look, verdict.other_looks)) is not None:
         yield words

@@ -316,6 +316,7 @@ class RunShipment:
             run = self._client.create_run(
                 experiment,
                 entry.started_ms,  # the start time by which `find_runs` finds the run again
+                # `own` comes last, because `find_runs` looks for these tags
                 {**source_tags(entry.tags), **entry.tags, **own},
                 run_name=name,
             )
@@ -497,7 +498,7 @@ def _tag_experiment(
 
 def _model_name(key: str) -> str:
     """Return a model's name for a key: lora_0007 for lora/0007."""
-    # MLflow allows no slash in a model's name
+    # MLflow allows neither a slash nor a dot in a model's name
     return key.replace("/", "_").replace(".", "_")
 
 

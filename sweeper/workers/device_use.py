@@ -42,6 +42,7 @@ def parse_use(names: Sequence[str], gpus: str, processes: str) -> dict[str, str]
         mib = used.split()[0]
         if mib.isdigit() and int(mib) >= UNSEEN_MIB:
             uses[uuid] = f"{used} in use"
+    # after the memory in use, because the name of a process says more
     for uuid, pid, name, used in _rows(processes, 4):
         uses[uuid] = f"process {pid} ({name.rpartition('/')[2]}) holds {used}"
     return {name: use for name in names if (use := _use_of(indices.get(name, name), uses))}

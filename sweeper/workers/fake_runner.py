@@ -345,6 +345,7 @@ class FakeRunner:
                 raise TrialDiverged(f"fake: train/loss is nan at step {step}")
             case "error":
                 raise ValueError("fake: an error in the code")
+            # without any cleanup, as when the kernel kills a process
             case "crash":
                 os._exit(9)
             case "context":

@@ -199,6 +199,7 @@ class LocalEngine(HostedEngine[ProcessHost]):
         )
 
     def _start_once(self, worker: int, log: Path) -> ProcessHost:
+        # a forked process cannot use CUDA
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(

@@ -161,6 +161,7 @@ class LimitedEngine:
             case LostEvent():
                 self._clocks.pop(event.worker, None)
                 self._killed.discard(event.worker)
+                # the engine has started a successor
                 self._starting[event.worker] = 0.0
                 self._count_start(event)
         if isinstance(event, WorkAnswer):
