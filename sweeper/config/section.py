@@ -60,6 +60,7 @@ Seconds = Annotated[float, Field(gt=0)]
 class SettingsSection(BaseModel):
     """Base of every settings section: unknown keys are errors, and values never change."""
 
+    # allow_inf_nan: YAML reads .inf and .nan as numbers, and .inf is above every lower bound
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )

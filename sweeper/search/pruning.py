@@ -247,6 +247,7 @@ def _is_near(place: float, rung: int) -> bool:
 def may_prune(training: TrainingSettings, rung: int, step: int, total_steps: int) -> bool:
     """Return True if a decision is allowed: at a rung after warm-up and before the end."""
     warmup = training.warmup_length(total_steps)
+    # After the last step nothing would be saved.
     return rung * total_steps > WHOLE * warmup and step < total_steps
 
 
@@ -255,4 +256,5 @@ def audited(settings: PrunerSettings, seed: int, trial_key: str) -> bool:
 
     Drawn from the trial's name, so that a resumed study makes the same choice.
     """
+    # Seeded by the trial's key, so the order of the trials does not matter.
     return random.Random(f"{seed}/{trial_key}").random() < settings.audit_fraction

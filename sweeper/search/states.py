@@ -40,6 +40,7 @@ STATES: dict[Cause, CauseRow] = {
     "finished": CauseRow("COMPLETE", "FINISHED", "yes", complete=True),
     "early_stopped": CauseRow("COMPLETE", "FINISHED", "yes", complete=True),
     "pruned": CauseRow("PRUNED", "KILLED", "yes"),
+    # a sampler learns nothing from FAIL, so what the point itself causes is COMPLETE (decision 7)
     "oom": CauseRow("COMPLETE", "FAILED", "if trained", infeasible=True),
     "diverged": CauseRow("COMPLETE", "FAILED", "if trained", infeasible=True),
     "refused": CauseRow("COMPLETE", None, "no", infeasible=True),

@@ -106,6 +106,7 @@ def leave_launcher() -> None:
 
 def open_rendezvous(size: int) -> TCPStore:
     """Open the store through which `size` ranks find each other, on a free port of this machine."""
+    # The system chooses a port, which the others are told before they can join
     return TCPStore(HOST, 0, size, is_master=True, wait_for_workers=False)
 
 

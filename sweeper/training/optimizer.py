@@ -44,6 +44,7 @@ def loraplus_optimizer(
     Source: Hayou et al. 2024, LoRA+ (arXiv:2402.12354).
     """
     kind, options = optimizer_class(arguments, model)
+    # PEFT sets the rates of both groups itself
     options.pop("lr")
     optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
         model,
