@@ -155,8 +155,8 @@ def _ask(
     prompts: Sequence[str],
     max_new_tokens: int,
 ) -> list[str]:
-    # An example ends with an answer, which generation does not read.
     row = RawRow({}, "--prompt")
+    # An example ends with an answer, which generation does not read.
     examples = [
         Example((ChatMessage("user", prompt), ChatMessage("assistant", "")), row, adapter.asked_as)
         for prompt in prompts

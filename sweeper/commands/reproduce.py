@@ -316,7 +316,7 @@ def allowance(
     objective = record.settings.objective
     gain = abs(objective.gain(record.value, over=facts.base_value(objective.metric)))
     reason = ", ".join(other) if other else "a GPU, whose kernels add in any order"
-    # without a gain, two percent of it would allow no rounding at all
+    # of a gain of zero a share would allow no rounding at all
     allowed = max(ROUNDING * gain, EXACT * abs(record.value))
     return (
         allowed,

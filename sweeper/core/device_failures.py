@@ -20,7 +20,7 @@ MEMORY_TEXTS = (
     "can't allocate memory",
     # the operating system (ENOMEM)
     "cannot allocate memory",
-    # C++
+    # C++'s operator new
     "std::bad_alloc",
     "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
     "failed to cuda calloc",  # NCCL's buffers

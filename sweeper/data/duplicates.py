@@ -57,7 +57,6 @@ class _NearIndex:
         from datasketch import MinHash, MinHashLSH  # imports scipy, which takes seconds
 
         self._threshold = threshold
-        # Python's own hash of a text differs from process to process
         self._empty = MinHash(num_perm=PERMUTATIONS, seed=1, hashfunc=zlib.crc32)
         # Recall weighs more than precision because candidates are compared exactly afterwards.
         self._index = MinHashLSH(threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))

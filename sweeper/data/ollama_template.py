@@ -76,7 +76,7 @@ def turn_texts(render: RenderTurns) -> TurnTexts | None:
         return None
     heads = [first, between] if system is None else [first, between, system[1]]
     # What all user turns begin with alike belongs to the turn,
-    # the rest is printed once before the first.
+    # and the rest is printed once before the first.
     user = _common_end(heads)
     found = TurnTexts(
         first.removesuffix(user),

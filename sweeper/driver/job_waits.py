@@ -135,7 +135,7 @@ class JobWaits:
         self._longest_s = max(self._longest_s, ended.seconds)
 
     def _hangs(self, key: tuple[str, int, JobPhase]) -> bool:
-        # silence from before the end of the study's time does not count, a job may take that long
+        # silence before the end of the study's time does not count, because it was allowed
         return min(self._waits[key].seconds, self._seconds_over()) >= self.patience_s
 
     def _turn_trials(self, trials: Sequence[Job], seconds: float) -> None:

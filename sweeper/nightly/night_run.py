@@ -304,7 +304,6 @@ class NightRun:
         output_dir = Path(self._nightly.output_dir)
         try:
             lines = tidy(self._nightly.retention, list(studies), output_dir, self._registries())
-        # one experiment must not end the night
         except (SweeperError, OSError) as error:
             self._problem(f"nothing more was deleted after this night: {error}")
             return

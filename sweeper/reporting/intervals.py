@@ -368,7 +368,7 @@ def _retained(joint: JointMeans, sign: int) -> IntervalEstimate | None:
         return None
     middle = own.value * reference.value - square * covariance
     last = own.value**2 - square * own.error**2
-    # Rounding may leave a root of zero a little below it.
+    # Rounding may leave a discriminant of zero a little below it.
     root = max(middle**2 - leading * last, 0.0) ** 0.5
     ends = ((middle - root) / leading, (middle + root) / leading)
     return IntervalEstimate(value=100 * share, low=100 * ends[0], high=100 * ends[1])

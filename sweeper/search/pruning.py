@@ -256,5 +256,4 @@ def audited(settings: PrunerSettings, seed: int, trial_key: str) -> bool:
 
     Drawn from the trial's name, so that a resumed study makes the same choice.
     """
-    # Seeded by the trial's key, so the order of the trials does not matter.
     return random.Random(f"{seed}/{trial_key}").random() < settings.audit_fraction

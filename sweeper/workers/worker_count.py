@@ -207,7 +207,7 @@ def _quotas() -> list[int]:
     found: list[int] = []
     for group in control_groups():
         file = group / "cpu.max"
-        # a quota and its period in microseconds, the quota may be the word max (cgroup v2)
+        # cgroup v2: a quota, or the word max, and its period, both in microseconds
         words = file.read_text(encoding="ascii").split() if file.is_file() else ["max"]
         if words[0] != "max":
             found.append(int(words[0]) // int(words[1]))
