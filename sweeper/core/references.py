@@ -107,6 +107,7 @@ def _spell() -> None:
         if name not in PUBLIC | _LEFT_OUT and len(text) >= MIN_LENGTH
         for form in _forms(text)
     }
+    # Long forms first: a short one may be part of a longer one.
     _FORMS[:] = sorted(forms.items(), key=lambda item: -len(item[0]))
 
 

@@ -201,6 +201,7 @@ class FinalistRuns:
                 self._training(winner, found.study, seed, WINNERS)
                 for seed in range(first, first + count)
             ]
+        # in turns, so that seeds whose times are compared meet the same load of the machine
         turns = itertools.zip_longest(*([(f, each) for each in f.fresh] for f in arms))
         jobs = [pair for turn in turns for pair in turn if pair is not None]
         winners = ", ".join(f"{found.arm.name}/{found.winner.number:04d}" for found in arms)

@@ -193,9 +193,11 @@ def lora_config(model: PreTrainedModel, settings: LoraAdapter) -> LoraConfig:
         bias=settings.bias,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
+        # PEFT's True is its default initialisation
         init_lora_weights=settings.init_lora_weights == "default" or settings.init_lora_weights,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=settings.alphas,
+        # Conv1D stores its weights transposed
         fan_in_fan_out=transposed,
     )
 
@@ -263,6 +265,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
     for name, module in originals.items():
         # PEFT's unload leaves the trained copies of modules_to_save in the base
         base.set_submodule(name, module)
+    # With it PEFT would warn that the next adapter is a second one
     if hasattr(base, "peft_config"):
         del base.peft_config
     return base

@@ -78,6 +78,7 @@ def _merged(base_folder: Path, adapter_folder: Path, dtype: torch.dtype) -> PreT
     )
     try:
         model = PeftModel.from_pretrained(base, str(adapter_folder))
+        # safe_merge refuses weights that become NaN
         merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     except RuntimeError as error:  # torch has no exception class for different shapes
         if "size mismatch" not in str(error):

@@ -333,6 +333,7 @@ def _legend_rows(names: Sequence[str]) -> list[list[tuple[int, float, str]]]:
     """Return rows of (series, x, name) for the legend, or no row for a single series."""
     rows: list[list[tuple[int, float, str]]] = []
     x = math.inf
+    # A single series needs no legend.
     for series, name in enumerate(names if len(names) > 1 else ()):
         width = 26 + LETTER * len(name)
         # Names that do not fit start a new row.

@@ -220,6 +220,7 @@ def _amd_devices(environment: Mapping[str, str]) -> DeviceSurvey:
     """Return AMD's GPUs by index. ROCR_VISIBLE_DEVICES hides GPUs below HIP, which counts the rest."""
     if "ROCR_VISIBLE_DEVICES" in environment:
         shown = parse_visible("ROCR_VISIBLE_DEVICES", environment["ROCR_VISIBLE_DEVICES"])
+        # HIP numbers the devices that ROCR shows anew
         return DeviceSurvey(tuple(map(str, range(len(shown.names)))), shown.problem)
     files = KFD_NODES.glob("*/properties")
     gpus = sum("simd_count 0\n" not in file.read_text(encoding="ascii") for file in files)

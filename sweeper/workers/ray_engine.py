@@ -491,6 +491,7 @@ def unpack(folder: Path, files: Files) -> None:
         with path.open("wb") as file:
             file.write(content)
             os.fsync(file.fileno())
+    # outcome.json comes last, because it tells that the folder is complete
     for part in sorted(arriving.iterdir(), key=lambda path: path.name == "outcome.json"):
         target = folder / part.name
         if target.is_dir():
