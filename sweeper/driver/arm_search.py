@@ -17,7 +17,7 @@ from sweeper.core.paths import TrialFolder
 from sweeper.core.spool import read_spool
 from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.arm_context import ArmContext
-from sweeper.driver.budget import typical_seconds
+from sweeper.driver.budget import NO_DEVICE_HOURS, typical_seconds
 from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import MAX_ATTEMPTS, JobPhase
 from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
@@ -68,6 +68,8 @@ class ArmSearch:
         """Open trials of an earlier run that no worker has got yet."""
         self._refusal: str | None = None
         """The budget's reason to start no further trial."""
+        self._passed_on = False
+        """True if the next arm got device time with which this one could have begun a further trial."""
 
     def begin(self) -> None:
         """Show the trials that earlier runs finished, and take over those that they left open."""
@@ -140,8 +142,15 @@ class ArmSearch:
     def pass_budget_on(self) -> float:
         """Keep the device time that the open trials are expected to take, and return it in seconds."""
         budget, started = self._context.budget, self._started()
+        self._passed_on = self._passed_on or self._refusal is None
         checked = [budget.clock()] * (len(self._open) - len(started))  # they start in a moment
         return budget.pass_on([*started, *checked], typical_seconds(budget.ended))
+
+    @property
+    def gave_way(self) -> bool:
+        """True if trials are lacking only because the next arm has got the device time for them."""
+        lacking = counted(self._context.study) < self._wanted()
+        return lacking and self._passed_on and self._refusal == NO_DEVICE_HOURS
 
     def _next_step(self) -> Literal["ask", "wait", "end"]:
         """Return how the search uses a free slot: ask for a trial, wait for an open one, or end."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import optuna
 import pytest
 
 from sweeper.commands.run_study import run_study
 from sweeper.core.errors import ConfigError
+from sweeper.driver.study_run import StudyRun
 from sweeper.reporting.results import StudyResults
 from sweeper.search.refinement import REFINE
 from sweeper.search.study_plan import studies
@@ -55,6 +57,24 @@ def test_a_warmup_of_as_many_steps_is_not_trained_twice(
     assert not any(WARMUP in trial.params for trial in full.trials)
     said = "the warm-up of arm lora's winner is not tried: it has as many steps (1)"
     assert said in capsys.readouterr().out
+
+
+def _interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_points_beside_the_best_have_a_part_of_a_limited_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that was stopped after its grid still tries them when it is continued for an hour."""
+    overrides = ("hydra.sweeper.n_trials=2", "pruner=none", "finalists=none")
+    overrides += ("workers.fake.steps=200",)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StudyRun, "_refinement", _interrupted)
+        _run(tmp_path, *overrides)
+    results = _run(tmp_path, *overrides, "hydra.sweeper.budget.wall_clock=1h")
+    assert results.arms[1].refined == 3
 
 
 @pytest.mark.slow
