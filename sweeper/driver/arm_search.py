@@ -8,7 +8,7 @@ from typing import Literal
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sweeper.config.decisive_settings import settings_digest
+from sweeper.config.decisive_settings import accepted_digests
 from sweeper.config.settings import RunSettings
 from sweeper.config.space import Point
 from sweeper.core.errors import ConfigError
@@ -233,7 +233,9 @@ class ArmSearch:
         if (number := trial.user_attrs.get(CONTINUES)) is not None:
             earlier = context.folder(int(number))
             whatever_number = identity.model_copy(update={"trial": None})
-            reasons = contradictions(earlier, whatever_number, [settings_digest(ranked)])
+            reasons = contradictions(
+                earlier, whatever_number, accepted_digests(settings.trial, ranked)
+            )
             if not reasons:
                 write_identity(record.folder, identity)  # first: a kill must not leave it unnamed
                 record.folder.continue_from(earlier)
