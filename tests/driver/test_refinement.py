@@ -10,6 +10,7 @@ import pytest
 
 from sweeper.commands.run_study import run_study
 from sweeper.core.errors import ConfigError
+from sweeper.driver import study_run
 from sweeper.driver.study_run import StudyRun
 from sweeper.reporting.results import StudyResults
 from sweeper.search.refinement import REFINE
@@ -57,6 +58,20 @@ def test_a_warmup_of_as_many_steps_is_not_trained_twice(
     assert not any(WARMUP in trial.params for trial in full.trials)
     said = "the warm-up of arm lora's winner is not tried: it has as many steps (1)"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_warmup_that_an_earlier_version_tried_is_not_said_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trained a warm-up of as many steps. A start of today neither repeats nor denies that."""
+    searched = "hydra.sweeper.params={training.warmup_ratio: 'choice(0.045)'}"
+    fixed = ("hydra.sweeper.n_trials=1", "workers.fake.steps=20", "finalists=none", "pruner=none")
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "twin_warmup", lambda *_: None)
+        assert _run(tmp_path, *fixed, searched).arms[1].refined == 3
+    assert _run(tmp_path, *fixed, searched).arms[1].refined == 3
+    assert "is not tried" not in capsys.readouterr().out
 
 
 def _interrupted(*_: object) -> NoReturn:
