@@ -24,7 +24,7 @@ from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
 from sweeper.driver.trial_recorder import TrialRecorder
 from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
-from sweeper.search.pruning import as_told, make_watch
+from sweeper.search.pruning import as_told, make_watch, report_again
 from sweeper.search.record_prefix import ARRIVED, CONTINUES, TrialTurn, next_turn, read_by, turn_of
 from sweeper.search.states import STATES
 from sweeper.search.study import (
@@ -214,7 +214,8 @@ class ArmSearch:
         identity = self._claim(record, settings, trial)
         measured = self._measured(folder)
         if measured and CONTINUES in trial.user_attrs:
-            reported = self._report_again(trial, reported)
+            earlier = context.study.get_trials(deepcopy=False)[trial.user_attrs[CONTINUES]]
+            reported = report_again(trial, earlier, reported)
         guard = make_watch(context.pruner, settings.training, trial, reported, measured)
         prepared = PreparedTrial(trial, point, settings, record, identity, view, guard)
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
@@ -245,16 +246,6 @@ class ArmSearch:
                     f"holds the work of another trial ({', '.join(reasons)})"
                 )
         return identity
-
-    def _report_again(self, trial: Trial, reported: Iterable[int]) -> set[int]:
-        """Report what the trial that this one continues had reported, and return all steps reported."""
-        # it was decided then, and a trial that was stopped at its last look has no further one
-        known, number = set(reported), trial.user_attrs[CONTINUES]
-        earlier = self._context.study.get_trials(deepcopy=False)[number].intermediate_values
-        for step, value in earlier.items():
-            if step not in known:
-                trial.report(value, step)
-        return known | set(earlier)
 
     def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
         """Return the (step, value) pairs that earlier attempts measured, in Optuna's sign."""
