@@ -57,6 +57,8 @@ PREFERENCES = (
     ("chosen_response", "rejected_response"),
 )
 """Names of the better and the worse answer in preference data."""
+ANSWER_TO = {"instruction": "output", **dict.fromkeys(("question", "query"), "answer")}
+"""Names under which the answer to a question in a column of this name is read with all around it."""
 PASSAGES = ("passage", "document", "article", "paragraph", "knowledge", "schema", "table")
 """Columns with what a question is about, under other names than those of AROUND."""
 CHOICES = ("choices", "options", "endings")
@@ -163,6 +165,9 @@ def _recognised(values: Values) -> str | None:
 def _chosen_hint(values: Values, name: str) -> str:
     """Return the settings that fine-tune on the better answers of preference data."""
     chosen, asked = values[name], next((each for each in QUESTIONS if each in values), None)
+    answer = next((ours for known, ours in ANSWER_TO.items() if known in values), None)
+    if isinstance(chosen, str) and answer is not None:
+        return f"'data.columns={{{answer}: {name}}}'"
     if isinstance(chosen, list):
         first = chosen[0] if chosen else None
         begins = _is_turn(first) and first.get("role", first.get("from")) in ("assistant", "gpt")
