@@ -221,7 +221,10 @@ def test_few_trials_recommend_nothing() -> None:
     """Four ranks with a trial each, and the rate: there is nothing left to tell chance by."""
     ladder = _ladder(0.0001)
     assert not ladder.effects.sufficient
-    assert "5 trials are too few or too alike to compare ranks: no rank is shown to be better" in ladder.words
+    assert (
+        "5 trials are too few or too alike to compare ranks: no rank is shown to be better"
+        in ladder.words
+    )
 
 
 def test_ranks_of_a_maximised_objective_gain_upwards() -> None:
