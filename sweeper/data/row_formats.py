@@ -91,6 +91,7 @@ MEANINGFUL_KEYS = (
 PLAIN_NAME = re.compile(r"[A-Za-z_][\w./@-]*", re.ASCII)
 """Names that an override holds without quotes."""
 
+
 @dataclass(frozen=True)
 class DataFormat:
     """A data format: the columns it is recognised by, and the function that makes examples.

@@ -104,7 +104,9 @@ def served_warning(found: Sequence[ServedContrast], names: Mapping[str, str]) ->
         if each.differs:
             change = each.difference.value
             words = f"{change:+.4f} nats, {perplexity_factor(change)}"
-            by_side.setdefault((each.arm, each.is_worse), {}).setdefault(words, []).append(each.form)
+            by_side.setdefault((each.arm, each.is_worse), {}).setdefault(words, []).append(
+                each.form
+            )
     return " ".join(
         f"WARNING: {names.get(arm, arm)} is {'worse' if worse else 'better'} as it is served than as "
         f"it was trained: {_listed(changes)}."

@@ -117,7 +117,7 @@ def test_an_arm_that_cannot_begin_stops_the_last_trial_of_the_other(
 def test_an_arm_that_gave_its_device_time_comes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """LoRA's last trial fails when the full arm has the rest of the hours: it is tried after that one."""
+    """LoRA's last trial fails when the full arm has the rest of the hours: it comes after that arm."""
     failing = ("++workers.fake.plan={2: error}", "hydra.sweeper.budget.device_hours=100")
     engine = _run(tmp_path, monkeypatch, *failing, after={LAST: "full/0000"})
     assert engine.order.index("lora/0003 begins") > engine.order.index("full/0006 ends")
