@@ -1,4 +1,4 @@
-# What a person types, and what CI runs. `make` alone lists it.
+# What a person types. `make` alone lists it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -74,7 +74,7 @@ soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (t
 gpu-check: $(READY)  ## Prove the CUDA paths on a GPU in 15 minutes (benchmarks/gpu); GPU_ARGS=--cpu rehearses
 	PYTHON=$(BIN)/python bash benchmarks/gpu/gpu_check.sh --budget 870 $(GPU_ARGS)
 
-bench: $(READY)  ## Measure everything in benchmarks/; the last, of the search, takes 40 CPU minutes
+bench: $(READY)  ## Measure what benchmarks/README.md ticks; the last, of the search, takes 40 CPU minutes
 	$(BIN)/python benchmarks/command_line.py
 	$(BIN)/python benchmarks/wait_policy.py
 	$(BIN)/python benchmarks/chunked_cross_entropy.py

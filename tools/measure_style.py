@@ -1,8 +1,9 @@
-"""Measure names, docstrings and comments of sweeper/ against docs/architecture.md's limits.
+"""Measure names, docstrings and comments of sweeper/ against the limits below.
 
     python tools/measure_style.py [PATH ...]        # PATH: files or folders; sweeper/ without
 
-Prints one line a figure and exits with 1 if a limit is exceeded. tests/test_style.py runs it.
+Prints one line a figure and exits with 1 if a limit is exceeded. tests/tools/test_measure_style.py
+holds the package to the limits.
 """
 
 from __future__ import annotations

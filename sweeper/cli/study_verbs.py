@@ -1,4 +1,4 @@
-"""`sweeper study …`: show studies and steer them while they run (docs/search.md).
+"""`sweeper study …`: show studies and steer them while they run (docs/steering.md).
 
 Exit codes of the verbs that steer: 0 applied, 2 refused or wrong, 3 kept until a driver answers.
 """

@@ -163,7 +163,7 @@ def trial(
     folder: Annotated[Path, typer.Argument(help="Folder of a trial, with its config.yaml.")],
     into: Annotated[Path, typer.Option(help="Folder of the new trial.")],
 ) -> None:
-    """Train a trial again from its config.yaml."""
+    """Train a trial again from its config.yaml. `sweeper reproduce` also compares it with its record."""
     from sweeper.commands.run_trial import run_single
     from sweeper.config.compose import compose, read_yaml
     from sweeper.config.settings import RunSettings, stored_settings, validate
@@ -377,7 +377,7 @@ def _nightly_status(names: list[str], max_age: str | None, as_json: bool, output
 
 @app.command()
 def clean(
-    name: Annotated[str | None, typer.Argument(help="The study_name.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The study_name. Not with --bases.")] = None,
     keep_adapters: Annotated[int, typer.Option(min=0, help="Number of best adapters to keep.")] = 3,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
     output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),

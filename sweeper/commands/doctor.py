@@ -55,6 +55,8 @@ SPILL_ADVICE = (
     "NVIDIA Control Panel on Windows: CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
 )
 FULL_GIB, TIGHT_GIB = 1.0, 10.0
+WAYS_OUT = {"output_dir": "output_dir=FOLDER", "hub cache": "the variable HF_HOME"}
+"""What moves each place to another disk."""
 MIB_OF_GIB = 1024
 
 
@@ -129,7 +131,10 @@ def devices(
     except subprocess.TimeoutExpired:
         return [
             DoctorFinding(
-                "devices", "failure", f"torch did not answer within {DEVICE_TIMEOUT_S} s", ""
+                "devices",
+                "failure",
+                f"torch did not answer within {DEVICE_TIMEOUT_S} s",
+                "run the doctor again when the machine is less busy, or install torch again",
             )
         ]
     if answer.returncode != 0:
@@ -169,7 +174,7 @@ def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
         )
     elif free < 0.8 * total:
         level, advice = "warning", "another process holds memory of this device (see nvidia-smi)"
-    findings = [DoctorFinding("device", level, f"{text}; {bf16}", advice)]
+    findings = [DoctorFinding("device", level, f"{text}, {bf16}", advice)]
     if device["mps"]:
         findings.append(DoctorFinding("Apple GPU", "warning", MPS, MPS_ADVICE))
     if device["spills"]:
@@ -215,11 +220,11 @@ def _package_problem(need: Any) -> str | None:
     try:
         version = metadata.version(need.name)
     except metadata.PackageNotFoundError:
-        return f"{need.name} is not installed; {need.specifier} is needed"
+        return f"{need.name} is not installed. {need.specifier} is needed"
     # without it packaging takes every pre-release for one outside the range
     if need.specifier.contains(version, prereleases=True):
         return None
-    return f"{need.name} {version} is installed; {need.specifier} is supported"
+    return f"{need.name} {version} is installed, but {need.specifier} is supported"
 
 
 def disks(settings: RunSettings) -> list[DoctorFinding]:
@@ -235,16 +240,16 @@ def disk(name: str, path: Path, free_gib: float | None = None) -> DoctorFinding:
     place = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     free = free_gib if free_gib is not None else shutil.disk_usage(place).free / 2**30
     text = f"{path}: {free:.1f} GiB free"
+    other = f"another place: {WAYS_OUT[name]}" if name in WAYS_OUT else "another place"
     if not os.access(place, os.W_OK):
-        return DoctorFinding(
-            f"disk, {name}", "failure", f"{place} cannot be written", "choose another"
-        )
+        text = f"{place} cannot be written"
+        return DoctorFinding(f"disk, {name}", "failure", text, f"choose {other}")
     if free < FULL_GIB:
-        return DoctorFinding(f"disk, {name}", "failure", text, "make room, or point it elsewhere")
+        advice = f"make room, or choose {other}"
+        return DoctorFinding(f"disk, {name}", "failure", text, advice)
     if free < TIGHT_GIB:
-        return DoctorFinding(
-            f"disk, {name}", "warning", text, "a 7B model takes 15 GiB, a full one 30"
-        )
+        advice = "a 7B model takes 15 GiB, and a full fine-tune of it 30 GiB"
+        return DoctorFinding(f"disk, {name}", "warning", text, advice)
     return DoctorFinding(f"disk, {name}", "ok", text)
 
 
@@ -299,7 +304,7 @@ def reach_database(name: str, url: str) -> DoctorFinding:
         parsed = sqlalchemy.make_url(url)
         if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
             place = disk(name, Path(parsed.database or ""))
-            text = f"{url} will be created; {place.text}"
+            text = f"{url} will be created. {place.text}"
             return DoctorFinding(name, place.level, text, place.advice)
         # sqlite3 has another name for it than the drivers of PostgreSQL and MySQL
         timeout = {"sqlite": "timeout"}.get(parsed.get_backend_name(), "connect_timeout")

@@ -190,7 +190,7 @@ def forecasts(
 ) -> list[ArmForecast]:
     """Return the forecast of each arm, after timing its largest trial."""
     timed = [trial for trial in largest if trial is not None]
-    _line(console, f"timing a few steps of {len(timed)} trials, which are trained nowhere else …")
+    _line(console, f"timing a few steps of {len(timed)} trials, of which nothing is kept …")
     timings = iter(timer(timed, threads))
     return [
         ArmForecast(arm, plan.further_seeds(arm), None if trial is None else next(timings))
@@ -300,7 +300,7 @@ def disk(settings: RunSettings, artifacts_mib: Sequence[float | None]) -> str:
     known = [size for size in artifacts_mib if size is not None]
     if len(known) < len(artifacts_mib):
         return f"disk:       unknown, {free:,.0f} MiB free"
-    short = "; NOT ENOUGH" if sum(known) > free else ""
+    short = ", which is NOT ENOUGH" if sum(known) > free else ""
     return f"disk:       {sum(known):,.1f} MiB of artifacts, {free:,.0f} MiB free{short}"
 
 

@@ -46,6 +46,8 @@ EARLIER_DEFAULTS: Mapping[str, tuple[Any, ...]] = {
 """Settings whose default has changed, and the defaults of earlier versions in any preset."""
 RENAMED_SETTINGS: Mapping[str, str] = {"evaluation.look_rows": "evaluation.max_samples"}
 """Settings and the keys that earlier versions stored them under."""
+SET_LATER = ("data.ignore_columns",)
+"""Settings that may be set after a study has begun: what they change shows in its data's digests."""
 RENAMED_VALUES: Mapping[str, Mapping[str, str]] = {
     # Studies of the past name sdpa, and ran only where the class has it. There, auto is sdpa
     "model.attn_implementation": {'"auto"': '"sdpa"'},
@@ -82,8 +84,14 @@ def changed_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str
     return [
         part
         for part in {**with_names_of_today(before), **now}
-        if stored_text(before, part) != _text_now(now, part)
+        if stored_text(before, part) != _text_now(now, part) and not _may_be_set(before, part)
     ]
+
+
+def _may_be_set(before: Mapping[str, str], part: str) -> bool:
+    """Return True if a part had its default, and may be set in a study that has begun."""
+    key = part.rpartition(": ")[2]
+    return key in SET_LATER and stored_text(before, part) == json.dumps(ADDED_SETTINGS[key])
 
 
 def _text_now(now: Mapping[str, str], part: str) -> str | None:

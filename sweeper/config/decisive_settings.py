@@ -48,6 +48,19 @@ def settings_digest(settings: TrialSettings) -> str:
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 
+def accepted_digests(*forms: TrialSettings) -> list[str]:
+    """Return the digests under which the work of a trial with one of these settings may be stored.
+
+    Settings of SET_LATER may have had their defaults when the trial began.
+    """
+    return [settings_digest(each) for form in forms for each in (form, _as_begun(form))]
+
+
+def _as_begun(settings: TrialSettings) -> TrialSettings:
+    data = settings.data.model_copy(update={"ignore_columns": []})
+    return settings.model_copy(update={"data": data})
+
+
 def digested_settings(settings: TrialSettings) -> dict[str, str]:
     """Return the decisive settings that a digest covers, as JSON texts by dotted key."""
     # A setting that a later version adds must not change the digests of today, so a setting at the

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -56,6 +57,8 @@ PREFERENCES = (
     ("chosen_response", "rejected_response"),
 )
 """Names of the better and the worse answer in preference data."""
+ANSWER_TO = {"instruction": "output", **dict.fromkeys(("question", "query"), "answer")}
+"""Names under which the answer to a question in a column of this name is read with all around it."""
 PASSAGES = ("passage", "document", "article", "paragraph", "knowledge", "schema", "table")
 """Columns with what a question is about, under other names than those of AROUND."""
 CHOICES = ("choices", "options", "endings")
@@ -85,6 +88,9 @@ MEANINGFUL_KEYS = (
 )
 """Keys of turns that change what a row teaches."""
 
+PLAIN_NAME = re.compile(r"[A-Za-z_][\w./@-]*", re.ASCII)
+"""Names that an override holds without quotes."""
+
 
 @dataclass(frozen=True)
 class DataFormat:
@@ -96,6 +102,7 @@ class DataFormat:
         optional: Columns that are read if present.
         conversational: True if data.template=auto renders the format with the model's chat template.
         fits: Further condition on the values of a row for the format to be recognised.
+        absent: Columns of `known_by` that a row may lack, as in files without nulls.
     """
 
     known_by: tuple[tuple[str, ...], ...]
@@ -103,6 +110,7 @@ class DataFormat:
     optional: tuple[str, ...] = ()
     conversational: bool = False
     fits: Callable[[Values], bool] = lambda values: True
+    absent: tuple[str, ...] = ()
 
     @property
     def columns(self) -> set[str]:
@@ -158,6 +166,9 @@ def _recognised(values: Values) -> str | None:
 def _chosen_hint(values: Values, name: str) -> str:
     """Return the settings that fine-tune on the better answers of preference data."""
     chosen, asked = values[name], next((each for each in QUESTIONS if each in values), None)
+    answer = next((ours for known, ours in ANSWER_TO.items() if known in values), None)
+    if isinstance(chosen, str) and answer is not None:
+        return f"'data.columns={{{answer}: {name}}}'"
     if isinstance(chosen, list):
         first = chosen[0] if chosen else None
         begins = _is_turn(first) and first.get("role", first.get("from")) in ("assistant", "gpt")
@@ -235,7 +246,8 @@ def to_examples(
 
 def _is_of(format_name: str, values: RowValues, row: RawRow, drops: DropCounts) -> bool:
     """Return False for a row that has the columns of another format only, and count it."""
-    if FORMATS[format_name].has_columns(values):
+    kind = FORMATS[format_name]
+    if kind.has_columns({**dict.fromkeys(kind.absent), **values}):
         return True
     if (other := _recognised(values)) is None:
         return True  # the format says what the row lacks
@@ -294,10 +306,11 @@ def _refuse_unread(rows: Sequence[RawRow], format_name: str, unread: Sequence[st
     if not names:
         return
     listed = ", ".join(names)
+    ignored = ", ".join(name if PLAIN_NAME.fullmatch(name) else f'"{name}"' for name in names)
     raise DataError(
         f"{rows[0].where}: the format {format_name} does not read {listed}, which change what a row "
         f"teaches.{_mapping_hint(rows, format_name, names)} To train without use "
-        f"'data.ignore_columns=[{listed}]'."
+        f"'data.ignore_columns=[{ignored}]'."
     )
 
 
@@ -450,8 +463,8 @@ def _conversation(columns: Sequence[str], values: RowValues) -> tuple[ChatMessag
 def _chat_completion(values: RowValues) -> tuple[ChatMessage, ...]:
     """Convert TRL's conversational prompt and completion: only the completion carries loss."""
     asked = _side(values, "prompt", "user", trained=False)
-    answered = values.first(*COMPLETIONS) or COMPLETIONS[0]
-    return ordered([*_system(values), *asked, *_side(values, answered, "assistant")], values)
+    answer = _side(values, _answered(values), "assistant")
+    return ordered([*_system(values), *asked, *answer], values)
 
 
 def _side(values: RowValues, column: str, role: Role, *, trained: bool = True) -> list[ChatMessage]:
@@ -461,7 +474,12 @@ def _side(values: RowValues, column: str, role: Role, *, trained: bool = True) -
 
 
 def _holds_turns(values: Values) -> bool:
-    return any(_are_turns(values.get(name)) for name in ("prompt", *COMPLETIONS))
+    return _are_turns(values.get("prompt")) or _are_turns(values.get(_answered(values)))
+
+
+def _answered(values: Values) -> str:
+    """Return the name of the answer to a prompt. Other columns of these names are not read."""
+    return next((name for name in COMPLETIONS if has_value(values.get(name))), COMPLETIONS[0])
 
 
 def _are_turns(value: Any) -> bool:
@@ -597,6 +615,7 @@ FORMATS: dict[str, DataFormat] = {
         _oasst,
         ("rank", "deleted"),
         True,
+        absent=("parent_id",),  # of a tree's root
     ),
     "alpaca": DataFormat(
         tuple(("instruction", name) for name in ANSWERS),

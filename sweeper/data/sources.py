@@ -235,8 +235,9 @@ def _split_files(folder: str, source: DataSource, split: str) -> list[str]:
 
 def _saved_by_datasets(folder: Path) -> str | None:
     """Return why a folder that datasets' save_to_disk wrote is not read, or None for another one."""
-    # Its state.json and dataset_info.json would otherwise be taken for rows.
-    if not any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    # Its state.json would otherwise be taken for rows. A file of that name alone may hold some.
+    kinds = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
+    if not any(all((folder / name).is_file() for name in names) for names in kinds):
         return None
     return (
         f"{folder}: written by save_to_disk of datasets, whose .arrow files are not read. Write the "

@@ -7,6 +7,7 @@ one order is meant, and each change is noted in the row's values. Does not know 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -89,7 +90,9 @@ class RowValues(dict[str, Any]):
 
 
 def has_value(value: object) -> bool:
-    """Return False for None and for empty texts, lists and objects, which hold nothing to lose."""
+    """Return False for None, NaN and empty texts, lists and objects, which hold nothing to lose."""
+    if isinstance(value, float) and math.isnan(value):
+        return False
     return not (value is None or (isinstance(value, str | list | dict) and not value))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sweeper.config.settings import TrialSettings
-from sweeper.core.errors import StudyError, WorkerError
+from sweeper.core.errors import StudyError
 from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.value import MemoryShortfall
 from sweeper.driver.dispatcher import Dispatcher
@@ -74,11 +74,12 @@ def facts_found(probe: ProbeJob) -> ArmBaseline | MemoryShortfall | None:
     Returns None if the study's time ended before the answer.
 
     Raises:
-        StudyError: there are no facts, for instance because the base model cannot be had.
-        WorkerError: the worker died in every attempt.
+        StudyError: there are no facts, for instance because the base model cannot be had, or because the
+            worker died in every attempt.
     """
     if probe.lost is not None:
-        raise WorkerError(
+        # Not a WorkerError, after which nothing is cancelled: the trials of another arm may still run
+        raise StudyError(
             "the worker died each time that it loaded the base model and the data:\n"
             f"{probe.lost.message}"
         )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sweeper.config.decisive_settings import settings_digest
+from sweeper.config.decisive_settings import accepted_digests
 from sweeper.config.settings import RunSettings
 from sweeper.config.space import Point
 from sweeper.core.errors import ConfigError
@@ -17,14 +17,14 @@ from sweeper.core.paths import TrialFolder
 from sweeper.core.spool import read_spool
 from sweeper.core.trial_identity import TrialIdentity, write_identity
 from sweeper.driver.arm_context import ArmContext
-from sweeper.driver.budget import typical_seconds
+from sweeper.driver.budget import NO_DEVICE_HOURS, typical_seconds
 from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import MAX_ATTEMPTS, JobPhase
 from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
 from sweeper.driver.trial_recorder import TrialRecorder
 from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
-from sweeper.search.pruning import as_told, make_watch
+from sweeper.search.pruning import as_told, make_watch, report_again
 from sweeper.search.record_prefix import ARRIVED, CONTINUES, TrialTurn, next_turn, read_by, turn_of
 from sweeper.search.states import STATES
 from sweeper.search.study import (
@@ -68,6 +68,8 @@ class ArmSearch:
         """Open trials of an earlier run that no worker has got yet."""
         self._refusal: str | None = None
         """The budget's reason to start no further trial."""
+        self._passed_on = False
+        """True if the next arm got device time with which this one could have begun a further trial."""
 
     def begin(self) -> None:
         """Show the trials that earlier runs finished, and take over those that they left open."""
@@ -140,8 +142,15 @@ class ArmSearch:
     def pass_budget_on(self) -> float:
         """Keep the device time that the open trials are expected to take, and return it in seconds."""
         budget, started = self._context.budget, self._started()
+        self._passed_on = self._passed_on or self._refusal is None
         checked = [budget.clock()] * (len(self._open) - len(started))  # they start in a moment
         return budget.pass_on([*started, *checked], typical_seconds(budget.ended))
+
+    @property
+    def gave_way(self) -> bool:
+        """True if trials are lacking only because the next arm has got the device time for them."""
+        lacking = counted(self._context.study) < self._wanted()
+        return lacking and self._passed_on and self._refusal == NO_DEVICE_HOURS
 
     def _next_step(self) -> Literal["ask", "wait", "end"]:
         """Return how the search uses a free slot: ask for a trial, wait for an open one, or end."""
@@ -207,7 +216,8 @@ class ArmSearch:
         identity = self._claim(record, settings, trial)
         measured = self._measured(folder)
         if measured and CONTINUES in trial.user_attrs:
-            reported = self._report_again(trial, reported)
+            earlier = context.study.get_trials(deepcopy=False)[trial.user_attrs[CONTINUES]]
+            reported = report_again(trial, earlier, reported)
         guard = make_watch(context.pruner, settings.training, trial, reported, measured)
         prepared = PreparedTrial(trial, point, settings, record, identity, view, guard)
         job = RunningTrial(context, prepared, self._sizes, WorkTimer(context.budget.clock))
@@ -228,7 +238,9 @@ class ArmSearch:
         if (number := trial.user_attrs.get(CONTINUES)) is not None:
             earlier = context.folder(int(number))
             whatever_number = identity.model_copy(update={"trial": None})
-            reasons = contradictions(earlier, whatever_number, [settings_digest(ranked)])
+            reasons = contradictions(
+                earlier, whatever_number, accepted_digests(settings.trial, ranked)
+            )
             if not reasons:
                 write_identity(record.folder, identity)  # first: a kill must not leave it unnamed
                 record.folder.continue_from(earlier)
@@ -238,16 +250,6 @@ class ArmSearch:
                     f"holds the work of another trial ({', '.join(reasons)})"
                 )
         return identity
-
-    def _report_again(self, trial: Trial, reported: Iterable[int]) -> set[int]:
-        """Report what the trial that this one continues had reported, and return all steps reported."""
-        # it was decided then, and a trial that was stopped at its last look has no further one
-        known, number = set(reported), trial.user_attrs[CONTINUES]
-        earlier = self._context.study.get_trials(deepcopy=False)[number].intermediate_values
-        for step, value in earlier.items():
-            if step not in known:
-                trial.report(value, step)
-        return known | set(earlier)
 
     def _measured(self, folder: TrialFolder) -> list[tuple[int, float]]:
         """Return the (step, value) pairs that earlier attempts measured, in Optuna's sign."""

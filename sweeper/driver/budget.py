@@ -4,7 +4,8 @@
   A running trial always runs to its end. Ctrl-C stops at once.
 - Arms begin one after the other. Each gets the share of the remaining budget that its open trials
   have among all open trials. Otherwise the baseline, which comes last, would never be trained. An arm
-  whose last trials still run keeps the time that they need, and passes the rest on.
+  whose last trials still run keeps the device time that they need, and passes the rest on. If it then
+  needs more, it comes again after the other arms.
 - wall_clock counts from the start of this command, pauses excluded. `until` is a time of day.
   device_hours are counted over all runs of the study.
 
@@ -27,6 +28,9 @@ from sweeper.config.settings import BudgetSettings, PlateauRule
 
 Clock = Callable[[], float]
 """A clock in seconds: steady since some moment, or wall-clock since 1970-01-01 UTC."""
+
+NO_DEVICE_HOURS = "the device-hours are used up"
+"""The refusal of a trial that device_hours leave no time for."""
 
 
 def steady() -> float:
@@ -92,7 +96,7 @@ class ArmBudget:
         if self.device_seconds is not None:
             used = self._ended() + self._running(started, typical)
             if used + self.devices * typical >= self.device_seconds:
-                return "the device-hours are used up"
+                return NO_DEVICE_HOURS
         if self.plateau is not None and plateaued(self.plateau, values, self.minimize):
             return (
                 f"the last {self.plateau.trials} trials improved the best by no more than "

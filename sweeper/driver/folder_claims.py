@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sweeper.config.compose import read_yaml
-from sweeper.config.decisive_settings import settings_digest
+from sweeper.config.decisive_settings import accepted_digests, settings_digest
 from sweeper.config.settings import TrialSettings, stored_settings
 from sweeper.core.errors import ConfigError, StudyError
 from sweeper.core.input_digests import InputDigests
@@ -63,7 +63,7 @@ class FolderClaims:
             settings=settings_digest(settings),
             inputs=inputs.of_training,
         )
-        accepted = [settings_digest(form) for form in also]
+        accepted = accepted_digests(settings, *also)
         reasons = contradictions(record.folder, identity, accepted)
         # a fork's link: the original's folder may match in every respect, and must not be trained in
         if record.folder.path.is_symlink() and read_identity(record.folder) is None:

@@ -40,6 +40,7 @@ from sweeper.reporting.result_tables import describe_data
 from sweeper.search.first_points import fill_study
 from sweeper.search.record_prefix import ARRIVED, reach
 from sweeper.search.refinement import (
+    REFINE,
     best_point,
     fix_refinement,
     queue_refined,
@@ -128,8 +129,9 @@ class StudyRun:
     def _next_arms(self) -> list[ArmPlan]:
         """Return the next arms that share workers, of those that were not run to their totals.
 
-        An extended arm comes again. Arms whose trials need other numbers of devices share no workers, so
-        a wide trial never waits for enough narrow ones to end.
+        An extended arm comes again, and one that gave its device time to another. Arms whose trials need
+        other numbers of devices share no workers, so a wide trial never waits for enough narrow ones to
+        end.
         """
         arms = [arm for arm in self._state.plan.arms if self._ran.get(arm.name) != arm.n_trials]
         # an adopted arm costs little, and its problems are best known first
@@ -212,8 +214,11 @@ class StudyRun:
         return name in self._searches and self._searches[name].done
 
     def _end_arm(self, name: str) -> None:
+        search = self._searches.pop(name, None)
+        if search is not None and search.gave_way:
+            return  # it comes again, with what the other arms leave
         self._ran[name] = self._state.total(name)
-        if (search := self._searches.pop(name, None)) is not None:
+        if search is not None:
             search.conclude()
         if name not in self._probed and name not in self.results.misfits:
             words = "the time is used up, and its base and data were not loaded"
@@ -268,6 +273,8 @@ class StudyRun:
         yield from self._beside(context, search, rates_beside_best(arm, study))
         while LORA in before and not before[LORA].ended:  # its winner's warm-up comes next
             yield None
+        if search.gave_way:  # the rates come first, and decide beside which point
+            return
         lora = self._state.studies.get(LORA)
         winner = {} if lora is None else best_point(self._state.arm(LORA), lora)
         for point in warmup_beside_best(arm, study, winner):
@@ -424,13 +431,8 @@ class StudyRun:
 
     def _arm_budget(self, arm: ArmPlan) -> ArmBudget:
         """Return the arm's share of what the study may still use."""
-        plan, studies = self._state.plan, self._state.studies
-        wanted = {
-            each.name: max(
-                0, each.n_trials - (counted(studies[each.name]) if each.name in studies else 0)
-            )
-            for each in plan.arms
-        }
+        plan = self._state.plan
+        wanted = {each.name: self._lacking(each) for each in plan.arms}
         names = list(wanted)
         following = sum(wanted[name] for name in names[names.index(arm.name) :])
         share = wanted[arm.name] / max(1, following)
@@ -442,6 +444,16 @@ class StudyRun:
             limit = budget.device_seconds
             budget.device_seconds = equal if limit is None else min(limit, equal)
         return budget
+
+    def _lacking(self, arm: ArmPlan) -> int:
+        """Return how many trials an arm may still begin."""
+        study = self._state.studies.get(arm.name)
+        if study is None:
+            return arm.n_trials
+        lacking = arm.n_trials + refined_count(study) - counted(study)
+        if lacking <= 0 and study.user_attrs.get(REFINE):  # points beside the best one may follow
+            lacking = self._state.plan.refined_at_most(arm) - refined_count(study)
+        return max(0, lacking)
 
     def _seconds_left_to_equal(self, arm: ArmPlan, first: str) -> float:
         """Return the device seconds that an arm's search lacks to have as many as the first arm's."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sweeper.config.decisive_settings import settings_digest
+from sweeper.config.decisive_settings import accepted_digests, settings_digest
 from sweeper.config.input_sources import expected_inputs
 from sweeper.config.settings import SCORED_METRICS, TrialSettings
 from sweeper.core.input_digests import InputDigests
@@ -150,8 +150,7 @@ class WinnerJudging:
             settings=settings_digest(settings),
             inputs=self._inputs.of_training,
         )
-        asked = settings_digest(self.winner.asked)
-        reasons = contradictions(folder, identity, [asked])
+        reasons = contradictions(folder, identity, accepted_digests(settings, self.winner.asked))
         if reasons:
             self.services.view.event(
                 f"{self._trial_key}: not judged: {folder.path} holds the work of another trial "

@@ -53,7 +53,7 @@ class RankEffects:
     """Settings besides the rank that differ between the trials, by key."""
     trials: int
     sufficient: bool
-    """True if there are enough trials for a statement."""
+    """True if there are enough trials for a statement, and the rank varies apart from other numbers."""
 
 
 def rank_effects(trials: Sequence[TrialResult], objective: Objective) -> RankEffects:
@@ -68,10 +68,7 @@ def rank_effects(trials: Sequence[TrialResult], objective: Objective) -> RankEff
     ranks = sorted({_number(trial, RANK) for trial in trials})
     columns = [[float(_number(trial, RANK) == rank) for trial in trials] for rank in ranks]
     for key in varied:
-        numbers = [_number(trial, key) for trial in trials]
-        # The loss has its optimum inside of the searched rates, so a straight line would not fit.
-        logs = _centred([math.log(number) for number in numbers]) if key == RATE else []
-        columns += [logs, [log**2 for log in logs]] if logs else [_centred(numbers)]
+        columns += _entered(key, [_number(trial, key) for trial in trials])
     design = np.array(columns, dtype=np.float64).T
     freedom = len(trials) - design.shape[1]
     whole = all(_is_number(trial, key) for trial in trials for key in varied)
@@ -84,6 +81,16 @@ def rank_effects(trials: Sequence[TrialResult], objective: Objective) -> RankEff
     ]
     leads = tuple(_leads(design, values, ranks, pairs)) if sufficient and pairs else ()
     return RankEffects(leads, tuple(varied), len(trials), sufficient)
+
+
+def _entered(key: str, numbers: Sequence[float]) -> list[list[float]]:
+    """Return the columns of the design in which the numbers of one setting enter."""
+    if key != RATE:
+        return [_centred(numbers)]
+    logs = _centred([math.log(number) for number in numbers])
+    # The loss has its optimum inside of the searched rates, so a straight line would not fit. Of two
+    # rates the square is no further number.
+    return [logs, [log**2 for log in logs]] if len(set(numbers)) > 2 else [logs]
 
 
 def _is_regular(design: Floats) -> bool:

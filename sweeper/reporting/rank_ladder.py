@@ -116,9 +116,8 @@ class RankLadder:
         allowed = f" with {', '.join(names)} allowed for" if names else ""
         none = "no rank is shown to be better than another, or to be enough"
         if not found.sufficient:
-            return (
-                f"{counted(found.trials, 'trial')} are too few to compare ranks{allowed}: {none}."
-            )
+            trials = counted(found.trials, "trial")
+            return f"{trials} are too few or too alike to compare ranks{allowed}: {none}."
         over = f"Over all {found.trials} trials{allowed}"
         if not found.leads:
             return f"{over}, {none}."

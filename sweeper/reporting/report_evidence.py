@@ -8,6 +8,7 @@ says so.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -134,7 +135,9 @@ def importances(study: optuna.Study) -> dict[str, float] | None:
     rows = [list(found.values())]
     for _ in range(SHUFFLES):
         shuffled = random.permutation(list(values.values())).tolist()
-        rows.append(list(_divergences(study, dict(zip(values, shuffled, strict=True))).values()))
+        by_chance = _divergences(study, dict(zip(values, shuffled, strict=True)))
+        # Optuna orders its answer by importance, so each row would have another order
+        rows.append([by_chance[key] for key in found])
     beyond = _beyond_chance(np.array(rows))
     total = sum(found.values())
     return {
@@ -143,7 +146,12 @@ def importances(study: optuna.Study) -> dict[str, float] | None:
 
 
 def _divergences(study: optuna.Study, values: Mapping[int, float]) -> dict[str, float]:
-    """Return PED-ANOVA's importance of each parameter for the given value of each trial."""
+    """Return PED-ANOVA's importance of each parameter for the given value of each trial.
+
+    Args:
+        study: the study, which may still run.
+        values: values by the trial's number. A trial without one is left out.
+    """
     # PED-ANOVA is Optuna's default, needs no scikit-learn and handles conditional parameters.
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(
         target_quantile=min(0.5, max(0.1, ABOVE_TARGET / len(values)))
@@ -155,7 +163,7 @@ def _divergences(study: optuna.Study, values: Mapping[int, float]) -> dict[str, 
             optuna.importance.get_param_importances(
                 study,
                 evaluator=evaluator,
-                target=lambda trial: values[trial.number],
+                target=lambda trial: values.get(trial.number, math.nan),
                 normalize=False,
             )
         )

@@ -96,13 +96,25 @@ def served_sentences(
 
 
 def served_warning(found: Sequence[ServedContrast], names: Mapping[str, str]) -> str:
-    """Return a warning for each winner that differs from the judged model as it is served, or ''."""
-    by_side: dict[tuple[str, bool], list[ServedContrast]] = {}
+    """Return a warning for each winner that differs from the judged model as it is served, or ''.
+
+    The intervals stand in `served_sentences`.
+    """
+    by_side: dict[tuple[str, bool], dict[str, list[ServeForm]]] = {}
     for each in found:
         if each.differs:
-            by_side.setdefault((each.arm, each.is_worse), []).append(each)
+            change = each.difference.value
+            words = f"{change:+.4f} nats, {perplexity_factor(change)}"
+            by_side.setdefault((each.arm, each.is_worse), {}).setdefault(words, []).append(
+                each.form
+            )
     return " ".join(
         f"WARNING: {names.get(arm, arm)} is {'worse' if worse else 'better'} as it is served than as "
-        f"it was trained: {', '.join(each.words for each in forms)}."
-        for (arm, worse), forms in by_side.items()
+        f"it was trained: {_listed(changes)}."
+        for (arm, worse), changes in by_side.items()
     )
+
+
+def _listed(changes: Mapping[str, Sequence[ServeForm]]) -> str:
+    """Name the forms of each change, because both forms of a small adapter often change alike."""
+    return "; ".join(f"{words} ({', '.join(forms)})" for words, forms in changes.items())

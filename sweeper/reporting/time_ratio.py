@@ -1,6 +1,6 @@
 """Compare the training times of two arms, where the times can be compared at all.
 
-Arms are searched one after the other, so a machine whose load changes gives one of them the quiet hours.
+Arms begin one after the other, so a machine whose load changes gives one of them the quiet hours.
 The winners' fresh seeds alternate between the arms, and each pair of them meets the same load. On CPUs,
 seconds of CPU time are compared, which the load of other programs changes little.
 """

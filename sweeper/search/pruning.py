@@ -15,7 +15,7 @@ from typing import Protocol
 import optuna
 from optuna.pruners import BasePruner, NopPruner, PercentilePruner, SuccessiveHalvingPruner
 from optuna.study import StudyDirection
-from optuna.trial import Trial
+from optuna.trial import FrozenTrial, Trial
 
 from sweeper.config.settings import Objective, PrunerSettings, TrainingSettings
 from sweeper.search.samplers import make_by_class_name
@@ -27,6 +27,9 @@ NEAR = 0.05
 
 Looks are rounded to steps: an eighth of 100 steps is 12, so the looks are at 24 % and 36 %.
 """
+
+COMPLETED_RUNG = "completed_rung_"
+"""Start of the system attributes in which Optuna's successive halving stores the rungs of a trial."""
 
 
 class PruningGuard(Protocol):
@@ -93,6 +96,28 @@ def make_watch(
     if settings.rungs:
         return ContinuedTrial(RungGuard(settings, training, trial, reported), measured)
     return ContinuedTrial(OpenGuard(trial, reported), measured)
+
+
+def report_again(trial: Trial, earlier: FrozenTrial, reported: Iterable[int]) -> set[int]:
+    """Report what a cancelled trial had reported for the one that continues it.
+
+    Args:
+        trial: the trial that continues the cancelled one.
+        earlier: the cancelled trial.
+        reported: the steps that the trial itself has reported.
+
+    Returns:
+        All steps that the trial has reported now.
+    """
+    # It was decided then, and a trial that was stopped at its last look has no further one
+    known = set(reported)
+    for step, value in earlier.intermediate_values.items():
+        if step not in known:
+            trial.report(value, step)
+    for key, value in earlier.system_attrs.items():
+        if key.startswith(COMPLETED_RUNG):
+            trial.storage.set_trial_system_attr(trial._trial_id, key, value)
+    return known | set(earlier.intermediate_values)
 
 
 def as_told(objective: Objective, value: float) -> float:

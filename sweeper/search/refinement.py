@@ -73,10 +73,10 @@ def warmup_beside_best(arm: ArmPlan, study: optuna.Study, winner: Point) -> list
 
 
 def twin_warmup(arm: ArmPlan, study: optuna.Study, point: Point) -> int | None:
-    """Return the steps of a point's warm-up if the best point has as many, else None.
+    """Return the steps of a new point's warm-up if the best point has as many, else None.
 
     Both are then one training: a ratio becomes whole steps, and counts for nothing where
-    training.warmup_steps is set.
+    training.warmup_steps is set. An earlier version may have queued the point all the same.
 
     Args:
         arm: the arm that is refined.
@@ -85,7 +85,7 @@ def twin_warmup(arm: ArmPlan, study: optuna.Study, point: Point) -> int | None:
     """
     best = _best(arm, _complete(study))
     total = None if best is None else _total_steps(Outcome(**best.user_attrs["outcome"]))
-    if best is None or total is None:
+    if best is None or total is None or point in _refined_points(study):
         return None
     steps = [_warmup(arm, each, total) for each in (point_of(best), {**point_of(best), **point})]
     return steps[0] if steps[0] == steps[1] else None
@@ -114,13 +114,18 @@ def best_point(arm: ArmPlan, study: optuna.Study) -> Point:
 
 def queue_refined(arm: ArmPlan, study: optuna.Study, points: Sequence[Point]) -> int:
     """Queue the points that are new, and return their number."""
-    known = [trial.user_attrs.get(REFINES) for trial in study.get_trials(deepcopy=False)]
+    known = _refined_points(study)
     best = _best(arm, _complete(study))
     new = [point for point in points if point not in known]
     for point in new:
         assert best is not None, "points beside the best one need a best one"
         study.enqueue_trial(best.params, user_attrs={REFINES: point})
     return len(new)
+
+
+def _refined_points(study: optuna.Study) -> list[Point]:
+    trials = study.get_trials(deepcopy=False)
+    return [trial.user_attrs[REFINES] for trial in trials if REFINES in trial.user_attrs]
 
 
 def _complete(study: optuna.Study) -> list[FrozenTrial]:

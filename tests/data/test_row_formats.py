@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from sweeper.config.grammar import read_override
 from sweeper.config.settings import FormatName
 from sweeper.core.errors import DataError
+from sweeper.data import row_formats
 from sweeper.data.examples import ChatMessage, DropCounts, RawRow
 from sweeper.data.row_formats import FORMATS, detect_format, to_examples
 
@@ -194,6 +196,41 @@ def test_what_no_loss_is_computed_on_is_left_out() -> None:
     assert drops.total == {}
 
 
+def test_only_the_answer_that_is_read_decides_about_turns() -> None:
+    """A whole response of a service beside a prompt and its completion makes no conversation of them."""
+    values = {"prompt": "Hi?", "completion": "Yes.", "response": {"id": "x", "choices": [{}]}}
+    assert detect_format(RawRow(values, "f:1"), {}) == "prompt_completion"
+    (example,), drops = _read("prompt_completion", values)
+    assert example.messages == (ASKED, ANSWERED)
+    assert drops.unread == {"response": 1}
+
+
+def test_nan_is_no_value() -> None:
+    """A table of numbers has NaN where an optional column has no value, and the row is used."""
+    values = {"question": "Hi?", "answer": "Yes.", "context": float("nan"), "label": float("nan")}
+    (example,), drops = _read("question_answer", values)
+    assert example.messages == (ASKED, ANSWERED)
+    assert not drops.unread
+
+
+@pytest.mark.parametrize("key", ["loss_mask", "a key", "größe"])
+def test_the_hint_about_unread_columns_is_an_override(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra reads it, whatever is in the names, and the rows are used with it."""
+    monkeypatch.setattr(row_formats, "MEANINGFUL_KEYS", (key,))
+    turns = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes.", key: "x"}]
+    row = RawRow({"messages": turns}, "f:1")
+    with pytest.raises(DataError) as refusal:
+        to_examples([row], "messages", {}, DropCounts())
+    hint = str(refusal.value).split("use '")[-1].removesuffix("'.")
+    override = read_override(hint)
+    assert override is not None
+    ignored = override.value()
+    assert ignored == [f"messages[].{key}"]
+    assert len(to_examples([row], "messages", {}, DropCounts(), ignored)) == 1
+
+
 def _node(identity: str, parent: str | None, role: str, text: str, **more: Any) -> dict[str, Any]:
     return {"message_id": identity, "parent_id": parent, "role": role, "text": text, **more}
 
@@ -215,6 +252,17 @@ def test_oasst_rows_become_the_best_ranked_path() -> None:
     assert [turn.content for turn in example.messages] == ["Hi?", "Yes.", "Why?", "Because."]
     assert drops.counts["format"] == {"its tree has no root": 1, "deleted": 1}
     assert drops.counts["path"] == {"a better-ranked reply was taken": 2}
+
+
+def test_oasst_roots_may_lack_their_parent() -> None:
+    """Files of JSON lines without nulls have no parent_id at the root of a tree."""
+    rows = [
+        _node("a", "root", "assistant", "Yes.", rank=0),
+        {key: value for key, value in _node("root", None, "prompter", "Hi?").items() if value},
+    ]
+    (example,), drops = _read("oasst", *rows)
+    assert example.messages == (ASKED, ANSWERED)
+    assert drops.total == {}
 
 
 def test_oasst_nested_trees_are_read_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,15 @@ def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", pairs([1]))
     (tmp_path / "notes.txt").write_text("remember")
     with pytest.raises(DataError, match=r"several kinds \(\.jsonl, \.txt\)\. Name the files"):
+        prompts(tmp_path)
+
+
+def test_a_file_of_states_is_no_mark_of_save_to_disk(tmp_path: Path) -> None:
+    """A folder whose rows lie in state.json is read. One of datasets has a second file beside it."""
+    (tmp_path / "state.json").write_text(json.dumps(pairs([1])))
+    assert prompts(tmp_path) == asked(1)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(DataError, match="save_to_disk"):
         prompts(tmp_path)
 
 

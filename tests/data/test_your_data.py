@@ -310,8 +310,18 @@ PREFERENCES: list[tuple[dict[str, Any], str, dict[str, str]]] = [
     ),
     (
         {"question": "q", "chosen": "a", "rejected": "b"},
-        "prompt: question, completion: chosen",
-        {"prompt": "question", "completion": "chosen"},
+        "answer: chosen",
+        {"answer": "chosen"},
+    ),
+    (
+        {"system": "s", "question": "q", "chosen": "a", "rejected": "b"},
+        "answer: chosen",
+        {"answer": "chosen"},
+    ),
+    (
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        "output: chosen",
+        {"output": "chosen"},
     ),
     ({"chosen": "a", "rejected": "b"}, "text: chosen", {"text": "chosen"}),
     (
@@ -346,6 +356,8 @@ def test_the_hint_for_preference_data_works_as_printed(
     found = detect_format(row, columns)
     (example,) = to_examples([row], found, columns, drops)
     assert example.completion == "a"
+    assert "q" not in values.values() or example.messages[-2].content == "q"
+    assert example.messages[0].content == values.get("system", example.messages[0].content)
 
 
 def test_system_turns_are_folded_where_the_template_has_none() -> None:

@@ -15,10 +15,11 @@ from sweeper.core.errors import StudyError
 from sweeper.core.outcome import HeldOutLosses
 from sweeper.core.signals import StopSignal
 from sweeper.driver import study_run
+from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_jobs import JudgeJob
 from sweeper.driver.job_sequences import JobSequence, JobSequences
-from sweeper.driver.jobs import Job, JobList, JobSource
+from sweeper.driver.jobs import Job, JobList, JobPhase, JobSource
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.search.study_plan import studies
 from sweeper.workers.fake_runner import FakeRunner
@@ -35,6 +36,7 @@ FAKE = (
 )
 LAST = "lora/0002"
 SETTINGS = make_settings("workers=fake").trial
+ANSWERED = ProbeJob.on_event
 
 
 def _run(
@@ -80,9 +82,18 @@ def test_an_arm_that_gets_the_time_of_the_first_one_waits_for_its_end(
     assert engine.order.index("full/0000 begins") > engine.order.index(ends[-1])
 
 
+def _lose_full_probe(job: ProbeJob, event: WorkerEvent) -> JobPhase | None:
+    """Stand for a worker that dies in each attempt at the probe of the full arm."""
+    if job.name != "full":
+        return ANSWERED(job, event)
+    job.fail("crash", "no base")
+    return JobPhase.ENDED
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("dies", [False, True])
 def test_an_arm_that_cannot_begin_stops_the_last_trial_of_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: bool
 ) -> None:
     """It is cancelled with its checkpoint, so that the same command continues it."""
     inner = FakeRunner.probe
@@ -92,11 +103,25 @@ def test_an_arm_that_cannot_begin_stops_the_last_trial_of_the_other(
             raise StudyError("no base")
         return inner(self, settings, adopted)
 
-    monkeypatch.setattr(FakeRunner, "probe", probe)
+    if dies:
+        monkeypatch.setattr(ProbeJob, "on_event", _lose_full_probe)
+    else:
+        monkeypatch.setattr(FakeRunner, "probe", probe)
     with pytest.raises(StudyError, match="no base"):
         _run(tmp_path, monkeypatch, last_s=0.5)
     outcome = tmp_path / "lr_rank_sweep" / "lora" / "trial_0002" / "outcome.json"
     assert '"cancelled"' in outcome.read_text()
+
+
+@pytest.mark.slow
+def test_an_arm_that_gave_its_device_time_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRA's last trial fails when the full arm has the rest of the hours: it comes after that arm."""
+    failing = ("++workers.fake.plan={2: error}", "hydra.sweeper.budget.device_hours=100")
+    engine = _run(tmp_path, monkeypatch, *failing, after={LAST: "full/0000"})
+    assert engine.order.index("lora/0003 begins") > engine.order.index("full/0006 ends")
+    assert "lora/0003 ends" in engine.order
 
 
 def _judge(name: str) -> JudgeJob:

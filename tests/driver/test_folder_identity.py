@@ -468,3 +468,14 @@ def test_a_single_trial_refuses_the_beginning_of_another() -> None:
     assert (folder.checkpoints / "fake.json").exists()
     train(LOW)
     assert folder.outcome.exists()
+
+
+@pytest.mark.slow
+def test_a_column_that_is_ignored_later_makes_no_other_study() -> None:
+    """A later version may refuse a column of the data. The setting that it names continues the study."""
+    _run()
+    (arm,) = _run("hydra.sweeper.n_trials=3", "data.ignore_columns=[document]").arms
+    assert len(arm.trials) == 3
+    assert arm.final is not None
+    assert arm.final.test_losses
+    assert not FOLDER.set_aside.exists()

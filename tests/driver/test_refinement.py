@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NoReturn
 
 import optuna
 import pytest
 
 from sweeper.commands.run_study import run_study
 from sweeper.core.errors import ConfigError
+from sweeper.driver import study_run
+from sweeper.driver.study_run import StudyRun
 from sweeper.reporting.results import StudyResults
 from sweeper.search.refinement import REFINE
 from sweeper.search.study_plan import studies
@@ -55,6 +58,39 @@ def test_a_warmup_of_as_many_steps_is_not_trained_twice(
     assert not any(WARMUP in trial.params for trial in full.trials)
     said = "the warm-up of arm lora's winner is not tried: it has as many steps (1)"
     assert said in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_warmup_that_an_earlier_version_tried_is_not_said_to_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It trained a warm-up of as many steps. A start of today neither repeats nor denies that."""
+    searched = "hydra.sweeper.params={training.warmup_ratio: 'choice(0.045)'}"
+    fixed = ("hydra.sweeper.n_trials=1", "workers.fake.steps=20", "finalists=none", "pruner=none")
+    with monkeypatch.context() as patch:
+        patch.setattr(study_run, "twin_warmup", lambda *_: None)
+        assert _run(tmp_path, *fixed, searched).arms[1].refined == 3
+    assert _run(tmp_path, *fixed, searched).arms[1].refined == 3
+    assert "is not tried" not in capsys.readouterr().out
+
+
+def _interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_points_beside_the_best_have_a_part_of_a_limited_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that was stopped after its grid still tries them when it is continued for an hour."""
+    overrides = ("hydra.sweeper.n_trials=2", "pruner=none", "finalists=none")
+    overrides += ("workers.fake.steps=200",)
+    with monkeypatch.context() as patch:
+        patch.setattr(StudyRun, "_refinement", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _run(tmp_path, *overrides)
+    results = _run(tmp_path, *overrides, "hydra.sweeper.budget.wall_clock=1h")
+    assert results.arms[1].refined == 3
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from sweeper.commands import run_trial
 from sweeper.commands.run_study import run_study
 from sweeper.commands.run_trial import train_single
 from sweeper.config.settings import TrialSettings
-from sweeper.core.errors import StudyError, TrialFailed, WorkerError
+from sweeper.core.errors import StudyError, TrialFailed
 from sweeper.core.outcome import ArmBaseline
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.driver import job_waits
@@ -64,7 +64,7 @@ def test_a_probe_that_freezes_ends_the_study_after_three_attempts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Within the limit and not for ever; each attempt is announced, and the error says why."""
-    with pytest.raises(WorkerError, match=r"died each time.*\n.*workers\.probe_timeout_s"):
+    with pytest.raises(StudyError, match=r"died each time.*\n.*workers\.probe_timeout_s"):
         _run(tmp_path, *_hanging("probe"))
     assert capsys.readouterr().out.count("lora probe: killed: no answer for 0.3 s") == 3
 

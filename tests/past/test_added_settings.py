@@ -31,6 +31,8 @@ ADDED = "adapter.trainable_parameters"
 """Stands in the table, and in the questions of arms with an adapter."""
 OTHER = "training.optim"
 """Stands in every question, and not in the table."""
+IGNORED = "data.ignore_columns"
+"""May be set when a later version refuses a column that changes no row."""
 FOLDER = StudyFolder(Path("outputs/finished"))
 SHORTER = {"training.eval_steps": "0.125"}
 
@@ -150,6 +152,9 @@ def test_only_earlier_defaults_are_kept(
         ({}, {"lora: training.fsdp": "true"}, ["lora: training.fsdp"]),
         ({}, {"space training.fsdp": "choice(true, false)"}, ["space training.fsdp"]),
         ({"training.fsdp": "false"}, {}, ["training.fsdp"]),
+        ({}, {IGNORED: '["document"]'}, []),
+        ({f"lora: {IGNORED}": "[]"}, {f"lora: {IGNORED}": '["document"]'}, []),
+        ({IGNORED: '["document"]'}, {IGNORED: "[]"}, [IGNORED]),
         ({}, {OTHER: "1"}, [OTHER]),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from sweeper.core.paths import StudyFolder, read_json, write_atomic
 from sweeper.evaluation.sample_answers import SampleAnswer
+from sweeper.reporting import report_evidence
 from sweeper.reporting.figures import importance_figure
 from sweeper.reporting.html_page import ASSETS, PageStudy, page
 from sweeper.reporting.report_evidence import ReportEvidence, gather, importances, read_curve
@@ -273,6 +275,28 @@ def _chances(count: int, trials: int = 20) -> int:
 def test_a_setting_without_effect_is_rarely_said_to_matter() -> None:
     """Shares of noise sum to one too: of 200 studies without any effect at most 6 % name a setting."""
     assert _chances(200) <= 12
+
+
+def test_importances_are_compared_setting_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optuna orders each answer by importance, and a setting is compared with itself all the same."""
+    answers = itertools.chain(
+        [{"decisive": 1.0, "always": 0.5}], itertools.repeat({"always": 0.5, "decisive": 0.1})
+    )
+    monkeypatch.setattr(report_evidence, "_divergences", lambda *_: next(answers))
+    assert importances(_quadratic(6)) == {"decisive": pytest.approx(2 / 3)}
+
+
+def test_a_trial_that_ends_during_the_report_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that still runs has more trials at each look than the report began with."""
+    expected, inner = importances(_quadratic(40)), report_evidence._divergences
+
+    def meanwhile(study: optuna.Study, values: Mapping[int, float]) -> dict[str, float]:
+        one = {"params": {"x": 0.0, "y": 0.0}, "distributions": study.trials[0].distributions}
+        study.add_trial(optuna.trial.create_trial(**one, value=0.0))
+        return inner(study, values)
+
+    monkeypatch.setattr(report_evidence, "_divergences", meanwhile)
+    assert importances(_quadratic(40)) == expected
 
 
 def test_chance_has_no_picture() -> None:

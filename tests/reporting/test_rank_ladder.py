@@ -156,6 +156,21 @@ def test_a_much_better_rank_is_found_with_its_interval() -> None:
     assert "perplexity" in ladder.words
 
 
+def test_ranks_are_compared_where_two_rates_were_tried() -> None:
+    """A curve through two rates cannot be told from a line, which is allowed for all the same."""
+    trials = [
+        make_trial(
+            *("lora", number, "finished", value, LORA_COSTS), learning_rate=1e-3 * (1 + step), r=r
+        )
+        for number, (r, step) in enumerate([(r, step) for r in (2, 8) for step in (0, 1)] * 3)
+        for value in [4.0 + 0.1 * (r == 2) + 0.05 * step + 0.001 * (number % 3)]
+    ]
+    ladder = rank_ladder(make_arm("lora", trials), 0.001, freedom=2)
+    assert ladder is not None
+    assert [(lead.better, lead.worse) for lead in ladder.effects.leads] == [(8, 2)]
+    assert "Over all 12 trials with learning_rate allowed for" in ladder.words
+
+
 def test_rates_explain_what_ranks_do_not() -> None:
     """r=2 was tried at bad rates only: all its trials are worse than those of r=8, and no word of it."""
     rates = {2: (8e-3, 8.1e-3, 8.2e-3, 8.3e-3), 8: (1e-3, 1.01e-3, 1.02e-3, 1.03e-3)}
@@ -206,7 +221,10 @@ def test_few_trials_recommend_nothing() -> None:
     """Four ranks with a trial each, and the rate: there is nothing left to tell chance by."""
     ladder = _ladder(0.0001)
     assert not ladder.effects.sufficient
-    assert "5 trials are too few to compare ranks: no rank is shown to be better" in ladder.words
+    assert (
+        "5 trials are too few or too alike to compare ranks: no rank is shown to be better"
+        in ladder.words
+    )
 
 
 def test_ranks_of_a_maximised_objective_gain_upwards() -> None:

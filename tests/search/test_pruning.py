@@ -16,6 +16,7 @@ from sweeper.search.pruning import (
     make_watch,
     may_prune,
     permille,
+    report_again,
     value_at,
 )
 from tests.conftest import make_settings
@@ -257,6 +258,26 @@ def test_successive_halving_takes_note_of_a_continued_trials_rungs() -> None:
     watch = make_watch(HALVING, training, trial, measured=[(20, 2.0), (50, 1.0)])
     watch.evaluated(60, 100, 1.5)
     assert study.trials[-1].system_attrs["completed_rung_0"] == pytest.approx(1.533, abs=1e-3)
+
+
+def test_a_continued_trial_competes_at_the_rungs_of_the_cancelled_one() -> None:
+    """Its values at these rungs are those of then, for Optuna's halving as well, and are asked once."""
+    study = optuna.create_study(pruner=make_pruner(HALVING))
+    trial, watch = _watch(study, HALVING)
+    watch.evaluated(34, 100, 2.0)
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    before = study.trials[0]
+    assert before.system_attrs["completed_rung_0"] == 2.0
+    continued = study.ask()
+    assert report_again(continued, before, ()) == {340}
+    now = study.trials[1]
+    assert now.intermediate_values == before.intermediate_values == {340: 2.0}
+    assert now.system_attrs["completed_rung_0"] == 2.0
+    training = make_settings().training
+    guard = make_watch(HALVING, training, continued, reported={340}, measured=[(34, 2.0)])
+    guard.evaluated(68, 100, 1.0)
+    assert study.trials[1].system_attrs["completed_rung_0"] == 2.0
+    assert study.trials[1].system_attrs["completed_rung_1"] == 1.0
 
 
 def test_several_objectives_are_not_pruned() -> None:
