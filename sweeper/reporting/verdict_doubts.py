@@ -70,7 +70,7 @@ def with_override(command: str, key: str, value: str) -> str:
 
 
 def renamed(results: StudyResults, suffix: str) -> str:
-    """Return the study's command with a suffix on the study's name, for a search of other settings."""
+    """Return the study's command with a suffix on its name, for a search of other settings."""
     name = f"{results.study_name}_{suffix}"
     return with_override(results.command, "hydra.sweeper.study_name", name)
 
@@ -78,7 +78,7 @@ def renamed(results: StudyResults, suffix: str) -> str:
 def searched_otherwise(
     results: StudyResults, arm: ArmResult, suffix: str, key: str, words: str
 ) -> str:
-    """Return the study's command under a new name, with one key of an arm given or searched otherwise.
+    """Return the command under a new name, with one key of an arm given or searched otherwise.
 
     A key of `training` that the arm does not search is set for every arm: with different schedules the
     arms would no longer be compared fairly. The learning rate is the exception, because each arm has
