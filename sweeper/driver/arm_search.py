@@ -171,7 +171,9 @@ class ArmSearch:
         self._refusal = budget.refusal(
             # the plateau reads the record that the sampler reads,
             # so it does not depend on what runs
-            self._started(), typical_seconds(budget.ended), _values(read)
+            self._started(),
+            typical_seconds(budget.ended),
+            _values(read),
         )
         return "ask" if self._refusal is None else "end"
 

@@ -100,7 +100,10 @@ class LiveView(PlainView):
         self._board: StudyProgress | None = None
         self._live = Live(
             # Transient: at the end the leaderboards take the table's place.
-            console=console, refresh_per_second=4, get_renderable=self._draw, transient=True
+            console=console,
+            refresh_per_second=4,
+            get_renderable=self._draw,
+            transient=True,
         )
 
     def __enter__(self) -> Self:

@@ -204,7 +204,8 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
     experiment = composition.choices.get("experiment", "default")
     presets = {
         # an `auto` that is left belongs to the embedded base, for which it means tiny
-        group: composition.choices[group].replace("auto", "tiny") for group in compose.AUTO_GROUPS
+        group: composition.choices[group].replace("auto", "tiny")
+        for group in compose.AUTO_GROUPS
     }
     command = _command([*overrides, *naming.overrides])
     return StudyPlan(experiment, study, arms, presets, command, naming.note)

@@ -92,6 +92,7 @@ def _mean_by_step(losses: Sequence[tuple[int, float]]) -> float:
     starts = [0, *(step for step, _ in losses)]
     weighted = sum(
         # not strict: the last step is the start of no logged loss
-        (step - start) * loss for start, (step, loss) in zip(starts, losses, strict=False)
+        (step - start) * loss
+        for start, (step, loss) in zip(starts, losses, strict=False)
     )
     return weighted / losses[-1][0]

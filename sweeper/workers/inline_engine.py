@@ -108,7 +108,10 @@ class InlineEngine:
 def _serve(workers: WorkerSettings, channel: QueueChannel) -> None:
     runner = make_runner(
         # the thread prints where this process prints, so it has no log
-        workers, worker=0, threads=os.cpu_count() or 1, place=WorkerResources(Path(os.devnull))
+        workers,
+        worker=0,
+        threads=os.cpu_count() or 1,
+        place=WorkerResources(Path(os.devnull)),
     )
     orders = CommandQueue.listen(channel)
     ended: ExitReason | None = None
