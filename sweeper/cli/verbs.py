@@ -216,9 +216,8 @@ def reproduce(
     from sweeper.reporting.console import make_console
     from sweeper.tracking.tracker_factory import make_store
 
-    if (
-        run is not None and "=" in run and not Path(run).exists()
-    ):  # an override, without a study before it
+    # An override, without a study before it
+    if run is not None and "=" in run and not Path(run).exists():
         overrides, run = [run, *(overrides or [])], None
     machine = again.machinery(overrides or [])
     store = make_store(validate(TrackingSettings, machine["tracking"], "tracking"))

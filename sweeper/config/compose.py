@@ -686,11 +686,12 @@ def _comma_hint(key: str, value: str) -> str:
 
 def unknown_key(key: str, valid: Composition) -> str:
     """Return the key to type instead of one that a valid composition does not have."""
+    # Their keys are named in full elsewhere
     sweeper = {
         **valid.sweeper,
         "params": None,
         "arms": None,
-    }  # their keys are named in full elsewhere
+    }
     return hints.unknown_key(key, flatten({**valid.config, "hydra": {"sweeper": sweeper}}))
 
 

@@ -31,9 +31,8 @@ def write_atomic(path: Path, text: str) -> None:
         with partial.open("x", encoding="utf-8") as file:
             file.write(referenced(text))
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # without it a power cut could leave the new name with no content
+            # Without it a power cut could leave the new name with no content
+            os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:  # also on Ctrl-C, which must not leave a partial file
         partial.unlink(missing_ok=True)

@@ -91,9 +91,8 @@ def _by_value(examples: Sequence[Example], name: str) -> dict[str, list[Example]
     found: defaultdict[str, list[Example]] = defaultdict(list)
     for example in examples:
         found[str(column(example, name, "balance_by"))].append(example)
-    return dict(
-        sorted(found.items())
-    )  # sorted: the draw must not depend on which value comes first
+    # Sorted: the draw must not depend on which value comes first
+    return dict(sorted(found.items()))
 
 
 def _in_order(examples: Sequence[Example], indices: Sequence[int]) -> list[Example]:

@@ -308,9 +308,8 @@ def choose_template(
     if problem := template_problem(name):
         raise DataError(problem)
     try:
-        source = (
-            Path(name).expanduser().read_text(encoding="utf-8-sig")
-        )  # without the mark of editors
+        # Without the mark of editors
+        source = Path(name).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.template={name}: {error}") from None
     return JinjaTemplate(name, source, tokenizer, False, given)

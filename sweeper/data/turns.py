@@ -126,9 +126,8 @@ def turn_list(values: RowValues, column: str) -> list[Any]:
     value = values.take(column)
     if value is None:
         raise UnusableRow(f"no {column}")
-    if isinstance(value, str) and value.lstrip().startswith(
-        ("[", "{")
-    ):  # a CSV file has only texts
+    # A CSV file has only texts
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         value = _parsed(value, f"{column} is a text that is not JSON")
     if isinstance(value, Mapping):
         wrapped = isinstance(value.get("messages"), list)

@@ -93,9 +93,8 @@ def _settle(folder: StudyFolder, stored: str | None, *, opened: bool) -> tuple[s
 def record_owner(folder: StudyFolder, study: str) -> None:
     """Store which study a folder belongs to."""
     if _owner(folder) != study:
-        with suppress(
-            OSError
-        ):  # a full disk: the storage has the UUID, and the next start stores it
+        # A full disk: the storage has the UUID, and the next start stores it
+        with suppress(OSError):
             write_atomic(folder.identity, FolderOwner(study=study).model_dump_json() + "\n")
 
 

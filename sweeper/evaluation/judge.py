@@ -169,9 +169,10 @@ class ModelJudge:
         """Return a judgement of the model's losses with its answers, if there are prompts to answer."""
         if self.held_out is None:
             return judgement
+        # Imports nltk, which only generated answers need
         from sweeper.evaluation.rouge import (
             rouge,
-        )  # imports nltk, which only generated answers need
+        )
 
         held_out, settings = self.held_out, self.settings
         generation = settings.generation

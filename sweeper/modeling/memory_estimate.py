@@ -213,9 +213,8 @@ def estimate(
     built = _built(form, config)
     shards, held, step, unpacked = workload.shards, built.held, built.step, built.unpacked
     peak = built.steps.peak(workload)
-    if (
-        shards > 1
-    ):  # FSDP gathers one block at a time, and its gradient is whole before the reduction
+    # FSDP gathers one block at a time, and its gradient is whole before the reduction
+    if shards > 1:
         unpacked = built.gathered
         peak = replace(peak, gradients=math.ceil(peak.gradients / shards))
     if workload.accumulates:  # all gradients of earlier micro-batches are alive at the peak
@@ -400,9 +399,8 @@ def packed_bytes(numel: int, rows: int, quantization: QuantizationSettings) -> i
     packed = math.ceil(numel / 2) + CODES_4BIT
     if not quantization.bnb_4bit_use_double_quant:
         return packed + 4 * scales
-    nested = (
-        4 * math.ceil(scales / NESTED_BLOCK) + CODES_8BIT + 4
-    )  # 4 bytes for the mean of the scales
+    # 4 bytes for the mean of the scales
+    nested = 4 * math.ceil(scales / NESTED_BLOCK) + CODES_8BIT + 4
     return packed + scales + nested
 
 

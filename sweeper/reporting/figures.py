@@ -111,9 +111,8 @@ def curve_figure(results: StudyResults, evidence: ReportEvidence) -> ReportFigur
         return ReportFigure(
             title, None, "No metrics.jsonl with an evaluation was found in the trials' folders."
         )
-    trials.sort(
-        key=lambda found: found[1].value is None
-    )  # within an arm the best trials stay first, the sort is stable
+    # Within an arm the best trials stay first, the sort is stable
+    trials.sort(key=lambda found: found[1].value is None)
     lines = [
         ChartLine(
             evidence.curves[trial.arm, trial.number],

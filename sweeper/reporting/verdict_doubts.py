@@ -237,9 +237,8 @@ def _command_with_more_trials(results: StudyResults, arm: ArmResult, factor: flo
     """Return the study's command with `factor` times the trials for an arm, at least one more."""
     count = max(math.ceil(arm.n_trials * factor), arm.n_trials + 1)
     if arm.tried < arm.n_trials:
-        count = max(
-            arm.n_trials, math.ceil(arm.tried * factor)
-        )  # its own n_trials is not used up yet
+        # Its own n_trials is not used up yet
+        count = max(arm.n_trials, math.ceil(arm.tried * factor))
     where = "hydra.sweeper" if arm.name == "lora" else f"hydra.sweeper.arms.{arm.name}"
     return with_override(results.command, f"{where}.n_trials", str(count))
 

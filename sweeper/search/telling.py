@@ -55,9 +55,8 @@ def tell(
     trial.set_user_attr("cause", outcome.cause)
     trial.set_user_attr("counts", uses_budget(outcome))
     trial.set_user_attr("outcome", outcome.model_dump(mode="json"))
-    if (
-        row.state == "COMPLETE" and not sampled and not trial.constraints
-    ):  # else a killed driver set it
+    # Else a killed driver set it
+    if row.state == "COMPLETE" and not sampled and not trial.constraints:
         # Optuna takes a constraint above 0 for violated
         trial.set_constraint(INFEASIBLE, 1.0 if row.infeasible else -1.0)
     if row.infeasible:

@@ -183,16 +183,14 @@ class RunShipper:
             _tag_experiment(client, experiment, metric, direction, found.tags)
             return experiment
         location = None
-        if (
-            self._server.uri is None
-        ):  # MLflow's default depends on the first process's current folder
+        # MLflow's default depends on the first process's current folder
+        if self._server.uri is None:
             location = (self._server.root / "artifacts" / name).resolve().as_uri()
         try:
             experiment = str(client.create_experiment(name, artifact_location=location))
         except Exception:
-            found = client.get_experiment_by_name(
-                name
-            )  # another study may have created it meanwhile
+            # Another study may have created it meanwhile
+            found = client.get_experiment_by_name(name)
             if found is None:
                 raise
             return str(found.experiment_id)

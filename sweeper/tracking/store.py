@@ -68,9 +68,10 @@ class TrackingStore:
         except StoreAway as away:
             raise TrackingError(f"MLflow: {away}") from None
         except Exception as error:
+            # Here, because the import takes two seconds
             from mlflow.exceptions import (
                 MlflowException,
-            )  # here, because the import takes two seconds
+            )
 
             if not isinstance(error, MlflowException | OSError):
                 raise

@@ -257,9 +257,8 @@ class TransformersRunner:
         folder.path.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.lock, timeout=LOCK_SECONDS), self._expecting(expected):
             started, costs = time.time(), TrialCosts.continued(folder.spent)
-            self._confirm_inputs(
-                settings, costs
-            )  # before anything of an earlier attempt is removed
+            # Before anything of an earlier attempt is removed
+            self._confirm_inputs(settings, costs)
             folder.clear_results()
             write_json(folder.provenance, provenance)
             # The stored config has the decided rank, so that this file alone trains the same trial again

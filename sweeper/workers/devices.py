@@ -187,9 +187,8 @@ def _torch_build() -> str:
     """Return torch's version with its local part, without the seconds that an import takes."""
     try:
         return metadata.version("torch")
-    except (
-        metadata.PackageNotFoundError
-    ):  # built in place: assume a GPU, as for a build without label
+    # Built in place: assume a GPU, as for a build without label
+    except metadata.PackageNotFoundError:
         return ""
 
 

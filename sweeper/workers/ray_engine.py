@@ -295,9 +295,8 @@ class RayEngine(HostedEngine[ActorHost]):
 
     def _replace(self, worker: int, reason: str) -> None:
         host = self._hosts[worker]
-        ray.kill(
-            host.actor, no_restart=True
-        )  # should it only be out of reach, it must not train on
+        # Should it only be out of reach, it must not train on
+        ray.kill(host.actor, no_restart=True)
         tail = tail_of(host.log)
         said = last_words(tail)
         message = f"worker {worker} is lost: {reason}{said and f' ({said})'}\n{tail}"
