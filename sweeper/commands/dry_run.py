@@ -193,7 +193,12 @@ def forecasts(
     _line(console, f"timing a few steps of {len(timed)} trials, of which nothing is kept …")
     timings = iter(timer(timed, threads))
     return [
-        ArmForecast(arm, plan.further_seeds(arm), None if trial is None else next(timings))
+        ArmForecast(
+            arm=arm,
+            refined=plan.refined_at_most(arm),
+            further=plan.further_seeds(arm),
+            timing=None if trial is None else next(timings),
+        )
         for arm, trial in zip(plan.arms, largest, strict=True)
     ]
 

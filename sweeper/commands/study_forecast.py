@@ -24,14 +24,20 @@ class ArmForecast:
     """An arm with the timing of its largest point, None for an arm that is not trained."""
 
     arm: ArmPlan
+    refined: int
+    """Trials beside the best one of the arm's grid, at most."""
     further: int
     """Trainings with further seeds after the search."""
     timing: TrialTiming | None
 
     @property
     def trainings(self) -> int:
-        """All trainings of the arm, further seeds included."""
-        return 0 if self.arm.run_id is not None else self.arm.n_trials + self.further
+        """All trainings of the arm at most, those beside the best and further seeds included."""
+        return 0 if self.arm.run_id is not None else self._searched + self.further
+
+    @property
+    def _searched(self) -> int:
+        return self.arm.n_trials + self.refined
 
     def seconds_with(self, jobs: int) -> float | None:
         """Return the seconds of the arm if no trial ends early, or None if nothing was timed.
@@ -46,7 +52,7 @@ class ArmForecast:
             return None
         # One worker judges the untuned base on the validation split before the first trial
         judged = (timing.row_s or 0.0) * timing.rows.get("validation", 0)
-        rounds = math.ceil(self.arm.n_trials / jobs) + self.further / jobs
+        rounds = math.ceil(self._searched / jobs) + self.further / jobs
         return (timing.start_s or 0.0) + judged + rounds * timing.training_s
 
 

@@ -42,11 +42,16 @@ def estimated_seconds(settings: TrialSettings, facts: ArmBaseline) -> float | No
 
 
 def trainings_words(plan: StudyPlan) -> str:
-    """Return all trainings of a study by arm, as in "23 in all: lora 12 and 3 with further seeds"."""
+    """Return all trainings of a study by arm, as in "15 in all: lora 12 and 3 with further seeds".
+
+    An arm that tries further points beside the best of its grid makes it a range, "23 to 26 in all".
+    """
     arms = [arm for arm in plan.arms if arm.run_id is None]
     total = sum(arm.n_trials + plan.further_seeds(arm) for arm in arms)
     parts = "; ".join(f"{arm.name} {_parts(plan, arm, arm.n_trials)}" for arm in arms)
-    return f"{total} in all: {parts}"
+    most = sum(plan.refined_at_most(arm) for arm in arms)
+    count = f"{total} to {total + most}" if most else str(total)
+    return f"{count} in all: {parts}"
 
 
 def _parts(plan: StudyPlan, arm: ArmPlan, trials: int) -> str:
@@ -109,7 +114,7 @@ class StartForecast:
             self.say(f"{self._time_words(arm, left, seconds, jobs)} (from the finished trials)")
 
     def _time_words(self, arm: ArmPlan, left: int, seconds: float, jobs: int) -> str:
-        more = left + self.plan.further_seeds(arm)
+        more = left + self.plan.refined_at_most(arm) + self.plan.further_seeds(arm)
         beside = f" with {jobs} workers" if jobs > 1 else ""
         return (
             f"arm {arm.name}: about {duration(more * seconds / jobs)}{beside} if no trial ends early: "
