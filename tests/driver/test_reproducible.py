@@ -207,7 +207,7 @@ def test_a_trial_that_is_stopped_at_a_look_is_pruned_as_if_it_were_not(
 
 @pytest.mark.slow
 def test_a_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
-    """Killed four times: every place of both arms has the point, the end and the value that it had."""
+    """Killed up to six times: every place of both arms has the point, the end and the value that it had."""
     command = [sys.executable, "-m", "sweeper", *FAKE, "hydra.sweeper.n_jobs=2", "-m"]
     command += ["++workers.fake.step_seconds=0.05", "hydra.sweeper.n_trials=12"]
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
@@ -218,7 +218,10 @@ def test_a_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path) -> 
         written = database.stat().st_mtime_ns if database.exists() else 0
         process = subprocess.Popen(command)
         deadline = time.monotonic() + 120
-        while not (database.exists() and database.stat().st_mtime_ns > written):
+        # A study that has ended before its last kill writes nothing more
+        while process.poll() is None and not (
+            database.exists() and database.stat().st_mtime_ns > written
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(seconds)
