@@ -207,7 +207,7 @@ def test_a_trial_that_is_stopped_at_a_look_is_pruned_as_if_it_were_not(
 
 @pytest.mark.slow
 def test_a_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
-    """Killed up to six times: every place of both arms has the point, the end and the value that it had."""
+    """Killed up to six times: each place of both arms has the point, the end and the value it had."""
     command = [sys.executable, "-m", "sweeper", *FAKE, "hydra.sweeper.n_jobs=2", "-m"]
     command += ["++workers.fake.step_seconds=0.05", "hydra.sweeper.n_trials=12"]
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
