@@ -1,6 +1,6 @@
 """What does the default study cost: the code before, this code, and stock practice?
 
-    python benchmarks/study_cost.py --before CHECKOUT [--rounds 3]
+    python benchmarks/study_cost.py --before CHECKOUT [--rounds 3] [--stock-rounds 3]
 
 The sides alternate on an idle machine. CPU seconds are those of the command and of all processes that
 it has waited for.
@@ -40,6 +40,7 @@ NO_REFINEMENT = "hydra.sweeper.arms.full.refine=false"
 TOLERANCE = 1e-5
 """Nats by which the value of a trial may differ between the checkouts."""
 Figures = dict[str, Any]
+Sides = dict[str, Callable[[Path], Figures]]
 
 
 def study(checkout: Path, root: Path, overrides: Sequence[str]) -> Figures:
@@ -96,11 +97,18 @@ def write_rows(path: Path) -> None:
     path.write_text(json.dumps(splits))
 
 
-def measure(sides: dict[str, Callable[[Path], Figures]], rounds: int) -> Iterator[Figures]:
-    """Run the sides in turn and yield the seconds and findings of each so far, after each round."""
+def measure(sides: Sides, rounds: dict[str, int]) -> Iterator[Figures]:
+    """Run the sides in turn and yield the seconds and findings of each so far, after each round.
+
+    Args:
+        sides: what is measured, by name.
+        rounds: how often each is measured.
+    """
     measured: dict[str, list[Figures]] = {name: [] for name in sides}
-    for _ in range(rounds):
+    for number in range(max(rounds.values())):
         for name, run in sides.items():
+            if number >= rounds[name]:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 cpu, wall = _children_cpu(), time.perf_counter()
                 found = run(Path(folder))
@@ -199,12 +207,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="a checkout of the code before")
     parser.add_argument("--rounds", type=int, default=3)
+    # Stock practice takes as long as the other sides together
+    parser.add_argument("--stock-rounds", type=int, default=3)
     asked = parser.parse_args()
     before = asked.before.resolve()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
         write_rows(rows)
-        sides: dict[str, Callable[[Path], Figures]] = {
+        sides: Sides = {
             "before, same points": lambda root: same_points(before, root),
             "this code, same points": lambda root: same_points(HERE, root, [NO_REFINEMENT]),
             "before, defaults": lambda root: study(before, root, []),
@@ -212,7 +222,8 @@ def main() -> None:
             "stock": lambda root: stock(root, rows),
         }
         # After each round, because a round takes half an hour and a benchmark may be cut.
-        for measured in measure(sides, asked.rounds):
+        rounds = {name: asked.rounds for name in sides} | {"stock": asked.stock_rounds}
+        for measured in measure(sides, rounds):
             record("study_cost", summary(measured))
 
 
