@@ -222,7 +222,7 @@ def main() -> None:
             "stock": lambda root: stock(root, rows),
         }
         # After each round, because a round takes half an hour and a benchmark may be cut.
-        rounds = {name: asked.rounds for name in sides} | {"stock": asked.stock_rounds}
+        rounds = dict.fromkeys(sides, asked.rounds) | {"stock": asked.stock_rounds}
         for measured in measure(sides, rounds):
             record("study_cost", summary(measured))
 
