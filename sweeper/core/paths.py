@@ -52,9 +52,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object."""
+    """Read one JSON object.
+
+    Raises:
+        ValueError: The file holds no JSON, or another value than an object.
+    """
     value = json.loads(path.read_text(encoding="utf-8"))
-    assert isinstance(value, dict), f"{path} holds no JSON object"
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
     return value
 
 

@@ -102,7 +102,6 @@ class DataFormat:
         optional: Columns that are read if present.
         conversational: True if data.template=auto renders the format with the model's chat template.
         fits: Further condition on the values of a row for the format to be recognised.
-        absent: Columns of `known_by` that a row may lack, as in files without nulls.
     """
 
     known_by: tuple[tuple[str, ...], ...]
@@ -110,7 +109,6 @@ class DataFormat:
     optional: tuple[str, ...] = ()
     conversational: bool = False
     fits: Callable[[Values], bool] = lambda values: True
-    absent: tuple[str, ...] = ()
 
     @property
     def columns(self) -> set[str]:
@@ -210,6 +208,7 @@ def to_examples(
     columns: Mapping[str, str],
     drops: DropCounts,
     ignored: Sequence[str] = (),
+    elsewhere: Sequence[str] = (),
     train_history: bool = False,
 ) -> list[Example]:
     """Return every usable row as an example, and count the others and the unread columns in `drops`.
@@ -220,6 +219,7 @@ def to_examples(
         columns: Column of the format -> column of the rows, where they differ.
         drops: Counter of unusable rows, of changes and of unread columns.
         ignored: Columns that are not read, although they may carry meaning (data.ignore_columns).
+        elsewhere: Columns that no format reads, but the partition or the mixture (data.group_by).
         train_history: True if the answers of a `history` carry loss (data.train_history).
 
     Raises:
@@ -234,7 +234,7 @@ def to_examples(
     unread = _count_columns(records, format_name, drops)
     # Who maps `chosen` has read that the data are preferences, and leaves out the rejected answers.
     mapped = columns.values()
-    known = {*ignored, *(worse for better, worse in PREFERENCES if better in mapped)}
+    known = {*ignored, *elsewhere, *(worse for better, worse in PREFERENCES if better in mapped)}
     _refuse_unread(rows, format_name, [name for name in unread if name not in known])
     if format_name == "text":
         # A file of plain text is a book, also if data.format=text names its format.
@@ -247,7 +247,7 @@ def to_examples(
 def _is_of(format_name: str, values: RowValues, row: RawRow, drops: DropCounts) -> bool:
     """Return False for a row that has the columns of another format only, and count it."""
     kind = FORMATS[format_name]
-    if kind.has_columns({**dict.fromkeys(kind.absent), **values}):
+    if kind.has_columns(values):
         return True
     if (other := _recognised(values)) is None:
         return True  # the format says what the row lacks
@@ -611,11 +611,11 @@ FORMATS: dict[str, DataFormat] = {
         True,
     ),
     "oasst": DataFormat(
-        (("message_id", "parent_id", "role", "text"), ("message_tree_id", "prompt")),
+        (("message_id", "role", "text"), ("message_tree_id", "prompt")),
         _oasst,
-        ("rank", "deleted"),
+        # In files without nulls the root of a tree has no parent_id
+        ("parent_id", "rank", "deleted"),
         True,
-        absent=("parent_id",),  # of a tree's root
     ),
     "alpaca": DataFormat(
         tuple(("instruction", name) for name in ANSWERS),

@@ -226,19 +226,24 @@ def _examples(source: DataSource, key: str, data: DataSettings, reading: _Readin
     drops = DropCounts()
     found = read_source(source, key, drops)
     columns = data.columns if source.columns is None else source.columns
+    used = [str(name) for name in (data.group_by, data.balance_by, data.order_by) if name]
     examples: list[Example] = []
     read = len(found) + sum(drops.total.values())
     if found:
         format_name = _format(source.format or data.format, found, columns)
-        ignored = data.ignore_columns
         examples = to_examples(
-            found, format_name, columns, drops, ignored, train_history=data.train_history
+            found,
+            format_name,
+            columns,
+            drops,
+            ignored=data.ignore_columns,
+            elsewhere=used,
+            train_history=data.train_history,
         )
         reading.formats |= dict.fromkeys([each.format for each in examples] or [format_name])
     _tolerate(source, drops, read, data.max_bad_fraction)
-    # No format reads these columns, but the partition and the mixture do.
-    for used in (data.group_by, data.balance_by, data.order_by):
-        drops.unread.pop(str(used), None)
+    for name in used:
+        drops.unread.pop(name, None)
     reading.drops.add(drops)
     reading.read += read
     return cleaning.redact(examples, data.cleaning.redact)

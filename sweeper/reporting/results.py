@@ -459,7 +459,7 @@ def load_results(study_name: str, output_dir: Path) -> StudyResults:
 def _read(path: Path) -> StudyResults:
     try:
         document = read_json(path)
-    except (ValueError, AssertionError, RecursionError):
+    except (ValueError, RecursionError):
         raise StudyError(f"{path} holds no JSON object; {_written_again({})}") from None
     found = document.get("format")
     if found != FORMAT:

@@ -215,17 +215,20 @@ def perplexity_words(difference: float, objective: Objective) -> str:
 
 def costs_words(ratios: CostRatios, on_cpu: bool) -> str:
     """Return the arm's known costs as text, as shares of its reference's, or '' if none is known."""
-    words = []
-    if ratios.trainable is not None:
-        words.append(f"trains {100 * ratios.trainable:.3g} % of the parameters")
+    taken = []
     if ratios.time is not None:
         time = with_interval(ratios.time, "{:.3g}", "×")
-        words.append(f"takes {time} the {'CPU time' if on_cpu else 'time'} of a training")
+        taken.append(f"{time} the {'CPU time' if on_cpu else 'time'} of a training")
     if ratios.memory is not None:
-        words.append(f"{ratios.memory:.2g}× the peak memory")
+        taken.append(f"{ratios.memory:.2g}× the peak memory")
     if ratios.artifact is not None:
-        words.append(f"{ratios.artifact:.2g}× the disk space")
-    return ", ".join(words[:-1]) + (" and " if len(words) > 1 else "") + "".join(words[-1:])
+        taken.append(f"{ratios.artifact:.2g}× the disk space")
+    last = " and ".join(filter(None, (", ".join(taken[:-1]), "".join(taken[-1:]))))
+    trained = (
+        "" if ratios.trainable is None else f"{100 * ratios.trainable:.3g} % of the parameters"
+    )
+    parts = (f"trains {trained}" if trained else "", f"takes {last}" if last else "")
+    return " and ".join(filter(None, parts))
 
 
 def _lead(duel: ArmComparison) -> str:

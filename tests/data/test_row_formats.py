@@ -260,6 +260,7 @@ def test_oasst_roots_may_lack_their_parent() -> None:
         _node("a", "root", "assistant", "Yes.", rank=0),
         {key: value for key, value in _node("root", None, "prompter", "Hi?").items() if value},
     ]
+    assert detect_format(RawRow(rows[1], "f:1"), {}) == "oasst", "it may be the file's first row"
     (example,), drops = _read("oasst", *rows)
     assert example.messages == (ASKED, ANSWERED)
     assert drops.total == {}

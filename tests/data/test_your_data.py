@@ -163,6 +163,14 @@ def test_unread_columns_used_by_settings_are_not_named(tmp_path: Path) -> None:
     assert _load(tmp_path, rows, group_by="topic").unread == {"id": 9}
 
 
+def test_a_column_with_meaning_may_group_the_rows(tmp_path: Path) -> None:
+    """A setting that groups by a document says what the column is for."""
+    rows = [{"question": f"q{n}", "answer": "a", "document": str(n)} for n in range(9)]
+    with pytest.raises(DataError, match="does not read document"):
+        _load(tmp_path, rows)
+    assert _load(tmp_path, rows, group_by="document").unread == {}
+
+
 @pytest.mark.parametrize("more", [{"weight": 0}, {"train": False}, {"weight": 0.0}])
 @pytest.mark.parametrize("train_on", ["completions", "everything"])
 @pytest.mark.parametrize("template", [CHATML, QWEN3, MISTRAL])

@@ -66,10 +66,8 @@ def _lora(count: int, best: float = 3e-3) -> ArmResult:
 def test_words_give_share_parameters_time_memory_and_space() -> None:
     """0.45 of 0.5 nats is 90 %, with 5 % of the parameters in half the time."""
     verdict = _judged(0.03, 0.07)
-    assert "retains 90.0 % (95 % interval 86.0 % to 94.0 %) of full" in verdict.words.replace(
-        "86.0 to 94.0", "86.0 % to 94.0 %"
-    )
-    assert "QLoRA trains 5 % of the parameters, 0.5× the peak memory" in verdict.words
+    assert "retains 90.0 % (95 % interval 86.0 to 94.0) of full" in verdict.words
+    assert "QLoRA trains 5 % of the parameters and takes 0.5× the peak memory" in verdict.words
     assert "0.5× the peak memory and 0.05× the disk space" in verdict.words
     (duel,) = verdict.duels
     assert duel.difference.value == pytest.approx(0.05)
