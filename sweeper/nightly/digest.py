@@ -140,14 +140,15 @@ def _changes(record: NightRecord, history: Sequence[NightRecord]) -> Iterator[st
         # An unchanged best is in the table and is no news.
         if before is None or entry.best.gain(over=before) > 0:
             point = ", ".join(f"{key}={_short(value)}" for key, value in entry.best.point.items())
-            gain = (
+            # A difference of two single values has no interval, so none is claimed
+            earlier = (
                 ""
                 if before is None
-                else f", {entry.best.gain(over=before):.4f} better than on the previous night"
+                else f", after {before.value:.4f} on the previous night (one validation value each)"
             )
             yield (
-                f"- {entry.name}: best {entry.best.value:.4f}{gain} "
-                f"(trial {entry.best.number}: {in_code(point)})"
+                f"- {entry.name}: best {entry.best.value:.4f} "
+                f"(trial {entry.best.number}: {in_code(point)}){earlier}"
             )
         if last is not None and before is None:
             yield (
