@@ -62,6 +62,7 @@ servers-stop: $(READY)  ## Stop what `make servers` started
 
 pictures: $(READY)  ## Renew docs/images from the last main job (needs Chromium)
 	$(BIN)/python docs/pictures.py outputs/lr_rank_sweep
+	$(BIN)/python docs/terminal_pictures.py
 
 audit:  ## Look for known holes in the pinned packages (needs a network; a venv of its own)
 	$(PYTHON) -m venv .venv-audit
