@@ -143,12 +143,13 @@ def print_results(results: StudyResults, console: Console) -> None:
             say(console, f"{arm.name}: {arm.audit}")
     for ladder in rank_ladders(results):
         console.print(rank_sheet(ladder).draw())
-        say(console, ladder.words)
+        say(console, f"{ladder.words}\n")
     console.print(comparison(results).draw())
     console.print(conditions(results).draw())
     if (found := finalists(results)) is not None:
         console.print(found.draw())
     console.print(FOOTNOTE, style="dim", highlight=False, markup=False, soft_wrap=True)
+    console.print()
     print_answer(results, console)
 
 

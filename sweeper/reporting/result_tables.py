@@ -84,13 +84,15 @@ def finalists(results: StudyResults) -> TextTable | None:
 
 
 def leaderboard(arm: ArmResult, limit: int | None = None) -> TextTable:
-    """Return an arm's trials, the best first."""
+    """Return an arm's trials, the best first, and no more than `limit` of them."""
     # Conditional keys are missing from some trials, so all trials are asked.
     keys = list(dict.fromkeys(key for trial in arm.trials for key in trial.params))
     columns = ("#", "trial", *_short(keys), "trainable")
     columns += (metric_words(arm.objective.metric), "time", "ended")
     rows = [_trial_row(place, trial, keys) for place, trial in enumerate(arm.trials, start=1)]
     title = f"{arm.name}: {counted(arm.tried, 'trial')}, {duration(arm.seconds)} in total"
+    if limit is not None and len(rows) > limit:
+        title += f", the best {limit}"
     # The learning rate and the rank are what most readers look for.
     minor = [name for name in reversed(_short(keys)) if name not in ("learning_rate", "r")]
     dropped_first = ("#", "time", "trainable", *minor, "ended", "r", "learning_rate")

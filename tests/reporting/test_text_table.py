@@ -91,3 +91,11 @@ def test_a_report_shows_the_values_at_every_width(width: int) -> None:
     for trial in many(12).arms[0].trials:
         assert f"{trial.value:.4f}" in words(text)
     assert ("Left out" in text) == (width < 160)
+
+
+def test_a_table_of_some_trials_says_so() -> None:
+    """A terminal shows the best ten. Its title tells them from all of them."""
+    arm = many(12).arms[0]
+    assert leaderboard(arm, 10).title.endswith(", the best 10")
+    assert "best" not in leaderboard(arm, 12).title
+    assert "best" not in leaderboard(arm).title
