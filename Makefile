@@ -1,4 +1,4 @@
-# What a person types. `make` alone lists it.
+# What a person types, and what CI runs (.ci/run). `make` alone lists it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_OVERRIDE = 10_000
 MAX_OVERRIDES = 1_000
 MAX_NESTED = 50
-"""Brackets inside each other in one override; Hydra's parser calls itself for each."""
+"""Brackets inside each other in one override. Hydra's parser calls itself for each."""
 
 
 def main() -> None:

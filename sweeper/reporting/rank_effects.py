@@ -46,7 +46,7 @@ class RankLead:
 
 @dataclass(frozen=True)
 class RankEffects:
-    """What the trials of an arm show about its ranks."""
+    """The differences between the ranks of an arm that its trials show."""
 
     leads: tuple[RankLead, ...]
     allowed_for: tuple[str, ...]

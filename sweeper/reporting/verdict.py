@@ -135,7 +135,7 @@ class Verdict:
 
     @property
     def settling_words(self) -> str:
-        """What this study could have seen of what is undecided, and what would decide it."""
+        """The smallest gap that an undecided study could have seen, and what would decide it."""
         return " ".join(filter(None, (visible_sentence(duel) for duel in self.duels)))
 
     @property
