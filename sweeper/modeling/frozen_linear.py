@@ -48,8 +48,11 @@ class FusedForward:
             return output
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         if torch.is_grad_enabled():
-            trained: Tensor = LoraProduct.apply(x, down, up, self.scaling[name], self.base_layer)  # type: ignore[no-untyped-call]
-            return trained
+            # Models may change the output in place (Falcon does), which autograd refuses for views
+            # that are made inside the function
+            rows = x.reshape(-1, x.shape[-1])
+            trained: Tensor = LoraProduct.apply(rows, down, up, self.scaling[name], self.base_layer)  # type: ignore[no-untyped-call]
+            return trained.view(*x.shape[:-1], -1)
         return _judged_product(x, down, up, self.scaling[name], self.base_layer)
 
 
@@ -76,41 +79,38 @@ class LoraProduct(torch.autograd.Function):
 
         Args:
             ctx: Values for the backward pass.
-            x: Inputs [..., inputs].
+            x: Inputs [tokens, inputs].
             down: PEFT's A [rank, inputs].
             up: PEFT's B [outputs, rank].
             scaling: Factor of the adapter.
             base: The frozen layer.
         """
-        flat = x.reshape(-1, x.shape[-1])
         weight = dense_weight(base)
-        output = linear(flat, weight, base.bias)
-        inner = flat @ down.t()
+        output = linear(x, weight, base.bias)
+        inner = x @ down.t()
         output.addmm_(inner, up.t(), alpha=scaling)
         # A small unpacked weight is kept rather than unpacked twice. It takes no more memory than the
         # inputs, which are kept in any case
-        small = weight.numel() <= flat.numel()
-        ctx.save_for_backward(flat, inner, down, up, weight if small else None)
-        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
-        return output.view(*x.shape[:-1], weight.shape[0])
+        small = weight.numel() <= x.numel()
+        ctx.save_for_backward(x, inner, down, up, weight if small else None)
+        ctx.base, ctx.scaling = base, scaling
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, down and up."""
-        flat, inner, down, up, weight = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
+        x, inner, down, up, weight = ctx.saved_tensors
         of_inner = (gradient @ up).mul_(ctx.scaling)
         of_up = (gradient.t() @ inner).mul_(ctx.scaling)
-        of_down = of_inner.t() @ flat
+        of_down = of_inner.t() @ x
         of_input = None
         if ctx.needs_input_grad[0]:
             weight = dense_weight(ctx.base) if weight is None else weight
-            if _merging_pays(flat, weight):
+            if _merging_pays(x, weight):
                 of_input = gradient @ torch.addmm(weight, up, down, alpha=ctx.scaling)
             else:
                 of_input = (gradient @ weight).addmm_(of_inner, down)
-            of_input = of_input.view(ctx.shape)
         return of_input, of_down, of_up, None, None
 
 

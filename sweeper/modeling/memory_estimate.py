@@ -12,6 +12,7 @@ the estimate, because glibc keeps freed blocks (MALLOC_MMAP_THRESHOLD_=65536 ret
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -321,7 +322,7 @@ def model_on_meta(
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config,
+                copy.deepcopy(config),  # transformers writes dtype and attention into what it gets
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 **even_experts(config),

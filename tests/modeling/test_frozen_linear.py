@@ -124,6 +124,20 @@ def test_a_judged_loss_is_pefts_to_rounding(shape: tuple[int, int]) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("base", ["quantization=nf4", "quantization=none"])
+def test_outputs_may_be_changed_in_place(base: str) -> None:
+    """Falcon adds its attention to its MLP's output; the gradients are those of a sum apart."""
+    layer = _fused(_trained(_embedded(base)))[0]
+    x = torch.randn(2, 9, layer.in_features, generator=torch.Generator().manual_seed(0))
+    weights = [weight for weight in layer.parameters() if weight.requires_grad]
+    in_place, apart = layer(x), layer(x)
+    in_place += 1
+    found = torch.autograd.grad(in_place.square().sum(), weights)
+    expected = torch.autograd.grad((apart + 1).square().sum(), weights)
+    assert len(found) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_gradients_add_up_over_micro_batches() -> None:
     """Two backward passes give the sum of both gradients, and frozen weights get none."""
     model = _trained(_random_model("opt")).double()

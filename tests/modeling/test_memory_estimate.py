@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Int8Params, Params4bit
 from bitsandbytes.optim import AdamW8bit
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sweeper.config.settings import LoraAdapter
 from sweeper.modeling import memory_estimate, step_memory
@@ -206,6 +206,23 @@ def test_every_architecture_is_estimated(name: str) -> None:
     assert found.activations > 0
     assert found.total == pytest.approx(sum(parts))
     assert found.table().splitlines()[-1].split()[-2] == f"{found.total:,.0f}"
+
+
+def test_an_estimate_leaves_the_configuration_alone() -> None:
+    """A model that is loaded with the same configuration afterwards keeps its dtype and attention."""
+    settings, config = make_settings("quantization=nf4"), CONFIGS["opt"]
+    before, attention = config.to_dict(), config._attn_implementation
+    estimate(
+        config,
+        settings.adapter,
+        settings.quantization,
+        _workload(),
+        compute_dtype=torch.bfloat16,
+        attn_implementation="eager",
+        on=CPU,
+    )
+    assert (config.to_dict(), config._attn_implementation) == (before, attention)
+    assert AutoModelForCausalLM.from_config(config).dtype == torch.float32
 
 
 DEEP_LLAMA = LlamaConfig(**{**GROUPED, "num_hidden_layers": 6, "vocab_size": 512})
