@@ -136,7 +136,8 @@ def _histogram(lengths: Sequence[int]) -> Iterable[str]:
             return
         # rounded up, so that no bin with rows is without a bar
         bar = "█" * -(-BAR * count // max(counts))
-        yield f"  {first:>7,} to {first + width - 1:>7,}{count:>9,}  {bar}".rstrip()
+        last = "" if width == 1 else f" to {first + width - 1:>7,}"
+        yield f"  {first:>7,}{last}{count:>9,}  {bar}".rstrip()
 
 
 def _shown(name: str, split: EncodedSplit, prepared: PreparedData, rows: int) -> Iterable[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sweeper.core.manifest import write_manifest
+from sweeper.core.manifest import renew_entry
 from sweeper.core.paths import StudyFolder, write_atomic
 from sweeper.core.stored_files import read_words
 from sweeper.reporting.results import StudyResults
@@ -20,14 +20,15 @@ def add_served_losses(results: StudyResults, folder: StudyFolder) -> None:
         if artifact is None:
             continue
         # After the search, not before: they load torch
-        from sweeper.training.artifact import write_zip
+        from sweeper.training.artifact import archive_differs, write_zip
         from sweeper.training.model_card import README, with_served
 
         card = artifact / README
         text = with_served(read_words(card), list(served_sentences(served, {arm.name: label(arm)})))
         if text != read_words(card):
             write_atomic(card, text)
-            # the manifest holds the card's checksum
-            write_manifest(artifact)
-            if (archive := folder.trial(arm.name, arm.final.winner).archive).exists():
-                write_zip(artifact, archive)
+        # Not only with a new card: a driver that was killed after the card left the others as they were
+        renew_entry(artifact, README)
+        archive = folder.trial(arm.name, arm.final.winner).archive
+        if archive.exists() and archive_differs(artifact, archive):
+            write_zip(artifact, archive)

@@ -21,6 +21,18 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"files": _entries(folder)})
 
 
+def renew_entry(folder: Path, name: str) -> None:
+    """Record one file's present content in the manifest. The other entries stay as they are.
+
+    Raises:
+        ArtifactError: The manifest is missing or unreadable.
+    """
+    # New entries of all files would declare a file whole that was damaged in the meantime.
+    files = _listed(folder)
+    if files.get(name) != (entry := _entry(folder / name)):
+        write_json(folder / MANIFEST, {"files": {**files, name: entry}})
+
+
 def verify_manifest(folder: Path) -> None:
     """Check that a folder holds exactly the files of its manifest, unchanged.
 
@@ -28,15 +40,7 @@ def verify_manifest(folder: Path) -> None:
         ArtifactError: The manifest is missing or unreadable, or the files differ. The message names
             every file that is missing, changed or not in the manifest.
     """
-    path = folder / MANIFEST
-    try:
-        listed = dict(read_json(path)["files"])
-    except FileNotFoundError:
-        # The manifest is written last.
-        raise ArtifactError(f"{path}: missing, so the folder was not written completely") from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{path}: cannot be read as a manifest ({error})") from None
-    found = _entries(folder)
+    listed, found = _listed(folder), _entries(folder)
     problems = [
         *(f"{name}: missing" for name in listed if name not in found),
         *(f"{name}: not in the manifest" for name in found if name not in listed),
@@ -46,13 +50,29 @@ def verify_manifest(folder: Path) -> None:
         raise ArtifactError(f"{folder} differs from its manifest:\n  " + "\n  ".join(problems))
 
 
+def _listed(folder: Path) -> dict[str, Any]:
+    """Return the entries of a manifest by file name."""
+    path = folder / MANIFEST
+    try:
+        return dict(read_json(path)["files"])
+    except FileNotFoundError:
+        # The manifest is written last.
+        raise ArtifactError(f"{path}: missing, so the folder was not written completely") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"{path}: cannot be read as a manifest ({error})") from None
+
+
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        path.relative_to(folder).as_posix(): _entry(path)
         for path in files
         if path != folder / MANIFEST
     }
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 
 def _sha256(path: Path) -> str:

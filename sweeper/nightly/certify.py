@@ -69,8 +69,8 @@ class Certificate(FrozenValue):
         return (
             f"{self.model}, version {self.version}: test loss {self.test_loss:.4f} against "
             f"{self.untuned_test_loss:.4f} of the untuned base, on {self.examples} examples. {verdict} "
-            f"(difference {self.difference.value:+.4f} nats, 95 % interval {self.difference.low:+.4f} "
-            f"to {self.difference.high:+.4f}).{forgot} {self._use_of_split}"
+            f"(difference {self.difference.value:+.4f} nats, {self.difference.ends}).{forgot} "
+            f"{self._use_of_split}"
         )
 
     @property

@@ -144,8 +144,8 @@ def decide(
         own, other, zero = (_rows(one, reserved) for one in models)
         confirmed = contrast((who, holder or "base"), own, other, zero, SPLIT).difference
     interval = (
-        f"{found.difference.value:+.4f} nats against {rival} (95 % interval {found.difference.low:+.4f} "
-        f"to {found.difference.high:+.4f}, required margin {margin:.4f} at a level of {level:.2g})"
+        f"{found.difference.value:+.4f} nats against {rival} ({found.difference.ends}, "
+        f"required margin {margin:.4f} at a level of {level:.2g})"
     )
     return ChampionDecision(
         model=model,
@@ -189,10 +189,7 @@ def _rows(models: SeedLosses, rows: Rows) -> SeedLosses:
 def _of_promotion(confirmed: IntervalEstimate | None) -> list[str]:
     if confirmed is None:
         return []
-    return [
-        f"On the rows that did not decide: {confirmed.value:+.4f} nats (95 % interval "
-        f"{confirmed.low:+.4f} to {confirmed.high:+.4f})"
-    ]
+    return [f"On the rows that did not decide: {confirmed.value:+.4f} nats ({confirmed.ends})"]
 
 
 def _of_gate(look: int) -> str:

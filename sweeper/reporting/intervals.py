@@ -11,6 +11,7 @@ benchmarks/verdict_calibration.py measures how often the intervals cover.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,6 +49,13 @@ class IntervalEstimate(FrozenValue):
     low: float | None = None
     high: float | None = None
 
+    @property
+    def ends(self) -> str:
+        """The interval in words, with signs."""
+        if self.low is None or self.high is None:
+            return "no confidence interval, from a single example or group"
+        return f"95 % interval {self.low:+.4f} to {self.high:+.4f}"
+
     def has(self, value: float) -> bool:
         """Return True if the interval contains a value, and False if there is no interval."""
         return self.low is not None and self.high is not None and self.low <= value <= self.high
@@ -77,9 +85,10 @@ class ArmContrast(FrozenValue):
     metric: str = "eval/loss"
     """Metric that is compared."""
     standard_error: float | None = None
-    """Standard error of the difference. None here and below: an earlier version stored the contrast."""
+    """Standard error of the difference. None if there is a single example or group. None here and below:
+    an earlier version stored the contrast."""
     freedom: float | None = None
-    """Degrees of freedom of the standard error. None also if the error is zero."""
+    """Degrees of freedom of the standard error. None also if the error is zero or unknown."""
     seed_share: float | None = None
     """Share of the seeds in the variance of the difference. The rest is that of the examples."""
     p_value: float | None = None
@@ -175,6 +184,7 @@ class LinearEstimate:
 
     value: float
     error: float
+    """Standard error. Infinite if a single example or group leaves their spread unknown."""
     freedom: float
     """Degrees of freedom by Satterthwaite's rule."""
     seed_share: float
@@ -187,12 +197,21 @@ class LinearEstimate:
             return 0.0 if self.value > limit else 1.0
         return float(special.stdtr(self.freedom, (limit - self.value) / self.error))
 
+    def two_sided(self) -> float:
+        """Return the two-sided p value of a sum of zero."""
+        # Equal models have no error either, and each of their one-sided p values is 1.
+        if self.value == 0:
+            return 1.0
+        return 2 * min(self.above(), 1 - self.above(), 0.5)
+
     def half_width(self, level: float = LEVEL) -> float:
         """Return half the width of the two-sided interval of a level."""
         return self.error * t_quantile((1 + level) / 2, self.freedom)
 
     def interval(self) -> IntervalEstimate:
-        """Return the value with its 95 % interval."""
+        """Return the value with its 95 % interval, or without one if the error is unknown."""
+        if math.isinf(self.error):
+            return IntervalEstimate(value=self.value)
         half = self.half_width()
         return IntervalEstimate(value=self.value, low=self.value - half, high=self.value + half)
 
@@ -212,6 +231,7 @@ class JointMeans:
     of_examples: Floats
     """Covariance of the means over examples, [models, models]."""
     example_freedom: int
+    """Number of examples, or of groups of them, less one. At zero their spread is unknown."""
     of_seeds: tuple[SeedSpread | None, ...]
     """Variance of each model's mean over its seeds. None for a single seed."""
 
@@ -233,11 +253,14 @@ class JointMeans:
             None if found is None else SeedSpread(found.variance / seeds, found.freedom)
             for found, seeds in spreads
         )
-        return cls(means, scale * residuals @ residuals.T, max(count - 1, 1), of_seeds)
+        return cls(means, scale * residuals @ residuals.T, count - 1, of_seeds)
 
     def combined(self, *weights: float) -> LinearEstimate:
         """Return the sum of the means with these weights."""
         by = np.array(weights)
+        value = float(by @ self.means)
+        if self.example_freedom == 0:
+            return LinearEstimate(value, error=math.inf, freedom=1.0, seed_share=0.0)
         # Rounding may leave a variance of zero a little below it.
         examples = max(float(by @ self.of_examples @ by), 0.0)
         seeds = [
@@ -247,7 +270,7 @@ class JointMeans:
         ]
         variance = examples + sum(part.variance for part in seeds)
         return LinearEstimate(
-            value=float(by @ self.means),
+            value=value,
             error=variance**0.5,
             freedom=_freedom(SeedSpread(examples, self.example_freedom), seeds),
             seed_share=0.0 if variance == 0 else 1 - examples / variance,
@@ -290,8 +313,9 @@ def contrast(
 
     The standard error is that of paired examples (or of whole groups of them) and of seeds, which are
     independent. The quantile is Student's t at Satterthwaite's degrees of freedom, those of the seeds
-    reduced by CAUTION. The share retained has Fieller's interval. Equivalence is tested by two one-sided
-    tests. A relative margin enters them with the uncertainty of the improvement itself.
+    reduced by CAUTION. A single example, or a single group, has no interval. The share retained has
+    Fieller's interval. Equivalence is tested by two one-sided tests. A relative margin enters them with
+    the uncertainty of the improvement itself.
 
     Args:
         names: names of the arm and of the reference.
@@ -326,10 +350,10 @@ def contrast(
         retained=_retained(joint, sign),
         noise=(noise_floor(arm.losses), noise_floor(reference.losses)),
         metric=metric,
-        standard_error=difference.error,
-        freedom=None if difference.freedom == ENDLESS else difference.freedom,
+        standard_error=difference.error if math.isfinite(difference.error) else None,
+        freedom=difference.freedom if 0 < difference.error < math.inf else None,
         seed_share=difference.seed_share,
-        p_value=2 * min(difference.above(), 1 - difference.above(), 0.5),
+        p_value=difference.two_sided(),
         equivalence_p=None if margin is None else _equivalence(joint, margin, sign),
         fresh=fresh,
         groups=None if arm.groups is None else int(np.unique(arm.groups).size),

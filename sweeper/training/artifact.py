@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sweeper.config.settings import TrialSettings
-from sweeper.core.manifest import write_manifest
+from sweeper.core.manifest import MANIFEST, write_manifest
 from sweeper.core.paths import TrialFolder, write_atomic
 from sweeper.training.artifact_form import ArtifactForm
 from sweeper.training.model_card import README, model_card
@@ -98,6 +98,16 @@ def write_zip(folder: Path, target: Path) -> None:
             with path.open("rb") as source, archive.open(entry, "w") as sink:
                 shutil.copyfileobj(source, sink)
     partial.replace(target)
+
+
+def archive_differs(folder: Path, archive: Path) -> bool:
+    """Return True if an archive holds another manifest than its folder, or cannot be read."""
+    try:
+        with zipfile.ZipFile(archive) as stored:
+            # The manifest has the checksums of all other files
+            return stored.read(MANIFEST) != (folder / MANIFEST).read_bytes()
+    except (zipfile.BadZipFile, KeyError):
+        return True
 
 
 def _name_base(path: Path, form: ArtifactForm) -> None:

@@ -72,7 +72,7 @@ class DivergenceRule:
         loss = metrics["train/loss"]
         if not math.isfinite(loss):
             return f"train/loss is {loss} at step {step}"
-        self._first = self._first or loss
+        self._first = loss if self._first is None else self._first
         norm = metrics.get("train/grad_norm", 0.0)
         # fp16's GradScaler finds its scale by overflowing: it skips the step and halves the scale. Only
         # an overflow at a scale below 1 is a divergence
@@ -84,7 +84,7 @@ class DivergenceRule:
         """Return how an evaluation shows divergence, or None."""
         if not math.isfinite(loss):
             return f"eval/loss is {loss} at step {step}"
-        self._first = self._first or loss
+        self._first = loss if self._first is None else self._first
         if self._threshold is None:
             return None
         self._high = self._high + 1 if loss > self._threshold * self._first else 0

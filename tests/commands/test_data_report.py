@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sweeper.commands.data_report import report_data
+from sweeper.commands.data_report import _histogram, report_data
 from sweeper.core.errors import DataError
 from tests.conftest import make_settings
 from tests.data.samples import write_rows
@@ -51,3 +51,23 @@ def test_report_of_rows_that_cannot_be_used_is_their_reason(tmp_path: Path) -> N
     path = write_rows(tmp_path / "r.jsonl", [{"text": f"t{n}", "label": n} for n in range(9)])
     with pytest.raises(DataError, match=r"data.ignore_columns=\[label\]"):
         _report(tmp_path, f"data.train={path}")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "names"),
+    [
+        ([43], ["43"]),
+        ([43, 43, 45], ["43", "44", "45"]),
+        ([1, 16], ["1 to 2", "15 to 16"]),
+        ([1234, 1250], ["1,234 to 1,236", "1,249 to 1,251"]),
+    ],
+)
+def test_a_bin_of_the_histogram_is_named_by_its_lengths(
+    lengths: list[int], names: list[str]
+) -> None:
+    """A bin of one length has one number, and a wider one has its two ends."""
+    found = [" ".join(line.split("█")[0].split()[:-1]) for line in _histogram(lengths)]
+    assert [name for name in found if name in names] == names
+    assert all(
+        name.split(" to ")[0] != name.split(" to ")[-1] or " to " not in name for name in found
+    )

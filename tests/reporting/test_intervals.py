@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sweeper.core.value import EquivalenceMargin
 from sweeper.reporting.intervals import ArmContrast, SeedLosses, contrast, noise_floor
 
 NAMES = ("lora", "full")
@@ -168,3 +169,47 @@ def test_noise_floor_needs_two_seeds() -> None:
     """Standard deviation with n - 1; one seed says nothing."""
     assert noise_floor(np.array([4.0, 4.2])) == pytest.approx(0.2 / 2**0.5)
     assert noise_floor(np.array([4.0])) is None
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_equal_models_are_no_evidence_of_a_difference(seeds: int) -> None:
+    """Models with the same losses on every example: no difference, p = 1, and surely within a margin."""
+    _, full, base = _world(1, seed=12)
+    same = SeedLosses(np.tile(full.nll, (seeds, 1)), full.tokens)
+    found = contrast(NAMES, same, same, base, margin=EquivalenceMargin(absolute=0.01))
+    assert (found.difference.value, found.standard_error) == (0, 0)
+    assert found.p_value == 1
+    assert found.equivalence_p == 0
+
+
+def test_a_constant_difference_is_certain() -> None:
+    """Every example worse by the same amount per token, without any noise: p = 0."""
+    tokens = np.ones(20)
+    rows = np.full((1, 20), 2.0)
+    found = _compare(
+        (SeedLosses(rows + 0.5, tokens), SeedLosses(rows, tokens), SeedLosses(rows + 1, tokens))
+    )
+    assert (found.difference.value, found.standard_error, found.p_value) == (0.5, 0, 0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_example_or_one_group_has_no_interval(grouped: bool, seeds: int) -> None:
+    """A single draw shows no spread over examples, so nothing is certain, with any number of seeds."""
+    examples = 5 if grouped else 1
+    random = np.random.default_rng(13)
+    groups = np.zeros(examples, dtype=np.int64) if grouped else None
+
+    def judged(count: int) -> SeedLosses:
+        return SeedLosses(random.gamma(4, 1, (count, examples)), np.ones(examples), groups)
+
+    margin = EquivalenceMargin(absolute=100.0)
+    found = contrast(NAMES, judged(seeds), judged(seeds), judged(1), margin=margin)
+    assert found.difference.low is None
+    assert found.standard_error is None
+    assert found.p_value == 1
+    assert found.equivalence_p == 0.5
+    assert found.retained is None
+    assert found.changes is not None
+    assert found.changes[0].low is None
+    assert found.model_validate_json(found.model_dump_json()) == found

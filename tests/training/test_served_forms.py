@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from sweeper.commands import winner_cards
 from sweeper.commands.winner_cards import add_served_losses
 from sweeper.config.compose import read_yaml
 from sweeper.config.settings import TrialSettings, stored_settings
-from sweeper.core.manifest import write_manifest
+from sweeper.core.errors import ArtifactError
+from sweeper.core.manifest import verify_manifest, write_manifest
 from sweeper.core.outcome import ExampleLosses, HeldOutLosses
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.reporting.finalist_results import FinalistRanking
+from sweeper.reporting.results import StudyResults
 from sweeper.reporting.served_forms import served_contrasts, served_sentences, served_warning
 from sweeper.reporting.verdict import judge
 from sweeper.training.artifact import write_zip
@@ -90,28 +93,78 @@ def test_without_the_trained_form_there_is_no_contrast() -> None:
     assert served_contrasts("lora", {"merged": _shifted(0.1)}) == []
 
 
-def test_the_archive_has_the_card_with_the_served_losses(tmp_path: Path) -> None:
-    """artifacts.zip is written before the winner is known, and again with the losses as it is served."""
-    folder = StudyFolder(tmp_path)
+CARD = "# Mine\n\n## Use\n\nLoad it.\n"
+
+
+def _stored_winner(folder: StudyFolder) -> tuple[TrialFolder, StudyResults]:
     trial = folder.trial("lora", 0)
     trial.adapter.mkdir(parents=True)
     (trial.adapter / "adapter_config.json").write_text("{}")
-    (trial.adapter / "README.md").write_text("# Mine\n\n## Use\n\nLoad it.\n")
+    (trial.adapter / "README.md").write_text(CARD)
     write_manifest(trial.adapter)
     served = {"trained": HeldOutLosses(test=TRAINED), "merged": _shifted(0.02, 0.01)}
     final = FinalistRanking(finalists=(), winner=0)
     arm = make_arm("lora", [make_trial("lora", 0, "finished", 4.0)])
     contrasts = tuple(served_contrasts("lora", served))  # type: ignore[arg-type]
-    results = make_results(arm.model_copy(update={"final": final}), served=contrasts)
+    return trial, make_results(arm.model_copy(update={"final": final}), served=contrasts)
+
+
+def _holds_the_card(trial: TrialFolder) -> bool:
+    """Return True if archive and manifest hold the card that names the losses as it is served."""
+    verify_manifest(trial.adapter)
+    with zipfile.ZipFile(trial.archive) as archive:
+        same = (
+            archive.read(name) == (trial.adapter / name).read_bytes()
+            for name in ("README.md", "manifest.json")
+        )
+        return all(same) and b"as it is served" in archive.read("README.md")
+
+
+def test_the_archive_has_the_card_with_the_served_losses(tmp_path: Path) -> None:
+    """artifacts.zip is written before the winner is known, and again with the losses as it is served."""
+    folder = StudyFolder(tmp_path)
+    trial, results = _stored_winner(folder)
     add_served_losses(results, folder)
     assert not trial.archive.exists(), "without artifacts.zip there is none"
     write_zip(trial.adapter, trial.archive)
-    (trial.adapter / "README.md").write_text("# Mine\n\n## Use\n\nLoad it.\n")
+    (trial.adapter / "README.md").write_text(CARD)
     add_served_losses(results, folder)
-    with zipfile.ZipFile(trial.archive) as archive:
-        for name in ("README.md", "manifest.json"):
-            assert archive.read(name) == (trial.adapter / name).read_bytes()
-        assert b"as it is served" in archive.read("README.md")
+    assert _holds_the_card(trial)
+
+
+@pytest.mark.parametrize("after", ["write_atomic", "renew_entry"])
+def test_a_kill_between_card_and_archive_is_mended_by_the_next_start(
+    after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that dies after the card or after the manifest leaves them to be written again."""
+    folder = StudyFolder(tmp_path)
+    trial, results = _stored_winner(folder)
+    write_zip(trial.adapter, trial.archive)
+    real = getattr(winner_cards, after)
+
+    def killed(*args: object) -> None:
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(winner_cards, after, killed)
+        with pytest.raises(KeyboardInterrupt):
+            add_served_losses(results, folder)
+    add_served_losses(results, folder)
+    assert _holds_the_card(trial)
+    written = trial.archive.stat().st_mtime_ns
+    add_served_losses(results, folder)
+    assert trial.archive.stat().st_mtime_ns == written, "a whole archive is left as it is"
+
+
+def test_a_new_card_hides_no_damage(tmp_path: Path) -> None:
+    """Only the card's line of the manifest is new: a weight that was changed since is still found."""
+    folder = StudyFolder(tmp_path)
+    trial, results = _stored_winner(folder)
+    (trial.adapter / "adapter_config.json").write_text("{1}")
+    add_served_losses(results, folder)
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json: changed"):
+        verify_manifest(trial.adapter)
 
 
 def test_a_verdict_with_served_forms_is_json() -> None:

@@ -105,6 +105,21 @@ def test_an_overflow_under_loss_scaling_is_none() -> None:
     assert rules.diverged is None
 
 
+@pytest.mark.parametrize("first", ["train/loss", "eval/loss"])
+def test_a_first_loss_of_zero_is_the_first(first: str) -> None:
+    """A later loss does not take the place of a first one that is exactly zero."""
+    rules = _rules("training.divergence_threshold=2", "training.divergence_patience=2")
+    if first == "train/loss":
+        rules.add_training_step(1, {"train/loss": 0.0})
+    else:
+        rules.add_evaluation(1, {"eval/loss": 0.0})
+    rules.add_training_step(2, {"train/loss": 3.0})
+    rules.add_evaluation(10, {"eval/loss": 3.0})
+    assert rules.diverged is None
+    rules.add_evaluation(20, {"eval/loss": 3.0})
+    assert "more than 2 times the first loss (0)" in (rules.diverged or "")
+
+
 def test_a_loss_far_above_the_first_is_divergence_when_it_lasts() -> None:
     """Twice the first training loss in two evaluations in a row; one alone is forgiven."""
     rules = _rules("training.divergence_threshold=2", "training.divergence_patience=2")
