@@ -46,7 +46,7 @@ def _run(cases: Sequence[Case]) -> dict[str, str | float]:
     tests = dict.fromkeys(test for case in cases for test in case.tests)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "3", "--dist", "loadfile"]
         started = time.monotonic()
         subprocess.run(
             [*command, "-p", "no:cacheprovider", f"--junitxml={report}", *tests],
