@@ -117,6 +117,17 @@ class ArmSearch:
             self.finished(job)
         return None
 
+    def withdraw(self, key: str) -> RunningTrial | None:
+        """See JobSource."""
+        for job in self._resumed:
+            if job.key == key:
+                self._resumed.remove(job)
+                return job
+        return None
+
+    def settle(self) -> None:
+        """See JobSource: a search has one part."""
+
     def finished(self, job: RunningTrial) -> None:
         """See JobSource."""
         self._open.pop(job.key, None)

@@ -120,6 +120,8 @@ class Dispatcher:
         self._waits = waits or JobWaits(announce)
         self._jobs = JobTable()
         self._source: JobSource[Any] = JobList[Job](())
+        self._unsettled = False
+        """True if a job has ended since the source was last asked."""
 
     @property
     def busy(self) -> list[Job]:
@@ -192,6 +194,9 @@ class Dispatcher:
             CommandRefused: there is no such job, or it is of a kind that cannot be dropped.
         """
         jobs = {job.key: job for job in self._jobs.all() if job.stoppable}
+        # A trial of an earlier run may wait in its search until a worker has started
+        if key not in jobs and (waiting := self._source.withdraw(key)) is not None:
+            jobs[key] = waiting
         if key not in jobs:
             raise CommandRefused(f"{key} is not running. Running now: {', '.join(jobs) or 'none'}")
         job = jobs[key]
@@ -262,8 +267,12 @@ class Dispatcher:
     def _hand_out(self) -> None:
         if self.mode != "running":
             return
-        queue = self._jobs.queue
-        for worker in self._pool.free_workers():
+        queue, free = self._jobs.queue, self._pool.free_workers()
+        # The end of an arm needs no worker: the last one may have died, and others may be busy for long
+        if self._unsettled and not free:
+            self._source.settle()
+        self._unsettled = False
+        for worker in free:
             job: Job | None = queue.popleft() if queue else self._source.next_job()
             if job is None:
                 return
@@ -360,6 +369,7 @@ class Dispatcher:
         # before the phase changes, from which a source reads that a person dropped the job
         self._source.finished(job)
         job.phase = JobPhase.ENDED
+        self._unsettled = True
 
     def _cancel(self) -> None:
         """Stop what runs, wait a moment for it, and cancel whatever is still open then."""

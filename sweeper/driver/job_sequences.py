@@ -44,6 +44,17 @@ class JobSequence:
                 return None
         return None
 
+    def withdraw(self, key: str) -> Job | None:
+        """See JobSource."""
+        job: Job | None = self._source.withdraw(key)
+        self._open += job is not None
+        return job
+
+    def settle(self) -> None:
+        """Begin with the next source if all jobs of the present one have ended."""
+        while not self.ended and not self._open and self._source.done and self._advance():
+            pass
+
     def finished(self, job: Job) -> None:
         """Take a job that has its result, or that was cancelled and has none."""
         self._open -= 1
@@ -88,6 +99,19 @@ class JobSequences:
                 self._owners[job.key] = each
                 return job
         return None
+
+    def withdraw(self, key: str) -> Job | None:
+        """See JobSource."""
+        for each in self._sequences:
+            if (job := each.withdraw(key)) is not None:
+                self._owners[key] = each
+                return job
+        return None
+
+    def settle(self) -> None:
+        """See JobSource."""
+        for each in self._sequences:
+            each.settle()
 
     def finished(self, job: Job) -> None:
         """See JobSource."""

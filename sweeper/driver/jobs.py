@@ -116,6 +116,15 @@ class JobSource(Protocol[AnyJob]):
     def next_job(self) -> AnyJob | None:
         """Return the next job to start, or None if there is none at the moment."""
 
+    def withdraw(self, key: str) -> AnyJob | None:
+        """Return a job that an earlier run began and `next_job` has not returned yet, or None.
+
+        `next_job` does not return the job any more.
+        """
+
+    def settle(self) -> None:
+        """Note that all open jobs of a part have ended, without a start of a further job."""
+
     def finished(self, job: AnyJob) -> None:
         """Take a job that has its result, or that was cancelled and has none.
 
@@ -166,6 +175,12 @@ class JobList(Generic[AnyJob]):
             self.refused = refused
             self._waiting.clear()
         return self._waiting.popleft() if self._waiting else None
+
+    def withdraw(self, key: str) -> None:
+        """See JobSource: no job of a list was begun by an earlier run."""
+
+    def settle(self) -> None:
+        """See JobSource: a list has one part."""
 
     def finished(self, job: AnyJob) -> None:
         """See JobSource."""

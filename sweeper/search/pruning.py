@@ -159,22 +159,38 @@ class ContinuedTrial:
         return self._watch.evaluated(step, total_steps, value)
 
 
-class OpenGuard:
-    """A guard that reports every evaluation and always follows Optuna's pruner."""
+class ReportedLooks:
+    """The looks of a trial that were reported to Optuna, each of which is decided once."""
 
     def __init__(self, trial: Trial, reported: Iterable[int]) -> None:
         self._trial = trial
         self._reported = set(reported)
+        # A driver may have died between this report and its decision
+        self._undecided = max(self._reported, default=None)
+
+    def ask(self, at: int, value: float) -> bool:
+        """Report the value at a look and return True if the pruner would stop the trial there."""
+        if at not in self._reported:
+            self._reported.add(at)
+            # Optuna keeps the first value reported at a step and warns about a second one.
+            self._trial.report(value, at)
+        elif at != self._undecided:
+            return False
+        # A look that was decided after all gets the same answer from the same record. With
+        # reproducible=false the record may have grown
+        self._undecided = None
+        return self._trial.should_prune()
+
+
+class OpenGuard:
+    """A guard that reports every evaluation and always follows Optuna's pruner."""
+
+    def __init__(self, trial: Trial, reported: Iterable[int]) -> None:
+        self._looks = ReportedLooks(trial, reported)
 
     def evaluated(self, step: int, total_steps: int, value: float) -> bool:
         """See PruningGuard."""
-        at = permille(step, total_steps)
-        if at in self._reported:
-            return False
-        self._reported.add(at)
-        # Optuna keeps the first value reported at a step and warns about a second one.
-        self._trial.report(value, at)
-        return self._trial.should_prune() and step < total_steps
+        return self._looks.ask(permille(step, total_steps), value) and step < total_steps
 
 
 class RungGuard:
@@ -194,7 +210,7 @@ class RungGuard:
         self._settings = settings
         self._training = training
         self._trial = trial
-        self._reported = set(reported)
+        self._looks = ReportedLooks(trial, reported)
         self._last: tuple[float, float] | None = None
         """Position of the last evaluation in the schedule (per-mille), and the best value until then."""
 
@@ -203,7 +219,10 @@ class RungGuard:
         # The best value so far, not the latest: the kept checkpoint is the best one.
         here = (WHOLE * step / total_steps, self._best(value))
         verdicts = [
-            self._ask(rung, at)
+            # Asked even when the answer is ignored, because successive halving records the rung while
+            # it answers. It prunes the first trials at a rung without any competitor, so its answer
+            # counts only once enough others have passed (see _enough)
+            self._looks.ask(rung, at)
             and may_prune(self._training, rung, step, total_steps)
             and self._enough(rung)
             for rung in self._settings.rungs
@@ -217,18 +236,6 @@ class RungGuard:
             return value
         maximize = self._trial.study.direction is StudyDirection.MAXIMIZE
         return max(value, self._last[1]) if maximize else min(value, self._last[1])
-
-    def _ask(self, rung: int, value: float) -> bool:
-        """Ask Optuna's pruner. Asked even when its answer is ignored, because successive halving
-        records the rung while it answers.
-        """
-        if rung in self._reported:
-            return False
-        # Optuna's successive halving prunes the first trials at a rung without any competitor, so
-        # its answer counts only once enough others have passed (see _enough).
-        self._reported.add(rung)
-        self._trial.report(value, rung)
-        return self._trial.should_prune()
 
     def _enough(self, rung: int) -> bool:
         """Return True if enough other trials have passed this rung."""

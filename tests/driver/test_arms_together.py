@@ -19,13 +19,13 @@ from sweeper.driver.arm_probe import ProbeJob
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.finalist_jobs import JudgeJob
 from sweeper.driver.job_sequences import JobSequence, JobSequences
-from sweeper.driver.jobs import Job, JobList, JobPhase, JobSource
+from sweeper.driver.jobs import MAX_ATTEMPTS, Job, JobList, JobPhase, JobSource
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.search.study_plan import studies
 from sweeper.workers.fake_runner import FakeRunner
-from sweeper.workers.protocol import JudgedEvent, SlotsEvent, Work, WorkerEvent
+from sweeper.workers.protocol import JudgedEvent, SlotsEvent, Work, WorkerEvent, lost
 from tests.conftest import make_settings
-from tests.driver.scripted import ScriptedEngine
+from tests.driver.scripted import Script, ScriptedEngine
 from tests.driver.threaded import ThreadedEngine, opener
 
 FAKE = (
@@ -182,3 +182,59 @@ def test_sequences_without_a_job_end_at_once() -> None:
     make: Callable[[], Iterator[JobSource[Any] | None]] = _nothing
     assert _sent(make()) == []
     assert _sent(make(), iter([JobList([_judge("a")])]), make()) == ["a"]
+
+
+class BusyEngine(ScriptedEngine):
+    """An engine whose silence is an error, because no worker of it will ever be free again."""
+
+    def next_event(self, timeout_s: float) -> WorkerEvent | None:
+        """See Engine."""
+        event = super().next_event(timeout_s)
+        assert event is not None, "the run waits for a worker"
+        return event
+
+
+def _run_busy(script: Script, *sequences: Iterator[JobSource[Any] | None], workers: int) -> None:
+    pool = WorkerPool()
+    pool.host_with(BusyEngine(script, workers))
+    dispatcher = Dispatcher(pool, StopSignal(), lambda words: None)
+    dispatcher.run(JobSequences([JobSequence(each) for each in sequences]))
+
+
+def test_a_run_whose_last_worker_dies_with_its_last_job_waits_for_no_other_worker() -> None:
+    """The third attempt of the last job is lost, and no successor has announced itself."""
+    ended: list[str] = []
+
+    def sources() -> Iterator[JobSource[Any] | None]:
+        yield JobList([_judge("a")], finished=lambda job: ended.append(job.key))
+        ended.append("after")
+
+    def script(worker: int, work: Work) -> Sequence[WorkerEvent]:
+        dead = lost(worker, work, None, "dead")
+        return (dead,) if work.attempt == MAX_ATTEMPTS else (dead, SlotsEvent(worker=0, free=1))
+
+    _run_busy(script, sources(), workers=1)
+    assert ended == ["a", "after"]
+
+
+def test_the_end_of_an_arm_is_noticed_while_another_arm_has_all_workers() -> None:
+    """The code behind the first arm's last job runs before the end of the second arm's long job."""
+    ended: list[str] = []
+
+    def short() -> Iterator[JobSource[Any] | None]:
+        yield JobList([_judge("short")], finished=lambda job: ended.append(job.key))
+        ended.append("after short")
+
+    def long() -> Iterator[JobSource[Any] | None]:
+        yield JobList([_judge("long")], finished=lambda job: ended.append(job.key))
+
+    def script(worker: int, work: Work) -> Sequence[WorkerEvent]:
+        answers = [
+            JudgedEvent(job=key, attempt=1, losses=HeldOutLosses(), message=None)
+            for key in ("short", "long")
+        ]
+        # Both answers come when both jobs run, and no slot becomes free before the second one
+        return answers if work.job == "long" else ()
+
+    _run_busy(script, short(), long(), workers=2)
+    assert ended == ["short", "after short", "long"]

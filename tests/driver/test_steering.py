@@ -42,6 +42,7 @@ from sweeper.driver.command_log import CommandLog
 from sweeper.driver.dispatcher import Dispatcher
 from sweeper.driver.jobs import JobList, JobPhase
 from sweeper.driver.pause_clock import PauseClock
+from sweeper.driver.running_trial import RunningTrial
 from sweeper.driver.status_writer import StatusWriter
 from sweeper.driver.study_state import StudyState
 from sweeper.driver.study_supervisor import StudySupervisor
@@ -51,10 +52,10 @@ from sweeper.reporting.live_view import QuietView
 from sweeper.reporting.results import StudyResults
 from sweeper.reporting.study_progress import StudyProgress
 from sweeper.reporting.study_status import ArmStatus, StudyStatus, is_driven
-from sweeper.search.study import QUEUED_BY, REFINES
+from sweeper.search.study import DROPPED, QUEUED_BY, REFINES
 from sweeper.search.study_plan import studies
 from sweeper.search.telling import counts
-from sweeper.workers.protocol import SlotsEvent, Work, WorkerEvent, lost
+from sweeper.workers.protocol import Engine, SlotsEvent, Work, WorkerEvent, lost
 
 NAME = "lr_rank_sweep"
 FAKE = (
@@ -245,6 +246,39 @@ def test_arms_that_have_not_begun_or_have_ended_are_steered_as_well(tmp_path: Pa
     rates = [trial.params["training.learning_rate"] for trial in grid]
     assert rates[0] == 3e-3
     assert sorted(rates) == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
+
+
+def test_a_trial_of_a_killed_driver_is_dropped_before_a_worker_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver with two trials was killed, and the next one has a single worker: the second waits."""
+    answers: list[CommandReply] = []
+
+    def killed(self: RunningTrial, engine: Engine, worker: int) -> JobPhase:
+        raise SystemExit
+
+    def acts(person: Person) -> None:
+        person.waits_for_training(0)
+        answers.extend(person.says(StopTrial(trial=1)) for _ in range(2))
+
+    overrides = (ONLY_LORA, "hydra.sweeper.n_trials=2", SLOWLY)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunningTrial, "send", killed)
+        with pytest.raises(SystemExit):
+            _run(tmp_path, *overrides)
+    storage = f"sqlite:///{tmp_path / NAME / 'study.db'}"
+    optuna.load_study(study_name=f"{NAME}/lora", storage=storage).ask()
+    assert [trial.state for trial in _trials(tmp_path)] == [TrialState.RUNNING] * 2
+    _steered(tmp_path, acts, *overrides)
+    assert [reply.text for reply in answers] == [
+        "lora/0001 stopped for good",
+        "lora/0001 is not running. Running now: lora/0000",
+    ]
+    first, dropped, other = _trials(tmp_path)
+    assert (dropped.user_attrs["cause"], dropped.state) == ("cancelled", TrialState.FAIL)
+    assert DROPPED in dropped.user_attrs
+    assert not _folder(tmp_path).trial("lora", 1).metrics.exists()
+    assert [trial.user_attrs["cause"] for trial in (first, other)] == ["finished", "finished"]
 
 
 def test_single_trials_are_ended_for_good(tmp_path: Path) -> None:

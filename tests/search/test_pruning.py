@@ -31,6 +31,7 @@ MEDIAN = PrunerSettings(
     kwargs={},
     audit_fraction=0.0,
 )
+OPEN = MEDIAN.model_copy(update={"rungs": []})
 HALVING = MEDIAN.model_copy(
     update={"name": "successive_halving", "rungs": [340, 680], "reduction_factor": 2}
 )
@@ -213,17 +214,21 @@ def test_a_percentile_keeps_only_the_best() -> None:
 
 
 def test_a_second_attempt_tells_no_rung_twice() -> None:
-    """What an earlier attempt told Optuna is not told again, and decides nothing again."""
+    """What an earlier attempt told Optuna is not told again, and only its newest rung decides again."""
     study = optuna.create_study(pruner=make_pruner(MEDIAN))
     for _ in range(2):
         _run(study, MEDIAN, GOOD, 100)
     trial = study.ask()
     trial.report(2.9, 350)
     trial.report(2.9, 500)
-    watch = RungGuard(MEDIAN, make_settings().training, trial, reported=(350, 500))
+    trial.report(2.9, 650)
+    told = dict(study.trials[-1].intermediate_values)
+    watch = RungGuard(MEDIAN, make_settings().training, trial, reported=(350, 500, 650))
     watch.evaluated(25, 100, 3.0)
     assert not watch.evaluated(50, 100, 2.9)
     assert watch.evaluated(75, 100, 2.8)
+    assert study.trials[-1].intermediate_values == told
+    assert watch.evaluated(80, 100, 2.8)
 
 
 def test_a_continued_trial_is_compared_by_what_it_had_reached() -> None:
@@ -258,6 +263,46 @@ def test_successive_halving_takes_note_of_a_continued_trials_rungs() -> None:
     watch = make_watch(HALVING, training, trial, measured=[(20, 2.0), (50, 1.0)])
     watch.evaluated(60, 100, 1.5)
     assert study.trials[-1].system_attrs["completed_rung_0"] == pytest.approx(1.533, abs=1e-3)
+
+
+def _killed(trial: Trial) -> bool:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("settings", [MEDIAN, OPEN, HALVING], ids=["median", "open", "halving"])
+def test_a_driver_that_is_killed_between_report_and_decision_decides_again(
+    settings: PrunerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial waited for the answer, so its newest look is measured again and answered as before."""
+    study = optuna.create_study(pruner=make_pruner(settings))
+    for _ in range(5):
+        _run(study, settings, GOOD, 100)
+    trial, watch = _watch(study, settings)
+    assert not watch.evaluated(25, 100, 1.9)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trial, "should_prune", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            watch.evaluated(50, 100, 9.0)
+    reported = study.trials[-1].intermediate_values
+    training = make_settings().training
+    again = make_watch(settings, training, trial, reported, [(25, 1.9), (50, 9.0)])
+    assert again.evaluated(50, 100, 9.0)
+    assert study.trials[-1].intermediate_values.items() >= reported.items()
+
+
+@pytest.mark.parametrize("settings", [MEDIAN, OPEN], ids=["median", "open"])
+def test_an_older_look_stays_decided(settings: PrunerSettings) -> None:
+    """A trial that took further looks is not stopped at an earlier one that is measured again."""
+    study = optuna.create_study(pruner=make_pruner(settings))
+    for _ in range(5):
+        _run(study, settings, GOOD, 100)
+    trial, watch = _watch(study, settings)
+    assert not watch.evaluated(50, 100, 1.4)
+    assert watch.evaluated(75, 100, 9.0)
+    reported = study.trials[-1].intermediate_values
+    again = make_watch(settings, make_settings().training, trial, reported)
+    assert not again.evaluated(50, 100, 9.0)
+    assert study.trials[-1].intermediate_values == reported
 
 
 def test_a_continued_trial_competes_at_the_rungs_of_the_cancelled_one() -> None:
