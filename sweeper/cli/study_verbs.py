@@ -40,6 +40,7 @@ Values = Annotated[list[str], typer.Argument(help="KEY=VALUE of searched keys.")
 # the default of output_dir in conf/config.yaml
 OUTPUTS = Path("outputs")
 TIMEOUT_S = 10.0
+"""Default of --timeout in seconds. A judgement: a driver obeys within a turn of a second or two."""
 
 
 @app.command(name="list")

@@ -42,6 +42,7 @@ from sweeper.workers.devices import survey_devices
 Level = Literal["ok", "warning", "failure"]
 STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 TIMEOUT_S = 5
+"""Seconds to wait for each server. A judgement: one that answers later would slow every request."""
 DEVICE_TIMEOUT_S = 120
 """Seconds for the process that imports torch, which a cold file system or a busy machine slows down."""
 # no machine with one was at hand, and bitsandbytes' 4-bit layers do not run on it
@@ -55,6 +56,8 @@ SPILL_ADVICE = (
     "NVIDIA Control Panel on Windows: CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback"
 )
 FULL_GIB, TIGHT_GIB = 1.0, 10.0
+"""Free GiB below which a disk is a failure and a warning. A judgement: adapters take megabytes, and
+the files of a base take gigabytes."""
 WAYS_OUT = {"output_dir": "output_dir=FOLDER", "hub cache": "the variable HF_HOME"}
 """What moves each place to another disk."""
 MIB_OF_GIB = 1024

@@ -18,7 +18,10 @@ from sweeper.core.errors import SweeperError, first_line, sentence
 SPACE_PATIENCE_S = 15 * 60.0
 """Seconds that all steps together wait for space, as long as a worker waits."""
 SPACE_WAIT_S = 2.0
+"""Seconds between two looks at the disk, as a worker waits (sweeper.workers.worker)."""
 FULL_BYTES, FULL_INODES = 2**20, 16
+"""Free bytes and free inodes below which a failed write counts as a full disk. A judgement: reports
+and pages are of this order."""
 
 
 @dataclass

@@ -31,7 +31,9 @@ from sweeper.reporting.study_status import ENDED, StudyStatus, is_driven
 APPLIED, REFUSED, KEPT = 0, 2, 3
 """Exit codes of the verbs that send a command."""
 POLL_SECONDS = 0.1
+"""Seconds between two looks for an answer. A judgement: a person notices no such delay."""
 LOOK_AGAIN_SECONDS = 1.0
+"""Seconds between two looks for a driver, each of which takes its lock. A judgement."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import copy
 import itertools
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ FLAGS = frozenset(
     | {"-c", "--cfg", "--resolve", "-p", "--package", "-i", "--info", "-sc", "--shell-completion"}
 )
 """Flags that are passed on to Hydra. Its other flags bring in unchecked configurations."""
+INFO_VALUES = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+"""Values of Hydra's --info. The first one is meant if none is given."""
 HYDRA_BASE = {"version_base": "1.3"} if hydra.__version__.startswith("1.3.") else {}
 """Version of Hydra's defaults to expect. Hydra 1.3 warns without this argument, and 1.4 warns with it.
 """
@@ -77,6 +80,7 @@ LOGGING_CLASSES = frozenset({"logging.StreamHandler", "logging.FileHandler"})
 PLAIN_VALUE = re.compile(r"(\+\+?|~)?(?!hydra\.(?!sweeper\.))\w+(\.\w+)+(=|$)")
 """An override of a value by its dotted key, outside Hydra's own settings."""
 MAX_GROUPS = 64
+"""Composed groups that are kept in memory. A judgement: an arm or a hint needs a few of them."""
 
 FileVersion = tuple[str, str, int, int]
 """Provider, path, modification time and size of a configuration file."""
@@ -181,14 +185,17 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     """Sort flags before overrides. argparse alone refuses `+experiment=e -m key=value`."""
     flags: list[str] = []
     overrides: list[str] = []
-    tokens = iter(argv)
-    for token in tokens:
-        if token == "--info":
-            flags.append(token)
+    tokens = deque(argv)
+    while tokens:
+        token = tokens.popleft()
+        if token in ("-i", "--info"):
+            named = bool(tokens) and tokens[0] in INFO_VALUES
+            # In one word, or argparse would take the first override for the optional value
+            flags.append(f"--info={tokens.popleft() if named else INFO_VALUES[0]}")
         elif token.startswith("-"):
             flags.append(token)
             if token in FLAGS_WITH_VALUE:
-                flags.extend(value for value in [next(tokens, None)] if value is not None)
+                flags.extend([tokens.popleft()] if tokens else [])
         else:
             overrides.append(_as_composed(token))
     return CommandLine(tuple(flags), tuple(overrides))
@@ -207,13 +214,16 @@ def flag_problems(flags: Sequence[str]) -> list[str]:
 
 
 def _is_flag(flag: str) -> bool:
-    name, equals, _ = flag.partition("=")
-    # the value of --info is optional
-    return name in FLAGS and (not equals or name in FLAGS_WITH_VALUE or name == "--info")
+    name, equals, value = flag.partition("=")
+    if name == "--info":
+        return not equals or value in INFO_VALUES
+    return name in FLAGS and (not equals or name in FLAGS_WITH_VALUE)
 
 
 def _flag_problem(flag: str, after: Sequence[str]) -> str:
     name, _, value = flag.partition("=")
+    if name == "--info":
+        return f"{flag}: no such information. Choose one of {', '.join(INFO_VALUES)}"
     if name in FLAGS:
         return f"{flag}: {name} takes no value"
     if name in ("-cn", "--config-name"):

@@ -13,9 +13,12 @@ import yaml
 from sweeper.core.errors import ConfigError
 
 MAX_BYTES = 2**20
+"""Maximum size of a YAML file in bytes. A judgement: 300 times the largest file of conf/."""
 MAX_NODES = 20_000
 """Maximum number of values, aliases counted at every use: ten times the largest real file."""
 MAX_DEPTH = 100
+"""Maximum nesting. A judgement: far above real files, and far below the depth at which Python's own
+limit of 1,000 nested calls ends the parser."""
 
 # libyaml's parser, which PyYAML has only where it was built with it
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

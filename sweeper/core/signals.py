@@ -24,7 +24,7 @@ TEMPORARY_FAILURE = 75
 PR_SET_PDEATHSIG = 1
 """The request of prctl(2)."""
 HURRY_SECONDS = 1.5
-"""Seconds between a second signal and the end of the process."""
+"""Seconds between a second signal and the end of the process. A judgement: a person has asked twice."""
 
 
 class StopRequested(KeyboardInterrupt):

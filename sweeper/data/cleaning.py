@@ -31,10 +31,15 @@ PLACEHOLDERS = frozenset(
 JUDGED_CHARS = 20
 """Characters from which the character rules apply. Shorter answers such as `3 + 4` are legitimate."""
 MAX_SHARE_OF_ONE_CHARACTER = 0.5
+"""Share of one character above which an answer is no text. A judgement: a space is a sixth of
+English."""
 MIN_SHARE_OF_TEXT = 0.1
 """Minimum share of letters and digits. JSON and tables of numbers have about 0.25."""
 JUDGED_LINES = 5
+"""Lines from which the rule about repeated lines applies. A judgement: short lists repeat by chance."""
 MIN_SHARE_OF_DISTINCT_LINES = 0.5
+"""Share of distinct lines below which an answer is a loop. A judgement: code repeats some of its
+lines."""
 
 REDACTIONS = {
     "email": (re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"), "[EMAIL]"),

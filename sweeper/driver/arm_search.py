@@ -44,7 +44,8 @@ from sweeper.search.telling import counts, feasible
 from sweeper.tracking.tracker import TrialRecord, dataset_record
 
 MAX_FRUITLESS = 2
-"""Fruitless trials per trial wanted: a search ends that finds only impossible points and duplicates."""
+"""Fruitless trials per trial wanted: a search ends that finds only impossible points and duplicates.
+A judgement: so many without a result show that the space is used up."""
 
 
 class ArmSearch:

@@ -22,7 +22,10 @@ from sweeper.core.paths import StudyFolder, write_atomic
 from sweeper.core.value import FrozenValue
 
 MAX_BYTES = 64 * 1024
+"""Maximum size of a command file in bytes. A judgement: a command is a line, and a stray file is
+not read."""
 MAX_TRIALS = 100_000
+"""Maximum number of trials of one `study extend`. A judgement: more are a slip of the keyboard."""
 # the nanosecond of sending, by which names sort, and eight random digits
 _ID = re.compile(r"[0-9]{20}-[0-9a-f]{8}")
 _SUFFIX, _DAMAGED = ".json", ".damaged"

@@ -35,7 +35,8 @@ from sweeper.workers.time_limits import SLOW_START
 # the longest that a command or a signal waits for the loop while no event comes
 POLL_SECONDS = 1.0
 CANCEL_SECONDS = 10.0
-"""Silence after which cancelled jobs are no longer waited for."""
+"""Silence after which cancelled jobs are no longer waited for. A judgement: a stop and its
+checkpoint take seconds, and a run is to end within 30 s (docs/reliability.md, R5)."""
 
 DispatchMode = Literal["running", "paused", "stopping"]
 

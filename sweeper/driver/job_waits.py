@@ -19,6 +19,8 @@ from sweeper.driver.jobs import Job, JobPhase
 from sweeper.workers.time_limits import start_limit_s
 
 SAY_AFTER_SECONDS = 10.0
+"""Seconds of a wait after which a line says what is waited for. A judgement: a person waits so long
+without a doubt whether the program hangs."""
 TRIAL_SECONDS = 30.0
 """Seconds between two lines about a trial."""
 REPEAT_SECONDS = 60.0

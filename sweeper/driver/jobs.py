@@ -13,7 +13,8 @@ from sweeper.core.errors import CommandRefused
 from sweeper.workers.protocol import Engine, WorkerEvent
 
 MAX_ATTEMPTS = 3
-"""Executions of one job before the death of its worker is its outcome."""
+"""Executions of one job before the death of its worker is its outcome. A judgement: two deaths may be
+another process's fault, and a third one is the job's."""
 
 LostCause = Literal["crash", "timeout", "oom", "error"]
 

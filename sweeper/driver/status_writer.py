@@ -20,6 +20,8 @@ from sweeper.reporting.study_status import (
 from sweeper.tracking.tracker import RunStatus
 
 STATUS_SECONDS = 2.0
+"""Seconds between two writes. A judgement: `study show` stays current, and a write takes
+milliseconds."""
 END_STATES: dict[RunStatus, StudyPhase] = {
     "FINISHED": "finished",
     "KILLED": "stopped",

@@ -19,6 +19,8 @@ from sweeper.search.telling import judged, tell
 from sweeper.tracking.tracker import TrialRecord
 
 MAX_SAME_ERRORS = 3
+"""Trials of an arm that may end with one and the same code error, after which the study stops. A
+judgement: two may be chance, and every further one costs a trial."""
 
 
 @dataclass

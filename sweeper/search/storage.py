@@ -42,6 +42,8 @@ from sweeper.search.ownership import (
 # for studies that share a file, each of whose commits locks it (Python waits 5 s by default)
 SQLITE_TIMEOUT_S = 60
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
+"""Seconds before the second try to reach a database, and the most between two. A judgement: a restart is
+noticed soon, and a server that comes up is not flooded."""
 SAY_SECONDS = 5.0
 """Seconds of one attempt to open a database after which a message says that it is waited for."""
 STARTS = 10

@@ -23,6 +23,7 @@ KEY = "hydra.sweeper.study_name"
 MAX_LENGTH = 100
 """Longest study_name."""
 DIGEST_LENGTH = 8
+"""Characters of the digest that shortens a long name: 32 bits, so names hardly ever collide."""
 _FORMATS = re.compile(r"\.(jsonl|json|csv|tsv|parquet|arrow|txt|md)(\.(gz|bz2|xz|zst))?$")
 
 

@@ -22,6 +22,7 @@ PACKAGES = (
 )
 
 GIT_SECONDS = 10
+"""Time limit of one git command, which takes milliseconds. A judgement for slow network disks."""
 
 
 def provenance(command: str) -> dict[str, str]:

@@ -18,6 +18,8 @@ from pathlib import Path
 from sweeper.core.errors import WorkerError
 
 SMI_SECONDS = 30.0
+"""Time limit of nvidia-smi. A judgement: loading an idle driver takes seconds, and a broken one
+hangs."""
 WSL_SMI = Path("/usr/lib/wsl/lib/nvidia-smi")
 """The place of nvidia-smi under WSL2, which is not on every user's PATH."""
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")

@@ -41,6 +41,8 @@ END_SECONDS = 60.0
 REPORT_SECONDS = 5.0
 """Time limit of a follower to report why an exchange with it failed."""
 REAP_SECONDS = 1.0
+"""Seconds to wait for the end of a process that was killed. A judgement: the kernel needs
+milliseconds."""
 OUT_OF_MEMORY = "out of memory"
 
 

@@ -17,6 +17,8 @@ from sweeper.workers.protocol import (
 )
 
 MAX_FAILED_STARTS = 3
+"""Workers in a row that may die while they start. As with the attempts of a job, a third one is no
+chance."""
 
 
 class WorkerHost(Protocol):

@@ -43,6 +43,8 @@ from sweeper.workers.worker_log import begin_log, print_into, tail_of
 from sweeper.workers.worker_session import lead_session
 
 CLOSE_SECONDS = 5.0
+"""Seconds that workers have to end by themselves before they are killed. A judgement: an idle one
+needs a fraction of a second, and a person who pressed Ctrl-C waits for it."""
 VMSTAT = Path("/proc/vmstat")
 
 START_ATTEMPTS = 3

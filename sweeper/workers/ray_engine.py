@@ -59,9 +59,15 @@ from sweeper.workers.worker import CommandQueue, WorkerResources, make_runner, s
 from sweeper.workers.worker_log import print_into, tail_of
 
 POLL_SECONDS = 1.0
+"""Seconds of one wait for a worker's events. A stop or a command waits no longer, as in the
+dispatcher."""
 DRAIN_SECONDS = 5.0
+"""Seconds to wait for the last events of a worker before it is killed. A judgement: one that hangs
+has none."""
 CLOSE_SECONDS = 5.0
+"""Seconds that workers have to end by themselves, as in sweeper.workers.local_engine."""
 REACH_SECONDS = 10.0
+"""Time limit of the connection to a cluster's address. A judgement: Ray itself tries for minutes."""
 PLACEMENT_SECONDS = 600.0
 """Time limit for the first worker to find a place."""
 OBJECT_STORE_BYTES = 128 * 2**20

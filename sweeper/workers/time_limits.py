@@ -33,6 +33,8 @@ from sweeper.workers.protocol import (
 START_SECONDS = 900.0
 """Time limit of a worker to import its libraries, which a busy network disk can make slow."""
 MAX_SLOW_STARTS = 3
+"""Workers in a row that may pass START_SECONDS. As with the attempts of a job, a third one is no
+chance."""
 SLOW_START = "killed: not ready"
 
 

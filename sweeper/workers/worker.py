@@ -54,8 +54,12 @@ from sweeper.workers.protocol import (
 )
 
 TRACEBACK_LINES = 30
+"""Last lines of a traceback in a trial's message. A judgement: the innermost calls fit on a screen."""
 FULL_BYTES = 2**20
+"""Free bytes below which a failed write counts as a full disk, as in sweeper.commands.guarded_steps."""
 FULL_DISK_WAIT_S = 2.0
+"""Seconds between two tries to write. A judgement: space is made by a person, and a try costs
+nothing."""
 FULL_DISK_PATIENCE_S = 15 * 60.0
 """The driver waits as long for its database, which often lies on the same disk."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from sweeper.core.redaction import redact
 
 LOG_TAIL_LINES = 15
+"""Last lines of a worker's log in the message of its death. A judgement: they hold the last error."""
 BEGINS = "--- worker "
 
 

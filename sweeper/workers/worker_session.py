@@ -10,6 +10,8 @@ from pathlib import Path
 AUTOGROUP = Path("/proc/self/autogroup")
 """Linux's group of the processes of one session, among which it divides the CPU, with a nice value."""
 ATTEMPTS = 5
+"""Tries to set the nice value. A judgement: as many workers may start at once and share the limit
+below."""
 ATTEMPT_SECONDS = 0.15
 """Linux lets unprivileged processes change one autogroup in each tenth of a second."""
 

@@ -284,6 +284,47 @@ def test_flags_of_every_day_pass(flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("typed", "flags", "overrides"),
+    [
+        (["--info"], ["--info=all"], []),
+        (["-i"], ["--info=all"], []),
+        (["--info", "config"], ["--info=config"], []),
+        (["seed=1", "-i", "defaults-tree"], ["--info=defaults-tree"], ["seed=1"]),
+        (["--info", "seed=1"], ["--info=all"], ["seed=1"]),
+        (["--info=plugins", "seed=1"], ["--info=plugins"], ["seed=1"]),
+        (["-m", "--info", "-h"], ["-m", "--info=all", "-h"], []),
+    ],
+)
+def test_the_optional_value_of_info_is_told_from_an_override(
+    typed: list[str], flags: list[str], overrides: list[str]
+) -> None:
+    """Hydra gets flag and value in one word, and the overrides after them."""
+    from sweeper.config.compose import parse_command_line
+
+    line = parse_command_line(typed)
+    assert (line.flags, line.overrides) == (tuple(flags), tuple(overrides))
+    refuse_unknown_flags(line.flags)
+
+
+@pytest.mark.parametrize("flag", ["--info=", "--info=confg"])
+def test_an_unknown_value_of_info_is_refused_with_the_known_ones(flag: str) -> None:
+    """The message lists what Hydra can show."""
+    with pytest.raises(ConfigError, match="Choose one of all, config, defaults, "):
+        refuse_unknown_flags([flag])
+
+
+def test_the_values_of_info_are_those_of_hydra() -> None:
+    """Hydra's own parser has the same choices and the same default."""
+    from hydra._internal.utils import get_args_parser
+
+    from sweeper.config.compose import INFO_VALUES
+
+    (option,) = [each for each in get_args_parser()._actions if "--info" in each.option_strings]
+    assert tuple(option.choices or ()) == INFO_VALUES
+    assert option.const == INFO_VALUES[0]
+
+
+@pytest.mark.parametrize(
     "override",
     [
         *("seed=$(touch executed)", "seed=`touch executed`", "seed=1;touch executed"),
