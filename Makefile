@@ -73,7 +73,7 @@ soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (t
 	$(BIN)/python tests/faults/soak.py
 
 gpu-check: $(READY)  ## Prove the CUDA paths on a GPU in 15 minutes (benchmarks/gpu); GPU_ARGS=--cpu rehearses
-	PYTHON=$(BIN)/python bash benchmarks/gpu/gpu_check.sh --budget 870 $(GPU_ARGS)
+	PYTHON=$(BIN)/python WHEELS= bash benchmarks/gpu/gpu_check.sh --budget 870 $(GPU_ARGS)
 
 bench: $(READY)  ## Measure what benchmarks/README.md ticks; the last, of the search, takes 40 CPU minutes
 	$(BIN)/python benchmarks/command_line.py

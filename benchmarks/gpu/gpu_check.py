@@ -1,5 +1,6 @@
-"""Run the parts of the kit: what 15 minutes on a GPU can prove of sweeper: parts in the order of their worth, each in a process of
-its own with a time limit, each result written to $OUT/results.json the moment it is there.
+"""Run the parts of the kit, in the order of their worth, each in a process of its own with a time limit.
+
+Each result is written to $OUT/results.json as soon as a part has it.
 
     python gpu_check.py run [--cpu] [--budget S] [--only a,b] [--from a]     all parts
     python gpu_check.py part NAME [--cpu]                                    one, JSON lines on stdout
@@ -20,12 +21,15 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 OUT = Path(os.environ.get("OUT", "gpu_out"))
 WORK = Path(os.environ.get("GPU_WORK", "gpu_work"))
 CPU = "--cpu" in sys.argv
 MARK = "RESULT "
+NEEDS_GPU = "needs a GPU"
 SLOWER_ON_CPUS = 8
 LEAST_SECONDS = 15
 """Seconds of the budget below which no further part is started."""
@@ -163,7 +167,7 @@ def memory():
 
 
 def trial(run, label: str, settings, folder: Path | None = None, observer=None):
-    """One trial through the worker's own runner; every fact that CUDA decides."""
+    """Run one trial through the worker's own runner, and return every fact that CUDA decides."""
     from sweeper.core.paths import TrialFolder
 
     torch = torch_()
@@ -172,60 +176,60 @@ def trial(run, label: str, settings, folder: Path | None = None, observer=None):
         shutil.rmtree(place, ignore_errors=True)
     began = time.time()
     result: dict = {"label": label}
-    seen: dict = {}
-    import sweeper.training.trial_runner as module
-
-    plain = module.train_trial
-
-    def spy(inputs, *rest):
-        seen["adapter_dtypes"] = sorted(
-            {str(p.dtype) for p in inputs.model.parameters() if p.requires_grad}
-        )
-        seen["frozen_mib"] = {}
-        for p in inputs.model.parameters():
-            if not p.requires_grad:
-                key = str(p.dtype)
-                seen["frozen_mib"][key] = (
-                    seen["frozen_mib"].get(key, 0) + p.numel() * p.element_size() / 2**20
-                )
-        seen["compute_dtype"] = str(inputs.compute_dtype)
-        seen["attention"] = inputs.model.config._attn_implementation
-        return plain(inputs, *rest)
-
-    module.train_trial = spy
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    try:
-        outcome = run.run(
-            settings.trial if hasattr(settings, "trial") else settings,
-            TrialFolder(place),
-            {},
-            observer or Observer(),
-        )
-        result |= {
-            "cause": outcome.cause,
-            "message": outcome.message,
-            "best": outcome.best_value,
-            "steps": outcome.steps,
-            "metrics": {
-                k: round(v, 4)
-                for k, v in outcome.metrics.items()
-                if k.startswith(("cost/", "train/", "best/eval_loss"))
-            },
-        }
-    except BaseException as error:
-        result |= {
-            "cause": "EXCEPTION",
-            "message": "".join(traceback.format_exception(error))[-1500:],
-        }
-    finally:
-        module.train_trial = plain
+    with watched_training() as seen:
+        try:
+            inner = settings.trial if hasattr(settings, "trial") else settings
+            result |= told(run.run(inner, TrialFolder(place), {}, observer or Observer()))
+        except BaseException as error:
+            text = "".join(traceback.format_exception(error))[-1500:]
+            result |= {"cause": "EXCEPTION", "message": text}
     result |= seen | {"seconds": round(time.time() - began, 2), **memory()}
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         result["left_mib"] = torch.cuda.memory_allocated() / 2**20
     return result
+
+
+def told(outcome) -> dict:
+    """Return what a trial's outcome says."""
+    reported = ("cost/", "train/", "best/eval_loss")
+    return {
+        "cause": outcome.cause,
+        "message": outcome.message,
+        "best": outcome.best_value,
+        "steps": outcome.steps,
+        "metrics": {k: round(v, 4) for k, v in outcome.metrics.items() if k.startswith(reported)},
+    }
+
+
+@contextmanager
+def watched_training() -> Iterator[dict]:
+    """Yield what is filled with the dtypes and the attention of the model that is trained meanwhile."""
+    import sweeper.training.trial_runner as module
+
+    plain, seen = module.train_trial, {}
+
+    def spy(inputs, *rest):
+        weights = list(inputs.model.parameters())
+        held: dict[str, float] = {}
+        for weight in weights:
+            if not weight.requires_grad:
+                size = weight.numel() * weight.element_size() / 2**20
+                held[str(weight.dtype)] = held.get(str(weight.dtype), 0) + size
+        seen["adapter_dtypes"] = sorted({str(w.dtype) for w in weights if w.requires_grad})
+        seen["frozen_mib"] = held
+        seen["compute_dtype"] = str(inputs.compute_dtype)
+        seen["attention"] = inputs.model.config._attn_implementation
+        return plain(inputs, *rest)
+
+    module.train_trial = spy
+    try:
+        yield seen
+    finally:
+        module.train_trial = plain
 
 
 def rows(folder: Path) -> list[dict]:
@@ -279,6 +283,10 @@ def part_env():
             for n in names
         },
     )
+    site = Path(os.environ.get("SITE", "")).resolve()
+    places = [Path(str(found.locate_file(""))).resolve() for found in md.distributions()]
+    carried = sum(place == site for place in places)
+    say("distributions", {"carried": carried, "of_the_image": len(places) - carried})
     smi = shutil.which("nvidia-smi")
     if smi:
         say(
@@ -420,151 +428,158 @@ ESTIMATE = [
 
 
 def part_estimate():
-    """The estimate against the allocator's peak, for equal rows (no mask) and for padded ones (a mask)."""
-    torch = torch_()
+    """Compare the estimate with the allocator's peak, for equal rows (no mask) and for padded ones."""
+    for kind in ("equal", "padded"):
+        write_rows(kind)
+    run = runner()
+    for case in ESTIMATE[: 2 if CPU else None]:
+        for data in ("equal", "padded"):
+            name, kind, batch, _, optim, recompute = case
+            label = f"{name}_{kind}_b{batch}_{optim}_{'re' if recompute else 'keep'}_{data}"
+            try:
+                say(label, estimated_and_measured(run, label, case, data))
+            except BaseException as error:
+                text = f"{type(error).__name__}: {str(error)[-600:]}"
+                say(label, {"cause": "EXCEPTION", "message": text})
+
+
+def write_rows(kind: str) -> None:
+    """Write rows of one length, or rows of which every second is short."""
+    file = WORK / "data" / f"{kind}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as out:
+        for index in range(160):
+            words = 330 if kind == "equal" or index % 2 else 40
+            text = " ".join(f"w{(index * 131 + k * 17) % 9973}" for k in range(words))
+            out.write(json.dumps({"text": text}) + "\n")
+
+
+def estimated_and_measured(run, label, case, data) -> dict:
+    """Train a few steps of a case, and return its peak and the estimate."""
+    from sweeper.modeling.hardware import device
     from sweeper.modeling.memory_estimate import estimate_trial
 
-    text = WORK / "data"
-    text.mkdir(parents=True, exist_ok=True)
-    for kind in ("equal", "padded"):
-        with (text / f"{kind}.jsonl").open("w") as file:
-            for index in range(160):
-                words = 330 if kind == "equal" or index % 2 else 40
-                file.write(
-                    json.dumps(
-                        {
-                            "text": " ".join(
-                                f"w{(index * 131 + k * 17) % 9973}" for k in range(words)
-                            )
-                        }
-                    )
-                    + "\n"
-                )
-    run = runner()
-    for name, kind, batch, length, optim, recompute in ESTIMATE[: 2 if CPU else None]:
-        for data in ("equal", "padded"):
-            label = f"{name}_{kind}_b{batch}_{optim}_{'re' if recompute else 'keep'}_{data}"
-            extra = (
-                ["adapter=none", "quantization=none"]
-                if kind == "full"
-                else [f"quantization={kind}"]
-            )
-            try:
-                settings = settings_of(
-                    name,
-                    *extra,
-                    f"data.train={text / data}.jsonl",
-                    "data.train_on=everything",
-                    f"data.max_length={64 if CPU else length}",
-                    f"training.per_device_train_batch_size={batch}",
-                    "training.gradient_accumulation_steps=1",
-                    f"training.optim={optim}",
-                    f"training.activation_checkpointing={str(recompute).lower()}",
-                    "training.micro_batch=as_given",
-                    "training.max_steps=3",
-                    "data.max_samples=null",
-                    "evaluation.per_device_eval_batch_size=2",
-                )
-                run.probe(settings.trial)
-                got = trial(run, label, settings)
-                got["estimate_mib"] = estimate_trial(
-                    settings.trial,
-                    torch.device("cuda" if torch.cuda.is_available() else "cpu", 0)
-                    if torch.cuda.is_available()
-                    else torch.device("cpu"),
-                    length=64 if CPU else length,
-                ).total
-                peak = got["metrics"].get("cost/peak_memory_mib") if "metrics" in got else None
-                got["measured_over_estimate"] = peak and round(peak / got["estimate_mib"], 3)
-                got["own_estimate_mib"] = got.get("metrics", {}).get("cost/estimated_memory_mib")
-                say(label, got)
-            except BaseException as error:
-                say(
-                    label,
-                    {
-                        "cause": "EXCEPTION",
-                        "message": f"{type(error).__name__}: {str(error)[-600:]}",
-                    },
-                )
+    name, kind, batch, length, optim, recompute = case
+    length = 64 if CPU else length
+    full = ["adapter=none", "quantization=none"]
+    settings = settings_of(
+        name,
+        *(full if kind == "full" else [f"quantization={kind}"]),
+        f"data.train={WORK / 'data' / data}.jsonl",
+        "data.train_on=everything",
+        f"data.max_length={length}",
+        f"training.per_device_train_batch_size={batch}",
+        "training.gradient_accumulation_steps=1",
+        f"training.optim={optim}",
+        f"training.activation_checkpointing={str(recompute).lower()}",
+        "training.micro_batch=as_given",
+        "training.max_steps=3",
+        "data.max_samples=null",
+        "evaluation.per_device_eval_batch_size=2",
+    )
+    run.probe(settings.trial)
+    got = trial(run, label, settings)
+    costs = got.get("metrics", {})
+    peak = costs.get("cost/peak_memory_mib")
+    got["estimate_mib"] = estimate_trial(settings.trial, device(), length=length).total
+    got["measured_over_estimate"] = peak and round(peak / got["estimate_mib"], 3)
+    got["own_estimate_mib"] = costs.get("cost/estimated_memory_mib")
+    return got
+
+
+RESUMED = [
+    "quantization=nf4",
+    "training.max_steps=12",
+    "training.eval_steps=4",
+    "training.optim=paged_adamw_8bit",
+]
+ONE_TRIAL = """
+import sys
+from pathlib import Path
+sys.argv += ["--cpu"] if {cpu} else []
+sys.path.insert(0, {kit!r})
+import gpu_check as kit
+settings = kit.settings_of("q06", *{overrides!r})
+print(kit.trial(kit.runner(), "x", settings, Path({place!r}))["cause"])
+"""
 
 
 def part_resume():
-    """kill -9 after a checkpoint, then the same folder again: the same losses as an unbroken run?"""
-    ups = [
-        "quantization=nf4",
-        "training.max_steps=12",
-        "training.eval_steps=4",
-        "training.optim=paged_adamw_8bit",
-    ]
-    whole, broken = WORK / "trials/whole", WORK / "trials/broken"
-    for place in (whole, broken):
+    """Kill a trial after a checkpoint, run its folder again, and compare with an unbroken run."""
+    whole, broken, again = (WORK / "trials" / name for name in ("whole", "broken", "again"))
+    for place in (whole, broken, again):
         shutil.rmtree(place, ignore_errors=True)
-    code = "import sys; sys.argv += ['--cpu'] if %r else []; sys.path.insert(0, %r); import gpu_check as g; from pathlib import Path; s = g.settings_of('q06', *%r); r = g.runner(); print(g.trial(r, 'x', s, Path(%r))['cause'])"
-    args = lambda place: [
-        sys.executable,
-        "-c",
-        code % (CPU, str(Path(__file__).parent), ups, str(place)),
-    ]
-    first = subprocess.run(args(whole), capture_output=True, text=True)
-    killed = subprocess.Popen(args(broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + (
-        500 if CPU else 60
-    )  # after the checkpoint of step 4, before that of step 8
-    while (
-        time.time() < deadline
-        and killed.poll() is None
-        and not any(r["step"] >= 6 for r in rows(broken))
-    ):
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    at = max((r["step"] for r in rows(broken)), default=0)
-    second = subprocess.run(args(broken), capture_output=True, text=True)
-    a, b = (
-        {
-            (r["step"], k): v
-            for r in rows(p)
-            for k, v in r.items()
-            if k in ("train/loss", "eval/loss")
-        }
-        for p in (whole, broken)
-    )
+    first = subprocess.run(one_trial(whole), capture_output=True, text=True)
+    killed = kill_between_checkpoints(broken)
+    second = subprocess.run(one_trial(broken), capture_output=True, text=True)
+    log = broken / "training_log.txt"
     say(
         "resume",
         {
-            "killed_at_row": at,
+            "killed_at_row": killed,
             "first": first.stdout[-200:] + first.stderr[-400:],
             "second": second.stdout[-200:] + second.stderr[-400:],
-            "same_bits": bool(a) and a == b,
-            "max_difference": max((abs(a[k] - b[k]) for k in a.keys() & b.keys()), default=None),
-            "rows": [len(a), len(b)],
-            "log": (broken / "training_log.txt").read_text()[:700]
-            if (broken / "training_log.txt").exists()
-            else None,
+            "log": log.read_text()[:700] if log.exists() else None,
+            **compared(whole, broken),
         },
     )
-    again = WORK / "trials/again"
-    shutil.rmtree(again, ignore_errors=True)
-    subprocess.run(args(again), capture_output=True, text=True)
-    c = {
-        (r["step"], k): v
-        for r in rows(again)
-        for k, v in r.items()
-        if k in ("train/loss", "eval/loss")
+    subprocess.run(one_trial(again), capture_output=True, text=True)
+    say("repeat", compared(whole, again))
+
+
+def one_trial(place: Path) -> list[str]:
+    """Return the command that trains the trial of a folder in a process of its own."""
+    kit = str(Path(__file__).parent)
+    code = ONE_TRIAL.format(cpu=CPU, kit=kit, overrides=RESUMED, place=str(place))
+    return [sys.executable, "-c", code]
+
+
+def kill_between_checkpoints(place: Path) -> int:
+    """Kill a trial after its checkpoint of step 4 and before that of step 8, and return its last step."""
+    process = subprocess.Popen(
+        one_trial(place), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + (500 if CPU else 60)
+    while time.time() < deadline and process.poll() is None:
+        if any(row["step"] >= 6 for row in rows(place)):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return max((row["step"] for row in rows(place)), default=0)
+
+
+def compared(first: Path, second: Path) -> dict:
+    """Return whether the losses of two trials have the same bits, and how much they differ."""
+    a, b = losses(first), losses(second)
+    return {
+        "same_bits": bool(a) and a == b,
+        "max_difference": max((abs(a[k] - b[k]) for k in a.keys() & b.keys()), default=None),
+        "rows": [len(a), len(b)],
     }
-    say(
-        "repeat",
-        {
-            "same_bits": bool(c) and a == c,
-            "max_difference": max((abs(a[k] - c[k]) for k in a.keys() & c.keys()), default=None),
-        },
-    )
+
+
+def losses(place: Path) -> dict:
+    """Return the losses of a trial by step and name."""
+    named = ("train/loss", "eval/loss")
+    return {(row["step"], key): row[key] for row in rows(place) for key in named if key in row}
+
+
+HOG = """
+import time, torch
+free, total = torch.cuda.mem_get_info()
+held = torch.empty(int(free - 2.6 * 2**30), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+time.sleep(90)
+"""
 
 
 def part_oom():
-    """A real out of memory: the allocator is capped (plain allocations only, no managed memory)."""
-    torch = torch_()
-    run = runner()
+    """Run out of memory: in this process, whose allocator is capped, and beside one that holds memory."""
+    if CPU:
+        say("oom", NEEDS_GPU)
+        return
+    torch, run = torch_(), runner()
     settings = settings_of(
         "q06",
         "quantization=nf4",
@@ -575,9 +590,6 @@ def part_oom():
         "training.activation_checkpointing=false",
         "training.loss_chunk_size=null",
     )
-    if CPU:
-        say("oom", "needs a GPU")
-        return
     run.probe(settings.trial)
     total = torch.cuda.get_device_properties(0).total_memory
     base = torch.cuda.memory_allocated()
@@ -587,54 +599,43 @@ def part_oom():
         got = trial(run, f"oom_{name}", settings)
         say(name, {k: got.get(k) for k in ("cause", "message", "seconds", "left_mib", "metrics")})
     torch.cuda.set_per_process_memory_fraction(1.0)
-    say(
-        "after",
-        {
-            k: v
-            for k, v in trial(run, "oom_after", settings_of("q06", "quantization=nf4")).items()
-            if k in ("cause", "message", "best", "left_mib")
-        },
-    )
-    # the driver's side: another process leaves little room; is the worker replaced, is the trial told as infeasible?
-    hog = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import torch,time; f,t=torch.cuda.mem_get_info(); x=torch.empty(int(f-2.6*2**30),dtype=torch.uint8,device='cuda'); print('held',flush=True); time.sleep(90)",
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    got = trial(run, "oom_after", settings_of("q06", "quantization=nf4"))
+    say("after", {k: got.get(k) for k in ("cause", "message", "best", "left_mib")})
+    hog = subprocess.Popen([sys.executable, "-c", HOG], stdout=subprocess.PIPE, text=True)
     hog.stdout.readline()
-    say(
-        "study_beside_a_hog",
-        cli(
-            "+experiment=lr_rank_sweep",
-            f"model.base_model={model_folder('q06')}",
-            "hydra.sweeper.study_name=oom",
-            f"output_dir={WORK}/outputs",
-            "tracking=none",
-            "~hydra.sweeper.arms.full",
-            "hydra.sweeper.finalists.top=0",
-            "hydra.sweeper.n_trials=2",
-            "training.max_steps=3",
-            "training.per_device_train_batch_size=16",
-            "training.optim=adamw_8bit",
-            "evaluation.look_rows=16",
-            "evaluation.generation.num_examples=0",
-            "evaluation.prompts=[]",
-            "-m",
-            limit=80,
-        ),
+    try:
+        say("study_beside_a_hog", study_in_little_memory())
+    finally:
+        hog.kill()
+
+
+def study_in_little_memory() -> dict:
+    """Run a study whose trials ask for more memory than another process has left."""
+    return cli(
+        "+experiment=lr_rank_sweep",
+        f"model.base_model={model_folder('q06')}",
+        "hydra.sweeper.study_name=oom",
+        f"output_dir={WORK}/outputs",
+        "tracking=none",
+        "~hydra.sweeper.arms.full",
+        "hydra.sweeper.finalists.top=0",
+        "hydra.sweeper.n_trials=2",
+        "training.max_steps=3",
+        "training.per_device_train_batch_size=16",
+        "training.optim=adamw_8bit",
+        "evaluation.look_rows=16",
+        "evaluation.generation.num_examples=0",
+        "evaluation.prompts=[]",
+        "-m",
+        limit=80,
     )
-    hog.kill()
 
 
 def part_sticky():
     """A CUDA error that poisons the process: what the runner raises, and whether the next trial works."""
     torch = torch_()
     if CPU:
-        say("sticky", "needs a GPU")
+        say("sticky", NEEDS_GPU)
         return
     run = runner()
     settings = settings_of("q06", "quantization=nf4", "training.max_steps=2")
@@ -723,13 +724,10 @@ def part_invariance():
 
 
 def part_sidebyside():
-    """transformers.Trainer + PEFT by hand on the same rows, against the runner: tokens per second."""
-    torch = torch_()
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-
+    """Compare tokens per second with transformers.Trainer and PEFT by hand, on the same rows."""
     steps, batch = (4, 4) if CPU else (30, 16)
-    ups = [
+    settings = settings_of(
+        "q06",
         "quantization=nf4",
         f"training.max_steps={steps}",
         f"training.eval_steps={steps}",
@@ -739,26 +737,31 @@ def part_sidebyside():
         "training.activation_checkpointing=false",
         "training.optim=adamw_8bit",
         "adapter.r=16",
-    ]
-    settings = settings_of("q06", *ups)
+    )
     run = runner()
     run.probe(settings.trial)
     for turn in range(2):
         got = trial(run, f"ours_{turn}", settings)
-        say(
-            f"sweeper_{turn}",
-            {
-                "cause": got["cause"],
-                "message": got.get("message"),
-                "tokens_per_second": got.get("metrics", {}).get("cost/tokens_per_second"),
-                "train_seconds": got.get("metrics", {}).get("cost/train_seconds"),
-                "peak": got.get("metrics", {}).get("cost/peak_memory_mib"),
-            },
-        )
+        costs = got.get("metrics", {})
+        figures = {
+            name: costs.get(f"cost/{name}")
+            for name in ("tokens_per_second", "train_seconds", "peak_memory_mib")
+        }
+        say(f"sweeper_{turn}", {k: got.get(k) for k in ("cause", "message")} | figures)
     encoded = next(iter(run._prepared.values())).train.rows
-    pad = 0
     run._warm.clear()
     gc.collect()
+    model = model_by_hand()
+    for turn in range(2):
+        say(f"by_hand_{turn}", trained_by_hand(model, encoded, steps, batch))
+
+
+def model_by_hand():
+    """Return the model as the documentation of PEFT makes it for QLoRA."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    torch = torch_()
     on = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if on == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
@@ -772,68 +775,63 @@ def part_sidebyside():
             bnb_4bit_compute_dtype=dtype,
         ),
     )
-    model = get_peft_model(
+    return get_peft_model(
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False),
         LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"),
     )
 
-    def collate(batch_rows):
-        longest = max(len(r["input_ids"]) for r in batch_rows)
-        fill = lambda key, value: torch.tensor(
-            [list(r[key]) + [value] * (longest - len(r[key])) for r in batch_rows]
-        )
-        return {
-            "input_ids": fill("input_ids", pad),
-            "labels": fill("labels", -100),
-            "attention_mask": torch.tensor(
-                [
-                    [1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"]))
-                    for r in batch_rows
-                ]
-            ),
-        }
 
-    class Data(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(encoded)
+def padded(batch_rows):
+    """Return a batch of rows, each filled to the length of the longest."""
+    torch = torch_()
+    longest = max(len(row["input_ids"]) for row in batch_rows)
+    shown = [[1] * len(row["input_ids"]) for row in batch_rows]
 
-        def __getitem__(self, i):
-            return {k: encoded[i][k] for k in ("input_ids", "labels")}
+    def fill(values, value):
+        return torch.tensor([list(each) + [value] * (longest - len(each)) for each in values])
 
-    seen = [0]
+    return {
+        "input_ids": fill([row["input_ids"] for row in batch_rows], 0),
+        "labels": fill([row["labels"] for row in batch_rows], -100),
+        "attention_mask": fill(shown, 0),
+    }
+
+
+def trained_by_hand(model, encoded, steps: int, batch: int) -> dict:
+    """Train with transformers.Trainer, and return tokens per second."""
+    from transformers import Trainer, TrainingArguments
+
+    torch, seen = torch_(), [0]
+    cuda = torch.cuda.is_available()
 
     def counted(batch_rows):
-        out = collate(batch_rows)
-        seen[0] += int(out["attention_mask"].sum())
-        return out
+        made = padded(batch_rows)
+        seen[0] += int(made["attention_mask"].sum())
+        return made
 
-    for turn in range(2):
-        seen[0] = 0
-        arguments = TrainingArguments(
-            output_dir=str(WORK / "hand"),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=2e-4,
-            bf16=on == "cuda",
-            optim="adamw_8bit" if on == "cuda" else "adamw_torch",
-            logging_steps=5,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            use_cpu=on == "cpu",
-        )
-        if on == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        began = time.time()
-        Trainer(model=model, args=arguments, train_dataset=Data(), data_collator=counted).train()
-        if on == "cuda":
-            torch.cuda.synchronize()
-        took = time.time() - began
-        say(
-            f"by_hand_{turn}",
-            {"tokens_per_second": round(seen[0] / took), "seconds": round(took, 2), **memory()},
-        )
+    arguments = TrainingArguments(
+        output_dir=str(WORK / "hand"),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=2e-4,
+        bf16=cuda,
+        optim="adamw_8bit" if cuda else "adamw_torch",
+        logging_steps=5,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not cuda,
+    )
+    data = [{k: encoded[i][k] for k in ("input_ids", "labels")} for i in range(len(encoded))]
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = time.time()
+    Trainer(model=model, args=arguments, train_dataset=data, data_collator=counted).train()
+    if cuda:
+        torch.cuda.synchronize()
+    took = time.time() - began
+    return {"tokens_per_second": round(seen[0] / took), "seconds": round(took, 2), **memory()}
 
 
 def part_study():
@@ -906,7 +904,7 @@ def part_bnb_exit():
         "try:\n  lib.cprefetch(ct.c_void_p(x.data_ptr()), ct.c_size_t(x.nbytes), ct.c_int32(0)); torch.cuda.synchronize(); print('returned')\nexcept BaseException as e: print('raised', type(e), e)"
     )
     if CPU:
-        say("bnb_exit", "needs a GPU")
+        say("bnb_exit", NEEDS_GPU)
         return
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
     say("bnb_exit", {"rc": done.returncode, "out": done.stdout[-300:], "err": done.stderr[-400:]})
@@ -1074,9 +1072,10 @@ def run_part(name, limit_s, document, file):
     entry["_rc"] = code
     problems = unproven(name, entry if len(entry) > 1 else {})
     entry["_seconds"], entry["_unproven"] = round(time.time() - began, 1), problems
+    entry["_load"] = round(os.getloadavg()[0], 1)
     file.write_text(json.dumps(document, indent=1))
     tail = log.read_text()[-500:].replace("\n", " | ") if code else ""
-    print(f"{name}: rc {code}, {entry['_seconds']} s, {len(entry) - 3} results {tail}", flush=True)
+    print(f"{name}: rc {code}, {entry['_seconds']} s, {len(entry) - 4} results {tail}", flush=True)
     for problem in problems:
         print(f"  NOT PROVEN: {problem}", flush=True)
 

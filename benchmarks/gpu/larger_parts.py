@@ -7,6 +7,7 @@ after the other, each quantized before the next is made. Nothing is read from or
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +17,15 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 GIB = 2**30
 CAPS_GIB = (8, 12, 16, 24)
 CONTEXT_GIB = 0.5
 LORA_RANK = 16
+LEAST_PAGED = 100_000
+"""Elements from which on bitsandbytes pages the states of a tensor."""
 
 
 def device() -> torch.device:
@@ -137,9 +141,8 @@ def eight_b(shapes: dict[str, Any], cpu: bool) -> Iterator[tuple[str, object]]:
     model = in_pieces(qwen3(shapes["q8"]))
     yield "built", {"seconds": round(time.monotonic() - began, 1), **held()}
     weights = with_adapters(model, 1)
-    for name, tensors in (("tensors", weights),):
-        large = sum(weight.numel() >= 1e5 for weight in tensors)
-        yield name, {"all": len(tensors), "paged_by_bitsandbytes": large}
+    paged = sum(weight.numel() >= LEAST_PAGED for weight in weights)
+    yield "tensors", {"all": len(weights), "paged_by_bitsandbytes": paged}
     optimizer = torch.optim.AdamW(weights, 1e-4)
     for rows, length in ((1, 32), (2, 32)) if cpu else ((1, 1024), (4, 1024), (16, 256)):
         ids = torch.randint(3, shapes["q8"][6], (rows, length), device=device())
@@ -152,16 +155,25 @@ def eight_b(shapes: dict[str, Any], cpu: bool) -> Iterator[tuple[str, object]]:
 
 
 def caps(shapes: dict[str, Any], cpu: bool) -> Iterator[tuple[str, object]]:
-    """Yield which micro-batches of which shape fit into 8, 12, 16 and 24 GiB, estimated and tried."""
+    """Yield a table of the micro-batches that fit into 8, 12, 16 and 24 GiB, each tried with one step."""
+    table = [
+        "| NF4, LoRA on every layer, peak in GiB | "
+        + " | ".join(f"{cap} GiB" for cap in CAPS_GIB)
+        + " |"
+    ]
+    table.append("|---" + "|--:" * len(CAPS_GIB) + "|")
     for name, shape in shapes.items():
         model = in_pieces(qwen3(shape))
         weights = with_adapters(model, 1)
         for rows in (1, 2) if cpu else (1, 4, 16):
             ids = torch.randint(3, shape[6], (rows, 32 if cpu else 1024), device=device())
             fits = {f"{cap} GiB": _fits(model, weights, ids, cap) for cap in CAPS_GIB}
-            yield f"{name} {rows} rows of {ids.shape[1]}", fits
+            label = f"{name} {rows} rows of {ids.shape[1]}"
+            yield label, fits
+            table.append(f"| {label} | " + " | ".join(fits.values()) + " |")
         del model, weights
         release()
+    yield "table", table
 
 
 def _fits(model: nn.Module, weights: list[nn.Parameter], ids: Tensor, cap_gib: float) -> str:
@@ -188,38 +200,84 @@ def padding(folder: str, cpu: bool) -> Iterator[tuple[str, object]]:
     """Yield tokens per second of padded batches, of batches without padding, and of varlen kernels."""
     from sweeper.data.padding_free import PaddingFreeCollator
     from sweeper.data.tokens import PaddingCollator
-    from sweeper.evaluation.token_loss import target_nll
-    from sweeper.modeling.padding_proof import confine_to_rows
 
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(8, 48 if cpu else 1024, (4 if cpu else 16,), generator=generator)
     rows = [{"input_ids": [5] * int(n), "labels": [5] * int(n)} for n in lengths]
-    forms: dict[str, tuple[str, Any]] = {
-        "padded": ("sdpa", PaddingCollator(0)),
-        "without_padding": ("sdpa", PaddingFreeCollator()),
-        "varlen_kernels": ("flash_attention_2", PaddingFreeCollator()),
+    forms: dict[str, Any] = {
+        "padded": PaddingCollator(0),
+        "without_padding": PaddingFreeCollator(),
+        "torch_varlen": PaddingFreeCollator(),
+        "flash_attention_2": PaddingFreeCollator(),
     }
-    for name, (attention, collate) in forms.items():
+    for name, collate in forms.items():
+        if cpu and name in ("torch_varlen", "flash_attention_2"):
+            yield name, "needs a GPU"
+            continue
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=compute_dtype(), attn_implementation=attention
-            ).to(device())
-            if name == "without_padding":
-                confine_to_rows(model)
             batch = {key: value.to(device()) for key, value in collate(rows).items()}
-            if name == "varlen_kernels":  # transformers finds the rows by their positions
-                batch.pop("attention_mask", None)
-
-            def step(model: Any = model, batch: Any = batch) -> None:
-                target_nll(model, batch).backward()
-                model.zero_grad()
-
-            reset_peak()
-            took = seconds_of(step, 1 if cpu else 5)
-            yield name, {"tokens_per_second": round(int(lengths.sum()) / took), **held()}
+            yield name, _tokens_per_second(folder, name, batch, int(lengths.sum()), cpu)
         except (ImportError, ValueError, RuntimeError) as error:
             yield name, {"cause": type(error).__name__, "message": str(error)[:200]}
         release()
+
+
+def _tokens_per_second(
+    folder: str, form: str, batch: dict[str, Tensor], tokens: int, cpu: bool
+) -> dict[str, float]:
+    from sweeper.evaluation.token_loss import target_nll
+
+    model = load_for(folder, form)
+    if form == "flash_attention_2":  # transformers finds the rows by their positions
+        batch.pop("attention_mask")
+
+    def step() -> None:
+        target_nll(model, batch).backward()
+        model.zero_grad()
+
+    reset_peak()
+    took = seconds_of(step, 1 if cpu else 5)
+    return {"tokens_per_second": round(tokens / took), **held()}
+
+
+def load_for(folder: str, form: str) -> Any:
+    """Return a model whose attention takes batches of a form."""
+    from sweeper.modeling.padding_proof import confine_to_rows
+
+    attention = form if form == "flash_attention_2" else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=compute_dtype(), attn_implementation=attention
+    ).to(device())
+    if form == "without_padding":
+        confine_to_rows(model)
+    if form == "torch_varlen":
+        AttentionInterface.register(form, attend_by_varlen)
+        AttentionMaskInterface.register(form, sdpa_mask)
+        model.set_attn_implementation(form)
+    return model
+
+
+def attend_by_varlen(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Attend within the rows of a batch without padding by torch's own kernel for rows of any length."""
+    from torch.nn.attention import varlen
+
+    from sweeper.data.padding_free import ROW_BOUNDS
+
+    bounds, heads = options[ROW_BOUNDS], query.shape[1] // key.shape[1]
+    # older releases have no grouped heads, and their parameter for a causal mask is another one
+    keys, values = (each.repeat_interleave(heads, dim=1) for each in (key, value))
+    known = inspect.signature(varlen.varlen_attn).parameters
+    causal: dict[str, Any] = (
+        {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    )
+    flat = (each[0].transpose(0, 1).contiguous() for each in (query, keys, values))
+    # a bound on the rows' lengths that needs no synchronisation with the GPU
+    longest = query.shape[2]
+    found = varlen.varlen_attn(*flat, bounds, bounds, longest, longest, **causal)
+    assert isinstance(found, Tensor)
+    return found[None], None
 
 
 def packed(shapes: dict[str, Any], cpu: bool) -> Iterator[tuple[str, object]]:
@@ -227,22 +285,27 @@ def packed(shapes: dict[str, Any], cpu: bool) -> Iterator[tuple[str, object]]:
     for name in ("q06", "q8"):
         model = in_pieces(qwen3(shapes[name]))
         for tokens in (32, 64) if cpu else (256, 1024):
+            one = _step_seconds(model, 1, tokens, shapes[name][6], cpu)
             for trials in (1, 2) if cpu else (1, 4, 16):
-                one = _step_seconds(model, 1, tokens, shapes[name][6], cpu)
-                together = _step_seconds(model, trials, tokens, shapes[name][6], cpu)
-                yield (
-                    f"{name} {tokens} tokens K={trials}",
-                    {
+                try:
+                    together = _step_seconds(model, trials, tokens, shapes[name][6], cpu)
+                except torch.OutOfMemoryError as error:
+                    result: dict[str, object] = {"cause": "oom", "message": str(error)[:200]}
+                else:
+                    result = {
                         "together_s": round(together, 4),
                         "one_after_the_other_s": round(trials * one, 4),
                         "gain": round(trials * one / together, 2),
-                    },
-                )
+                        **held(),
+                    }
+                yield f"{name} {tokens} tokens K={trials}", result
+                release()
         del model
         release()
 
 
 def _step_seconds(model: nn.Module, trials: int, tokens: int, vocabulary: int, cpu: bool) -> float:
+    reset_peak()
     optimizer = torch.optim.AdamW(with_adapters(model, trials), 1e-4)
     ids = torch.randint(3, vocabulary, (trials, tokens), device=device())
     return seconds_of(lambda: train_step(model, ids, optimizer), 1 if cpu else 5)

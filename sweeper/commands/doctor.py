@@ -182,16 +182,22 @@ def device_findings(device: Mapping[str, Any]) -> list[DoctorFinding]:
         findings.append(DoctorFinding("Apple GPU", "warning", MPS, MPS_ADVICE))
     if device["spills"]:
         findings.append(DoctorFinding("device memory", "warning", SPILLS, SPILL_ADVICE))
+    return [*findings, _four_bits(device), _eight_bit_optimizer(device)]
+
+
+def _four_bits(device: Mapping[str, Any]) -> DoctorFinding:
     if device["nf4"] is None:
-        return [
-            *findings,
-            DoctorFinding("4-bit", "ok", f"bitsandbytes NF4 learns on {device['name']}"),
-        ]
+        return DoctorFinding("4-bit", "ok", f"bitsandbytes NF4 learns on {device['name']}")
     problem = f"bitsandbytes NF4 does not work on {device['name']}: {device['nf4']}"
-    return [
-        *findings,
-        DoctorFinding("4-bit", "failure", problem, "train without it: quantization=none"),
-    ]
+    return DoctorFinding("4-bit", "failure", problem, "train without it: quantization=none")
+
+
+def _eight_bit_optimizer(device: Mapping[str, Any]) -> DoctorFinding:
+    check, found = "8-bit optimizer", device["optimizer_8bit"]
+    if found is None:
+        return DoctorFinding(check, "ok", f"bitsandbytes AdamW steps on {device['name']}")
+    problem = f"bitsandbytes AdamW in 8 bits does not work on {device['name']}: {found}"
+    return DoctorFinding(check, "failure", problem, "train without it: training.optim=adamw_torch")
 
 
 def packages(requirements: Sequence[str] | None = None) -> list[DoctorFinding]:

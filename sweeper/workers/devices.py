@@ -29,6 +29,9 @@ NAMED_DEVICE = re.compile(r"\d+|GPU-\S+|MIG-\S+")
 NO_DEVICE = frozenset({"", "-1", "NoDevFiles"})
 """Entries of CUDA_VISIBLE_DEVICES by which users hide the GPUs after them."""
 
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Names under which torch reads the allocator's configuration. Every release knows the first."""
+
 
 @dataclass(frozen=True)
 class DeviceSurvey:
@@ -162,9 +165,18 @@ def see_devices(own: str | None, others: Sequence[str | None] = ()) -> None:
     # CUDA's own order is the fastest GPU first, which nvidia-smi's indices do not follow
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     os.environ["CUDA_VISIBLE_DEVICES"] = seen
+    _reserve_in_segments()
     if "+rocm" in _torch_build():
         # where HIP's own variable is set, HIP does not read CUDA's
         os.environ["HIP_VISIBLE_DEVICES"] = seen
+
+
+def _reserve_in_segments() -> None:
+    """Let torch's allocator extend what it has reserved, unless the user has configured it."""
+    # Trials of a warm worker differ in their batches, so blocks of fixed sizes fragment the memory.
+    # WSL2's driver does not map memory in pieces
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES) and not WSL_SMI.exists():
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def _require_width(survey: DeviceSurvey, count: int) -> None:

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from sweeper.cli.verbs import app
 from sweeper.commands import doctor
 from sweeper.commands.doctor import DoctorFinding
-from sweeper.modeling.device_check import check, nf4_problem
+from sweeper.modeling import device_check, hardware
+from sweeper.modeling.device_check import check, nf4_problem, optimizer_problem
 from sweeper.workers.devices import DeviceSurvey
 from tests.conftest import make_settings
 
@@ -30,6 +31,7 @@ GPU = {
     "total_mib": 143_000.0,
     "bf16": True,
     "nf4": None,
+    "optimizer_8bit": None,
     "mps": False,
     "spills": False,
 }
@@ -58,6 +60,7 @@ def test_a_four_bit_layer_learns_here() -> None:
     """The very probe that the doctor runs finds a device, its memory, and a gradient through NF4."""
     (device,) = check()["devices"]  # type: ignore[misc]
     assert device["nf4"] is None
+    assert device["optimizer_8bit"] is None
     assert 0 < device["free_mib"] < device["total_mib"]
     levels = [finding.level for finding in doctor.device_findings(device)]
     assert "failure" not in levels
@@ -69,12 +72,68 @@ def test_a_layer_without_gradient_is_a_problem(monkeypatch: pytest.MonkeyPatch) 
     import torch
 
     monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda self, x: x.detach().requires_grad_())
-    assert nf4_problem(torch.device("cpu")) == "no gradient passes through a 4-bit layer"
+    found = nf4_problem(torch.device("cpu"))
+    assert found == "no gradient passes through a 4-bit layer in float32"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_four_bits_are_tried_in_the_dtype_of_trials(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """A GPU's kernels differ by dtype, so the layer computes in the one that trials compute in."""
+    import bitsandbytes as bnb
+    import torch
+
+    chosen, made = getattr(torch, dtype), []
+    plain = bnb.nn.Linear4bit.forward
+
+    def forward(self: bnb.nn.Linear4bit, states: torch.Tensor) -> torch.Tensor:
+        made.append((self.compute_dtype, torch.is_autocast_enabled("cpu")))
+        result: torch.Tensor = plain(self, states)
+        return result
+
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", forward)
+    precision = hardware.ComputePrecision(chosen, "pretended")
+    monkeypatch.setattr(device_check, "choose_dtype", lambda name, on: precision)
+    assert nf4_problem(torch.device("cpu")) is None
+    assert made == [(chosen, chosen == torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("step", "does not lower the weights"),
+        ("bits", "states in 32 bits"),
+        ("load", "RuntimeError"),
+    ],
+)
+def test_an_8_bit_optimizer_that_does_not_work_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, change: str, expected: str
+) -> None:
+    """The probe sees an optimizer that changes nothing, one with 32 bits, and one that raises."""
+    import bitsandbytes as bnb
+    import torch
+
+    kind, plain = bnb.optim.AdamW8bit, bnb.optim.AdamW8bit.step
+
+    def step(self: bnb.optim.AdamW8bit) -> None:
+        if change == "load":
+            raise RuntimeError("CUDA Setup failed")
+        (weight,) = self.param_groups[0]["params"]
+        before = weight.detach().clone()
+        plain(self)
+        weight.data.copy_(before)
+
+    if change == "bits":
+        monkeypatch.setattr(bnb.optim, "AdamW8bit", bnb.optim.AdamW32bit)
+    else:
+        monkeypatch.setattr(kind, "step", step)
+    assert expected in str(optimizer_problem(torch.device("cpu")))
 
 
 def test_devices_are_judged_by_what_is_free() -> None:
     """An empty GPU is fine, a used one a warning, a CPU a warning, a broken NF4 a failure."""
-    assert [found.level for found in doctor.device_findings(GPU)] == ["ok", "ok"]
+    assert [found.level for found in doctor.device_findings(GPU)] == ["ok", "ok", "ok"]
     used = doctor.device_findings({**GPU, "free_mib": 20_000.0})
     assert used[0].level == "warning"
     assert "another process" in used[0].advice
@@ -82,12 +141,15 @@ def test_devices_are_judged_by_what_is_free() -> None:
     broken = doctor.device_findings({**GPU, "nf4": "RuntimeError: CUDA Setup failed"})[1]
     assert broken.level == "failure"
     assert "quantization=none" in broken.advice
+    broken = doctor.device_findings({**GPU, "optimizer_8bit": "RuntimeError: no kernel"})[2]
+    assert broken.level == "failure"
+    assert "training.optim=adamw_torch" in broken.advice
 
 
 def test_a_driver_that_spills_is_a_warning() -> None:
     """Under WSL2 the doctor says that memory is capped, and where Windows keeps the setting."""
     found = doctor.device_findings({**GPU, "spills": True})
-    assert [one.level for one in found] == ["ok", "warning", "ok"]
+    assert [one.level for one in found] == ["ok", "warning", "ok", "ok"]
     assert "Sysmem Fallback" in found[1].advice
 
 

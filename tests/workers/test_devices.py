@@ -12,6 +12,7 @@ from sweeper.core.errors import WorkerError
 from sweeper.modeling import hardware
 from sweeper.workers import devices
 from sweeper.workers.devices import (
+    ALLOCATOR_VARIABLES,
     DeviceSurvey,
     devices_of,
     see_devices,
@@ -154,6 +155,35 @@ def test_a_rank_sees_its_own_gpu_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     see_devices(None)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-a,GPU-c"
+
+
+@pytest.mark.parametrize(
+    ("configured", "wsl", "expected"),
+    [
+        ({}, False, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}),
+        ({}, True, {}),
+        *(
+            ({name: "backend:cudaMallocAsync"}, False, {name: "backend:cudaMallocAsync"})
+            for name in ALLOCATOR_VARIABLES
+        ),
+    ],
+)
+def test_a_gpu_worker_reserves_memory_in_segments(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    configured: dict[str, str],
+    wsl: bool,
+    expected: dict[str, str],
+) -> None:
+    """torch's allocator extends its segments, except under WSL2 or a configuration of the user."""
+    monkeypatch.setattr(devices, "WSL_SMI", tmp_path if wsl else tmp_path / "none")
+    monkeypatch.setattr(os, "environ", dict(configured))
+    see_devices(None)
+    assert os.environ == configured
+    see_devices("GPU-b")
+    assert {
+        name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ
+    } == expected
 
 
 def test_an_assigned_gpu_that_torch_does_not_find_is_an_error() -> None:
