@@ -1,15 +1,20 @@
 """CPU seconds of the memory estimate before the first step of each new structure, for a GPU of 24 GiB.
 
-The device is pretended, so no GPU is needed: the estimate computes on shapes. Three structures (another
+The device is pretended, so no GPU is needed: the estimate computes on shapes. Four structures (another
 rank each) of two architectures ask what a trial asks: whether its smallest form fits, then the largest
-micro-batch that fits without and with recomputed activations.
+micro-batch that fits without and with recomputed activations. The code here and that before answer in
+turn, each time in a process of its own.
 
-    python benchmarks/estimate_seconds.py
+    git worktree add /tmp/before 2676408       # there each question builds a model
+    python benchmarks/estimate_seconds.py /tmp/before
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +32,9 @@ from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.training.micro_batch import resolve, smallest_form
 
 GPU_MIB = 24 * 1024
+RANKS = (8, 64, 16, 32)
+"""The last two lie between others, as most ranks of a search do."""
+ROUNDS = 3
 LENGTH, TARGETS = 1024, 512
 SHAPES: dict[str, PretrainedConfig] = {
     "Qwen3-0.6B": Qwen3Config(
@@ -52,11 +60,11 @@ SHAPES: dict[str, PretrainedConfig] = {
 }
 
 
-def trial(folder: Path, rank: int) -> TrialSettings:
+def trial(folder: Path, rank: int, *further: str) -> TrialSettings:
     """Return a QLoRA trial of this rank on the architecture of a folder."""
     overrides = [f"model.base_model={folder}", f"adapter.r={rank}", "quantization=nf4"]
     overrides += ["model.dtype=bfloat16", "adapter.target_modules=all-linear", "training=real"]
-    overrides += ["training.per_device_train_batch_size=4"]
+    overrides += ["training.per_device_train_batch_size=4", *further]
     return validate(RunSettings, compose(overrides).config).trial
 
 
@@ -90,20 +98,58 @@ def before_the_first_step(settings: TrialSettings) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Measure both architectures, and write benchmarks/estimate_seconds.json."""
-    figures: dict[str, Any] = {}
+def ask() -> dict[str, list[dict[str, float]]]:
+    """Return the seconds of each structure in turn with the code that this process imports."""
+    found: dict[str, list[dict[str, float]]] = {}
     with TemporaryDirectory() as place:
         for name, config in SHAPES.items():
             folder = Path(place) / name
             config.save_pretrained(folder)
-            before_the_first_step(trial(folder, 2))  # torch's own first use costs seconds
-            runs = [before_the_first_step(trial(folder, rank)) for rank in (8, 16, 32)]
-            seconds = median(run["cpu_seconds"] for run in runs)
-            figures[name] = {"cpu_seconds_median": seconds, "structures": runs}
-            print(json.dumps({name: figures[name]}), flush=True)
+            # torch's own first use costs seconds
+            before_the_first_step(trial(folder, 2, "adapter.use_dora=true"))
+            found[name] = [before_the_first_step(trial(folder, rank)) for rank in RANKS]
+    return found
+
+
+def ask_in(checkout: Path) -> dict[str, Any]:
+    """Return what `ask` returns in a process that imports the code of a checkout."""
+    answer = subprocess.run(
+        [sys.executable, __file__, "--here"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        cwd=checkout,
+    )
+    found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure both sides in turn, and write benchmarks/estimate_seconds.json."""
+    sides = {"before": Path(sys.argv[1]).resolve(), "now": Path(__file__).resolve().parents[1]}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(ROUNDS):
+        for side, checkout in sides.items():
+            runs[side].append(ask_in(checkout))
+            print(side, json.dumps(runs[side][-1]), flush=True)
+    figures: dict[str, Any] = {"ranks": RANKS, "load_average": round(os.getloadavg()[0], 1)}
+    for name in SHAPES:
+        asked = {side: [run[name] for run in found] for side, found in runs.items()}
+        figures[name] = {
+            "cpu_seconds_by_rank": {side: medians(each) for side, each in asked.items()},
+            "runs": asked,
+        }
     record("estimate_seconds", figures)
 
 
+def medians(runs: list[list[dict[str, float]]]) -> list[float]:
+    """Return the median CPU seconds of each rank over the rounds."""
+    return [median(run[at]["cpu_seconds"] for run in runs) for at in range(len(RANKS))]
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--here"]:
+        print(json.dumps(ask()))
+    else:
+        main()

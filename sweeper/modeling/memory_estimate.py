@@ -16,6 +16,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from sweeper.config.settings import LoraAdapter, NoAdapter, QuantizationSettings, TrialSettings
+from sweeper.config.trial_settings import WITHOUT_SIZE
 from sweeper.core.errors import ModelError
 from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
@@ -213,7 +215,7 @@ def estimate(
     )
     built = _built(form, config)
     shards, held, step, unpacked = workload.shards, built.held, built.step, built.unpacked
-    peak = built.steps.peak(workload)
+    peak = _peak(form, built, workload)
     # FSDP gathers one block at a time, and its gradient is whole before the reduction
     if shards > 1:
         unpacked = built.gathered
@@ -252,12 +254,18 @@ class EstimatedForm:
     @property
     def key(self) -> str:
         """The form as text."""
+        return self._text(self.adapter.model_dump_json())
+
+    @property
+    def key_of_all_ranks(self) -> str:
+        """What forms have in common that differ in the rank of their adapter and in no other size."""
+        dropout = isinstance(self.adapter, LoraAdapter) and self.adapter.lora_dropout > 0
+        return self._text(f"{self.adapter.model_dump_json(exclude=UNSIZED)} {dropout}")
+
+    def _text(self, adapter: str) -> str:
+        parts = (self.config, adapter, self.quantization.model_dump_json(), self.compute_dtype)
         return " ".join(
-            str(part)
-            for part in (
-                *(self.config, self.adapter.model_dump_json(), self.quantization.model_dump_json()),
-                *(self.compute_dtype, self.attn_implementation, self.optim, self.shards, self.on),
-            )
+            map(str, (*parts, self.attn_implementation, self.optim, self.shards, self.on))
         )
 
 
@@ -265,7 +273,8 @@ class EstimatedForm:
 class BuiltForm:
     """The model of a form on the meta device, and its sizes in bytes."""
 
-    steps: SimulatedSteps
+    model: PreTrainedModel | PeftModel
+    compute_dtype: torch.dtype
     held: HeldBytes
     step: int
     """Bytes of the optimizer step's temporaries."""
@@ -273,6 +282,36 @@ class BuiltForm:
     """Bytes of the largest quantized weight in the compute dtype."""
     gathered: int
     """Bytes of the largest block of a sharded model and its gradient, or 0 without sharding."""
+
+    @cached_property
+    def steps(self) -> SimulatedSteps:
+        """The steps of the model, which is taken apart for them when the first one is simulated."""
+        return SimulatedSteps(self.model, self.compute_dtype)
+
+
+UNSIZED = {"r", *WITHOUT_SIZE}
+"""Keys of an adapter in which forms of one key_of_all_ranks may differ."""
+_simulated: dict[tuple[str, StepWorkload], dict[int, PeakBytes]] = {}
+"""Peaks that were simulated, by rank."""
+
+
+def _peak(form: EstimatedForm, built: BuiltForm, workload: StepWorkload) -> PeakBytes:
+    """Return the peak of a step, interpolated if it is known at a lower and at a higher rank.
+
+    What is alive at any moment of a step grows linearly with the rank. Its maximum over the step is
+    therefore convex, so an interpolated peak is never too low.
+    """
+    rank = form.adapter.r if isinstance(form.adapter, LoraAdapter) else None
+    if rank is None:
+        return built.steps.peak(workload)
+    known = _simulated.setdefault((form.key_of_all_ranks, workload), {})
+    below, above = [r for r in known if r < rank], [r for r in known if r > rank]
+    if rank not in known and below and above:
+        low, high = max(below), min(above)
+        return known[low].extrapolated(known[high], (rank - low) / (high - low))
+    if rank not in known:
+        known[rank] = built.steps.peak(workload)
+    return known[rank]
 
 
 _last_built: dict[str, BuiltForm] = {}
@@ -294,12 +333,13 @@ def _build(form: EstimatedForm, config: PretrainedConfig) -> BuiltForm:
     sizes = [math.ceil(p.numel() / form.shards) for p in trainable(model)]
     packed = packed_weights(model, form.quantization)
     return BuiltForm(
+        model=model,
+        compute_dtype=form.compute_dtype,
         held=held,
         step=step_workspace(sizes, form.optim, form.on),
         unpacked=_largest(packed, form.compute_dtype),
         # the weights of a block and their gradient
         gathered=2 * largest_gathered(model) if form.shards > 1 else 0,
-        steps=SimulatedSteps(model, form.compute_dtype),  # last, because it takes the model apart
     )
 
 

@@ -21,7 +21,13 @@ from sweeper.modeling.memory_estimate import (
     quantized_weights,
     state_bytes,
 )
-from sweeper.modeling.step_memory import PeakBytes, SimulatedSteps, StepWorkload, simulate_step
+from sweeper.modeling.step_memory import (
+    AliveBytes,
+    PeakBytes,
+    SimulatedSteps,
+    StepWorkload,
+    simulate_step,
+)
 from sweeper.modeling.trial_check import ModelChecks
 from tests.conftest import make_settings
 from tests.modeling.models import CONFIGS, GROUPED, HEADS, SIZE
@@ -276,6 +282,41 @@ def test_a_form_is_built_once_for_all_its_batches(monkeypatch: pytest.MonkeyPatc
     assert len(built) == 2
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_rank_between_two_others_is_not_simulated(
+    recomputed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its estimate is up to 1 % above the simulated one and never below. Held bytes are its own."""
+
+    def found(rank: int, dropout: float = 0) -> memory_estimate.MemoryEstimate:
+        overrides = [f"adapter.r={rank}", f"adapter.lora_dropout={dropout}", "model.dtype=bfloat16"]
+        overrides.append(f"training.activation_checkpointing={str(recomputed).lower()}")
+        return estimate_trial(make_settings(*overrides).trial, CPU, length=64)
+
+    memory_estimate._simulated.clear()
+    memory_estimate._last_built.clear()
+    calls: list[StepWorkload] = []
+    plain = SimulatedSteps._simulated
+
+    def counted(self: SimulatedSteps, asked: StepWorkload) -> PeakBytes:
+        calls.append(asked)
+        return plain(self, asked)
+
+    monkeypatch.setattr(SimulatedSteps, "_simulated", counted)
+    found(2), found(64)
+    simulated = len(calls)
+    between = {rank: found(rank) for rank in (16, 5)}
+    assert len(calls) == simulated
+    found(16, dropout=0.1)
+    assert len(calls) > simulated
+    for rank, interpolated in between.items():
+        memory_estimate._simulated.clear()
+        own = found(rank)
+        assert own.total <= interpolated.total <= 1.01 * own.total
+        assert own.adapter == interpolated.adapter
+        assert own.optimizer == interpolated.optimizer
+
+
 def test_only_large_states_are_paged() -> None:
     """bitsandbytes pages tensors of 100,000 elements and more: none of a small adapter's."""
     cuda = torch.device("cuda")
@@ -291,3 +332,30 @@ def test_only_large_states_are_paged() -> None:
     assert states(small, "paged_adamw_32bit") == states(small, "adamw_torch") > 0
     wide = LlamaConfig(**{**GROUPED, "intermediate_size": 30_000})
     assert 0 < states(wide, "paged_adamw_32bit") < states(wide, "adamw_torch")
+
+
+def test_the_mask_of_a_padded_batch_is_counted() -> None:
+    """A simulated step holds what a real step on rows of unequal length holds, mask included."""
+    length = 256
+    workload = StepWorkload(2, length, False, False, "adamw_torch", targets=8)
+    with torch.device("meta"):
+        described = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED))
+    simulated = simulate_step(described, workload, torch.float32).bytes
+    equal = torch.ones(2, length, dtype=torch.long)
+    padded = equal.clone()
+    padded[1, length // 2 :] = 0
+    assert simulated == pytest.approx(_real_peak(padded), rel=0.01)
+    assert simulated - _real_peak(equal) >= 2 * length**2
+
+
+def _real_peak(mask: torch.Tensor) -> int:
+    """Bytes alive at the peak of a real step on rows with this mask."""
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**GROUPED))
+    alive = AliveBytes(known=[*model.parameters(), *model.buffers()])
+    hooks = step_memory._register_hooks(model, alive)
+    labels = torch.zeros(2 * 8, dtype=torch.long)
+    with alive:
+        step_memory._loss(model, torch.zeros_like(mask), mask, labels, 8, torch.float32).backward()
+    for hook in hooks:
+        hook.remove()
+    return alive.peak.bytes

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers.models.mistral.modeling_mistral as mistral
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from sweeper.core.errors import ModelError
 from sweeper.data.packing import PackedCollator, pack
@@ -144,6 +146,37 @@ def test_logits_alone_show_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     _ignore_windows_in_packs(monkeypatch)
     with pytest.raises(UnsupportedAttention, match="not independent"):
         _require_equal_logits(_model(config, dtype=torch.bfloat16))
+
+
+def _pretend_flash(monkeypatch: pytest.MonkeyPatch, leaks: bool) -> list[torch.dtype]:
+    """Register an attention that has no float32, as flash attention, and return the dtypes it got."""
+    seen: list[torch.dtype] = []
+
+    def attend(
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+    ) -> Any:
+        seen.append(query.dtype)
+        if query.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        mask = None if leaks else attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    # transformers looks for a kernel behind every name that has "flash" in it
+    monkeypatch.setattr(transformers.modeling_utils, "lazy_import_flash_attention", lambda *_: None)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "pretended_flash", attend)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "pretended_flash", sdpa_mask)
+    return seen
+
+
+def test_flash_attention_is_proven_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base held in float32 is proven in a dtype that the kernels have, and a leak is refused."""
+    seen = _pretend_flash(monkeypatch, leaks=False)
+    model = _model(CONFIGS["llama"], "pretended_flash")
+    require_isolation(model)
+    assert set(seen) == {torch.bfloat16}
+    _pretend_flash(monkeypatch, leaks=True)
+    with pytest.raises(ModelError, match="not independent"):
+        require_isolation(model)
 
 
 def _rows(*lengths: int) -> list[Tokens]:
