@@ -89,7 +89,17 @@ def _unproven_at(place: str, value: object, may_fail: bool) -> list[str]:
 
 
 def say(name: str, value: object) -> None:
-    print(MARK + json.dumps({name: value}, default=str), flush=True)
+    """Print a result without the paths of this machine."""
+    text = json.dumps({name: value}, default=str)
+    folders = {"SITE": os.environ.get("SITE"), "WORK": str(WORK.resolve()), "PYTHON": sys.prefix}
+    for symbol, folder in (folders | {"PROJECT": str(Path.cwd())}).items():
+        text = text.replace(folder, symbol) if folder else text
+    print(MARK + text, flush=True)
+
+
+def last_words(process: subprocess.CompletedProcess) -> str:
+    """Return the end of what a process printed, its errors only if it failed."""
+    return process.stdout[-200:] + (process.stderr[-400:] if process.returncode else "")
 
 
 # ---------------------------------------------------------------- helpers inside a part
@@ -244,7 +254,7 @@ def cli(*words: str, limit: int = 120, env: dict | None = None) -> dict:
             [sys.executable, "-m", "sweeper", *words],
             capture_output=True,
             text=True,
-            timeout=limit,
+            timeout=limit * (SLOWER_ON_CPUS if CPU else 1),
             env={**os.environ, **(env or {})},
         )
         code, text = done.returncode, (done.stdout + done.stderr)
@@ -522,8 +532,8 @@ def part_resume():
         "resume",
         {
             "killed_at_row": killed,
-            "first": first.stdout[-200:] + first.stderr[-400:],
-            "second": second.stdout[-200:] + second.stderr[-400:],
+            "first": last_words(first),
+            "second": last_words(second),
             "log": log.read_text()[:700] if log.exists() else None,
             **compared(whole, broken),
         },
