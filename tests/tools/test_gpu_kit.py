@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import tomllib
 import zipfile
@@ -109,6 +110,17 @@ def test_a_part_whose_trials_failed_is_not_proven(
 ) -> None:
     """The exit code of a part says nothing of its trials; parts that provoke failures may have some."""
     assert kit.unproven(name, entry) == problems
+
+
+def test_results_have_no_path_of_the_machine(
+    kit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders of the run become symbols, because results are committed and sent."""
+    monkeypatch.setenv("SITE", "/somewhere/site")
+    kit.say("log", [f"{kit.WORK.resolve()}/models", "/somewhere/site/torch", f"{Path.cwd()}/conf"])
+    (line,) = capsys.readouterr().out.splitlines()
+    given = json.loads(line.removeprefix(kit.MARK))
+    assert given == {"log": ["WORK/models", "SITE/torch", "PROJECT/conf"]}
 
 
 def test_what_travels_is_pinned_as_here() -> None:
