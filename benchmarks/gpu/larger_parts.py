@@ -177,7 +177,7 @@ def caps(shapes: dict[str, Any], cpu: bool) -> Iterator[tuple[str, object]]:
 
 
 def _fits(model: nn.Module, weights: list[nn.Parameter], ids: Tensor, cap_gib: float) -> str:
-    """Return the step's peak in GiB under a cap of the allocator, or 'oom'."""
+    """Return the step's peak in GiB under a cap of the allocator, or 'oom', or 'uncapped' on a CPU."""
     release()
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
@@ -186,7 +186,7 @@ def _fits(model: nn.Module, weights: list[nn.Parameter], ids: Tensor, cap_gib: f
     reset_peak()
     try:
         train_step(model, ids, torch.optim.AdamW(weights, 1e-4))
-        return f"{held().get('peak_mib', 0.0) / 1024:.1f}"
+        return f"{held()['peak_mib'] / 1024:.1f}" if torch.cuda.is_available() else "uncapped"
     except torch.OutOfMemoryError:
         for weight in weights:
             weight.grad = None
