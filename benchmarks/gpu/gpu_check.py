@@ -304,6 +304,10 @@ def part_env():
                 text=True,
             ).stdout,
         )
+    torch = torch_()
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+        say("allocator", torch.cuda.memory._snapshot()["allocator_settings"])
     from sweeper.workers.devices import devices_of
 
     say("devices_of", {"1": devices_of(0, 1), "worker3": devices_of(3, 1)})

@@ -30,7 +30,7 @@ NO_DEVICE = frozenset({"", "-1", "NoDevFiles"})
 """Entries of CUDA_VISIBLE_DEVICES by which users hide the GPUs after them."""
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Names under which torch reads the allocator's configuration. Every release knows the first."""
+"""Names under which torch reads its allocator's configuration. torch 2.9 ignores the last for CUDA."""
 
 
 @dataclass(frozen=True)
