@@ -25,7 +25,7 @@ from sweeper.core.stored_files import read_words
 from sweeper.reporting.results import load_results
 from sweeper.reporting.tracked_metrics import study_figures
 from sweeper.search.states import STATES
-from sweeper.search.study import open_storage
+from sweeper.search.study import open_storage, outcomes_in
 from sweeper.tracking.mlflow_tracker import MlflowTracker
 from sweeper.tracking.tracker_factory import destination
 from sweeper.tracking.tracking_ledger import (
@@ -143,15 +143,11 @@ def _told(folder: StudyFolder) -> Mapping[str, Outcome]:
         return {}
     storage = open_storage(None, folder)
     outcomes: dict[str, Outcome] = {}
-    for study in optuna.get_all_study_names(storage):
+    for name in optuna.get_all_study_names(storage):
         # Optuna's study of an arm is named STUDY/ARM.
-        arm = study.rpartition("/")[2]
-        for trial in optuna.load_study(study_name=study, storage=storage).get_trials(
-            deepcopy=False
-        ):
-            if trial.state.is_finished() and "outcome" in trial.user_attrs:
-                outcome = Outcome.model_validate(trial.user_attrs["outcome"])
-                outcomes[f"{arm}/{trial.number:04d}"] = outcome
+        arm = name.rpartition("/")[2]
+        found = outcomes_in(optuna.load_study(study_name=name, storage=storage))
+        outcomes |= {f"{arm}/{number:04d}": outcome for number, outcome in found.items()}
     return outcomes
 
 

@@ -63,6 +63,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def path_inside(root: Path, name: str, start: Path | None = None) -> Path:
+    """Return the path that a name in a file stands for. Every name that is read from a file comes here,
+    unless its class allows no separators (StudyName, ArmName).
+
+    Args:
+        root: the folder that the name may not lead out of, also not through a link.
+        name: the name, as it was read.
+        start: the folder that the name is relative to, if it is not the root.
+
+    Raises:
+        ValueError: the name leads out of the root, or no file can have it.
+    """
+    place = (start or root) / name
+    if not place.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{name!r} lies outside {root}")
+    return place
+
+
 @dataclass(frozen=True)
 class TrialFolder:
     """The folder of one trial, which only the trial's worker writes."""

@@ -8,12 +8,23 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, Field
 
 from sweeper.core.errors import StudyError
-from sweeper.core.paths import StudyFolder, write_atomic
+from sweeper.core.paths import StudyFolder, path_inside, write_atomic
+from sweeper.core.stored_files import damage
 from sweeper.core.value import FrozenValue
+
+
+def _entry_name(name: str) -> str:
+    if name in (".", ".."):
+        raise ValueError("is no name of an entry of a folder")
+    return name
+
+
+EntryName = Annotated[str, Field(pattern=r"^[^/\x00]+$"), AfterValidator(_entry_name)]
 
 
 class FolderMove(FrozenValue):
@@ -23,12 +34,23 @@ class FolderMove(FrozenValue):
     """A folder, relative to the study's."""
     target: str
     """Another one, which is made."""
-    moved: tuple[str, ...]
+    moved: tuple[EntryName, ...]
     """Names of what is moved."""
-    copied: tuple[str, ...] = ()
+    copied: tuple[EntryName, ...] = ()
     """Names of what is copied."""
     emptied: bool = False
-    """True if the source is deleted when everything was moved out of it."""
+    """True if the source is deleted once everything was moved out of it."""
+
+    def places(self, folder: StudyFolder) -> tuple[Path, Path]:
+        """Return source and target.
+
+        Raises:
+            ValueError: one of them lies outside the study's folder, or the study's would be deleted.
+        """
+        source, target = (path_inside(folder.path, name) for name in (self.source, self.target))
+        if self.emptied and source.resolve() == folder.path.resolve():
+            raise ValueError(f"{self.source!r} is the study's own folder")
+        return source, target
 
 
 def move_content(folder: StudyFolder, move: FolderMove) -> None:
@@ -46,14 +68,14 @@ def end_move(folder: StudyFolder) -> None:
     path = _stored(folder)
     try:
         move = FolderMove.model_validate_json(path.read_bytes())
+        source, target = move.places(folder)
     except (FileNotFoundError, NotADirectoryError):
         return
-    except ValidationError:
+    except ValueError as error:
         raise StudyError(
-            f"{path} says which trials of {folder.path} are being moved, and cannot be read. Move "
-            "the trials by hand, and delete the file"
+            f"{path} says which trials of {folder.path} are being moved, and cannot be read "
+            f"({damage(error)}). Move the trials by hand, and delete the file"
         ) from None
-    source, target = folder.path / move.source, folder.path / move.target
     target.mkdir(parents=True, exist_ok=True)
     for each in _present(source, move.copied):
         _copy(each, target / each.name)
@@ -61,7 +83,7 @@ def end_move(folder: StudyFolder) -> None:
         # a folder cannot be renamed onto one that is not empty
         _clear(target / each.name)
         each.replace(target / each.name)
-    if move.emptied:
+    if move.emptied and _is_empty(source, folder):
         shutil.rmtree(source, ignore_errors=True)
     path.unlink()
 
@@ -74,6 +96,12 @@ def _present(source: Path, names: Iterable[str]) -> list[Path]:
     """Return what is still there. A link may lead nowhere."""
     paths = [source / name for name in names]
     return [path for path in paths if path.exists() or path.is_symlink()]
+
+
+def _is_empty(source: Path, folder: StudyFolder) -> bool:
+    """Return True if a folder holds nothing but the locks of `sync`, which are not moved."""
+    locks = (folder.lock.name, folder.lock.with_suffix(".pid").name)
+    return source.is_dir() and all(path.name in locks for path in source.iterdir())
 
 
 def _copy(path: Path, copy: Path) -> None:

@@ -21,6 +21,7 @@ from sweeper.core.trial_identity import read_identity
 from sweeper.core.value import FrozenValue
 from sweeper.driver.folder_claims import free_path
 from sweeper.driver.folder_moves import FolderMove, end_move, move_content
+from sweeper.search.study import UUID_PATTERN
 
 SHORT = 8
 """Characters of a UUID in the name of a folder."""
@@ -33,7 +34,7 @@ UNNAMED = "unnamed"
 class FolderOwner(FrozenValue):
     """The content of a study folder's identity.json."""
 
-    study: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    study: str = Field(pattern=f"^{UUID_PATTERN}$")
     """The study's UUID, whose beginning is the name of a folder."""
 
 

@@ -11,7 +11,13 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from sweeper.config.settings import Objective, StudyName, stored_text, with_names_of_today
+from sweeper.config.settings import (
+    ArmName,
+    Objective,
+    StudyName,
+    stored_text,
+    with_names_of_today,
+)
 from sweeper.config.space import Scalar
 from sweeper.core.errors import StudyError, sentence
 from sweeper.core.input_digests import InputDigests
@@ -41,7 +47,7 @@ METRIC = ": objective.metric"
 class BestTrial(FrozenValue):
     """The best trial of the lora arm so far."""
 
-    arm: str
+    arm: ArmName
     number: int
     value: float
     """The objective's metric on the validation split."""
@@ -67,7 +73,7 @@ class EntryDecision(FrozenValue):
     """Everything that the study's result depends on, by part (sweeper.nightly.study_identity)."""
     n_trials: int
     """Total number of the lora arm's trials after tonight."""
-    warm_start: tuple[str, ...]
+    warm_start: tuple[StudyName, ...]
     """Names of studies whose winners are tried first."""
     ended_before: dict[str, list[int]]
     """Numbers of the trials that had ended before tonight, by arm."""

@@ -5,11 +5,12 @@ Reads the record of nights and the status of the study that a night runs. Writes
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from pydantic import ValidationError
 
@@ -18,6 +19,7 @@ from sweeper.core.paths import NightFolder, NightsFolder, StudyFolder
 from sweeper.core.stored_files import damage
 from sweeper.core.value import FrozenValue
 from sweeper.nightly.night_record import ENDED, read_record
+from sweeper.nightly.nightly_set import SET_NAME
 from sweeper.reporting.study_status import StudyStatus, is_locked
 from sweeper.reporting.text_table import duration
 
@@ -100,8 +102,9 @@ def _status(
     max_age: timedelta | None,
     now: datetime,
 ) -> SetStatus:
-    name, date, _, started_at, ended_at, result = row
+    name, night, _, started_at, ended_at, result = row
     try:
+        _require_names(name, night)
         started = datetime.fromisoformat(started_at)
         ended = None if ended_at is None else datetime.fromisoformat(ended_at)
     except ValueError as error:
@@ -112,15 +115,26 @@ def _status(
     late = (max_age is not None and age > max_age.total_seconds()) or not (running or ended)
     return SetStatus(
         set_name=name,
-        date=date,
+        date=night,
         started=started,
         ended=ended,
         result=result,
         running=running,
-        waiting=_waiting(nights, nights.night(name, date)) if running else None,
+        waiting=_waiting(nights, nights.night(name, night)) if running else None,
         age_seconds=age,
         late=late,
     )
+
+
+def _require_names(set_name: str, local_date: str) -> None:
+    """Refuse a row whose set or date cannot be the name of a folder.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    if not re.fullmatch(SET_NAME, set_name):
+        raise ValueError(f"{set_name!r} is no name of a set")
+    date.fromisoformat(local_date)
 
 
 def _waiting(nights: NightsFolder, night: NightFolder) -> str | None:

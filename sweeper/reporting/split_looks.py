@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from sweeper.config.settings import StudyName
 from sweeper.core.errors import StudyError
 from sweeper.core.paths import StudyFolder, write_atomic
 from sweeper.core.stored_files import read_stored
@@ -58,7 +59,7 @@ class LookLedger(FrozenValue):
     """The looks of a family of studies."""
 
     looks: tuple[SplitLook, ...] = ()
-    fork_of: str | None = None
+    fork_of: StudyName | None = None
     """The study that this one was forked from, whose folder holds the family's looks."""
 
 

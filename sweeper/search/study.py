@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import optuna
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.trial import BaseTrial, FrozenTrial, Trial, TrialState
+from pydantic import ValidationError
 
 from sweeper.config.decisive_settings import decisive_settings
 from sweeper.config.input_sources import named_by
@@ -35,9 +37,10 @@ from sweeper.config.space import (
 )
 from sweeper.core.errors import StudyError, StudyMismatch
 from sweeper.core.input_digests import ASKED, INPUT_NAMES
-from sweeper.core.outcome import ArmBaseline
+from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import StudyFolder
 from sweeper.core.references import referenced_tree
+from sweeper.core.stored_files import damage
 from sweeper.search.ownership import database_url
 from sweeper.search.pruning import make_pruner
 from sweeper.search.record_prefix import (
@@ -65,6 +68,8 @@ FORMAT = 1
 when an older program would misread them; a setting that is added is a line of ADDED_SETTINGS instead."""
 UUID = "uuid"
 """User attribute of each arm's study: the UUID of the study, which its folder holds as well."""
+UUID_PATTERN = r"[A-Za-z0-9_-]+"
+"""Form of a UUID, whose beginning is the name of a folder."""
 QUEUED_BY = "queued_by"
 """User attribute of a trial that a command queued: the command's id."""
 CLONE_OF = "clone_of"
@@ -175,10 +180,10 @@ def study_uuid(study: optuna.Study) -> str | None:
 
 
 def require_readable(study: optuna.Study) -> None:
-    """Refuse a study that a newer version stored.
+    """Refuse a study that a newer version stored, or whose attributes are damaged.
 
     Raises:
-        StudyError: names both formats, and how its answer is kept.
+        StudyError: names both formats, or the damaged attribute, and how the answer is kept.
     """
     found = study.user_attrs.get("format", 1)  # the first format had no number
     if found > FORMAT:
@@ -188,6 +193,39 @@ def require_readable(study: optuna.Study) -> None:
             "it with the version that stored it, or start a new study: "
             f"hydra.sweeper.study_name={name}_2"
         )
+    uuid = study_uuid(study)
+    if uuid is not None and not re.fullmatch(UUID_PATTERN, str(uuid)):
+        raise _damaged(study, f"{UUID}: {uuid!r} is no UUID")
+    if "facts" in study.user_attrs:
+        try:
+            ArmBaseline.model_validate(study.user_attrs["facts"])
+        except ValidationError as error:
+            raise _damaged(study, f"facts: {damage(error)}") from None
+    outcomes_in(study)
+
+
+def outcomes_in(study: optuna.Study) -> dict[int, Outcome]:
+    """Return the stored outcomes of an arm's finished trials, by number.
+
+    Raises:
+        StudyError: one of them is damaged.
+    """
+    found: dict[int, Outcome] = {}
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.is_finished() and "outcome" in trial.user_attrs:
+            try:
+                found[trial.number] = Outcome.model_validate(trial.user_attrs["outcome"])
+            except ValidationError as error:
+                raise _damaged(study, f"trial {trial.number}: {damage(error)}") from None
+    return found
+
+
+def _damaged(study: optuna.Study, what: str) -> StudyError:
+    name = study.study_name.partition("/")[0]
+    return StudyError(
+        f"study {study.study_name!r} is damaged in its database ({what}). Put a copy of the database "
+        f"back, or start a new study: hydra.sweeper.study_name={name}_2"
+    )
 
 
 def enqueue(study: optuna.Study, draws: list[Draw]) -> int:

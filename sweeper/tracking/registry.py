@@ -267,10 +267,22 @@ def _version(client: MlflowClient, model: str, number: str) -> ModelVersion:
         number=number,
         study=tags.get(STUDY_TAG, ""),
         trial=tags.get(TRIAL_TAG, ""),
-        folder=Path(resolved(tags.get(FOLDER_TAG, ""))),
+        folder=_folder(f"version {number} of {model!r}", tags),
         previous=tags.get(PREVIOUS_TAG),
         tags=dict(tags),
     )
+
+
+def _folder(whose: str, tags: Mapping[str, str]) -> Path:
+    """Return the folder that a run or a version names as its trial's.
+
+    Raises:
+        TrackingError: no folder can have this name, so its weights cannot be found.
+    """
+    name = resolved(tags.get(FOLDER_TAG, ""))
+    if "\0" in name:
+        raise TrackingError(f"{whose}: its tag {FOLDER_TAG!r} is {name!r}, which names no folder")
+    return Path(name)
 
 
 def _require_adapter(client: MlflowClient, run: Any) -> None:
@@ -283,7 +295,7 @@ def _require_adapter(client: MlflowClient, run: Any) -> None:
     stored = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
     if f"adapter/{MANIFEST}" in stored:
         return
-    folder = TrialFolder(Path(resolved(run.data.tags.get(FOLDER_TAG, ""))))
+    folder = TrialFolder(_folder(f"run {run.info.run_name}", run.data.tags))
     if not folder.adapter.is_dir():
         raise TrackingError(
             f"neither run {run.info.run_name} nor {folder.path} contains the adapter. Its weights were "

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from sweeper.core.manifest import MANIFEST
-from sweeper.core.paths import TrialFolder, write_atomic
+from sweeper.core.paths import TrialFolder, path_inside, write_atomic
 from sweeper.core.references import referenced_tree
 from sweeper.core.spool import read_spool
 from sweeper.core.stored_files import damage
@@ -283,8 +283,7 @@ class TrackingLedger:
             raise ValueError(f"{stored.key!r} is no trial")
         study = self.folder.parent.resolve()
         for name in names:
-            if not (study / name).resolve().is_relative_to(study.parent):
-                raise ValueError(f"{name} lies outside {study.parent}")
+            path_inside(study.parent, name, start=study)
 
     def _write(self, path: Path, value: FrozenValue) -> None:
         try:

@@ -325,9 +325,9 @@ class JudgedTrainer(Trainer):  # type: ignore[misc]
         place: tuple[int, int] = super()._init_training_state(
             max_steps, steps_per_epoch, num_train_epochs, *rest
         )
-        # transformers forgets the best checkpoint if its stored absolute path no longer exists, as
-        # after the trial's folder has moved
-        if self.state.best_global_step and self.state.best_model_checkpoint is None:
+        # transformers stores an absolute path, which leads to another trial's weights, or nowhere,
+        # once the trial's folder was copied or moved
+        if self.state.best_global_step:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
         # Without this a training that was already complete would take another step

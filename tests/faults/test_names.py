@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.trial import create_trial
 from pydantic import ValidationError
 
 from sweeper.commands.retention import removals
-from sweeper.core.errors import StudyError
+from sweeper.core.errors import StudyError, TrackingError
 from sweeper.core.paths import NightsFolder, StudyFolder, write_json
+from sweeper.driver.folder_moves import end_move
 from sweeper.driver.folder_owner import settle_owner
 from sweeper.nightly.night_claims import NightLog
 from sweeper.nightly.night_record import EntryDecision
 from sweeper.reporting.results import load_results, to_document
+from sweeper.search.study import UUID, require_readable
+from sweeper.tracking.registry import ModelRegistry
 from sweeper.tracking.tracking_ledger import TrackingLedger
+from sweeper.tracking.tracking_server import TrackingServer
 from tests.conftest import Program, run_program
 from tests.reporting.studies import two_arms
 
@@ -121,6 +129,56 @@ def test_a_night_names_only_studies(name: str) -> None:
             ended_before={},
             seconds_before=0.0,
         )
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("a\nb", "a" * 300)])
+@pytest.mark.parametrize("key", ["source", "target", "moved", "copied"])
+def test_a_stored_move_stays_in_the_folder(key: str, name: str, tmp_path: Path) -> None:
+    """move.json of a killed driver: nothing is moved, copied or deleted outside, nor the study."""
+    folder = StudyFolder(tmp_path / "outputs" / "mine")
+    for place in (folder.path, tmp_path / "outputs", tmp_path):
+        (place / "x").mkdir(parents=True)
+        (place / "x" / "weights").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    move = {"source": "x", "target": "set_aside", "moved": ["weights"], "emptied": True}
+    move[key] = [name] if key in ("moved", "copied") else name
+    write_json(folder.set_aside / "move.json", move)
+    with suppress(StudyError):
+        end_move(folder)
+    outside = [path for path in sorted(tmp_path.rglob("*")) if folder.path not in path.parents]
+    assert outside == [path for path in before if folder.path not in path.parents]
+    assert len([*folder.path.rglob("weights")]) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != ""])
+def test_a_uuid_of_another_form_is_a_damaged_study(name: str, tmp_path: Path) -> None:
+    """The storage names the folder to which a study is set aside: refused, with the way out."""
+    if name == "a" * 300:  # of which eight letters are used
+        return
+    study = optuna.create_study(study_name="mine/lora")
+    study.set_user_attr(UUID, name)
+    with pytest.raises(StudyError, match=r"uuid: .* is no UUID.*study_name=mine_2"):
+        require_readable(study)
+
+
+def test_an_outcome_of_another_form_is_a_damaged_study() -> None:
+    """The trial and its key are named, with the way out."""
+    study = optuna.create_study(study_name="mine/lora")
+    study.add_trial(create_trial(value=1.0, user_attrs={"outcome": {"../x": 1}}))
+    with pytest.raises(StudyError, match=r"trial 0: .*study_name=mine_2"):
+        require_readable(study)
+
+
+def test_a_folder_that_cannot_be_is_no_champions(tmp_path: Path, empty_store: Path) -> None:
+    """What the registry says is read before anything is deleted: it is a sentence."""
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    client = TrackingServer(None, tmp_path).client()
+    run = client.create_run("0")
+    client.create_registered_model("m")
+    client.create_model_version("m", str(tmp_path), run.info.run_id, tags={"folder": "a\0b"})
+    client.set_registered_model_alias("m", "champion", "1")
+    with pytest.raises(TrackingError, match="names no folder"):
+        ModelRegistry(None, tmp_path).champions()
 
 
 @pytest.mark.parametrize("process", [-1, 0, 1, "x", None, 1e99, float("inf")])

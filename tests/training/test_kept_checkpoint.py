@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,9 @@ def test_best_weights_of_a_full_fine_tune_are_stored(
     )
 
 
+@pytest.mark.parametrize("where", ["moved", "copied"])
 def test_best_checkpoint_is_found_where_the_folder_has_moved(
-    run_tiny: RunTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_tiny: RunTiny, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Continued elsewhere and stopped before it saved anew: its best weights count, not its last."""
 
@@ -130,7 +132,12 @@ def test_best_checkpoint_is_found_where_the_folder_has_moved(
     killer = Killer()
     with pytest.raises(Killed):
         run_tiny("here", *LEARNS, observer=killer)
-    (tmp_path / "here").rename(tmp_path / "there")
+    if where == "moved":
+        (tmp_path / "here").rename(tmp_path / "there")
+    else:
+        shutil.copytree(tmp_path / "here", tmp_path / "there")
+        for weights in (tmp_path / "here").rglob("*.safetensors"):
+            weights.write_bytes(b"of another trial by now")
     outcome, _, folder = run_tiny("there", *LEARNS, observer=Recorder(stop_after=0))
     assert (outcome.cause, outcome.steps, outcome.best_step) == ("pruned", 5, 4)
     assert outcome.best_value == pytest.approx(killer.losses[1][1], abs=1e-5)
