@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from sweeper.core.references import referenced
 
@@ -57,7 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file holds no JSON, or another value than an object.
     """
-    value = json.loads(path.read_text(encoding="utf-8"))
+    # unlike json.loads it refuses halves of characters, which no file and no page could hold
+    value = from_json(path.read_bytes())
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")
     return value
