@@ -34,6 +34,8 @@ from sweeper.reporting.split_looks import count_look
 from sweeper.search.study_plan import studies
 from tests.faults.stored_names import CANARY, StoredText, names_of, replace_text, texts_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
 NAME = "mine"
 FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
@@ -453,8 +455,6 @@ def test_the_guard_sees_what_is_done_outside(world: StoredWorld) -> None:
     assert f"{world.study.path / 'note'}: copied" in found
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_hostile_name_leads_a_verb_out(
     full_world: StoredWorld, readers: Mapping[str, Sequence[Command]], kind: str
@@ -469,8 +469,6 @@ def test_no_hostile_name_leads_a_verb_out(
     assert problems == full_world.differences() == []
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", FAST)
 def test_no_hostile_name_leads_a_start_out(
     full_world: StoredWorld, readers: Mapping[str, Sequence[Command]], kind: str
@@ -484,8 +482,6 @@ def test_no_hostile_name_leads_a_start_out(
     assert problems == full_world.differences() == []
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_no_other_text_leads_a_verb_out(
     full_world: StoredWorld, readers: Mapping[str, Sequence[Command]]
 ) -> None:
