@@ -7,6 +7,7 @@ the merged weight W + s B A. Layers that compute anything else keep PEFT's forwa
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -35,6 +36,29 @@ def fuse_frozen_linears(model: PeftModel) -> int:
     for layer in fused:
         layer.__class__ = FUSED[type(layer)]
     return len(fused)
+
+
+def unpacked_shapes(model: PeftModel, packed: Collection[int]) -> list[torch.Size]:
+    """Return the shapes [outputs, inputs] of the weights that the backward pass may keep unpacked.
+
+    Args:
+        model: The model on the meta device.
+        packed: Identities of the weights that are packed into four bits when the base is loaded.
+    """
+    plain = (layer for layer in model.modules() if type(layer) is LoraLinear)
+    return [
+        layer.base_layer.weight.shape
+        for layer in plain
+        if id(layer.base_layer.weight) in packed
+        and type(layer.base_layer) is nn.Linear
+        and (name := _only_adapter(layer)) is not None
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+    ]
+
+
+def is_kept(outputs: int, tokens: int) -> bool:
+    """Return True if the backward pass keeps an unpacked weight, which is no larger than its inputs."""
+    return outputs <= tokens
 
 
 class FusedForward:
@@ -90,9 +114,9 @@ class LoraProduct(torch.autograd.Function):
         inner = x @ down.t()
         output.addmm_(inner, up.t(), alpha=scaling)
         # A small unpacked weight is kept rather than unpacked twice. It takes no more memory than the
-        # inputs, which are kept in any case
-        small = weight.numel() <= x.numel()
-        ctx.save_for_backward(x, inner, down, up, weight if small else None)
+        # inputs, which are kept in any case. The memory estimate counts it (unpacked_shapes)
+        kept = is_kept(weight.shape[0], x.shape[0])
+        ctx.save_for_backward(x, inner, down, up, weight if kept else None)
         ctx.base, ctx.scaling = base, scaling
         return output
 

@@ -33,6 +33,7 @@ from sweeper.modeling.adapter import attach
 from sweeper.modeling.blocks import largest_gathered
 from sweeper.modeling.even_experts import even_experts
 from sweeper.modeling.expert_weights import computes_plain_product, expert_weights
+from sweeper.modeling.frozen_linear import is_kept, unpacked_shapes
 from sweeper.modeling.hardware import choose_dtype
 from sweeper.modeling.held_precision import hold_frozen
 from sweeper.modeling.model_source import in_full, load_config
@@ -216,6 +217,7 @@ def estimate(
     built = _built(form, config)
     shards, held, step, unpacked = workload.shards, built.held, built.step, built.unpacked
     peak = _peak(form, built, workload)
+    peak = replace(peak, activations=peak.activations + _kept_unpacked(built, workload))
     # FSDP gathers one block at a time, and its gradient is whole before the reduction
     if shards > 1:
         unpacked = built.gathered
@@ -282,6 +284,10 @@ class BuiltForm:
     """Bytes of the largest quantized weight in the compute dtype."""
     gathered: int
     """Bytes of the largest block of a sharded model and its gradient, or 0 without sharding."""
+    kept: tuple[torch.Size, ...]
+    """Shapes of the 4-bit weights that a CPU's backward pass may keep unpacked in fp32."""
+    layers: int
+    """Number of decoder layers."""
 
     @cached_property
     def steps(self) -> SimulatedSteps:
@@ -340,7 +346,29 @@ def _build(form: EstimatedForm, config: PretrainedConfig) -> BuiltForm:
         unpacked=_largest(packed, form.compute_dtype),
         # the weights of a block and their gradient
         gathered=2 * largest_gathered(model) if form.shards > 1 else 0,
+        kept=_unpacked_shapes(form, model, packed),
+        layers=model.config.num_hidden_layers,
     )
+
+
+def _unpacked_shapes(
+    form: EstimatedForm,
+    model: PreTrainedModel | PeftModel,
+    packed: Mapping[str, QuantizedWeight],
+) -> tuple[torch.Size, ...]:
+    """Return the shapes of the weights that sweeper.modeling.frozen_linear may keep unpacked."""
+    fused = form.on.type == "cpu" and form.compute_dtype is torch.float32
+    if not (fused and form.quantization.load_in_4bit and isinstance(model, PeftModel)):
+        return ()
+    return tuple(unpacked_shapes(model, {id(found.weight) for found in packed.values()}))
+
+
+def _kept_unpacked(built: BuiltForm, workload: StepWorkload) -> int:
+    """Return the bytes of the unpacked weights that are alive at the end of the forward pass."""
+    tokens = workload.batch_size * workload.length
+    kept = sum(4 * shape.numel() for shape in built.kept if is_kept(shape[0], tokens))
+    # Recomputed activations are those of one layer at a time
+    return kept // built.layers if workload.activation_checkpointing else kept
 
 
 def held_dtype(adapter: LoraAdapter | NoAdapter, compute_dtype: torch.dtype) -> torch.dtype:

@@ -317,6 +317,37 @@ def test_a_rank_between_two_others_is_not_simulated(
         assert own.optimizer == interpolated.optimizer
 
 
+@pytest.mark.parametrize("tokens", [40, 200])
+def test_unpacked_weights_that_a_cpu_keeps_are_estimated(tokens: int) -> None:
+    """To the byte: the weights of fused layers that a real forward pass saves for its backward pass."""
+    settings = make_settings("quantization=nf4", "adapter.r=4", "model.dtype=float32").trial
+    assert isinstance(settings.adapter, LoraAdapter)
+    base = load_base(settings.model, settings.quantization, trained=False).model
+    model = attach(base, settings.adapter).train()
+    shapes = {weight.quant_state.shape for weight in model.parameters() if _is_packed(weight)}
+    held = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape in shapes and tensor.untyped_storage().data_ptr() not in held:
+            saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=torch.ones(1, tokens, dtype=torch.long)).logits.sum()
+    assert loss.requires_grad
+    found = sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+    estimate_trial(settings, CPU, length=8)
+    (built,) = memory_estimate._last_built.values()
+    workload = StepWorkload(1, tokens, False, False, "adamw_torch")
+    assert memory_estimate._kept_unpacked(built, workload) == found
+    assert (found > 0) is (tokens >= min(shape[0] for shape in shapes))
+
+
+def _is_packed(weight: torch.nn.Parameter) -> bool:
+    return isinstance(weight, Params4bit)
+
+
 def test_only_large_states_are_paged() -> None:
     """bitsandbytes pages tensors of 100,000 elements and more: none of a small adapter's."""
     cuda = torch.device("cuda")
