@@ -7,7 +7,6 @@ says so.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import optuna
 from numpy.typing import NDArray
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from pydantic_core import from_json
 
 from sweeper.core.errors import StudyError
 from sweeper.core.paths import StudyFolder
@@ -105,7 +105,8 @@ def read_samples(folder: StudyFolder, arm: ArmResult) -> tuple[SampleAnswer, ...
     if not path.exists():
         return ()
     try:
-        return tuple(SampleAnswer(**row) for row in json.loads(path.read_bytes()))
+        # unlike json.loads it refuses halves of characters, which no page could hold
+        return tuple(SampleAnswer(**row) for row in from_json(path.read_bytes()))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         tell_damage(path, error, "the page shows no sample answers of this trial")
         return ()

@@ -74,6 +74,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "other object": lambda path: path.write_text('{"format": 4, "arms": {"lora": 3}}\n'),
     "nested": lambda path: path.write_text("[" * 10_000 + "]" * 10_000 + "\n"),
     "numbers": lambda path: path.write_text('{"step": "x", "time": NaN, "format": 1e999}\n'),
+    "half a character": lambda path: path.write_text('[{"prompt": "\\udc80"}]\n'),
     "folder": _as_folder,
 }
 
