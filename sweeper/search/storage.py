@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import operator
 import shlex
 import sqlite3
 import threading
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb.models import TrialModel
+from optuna.trial import FrozenTrial
 from sqlalchemy.exc import (
     DatabaseError,
     IntegrityError,
@@ -70,6 +73,8 @@ DAMAGED_FILE = (
 DAMAGES = (JSONDecodeError, UnicodeDecodeError, LookupError, OverflowError)
 """Errors of Optuna and SQLAlchemy about a stored value that is none. LookupError is one of a state's
 name, and its kinds KeyError and IndexError are Optuna's answers about what does not exist."""
+BUILD_DAMAGES = (ValueError, TypeError, LookupError, OverflowError, AttributeError, AssertionError)
+"""Errors of Optuna about a stored trial whose domains or numbers are none."""
 
 CACHED = (
     *("_create_new_trial", "_set_trial_param", "_get_best_trial_id", "_get_trials"),
@@ -78,6 +83,8 @@ CACHED = (
 """Methods that Optuna's cache in front of every RDBStorage calls instead of the public interface."""
 CLAIMS = frozenset({"create_new_trial", "_create_new_trial", "set_trial_state_values"})
 """Calls that only the one driver of a study may make: asking and telling."""
+TRIAL_READS = frozenset({"get_trial", "get_all_trials", "_get_trials"})
+"""Calls that raise a ValueError or TypeError only for what is stored, such as a date that is none."""
 ATTRIBUTES = frozenset({"set_study_user_attr", "set_trial_user_attr"})
 """Calls that store texts."""
 
@@ -195,6 +202,15 @@ class PatientStorage(RDBStorage):
             self._ownership.release()
             self._ownership = NullOwnership()
 
+    def _build_frozen_trial_from_trial_model(self, trial: TrialModel) -> FrozenTrial:
+        """Build a trial of its rows, whose errors cannot mean that the trial does not exist."""
+        try:
+            # SQLite keeps a text in a column of numbers
+            operator.index(trial.number)
+            return super()._build_frozen_trial_from_trial_model(trial)
+        except BUILD_DAMAGES as error:
+            raise damaged(str(self.url), error) from None
+
     def hold(self) -> None:
         """Verify that no other driver has taken over."""
         self._ownership.hold()
@@ -254,6 +270,10 @@ def _sound(call: Callable[..., Result]) -> Callable[..., Result]:
             return call(storage, *arguments, **options)
         except DAMAGES as error:
             if isinstance(error, KeyError | IndexError):
+                raise
+            raise damaged(str(storage.url), error) from None
+        except (ValueError, TypeError) as error:
+            if call.__name__ not in TRIAL_READS:
                 raise
             raise damaged(str(storage.url), error) from None
         except (StorageInternalError, DatabaseError) as error:
