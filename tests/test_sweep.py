@@ -33,6 +33,11 @@ class Swept:
     command: list[str]
     output: str
 
+    @property
+    def looks_at_all_rows(self) -> bool:
+        """False for the embedded data: looks are at evaluation.look_rows=96 of its 333 rows."""
+        return any(word.startswith("data.train=") for word in self.command)
+
 
 @pytest.fixture(scope="module", params=["rows", pytest.param("embedded", marks=pytest.mark.slow)])
 def swept(
@@ -118,7 +123,7 @@ def test_runs_hold_parameters_metrics_counts_and_provenance(swept: Swept) -> Non
 
 
 def test_runs_agree_with_the_trial_folders(swept: Swept) -> None:
-    """MLflow holds every evaluation of the spool, with its step, and the best of them."""
+    """MLflow holds every look of the spool, with its step, and the judgement of the whole split."""
     folder = swept.folder
     _, children = _runs(folder)
     client = MlflowClient(local_uri(folder / "mlruns"))
@@ -133,7 +138,9 @@ def test_runs_agree_with_the_trial_folders(swept: Swept) -> None:
         assert [(point.step, point.value) for point in history] == spooled
         outcome = json.loads((trial / "outcome.json").read_text())
         assert run.data.metrics["best/eval_loss"] == outcome["best_value"]
-        assert outcome["best_value"] == min(loss for _, loss in spooled)
+        assert outcome["best_step"] == min(spooled, key=lambda look: look[1])[0]
+        if swept.looks_at_all_rows:
+            assert outcome["best_value"] == min(loss for _, loss in spooled)
 
 
 def test_adapters_are_artifacts(swept: Swept) -> None:

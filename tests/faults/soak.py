@@ -232,7 +232,9 @@ class Driver:
 
     def tamper(self, draw: random.Random) -> bool:
         """Replace the data file, and kill a worker, whose successor reads it."""
-        if self.tampered_at is not None or not self.kill_worker(draw):
+        # before its first trial a study takes any file for its own
+        asked = any(self.study.glob("lora/trial_*"))
+        if self.tampered_at is not None or not asked or not self.kill_worker(draw):
             return False
         self.rows.write_text(OTHER_ROWS)
         self.tampered_at = time.monotonic()

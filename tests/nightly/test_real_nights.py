@@ -223,17 +223,19 @@ def test_other_data_are_a_new_study_and_the_champion_is_judged_again(week: House
     assert third.decided.warm_start == (week.study(0).name,)
     assert third.champion
     assert third.champion.champion == f"version {1}"
-    assert third.champion.verdict in ("promoted", "kept")
+    # Another point on other data may be better, worse, or too near to tell without further seeds
+    assert third.champion.verdict in ("promoted", "kept", "undecided")
 
 
 def test_a_promotion_and_a_refusal_have_their_evidence(week: House) -> None:
-    """Night 1's best beats the untuned base by its whole interval; a later one is no better for sure."""
+    """Night 1's best beats the untuned base by its whole interval; a refusal leaves the champion."""
     first, *later = (week.entry(number).champion for number in range(3))
     assert first
     assert (first.verdict, first.champion) == ("promoted", None)
-    kept = [decision for decision in later if decision and decision.verdict == "kept"]
-    assert kept
-    for decision in (first, *kept):
+    refused = [decision for decision in later if decision and decision.verdict != "promoted"]
+    assert refused
+    assert all(decision.champion == "version 1" for decision in refused)
+    for decision in (first, *refused):
         assert re.search(r"-?\d\.\d+", decision.reason), decision.reason
     tags = MlflowClient(week.server).get_model_version(MODEL, "1").tags
     assert tags["sweeper.reason"] == first.reason
