@@ -150,7 +150,9 @@ class RunningTrial(Job):
 
     def fail(self, cause: LostCause, message: str) -> None:
         """See Job."""
-        # also after a check: the death of a worker is no property of the point
+        # also after a check: the death of a worker is no property of the point. Attempts that ended
+        # with a check have not been stored yet
+        self.prepared.trial.set_user_attr("attempt", self.attempt)
         self.outcome = Outcome(cause=cause, message=message, steps=self.prepared.view.step)
 
     def cancel(self) -> None:

@@ -100,6 +100,17 @@ def test_a_crash_gets_three_attempts(tmp_path: Path) -> None:
     assert _causes(tmp_path) == ["finished", "crash", "finished"]
 
 
+@pytest.mark.slow
+def test_attempts_that_end_before_the_training_are_stored(tmp_path: Path) -> None:
+    """Three workers die while they check a trial: its record says three attempts, not none."""
+    _run(
+        *(tmp_path, ONLY_LORA, "hydra.sweeper.n_trials=1", *PROCESSES),
+        "++workers.fake.requests={check: crash}",
+    )
+    (crashed,) = _trials(tmp_path)
+    assert (crashed.state, crashed.user_attrs["attempt"]) == (TrialState.FAIL, 3)
+
+
 def test_the_same_code_error_stops_the_study_once(tmp_path: Path) -> None:
     """Three identical tracebacks end the study with that traceback; nothing is left running."""
     plan = "{0:error,1:error,2:error,3:error,4:error}"

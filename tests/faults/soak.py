@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -488,13 +489,22 @@ def _words(process: psutil.Process) -> str:
 
 def _left_behind(mark: str) -> list[str]:
     """Processes of the study that outlive it."""
+    left = _marked(mark)
+    # A worker that is frozen before its first import has no device yet, and cannot ask Linux to end it
+    # with its driver. It must end as soon as it wakes up
+    for process in left:
+        with suppress(psutil.Error):
+            process.resume()
+    _, left = psutil.wait_procs(left, timeout=30)
+    return [f"process {process.pid} outlives the study: {_words(process)}" for process in left]
+
+
+def _marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.Error):
             if process.environ().get("SOAK_MARK") == mark:
-                found.append(f"process {process.pid} outlives the study: {_words(process)}")
-        except psutil.Error:
-            continue
+                found.append(process)
     return found
 
 
