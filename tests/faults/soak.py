@@ -256,7 +256,9 @@ class Driver:
         if self.tampered_at is not None or self.process.poll() is not None:
             return False
         identity = self.study / "identity.json"
-        own = identity.read_text() if identity.exists() else None
+        own = identity.read_bytes() if identity.exists() else None
+        if own is not None and not _is_json(own):
+            return False  # damaged a moment ago, and not written again yet
         self._end()
         self.start("hydra.sweeper.storage=sqlite:///other.db", "tracking=none")
         time.sleep(draw.uniform(0, AWAY_SECONDS))
@@ -264,7 +266,7 @@ class Driver:
         self.process.wait()
         self.start()
         deadline = time.monotonic() + END_SECONDS
-        while own is not None and not (identity.exists() and identity.read_text() == own):
+        while own is not None and not (identity.exists() and identity.read_bytes() == own):
             assert time.monotonic() < deadline, "the study's own trials never came back"
             self.revive()
             time.sleep(0.1)
@@ -333,6 +335,14 @@ class Driver:
         self.unasked.append(f"run {self.runs} ended with {code}: " + " | ".join(tail))
         self.start()
         return False
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True
 
 
 def _refused(text: str) -> bool:
