@@ -141,7 +141,7 @@ def _trains(process: psutil.Process) -> bool:
     """Whether it is a worker that lives; multiprocessing's resource tracker stays."""
     try:
         return "spawn_main" in " ".join(process.cmdline())
-    except psutil.ZombieProcess:  # it has ended, and its driver has not waited for it yet
+    except psutil.NoSuchProcess:  # it has ended; a zombie if its driver has not waited for it yet
         return False
 
 

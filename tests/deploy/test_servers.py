@@ -42,7 +42,8 @@ def test_both_servers_restart_in_the_middle_and_nothing_is_lost(
     while len(list(study.glob("lora/*/outcome.json"))) < 4:
         assert process.poll() is None, process.stdout and process.stdout.read()
         time.sleep(0.1)
-    words = [" ".join(p.cmdline()) for p in psutil.process_iter() if p.is_running()]
+    # a process of any other program may end meanwhile: None instead of its words
+    words = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
     assert not [line for line in words if PASSWORD in line]
     stack.script("restart")
     finished = len(list(study.glob("lora/*/outcome.json")))

@@ -323,5 +323,5 @@ def test_a_ray_started_here_runs_a_sweep_and_is_gone_afterwards(tmp_path: Path) 
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Token authentication" not in result.stdout + result.stderr
     time.sleep(3)
-    left = [p.name() for p in psutil.process_iter() if p.pid not in before]
+    left = [p.info["name"] or "" for p in psutil.process_iter(["name"]) if p.pid not in before]
     assert not [name for name in left if "raylet" in name or "gcs_server" in name]
