@@ -42,7 +42,7 @@ from sweeper.search.study_plan import StudyPlan, single, studies
 from sweeper.workers.devices import DeviceSurvey
 from sweeper.workers.worker_count import MachineShare
 from tests.conftest import Program, make_settings
-from tests.reporting.studies import LORA_COSTS, make_arm, make_results, make_trial
+from tests.reporting.studies import FACTS, LORA_COSTS, make_arm, make_results, make_trial
 
 MACHINE = MachineShare(1, 8000.0, DeviceSurvey(), {})
 """A machine of one core."""
@@ -195,7 +195,7 @@ def test_a_study_that_ran_keeps_its_number_of_workers(tmp_path: Path) -> None:
     study = optuna.create_study(
         storage=database_url(folder.database), study_name=optuna_name("lr_rank_sweep", "lora")
     )
-    study.set_user_attr("facts", {})
+    study.set_user_attr("facts", FACTS.model_dump(mode="json"))
     study.set_user_attr(WORKERS, {"jobs": 3, "threads": 2})
     assert "with 3 workers if no trial ends early" in _shown(plan)
     given = _plan(*overrides, "hydra.sweeper.n_jobs=2")
