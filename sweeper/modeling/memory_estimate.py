@@ -260,7 +260,7 @@ class EstimatedForm:
 
     @property
     def key_of_all_ranks(self) -> str:
-        """What forms have in common that differ in the rank of their adapter and in no other size."""
+        """The part of the key that forms share if they differ only in the rank of their adapter."""
         dropout = isinstance(self.adapter, LoraAdapter) and self.adapter.lora_dropout > 0
         return self._text(f"{self.adapter.model_dump_json(exclude=UNSIZED)} {dropout}")
 

@@ -231,6 +231,19 @@ def test_an_estimate_leaves_the_configuration_alone() -> None:
     assert AutoModelForCausalLM.from_config(config).dtype == torch.float32
 
 
+def _counted_simulations(monkeypatch: pytest.MonkeyPatch) -> list[StepWorkload]:
+    """Every step that is simulated from now on."""
+    calls: list[StepWorkload] = []
+    plain = SimulatedSteps._simulated
+
+    def counted(self: SimulatedSteps, asked: StepWorkload) -> PeakBytes:
+        calls.append(asked)
+        return plain(self, asked)
+
+    monkeypatch.setattr(SimulatedSteps, "_simulated", counted)
+    return calls
+
+
 DEEP_LLAMA = LlamaConfig(**{**GROUPED, "num_hidden_layers": 6, "vocab_size": 512})
 
 
@@ -252,14 +265,7 @@ def test_batches_of_one_form_are_simulated_from_two(
     def workload(size: int) -> StepWorkload:
         return StepWorkload(size, 32, recomputed, True, "adamw_torch", targets=8)
 
-    calls: list[StepWorkload] = []
-    plain = SimulatedSteps._simulated
-
-    def counted(self: SimulatedSteps, asked: StepWorkload) -> PeakBytes:
-        calls.append(asked)
-        return plain(self, asked)
-
-    monkeypatch.setattr(SimulatedSteps, "_simulated", counted)
+    calls = _counted_simulations(monkeypatch)
     shared = steps()
     found = [shared.peak(workload(size)) for size in (8, 4, 1, 16, 8)]
     assert len(calls) == (4 if recomputed else 2)
@@ -295,14 +301,7 @@ def test_a_rank_between_two_others_is_not_simulated(
 
     memory_estimate._simulated.clear()
     memory_estimate._last_built.clear()
-    calls: list[StepWorkload] = []
-    plain = SimulatedSteps._simulated
-
-    def counted(self: SimulatedSteps, asked: StepWorkload) -> PeakBytes:
-        calls.append(asked)
-        return plain(self, asked)
-
-    monkeypatch.setattr(SimulatedSteps, "_simulated", counted)
+    calls = _counted_simulations(monkeypatch)
     found(2), found(64)
     simulated = len(calls)
     between = {rank: found(rank) for rank in (16, 5)}
