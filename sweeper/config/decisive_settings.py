@@ -30,6 +30,7 @@ WITHOUT_EFFECT = (
     "training.fsdp",  # or the weights as well
 )
 """Settings, or sections of them, that change no trial's value."""
+_LEFT_OUT = tuple(f"{name}." for name in (*DIGESTED, *WITHOUT_EFFECT))
 
 
 def decisive_settings(settings: TrialSettings) -> dict[str, str]:
@@ -73,4 +74,4 @@ def digested_settings(settings: TrialSettings) -> dict[str, str]:
 
 
 def _is_left_out(key: str) -> bool:
-    return any(f"{key}.".startswith(f"{name}.") for name in (*DIGESTED, *WITHOUT_EFFECT))
+    return f"{key}.".startswith(_LEFT_OUT)
