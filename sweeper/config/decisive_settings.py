@@ -54,7 +54,11 @@ def accepted_digests(*forms: TrialSettings) -> list[str]:
 
     Settings of SET_LATER may have had their defaults when the trial began.
     """
-    return [settings_digest(each) for form in forms for each in (form, _as_begun(form))]
+    unequal: list[TrialSettings] = []
+    for each in (kind for form in forms for kind in (form, _as_begun(form))):
+        if each not in unequal:  # a comparison costs less than a digest
+            unequal.append(each)
+    return [settings_digest(each) for each in unequal]
 
 
 def _as_begun(settings: TrialSettings) -> TrialSettings:

@@ -13,6 +13,16 @@ SHOWN = "�"
 # C0 without tab and line feed, DEL, C1, and the marks that reverse the order of what follows.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
+_SHOWN_MARKS = {
+    "\\": "\\\\",
+    "`": "\\`",
+    "<": "&lt;",
+    "|": "\\|",
+    "](": "]\\(",
+    "![": "!\\[",
+}
+_MARKS = re.compile("|".join(map(re.escape, _SHOWN_MARKS)))
+
 
 def visible(text: str) -> str:
     """Return a text without characters that steer a terminal. Line breaks and tabs stay."""
@@ -22,9 +32,7 @@ def visible(text: str) -> str:
 def in_markdown(text: str) -> str:
     """Return a text on one line in which Markdown finds no link, picture, code, HTML or cell."""
     text = visible(" ".join(text.split()))
-    for mark, shown in (("\\", "\\\\"), ("`", "\\`"), ("<", "&lt;"), ("|", "\\|"), ("](", "]\\(")):
-        text = text.replace(mark, shown)
-    return text.replace("![", "!\\[")
+    return _MARKS.sub(lambda mark: _SHOWN_MARKS[mark[0]], text)
 
 
 def in_code(text: str) -> str:

@@ -32,7 +32,6 @@ from sweeper.search.study import (
     DROPPED,
     HOPELESS_AT,
     ask,
-    counted,
     decided_rank,
     find_duplicate,
     next_queued,
@@ -52,12 +51,16 @@ class ArmSearch:
     """Asks the arm's study for trials until n_trials are used up or no further one may be started."""
 
     def __init__(
-        self, context: ArmContext, wanted: Callable[[], int], on_trial_finished: Callable[[], None]
+        self,
+        context: ArmContext,
+        wanted: Callable[[Sequence[FrozenTrial]], int],
+        on_trial_finished: Callable[[], None],
     ) -> None:
         """
         Args:
             context: the arm.
-            wanted: returns the arm's n_trials, which commands may raise while it runs.
+            wanted: returns how many of the arm's trials are to run, given those that it has. Commands
+                may raise the number while it runs.
             on_trial_finished: called after each trial's result is recorded.
         """
         self._context = context
@@ -79,7 +82,7 @@ class ArmSearch:
 
     def conclude(self) -> None:
         """Say why the search has ended before its total, if it has."""
-        done, wanted = counted(self._context.study), self._wanted()
+        done, wanted = self._counted()
         if done < wanted:
             reason = self._refusal or "every other proposed point was a duplicate or infeasible"
             self._context.services.view.event(
@@ -161,8 +164,13 @@ class ArmSearch:
     @property
     def gave_way(self) -> bool:
         """True if trials are lacking only because the next arm has got the device time for them."""
-        lacking = counted(self._context.study) < self._wanted()
-        return lacking and self._passed_on and self._refusal == NO_DEVICE_HOURS
+        done, wanted = self._counted()
+        return done < wanted and self._passed_on and self._refusal == NO_DEVICE_HOURS
+
+    def _counted(self) -> tuple[int, int]:
+        """Return how many trials have used up the arm's number, and the number."""
+        trials = self._context.study.get_trials(deepcopy=False)
+        return sum(map(counts, trials)), self._wanted(trials)
 
     def _next_step(self) -> Literal["ask", "wait", "end"]:
         """Return how the search uses a free slot: ask for a trial, wait for an open one, or end."""
@@ -170,7 +178,7 @@ class ArmSearch:
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         # the whole grid was queued when the arm was opened; a grid sampler would repeat its points
         exhausted = self._context.arm.sampler.name == "grid" and not waiting
-        total = self._wanted()
+        total = self._wanted(trials)
         if exhausted or sum(map(counts, trials)) + len(self._open) >= total:
             return "end"
         turn = next_turn(trials, self._context.places)

@@ -26,7 +26,7 @@ def arm_standing(arm: ArmPlan, study: optuna.Study | None) -> ArmStatus:
     )
     return ArmStatus(
         name=arm.name,
-        wanted=arm.n_trials + (0 if study is None else refined_count(study)),
+        wanted=arm.n_trials + refined_count(trials),
         done=sum(map(counts, trials)),
         trials=dict(causes),
         best=_best(arm, trials),

@@ -244,7 +244,7 @@ class StudyRun:
         context = self._open_arm(arm, facts, adopted)
         search = ArmSearch(
             context,
-            lambda: self._state.total(arm.name) + refined_count(context.study),
+            lambda trials: self._state.total(arm.name) + refined_count(trials),
             lambda: self._on_trial_finished(context),
         )
         search.begin()
@@ -293,7 +293,8 @@ class StudyRun:
         """Train the points that were not tried yet."""
         arm, study = context.arm, context.study
         if new := queue_refined(arm, study, points):
-            self.services.board.want(arm.name, self._state.total(arm.name) + refined_count(study))
+            trials = study.get_trials(deepcopy=False)
+            self.services.board.want(arm.name, self._state.total(arm.name) + refined_count(trials))
             points_word = "point" if new == 1 else "points"
             words = f"arm {arm.name}: {new} further {points_word} beside the best of its grid"
             self.services.view.event(words)
@@ -450,9 +451,10 @@ class StudyRun:
         study = self._state.studies.get(arm.name)
         if study is None:
             return arm.n_trials
-        lacking = arm.n_trials + refined_count(study) - counted(study)
+        refined = refined_count(study.get_trials(deepcopy=False))
+        lacking = arm.n_trials + refined - counted(study)
         if lacking <= 0 and study.user_attrs.get(REFINE):  # points beside the best one may follow
-            lacking = self._state.plan.refined_at_most(arm) - refined_count(study)
+            lacking = self._state.plan.refined_at_most(arm) - refined
         return max(0, lacking)
 
     def _seconds_left_to_equal(self, arm: ArmPlan, first: str) -> float:

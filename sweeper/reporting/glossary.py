@@ -50,6 +50,9 @@ TERMS: Mapping[str, str] = {
     "error": "failed with an exception. The message is in results.json.",
 }
 """Meanings by term, in the order of the glossary."""
+_PATTERNS = {
+    term: re.compile(rf"(?<![\w-]){re.escape(term)}s?(?!\w)", re.IGNORECASE) for term in TERMS
+}
 
 FOOTNOTE = (
     "Terms: an arm is one training method with a separate search. change = value minus the untuned "
@@ -60,8 +63,4 @@ FOOTNOTE = (
 
 def terms_in(text: str) -> list[tuple[str, str]]:
     """Return the terms that occur in a text as whole words, with their meanings, in glossary order."""
-    return [
-        (term, meaning)
-        for term, meaning in TERMS.items()
-        if re.search(rf"(?<![\w-]){re.escape(term)}s?(?!\w)", text, re.IGNORECASE)
-    ]
+    return [(term, meaning) for term, meaning in TERMS.items() if _PATTERNS[term].search(text)]

@@ -240,8 +240,11 @@ class RungGuard:
     def _enough(self, rung: int) -> bool:
         """Return True if enough other trials have passed this rung."""
         trials = self._trial.study.get_trials(deepcopy=False)
-        # Minus one for this trial, whose own value has just been reported.
-        there = sum(rung in other.intermediate_values for other in trials) - 1
+        there = sum(
+            rung in other.intermediate_values
+            for other in trials
+            if other.number != self._trial.number
+        )
         return there >= self._settings.n_startup_trials
 
 

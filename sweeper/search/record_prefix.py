@@ -54,6 +54,11 @@ def turn_of(trial: BaseTrial | FrozenTrial) -> TrialTurn:
     return TrialTurn(place, reads)
 
 
+def _place_of(trial: FrozenTrial) -> int:
+    turn = trial.user_attrs.get(TURN)
+    return trial.number if turn is None else int(turn[0])
+
+
 def next_turn(trials: Sequence[FrozenTrial], places: int) -> TrialTurn:
     """Return the turn of the next trial that is asked.
 
@@ -61,7 +66,7 @@ def next_turn(trials: Sequence[FrozenTrial], places: int) -> TrialTurn:
         trials: all trials of the arm.
         places: see `reach`.
     """
-    asked = [turn_of(trial).place for trial in trials if trial.state is not TrialState.WAITING]
+    asked = [_place_of(trial) for trial in trials if trial.state is not TrialState.WAITING]
     place = max(asked, default=-1) + 1
     return TrialTurn(place, max(0, place - places + 1))
 
@@ -69,7 +74,7 @@ def next_turn(trials: Sequence[FrozenTrial], places: int) -> TrialTurn:
 def read_by(turn: TrialTurn, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Return the ended trials that decisions at this turn read."""
     return [
-        trial for trial in trials if trial.state.is_finished() and turn_of(trial).place < turn.reads
+        trial for trial in trials if trial.state.is_finished() and _place_of(trial) < turn.reads
     ]
 
 
@@ -84,12 +89,16 @@ class PrefixStorage:
 
     Trials at later places than the turn are left out. Those before it that it does not read are shown
     as running without results: that they were asked is known, how they end is not.
+
+    The view of a turn whose read trials have all ended never changes, and is read once.
     """
 
     def __init__(self, storage: BaseStorage, turn: TrialTurn) -> None:
         # Samplers and pruners read all trials through the storage, so this is the one place to filter.
         self._storage = storage
         self._turn = turn
+        self._final: dict[int, list[FrozenTrial]] = {}
+        """Views that no longer change, by the study's id."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._storage, name)
@@ -101,23 +110,38 @@ class PrefixStorage:
         states: Container[TrialState] | None = None,
     ) -> list[FrozenTrial]:
         """See BaseStorage."""
-        shown: list[FrozenTrial] = []
-        for trial in self._storage.get_all_trials(study_id, deepcopy=deepcopy):
-            place = turn_of(trial).place
-            if trial.state is TrialState.WAITING or place > self._turn.place or _superseded(trial):
-                continue
-            seen = trial
-            if place == self._turn.place:
-                seen = _without_draws(trial)
-            elif place >= self._turn.reads or not trial.state.is_finished():
-                seen = _as_running(trial)
-            if states is None or seen.state in states:
-                shown.append(seen)
-        return shown
+        shown = self._final.get(study_id)
+        if shown is None:
+            trials = self._storage.get_all_trials(study_id, deepcopy=False)
+            shown = [seen for trial in trials if (seen := self._seen(trial)) is not None]
+            if self._is_final(trials):
+                self._final[study_id] = shown
+        if states is not None:
+            shown = [trial for trial in shown if trial.state in states]
+        return copy.deepcopy(shown) if deepcopy else list(shown)
+
+    def _seen(self, trial: FrozenTrial) -> FrozenTrial | None:
+        """Return a trial as this turn's decisions see it, or None for one that they do not see."""
+        place = _place_of(trial)
+        if trial.state is TrialState.WAITING or place > self._turn.place or _superseded(trial):
+            return None
+        if place == self._turn.place:
+            return _without_draws(trial)
+        known = place < self._turn.reads and trial.state.is_finished()
+        return trial if known else _as_running(trial)
+
+    def _is_final(self, trials: Sequence[FrozenTrial]) -> bool:
+        """Return True if every other trial that this turn reads has ended."""
+        return all(
+            trial.state.is_finished() or _place_of(trial) >= min(self._turn.reads, self._turn.place)
+            for trial in trials
+        )
 
 
 def _superseded(trial: FrozenTrial) -> bool:
     """Return True for a cancelled trial: another one continues it at the same place."""
+    if trial.state is not TrialState.FAIL:
+        return False
     cause = trial.user_attrs.get("cause")
     return cause in STATES and STATES[cause].open
 
@@ -126,7 +150,7 @@ def _without_draws(trial: FrozenTrial) -> FrozenTrial:
     """Return a trial as it was before its first value, so that values drawn again are the same."""
     # the GP sampler would avoid the very point that an attempt before a kill had drawn
     blank = copy.copy(trial)
-    blank.params, blank.distributions = {}, {}
+    blank.params, blank.distributions, blank.intermediate_values = {}, {}, {}
     blank.system_attrs = _fixed(trial)
     return blank
 

@@ -9,7 +9,7 @@ takes no new values, so a refined trial has the grid's draw and an attribute wit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -33,9 +33,9 @@ def fix_refinement(study: optuna.Study, arm: ArmPlan) -> None:
         study.set_user_attr(REFINE, arm.refine and not study.get_trials(deepcopy=False))
 
 
-def refined_count(study: optuna.Study) -> int:
+def refined_count(trials: Iterable[FrozenTrial]) -> int:
     """Return the number of trials beside the grid, which use no budget of n_trials."""
-    return sum(REFINES in trial.user_attrs for trial in study.get_trials(deepcopy=False))
+    return sum(REFINES in trial.user_attrs for trial in trials)
 
 
 def rates_beside_best(arm: ArmPlan, study: optuna.Study) -> list[Point]:
@@ -65,7 +65,7 @@ def warmup_beside_best(arm: ArmPlan, study: optuna.Study, winner: Point) -> list
     best = _best(arm, _complete(study))
     warmup = winner.get(WARMUP)
     own = arm.settings.training.warmup_ratio
-    if not refined_count(study) or best is None or WARMUP in arm.space:
+    if not refined_count(study.get_trials(deepcopy=False)) or best is None or WARMUP in arm.space:
         return []
     if warmup is None or warmup == own or WARMUP in point_of(best):
         return []

@@ -36,7 +36,10 @@ def make_sampler(settings: SamplerSettings, space: Space, n_trials: int) -> Base
         ConfigError: Optuna has no such class, or the class does not take these arguments.
     """
     _make(settings, space, n_trials, settings.seed)  # what cannot be made is refused here
-    return SeededDraws(lambda seed: _make(settings, space, n_trials, seed), settings.seed)
+    one_space = settings.name in {"tpe", "gp"} and not conditional(space)
+    return SeededDraws(
+        lambda seed: _make(settings, space, n_trials, seed), settings.seed, one_space
+    )
 
 
 class SeededDraws(BaseSampler):
@@ -46,15 +49,22 @@ class SeededDraws(BaseSampler):
     trial, and every value that is drawn on its own, gets a new sampler of the configured kind.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+    def __init__(
+        self, make: Callable[[int], BaseSampler], seed: int, one_space: bool = False
+    ) -> None:
         """
         Args:
             make: returns a sampler with a seed.
             seed: the arm's.
+            one_space: True if the samplers draw together what all trials of the record have in
+                common. Each then compares only trials that are new.
         """
         self._make = make
         self._seed = seed
         self._of_trial: tuple[int, BaseSampler] | None = None
+        self._one_space = one_space
+        self._inferring: tuple[int, BaseSampler] | None = None
+        """The number of places whose trials are known to the sampler that infers the common space."""
 
     def reseed_rng(self) -> None:
         """See BaseSampler: no draw depends on a random state."""
@@ -67,7 +77,8 @@ class SeededDraws(BaseSampler):
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
         """See BaseSampler."""
-        return self._whole(trial).infer_relative_search_space(study, trial)
+        sampler = self._with_space(trial) if self._one_space else self._whole(trial)
+        return sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -102,6 +113,15 @@ class SeededDraws(BaseSampler):
         if self._of_trial is None or self._of_trial[0] != trial.number:
             self._of_trial = trial.number, self._make(self._seed_of(trial, ""))
         return self._of_trial[1]
+
+    def _with_space(self, trial: FrozenTrial) -> BaseSampler:
+        """Return the sampler that remembers what the trials before this one have in common."""
+        # a new one for each trial would compare the domains of all trials again
+        reads = turn_of(trial).reads
+        known = self._inferring
+        sampler = self._make(self._seed) if known is None or known[0] > reads else known[1]
+        self._inferring = reads, sampler
+        return sampler
 
     def _seed_of(self, trial: FrozenTrial, name: str) -> int:
         words = f"{self._seed}/{turn_of(trial).place}/{name}"

@@ -122,6 +122,41 @@ def test_a_killed_driver_changes_no_draw(name: SamplerName) -> None:
     assert len({str(point) for point in disturbed}) == 5
 
 
+@pytest.mark.parametrize("name", ["tpe", pytest.param("gp", marks=pytest.mark.slow)])
+def test_a_sampler_remembers_nothing_that_a_new_one_would_not_find(name: SamplerName) -> None:
+    """Also where a trial was tried in a wider space, and an early place draws after a later one."""
+
+    def drawn(keep: bool) -> list[object]:
+        def make() -> BaseSampler:
+            return make_sampler(_named(name, n_startup_trials=2), FLAT, 12)
+
+        study = optuna.create_study(sampler=make())
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={"x": 0.5, "y": 3.0},
+                distributions={
+                    "x": FloatDistribution(1e-4, 1.0, log=True),
+                    "y": FloatDistribution(0.0, 4.0),
+                },
+                value=1.0,
+            )
+        )
+        points: list[object] = []
+        for _ in range(3):
+            study.sampler = study.sampler if keep else make()
+            pair = [ask(study, 3), ask(study, 3)]
+            for trial in reversed(pair):
+                study.sampler = study.sampler if keep else make()
+                point = suggest(trial, FLAT)
+                points.append(point)
+            for trial, point in zip(pair, points[-1:-3:-1], strict=True):
+                assert isinstance(point, dict)
+                study.tell(trial.number, float(point["x"]) + float(point["y"]))
+        return points
+
+    assert drawn(keep=True) == drawn(keep=False)
+
+
 def test_the_same_seed_draws_the_same_in_a_new_study() -> None:
     """Two studies of one command start alike."""
 
