@@ -26,7 +26,9 @@ Name = Annotated[str, typer.Argument(help="The study_name.")]
 NameOrNewest = Annotated[
     str | None, typer.Argument(help="The study_name. Default: the newest study.")
 ]
-Where = Annotated[Path, typer.Option("--output-dir", help="Where studies are kept.")]
+OutputDir = Annotated[
+    Path, typer.Option("--output-dir", file_okay=False, help="Where studies are kept.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Patience = Annotated[
     float, typer.Option("--timeout", min=0, help="Seconds to wait for the driver's answer.")
@@ -44,7 +46,7 @@ TIMEOUT_S = 10.0
 
 
 @app.command(name="list")
-def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
+def list_studies(output_dir: OutputDir = OUTPUTS, as_json: Json = False) -> None:
     """Show all studies: state, trials, best value, remaining budget."""
     from sweeper.commands.steer import silent, standings, unreadable
     from sweeper.reporting.console import make_console
@@ -64,7 +66,7 @@ def list_studies(output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: NameOrNewest = None, output_dir: Where = OUTPUTS, as_json: Json = False) -> None:
+def show(name: NameOrNewest = None, output_dir: OutputDir = OUTPUTS, as_json: Json = False) -> None:
     """Show one study: arms, running trials with their progress, best, queue, remaining budget."""
     from sweeper.commands.newest_study import named_or_newest
     from sweeper.commands.steer import standing, study_folder
@@ -83,7 +85,7 @@ def show(name: NameOrNewest = None, output_dir: Where = OUTPUTS, as_json: Json =
 def pause(
     name: NameOrNewest = None,
     timeout: Patience = TIMEOUT_S,
-    output_dir: Where = OUTPUTS,
+    output_dir: OutputDir = OUTPUTS,
     as_json: Json = False,
 ) -> None:
     """Stop the running trials with a checkpoint and free their devices. The driver keeps running."""
@@ -96,7 +98,7 @@ def pause(
 def resume(
     name: NameOrNewest = None,
     timeout: Patience = TIMEOUT_S,
-    output_dir: Where = OUTPUTS,
+    output_dir: OutputDir = OUTPUTS,
     as_json: Json = False,
 ) -> None:
     """Continue after a pause, or cancel a stop that still waits for trials."""
@@ -112,7 +114,7 @@ def stop(
     trial: Annotated[int | None, typer.Option(min=0, help="End this one trial for good.")] = None,
     arm: OneArm = None,
     timeout: Patience = TIMEOUT_S,
-    output_dir: Where = OUTPUTS,
+    output_dir: OutputDir = OUTPUTS,
     as_json: Json = False,
 ) -> None:
     """Start no new trial and end after the running ones, or end a single trial."""
@@ -134,7 +136,7 @@ def extend(
     name: NameOrNewest = None,
     arm: OneArm = None,
     timeout: Patience = TIMEOUT_S,
-    output_dir: Where = OUTPUTS,
+    output_dir: OutputDir = OUTPUTS,
     as_json: Json = False,
 ) -> None:
     """Add trials to an arm's n_trials."""
@@ -149,7 +151,7 @@ def enqueue(
     values: Values,
     arm: OneArm = None,
     timeout: Patience = TIMEOUT_S,
-    output_dir: Where = OUTPUTS,
+    output_dir: OutputDir = OUTPUTS,
     as_json: Json = False,
 ) -> None:
     """Try a point next. The sampler draws the keys that are left out."""
@@ -167,7 +169,7 @@ def clone(
     values: Values,
     arm: OneArm = None,
     timeout: Patience = TIMEOUT_S,
-    output_dir: Where = OUTPUTS,
+    output_dir: OutputDir = OUTPUTS,
     as_json: Json = False,
 ) -> None:
     """Try the point of an earlier trial next, with some values changed."""

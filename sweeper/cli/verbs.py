@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from sweeper.cli import study_verbs
 from sweeper.cli.exit_codes import run_to_code
+from sweeper.cli.study_verbs import OUTPUTS, OutputDir
 from sweeper.core.steady_output import echo
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def report(
     names: Annotated[
         list[str] | None, typer.Argument(help="One or more study_names. Default: the newest study.")
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    output_dir: OutputDir = OUTPUTS,
     form: Annotated[
         str, typer.Option("--format", help="terminal, html, md, json, csv, svg or latex.")
     ] = "terminal",
@@ -91,7 +92,7 @@ def best(
     name: Annotated[
         str | None, typer.Argument(help="The study_name. Default: the newest study.")
     ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    output_dir: OutputDir = OUTPUTS,
     arm: Annotated[
         str | None, typer.Option(help="Name of the arm. Default: the first one.")
     ] = None,
@@ -201,7 +202,7 @@ def reproduce(
         float | None, typer.Option(min=0, help="Allowed difference, in the metric's unit.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False,
-    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    output_dir: OutputDir = OUTPUTS,
 ) -> None:
     """Train a recorded trial again and compare it with its record (docs/reproduce.md).
 
@@ -304,7 +305,7 @@ def sync(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Only print what MLflow lacks.")] = False,
-    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    output_dir: OutputDir = OUTPUTS,
 ) -> None:
     """Record in MLflow what an outage or a kill left out (docs/servers.md).
 
@@ -332,9 +333,7 @@ def nightly(
         str | None, typer.Option(help="With status: a set is late after so long, such as 26h.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With status: print JSON.")] = False,
-    output_dir: Annotated[Path, typer.Option(help="With status: where studies are kept.")] = Path(
-        "outputs"
-    ),
+    output_dir: OutputDir = OUTPUTS,
 ) -> None:
     """Run a set of experiments once per night, however often this is started (docs/nightly.md).
 
@@ -379,7 +378,7 @@ def clean(
     name: Annotated[str | None, typer.Argument(help="The study_name. Not with --bases.")] = None,
     keep_adapters: Annotated[int, typer.Option(min=0, help="Number of best adapters to keep.")] = 3,
     dry_run: Annotated[bool, typer.Option(help="Only print what would be deleted.")] = False,
-    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    output_dir: OutputDir = OUTPUTS,
     bases: Annotated[
         bool, typer.Option("--bases", help="Empty the cache of quantized bases instead.")
     ] = False,
@@ -419,8 +418,19 @@ app.add_typer(study_verbs.app, name="study")
 
 champions = typer.Typer(no_args_is_help=True, help="Show or change the champion, the model in use.")
 app.add_typer(champions, name="champion")
+
+
+def _not_empty(name: str) -> str:
+    if not name.strip():
+        raise typer.BadParameter("the name is empty")
+    return name
+
+
 Model = Annotated[
-    str, typer.Argument(help="Name of the registered model, an entry of a nightly set.")
+    str,
+    typer.Argument(
+        callback=_not_empty, help="Name of the registered model, an entry of a nightly set."
+    ),
 ]
 Where = Annotated[
     list[str] | None, typer.Argument(help="Override of the MLflow server: tracking.uri=…")
@@ -430,8 +440,10 @@ Where = Annotated[
 @champions.command()
 def show(model: Model, overrides: Where = None) -> None:
     """Show the champion with its version, its trial and the evidence for it."""
-    version = _registry(overrides or []).champion(model)
+    registry = _registry(overrides or [])
+    version = registry.champion(model)
     if version is None:
+        registry.require_model(model)
         echo(f"{model}: no champion yet")
         return
     echo(f"{model}: version {version.number}, trial {version.trial} of {version.study}")
@@ -456,7 +468,7 @@ def promote(
 def certify(
     model: Model,
     overrides: Where = None,
-    output_dir: Annotated[Path, typer.Option(help="Where studies are kept.")] = Path("outputs"),
+    output_dir: OutputDir = OUTPUTS,
 ) -> None:
     """Judge the champion on the test split, which no night reads. Each evaluation is recorded."""
     _quiet()

@@ -74,7 +74,7 @@ def sync(
     known = {path.relative_to(output_dir).as_posix(): path for path in tracked}
     if unknown := [name for name in names if name not in known]:
         listed = f"tracked there: {', '.join(known)}" if known else "nothing was tracked there"
-        raise StudyError(f"{unknown[0]}: not tracked under {output_dir}/; {listed}")
+        raise StudyError(f"{unknown[0]!r}: not tracked under {output_dir}/; {listed}")
     for name in names or known:
         try:
             yield _sync(name, known[name], tracking, dry_run=dry_run)

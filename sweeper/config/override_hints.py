@@ -191,8 +191,8 @@ def refused_words(words: Sequence[str], experiments: Sequence[str]) -> list[str]
     problems = [f"{name}: is an experiment. Choose it with +experiment={name}" for name in named]
     if others := [word for word in words if word not in named]:
         problems.append(
-            f"{' '.join(others)}: is not of the form KEY=VALUE. Write no space around the =, and "
-            "quote a value that contains spaces: 'data.train=\"my file.jsonl\"'"
+            f"{' '.join(others) or repr('')}: is not of the form KEY=VALUE. Write no space around "
+            "the =, and quote a value that contains spaces: 'data.train=\"my file.jsonl\"'"
         )
     return problems
 
@@ -297,7 +297,7 @@ def unreadable(override: str) -> str:
     mark, key, rest = split_override(override)
     value = rest[1:]
     if _KEY.fullmatch(f"{mark}{key}") is None or not rest:
-        return f"{override}: is not of the form KEY=VALUE"
+        return f"{override or repr(override)}: is not of the form KEY=VALUE"
     call = _CALL.match(value)
     if call and call[1] in FOREIGN_FUNCTIONS:
         words = FOREIGN_FUNCTIONS[call[1]]

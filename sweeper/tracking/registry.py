@@ -65,6 +65,18 @@ class ModelRegistry(TrackingStore):
             number = _champion_number(client, model)
             return None if number is None else _version(client, model, number)
 
+    def require_model(self, model: str) -> None:
+        """Raise an error that names the registered models if this is none of them.
+
+        Raises:
+            TrackingError: there is no such model, or the registry does not respond.
+        """
+        with self._client() as client:
+            names = sorted(each.name for each in _models(client))
+        if model not in names:
+            known = f"Registered: {', '.join(names)}" if names else "Nothing is registered yet"
+            raise TrackingError(f"no model {model!r} is registered. {known}")
+
     def champions(self) -> list[ModelVersion]:
         """Return the champions of all models, and the versions that a rollback would restore.
 

@@ -229,6 +229,22 @@ def test_what_is_no_study_is_refused_with_those_there_are(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["study", "list"], ["study", "show"], ["report"], ["best"], ["sync", "s"]),
+        *(["clean", "s"], ["nightly", "status"], ["reproduce", "s"]),
+    ],
+    ids=" ".join,
+)
+def test_a_file_is_no_folder_of_studies(tmp_path: Path, words: list[str]) -> None:
+    """Not an empty folder, of which every look would say that nothing is there."""
+    (tmp_path / "rows.jsonl").write_text("{}")
+    done = CliRunner().invoke(app, [*words, "--output-dir", str(tmp_path / "rows.jsonl")])
+    assert done.exit_code == 2
+    assert "is a file" in done.output
+
+
 def test_no_studies_at_all(tmp_path: Path) -> None:
     """Said, not shown as an empty table."""
     assert "there are no studies under" in _study(tmp_path, "list").stdout

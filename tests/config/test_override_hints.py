@@ -22,6 +22,7 @@ from sweeper.config.override_hints import (
     in_full,
     quoted,
     shortened,
+    unreadable,
 )
 from sweeper.config.settings import flatten
 from sweeper.core.errors import ConfigError
@@ -42,6 +43,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
+
+
+def test_an_empty_word_is_shown() -> None:
+    """A shell leaves one where a variable is empty. Verbs such as data and doctor answer it."""
+    assert unreadable("") == "'': is not of the form KEY=VALUE"
 
 
 def _answer(command: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -160,6 +166,7 @@ HINTS = {
     "'data.train=[a#b.jsonl]'": ["double quotes around items"],
     "data.train=my.jsonl,val.jsonl": ["'data.train=[my.jsonl,val.jsonl]'", "Add -m"],
     "data.train=my file.jsonl": ["quote a value that contains spaces"],
+    "''": ["'': is not of the form KEY=VALUE"],
     "adapter.r = 8": ["adapter.r = 8: is not of the form KEY=VALUE"],
     f"'training.learning_rate=loguniform(1e-4,1e-2)' {SWEEP}": ["tag(log, interval(LOW, HIGH))"],
     f"'training.learning_rate=interval(1e-4' {SWEEP}": ["commas and brackets of interval(…)"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from sweeper.cli.verbs import app
@@ -42,3 +44,28 @@ def test_dry_run_of_clean_deletes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert loser.exists()
     assert "12.3 MiB freed" in RUNNER.invoke(app, arguments).output
     assert not loser.exists()
+
+
+def test_an_unknown_model_has_no_champion_to_show(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A misspelt name is no model whose first champion is still to come."""
+    (tmp_path / "mlruns").mkdir()
+    shutil.copy(empty_store, tmp_path / "mlruns")
+    monkeypatch.chdir(tmp_path)
+    # absolute, because MLflow keeps one store for each URI in a process
+    uri = f"tracking.uri=sqlite:///{tmp_path}/mlruns/{empty_store.name}"
+    assert "Nothing is registered yet" in _shown("lr_rank_swep", uri, 1)
+    store = MlflowClient(uri.partition("=")[2])
+    store.create_registered_model("lr_rank_sweep")
+    assert "no model 'lr_rank_swep' is registered. Registered: lr_rank_sweep" in _shown(
+        "lr_rank_swep", uri, 1
+    )
+    assert "no champion yet" in _shown("lr_rank_sweep", uri, 0)
+    assert "the name is empty" in _shown(" ", uri, 2)
+
+
+def _shown(model: str, uri: str, code: int) -> str:
+    done = RUNNER.invoke(app, ["champion", "show", model, uri])
+    assert done.exit_code == code, done.output
+    return " ".join(done.output.split())
