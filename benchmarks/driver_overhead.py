@@ -1,6 +1,6 @@
 """What the driver costs a trial, by phase: CPU and wall milliseconds after 100 and 1,000 finished ones.
 
-    python benchmarks/driver_overhead.py [--sizes 100 1000] [--samplers tpe gp random]
+    python benchmarks/driver_overhead.py [--sizes 100 1000] [--samplers tpe lora gp random]
 
 The real driver, the real study on SQLite and MLflow's real local store; only the trainer is a fake, in
 a worker process of its own, so that none of its time is counted. A study of a few trials is filled up
@@ -247,7 +247,7 @@ def main() -> None:
     """Fill once for each size, measure each sampler on a copy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 1000])
-    parser.add_argument("--samplers", nargs="+", default=["tpe", "gp", "random"])
+    parser.add_argument("--samplers", nargs="+", default=["tpe", "lora", "gp", "random"])
     asked = parser.parse_args()
     figures: dict[str, Any] = {}
     for size in asked.sizes:

@@ -41,6 +41,7 @@ COMMON = (
 )
 SAMPLERS = {
     "tpe": ("sampler=tpe",),
+    "lora": ("sampler=lora",),
     "gp": ("sampler=gp",),
     "random": ("sampler=random",),
     "grid": (

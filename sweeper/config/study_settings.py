@@ -22,7 +22,7 @@ def parse_margin(value: Any) -> Any:
     return value
 
 
-SamplerName = Literal["tpe", "gp", "random", "grid"]
+SamplerName = Literal["tpe", "lora", "gp", "random", "grid"]
 
 
 class SamplerSettings(SettingsSection):
@@ -45,7 +45,7 @@ class PrunerSettings(SettingsSection):
     guard.
     """
 
-    name: Literal["none", "median", "percentile", "successive_halving", "optuna"]
+    name: Literal["none", "median", "percentile", "gap", "successive_halving", "optuna"]
     # from a quarter of the schedule on: before, cosine decay makes low learning rates look bad
     rungs: list[Annotated[int, Field(ge=250, lt=1000)]]
     n_startup_trials: Annotated[int, Field(ge=0)]
@@ -58,7 +58,7 @@ class PrunerSettings(SettingsSection):
     @model_validator(mode="after")
     def _what_the_pruner_needs(self) -> PrunerSettings:
         _class_name_belongs_to_optuna(self.name, self.class_name, "pruner", "HyperbandPruner")
-        guarded = self.name in ("median", "percentile", "successive_halving")
+        guarded = self.name in ("median", "percentile", "gap", "successive_halving")
         if guarded != bool(self.rungs) or self.rungs != sorted(set(self.rungs)):
             raise ValueError(
                 f"rungs={self.rungs}: pruner={self.name} needs "

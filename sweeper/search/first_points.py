@@ -7,6 +7,7 @@ from optuna.storages import BaseStorage
 
 from sweeper.config.settings import PrunerSettings
 from sweeper.core.outcome import ArmBaseline
+from sweeper.search.samplers import outside_geometry
 from sweeper.search.study import enqueue, first_draws
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.warm_start import fork, winners
@@ -32,7 +33,18 @@ def fill_study(
     points = enqueue(study, first_draws(arm))
     if points and arm.sampler.name != "grid":
         words.append(f"{points} known-good points first")
-    return words + _about_pruning(plan.study.pruner, plan.study.costs)
+    return [
+        *words,
+        *_about_sampling(arm, plan.study.costs),
+        *_about_pruning(plan.study.pruner, plan.study.costs),
+    ]
+
+
+def _about_sampling(arm: ArmPlan, costs: list[str]) -> list[str]:
+    reason = outside_geometry(arm.space, 1 + len(costs))
+    if arm.sampler.name != "lora" or reason is None:
+        return []
+    return [f"sampler tpe chooses the points: {reason}, which sampler lora does not model"]
 
 
 def _about_pruning(pruner: PrunerSettings, costs: list[str]) -> list[str]:

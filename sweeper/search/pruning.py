@@ -9,8 +9,8 @@ far is interpolated linearly between the evaluations before and after the rung.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import optuna
 from optuna.pruners import BasePruner, NopPruner, PercentilePruner, SuccessiveHalvingPruner
@@ -18,6 +18,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial
 
 from sweeper.config.settings import Objective, PrunerSettings, TrainingSettings
+from sweeper.core.errors import ConfigError
+from sweeper.search.gap_pruner import GapPruner
 from sweeper.search.samplers import make_by_class_name
 
 WHOLE = 1000
@@ -62,6 +64,8 @@ def make_pruner(settings: PrunerSettings) -> BasePruner:
             # at a rung would be compared with a single one.
             percentile = settings.percentile or 50.0
             return PercentilePruner(percentile, enough, n_min_trials=max(1, enough))
+        case "gap":
+            return _make_gap(enough, settings.kwargs)
         case "successive_halving":
             assert settings.reduction_factor is not None
             # The first rung is given explicitly. Optuna's "auto" derives it from the first
@@ -73,6 +77,13 @@ def make_pruner(settings: PrunerSettings) -> BasePruner:
             made = make_by_class_name(optuna.pruners, settings.class_name, arguments, "pruner")
             assert isinstance(made, BasePruner)
             return made
+
+
+def _make_gap(enough: int, arguments: Mapping[str, Any]) -> BasePruner:
+    try:
+        return GapPruner(enough, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"pruner=gap with kwargs={dict(arguments)}: {error}"]) from None
 
 
 def make_watch(

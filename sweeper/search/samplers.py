@@ -1,6 +1,7 @@
-"""Optuna's samplers by the names of conf/sampler.
+"""Samplers by the names of conf/sampler: Optuna's, and the one that knows LoRA's geometry.
 
-Only sampler=gp and some classes of sampler=optuna load torch and scipy into the driver.
+Only sampler=gp and some classes of sampler=optuna load torch into the driver. sampler=lora loads
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -18,28 +20,64 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeper.config.settings import SamplerSettings
-from sweeper.config.space import Space, conditional
+from sweeper.config.settings import LoraAdapter, SamplerSettings
+from sweeper.config.space import Branches, Space, conditional
 from sweeper.core.errors import ConfigError
+from sweeper.search.adapter_geometry import AdapterGeometry
+from sweeper.search.ordered_choices import OrderedChoiceSampler
 from sweeper.search.record_prefix import turn_of
 
+IN_ORDER = ("gp", "optuna")
+"""Samplers of Optuna's that see choices between numbers in their order. TPE searches no better with it,
+and after 24 trials worse (docs/search.md, Samplers). Random draws have no use for it."""
 UNFIT = dict.fromkeys(
     ("GridSampler", "BruteForceSampler"), "ends with an error when its points are used up"
 )
 """Optuna's samplers that do not work with ask and tell, each with the reason."""
 
 
-def make_sampler(settings: SamplerSettings, space: Space, n_trials: int) -> BaseSampler:
+@dataclass(frozen=True)
+class SamplerContext:
+    """Properties of an arm that a sampler goes by in addition to its space."""
+
+    adapter: LoraAdapter | None = None
+    """The adapter before any point is applied, or None where every weight is trained."""
+    objectives: int = 1
+    """Number of metrics that are minimised or maximised."""
+    looks_are_values: bool = True
+    """True if looks measure the objective, False if they measure another metric."""
+    ordered: bool = True
+    """True if the samplers of IN_ORDER see choices between numbers in their order."""
+
+
+PLAIN = SamplerContext()
+"""The context of a space alone."""
+
+
+def make_sampler(
+    settings: SamplerSettings, space: Space, n_trials: int, context: SamplerContext = PLAIN
+) -> BaseSampler:
     """Return the sampler of an arm.
 
     Raises:
         ConfigError: Optuna has no such class, or the class does not take these arguments.
     """
-    _make(settings, space, n_trials, settings.seed)  # what cannot be made is refused here
+
+    def make(seed: int) -> BaseSampler:
+        return _make(settings, space, n_trials, seed, context)
+
+    make(settings.seed)  # what cannot be made is refused here
     one_space = settings.name in {"tpe", "gp"} and not conditional(space)
-    return SeededDraws(
-        lambda seed: _make(settings, space, n_trials, seed), settings.seed, one_space
-    )
+    return SeededDraws(make, settings.seed, one_space)
+
+
+def outside_geometry(space: Space, objectives: int) -> str | None:
+    """Return why sampler=lora cannot model a search, or None if it can."""
+    if conditional(space):
+        return "this space has branches"
+    if objectives > 1:
+        return "this search has several objectives"
+    return None
 
 
 class SeededDraws(BaseSampler):
@@ -129,12 +167,32 @@ class SeededDraws(BaseSampler):
         return int.from_bytes(hashlib.sha256(words.encode()).digest()[:4], "big")
 
 
-def _make(settings: SamplerSettings, space: Space, n_trials: int, seed: int) -> BaseSampler:
+def _make(
+    settings: SamplerSettings, space: Space, n_trials: int, seed: int, context: SamplerContext
+) -> BaseSampler:
     # A fifth of the trials, because Optuna's fixed default of 10 would leave a study of 12 to
     # random search.
     startup = settings.n_startup_trials or max(4, n_trials // 5)
+    if settings.name == "lora" and outside_geometry(space, context.objectives) is None:
+        return _with_geometry(space, startup, seed, context)
+    sampler = _of_optuna(settings, space, startup, seed)
+    if context.ordered and settings.name in IN_ORDER:
+        return OrderedChoiceSampler(sampler)
+    return sampler
+
+
+def _with_geometry(space: Space, startup: int, seed: int, context: SamplerContext) -> BaseSampler:
+    # importing scikit-learn would slow the start of every study, and no other sampler needs it
+    from sweeper.search.geometry_sampler import GeometrySampler
+
+    domains = {key: domain for key, domain in space.items() if not isinstance(domain, Branches)}
+    geometry = AdapterGeometry(domains, context.adapter)
+    return GeometrySampler(geometry, seed, startup, context.looks_are_values)
+
+
+def _of_optuna(settings: SamplerSettings, space: Space, startup: int, seed: int) -> BaseSampler:
     match settings.name:
-        case "tpe":
+        case "tpe" | "lora":
             return _tpe(startup, seed, group=conditional(space))
         case "gp":
             # the parameters of a branch are always drawn independently, which is no news for a user

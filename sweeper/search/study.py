@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from sweeper.config.decisive_settings import decisive_settings
 from sweeper.config.input_sources import named_by
-from sweeper.config.settings import TrialSettings, changed_parts, stored_text
+from sweeper.config.settings import LoraAdapter, TrialSettings, changed_parts, stored_text
 from sweeper.config.space import (
     Branches,
     Choice,
@@ -51,7 +51,7 @@ from sweeper.search.record_prefix import (
     prefix_of,
     turn_of,
 )
-from sweeper.search.samplers import make_sampler
+from sweeper.search.samplers import SamplerContext, make_sampler
 from sweeper.search.storage import PATIENCE_S, OpeningWait, PatientStorage
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.search.telling import counts
@@ -76,6 +76,8 @@ CLONE_OF = "clone_of"
 """User attribute of a trial that was queued as a changed copy: the earlier trial's number."""
 MARGIN = "equivalence_margin"
 """User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
+ORDERED = "ordered_choices"
+"""User attribute of an arm's study: True if its samplers see choices between numbers in their order."""
 REFINES = "refines"
 """User attribute of a trial beside a grid: the values that replace or join those of its draw."""
 WORKERS = "workers"
@@ -153,13 +155,32 @@ def open_study(
     )
     require_readable(study)
     _check_question(study, plan, arm, facts)
-    study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials)
+    _fix_order(study)
+    context = sampler_context(plan, arm, ordered=study.user_attrs[ORDERED])
+    study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, context)
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     # last: find_study ignores a study without facts, and the next start would choose another UUID
     if study_uuid(study) is None:
         study.set_user_attr(UUID, uuid)
     _fix_margin(study, plan)
     return study
+
+
+def sampler_context(plan: StudyPlan, arm: ArmPlan, ordered: bool = True) -> SamplerContext:
+    """Return the properties of an arm that its sampler goes by."""
+    adapter, objective = arm.settings.adapter, plan.objective
+    return SamplerContext(
+        adapter=adapter if isinstance(adapter, LoraAdapter) else None,
+        objectives=1 + len(plan.study.costs),
+        looks_are_values=objective.judged_while_training == objective.metric,
+        ordered=ordered,
+    )
+
+
+def _fix_order(study: optuna.Study) -> None:
+    """Store before the first trial that choices are ordered. A study of before keeps its sampler."""
+    if ORDERED not in study.user_attrs:
+        study.set_user_attr(ORDERED, not study.get_trials(deepcopy=False))
 
 
 def _fix_margin(study: optuna.Study, plan: StudyPlan) -> None:

@@ -197,6 +197,7 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
         raise ConfigError([*problems, *error.problems]) from None
     problems += _library_problems(study)
     problems += _untracked_baseline(study, composition.config)
+    problems += _gap_without_unit(study, composition.config)
     if problems:
         raise ConfigError(problems)
     study = under_protocol(study)
@@ -218,6 +219,19 @@ def _untracked_baseline(study: StudySettings, config: Mapping[str, Any]) -> list
     return [
         f"baseline.run_id={study.baseline.run_id}: tracking=none leaves no MLflow to find that run in. "
         "Set tracking=mlflow"
+    ]
+
+
+def _gap_without_unit(study: StudySettings, config: Mapping[str, Any]) -> list[str]:
+    """Return a problem if pruner=gap could not compare looks with final values."""
+    if study.pruner.name != "gap":
+        return []
+    objective = validate(Objective, config["objective"])
+    if objective.judged_while_training == objective.metric:
+        return []
+    return [
+        "pruner=gap: its unit is the difference of looks and final values, but looks measure "
+        f"{objective.judged_while_training} and values {objective.metric}. Set pruner=median"
     ]
 
 

@@ -8,6 +8,7 @@ trials are told with the same constraint, below zero: the GP sampler wants it of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from optuna import Study
@@ -74,6 +75,14 @@ def tell(
 def feasible(trial: FrozenTrial) -> bool:
     """Return True if a finished trial has a value of its own, not the untuned base's."""
     return all(value <= 0 for value in trial.constraints.values())
+
+
+def is_measured(trial: FrozenTrial) -> bool:
+    """Return True if a trial ran to its own end with a value that no other trial has lent."""
+    # counted again, the result of a duplicate would look as certain as two trainings
+    if trial.state is not TrialState.COMPLETE or trial.user_attrs.get("cause") == "duplicate":
+        return False
+    return feasible(trial) and math.isfinite(trial.values[0])
 
 
 def _worst(study: Study, index: int) -> float:

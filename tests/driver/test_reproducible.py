@@ -106,6 +106,7 @@ def test_two_timings_of_one_study_give_one_table(
     "overrides",
     [
         ("n_jobs=3", "n_trials=20", "sampler.name=gp"),
+        ("n_jobs=4", "n_trials=24", "sampler.name=lora"),
         ("n_jobs=3", "n_trials=24", "pruner.name=percentile", "pruner.percentile=30.0"),
         ("n_jobs=2", "n_trials=16", "pruner.audit_fraction=0.5"),
         ("n_jobs=4", "n_trials=40", "budget.plateau={trials: 8, min_improvement: 0.01}"),
@@ -206,10 +207,12 @@ def test_a_trial_that_is_stopped_at_a_look_is_pruned_as_if_it_were_not(
 
 
 @pytest.mark.slow
-def test_a_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["tpe", "lora"])
+def test_a_killed_study_has_the_trials_of_an_undisturbed_one(tmp_path: Path, sampler: str) -> None:
     """Killed up to six times: each place of both arms has the point, the end and the value it had."""
     command = [sys.executable, "-m", "sweeper", *FAKE, "hydra.sweeper.n_jobs=2", "-m"]
     command += ["++workers.fake.step_seconds=0.05", "hydra.sweeper.n_trials=12"]
+    command.append(f"sampler={sampler}")
     undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
     subprocess.run([*command, f"output_dir={undisturbed}"], check=True, timeout=300)
     command.append(f"output_dir={disturbed}")

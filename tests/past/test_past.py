@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna import load_study
 from typer.testing import CliRunner
 
 from sweeper.cli.verbs import app
@@ -20,6 +21,7 @@ from sweeper.core.paths import NightsFolder, StudyFolder, read_json
 from sweeper.nightly.night_record import NightRecord, read_record
 from sweeper.nightly.night_run import run_night
 from sweeper.reporting.results import ArmResult, StudyResults, load_results
+from sweeper.search.study import ORDERED
 from sweeper.search.study_plan import studies
 from sweeper.tracking.registry import ModelRegistry
 from tests.past.judge import judge
@@ -113,6 +115,32 @@ def test_a_finished_study_is_extended(past: Path) -> None:
     results = _run(*FINISHED, *more, "finalists=none", "tracking=none")
     assert (_arm(results).tried, _arm(results, "full").tried) == (10, 3)
     assert before.items() <= _outcomes("finished").items()
+
+
+DRAWS = (
+    (1.7165e-3, 8, 4, "attention", 0.015914),
+    (5.4271e-4, 8, 4, "mlp", 0.079924),
+    (1.7205e-2, 2, 4, "mlp", 0.090056),
+    (5.3903e-3, 8, 4, "attention", 0.067036),
+)
+"""Rate, rank, ratio, targets and warm-up of the trials that follow the stored ones."""
+
+
+def test_a_stored_study_keeps_its_draws(past: Path) -> None:
+    """The next points are those that the version before sampler=lora drew."""
+    more = ("hydra.sweeper.n_trials=12", "~hydra.sweeper.arms.full", "finalists=none")
+    lora = _arm(_run(*FINISHED, *more, "tracking=none"))
+    later = sorted((trial for trial in lora.trials if trial.number >= 8), key=lambda t: t.number)
+    keys = (
+        *("training.learning_rate", "adapter.r", "adapter.alpha_over_r"),
+        *("adapter.target_modules", "training.warmup_ratio"),
+    )
+    found = [tuple(trial.params[key] for key in keys) for trial in later]
+    for draw, expected in zip(found, DRAWS, strict=True):
+        assert draw[1:4] == expected[1:4]
+        assert (draw[0], draw[4]) == pytest.approx((expected[0], expected[4]), rel=1e-3)
+    storage = "sqlite:///outputs/finished/study.db"
+    assert load_study(study_name="finished/lora", storage=storage).user_attrs[ORDERED] is False
 
 
 @pytest.mark.parametrize("name", ["unfinished", "finished"])

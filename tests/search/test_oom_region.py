@@ -39,10 +39,11 @@ def _is_oom(trial: FrozenTrial) -> bool:
 
 # Twenty trials are too few for TPE: over 30 seeds, its later half is better in 15
 @pytest.mark.parametrize(
-    ("sampler", "avoids"), [pytest.param("tpe", False, marks=pytest.mark.slow), ("gp", True)]
+    ("sampler", "avoids"),
+    [pytest.param("tpe", False, marks=pytest.mark.slow), ("lora", True), ("gp", True)],
 )
 def test_a_sampler_that_learns_finds_the_border(sampler: str, avoids: bool, tmp_path: Path) -> None:
-    """None is FAIL; the best fits and is near the border; GP's later half runs less out of memory."""
+    """None is FAIL; the best fits and is near the border; a process runs less out of memory later."""
     arm, trials = _run(tmp_path, *REGION, f"sampler={sampler}")
     assert sum(map(counts, trials)) == 20
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}

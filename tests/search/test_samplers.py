@@ -93,7 +93,9 @@ def test_optuna_draws_from_the_very_domain_that_was_typed(
         assert (value - a) / unit == pytest.approx(round((value - a) / unit), abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["random", "tpe", pytest.param("gp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["random", "tpe", "lora", pytest.param("gp", marks=pytest.mark.slow)]
+)
 def test_a_killed_driver_changes_no_draw(name: SamplerName) -> None:
     """Whether it died before a trial's first value, between two values, or between two trials."""
 

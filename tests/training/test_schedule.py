@@ -51,7 +51,7 @@ def test_length_is_that_of_transformers(
 
 
 PRESETS = {"training=tiny": [0.25, 0.5, 0.75], REAL: [0.25, 0.375, 0.5, 0.625, 0.75, 0.875]}
-PRUNERS = ("median", "percentile")
+PRUNERS = ("median", "percentile", "gap")
 
 
 @pytest.mark.parametrize("total", [64, 100, 937])
