@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all test-versions faults lint format ui report nightly servers servers-stop pictures audit bench gpu-check soak wheel clean
+.PHONY: help setup sweep test test-all test-versions faults lint format ui report nightly servers servers-stop pictures audit bench gpu-check soak real-model wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -74,6 +74,10 @@ soak: $(READY)  ## Half an hour of kills: workers, driver, PostgreSQL, MLflow (t
 
 gpu-check: $(READY)  ## Prove the CUDA paths on a GPU in 15 minutes (benchmarks/gpu); GPU_ARGS=--cpu rehearses
 	PYTHON=$(BIN)/python WHEELS= bash benchmarks/gpu/gpu_check.sh --budget 870 $(GPU_ARGS)
+
+real-model: $(READY)  ## Fetch SmolLM2-135M-Instruct and rows of docstrings into real_model/ (docs/real_model.md)
+	$(BIN)/python -m tools.real_model
+	$(BIN)/python -m tools.docstring_data
 
 bench: $(READY)  ## Measure what benchmarks/README.md ticks; the last, of the search, takes 40 CPU minutes
 	$(BIN)/python benchmarks/command_line.py

@@ -13,7 +13,6 @@ rounding of bfloat16 differ a little, which is why the package ships the built f
 import math
 import platform
 import random
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,7 @@ from sweeper.builtin.stdlib_text import (
     language_reference,
     pretraining_modules,
 )
+from tools.guarded_build import CARD, built_folder, errors_as_sentences
 
 VOCABULARY = 2048
 CONTEXT = 512
@@ -99,10 +99,12 @@ def build_base(
 
     `tokens` are training tokens, repeats included (the text has about 0.6 million); `threads`
     are torch's, by default as many as it already uses. An earlier base at `out` is replaced once
-    the new one is complete; ValueError if `out` is anything else.
+    the new one is complete; OccupiedFolder if `out` is anything else.
     """
-    _refuse_other_folder(out)
-    with _session(seed, threads or torch.get_num_threads()):
+    with (
+        built_folder(out, "an embedded base", REBUILD_COMMAND) as fresh,
+        _session(seed, threads or torch.get_num_threads()),
+    ):
         started = time.perf_counter()
         text = pretraining_text()
         tokenizer = train_tokenizer(text.train)
@@ -128,7 +130,9 @@ def build_base(
             transformers=transformers.__version__,
             date=datetime.now(UTC).date().isoformat(),
         )
-    _publish(out, model.to(torch.bfloat16), tokenizer, model_card(report, text))
+        model.to(torch.bfloat16).save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        (fresh / CARD).write_text(model_card(report, text), encoding="utf-8")
     return report
 
 
@@ -382,41 +386,14 @@ def _session(seed: int, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _refuse_other_folder(out: Path) -> None:
-    card = out / "README.md"
-    if card.is_file() and REBUILD_COMMAND in card.read_text(encoding="utf-8"):
-        return
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(
-            f"an embedded base may only be written to a new or empty folder, or over an earlier "
-            f"one: out={str(out)!r} holds something else; choose another folder or empty it"
-        )
-
-
-def _publish(
-    out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, card: str
-) -> None:
-    """Write beside `out`, then rename: no reader ever sees half a base there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-        fresh = Path(folder, "fresh")
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
-        (fresh / "README.md").write_text(card, encoding="utf-8")
-        for file in fresh.iterdir():
-            file.chmod(0o644)  # safetensors writes 0600, which a wheel would carry along
-        if out.exists():
-            out.rename(Path(folder, "earlier"))
-        fresh.rename(out)
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2_600_000,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
 ) -> None:
     """Pre-train the embedded base model again from the standard library's text (minutes)."""
-    build_base(out, tokens=tokens, seed=seed)
+    with errors_as_sentences():
+        build_base(out, tokens=tokens, seed=seed)
 
 
 if __name__ == "__main__":

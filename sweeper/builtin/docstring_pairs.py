@@ -81,7 +81,7 @@ def clean(raw: dict[str, list[Row]]) -> DocstringPairs:
     # Test comes first and train last, so that train loses the rows that the splits share.
     for split in reversed(SPLITS):
         for row in raw[split]:
-            if reason := _defect(row):
+            if reason := row_defect(row):
                 dropped[reason] += 1
             else:
                 sound.append((split, row))
@@ -116,14 +116,7 @@ def shingles(text: str) -> frozenset[str]:
     return frozenset(text[start : start + _SHINGLE_CHARS] for start in starts)
 
 
-def _rows_of(modules: frozenset[str]) -> Iterator[Row]:
-    for source in documented(modules):
-        if source.signature:  # a module's docstring has no signature to write it from
-            output = first_sentence(source.docstring)
-            yield {"instruction": INSTRUCTION, "input": source.signature, "output": output}
-
-
-def _defect(row: Row) -> str:
+def row_defect(row: Row) -> str:
     """Return the reason why a row is defective regardless of other rows, or ""."""
     output = row["output"]
     if ">>>" in output:
@@ -137,6 +130,13 @@ def _defect(row: Row) -> str:
     if _CALL.match(output):
         return "echo"
     return ""
+
+
+def _rows_of(modules: frozenset[str]) -> Iterator[Row]:
+    for source in documented(modules):
+        if source.signature:  # a module's docstring has no signature to write it from
+            output = first_sentence(source.docstring)
+            yield {"instruction": INSTRUCTION, "input": source.signature, "output": output}
 
 
 def _repetitions(rows: Sequence[tuple[str, Row]]) -> Iterator[str]:

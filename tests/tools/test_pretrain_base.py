@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sweeper.builtin.docstring_pairs import docstring_pairs, first_sentence, normalised
+from tools.guarded_build import OccupiedFolder
 from tools.pretrain_base import build_base, pretraining_text
 
 
@@ -44,6 +45,6 @@ def test_build_base_end_to_end(tmp_path: Path) -> None:
 def test_build_base_replaces_an_earlier_base_only(tmp_path: Path) -> None:
     """A folder with anything else in it is refused before any work, and stays as it is."""
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something else"):
+    with pytest.raises(OccupiedFolder, match="holds something else"):
         build_base(tmp_path, tokens=20_000)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
