@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -30,6 +30,9 @@ class StoredLook:
     """Summed negative log-likelihood of each row's target tokens, in nats."""
     tokens: tuple[int, ...]
     """Number of target tokens of each row."""
+    # not compared, because the same look takes another time when it is made again
+    cpu_seconds: float | None = field(default=None, compare=False)
+    """CPU seconds of the look, or None if an older version stored it."""
 
 
 @dataclass
@@ -47,14 +50,14 @@ class LookLosses:
         kept = [look for look in read_looks(self.path) if look.step <= self.resumed_at]
         write_atomic(self.path, "".join(map(_line, kept)))
 
-    def write(self, step: int, losses: Sequence[LossSum]) -> None:
-        """Append a look."""
+    def write(self, step: int, losses: Sequence[LossSum], cpu_seconds: float | None = None) -> None:
+        """Append a look, with the CPU seconds that it took."""
         nll, tokens = (
             tuple(loss.nll for loss in losses),
             tuple(loss.tokens for loss in losses),
         )
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(StoredLook(step, self.digest, nll, tokens)))
+            file.write(_line(StoredLook(step, self.digest, nll, tokens, cpu_seconds)))
 
     @cached_property
     def digest(self) -> str:
@@ -70,15 +73,16 @@ def read_looks(path: Path) -> list[StoredLook]:
 
 
 def _line(look: StoredLook) -> str:
-    fields = {"step": look.step, "rows": look.rows, "nll": look.nll, "tokens": look.tokens}
-    return json.dumps(fields) + "\n"
+    return json.dumps(asdict(look)) + "\n"
 
 
 def _look(line: str) -> StoredLook | None:
     try:
         found = json.loads(line)
         losses = tuple(map(float, found["nll"])), tuple(map(int, found["tokens"]))
-        return StoredLook(int(found["step"]), str(found["rows"]), *losses)
+        seconds = found.get("cpu_seconds")
+        spent = None if seconds is None else float(seconds)
+        return StoredLook(int(found["step"]), str(found["rows"]), *losses, spent)
     # cut by a power failure, or nested deeper than Python reads
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None

@@ -6,6 +6,7 @@ neither models nor data (sweeper.training.trial_runner does).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,13 +123,15 @@ def train_trial(
     losses = LookLosses(folder.look_losses, sample, resumed.step if resumed else 0)
 
     def judge(model: torch.nn.Module) -> Judgement:
+        began = time.process_time()
         # Ranks of a sharded model evaluate together, so the leader alone cannot retry a smaller batch
         judging = trial_judge.judge if settings.training.fsdp else trial_judge
         judgement = judging(model, JudgementReader.LOOK)
         costs.warn(judgement.failures)
         inputs.ranks.broadcast(dict(judgement.metrics))
         if settings.evaluation.look_rows is not None:  # whole splits may have 100,000 rows
-            losses.write(trainer.state.global_step, judgement.examples)
+            spent = time.process_time() - began
+            losses.write(trainer.state.global_step, judgement.examples, spent)
         return judgement
 
     trainer = _trainer(inputs, settings, schedule, folder.checkpoints, judge, costs, [callback])

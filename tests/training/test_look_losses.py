@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def test_looks_are_at_the_same_rows_and_give_what_was_reported(run_tiny: RunTiny
     for name, rate in (("a", "0.02"), ("b", "0.005")):
         _, reported, folder = run_tiny(name, *SAMPLE, f"training.learning_rate={rate}")
         looks = read_looks(folder.look_losses)
+        assert all(look.cpu_seconds and look.cpu_seconds > 0 for look in looks[:2])
         means = [(look.step, math.fsum(look.nll) / sum(look.tokens)) for look in looks]
         assert means == [pytest.approx(item, abs=1e-12) for item in reported]
         stored.append(looks)
@@ -57,6 +59,19 @@ def test_a_killed_attempt_makes_the_looks_of_one_that_was_not(
     assert (resumed.best_value, resumed.best_step) == (whole.best_value, whole.best_step)
     assert resumed.look_rows == whole.look_rows == 2
     assert read_looks(folder.look_losses) == read_looks(uninterrupted.look_losses)
+
+
+def test_a_look_of_an_older_version_has_no_seconds(tmp_path: Path) -> None:
+    """A line without CPU seconds is read, and is the same look as one with them."""
+    path = tmp_path / "look_losses.jsonl"
+    LookLosses(path, [], 0).write(2, [LossSum(1.5, 3)], cpu_seconds=0.25)
+    (look,) = read_looks(path)
+    fields = json.loads(path.read_text("utf-8"))
+    del fields["cpu_seconds"]
+    path.write_text(json.dumps(fields) + "\n", "utf-8")
+    (older,) = read_looks(path)
+    assert (look.cpu_seconds, older.cpu_seconds) == (0.25, None)
+    assert look == older
 
 
 def test_a_line_that_is_cut_is_left_out(tmp_path: Path) -> None:
