@@ -1,6 +1,7 @@
 """Rebuild the embedded base model from the running Python's standard library.
 
     python tools/pretrain_base.py --out FOLDER
+    python tools/pretrain_base.py --out FOLDER --hidden 256     # 3.5 times the parameters
 
 Knows the recipe: which text, which tokenizer, which architecture, which schedule; and measures
 what it writes on the model card. Does not know the task: its rows are kept out of the text, and
@@ -41,6 +42,7 @@ from sweeper.builtin.stdlib_text import (
 from tools.guarded_build import CARD, built_folder, errors_as_sentences
 
 VOCABULARY = 2048
+HIDDEN = 128
 CONTEXT = 512
 SEQUENCE = 128
 BATCH = 8
@@ -76,6 +78,7 @@ class BaseReport:
     with the weights as saved. `text_tokens` counts one epoch, `date` is in UTC.
     """
 
+    hidden: int
     parameters: int
     text_tokens: int
     trained_tokens: int
@@ -93,14 +96,21 @@ class BaseReport:
 
 
 def build_base(
-    out: Path, *, tokens: int = 2_600_000, seed: int = 0, threads: int | None = None
+    out: Path,
+    *,
+    tokens: int = 2_600_000,
+    seed: int = 0,
+    threads: int | None = None,
+    hidden: int = HIDDEN,
 ) -> BaseReport:
     """Train tokenizer and model, and put them at `out` as a Hugging Face folder.
 
     `tokens` are training tokens, repeats included (the text has about 0.6 million); `threads`
-    are torch's, by default as many as it already uses. An earlier base at `out` is replaced once
-    the new one is complete; OccupiedFolder if `out` is anything else.
+    are torch's, by default as many as it already uses; `hidden` is the width of the model. An
+    earlier base at `out` is replaced once the new one is complete; OccupiedFolder if `out` is
+    anything else, ValueError if the width does not fit 4-bit kernels.
     """
+    _refuse_unfit_width(hidden)
     with (
         built_folder(out, "an embedded base", REBUILD_COMMAND) as fresh,
         _session(seed, threads or torch.get_num_threads()),
@@ -108,13 +118,14 @@ def build_base(
         started = time.perf_counter()
         text = pretraining_text()
         tokenizer = train_tokenizer(text.train)
-        model = new_model(tokenizer)
+        model = new_model(tokenizer, hidden)
         stream = _encode(tokenizer, text.train)
         steps = max(1, tokens // (SEQUENCE * BATCH))
         train_loss = _train(model, stream, steps, seed)
         _round_weights(model)  # what is measured from here on is what is saved
         held_out_loss, bits = held_out_losses(model, tokenizer, text.held_out)
         report = BaseReport(
+            hidden=hidden,
             parameters=model.num_parameters(),
             text_tokens=sum(map(len, stream)),
             trained_tokens=steps * SEQUENCE * BATCH,
@@ -176,15 +187,15 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Untrained Llama of 1.1M parameters in float32.
+def new_model(tokenizer: PreTrainedTokenizerFast, hidden: int = HIDDEN) -> LlamaForCausalLM:
+    """Untrained Llama in float32, of 1.1M parameters at the default width.
 
     Every width is a multiple of 32: bitsandbytes' 4-bit kernels on CPU assert it.
     """
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=384,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
@@ -213,6 +224,11 @@ def held_out_losses(
 def model_card(report: BaseReport, text: Text) -> str:
     """README.md of the base: Hub front matter, then data, recipe, measured figures and limits."""
     epochs = report.trained_tokens / report.text_tokens
+    shipped = report.hidden == HIDDEN
+    title = "Embedded base model" if shipped else "Larger base model, for benchmarks"
+    width = "" if shipped else f" --hidden {report.hidden}"
+    rebuild = f"{REBUILD_COMMAND} --out FOLDER{width}"
+    shape = f"hidden {report.hidden}, feed-forward {3 * report.hidden}, 4 layers, 4 heads, tied"
     return f"""\
 ---
 language: en
@@ -224,13 +240,13 @@ pipeline_tag: text-generation
 tags: [llama, tiny, from-scratch]
 ---
 
-# Embedded base model
+# {title}
 
 A Llama-architecture language model of {report.parameters:,} parameters, pre-trained from scratch on
 the text that every Python installation carries. It exists so that a fine-tuning sweep can run
 offline, on a laptop's CPU, on a base that really learned something.
 
-Rebuild: `{REBUILD_COMMAND} --out FOLDER`, in a checkout of sweeper (a few minutes on two cores).
+Rebuild: `{rebuild}`, in a checkout of sweeper (a few minutes on two cores).
 
 ## Data
 
@@ -249,7 +265,7 @@ go with the text that the model may repeat.
 | | |
 |-|-|
 | tokenizer | byte-level BPE, {VOCABULARY:,} tokens, trained on the same text |
-| architecture | hidden 128, feed-forward 384, 4 layers, 4 heads, tied, context {CONTEXT} |
+| architecture | {shape}, context {CONTEXT} |
 | batches | {BATCH} sequences of {SEQUENCE} tokens, documents shuffled and packed anew every epoch |
 | optimizer | Muon (rate {MUON_LR}) for the layers' matrices, AdamW ({ADAMW_LR}) for the rest |
 | schedule | {WARMUP_SHARE:.0%} warm-up, constant, {DECAY_SHARE:.0%} linear decay to zero |
@@ -386,14 +402,23 @@ def _session(seed: int, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _refuse_unfit_width(hidden: int) -> None:
+    if hidden % 32 or hidden <= 0:
+        raise ValueError(
+            f"the width must be a multiple of 32, because 4-bit kernels on CPUs need that: {hidden=}. "
+            "Give 128 or 256"
+        )
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = 2_600_000,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    hidden: Annotated[int, typer.Option(help="Width of the model, a multiple of 32.")] = HIDDEN,
 ) -> None:
     """Pre-train the embedded base model again from the standard library's text (minutes)."""
     with errors_as_sentences():
-        build_base(out, tokens=tokens, seed=seed)
+        build_base(out, tokens=tokens, seed=seed, hidden=hidden)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from sweeper.builtin.docstring_pairs import docstring_pairs, first_sentence, normalised
 from tools.guarded_build import OccupiedFolder
-from tools.pretrain_base import build_base, pretraining_text
+from tools.pretrain_base import build_base, new_model, pretraining_text, train_tokenizer
 
 
 @pytest.mark.slow
@@ -48,3 +48,18 @@ def test_build_base_replaces_an_earlier_base_only(tmp_path: Path) -> None:
     with pytest.raises(OccupiedFolder, match="holds something else"):
         build_base(tmp_path, tokens=20_000)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_wider_base_has_at_most_four_times_the_parameters() -> None:
+    """The base of held-out benchmarks is larger, but trains within minutes too."""
+    tokenizer = train_tokenizer(["Return the sum of two numbers."] * 3)
+    shipped, wider = (new_model(tokenizer, hidden).num_parameters() for hidden in (128, 256))
+    assert shipped == 1_115_264
+    assert 2 * shipped < wider <= 4 * shipped
+
+
+def test_a_width_that_4_bit_kernels_do_not_take_is_refused(tmp_path: Path) -> None:
+    """The width is refused before anything is trained or written."""
+    with pytest.raises(ValueError, match="multiple of 32"):
+        build_base(tmp_path / "base", tokens=20_000, hidden=200)
+    assert not (tmp_path / "base").exists()
