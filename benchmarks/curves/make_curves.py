@@ -1,0 +1,195 @@
+"""Train the points of the bank of curves, as ordinary studies that the same command continues.
+
+    python -m benchmarks.curves.make_curves embedded     # 540 LoRA points, 24 full fine-tunes
+    python -m benchmarks.curves.make_curves seeds        # three further seeds of its best 40 points
+    python -m benchmarks.curves.make_curves base         # 96 points on a base of 3.5 times the size
+    python -m benchmarks.curves.make_curves chat         # 96 points on conversations
+    python -m benchmarks.curves.make_curves embedded budget.wall_clock=45m    # stop after that
+
+Everything after the part is passed on to the studies. A part is trained in waves, each by one run
+of `python -m sweeper +experiment=curves`. After Ctrl-C, a kill or the end of a budget the same
+command continues, as any study does. What has ended can be exported at any time (export_curves.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.curves.bank_points import (
+    RANK,
+    RATE,
+    RATIO,
+    TARGETS,
+    WARMUP,
+    Point,
+    embedded_points,
+    held_out_points,
+    is_factorial,
+)
+from sweeper.core.paths import StudyFolder, TrialFolder
+
+HERE = Path(__file__).resolve().parent
+OUTPUTS = HERE / "outputs"
+WAVE = 54
+"""Points of one run of the program, whose overrides have at most 10,000 characters."""
+ENDED = ("finished", "diverged")
+"""Causes of trainings that belong to the bank."""
+SEEDS = (1, 2, 3)
+"""Seeds of the repeats. The bank itself has seed 0, which chose what is repeated."""
+REPEATED = 40
+LARGER_BASE = OUTPUTS / "base"
+LARGER_WIDTH = 256
+LORA_ONLY = "~hydra.sweeper.arms.full"
+FULL_TRIALS = 24
+"""Full fine-tunes of conf/experiment/curves.yaml."""
+CHAT = (
+    "data.train=stand_in:finetome",
+    # it has 831 conversations, and a tenth of them would be too few rows to compare points by
+    *("data.validation_ratio=0.25", "data.test_ratio=0.05"),
+)
+
+
+@dataclass(frozen=True)
+class CurveStudy:
+    """One study of the bank."""
+
+    name: str
+    points: Sequence[Point]
+    overrides: tuple[str, ...]
+
+    @property
+    def folder(self) -> StudyFolder:
+        """Folder of the study."""
+        return StudyFolder(OUTPUTS / self.name)
+
+    def lacks(self, points: int) -> bool:
+        """Return True unless so many points, and all full fine-tunes, have ended."""
+        full = 0 if LORA_ONLY in self.overrides else FULL_TRIALS
+        return ended(self.folder, "lora") < points or ended(self.folder, "full") < full
+
+
+def ended_folders(study: StudyFolder, arm: str) -> Iterator[tuple[TrialFolder, dict[str, Any]]]:
+    """Yield the folder and the outcome of each training of an arm that belongs to the bank."""
+    for path in sorted((study.path / arm).glob("trial_*/outcome.json")):
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        if outcome["cause"] in ENDED:
+            yield TrialFolder(path.parent), outcome
+
+
+def ended(study: StudyFolder, arm: str) -> int:
+    """Return the number of trainings of an arm that belong to the bank."""
+    return sum(1 for _ in ended_folders(study, arm))
+
+
+def stored_point(folder: TrialFolder) -> Point:
+    """Return the point that a LoRA training was at."""
+    config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+    keys = (RATE, RANK, RATIO, TARGETS, WARMUP)
+    return {key: config[key.partition(".")[0]][key.partition(".")[2]] for key in keys}
+
+
+def best_points(study: StudyFolder, count: int) -> list[Point]:
+    """Return the best points of the factorial by the loss on the whole split, best first."""
+    values = [
+        (outcome["best_value"], point)
+        for folder, outcome in ended_folders(study, "lora")
+        if outcome["best_value"] is not None and is_factorial(point := stored_point(folder))
+    ]
+    return [point for _, point in sorted(values, key=lambda pair: float(pair[0]))[:count]]
+
+
+def embedded_study() -> CurveStudy:
+    """Return the study of the first bank."""
+    return CurveStudy("curves_embedded", embedded_points(), ())
+
+
+def seed_studies() -> list[CurveStudy]:
+    """Return the studies of the repeats, one for each seed.
+
+    Raises:
+        SystemExit: the first bank is not complete, so its best points are not known.
+    """
+    first = embedded_study()
+    if first.lacks(len(first.points)):
+        there = ended(first.folder, "lora")
+        raise SystemExit(
+            "the best points are known when the part `embedded` is complete: it has "
+            f"{there} of {len(first.points)}"
+        )
+    best = best_points(first.folder, REPEATED)
+    return [CurveStudy(f"curves_seed_{seed}", best, (LORA_ONLY, f"seed={seed}")) for seed in SEEDS]
+
+
+def base_studies() -> list[CurveStudy]:
+    """Return the study on the larger base, which is pre-trained first."""
+    if not LARGER_BASE.exists():
+        tool = HERE.parents[1] / "tools" / "pretrain_base.py"
+        words = [str(tool), "--out", str(LARGER_BASE), "--hidden", str(LARGER_WIDTH)]
+        subprocess.run([sys.executable, *words], check=True)
+    model = f"model.base_model={LARGER_BASE.relative_to(HERE)}"
+    return [CurveStudy("curves_base", held_out_points(), (LORA_ONLY, model))]
+
+
+PARTS: dict[str, Callable[[], list[CurveStudy]]] = {
+    "embedded": lambda: [embedded_study()],
+    "seeds": seed_studies,
+    "base": base_studies,
+    "chat": lambda: [CurveStudy("curves_chat", held_out_points(), (LORA_ONLY, *CHAT))],
+}
+
+
+def in_words(points: Sequence[Point]) -> str:
+    """Return the override that has points tried before a sampler chooses."""
+    texts = (", ".join(f"{key}: {value}" for key, value in point.items()) for point in points)
+    return "hydra.sweeper.priors=[" + ", ".join(f"{{{text}}}" for text in texts) + "]"
+
+
+def waves(study: CurveStudy) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Yield for each wave the total of points after it, and the program's arguments."""
+    for start in range(0, len(study.points), WAVE):
+        points = study.points[start : start + WAVE]
+        total = start + len(points)
+        named = (f"study_name={study.name}", f"n_trials={total}")
+        yield total, ("+experiment=curves", *named, *study.overrides, in_words(points))
+
+
+def train(study: CurveStudy, overrides: Sequence[str]) -> bool:
+    """Train what a study lacks. Return False if a run ended before its wave was complete."""
+    for total, words in waves(study):
+        if not study.lacks(total):
+            continue
+        subprocess.run(
+            [sys.executable, "-m", "sweeper", *words, *overrides, "-m"],
+            cwd=HERE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        if study.lacks(total):
+            there = ended(study.folder, "lora")
+            of = len(study.points)
+            print(f"{study.name}: {there} of {of} points. The same command continues")
+            return False
+    print(f"{study.name}: complete")
+    return True
+
+
+def main(words: Sequence[str]) -> None:
+    """Train a part of the bank."""
+    if not words or words[0] not in PARTS:
+        raise SystemExit(f"name a part: {', '.join(PARTS)}\n\n{__doc__}")
+    for study in PARTS[words[0]]():
+        if not train(study, words[1:]):
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
