@@ -1,4 +1,4 @@
-"""Read and write a bank of curves: a gzipped file of JSON lines, the header first and then the trainings.
+"""Read and write a bank of curves: gzipped JSON lines, the header first and then the trainings.
 
     header, trials = read_bank("embedded")
 

@@ -3,7 +3,7 @@
     python -m benchmarks.curves.export_curves              # every part that has trainings
     python -m benchmarks.curves.export_curves embedded
 
-A part may be exported before it is complete. Trainings of one file must share data, base model and every
+A part may be exported before it is complete. The trainings of one file share data, base model and every
 setting besides the point and the seed. Reads the studies' folders only.
 """
 
@@ -135,7 +135,7 @@ def read_training(folder: TrialFolder, outcome: Mapping[str, Any], file: BankFil
     }
     shared = {
         "config": config,
-        "inputs": {key: outcome["inputs"].get(key) for key in INPUTS},
+        "inputs": {key: (outcome.get("inputs") or {}).get(key) for key in INPUTS},
         "total_steps": _whole(metrics.get("training/total_steps")),
         # a training that diverges before its first look has seen no row
         "rows": {look.rows for look in looks},

@@ -1,0 +1,103 @@
+"""A smooth surface through a bank: what a point is worth apart from the luck of the seed that chose it.
+
+A policy chooses by the values of seed 0, so those values flatter what it chose. A point of which further
+seeds were trained is worth the surface through their means. Any other point is worth what the surface
+through all others says at its place (leave one out), so its own value of seed 0 has no say.
+
+Values are warped by their logarithm above the best, because far from the best a surface of losses is
+steep and its details do not matter. The Gaussian process is scikit-learn's.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+from benchmarks.curves.bank_points import MODULES, RANK, RATE, RATIO, TARGETS, WARMUP, Point
+
+BELOW = 0.05
+"""Nats below the best value at which the warp has its zero: about eight times the spread of a seed."""
+
+
+@dataclass(frozen=True)
+class FittedSurface:
+    """The values of points as the surface has them, in nats per token."""
+
+    values: np.ndarray
+    """Value of each point that the surface was fitted to."""
+    error_of_best_half: float
+    """Root mean square of the leave-one-out errors of the better half of the points."""
+    _process: GaussianProcessRegressor
+    _floor: float
+
+    def at_points(self, points: Sequence[Point]) -> np.ndarray:
+        """Return the surface's values at any points."""
+        return np.exp(self._process.predict(features(points))) + self._floor
+
+
+def features(points: Sequence[Point]) -> np.ndarray:
+    """Return coordinates of points, each of about unit range."""
+    return np.array(
+        [
+            [
+                math.log10(float(point[RATE])) / 2,
+                math.log2(float(point[RANK])) / 4,
+                math.log2(float(point[RATIO])) / 3,
+                *(float(point[TARGETS] == name) for name in MODULES),
+                10 * float(point[WARMUP]),
+            ]
+            for point in points
+        ]
+    )
+
+
+def fit_surface(
+    points: Sequence[Point], values: Sequence[float], fresh: Sequence[float | None]
+) -> FittedSurface:
+    """Fit the surface of a bank.
+
+    Args:
+        points: the points.
+        values: their finite values of the seed that policies see.
+        fresh: the mean over other seeds of each point, or None where there are none.
+    """
+    seen = np.array(values)
+    repeated = np.array([mean is not None for mean in fresh])
+    pairs = zip(values, fresh, strict=True)
+    targets = np.array([value if mean is None else mean for value, mean in pairs])
+    floor = float(targets.min()) - BELOW
+    warped = np.log(targets - floor)
+    coordinates = features(points)
+    scales = np.ones(coordinates.shape[1])
+    kernel = ConstantKernel(1.0, (1e-2, 1e2)) * Matern(scales, (5e-2, 5e1), nu=2.5)
+    process = GaussianProcessRegressor(
+        kernel + WhiteKernel(1e-2, (1e-5, 1.0)), normalize_y=True, random_state=0
+    )
+    with warnings.catch_warnings():
+        # a coordinate that does not matter has a scale at its bound
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        process.fit(coordinates, warped)
+    inside, outside = _posteriors(process, coordinates, warped)
+    worth = np.exp(np.where(repeated, inside, outside)) + floor
+    errors = (np.exp(outside) + floor - seen)[np.argsort(seen)[: max(1, len(seen) // 2)]]
+    return FittedSurface(worth, float(np.sqrt(np.mean(errors**2))), process, floor)
+
+
+def _posteriors(
+    process: GaussianProcessRegressor, coordinates: np.ndarray, warped: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the process's means at its own points: with each point's value, and without it."""
+    covariance = process.kernel_(coordinates)  # with the noise on its diagonal
+    centre, spread = warped.mean(), warped.std()
+    standard = (warped - centre) / spread
+    inverse = np.linalg.inv(covariance)
+    weights = inverse @ standard
+    without = standard - weights / np.diag(inverse)
+    return process.predict(coordinates), without * spread + centre
