@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -161,13 +162,14 @@ def space_of(table: CurveTable) -> tuple[str, ...]:
     return tuple(found)
 
 
-def bank_task(name: str) -> tuple[PolicyTask, dict[str, Any]]:
+def bank_task(name: str, folder: Path = HERE) -> tuple[PolicyTask, dict[str, Any]]:
     """Return the task of a bank, and figures about the bank."""
-    header, trials = read_bank(name)
+    header, trials = read_bank(name, folder)
     of_grid = [trial for trial in trials if trial["role"] == "factorial"]
     table = CurveTable(recorded_curves(header, of_grid), header["total_steps"])
     values = [curve.value() for curve in table.curves]
-    fresh = fresh_means(table.curves) if name == "embedded" and has_bank("seeds") else {}
+    repeated = name == "embedded" and has_bank("seeds", folder)
+    fresh = fresh_means(table.curves, folder) if repeated else {}
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
     surface = fit_surface(
         [table.curves[index].point for index in finite],
@@ -203,9 +205,9 @@ def _of_better_half(between: Sequence[Mapping[str, Any]], surface: FittedSurface
     return round(float(np.sqrt(np.mean((predicted - values) ** 2))), 4)
 
 
-def fresh_means(curves: Sequence[RecordedCurve]) -> dict[int, float]:
+def fresh_means(curves: Sequence[RecordedCurve], folder: Path = HERE) -> dict[int, float]:
     """Return the mean value over further seeds of each curve that has any, by its index."""
-    header, trials = read_bank("seeds")
+    header, trials = read_bank("seeds", folder)
     found: dict[int, list[float]] = {}
     index_of = {_key(curve.point): index for index, curve in enumerate(curves)}
     for curve in recorded_curves(header, trials):
