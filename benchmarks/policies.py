@@ -10,9 +10,9 @@ product does not have them. Each policy runs many simulated studies, every one w
 sampler, until a budget of trial-equivalents is spent: one training and one whole judgement each. A trial
 or a kill that ends beyond the budget does not count.
 
-The regret is that of the trial which looks best to the study: what its point is worth on the surface that
-is fitted to the bank (curves/fitted_surface.py), minus the best worth of any point. Intervals are 95 %
-bootstrap over studies. Figures belong to the base and data of their bank, costs to its machine.
+The regret is that of the trial which looks best to the study: what its point is worth on the surface
+that is fitted to the bank (curves/fitted_surface.py), minus the best worth of any point. Intervals are
+95 % bootstrap over studies. Figures belong to the base and data of their bank, costs to its machine.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ GP_STUDIES = 60
 """Studies of policies whose sampler takes seconds a trial."""
 BUDGET = 36.0
 """Trial-equivalents of a study."""
+TINKER_BUDGET = 12.0
+"""Trials of a study on a table of final values, which has 4 to 20 cells a model."""
 GRID = np.arange(1.0, BUDGET + 0.01, 0.25)
 REPORTED_AT = (2, 6, 12, 24)
 NEAR = 0.01
@@ -134,6 +136,8 @@ class PolicyTask:
     """Overrides that make the product's space that of the table."""
     known: str
     """The known point, as an override's mapping."""
+    budget: float = BUDGET
+    """Trial-equivalents of a study."""
 
 
 @dataclass(frozen=True)
@@ -244,13 +248,13 @@ def replay(task: PolicyTask, name: str, seed: int) -> StudyFigures:
     known = f"hydra.sweeper.priors=[{task.known if policy.known else ''}]"
     plan = plan_of((*COMMON, *policy.overrides, *task.space, known))
     study = ReplayedStudy(plan, task.table, seed, guard_of(policy))
-    policy.run(study, BUDGET)
+    policy.run(study, task.budget)
     return figures_of(study.ended, task)
 
 
 def figures_of(ended: Sequence[EndedTrial], task: PolicyTask) -> StudyFigures:
     """Return the figures of a study from its trials, as far as they ended within the budget."""
-    within = [trial for trial in ended if trial.spent <= BUDGET]
+    within = [trial for trial in ended if trial.spent <= task.budget]
     finished = [trial for trial in within if trial.cause in SELF_ENDED]
     killed = [task.table.curves[trial.index].value() for trial in within if trial.cause == "pruned"]
     values = [trial.value for trial in finished]
@@ -382,18 +386,20 @@ def available(names: Iterable[str]) -> list[str]:
 
 
 def tinker_tasks() -> dict[str, PolicyTask]:
-    """Return a task for each model of the table of final values: one seed, no looks, alpha 32."""
-    cells: dict[str, list[RecordedCurve]] = {}
+    """Return a task for each model of the table of final values: no looks, alpha 32 throughout."""
+    losses: dict[str, dict[tuple[float, int], list[float]]] = {}
     with (HERE / "tinker_sft_sweep.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            point = {RATE: float(row["learning_rate"]), RANK: int(row["lora_rank"])}
-            end = {1: float(row["test_nll"])}
-            curve = RecordedCurve(point, end, end, steps=1)
-            cells.setdefault(row["model"], []).append(curve)
-    return {model: _tinker_task(curves) for model, curves in cells.items()}
+            cell = float(row["learning_rate"]), int(row["lora_rank"])
+            losses.setdefault(row["model"], {}).setdefault(cell, []).append(float(row["test_nll"]))
+    return {model: _tinker_task(cells) for model, cells in losses.items()}
 
 
-def _tinker_task(curves: Sequence[RecordedCurve]) -> PolicyTask:
+def _tinker_task(cells: Mapping[tuple[float, int], Sequence[float]]) -> PolicyTask:
+    curves: list[RecordedCurve] = []
+    for (rate, rank), values in cells.items():
+        end = {1: statistics.fmean(values)}  # some cells were run twice
+        curves.append(RecordedCurve({RATE: rate, RANK: rank}, end, end, steps=1))
     table = CurveTable(curves, total_steps=1)
     levels = table.levels()
     ranks = levels[RANK]
@@ -404,7 +410,8 @@ def _tinker_task(curves: Sequence[RecordedCurve]) -> PolicyTask:
         *(f"{RATIO}=null", "adapter.lora_alpha=32", f"{TARGETS}=all-linear", f"{WARMUP}=0.03"),
     )
     known = f"{{{RATE}: 3e-4, {RANK}: {ranks[-1]}}}"
-    return PolicyTask(table, np.array([curve.value() for curve in curves]), space, known)
+    worth = np.array([curve.value() for curve in curves])
+    return PolicyTask(table, worth, space, known, TINKER_BUDGET)
 
 
 def replay_tinker(most: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
