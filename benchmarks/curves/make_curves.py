@@ -167,12 +167,14 @@ def train(study: CurveStudy, overrides: Sequence[str]) -> bool:
     for total, words in waves(study):
         if not study.lacks(total):
             continue
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "sweeper", *words, *overrides, "-m"],
             cwd=HERE,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
+            check=False,
         )
+        if done.returncode:  # the program has said why
+            raise SystemExit(done.returncode)
         if study.lacks(total):
             there = ended(study.folder, "lora")
             of = len(study.points)

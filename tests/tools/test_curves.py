@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -101,7 +102,7 @@ def test_nothing_is_stopped_and_every_row_is_looked_at() -> None:
         assert (training.early_stopping_patience, training.divergence_threshold) == (None, None)
         assert training.logging_steps == 1
         assert evaluation.look_rows is not None
-        assert evaluation.look_rows > 100_000
+        assert evaluation.look_rows >= 10_000
     assert (plan.study.pruner.name, plan.study.sampler.name) == ("none", "random")
     assert (plan.study.finalists.top, plan.study.retention.adapters) == (0, 0)
     assert [arm.name for arm in plan.arms] == ["lora", "full"]
@@ -245,13 +246,14 @@ def test_the_same_command_trains_only_what_is_missing(
     study = CurveStudy("curves_base", points, (make_curves.LORA_ONLY,))
     runs: list[int] = []
 
-    def run(words: list[str], **_: object) -> None:
+    def run(words: list[str], **_: object) -> CompletedProcess[str]:
         total = int(next(word for word in words if word.startswith("n_trials=")).split("=")[1])
         ends = 70 if not runs else total  # the first run is stopped by its budget
         runs.append(total)
         there = make_curves.ended(study.folder, "lora")
         for number in range(there, min(ends, total)):
             _end(study.folder.trial("lora", number).path, points[number], "finished", 3.0 + number)
+        return CompletedProcess(words, 0)
 
     monkeypatch.setattr(make_curves.subprocess, "run", run)
     for number in range(54):
@@ -306,3 +308,20 @@ def test_five_points_of_the_bank_train_to_the_same_losses(program: Program, tmp_
         recorded = [look["loss"] for look in trial["looks"]]
         # another processor rounds differently, and 64 steps enlarge that
         assert found == pytest.approx(recorded, abs=2e-3), trial["id"]
+
+
+def test_a_run_that_fails_ends_the_command_with_its_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next wave is not begun after a run that could not go on."""
+    monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
+    runs: list[object] = []
+
+    def run(words: list[str], **_: object) -> CompletedProcess[str]:
+        runs.append(words)
+        return CompletedProcess(words, 2)
+
+    monkeypatch.setattr(make_curves.subprocess, "run", run)
+    with pytest.raises(SystemExit) as stop:
+        train(CurveStudy("curves_base", held_out_points(), (make_curves.LORA_ONLY,)), [])
+    assert (stop.value.code, len(runs)) == (2, 1)
