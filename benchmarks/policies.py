@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -225,7 +225,7 @@ def _key(point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(point.items()))
 
 
-@lru_cache(maxsize=None)
+@cache
 def plan_of(words: tuple[str, ...]) -> StudyPlan:
     """Return the product's plan of a command line."""
     (plan,) = studies(words)
@@ -438,6 +438,8 @@ def main() -> None:
     wanted = arguments.banks or [*there, "tinker"]
     if missing := set(wanted) - {*there, "tinker"}:
         raise SystemExit(f"no such bank yet: {', '.join(missing)} (benchmarks/curves/README.md)")
+    # each process has one core: Gaussian processes of a few dozen points gain nothing from more
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     figures: dict[str, Any] = {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for name in wanted:

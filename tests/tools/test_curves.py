@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -114,7 +115,7 @@ def test_full_fine_tuning_has_as_many_rates_as_are_waited_for() -> None:
     rates = arm.space[RATE]
     assert isinstance(rates, Choice)
     logs = [math.log10(float(str(rate))) for rate in rates.values]
-    steps = [after - before for before, after in zip(logs, logs[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(logs)]
     assert len(logs) == arm.n_trials == make_curves.FULL_TRIALS
     assert steps == pytest.approx([steps[0]] * 23, abs=1e-4)
 
