@@ -52,7 +52,8 @@ LORA_ONLY = "~hydra.sweeper.arms.full"
 FULL_TRIALS = 24
 """Full fine-tunes of conf/experiment/curves.yaml."""
 CHAT = (
-    "data.train=stand_in:finetome",
+    # the base has no chat template, and `auto` would render conversations as the first bank's rows
+    *("data.train=stand_in:finetome", "data.template=chat_turns.jinja"),
     # it has 831 conversations, and a tenth of them would be too few rows to compare points by
     *("data.validation_ratio=0.25", "data.test_ratio=0.05"),
 )

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from benchmarks.curves import make_curves
 from benchmarks.curves.bank_points import (
@@ -31,10 +32,13 @@ from benchmarks.curves.curve_bank import config_of, has_bank, read_bank, write_b
 from benchmarks.curves.export_curves import FILES, export
 from benchmarks.curves.make_curves import CurveStudy, embedded_study, in_words, train, waves
 from sweeper.__main__ import MAX_OVERRIDE
+from sweeper.builtin.embedded import BASE_DIR
 from sweeper.config.compose import complete_overrides
 from sweeper.config.space import Choice, locate
 from sweeper.core.outcome import stored_outcome
 from sweeper.core.paths import TrialFolder
+from sweeper.data.examples import ChatMessage, Example, RawRow
+from sweeper.data.templates import choose_template, render
 from sweeper.search.study_plan import StudyPlan, studies
 from sweeper.training.look_losses import read_looks
 from tests.conftest import Program
@@ -326,3 +330,19 @@ def test_a_run_that_fails_ends_the_command_with_its_code(
     with pytest.raises(SystemExit) as stop:
         train(CurveStudy("curves_base", held_out_points(), (make_curves.LORA_ONLY,)), [])
     assert (stop.value.code, len(runs)) == (2, 1)
+
+
+def test_conversations_are_rendered_as_turns_and_answers_carry_the_loss() -> None:
+    """Each answer and its end of text are targets, and nothing of the other turns is."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE_DIR)
+    template = choose_template(str(make_curves.HERE / "chat_turns.jinja"), "sharegpt", tokenizer)
+    turns = ("system", "user", "assistant", "user", "assistant")
+    texts = ("S", "Q1", "A1", "Q2", "A2")
+    messages = tuple(ChatMessage(*turn) for turn in zip(turns, texts, strict=True))
+    example = Example(messages, RawRow({}, "here"), "sharegpt")
+    (rendered,) = render(example, template, "completions")
+    end = tokenizer.eos_token
+    assert rendered.text == (
+        f"System:\nS\n\nUser:\nQ1\n\nAssistant:\nA1{end}\n\nUser:\nQ2\n\nAssistant:\nA2{end}"
+    )
+    assert [rendered.text[start:stop] for start, stop in rendered.spans] == [f"A1{end}", f"A2{end}"]
