@@ -48,9 +48,8 @@ SEEDS = (1, 2, 3)
 REPEATED = 40
 LARGER_BASE = OUTPUTS / "base"
 LARGER_WIDTH = 256
-LORA_ONLY = "~hydra.sweeper.arms.full"
 FULL_TRIALS = 24
-"""Full fine-tunes of conf/experiment/curves.yaml."""
+"""Full fine-tunes of conf/experiment/curves_full.yaml."""
 CHAT = (
     # the base has no chat template, and `auto` would render conversations as the first bank's rows
     *("data.train=stand_in:finetome", "data.template=chat_turns.jinja"),
@@ -65,7 +64,9 @@ class CurveStudy:
 
     name: str
     points: Sequence[Point]
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    full: bool = False
+    """True if full fine-tunes are trained as well."""
 
     @property
     def folder(self) -> StudyFolder:
@@ -74,7 +75,7 @@ class CurveStudy:
 
     def lacks(self, points: int) -> bool:
         """Return True unless so many points, and all full fine-tunes, have ended."""
-        full = 0 if LORA_ONLY in self.overrides else FULL_TRIALS
+        full = FULL_TRIALS if self.full else 0
         return ended(self.folder, "lora") < points or ended(self.folder, "full") < full
 
 
@@ -110,7 +111,7 @@ def best_points(study: StudyFolder, count: int) -> list[Point]:
 
 def embedded_study() -> CurveStudy:
     """Return the study of the first bank."""
-    return CurveStudy("curves_embedded", embedded_points(), ())
+    return CurveStudy("curves_embedded", embedded_points(), full=True)
 
 
 def seed_studies() -> list[CurveStudy]:
@@ -127,7 +128,7 @@ def seed_studies() -> list[CurveStudy]:
             f"{there} of {len(first.points)}"
         )
     best = best_points(first.folder, REPEATED)
-    return [CurveStudy(f"curves_seed_{seed}", best, (LORA_ONLY, f"seed={seed}")) for seed in SEEDS]
+    return [CurveStudy(f"curves_seed_{seed}", best, (f"seed={seed}",)) for seed in SEEDS]
 
 
 def base_studies() -> list[CurveStudy]:
@@ -137,14 +138,14 @@ def base_studies() -> list[CurveStudy]:
         words = [str(tool), "--out", str(LARGER_BASE), "--hidden", str(LARGER_WIDTH)]
         subprocess.run([sys.executable, *words], check=True)
     model = f"model.base_model={LARGER_BASE.relative_to(HERE)}"
-    return [CurveStudy("curves_base", held_out_points(), (LORA_ONLY, model))]
+    return [CurveStudy("curves_base", held_out_points(), (model,))]
 
 
 PARTS: dict[str, Callable[[], list[CurveStudy]]] = {
     "embedded": lambda: [embedded_study()],
     "seeds": seed_studies,
     "base": base_studies,
-    "chat": lambda: [CurveStudy("curves_chat", held_out_points(), (LORA_ONLY, *CHAT))],
+    "chat": lambda: [CurveStudy("curves_chat", held_out_points(), CHAT)],
 }
 
 
@@ -159,8 +160,9 @@ def waves(study: CurveStudy) -> Iterator[tuple[int, tuple[str, ...]]]:
     for start in range(0, len(study.points), WAVE):
         points = study.points[start : start + WAVE]
         total = start + len(points)
-        named = (f"study_name={study.name}", f"n_trials={total}")
-        yield total, ("+experiment=curves", *named, *study.overrides, in_words(points))
+        experiment = "curves_full" if study.full else "curves"
+        named = (f"+experiment={experiment}", f"study_name={study.name}", f"n_trials={total}")
+        yield total, (*named, *study.overrides, in_words(points))
 
 
 def train(study: CurveStudy, overrides: Sequence[str]) -> bool:

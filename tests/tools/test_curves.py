@@ -84,7 +84,7 @@ def _plan(words: tuple[str, ...]) -> StudyPlan:
     return plan
 
 
-@pytest.mark.parametrize("study", [embedded_study(), CurveStudy("chat", held_out_points(), ())])
+@pytest.mark.parametrize("study", [embedded_study(), CurveStudy("chat", held_out_points())])
 def test_the_words_of_each_wave_are_its_points(study: CurveStudy) -> None:
     """The program takes the text of a wave, and reads the very points, each inside its space."""
     start = 0
@@ -101,7 +101,7 @@ def test_the_words_of_each_wave_are_its_points(study: CurveStudy) -> None:
 
 def test_nothing_is_stopped_and_every_row_is_looked_at() -> None:
     """The studies of the bank keep whole curves, also of trainings with a high loss."""
-    plan = _plan(("+experiment=curves",))
+    plan = _plan(("+experiment=curves_full",))
     for arm in plan.arms:
         training, evaluation = arm.settings.training, arm.settings.evaluation
         assert (training.early_stopping_patience, training.divergence_threshold) == (None, None)
@@ -111,11 +111,12 @@ def test_nothing_is_stopped_and_every_row_is_looked_at() -> None:
     assert (plan.study.pruner.name, plan.study.sampler.name) == ("none", "random")
     assert (plan.study.finalists.top, plan.study.retention.adapters) == (0, 0)
     assert [arm.name for arm in plan.arms] == ["lora", "full"]
+    assert [arm.name for arm in _plan(("+experiment=curves",)).arms] == ["lora"]
 
 
 def test_full_fine_tuning_has_as_many_rates_as_are_waited_for() -> None:
     """24 rates at equal distances on a log scale."""
-    arm = _plan(("+experiment=curves",)).arms[1]
+    arm = _plan(("+experiment=curves_full",)).arms[1]
     rates = arm.space[RATE]
     assert isinstance(rates, Choice)
     logs = [math.log10(float(str(rate))) for rate in rates.values]
@@ -248,7 +249,7 @@ def test_the_same_command_trains_only_what_is_missing(
     """A part that was stopped within its second wave runs that wave again, and not the first."""
     monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
     points = held_out_points()
-    study = CurveStudy("curves_base", points, (make_curves.LORA_ONLY,))
+    study = CurveStudy("curves_base", points)
     runs: list[int] = []
 
     def run(words: list[str], **_: object) -> CompletedProcess[str]:
@@ -283,7 +284,7 @@ def test_repeats_wait_for_the_whole_first_bank(
 def test_the_best_points_are_words_that_the_program_reads() -> None:
     """Points come back from their text with their types: a rank is a whole number."""
     points = embedded_points()[:40]
-    plan = _plan(("+experiment=curves", "seed=1", make_curves.LORA_ONLY, in_words(points)))
+    plan = _plan(("+experiment=curves", "seed=1", in_words(points)))
     assert list(plan.arms[0].priors) == points
     assert plan.arms[0].settings.trial.seed == 1
 
@@ -328,7 +329,7 @@ def test_a_run_that_fails_ends_the_command_with_its_code(
 
     monkeypatch.setattr(make_curves.subprocess, "run", run)
     with pytest.raises(SystemExit) as stop:
-        train(CurveStudy("curves_base", held_out_points(), (make_curves.LORA_ONLY,)), [])
+        train(CurveStudy("curves_base", held_out_points()), [])
     assert (stop.value.code, len(runs)) == (2, 1)
 
 
