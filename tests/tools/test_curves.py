@@ -29,7 +29,7 @@ from benchmarks.curves.bank_points import (
     is_factorial,
 )
 from benchmarks.curves.curve_bank import config_of, has_bank, read_bank, write_bank
-from benchmarks.curves.export_curves import FILES, export
+from benchmarks.curves.export_curves import FILES, BankFile, export
 from benchmarks.curves.make_curves import CurveStudy, embedded_study, in_words, train, waves
 from sweeper.__main__ import MAX_OVERRIDE
 from sweeper.builtin.embedded import BASE_DIR
@@ -347,3 +347,29 @@ def test_conversations_are_rendered_as_turns_and_answers_carry_the_loss() -> Non
         f"System:\nS\n\nUser:\nQ1\n\nAssistant:\nA1{end}\n\nUser:\nQ2\n\nAssistant:\nA2{end}"
     )
     assert [rendered.text[start:stop] for start, stop in rendered.spans] == [f"A1{end}", f"A2{end}"]
+
+
+@pytest.mark.slow
+def test_two_points_are_trained_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command to the file: whole looks with their cost, each step's norm, the kept value."""
+    monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
+    points = embedded_points()[:2]
+    short = ("training.max_steps=4", "training.per_device_train_batch_size=2")
+    study = CurveStudy("curves_test", points, (*short, f"output_dir={tmp_path}"))
+    assert train(study, []) is True
+    export(BankFile("test", (("curves_test", "lora"),), EMBEDDED.keys), tmp_path, tmp_path)
+    header, trials = read_bank("test", tmp_path)
+    tokens = header["tokens"]
+    assert [trial["point"] for trial in trials] == points
+    assert (header["total_steps"], len(header["look_rows"]), len(tokens) > 96) == (4, 96, True)
+    assert header["inputs"]["data"]
+    first = trials[0]
+    assert (first["cause"], first["role"], len(first["grad_norm"])) == ("finished", "factorial", 4)
+    assert first["cpu_total"] > first["cpu_train"] > 0
+    assert [look["step"] for look in first["looks"]] == [1, 2, 3, 4]
+    assert min(look["cpu"] for look in first["looks"]) > 0
+    last = first["looks"][-1]
+    assert math.fsum(last["nll"]) / sum(tokens) == pytest.approx(last["loss"], abs=1e-5)
+    assert first["value"] == pytest.approx(min(look["loss"] for look in first["looks"]), abs=1e-8)
