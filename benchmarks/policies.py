@@ -5,7 +5,7 @@
     python -m benchmarks.policies tinker                   # final values of 35 models
 
 A policy is a command line of the product: sampler, pruner, known points and stop rules are the product's
-own (curves/replayed_study.py). Only a stop by a gap and halving with pausing are not, because the
+own (curves/replayed_study.py). Only a stop by a fixed gap in nats and halving with pausing are not: the
 product does not have them. Each policy runs many simulated studies, every one with another seed of the
 sampler, until a budget of trial-equivalents is spent: one training and one whole judgement each. A trial
 or a kill that ends beyond the budget does not count.
@@ -49,7 +49,7 @@ from benchmarks.curves.replayed_study import (
     run_in_turn,
 )
 from benchmarks.record import record
-from sweeper.config.study_settings import SamplerName
+from sweeper.config.study_settings import PrunerSettings, SamplerName
 from sweeper.core.outcome import SELF_ENDED
 from sweeper.search.study_plan import StudyPlan, studies
 
@@ -65,6 +65,7 @@ GRID = np.arange(1.0, BUDGET + 0.01, 0.25)
 REPORTED_AT = (2, 6, 12, 24)
 NEAR = 0.01
 """Regret in nats that a policy is timed to."""
+TINKER_TABLE = HERE / "tinker_sft_sweep.csv"
 CHUNK = 10
 """Studies of one task of a process."""
 COMMON = (
@@ -105,6 +106,8 @@ POLICIES = {
     "random, median": _policy("random", "median"),
     "TPE, median": _policy("tpe", "median"),
     "lora, median": _policy("lora", "median"),
+    "TPE, gap": _policy("tpe", "gap"),
+    "lora, gap": _policy("lora", "gap"),
     "TPE, gap .03": _policy("tpe", gap=0.03),
     "Optuna's GP, gap .03": _policy("gp", gap=0.03),
     "lora, gap .03": _policy("lora", gap=0.03),
@@ -114,7 +117,8 @@ POLICIES = {
     "TPE after the known point": _policy("tpe", known=True),
     "TPE, median after the known point": _policy("tpe", "median", known=True),
     "lora after the known point": _policy("lora", known=True),
-    "lora, gap .03 after the known point": _policy("lora", gap=0.03, known=True),
+    "lora, median after the known point": _policy("lora", "median", known=True),
+    "lora, gap after the known point": _policy("lora", "gap", known=True),
 }
 YARDSTICK = "TPE"
 """Policy that others are compared with: unpruned TPE."""
@@ -376,19 +380,23 @@ def in_words(name: str, row: Mapping[str, Any]) -> str:
 
 
 def available(names: Iterable[str]) -> list[str]:
-    """Return the policies whose sampler this version of the product has, and name the others."""
-    known = {*get_args(SamplerName), "optuna"}
-    there = [name for name in names if POLICIES[name].sampler in known]
+    """Return the policies whose sampler and pruner this version has, and name the others."""
+    samplers = {*get_args(SamplerName), "optuna"}
+    pruners = set(get_args(PrunerSettings.model_fields["name"].annotation))
+    there: list[str] = []
     for name in names:
-        if name not in there:
-            print(f"{name}: left out, because this version has no sampler={POLICIES[name].sampler}")
+        sampler, pruner = POLICIES[name].parts
+        if sampler in samplers and pruner in pruners:
+            there.append(name)
+        else:
+            print(f"{name}: left out, because this version lacks {sampler=} or {pruner=}")
     return there
 
 
 def tinker_tasks() -> dict[str, PolicyTask]:
     """Return a task for each model of the table of final values: no looks, alpha 32 throughout."""
     losses: dict[str, dict[tuple[float, int], list[float]]] = {}
-    with (HERE / "tinker_sft_sweep.csv").open(encoding="utf-8", newline="") as file:
+    with TINKER_TABLE.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             cell = float(row["learning_rate"]), int(row["lora_rank"])
             losses.setdefault(row["model"], {}).setdefault(cell, []).append(float(row["test_nll"]))

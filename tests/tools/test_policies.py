@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from dataclasses import replace
@@ -30,6 +31,8 @@ from benchmarks.policies import (
     GRID,
     POLICIES,
     PolicyTask,
+    SearchPolicy,
+    available,
     bank_task,
     equivalents_to,
     figures_of,
@@ -41,6 +44,7 @@ from benchmarks.policies import (
     summarise,
     tinker_tasks,
 )
+from sweeper.search.samplers import make_sampler
 
 LOOKS = (16, 32, 48, 64)
 POINTS: list[Point] = [
@@ -193,7 +197,7 @@ def test_seeds_of_the_sampler_give_different_studies_and_the_same_seed_the_same(
 
 def test_every_policy_whose_sampler_is_fast_runs(task: PolicyTask) -> None:
     """Each ends trials within its budget, the best of them better than the median point."""
-    fast = [name for name, policy in POLICIES.items() if policy.sampler in ("random", "tpe")]
+    fast = [name for name in available(POLICIES) if POLICIES[name].parts[0] in ("random", "tpe")]
     assert len(fast) >= 9
     for name in fast:
         figures = replay(replace(task, budget=8.0), name, 0)
@@ -321,3 +325,18 @@ def test_the_table_of_final_values_is_searched_by_rate_and_rank() -> None:
     first = task.table.curves[study.ended[0].index].point
     assert (first[RATE], first[RANK]) == (3e-4, max(task.table.levels()[RANK]))
     assert [ended.spent for ended in study.ended] == [1, 2, 3, 4, 5]
+
+
+def test_a_replay_gives_the_sampler_all_that_a_study_gives_it() -> None:
+    """A new argument with a default would be left out without notice, and another sampler replayed."""
+    assert list(inspect.signature(make_sampler).parameters) == ["settings", "space", "n_trials"]
+
+
+def test_policies_of_parts_that_this_version_lacks_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table without a policy says so, instead of showing another sampler under its name."""
+    policy = SearchPolicy(("sampler=divining", "pruner=none"))
+    monkeypatch.setitem(POLICIES, "divining rod", policy)
+    assert available(["TPE", "divining rod"]) == ["TPE"]
+    assert "divining rod: left out" in capsys.readouterr().out
