@@ -11,14 +11,13 @@ sampler, until a budget of trial-equivalents is spent: one training and one whol
 or a kill that ends beyond the budget does not count.
 
 The regret is that of the trial which looks best to the study: what its point is worth on the surface
-that is fitted to the bank (curves/fitted_surface.py), minus the best worth of any point. Intervals are
+that is fitted to the bank (curves/bank_surface.py), minus the best worth of any point. Intervals are
 95 % bootstrap over studies. Figures belong to the base and data of their bank, costs to its machine.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import os
 import statistics
@@ -27,29 +26,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 
-from benchmarks.curves.bank_points import RANK, RATE, RATIO, TARGETS, WARMUP
-from benchmarks.curves.curve_bank import HERE, has_bank, read_bank
-from benchmarks.curves.fitted_surface import FittedSurface, fit_surface
+from benchmarks.curves.curve_bank import has_bank
+from benchmarks.curves.policy_tasks import BUDGET, NEAR, PolicyTask, bank_task, tinker_tasks
 from benchmarks.curves.replayed_study import (
-    CurveTable,
     EndedTrial,
     GapGuard,
     GuardMaker,
-    RecordedCurve,
     ReplayedStudy,
     product_guard,
-    recorded_curves,
     run_halving,
     run_in_turn,
 )
 from benchmarks.record import record
-from sweeper.config.study_settings import PrunerSettings, SamplerName
 from sweeper.core.outcome import SELF_ENDED
 from sweeper.search.study_plan import StudyPlan, studies
 
@@ -57,15 +51,8 @@ BANKS = ("embedded", "base", "chat")
 STUDIES = 200
 GP_STUDIES = 60
 """Studies of policies whose sampler takes seconds a trial."""
-BUDGET = 36.0
-"""Trial-equivalents of a study."""
-TINKER_BUDGET = 12.0
-"""Trials of a study on a table of final values, which has 4 to 20 cells a model."""
 GRID = np.arange(1.0, BUDGET + 0.01, 0.25)
 REPORTED_AT = (2, 6, 12, 24)
-NEAR = 0.01
-"""Regret in nats that a policy is timed to."""
-TINKER_TABLE = HERE / "tinker_sft_sweep.csv"
 CHUNK = 10
 """Studies of one task of a process."""
 COMMON = (
@@ -85,11 +72,6 @@ class SearchPolicy:
     known: bool = False
     """True if the product's default point comes first."""
     studies: int = STUDIES
-
-    @property
-    def sampler(self) -> str:
-        """Name of the sampler."""
-        return self.overrides[0].removeprefix("sampler=")
 
 
 def _policy(sampler: str, pruner: str = "none", **changes: Any) -> SearchPolicy:
@@ -130,25 +112,10 @@ FINAL_VALUES = (
 
 
 @dataclass(frozen=True)
-class PolicyTask:
-    """A table of curves with its true values, and how a policy searches it."""
-
-    table: CurveTable
-    worth: np.ndarray
-    """True value of each curve's point, in nats per token."""
-    space: tuple[str, ...]
-    """Overrides that make the product's space that of the table."""
-    known: str
-    """The known point, as an override's mapping."""
-    budget: float = BUDGET
-    """Trial-equivalents of a study."""
-
-
-@dataclass(frozen=True)
 class StudyFigures:
     """What one simulated study did within its budget."""
 
-    regrets: np.ndarray
+    regrets: NDArray[np.float64]
     """Regret of the best-looking trial at each of GRID."""
     kills: int
     wrong: int
@@ -156,77 +123,6 @@ class StudyFigures:
     costly: int
     """Kills of trials that would have ended better than the best of those that ended."""
     finished: int
-
-
-def space_of(table: CurveTable) -> tuple[str, ...]:
-    """Return the overrides under which the product searches a table's points and no others."""
-    levels = table.levels()
-    rates = levels[RATE]
-    found = [f"{RATE}=tag(log, interval({rates[0]}, {rates[-1]}))"]
-    for key in (RANK, RATIO, TARGETS, WARMUP):
-        values = levels[key]
-        words = ", ".join(map(str, values))
-        found.append(f"{key}=choice({words})" if len(values) > 1 else f"{key}={words}")
-    return tuple(found)
-
-
-def bank_task(name: str, folder: Path = HERE) -> tuple[PolicyTask, dict[str, Any]]:
-    """Return the task of a bank, and figures about the bank."""
-    header, trials = read_bank(name, folder)
-    of_grid = [trial for trial in trials if trial["role"] == "factorial"]
-    table = CurveTable(recorded_curves(header, of_grid), header["total_steps"])
-    values = [curve.value() for curve in table.curves]
-    repeated = name == "embedded" and has_bank("seeds", folder)
-    fresh = fresh_means(table.curves, folder) if repeated else {}
-    finite = [index for index, value in enumerate(values) if math.isfinite(value)]
-    surface = fit_surface(
-        [table.curves[index].point for index in finite],
-        [values[index] for index in finite],
-        [fresh.get(index) for index in finite],
-    )
-    worth = np.full(len(values), max(value for value in values if math.isfinite(value)))
-    worth[finite] = surface.values
-    between = [trial for trial in trials if trial["role"] == "continuous" and trial["value"]]
-    figures = {
-        "base": header["config"]["model"]["base_model"],
-        "data": header["config"]["data"]["train"],
-        "machine": header["provenance"].get("cpu"),
-        "curves": len(values),
-        "diverged": len(values) - len(finite),
-        "points with further seeds": len(fresh),
-        "surface, error of the best half": round(surface.error_of_best_half, 4),
-        "surface, error between its points": _of_better_half(between, surface),
-        "points within .01 of the best": int((worth <= worth.min() + NEAR).sum()),
-    }
-    ratio = min(table.levels()[RATIO], key=lambda value: abs(math.log(value / 2)))
-    known = f"{{{RATE}: 5e-3, {RANK}: 8, {RATIO}: {ratio}, {TARGETS}: all-linear}}"
-    return PolicyTask(table, worth, space_of(table), known), figures
-
-
-def _of_better_half(between: Sequence[Mapping[str, Any]], surface: FittedSurface) -> float | None:
-    """Return the root mean square error at the better half of points that are not in the surface."""
-    if not between:
-        return None
-    better = sorted(between, key=lambda trial: float(trial["value"]))[: -(-len(between) // 2)]
-    values = np.array([trial["value"] for trial in better])
-    predicted = surface.at_points([trial["point"] for trial in better])
-    return round(float(np.sqrt(np.mean((predicted - values) ** 2))), 4)
-
-
-def fresh_means(curves: Sequence[RecordedCurve], folder: Path = HERE) -> dict[int, float]:
-    """Return the mean value over further seeds of each curve that has any, by its index."""
-    header, trials = read_bank("seeds", folder)
-    found: dict[int, list[float]] = {}
-    index_of = {_key(curve.point): index for index, curve in enumerate(curves)}
-    for curve in recorded_curves(header, trials):
-        index = index_of.get(_key(curve.point))
-        if index is not None and math.isfinite(curve.value()):
-            found.setdefault(index, []).append(curve.value())
-    return {index: statistics.fmean(values) for index, values in found.items()}
-
-
-def _key(point: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(point.items()))
 
 
 @cache
@@ -272,7 +168,7 @@ def figures_of(ended: Sequence[EndedTrial], task: PolicyTask) -> StudyFigures:
     )
 
 
-def regrets_of(finished: Sequence[EndedTrial], worth: np.ndarray) -> np.ndarray:
+def regrets_of(finished: Sequence[EndedTrial], worth: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the regret of the trial that looks best at each of GRID.
 
     Before the first trial has ended, the regret is that of the median point, as of a guess.
@@ -282,11 +178,11 @@ def regrets_of(finished: Sequence[EndedTrial], worth: np.ndarray) -> np.ndarray:
     for trial in finished:
         if trial.value < best:
             best = trial.value
-            regrets[GRID >= trial.spent] = worth[trial.index] - worth.min()
+            regrets[trial.spent <= GRID] = worth[trial.index] - worth.min()
     return regrets
 
 
-def equivalents_to(regrets: np.ndarray, wanted: float) -> float:
+def equivalents_to(regrets: NDArray[np.float64], wanted: float) -> float:
     """Return the trial-equivalents at which a mean regret is first reached, or infinity."""
     reached = np.flatnonzero(np.minimum.accumulate(regrets) <= wanted)
     return float(GRID[reached[0]]) if len(reached) else math.inf
@@ -314,14 +210,14 @@ def summarise(found: Sequence[StudyFigures]) -> dict[str, Any]:
     return row
 
 
-def resampled(regrets: np.ndarray, draws: int = 1000) -> np.ndarray:
+def resampled(regrets: NDArray[np.float64], draws: int = 1000) -> NDArray[np.float64]:
     """Return mean curves of bootstrap samples of the studies."""
     random = np.random.default_rng(0)
     count = len(regrets)
     return np.array([regrets[random.integers(0, count, count)].mean(axis=0) for _ in range(draws)])
 
 
-def _interval(values: np.ndarray, digits: int) -> list[float | None]:
+def _interval(values: NDArray[np.float64], digits: int) -> list[float | None]:
     # of sorted values, because quantiles between a number and infinity are no numbers
     ordered = np.sort(values)
     last = len(ordered) - 1
@@ -379,55 +275,12 @@ def in_words(name: str, row: Mapping[str, Any]) -> str:
     )
 
 
-def available(names: Iterable[str]) -> list[str]:
-    """Return the policies whose sampler and pruner this version has, and name the others."""
-    samplers = {*get_args(SamplerName), "optuna"}
-    pruners = set(get_args(PrunerSettings.model_fields["name"].annotation))
-    there: list[str] = []
-    for name in names:
-        sampler, pruner = POLICIES[name].parts
-        if sampler in samplers and pruner in pruners:
-            there.append(name)
-        else:
-            print(f"{name}: left out, because this version lacks {sampler=} or {pruner=}")
-    return there
-
-
-def tinker_tasks() -> dict[str, PolicyTask]:
-    """Return a task for each model of the table of final values: no looks, alpha 32 throughout."""
-    losses: dict[str, dict[tuple[float, int], list[float]]] = {}
-    with TINKER_TABLE.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            cell = float(row["learning_rate"]), int(row["lora_rank"])
-            losses.setdefault(row["model"], {}).setdefault(cell, []).append(float(row["test_nll"]))
-    return {model: _tinker_task(cells) for model, cells in losses.items()}
-
-
-def _tinker_task(cells: Mapping[tuple[float, int], Sequence[float]]) -> PolicyTask:
-    curves: list[RecordedCurve] = []
-    for (rate, rank), values in cells.items():
-        end = {1: statistics.fmean(values)}  # some cells were run twice
-        curves.append(RecordedCurve({RATE: rate, RANK: rank}, end, end, steps=1))
-    table = CurveTable(curves, total_steps=1)
-    levels = table.levels()
-    ranks = levels[RANK]
-    choice = f"choice({', '.join(map(str, ranks))})" if len(ranks) > 1 else str(ranks[0])
-    space = (
-        f"{RATE}=tag(log, interval({levels[RATE][0]}, {levels[RATE][-1]}))",
-        f"{RANK}={choice}",
-        *(f"{RATIO}=null", "adapter.lora_alpha=32", f"{TARGETS}=all-linear", f"{WARMUP}=0.03"),
-    )
-    known = f"{{{RATE}: 3e-4, {RANK}: {ranks[-1]}}}"
-    worth = np.array([curve.value() for curve in curves])
-    return PolicyTask(table, worth, space, known, TINKER_BUDGET)
-
-
 def replay_tinker(most: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
     """Return the mean regret over models of policies that need no look."""
     tasks = tinker_tasks()
     each = max(1, most // 20)
     rows: dict[str, Any] = {}
-    for name in available(FINAL_VALUES):
+    for name in FINAL_VALUES:
         jobs = [pool.submit(_replay_seeds, task, name, range(each)) for task in tasks.values()]
         found = [figures for job in jobs for figures in job.result()]
         rows[name] = summarise(found)
@@ -456,7 +309,7 @@ def main() -> None:
                 figures[name] = replay_tinker(arguments.studies, pool)
                 continue
             task, about = bank_task(name)
-            names = available(arguments.policy or POLICIES)
+            names = arguments.policy or POLICIES
             figures[name] = {**about, "policies": replay_all(task, names, arguments.studies, pool)}
     if not arguments.banks and not arguments.policy and arguments.studies == STUDIES:
         record("policies", {"yardstick": YARDSTICK, **figures})

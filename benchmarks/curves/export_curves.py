@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.curves.bank_points import RANK, RATE, RATIO, TARGETS, WARMUP, is_factorial
 from benchmarks.curves.curve_bank import HERE, write_bank
-from benchmarks.curves.make_curves import ENDED, OUTPUTS, SEEDS
+from benchmarks.curves.make_curves import OUTPUTS, SEEDS, cpu_seconds, ended_folders
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.core.spool import read_spool
 from sweeper.evaluation.judge import draw_rows
@@ -99,12 +99,10 @@ def export(file: BankFile, outputs: Path = OUTPUTS, folder: Path = HERE) -> Path
 def read_trainings(study: StudyFolder, arm: str, file: BankFile) -> list[ReadTraining]:
     """Return the trainings of an arm that belong to the bank, the first of each point and seed."""
     found: dict[str, ReadTraining] = {}
-    for path in sorted((study.path / arm).glob("trial_*/outcome.json")):
-        outcome = json.loads(path.read_text(encoding="utf-8"))
-        if outcome["cause"] in ENDED:
-            read = read_training(TrialFolder(path.parent), outcome, file)
-            read.line["id"] = f"{study.path.name}/{arm}/{path.parent.name}"
-            found.setdefault(json.dumps([read.line["point"], read.line["seed"]]), read)
+    for folder, outcome in ended_folders(study, arm):
+        read = read_training(folder, outcome, file)
+        read.line["id"] = f"{study.path.name}/{arm}/{folder.path.name}"
+        found.setdefault(json.dumps([read.line["point"], read.line["seed"]]), read)
     return list(found.values())
 
 
@@ -112,25 +110,18 @@ def read_training(folder: TrialFolder, outcome: Mapping[str, Any], file: BankFil
     """Return a training with the losses of every row of its looks."""
     config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     metrics, looks = outcome["metrics"], read_looks(folder.look_losses)
-    point = {key: _pop(config, key) for key in file.keys}
-    full = file.keys == FULL_KEYS
-    rows = [row for row in read_spool(folder.metrics) if "train/loss" in row]
     line = {
         "id": "",
-        "role": "full" if full else "factorial" if is_factorial(point) else "continuous",
-        "point": point,
-        "seed": config.pop("seed"),
-        "alpha": None if full else point[RANK] * point[RATIO],
+        **_place(config, file),
         "warmup_steps": _whole(metrics.get("training/warmup_steps")),
         "trainable": _whole(metrics.get("parameters/trainable")),
         "cause": outcome["cause"],
         "steps": outcome["steps"],
         "value": outcome["best_value"],
         "best_step": outcome["best_step"],
-        "train_loss": [_rounded(row["train/loss"], 5) for row in rows],
-        "grad_norm": [_rounded(row.get("train/grad_norm"), 5) for row in rows],
+        **_steps(folder),
         "cpu_train": _rounded(metrics.get("cost/train_cpu_seconds"), 3),
-        "cpu_total": _rounded(metrics.get("cost/cpu_seconds"), 3),
+        "cpu_total": _rounded(cpu_seconds(outcome), 3),
         "looks": looks,
     }
     shared = {
@@ -143,6 +134,27 @@ def read_training(folder: TrialFolder, outcome: Mapping[str, Any], file: BankFil
     }
     provenance = json.loads(folder.provenance.read_text(encoding="utf-8"))
     return ReadTraining(line, shared, {key: str(value) for key, value in provenance.items()})
+
+
+def _place(config: dict[str, Any], file: BankFile) -> dict[str, Any]:
+    """Take the point and the seed out of a training's configuration."""
+    point = {key: _pop(config, key) for key in file.keys}
+    full = file.keys == FULL_KEYS
+    return {
+        "role": "full" if full else "factorial" if is_factorial(point) else "continuous",
+        "point": point,
+        "seed": config.pop("seed"),
+        "alpha": None if full else point[RANK] * point[RATIO],
+    }
+
+
+def _steps(folder: TrialFolder) -> dict[str, Any]:
+    """Return what was logged of each training step."""
+    rows = [row for row in read_spool(folder.metrics) if "train/loss" in row]
+    return {
+        "train_loss": [_rounded(row["train/loss"], 5) for row in rows],
+        "grad_norm": [_rounded(row.get("train/grad_norm"), 5) for row in rows],
+    }
 
 
 def common(found: Sequence[ReadTraining]) -> dict[str, Any]:

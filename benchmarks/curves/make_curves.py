@@ -6,18 +6,21 @@
     python -m benchmarks.curves.make_curves chat         # 96 points on conversations
     python -m benchmarks.curves.make_curves embedded budget.wall_clock=45m    # stop after that
 
-Everything after the part is passed on to the studies. A part is trained in waves, each by one run
-of `python -m sweeper +experiment=curves`. After Ctrl-C, a kill or the end of a budget the same
-command continues, as any study does. What has ended can be exported at any time (export_curves.py).
+The overrides after the part are the studies' as well. A part is trained in waves, each by one run of
+`python -m sweeper +experiment=curves`, and before each wave the CPU seconds that are left are printed.
+After Ctrl-C, a kill or the end of a budget the same command continues, as any study does. Trainings that
+have ended can be exported at any time (export_curves.py).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +70,34 @@ class CurveStudy:
     overrides: tuple[str, ...] = ()
     full: bool = False
     """True if full fine-tunes are trained as well."""
+    expected_cpu_s: float = 13.0
+    """CPU seconds of one training, estimated before any has ended."""
 
     @property
     def folder(self) -> StudyFolder:
         """Folder of the study."""
         return StudyFolder(OUTPUTS / self.name)
 
+    @property
+    def fine_tunes(self) -> int:
+        """Number of full fine-tunes that are trained."""
+        return FULL_TRIALS if self.full else 0
+
     def lacks(self, points: int) -> bool:
         """Return True unless so many points, and all full fine-tunes, have ended."""
-        full = FULL_TRIALS if self.full else 0
-        return ended(self.folder, "lora") < points or ended(self.folder, "full") < full
+        there = ended(self.folder, "lora"), ended(self.folder, "full")
+        return there[0] < points or there[1] < self.fine_tunes
+
+    def progress(self) -> str:
+        """Return how many trainings have ended, and the CPU seconds of the others."""
+        arms = ("lora", "full")
+        spent = [cpu_seconds(each) for arm in arms for _, each in ended_folders(self.folder, arm)]
+        total = len(self.points) + self.fine_tunes
+        each = statistics.fmean(spent) if spent else self.expected_cpu_s
+        left = each * (total - len(spent))
+        return (
+            f"{self.name}: {len(spent)} of {total} trainings have ended, {left:,.0f} CPU s are left"
+        )
 
 
 def ended_folders(study: StudyFolder, arm: str) -> Iterator[tuple[TrialFolder, dict[str, Any]]]:
@@ -85,6 +106,11 @@ def ended_folders(study: StudyFolder, arm: str) -> Iterator[tuple[TrialFolder, d
         outcome = json.loads(path.read_text(encoding="utf-8"))
         if outcome["cause"] in ENDED:
             yield TrialFolder(path.parent), outcome
+
+
+def cpu_seconds(outcome: Mapping[str, Any]) -> float:
+    """Return the CPU seconds that a training has taken with everything in its trial."""
+    return float(outcome["metrics"]["cost/cpu_seconds"])
 
 
 def ended(study: StudyFolder, arm: str) -> int:
@@ -138,14 +164,14 @@ def base_studies() -> list[CurveStudy]:
         words = [str(tool), "--out", str(LARGER_BASE), "--hidden", str(LARGER_WIDTH)]
         subprocess.run([sys.executable, *words], check=True)
     model = f"model.base_model={LARGER_BASE.relative_to(HERE)}"
-    return [CurveStudy("curves_base", held_out_points(), (model,))]
+    return [CurveStudy("curves_base", held_out_points(), (model,), expected_cpu_s=35.0)]
 
 
 PARTS: dict[str, Callable[[], list[CurveStudy]]] = {
     "embedded": lambda: [embedded_study()],
     "seeds": seed_studies,
     "base": base_studies,
-    "chat": lambda: [CurveStudy("curves_chat", held_out_points(), CHAT)],
+    "chat": lambda: [CurveStudy("curves_chat", held_out_points(), CHAT, expected_cpu_s=25.0)],
 }
 
 
@@ -165,23 +191,41 @@ def waves(study: CurveStudy) -> Iterator[tuple[int, tuple[str, ...]]]:
         yield total, (*named, *study.overrides, in_words(points))
 
 
+def run_program(words: Sequence[str]) -> int:
+    """Run the program and return its exit code. A stop of this process stops the program first."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sweeper", *words, "-m"],
+        cwd=HERE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    def stop(number: int, _: object) -> None:
+        process.send_signal(number)
+
+    # a terminal sends Ctrl-C to the program as well, which would take a second one for "at once"
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    on_terminate = signal.signal(signal.SIGTERM, stop)
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)
+        signal.signal(signal.SIGTERM, on_terminate)
+
+
 def train(study: CurveStudy, overrides: Sequence[str]) -> bool:
-    """Train what a study lacks. Return False if a run ended before its wave was complete."""
+    """Train what a study lacks. Return False if a run ended before its wave was complete.
+
+    Raises:
+        SystemExit: a run failed, with its exit code.
+    """
     for total, words in waves(study):
         if not study.lacks(total):
             continue
-        done = subprocess.run(
-            [sys.executable, "-m", "sweeper", *words, *overrides, "-m"],
-            cwd=HERE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=False,
-        )
-        if done.returncode:  # the program has said why
-            raise SystemExit(done.returncode)
+        print(study.progress(), flush=True)
+        if code := run_program([*words, *overrides]):  # the program has said why
+            raise SystemExit(code)
         if study.lacks(total):
-            there = ended(study.folder, "lora")
-            of = len(study.points)
-            print(f"{study.name}: {there} of {of} points. The same command continues")
+            print(f"{study.progress()}. The same command continues")
             return False
     print(f"{study.name}: complete")
     return True

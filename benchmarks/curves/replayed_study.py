@@ -1,8 +1,8 @@
-"""A study replayed on recorded curves: the product's own sampler, pruner, stop rules and telling.
+"""A study replayed on recorded curves, with the product's own sampler, pruner and stop rules.
 
-Nothing is trained. A trial gets the losses of the recorded training that is nearest to what the sampler
-asked, and the sampler is told that training's own rate, so that no value is interpolated. The rest of
-a point is taken as it was asked: a bank has every combination of the other settings.
+Nothing is trained. A trial gets the losses of a recorded training: the one whose rate is nearest to the
+rate that the sampler asked for. Optuna stores the rate of the recorded training in place of the asked
+one, so no value is interpolated. A bank has every combination of the other settings.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import Trial
 
 from benchmarks.curves.bank_points import RATE, Point
-from sweeper.config.settings import Objective
 from sweeper.core.outcome import SELF_ENDED, Cause, Outcome
 from sweeper.search.pruning import PruningGuard, make_pruner, make_watch, permille
 from sweeper.search.samplers import make_sampler
-from sweeper.search.study import ask, enqueue, first_draws, suggest
+from sweeper.search.study import ask, enqueue, first_draws, sampler_context, suggest
 from sweeper.search.study_plan import StudyPlan
 from sweeper.search.telling import tell
 from sweeper.training.stop_rules import StopRules
@@ -53,7 +52,12 @@ class RecordedCurve:
     """Cost of a judgement of the whole split."""
 
     def value(self, steps: int | None = None) -> float:
-        """Return the loss of the checkpoint that looks would keep after so many steps, or infinity."""
+        """Return the loss of the checkpoint that looks would keep after so many steps, or infinity.
+
+        A training that diverges has no value at its end.
+        """
+        if self.diverged and steps is None:
+            return math.inf
         found = [
             (loss, step)
             for step, loss in self.looks.items()
@@ -170,7 +174,7 @@ class EndedTrial:
     """Index of its curve."""
     cause: Cause
     value: float
-    """Value that the sampler was told of a trial that ran to its own end."""
+    """Loss of the checkpoint that looks would keep. Optuna gets it if the trial ran to its own end."""
 
 
 GuardMaker = Callable[["ReplayedStudy", Trial], PruningGuard]
@@ -199,15 +203,15 @@ class ReplayedStudy:
         """Open an Optuna study in memory, with the plan's known points queued."""
         self.arm = self.plan.arms[0]
         self.training = self.arm.settings.training
-        self.objective = Objective(metric=LOSS, direction="minimize", pruning_metric=None)
         sampler = self.arm.sampler.model_copy(update={"seed": self.seed})
+        context = sampler_context(self.plan, self.arm)
         self.optuna = optuna.create_study(
             direction="minimize",
-            sampler=make_sampler(sampler, self.arm.space, self.arm.n_trials),
+            sampler=make_sampler(sampler, self.arm.space, self.arm.n_trials, context),
             pruner=make_pruner(self.plan.study.pruner),
         )
         self.tried: set[int] = set()
-        # an infeasible trial is told the untuned base's value, which the first training loss is close to
+        # stands for the untuned base's value, which Optuna gets for an infeasible trial
         self.base_value = statistics.median(curve.first_loss for curve in self.table.curves)
         levels = self.table.levels()
         self.fixed = {key: values[0] for key, values in levels.items() if len(values) == 1}
@@ -224,7 +228,7 @@ class ReplayedStudy:
             self._replace_rate(trial, float(curve.point[RATE]))
             point = {**point, RATE: curve.point[RATE]}
         trial.set_user_attr("point", point)
-        rules = StopRules(self.training, self.objective, self.table.total_steps)
+        rules = StopRules(self.training, self.plan.objective, self.table.total_steps)
         rules.add_training_step(1, {"train/loss": curve.first_loss})
         return AskedTrial(trial, curve, index, rules, self.guard_of(self, trial))
 
@@ -245,7 +249,7 @@ class ReplayedStudy:
         return "finished" if asked.at >= total else None
 
     def end(self, asked: AskedTrial, cause: Cause) -> None:
-        """Tell the sampler how a trial ended, as the product does."""
+        """Record in Optuna how a trial ended, as the product does."""
         value = asked.curve.value(asked.at)
         if cause in SELF_ENDED:
             self.spent += asked.curve.judge_cost

@@ -7,8 +7,8 @@ import json
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -87,16 +87,16 @@ def _plan(words: tuple[str, ...]) -> StudyPlan:
 @pytest.mark.parametrize("study", [embedded_study(), CurveStudy("chat", held_out_points())])
 def test_the_words_of_each_wave_are_its_points(study: CurveStudy) -> None:
     """The program takes the text of a wave, and reads the very points, each inside its space."""
-    start = 0
-    for total, words in waves(study):
+    found = list(waves(study))
+    assert [total for total, _ in found[:-1]] == list(range(54, len(study.points), 54))
+    for start, (total, words) in ((0, found[0]), (found[-2][0], found[-1])):
         assert max(map(len, words)) < MAX_OVERRIDE
         plan = _plan(words)
         arm = plan.arms[0]
         assert list(arm.priors) == study.points[start:total]
         assert all(locate(arm.space, point) is not None for point in arm.priors)
         assert (plan.study.study_name, arm.n_trials) == (study.name, total)
-        start = total
-    assert start == len(study.points)
+    assert found[-1][0] == len(study.points)
 
 
 def test_nothing_is_stopped_and_every_row_is_looked_at() -> None:
@@ -244,31 +244,42 @@ def test_the_same_trainings_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_the_same_command_trains_only_what_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A part that was stopped within its second wave runs that wave again, and not the first."""
+    """A part that was stopped within its second wave runs that wave again, and says what is left."""
     monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
     points = held_out_points()
     study = CurveStudy("curves_base", points)
     runs: list[int] = []
 
-    def run(words: list[str], **_: object) -> CompletedProcess[str]:
+    def run(words: Sequence[str]) -> int:
         total = int(next(word for word in words if word.startswith("n_trials=")).split("=")[1])
         ends = 70 if not runs else total  # the first run is stopped by its budget
         runs.append(total)
         there = make_curves.ended(study.folder, "lora")
         for number in range(there, min(ends, total)):
             _end(study.folder.trial("lora", number).path, points[number], "finished", 3.0 + number)
-        return CompletedProcess(words, 0)
+        return 0
 
-    monkeypatch.setattr(make_curves.subprocess, "run", run)
+    monkeypatch.setattr(make_curves, "run_program", run)
     for number in range(54):
         _end(study.folder.trial("lora", number).path, points[number], "finished", 3.0 + number)
     assert train(study, []) is False
-    assert make_curves.ended(study.folder, "lora") == 70
+    before, after = capsys.readouterr().out.splitlines()
+    assert before == "curves_base: 54 of 96 trainings have ended, 420 CPU s are left"
+    assert after.startswith("curves_base: 70 of 96 trainings have ended, 260 CPU s are left.")
     assert train(study, []) is True
     assert runs == [96, 96]
     assert make_curves.best_points(study.folder, 2) == points[:2]
+
+
+def test_what_is_left_is_estimated_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part that has not begun has the seconds of its README's estimate."""
+    monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
+    words = "curves_embedded: 0 of 564 trainings have ended, 7,332 CPU s are left"
+    assert embedded_study().progress() == words
 
 
 def test_repeats_wait_for_the_whole_first_bank(
@@ -323,11 +334,11 @@ def test_a_run_that_fails_ends_the_command_with_its_code(
     monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
     runs: list[object] = []
 
-    def run(words: list[str], **_: object) -> CompletedProcess[str]:
+    def run(words: Sequence[str]) -> int:
         runs.append(words)
-        return CompletedProcess(words, 2)
+        return 2
 
-    monkeypatch.setattr(make_curves.subprocess, "run", run)
+    monkeypatch.setattr(make_curves, "run_program", run)
     with pytest.raises(SystemExit) as stop:
         train(CurveStudy("curves_base", held_out_points()), [])
     assert (stop.value.code, len(runs)) == (2, 1)
@@ -353,8 +364,12 @@ def test_conversations_are_rendered_as_turns_and_answers_carry_the_loss() -> Non
 def test_two_points_are_trained_and_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the command to the file: whole looks with their cost, each step's norm, the kept value."""
+    """From the command to the file: whole looks with their cost, each step's norm, the kept value.
+
+    Each point has a wave of its own, so the second run continues the study of the first.
+    """
     monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
+    monkeypatch.setattr(make_curves, "WAVE", 1)
     points = embedded_points()[:2]
     short = ("training.max_steps=4", "training.per_device_train_batch_size=2")
     study = CurveStudy("curves_test", points, (*short, f"output_dir={tmp_path}"))

@@ -7,14 +7,18 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
+from benchmarks.curves import replayed_study
 from benchmarks.curves.bank_points import RANK, RATE, RATES, RATIO, TARGETS, WARMUP, Point
+from benchmarks.curves.bank_surface import fit_surface
 from benchmarks.curves.curve_bank import write_bank
-from benchmarks.curves.fitted_surface import fit_surface
+from benchmarks.curves.policy_tasks import BUDGET, PolicyTask, bank_task, space_of, tinker_tasks
 from benchmarks.curves.replayed_study import (
     RESUME,
     CurveTable,
@@ -26,25 +30,19 @@ from benchmarks.curves.replayed_study import (
     run_in_turn,
 )
 from benchmarks.policies import (
-    BUDGET,
     COMMON,
     GRID,
     POLICIES,
-    PolicyTask,
-    SearchPolicy,
-    available,
-    bank_task,
     equivalents_to,
     figures_of,
     plan_of,
     regrets_of,
     replay,
     resampled,
-    space_of,
     summarise,
-    tinker_tasks,
 )
 from sweeper.search.samplers import make_sampler
+from sweeper.search.study import sampler_context
 
 LOOKS = (16, 32, 48, 64)
 POINTS: list[Point] = [
@@ -195,14 +193,12 @@ def test_seeds_of_the_sampler_give_different_studies_and_the_same_seed_the_same(
     assert first.regrets.tolist() != other.regrets.tolist()
 
 
-def test_every_policy_whose_sampler_is_fast_runs(task: PolicyTask) -> None:
-    """Each ends trials within its budget, the best of them better than the median point."""
-    fast = [name for name in available(POLICIES) if POLICIES[name].parts[0] in ("random", "tpe")]
-    assert len(fast) >= 9
-    for name in fast:
-        figures = replay(replace(task, budget=8.0), name, 0)
-        assert figures.finished > 0
-        assert figures.regrets[-1] < figures.regrets[0], name
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_runs(task: PolicyTask, name: str) -> None:
+    """Each policy ends trials within its budget, the best of them better than the median point."""
+    figures = replay(replace(task, budget=8.0), name, 0)
+    assert figures.finished > 0
+    assert figures.regrets[-1] < figures.regrets[0]
 
 
 def test_what_ends_beyond_the_budget_does_not_count(task: PolicyTask) -> None:
@@ -327,16 +323,19 @@ def test_the_table_of_final_values_is_searched_by_rate_and_rank() -> None:
     assert [ended.spent for ended in study.ended] == [1, 2, 3, 4, 5]
 
 
-def test_a_replay_gives_the_sampler_all_that_a_study_gives_it() -> None:
-    """A new argument with a default would be left out without notice, and another sampler replayed."""
-    assert list(inspect.signature(make_sampler).parameters) == ["settings", "space", "n_trials"]
-
-
-def test_policies_of_parts_that_this_version_lacks_are_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_replay_gives_the_sampler_all_that_a_study_gives_it(
+    task: PolicyTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table without a policy says so, instead of showing another sampler under its name."""
-    policy = SearchPolicy(("sampler=divining", "pruner=none"))
-    monkeypatch.setitem(POLICIES, "divining rod", policy)
-    assert available(["TPE", "divining rod"]) == ["TPE"]
-    assert "divining rod: left out" in capsys.readouterr().out
+    """A replay makes the sampler as open_study does. A new argument of make_sampler fails this test."""
+    given: list[tuple[Any, ...]] = []
+
+    def make(*arguments: Any) -> BaseSampler:
+        given.append(arguments)
+        return make_sampler(*arguments)
+
+    monkeypatch.setattr(replayed_study, "make_sampler", make)
+    study = _study(task, "sampler=lora", "pruner=none", seed=7)
+    plan, arm = study.plan, study.arm
+    settings = arm.sampler.model_copy(update={"seed": 7})
+    assert given == [(settings, arm.space, arm.n_trials, sampler_context(plan, arm))]
+    assert len(inspect.signature(make_sampler).parameters) == len(given[0])

@@ -1,8 +1,8 @@
 """A smooth surface through a bank: what a point is worth apart from the luck of the seed that chose it.
 
-A policy chooses by the values of seed 0, so those values flatter what it chose. A point of which further
-seeds were trained is worth the surface through their means. Any other point is worth what the surface
-through all others says at its place (leave one out), so its own value of seed 0 has no say.
+A policy chooses by the values of seed 0, so those values flatter the points that it chose. A point with
+trainings of further seeds is worth the surface through their means. Any other point is worth the surface
+through all other points (leave one out), so its own value of seed 0 has no say.
 
 Values are warped by their logarithm above the best, because far from the best a surface of losses is
 steep and its details do not matter. The Gaussian process is scikit-learn's.
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -27,22 +28,23 @@ BELOW = 0.05
 
 
 @dataclass(frozen=True)
-class FittedSurface:
+class BankSurface:
     """The values of points as the surface has them, in nats per token."""
 
-    values: np.ndarray
+    values: NDArray[np.float64]
     """Value of each point that the surface was fitted to."""
     error_of_best_half: float
     """Root mean square of the leave-one-out errors of the better half of the points."""
     _process: GaussianProcessRegressor
     _floor: float
 
-    def at_points(self, points: Sequence[Point]) -> np.ndarray:
+    def at_points(self, points: Sequence[Point]) -> NDArray[np.float64]:
         """Return the surface's values at any points."""
-        return np.exp(self._process.predict(features(points))) + self._floor
+        warped: NDArray[np.float64] = self._process.predict(features(points))
+        return np.exp(warped) + self._floor
 
 
-def features(points: Sequence[Point]) -> np.ndarray:
+def features(points: Sequence[Point]) -> NDArray[np.float64]:
     """Return coordinates of points, each of about unit range."""
     return np.array(
         [
@@ -60,7 +62,7 @@ def features(points: Sequence[Point]) -> np.ndarray:
 
 def fit_surface(
     points: Sequence[Point], values: Sequence[float], fresh: Sequence[float | None]
-) -> FittedSurface:
+) -> BankSurface:
     """Fit the surface of a bank.
 
     Args:
@@ -87,12 +89,12 @@ def fit_surface(
     inside, outside = _posteriors(process, coordinates, warped)
     worth = np.exp(np.where(repeated, inside, outside)) + floor
     errors = (np.exp(outside) + floor - seen)[np.argsort(seen)[: max(1, len(seen) // 2)]]
-    return FittedSurface(worth, float(np.sqrt(np.mean(errors**2))), process, floor)
+    return BankSurface(worth, float(np.sqrt(np.mean(errors**2))), process, floor)
 
 
 def _posteriors(
-    process: GaussianProcessRegressor, coordinates: np.ndarray, warped: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    process: GaussianProcessRegressor, coordinates: NDArray[np.float64], warped: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the process's means at its own points: with each point's value, and without it."""
     covariance = process.kernel_(coordinates)  # with the noise on its diagonal
     centre, spread = warped.mean(), warped.std()
