@@ -1,18 +1,17 @@
-"""Replay search policies on the bank of curves: what each is worth, in seconds instead of days.
+"""Replay search policies on the bank of curves, in seconds instead of days of training.
 
     python -m benchmarks.policies                          # on every exported bank; policies.json
     python -m benchmarks.policies embedded --studies 20    # on one bank, without writing
     python -m benchmarks.policies tinker                   # final values of 35 models
 
-A policy is a command line of the product: sampler, pruner, known points and stop rules are the product's
-own (curves/replayed_study.py). Only a stop by a fixed gap in nats and halving with pausing are not: the
-product does not have them. Each policy runs many simulated studies, every one with another seed of the
-sampler, until a budget of trial-equivalents is spent: one training and one whole judgement each. A trial
-or a kill that ends beyond the budget does not count.
+A policy is a command line of the product. Sampler, pruner, known points and stop rules are the product's
+own (curves/replayed_study.py), except the stop by a fixed gap in nats and halving with pausing. Each
+policy runs many simulated studies with other seeds of the sampler, until a budget is spent. Its unit, the
+trial-equivalent, is one training and one whole judgement. What ends beyond the budget does not count.
 
-The regret is that of the trial which looks best to the study: what its point is worth on the surface
-that is fitted to the bank (curves/bank_surface.py), minus the best worth of any point. Intervals are
-95 % bootstrap over studies. Figures belong to the base and data of their bank, costs to its machine.
+The regret of a study is that of its best-looking trial: the worth of its point on the surface that is
+fitted to the bank (curves/bank_surface.py), minus the best worth of any point. Intervals are 95 %
+bootstrap over studies. Figures belong to the base and data of their bank, costs to its machine.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ COMMON = (
 
 @dataclass(frozen=True)
 class SearchPolicy:
-    """A way to search, as the product's command line says it."""
+    """A way to search, as overrides of the product's command line."""
 
     overrides: tuple[str, ...]
     run: Callable[[ReplayedStudy, float], None] = run_in_turn
@@ -113,7 +112,7 @@ FINAL_VALUES = (
 
 @dataclass(frozen=True)
 class StudyFigures:
-    """What one simulated study did within its budget."""
+    """Regrets and kills of one simulated study within its budget."""
 
     regrets: NDArray[np.float64]
     """Regret of the best-looking trial at each of GRID."""
@@ -133,7 +132,7 @@ def plan_of(words: tuple[str, ...]) -> StudyPlan:
 
 
 def guard_of(policy: SearchPolicy) -> GuardMaker:
-    """Return what makes the guards of a policy's trials."""
+    """Return the function that makes the guards of a policy's trials."""
     gap = policy.gap
     if gap is None:
         return product_guard
@@ -289,7 +288,7 @@ def replay_tinker(most: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Replay policies on the banks that there are."""
+    """Replay policies on the exported banks and on the table of final values."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("banks", nargs="*", help=f"of {', '.join(BANKS)} and tinker (default: all)")
     parser.add_argument("--studies", type=int, default=STUDIES, help="studies of a policy at most")

@@ -1,6 +1,6 @@
 """The points of the bank of curves, in the order in which they are trained.
 
-A bank is made in several sessions, and what there is must be usable. Every beginning of the order
+A bank is made in several sessions, and an incomplete one must be usable. Every beginning of the order
 therefore covers the space: a pass of the factorial has each combination of rank, alpha and target
 modules once, and the rates of successive passes bisect those of the passes before.
 """

@@ -1,4 +1,4 @@
-"""A smooth surface through a bank: what a point is worth apart from the luck of the seed that chose it.
+"""A smooth surface through a bank: the worth of points without the luck of the seed that chose them.
 
 A policy chooses by the values of seed 0, so those values flatter the points that it chose. A point with
 trainings of further seeds is worth the surface through their means. Any other point is worth the surface

@@ -1,4 +1,4 @@
-"""Export what the studies of make_curves.py have trained as the small files of the bank.
+"""Export the trainings of make_curves.py as the small files of the bank.
 
     python -m benchmarks.curves.export_curves              # every part that has trainings
     python -m benchmarks.curves.export_curves embedded
@@ -66,7 +66,7 @@ FILES = (
 
 @dataclass(frozen=True)
 class ReadTraining:
-    """One training, and what it must share with all others of its file."""
+    """One training, and the properties that it must share with all others of its file."""
 
     line: dict[str, Any]
     shared: dict[str, Any]
@@ -149,7 +149,7 @@ def _place(config: dict[str, Any], file: BankFile) -> dict[str, Any]:
 
 
 def _steps(folder: TrialFolder) -> dict[str, Any]:
-    """Return what was logged of each training step."""
+    """Return the logged loss and gradient norm of each training step."""
     rows = [row for row in read_spool(folder.metrics) if "train/loss" in row]
     return {
         "train_loss": [_rounded(row["train/loss"], 5) for row in rows],
@@ -158,7 +158,7 @@ def _steps(folder: TrialFolder) -> dict[str, Any]:
 
 
 def common(found: Sequence[ReadTraining]) -> dict[str, Any]:
-    """Return what all trainings of a file share.
+    """Return the properties that all trainings of a file share.
 
     Raises:
         SystemExit: they differ, so they are not trainings of one question.

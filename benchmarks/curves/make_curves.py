@@ -47,7 +47,7 @@ WAVE = 54
 ENDED = ("finished", "diverged")
 """Causes of trainings that belong to the bank."""
 SEEDS = (1, 2, 3)
-"""Seeds of the repeats. The bank itself has seed 0, which chose what is repeated."""
+"""Seeds of the repeats. The bank itself has seed 0, which chose the repeated points."""
 REPEATED = 40
 LARGER_BASE = OUTPUTS / "base"
 LARGER_WIDTH = 256
@@ -213,7 +213,7 @@ def run_program(words: Sequence[str]) -> int:
 
 
 def train(study: CurveStudy, overrides: Sequence[str]) -> bool:
-    """Train what a study lacks. Return False if a run ended before its wave was complete.
+    """Train the points that a study lacks. Return False if a run ended before its wave was complete.
 
     Raises:
         SystemExit: a run failed, with its exit code.

@@ -330,7 +330,7 @@ def test_five_points_of_the_bank_train_to_the_same_losses(program: Program, tmp_
 def test_a_run_that_fails_ends_the_command_with_its_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next wave is not begun after a run that could not go on."""
+    """The next wave is not begun after a run that has failed."""
     monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
     runs: list[object] = []
 

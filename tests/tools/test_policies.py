@@ -1,4 +1,4 @@
-"""Policies replayed on a small bank made by hand: what is told, what is paid, what counts."""
+"""Policies replayed on a small bank made by hand: recorded values, costs, and what counts."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def _study(task: PolicyTask, *overrides: str, seed: int = 0) -> ReplayedStudy:
     return ReplayedStudy(plan, task.table, seed)
 
 
-def test_the_sampler_is_told_the_recorded_point_and_its_own_value(task: PolicyTask) -> None:
-    """No value is interpolated: each told rate is one of the bank's, with the loss trained there."""
+def test_the_sampler_sees_the_recorded_point_and_its_own_value(task: PolicyTask) -> None:
+    """No value is interpolated: Optuna stores a rate of the bank and the loss that was trained there."""
     study = _study(task, "sampler=random", "pruner=none")
     run_in_turn(study, 12)
     told = study.optuna.get_trials(states=(TrialState.COMPLETE,))
@@ -160,7 +160,7 @@ def test_halving_continues_the_better_half_of_each_rung(task: PolicyTask) -> Non
     assert study.spent == pytest.approx(paid)
 
 
-def test_a_training_that_diverged_is_told_as_infeasible(task: PolicyTask) -> None:
+def test_a_training_that_diverged_is_infeasible(task: PolicyTask) -> None:
     """Its sampler hears the base's value with a constraint, and pays for the steps until then."""
     ends = {"looks": {16: 4.0}, "whole": {16: 4.0}}
     broken = replace(task.table.curves[0], **ends, steps=20, diverged=True)
@@ -251,7 +251,7 @@ def test_intervals_contain_the_mean_and_shrink_with_the_studies(task: PolicyTask
 
 
 def test_a_lucky_value_of_the_choosing_seed_is_not_worth_its_luck() -> None:
-    """A point is worth what its neighbours say, or what its further seeds say, not its own value."""
+    """The worth of a point follows from its neighbours or its further seeds, not from its own value."""
     values = [_loss(point) for point in POINTS]
     best = int(np.argmin(values))
     lucky = [value - (0.03 if index == best else 0.0) for index, value in enumerate(values)]
