@@ -6,7 +6,7 @@
 
 A policy is a command line of the product. Sampler, pruner, known points and stop rules are the product's
 own (curves/replayed_study.py), except the stop by a fixed gap in nats and halving with pausing. Each
-policy runs many simulated studies with other seeds of the sampler, until a budget is spent. Its unit, the
+policy runs many simulated studies with other seeds of the sampler, until a budget is spent. The unit, a
 trial-equivalent, is one training and one whole judgement. What ends beyond the budget does not count.
 
 The regret of a study is that of its best-looking trial: the worth of its point on the surface that is
