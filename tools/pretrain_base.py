@@ -39,6 +39,7 @@ from sweeper.builtin.stdlib_text import (
     language_reference,
     pretraining_modules,
 )
+from sweeper.core.errors import SweeperError
 from tools.guarded_build import CARD, built_folder, errors_as_sentences
 
 VOCABULARY = 2048
@@ -95,6 +96,10 @@ class BaseReport:
     date: str
 
 
+class UnfitWidth(SweeperError):
+    """The width of the model is one that 4-bit kernels do not take."""
+
+
 def build_base(
     out: Path,
     *,
@@ -108,7 +113,7 @@ def build_base(
     `tokens` are training tokens, repeats included (the text has about 0.6 million); `threads`
     are torch's, by default as many as it already uses; `hidden` is the width of the model. An
     earlier base at `out` is replaced once the new one is complete; OccupiedFolder if `out` is
-    anything else, ValueError if the width does not fit 4-bit kernels.
+    anything else, UnfitWidth if the width does not fit 4-bit kernels.
     """
     _refuse_unfit_width(hidden)
     with (
@@ -404,9 +409,9 @@ def _session(seed: int, threads: int) -> Iterator[None]:
 
 def _refuse_unfit_width(hidden: int) -> None:
     if hidden % 32 or hidden <= 0:
-        raise ValueError(
+        raise UnfitWidth(
             f"the width must be a multiple of 32, because 4-bit kernels on CPUs need that: {hidden=}. "
-            "Give 128 or 256"
+            "Give 128 or 256."
         )
 
 

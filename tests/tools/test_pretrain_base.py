@@ -11,7 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from sweeper.builtin.docstring_pairs import docstring_pairs, first_sentence, normalised
 from tools.guarded_build import OccupiedFolder
-from tools.pretrain_base import build_base, new_model, pretraining_text, train_tokenizer
+from tools.pretrain_base import (
+    UnfitWidth,
+    build_base,
+    new_model,
+    pretraining_text,
+    train_tokenizer,
+)
 
 
 @pytest.mark.slow
@@ -60,6 +66,6 @@ def test_a_wider_base_has_at_most_four_times_the_parameters() -> None:
 
 def test_a_width_that_4_bit_kernels_do_not_take_is_refused(tmp_path: Path) -> None:
     """The width is refused before anything is trained or written."""
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(UnfitWidth, match="multiple of 32"):
         build_base(tmp_path / "base", tokens=20_000, hidden=200)
     assert not (tmp_path / "base").exists()
