@@ -32,7 +32,14 @@ import optuna
 from numpy.typing import NDArray
 
 from benchmarks.curves.curve_bank import has_bank
-from benchmarks.curves.policy_tasks import BUDGET, NEAR, PolicyTask, bank_task, tinker_tasks
+from benchmarks.curves.policy_tasks import (
+    BUDGET,
+    NEAR,
+    TINKER_BUDGET,
+    PolicyTask,
+    bank_task,
+    tinker_tasks,
+)
 from benchmarks.curves.replayed_study import (
     EndedTrial,
     GapGuard,
@@ -187,18 +194,18 @@ def equivalents_to(regrets: NDArray[np.float64], wanted: float) -> float:
     return float(GRID[reached[0]]) if len(reached) else math.inf
 
 
-def summarise(found: Sequence[StudyFigures]) -> dict[str, Any]:
-    """Return the figures of a policy over its studies."""
+def summarise(found: Sequence[StudyFigures], budget: float) -> dict[str, Any]:
+    """Return the figures of a policy over its studies, as far as their budget goes."""
     regrets = np.array([study.regrets for study in found])
     means = resampled(regrets)
     kills = sum(study.kills for study in found)
     row: dict[str, Any] = {"studies": len(found)}
-    for budget in REPORTED_AT:
-        column = int(np.searchsorted(GRID, budget))
+    for spent in (each for each in REPORTED_AT if each <= budget):
+        column = int(np.searchsorted(GRID, spent))
         there = regrets[:, column]
-        row[f"regret at {budget}"] = round(float(there.mean()), 5)
-        row[f"regret at {budget}, interval"] = _interval(means[:, column], 5)
-        row[f"regret at {budget}, 90th percentile"] = round(float(np.quantile(there, 0.9)), 5)
+        row[f"regret at {spent}"] = round(float(there.mean()), 5)
+        row[f"regret at {spent}, interval"] = _interval(means[:, column], 5)
+        row[f"regret at {spent}, 90th percentile"] = round(float(np.quantile(there, 0.9)), 5)
     reached = [equivalents_to(mean, NEAR) for mean in means]
     row["equivalents to .01"] = _finite(equivalents_to(regrets.mean(axis=0), NEAR))
     row["equivalents to .01, interval"] = _interval(np.array(reached), 2)
@@ -248,7 +255,10 @@ def replay_all(
         chunks = [seeds[start : start + CHUNK] for start in range(0, len(seeds), CHUNK)]
         tasks = [pool.submit(_replay_seeds, task, name, chunk) for chunk in chunks]
         found = [figures for each in tasks for figures in each.result()]
-        rows[name] = {**summarise(found), "seconds": round(time.monotonic() - began, 1)}
+        rows[name] = {
+            **summarise(found, task.budget),
+            "seconds": round(time.monotonic() - began, 1),
+        }
         print(in_words(name, rows[name]), flush=True)
     if YARDSTICK in rows:
         for row in rows.values():
@@ -265,11 +275,13 @@ def _ratio(yardstick: Mapping[str, Any], row: Mapping[str, Any]) -> float | None
 def in_words(name: str, row: Mapping[str, Any]) -> str:
     """Return a line of the table for people."""
     low, high = row["regret at 12, interval"]
+    means = ", ".join(
+        f"{at} {row[f'regret at {at}']:.4f}" for at in REPORTED_AT if f"regret at {at}" in row
+    )
     costly = row["share of kills that are costly"]
     kills = "" if costly is None else f", costly kills {costly:.1%}"
     return (
-        f"{name:40} regret at 6 {row['regret at 6']:.4f}, at 12 {row['regret at 12']:.4f} "
-        f"[{low:.4f}, {high:.4f}], at 24 {row['regret at 24']:.4f}, "
+        f"{name:40} regret at {means}, interval at 12 [{low:.4f}, {high:.4f}], "
         f"to .01 {row['equivalents to .01'] or 'not reached'}{kills}"
     )
 
@@ -282,7 +294,7 @@ def replay_tinker(most: int, pool: ProcessPoolExecutor) -> dict[str, Any]:
     for name in FINAL_VALUES:
         jobs = [pool.submit(_replay_seeds, task, name, range(each)) for task in tasks.values()]
         found = [figures for job in jobs for figures in job.result()]
-        rows[name] = summarise(found)
+        rows[name] = summarise(found, TINKER_BUDGET)
         print(in_words(name, rows[name]), flush=True)
     return {"models": len(tasks), "studies a model": each, "policies": rows}
 

@@ -35,6 +35,7 @@ from benchmarks.policies import (
     POLICIES,
     equivalents_to,
     figures_of,
+    in_words,
     plan_of,
     regrets_of,
     replay,
@@ -245,9 +246,17 @@ def test_intervals_contain_the_mean_and_shrink_with_the_studies(task: PolicyTask
     parts = [resampled(part)[:, 0] for part in (noise[:100], noise)]
     widths = [float(np.ptp(np.quantile(means, [0.025, 0.975]))) for means in parts]
     assert widths[1] == pytest.approx(widths[0] / 2, rel=0.3)
-    row = summarise([replay(task, "random", seed) for seed in range(4)])
+    row = summarise([replay(task, "random", seed) for seed in range(4)], BUDGET)
     low, high = row["regret at 12, interval"]
     assert low <= row["regret at 12"] <= high
+
+
+def test_nothing_is_reported_beyond_the_budget(task: PolicyTask) -> None:
+    """Studies of 12 equivalents have no regret at 24."""
+    row = summarise([replay(replace(task, budget=12.0), "random", 0)], 12.0)
+    assert "regret at 12" in row
+    assert "regret at 24" not in row
+    assert "at 2 " in in_words("random", row)
 
 
 def test_a_lucky_value_of_the_choosing_seed_is_not_worth_its_luck() -> None:
