@@ -21,6 +21,7 @@ from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import SweeperError
 from sweeper.core.outcome import StopCause, TrialTiming
 from sweeper.core.paths import TrialFolder
+from sweeper.core.signals import exit_with_parent
 from sweeper.modeling.hardware import device, device_report
 from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.training.schedule import look_steps, plan_schedule
@@ -149,6 +150,7 @@ def timings(documents: Sequence[Mapping[str, Any]], threads: int) -> list[TrialT
 
 
 if __name__ == "__main__":
+    exit_with_parent()
     print(
         json.dumps([each.model_dump() for each in timings(json.load(sys.stdin), int(sys.argv[1]))])
     )

@@ -60,8 +60,20 @@ class StopSignal:
 def die_with_parent() -> None:
     """Ask Linux to kill this process when its parent ends. Elsewhere the process must notice it."""
     # A process that is stopped (SIGSTOP) cannot notice anything, and would hold its device for ever
+    _at_parents_end(signal.SIGKILL)
+
+
+def exit_with_parent() -> None:
+    """Let this process remove its temporary files and exit on SIGTERM, which Linux sends when its
+    parent ends.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    _at_parents_end(signal.SIGTERM)
+
+
+def _at_parents_end(number: signal.Signals) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 @contextmanager

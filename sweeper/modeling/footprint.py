@@ -15,6 +15,7 @@ from typing import Any
 from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import SweeperError
 from sweeper.core.outcome import TrialFootprint
+from sweeper.core.signals import exit_with_parent
 from sweeper.modeling.hardware import device
 from sweeper.modeling.memory_estimate import estimate_trial
 from sweeper.modeling.model_source import load_config
@@ -62,5 +63,6 @@ def _longest_row(settings: TrialSettings) -> int:
 
 
 if __name__ == "__main__":
+    exit_with_parent()
     footprints = [footprint_or_problem(document) for document in json.load(sys.stdin)]
     print(json.dumps([each.model_dump() for each in footprints]))

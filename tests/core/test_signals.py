@@ -19,6 +19,18 @@ from sweeper.commands.run_study import run_study
 from sweeper.core.signals import StopRequested, deferred_interrupt
 from sweeper.search.study_plan import studies
 
+CHILD = """
+import tempfile, time
+from sweeper.core.signals import exit_with_parent
+exit_with_parent()
+with tempfile.TemporaryDirectory() as place:
+    print(place, flush=True)
+    time.sleep(600)
+"""
+PARENT = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
 STUDY = (
     *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "pruner=none"),
     *("~hydra.sweeper.arms.full", "hydra.sweeper.n_trials=3", "workers.fake.step_seconds=0.1"),
@@ -142,3 +154,21 @@ def test_what_was_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a child")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_times_steps_leaves_with_its_parent(number: signal.Signals) -> None:
+    """A stopped dry run leaves neither a process that trains nor a gigabyte of weights."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, CHILD], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    place = Path(parent.stdout.readline().strip())
+    (child,) = psutil.Process(parent.pid).children()
+    assert place.is_dir()
+    parent.send_signal(number)
+    parent.wait(60)
+    psutil.wait_procs([child], timeout=60)
+    assert not child.is_running()
+    assert not place.exists()
