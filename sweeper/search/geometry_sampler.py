@@ -121,7 +121,7 @@ class GeometrySampler(BaseSampler):
 
 
 class PointPromise:
-    """How much a training at a point promises, from what is known of other points."""
+    """Rates points by what a training there promises, from what is known of other points."""
 
     def __init__(
         self, geometry: AdapterGeometry, seen: ObservedTrials, allowed: Columns | None = None

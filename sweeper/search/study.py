@@ -178,7 +178,7 @@ def sampler_context(plan: StudyPlan, arm: ArmPlan, ordered: bool = True) -> Samp
 
 
 def _fix_order(study: optuna.Study) -> None:
-    """Store before the first trial that choices are ordered. A study of before keeps its sampler."""
+    """Store before the first trial that choices are ordered. A study that has trials keeps its draws."""
     if ORDERED not in study.user_attrs:
         study.set_user_attr(ORDERED, not study.get_trials(deepcopy=False))
 
