@@ -577,7 +577,9 @@ def _of_trusted_files(
     kept = [text for text in overrides if _is_choice(text, groups) or _decides_place(text)]
     # ++, because a key of a foreign file does not exist without it
     forced = [
-        text if _is_choice(text, groups) or key_of(text) == SEARCHPATH else "++" + text.lstrip("+")
+        text
+        if text.startswith("~") or _is_choice(text, groups) or key_of(text) == SEARCHPATH
+        else "++" + text.lstrip("+")
         for text in kept
     ]
     _READING.without_foreign = True
@@ -591,10 +593,10 @@ def _of_trusted_files(
 
 def _is_choice(override: str, groups: Mapping[str, Any]) -> bool:
     """Return True for an override that chooses or removes a choice of a group."""
-    key = key_of(override)
-    return override.startswith("~") or key.partition("@")[0] in {
-        name.partition("@")[0] for name in groups
-    }
+    group = key_of(override).partition("@")[0]
+    # a group that was removed has no choice, but no dot either: a value below may stand in any file
+    removed = override.startswith("~") and "." not in group
+    return removed or group in {name.partition("@")[0] for name in groups}
 
 
 def _decides_place(override: str) -> bool:

@@ -195,6 +195,17 @@ def test_the_command_line_and_harmless_places_pass(tmp_path: Path) -> None:
     assert compose(_foreign(tmp_path, by_reference)).sweeper["storage"] is None
 
 
+def test_what_only_a_foreign_file_has_can_be_removed(tmp_path: Path) -> None:
+    """An arm of the user's own experiment, as one of a packaged one. A place stays refused."""
+    arm = "overrides: [adapter=none], n_trials: 1, params: {training.learning_rate: 0.1}"
+    own = f"hydra: {{sweeper: {{arms: {{other: {{{arm}}}}}}}}}"
+    removed = "~hydra.sweeper.arms.other"
+    (plan,) = studies([*_foreign(tmp_path, own), removed])
+    assert [arm.name for arm in plan.arms] == ["lora"]
+    with pytest.raises(ConfigError, match="output_dir='/x'"):
+        studies([*_foreign(tmp_path / "placed", f"{own}\noutput_dir: /x"), removed])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("override", OF_AN_ARM)
 def test_an_arm_has_no_places_of_its_own(override: str, tmp_path: Path) -> None:
