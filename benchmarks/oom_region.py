@@ -37,7 +37,7 @@ COMMON = (
     *("training.max_steps=2", "training.eval_steps=2", "training.per_device_train_batch_size=1"),
     *("adapter.alpha_over_r=1", "adapter.target_modules=all-linear", "training.warmup_ratio=0"),
     *("training.learning_rate=tag(log, interval(3e-4, 3e-2))", "adapter.r=int(interval(8, 768))"),
-    f"hydra.sweeper.n_trials={N_TRIALS}",
+    *(f"hydra.sweeper.n_trials={N_TRIALS}", "hydra.sweeper.priors=[]"),
 )
 SAMPLERS = {
     "tpe": ("sampler=tpe",),

@@ -10,7 +10,7 @@ program's own command line:
 The seed of training stays, so that a point is worth the same in every search; what varies is what is
 asked. The default sampler's first trials are random draws anyway: they are made once per seed and the
 study's folder is copied, so that the three searches of a seed start alike (and nothing is trained
-three times). There are no priors (conf/space/tiny.yaml has none), so none is told apart.
+three times). No search gets the known points of conf/space/tiny.yaml, so none is told apart.
 
 The two searches without pruning run under `pruner.audit_fraction=1.0`: their trials go on where the
 default pruner would have stopped them, which changes nothing that a sampler is told and counts the
@@ -58,10 +58,11 @@ SHORT = (
     *("training.max_steps=32", "training.per_device_train_batch_size=8"),
     "evaluation.look_rows=111",
 )
+NO_PRIORS = "hydra.sweeper.priors=[]"
 SEARCHES = {
-    "random": ("sampler=random", "pruner=median", "pruner.audit_fraction=1.0"),
-    "unpruned": ("sampler=tpe", "pruner=median", "pruner.audit_fraction=1.0"),
-    "default": ("sampler=tpe", "pruner=median"),
+    "random": ("sampler=random", "pruner=median", "pruner.audit_fraction=1.0", NO_PRIORS),
+    "unpruned": ("sampler=tpe", "pruner=median", "pruner.audit_fraction=1.0", NO_PRIORS),
+    "default": ("sampler=tpe", "pruner=median", NO_PRIORS),
 }
 SEEDS = (0, 100, 200, 300, 400)
 """Far apart: a resumed study's sampler adds the number of values drawn so far."""

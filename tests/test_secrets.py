@@ -102,9 +102,16 @@ NO_FREE_TEXT = {
     **dict.fromkeys(("objective.metric", "objective.pruning_metric"), "the name of a metric"),
     **dict.fromkeys(("evaluation.metrics", "evaluation.metric_modules"), "names of Python modules"),
     **dict.fromkeys(
-        ("space.learning_rate", "space.r", "space.full_learning_rate"), "a search space"
+        (
+            *("space.learning_rate", "space.r", "space.full_learning_rate"),
+            *("space.alpha_over_r", "space.shared_params"),
+        ),
+        "a search space",
     ),
-    **dict.fromkeys(("space.priors", "workers.fake.finalists"), "checked against known values"),
+    **dict.fromkeys(
+        ("space.priors", "space.full_priors", "workers.fake.finalists"),
+        "checked against known values",
+    ),
     **dict.fromkeys(
         ("adapter.target_modules", "adapter.layers_to_transform"), "checked by its form"
     ),

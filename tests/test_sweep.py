@@ -191,7 +191,7 @@ def test_own_model_and_file_need_nothing_else(tmp_path: Path, rows_file: Path) -
     result = run_program(arguments, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "rows.jsonl (alpaca): 32 train / 4 validation / 4 test rows" in result.stdout
-    assert "learning_rate=0.0002, r=64" in result.stdout
+    assert "learning_rate=0.0003, r=64" in result.stdout
 
 
 def test_a_single_trial_writes_its_folder_and_one_run(tmp_path: Path, rows_file: Path) -> None:

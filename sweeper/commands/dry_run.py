@@ -42,6 +42,7 @@ from sweeper.reporting.text_table import TextTable, duration, number
 from sweeper.reporting.verdict_doubts import with_override
 from sweeper.search.largest_point import largest_trials
 from sweeper.search.samplers import make_sampler
+from sweeper.search.searched_epochs import FEW_ROWS_WORDS, mean_epochs, with_few_rows
 from sweeper.search.study import (
     WORKERS,
     enqueue,
@@ -176,7 +177,8 @@ def show_study(
         _line(console, trainings_line(plan), forecast(plan, earlier, workers))
     for arm, found, arm_sizes in zip(plan.arms, drafts, of_points, strict=True):
         _show_arm(console, plan, arm, earlier)
-        _show_points(console, arm, found, arm_sizes, plan.further_seeds(arm))
+        further = plan.further_seeds(arm) + plan.recipe_seeds_at_most(arm)
+        _show_points(console, arm, found, arm_sizes, further)
     _line(console, "", f"run it:     python -m sweeper {without_dry_run(plan.command)}", "")
     _show_settings(console, plan.settings)
 
@@ -193,14 +195,21 @@ def forecasts(
     _line(console, f"timing a few steps of {len(timed)} trials, of which nothing is kept …")
     timings = iter(timer(timed, threads))
     return [
-        ArmForecast(
-            arm=arm,
-            refined=plan.refined_at_most(arm),
-            further=plan.further_seeds(arm),
-            timing=None if trial is None else next(timings),
-        )
+        _forecast_of(plan, arm, trial, None if trial is None else next(timings))
         for arm, trial in zip(plan.arms, largest, strict=True)
     ]
+
+
+def _forecast_of(
+    plan: StudyPlan, arm: ArmPlan, trial: TrialSettings | None, timing: TrialTiming | None
+) -> ArmForecast:
+    """Return the forecast of an arm whose trials are on average longer than the one that was timed."""
+    if trial is not None and timing is not None and timing.rows:
+        arm = with_few_rows(arm, timing.rows["train"])
+        longer = mean_epochs(arm) / trial.training.num_train_epochs
+        timing = timing.model_copy(update={"steps": round(longer * timing.steps)})
+    further = plan.further_seeds(arm) + plan.recipe_seeds_at_most(arm)
+    return ArmForecast(arm, plan.refined_at_most(arm), further, timing)
 
 
 def _largest(
@@ -222,6 +231,8 @@ def _show_forecast(
             *data_lines(known),
             "            all of it: the same overrides with sweeper data",
         )
+    if any(each.arm not in plan.arms for each in arms):
+        _line(console, f"epochs:     {FEW_ROWS_WORDS}")
     _line(console, *forecast_lines(plan, arms, workers))
 
 
@@ -285,9 +296,8 @@ def forecast(plan: StudyPlan, earlier: StudyResults | None, workers: WorkerCount
         if typical is None:
             return f"time:       cannot be known before the first finished trial of arm {arm.name}"
         assert done is not None
-        more = max(arm.n_trials - done.tried, 0) + (
-            plan.further_seeds(arm) if done.final is None else 0
-        )
+        further = plan.further_seeds(arm) + plan.recipe_seeds_at_most(arm)
+        more = max(arm.n_trials - done.tried, 0) + (further if done.final is None else 0)
         seconds += more * typical
     jobs = side_by_side(plan, workers)
     beside = f" with {jobs} workers" if jobs > 1 else ""
@@ -349,6 +359,9 @@ def _show_arm(
         fresh = f"the winner with {wanted.fresh_seeds} fresh seeds"
         best = f"the best {wanted.top} over {wanted.seeds} seeds, " if wanted.seeds > 1 else ""
         _line(console, f"  then {more} more: {best}{fresh}")
+    if most := plan.recipe_seeds_at_most(arm):
+        names = " or ".join(recipe.name for recipe in arm.recipes)
+        _line(console, f"  then up to {most} more: the recipe {names}, unless it wins")
     _line(console, f"  space: {space_size(arm.space)}")
     for key, domain in arm.space.items():
         _line(console, f"    {key}: {domain}")

@@ -106,7 +106,9 @@ def _gap_lines(plan: StudyPlan, arms: Sequence[ArmForecast]) -> Iterator[str]:
     judged = rows is not None and wanted.top > 0 and wanted.test
     if rows is None or not judged or len(arms) < 2 or plan.objective.metric != "eval/loss":
         return
-    yield gap_line(rows.get("test", 0), wanted.fresh_seeds, len(arms) - 1)
+    # each winner is compared with its recipe on the same split
+    recipes = sum(plan.recipe_seeds_at_most(arm) > 0 for arm in plan.arms)
+    yield gap_line(rows.get("test", 0), wanted.fresh_seeds, len(arms) - 1 + recipes)
 
 
 def data_lines(timing: TrialTiming) -> Iterator[str]:
@@ -136,9 +138,10 @@ def _time_line(plan: StudyPlan, arms: Sequence[ArmForecast], workers: WorkerCoun
         for each in trained
         if each.timing is not None
     )
+    mean = ", at the mean number of epochs" if plan.searches_epochs else ""
     return (
         f"time:       about {duration(total)}{beside} if no trial ends early: {parts} (from a few "
-        "timed steps of each arm's largest point)"
+        f"timed steps of each arm's largest point{mean})"
     )
 
 

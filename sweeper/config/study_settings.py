@@ -155,6 +155,20 @@ class VerdictRules(SettingsSection):
     """The largest difference between arms that counts as none. null: equivalence is not tested."""
 
 
+class RecipeSettings(SettingsSection):
+    """A known-good point with a name and its origin. What the search gained is measured against it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,60}$")]
+    source: Annotated[str, Field(min_length=1)]
+    """Address of the table, paper or file that the point was read from."""
+    commit: str | None
+    """Commit of the source. None if the source has no commits."""
+    licence: str | None
+    conditions: Annotated[str, Field(min_length=1)]
+    """How the source trained: data, batch, steps, seeds."""
+    point: Annotated[dict[str, Any], Field(min_length=1)]
+
+
 class ArmSettings(SettingsSection):
     """One arm besides `lora`: overrides on top of the experiment, a space, and a number of trials."""
 
@@ -217,7 +231,10 @@ class StudySettings(SettingsSection):
     pruner: PrunerSettings
     budget: BudgetSettings
     params: dict[str, Any]
+    shared_params: dict[str, Any]
+    """Keys that every arm searches in the same domain, in addition to its own."""
     priors: list[dict[str, Any]]
+    """Points, or recipes as RecipeSettings describes them."""
     warm_start: list[StudyName]
     fork_of: StudyName | None
     arms: dict[ArmName, ArmSettings]

@@ -217,8 +217,18 @@ class SpaceSettings(SettingsSection):
 
     learning_rate: str
     r: str
-    full_learning_rate: str
+    alpha_over_r: str
+    shared_params: dict[str, Any]
+    """Keys that every arm searches: the length of the training and its batch."""
+    equal: Literal["trials", "tokens"]
+    """The budget that the arms of a comparison get in equal amounts."""
     priors: list[dict[str, Any]]
+    full_learning_rate: str
+    full_sampler: Literal["grid"] | None
+    """null: the sampler of the study."""
+    full_refine: bool
+    full_n_trials: Positive
+    full_priors: list[dict[str, Any]]
 
 
 class StandInSettings(SettingsSection):

@@ -54,6 +54,12 @@ def device_seconds(metrics: Mapping[str, float]) -> float:
     return metrics.get("cost/device_seconds", metrics.get("cost/seconds", 0.0))
 
 
+def trained_tokens(metrics: Mapping[str, float]) -> float:
+    """Return the tokens that a trial was trained on, or 0 if its throughput was not measured."""
+    rate, seconds = metrics.get("cost/tokens_per_second"), metrics.get("cost/train_seconds")
+    return 0.0 if rate is None or seconds is None else rate * seconds
+
+
 class Outcome(FrozenValue):
     """Result of a trial. Metrics carry their unit in their name, and all values are finite."""
 

@@ -14,6 +14,7 @@ from sweeper.core.outcome import ArmBaseline, BaselineRun
 from sweeper.core.paths import TrialFolder
 from sweeper.driver.budget import ArmBudget
 from sweeper.driver.study_services import StudyServices
+from sweeper.driver.token_goal import TokenGoal
 from sweeper.search.study_plan import ArmPlan
 from sweeper.tracking.provenance import origin
 
@@ -34,6 +35,8 @@ class ArmContext:
     """Places before a trial of the newest trial that decisions about it read (record_prefix)."""
     adopted: BaselineRun | None = None
     """An earlier run that replaces the arm's search: its one trial is judged, not trained."""
+    goal: TokenGoal | None = None
+    """The tokens at which the search ends. None: it ends at its number of trials."""
 
     @property
     def objective(self) -> Objective:

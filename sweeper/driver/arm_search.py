@@ -21,6 +21,7 @@ from sweeper.driver.budget import NO_DEVICE_HOURS, typical_seconds
 from sweeper.driver.folder_claims import contradictions
 from sweeper.driver.jobs import MAX_ATTEMPTS, JobPhase
 from sweeper.driver.running_trial import PreparedTrial, RunningTrial, WorkTimer
+from sweeper.driver.token_goal import EQUAL_TOKENS
 from sweeper.driver.trial_recorder import TrialRecorder
 from sweeper.driver.trial_sizes import KnownSizes, recorded
 from sweeper.reporting.study_progress import TrialProgress
@@ -178,14 +179,18 @@ class ArmSearch:
         waiting = sum(trial.state is TrialState.WAITING for trial in trials)
         # the whole grid was queued when the arm was opened; a grid sampler would repeat its points
         exhausted = self._context.arm.sampler.name == "grid" and not waiting
-        total = self._wanted(trials)
-        if exhausted or sum(map(counts, trials)) + len(self._open) >= total:
+        goal, total = self._context.goal, self._wanted(trials)
+        most = total if goal is None else goal.most_trials(total)
+        if exhausted or sum(map(counts, trials)) + len(self._open) >= most:
             return "end"
         turn = next_turn(trials, self._context.places)
         if self._awaits(turn, trials):
             return "wait"
         read = read_by(turn, trials)
         if sum(map(_fruitless, read)) >= MAX_FRUITLESS * total:
+            return "end"
+        if goal is not None and goal.reached(read, turn):
+            self._refusal = EQUAL_TOKENS
             return "end"
         budget = self._context.budget
         self._refusal = budget.refusal(

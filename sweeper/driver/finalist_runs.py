@@ -1,8 +1,9 @@
 """Finalists: each arm's best configurations over further seeds, and the winners on unseen texts.
 
 Runs when every search has ended, so that no search sees a figure of the test split. Winners are chosen
-over the first seeds and judged over fresh ones: the seeds that chose a winner flatter it. While the
-answer is PROVISIONAL the test split stays unread.
+over the first seeds and judged over fresh ones: the seeds that chose a winner flatter it. An arm's best
+recipe is trained and judged with as many fresh seeds, unless the recipe itself has won. While the answer
+is PROVISIONAL the test split stays unread, and no recipe is trained.
 
 Further seeds are trained like trials, but use no budget of n_trials and belong to no Optuna study.
 Results on disk are used again: an ended training by its outcome.json, a judgement by its file.
@@ -30,10 +31,13 @@ from sweeper.driver.winner_judging import WinnerJudging
 from sweeper.reporting.finalist_results import (
     ArmConclusion,
     FinalistRanking,
+    RecipeResult,
     SeedRepeat,
     choose,
 )
 from sweeper.reporting.study_progress import TrialProgress
+from sweeper.search.known_points import KnownRecipe
+from sweeper.search.recipe_trial import best_recipe
 from sweeper.search.states import STATES
 from sweeper.search.study import point_of, settings_of, shown_point
 from sweeper.search.study_plan import ArmPlan
@@ -42,7 +46,27 @@ from sweeper.tracking.tracker import TrialRecord, dataset_record
 
 Rankings = Mapping[str, FinalistRanking]
 WINNERS = "winners"
-"""Name on the screen of the trainings with fresh seeds."""
+"""Name on the screen of the trainings with fresh seeds, which are those of winners and recipes."""
+
+
+@dataclass
+class RecipeFinalist:
+    """An arm's best recipe, with its trainings with fresh seeds."""
+
+    known: KnownRecipe
+    candidate: Candidate
+    fresh: list[FinalistTraining] = field(default_factory=list)
+    """Empty if the recipe won, whose fresh seeds are the winner's, or if the test split stays unread."""
+
+    @property
+    def stored(self) -> RecipeResult:
+        """The recipe and its outcomes as a plain value."""
+        return RecipeResult(
+            name=self.known.name,
+            source=self.known.source,
+            number=self.candidate.number,
+            judged=_repeats(self.fresh),
+        )
 
 
 @dataclass
@@ -55,6 +79,8 @@ class ArmFinalists:
     ranking: FinalistRanking | None = None
     fresh: list[FinalistTraining] = field(default_factory=list)
     """Trainings of the winner with seeds that took no part in its choice."""
+    recipe: RecipeFinalist | None = None
+    """The best recipe that was tried to its end."""
 
     @property
     def facts(self) -> ArmBaseline:
@@ -76,13 +102,16 @@ class ArmFinalists:
         return self.ranking
 
     def settle(self) -> FinalistRanking:
-        """Add the outcomes of the fresh seeds to the ranking."""
+        """Add the outcomes of the fresh seeds, and of those of the recipe, to the ranking."""
         assert self.ranking is not None
-        judged = tuple(
-            SeedRepeat(seed=each.settings.seed, outcome=each.outcome) for each in self.fresh
-        )
-        self.ranking = self.ranking.model_copy(update={"judged": judged})
+        recipe = None if self.recipe is None else self.recipe.stored
+        update = {"judged": _repeats(self.fresh), "recipe": recipe}
+        self.ranking = self.ranking.model_copy(update=update)
         return self.ranking
+
+
+def _repeats(trainings: Sequence[FinalistTraining]) -> tuple[SeedRepeat, ...]:
+    return tuple(SeedRepeat(seed=each.settings.seed, outcome=each.outcome) for each in trainings)
 
 
 @dataclass
@@ -111,20 +140,30 @@ class FinalistRuns:
         for each in ended:
             self._train_candidates(each)
         rankings = {each.arm.name: each.choose() for each in ended}
+        # Every look at the test split uses it up, so an answer that may change is worth none.
+        self.unsettled = self.provisional(rankings)
         # Also without a test split: forgetting and a champion's margin need the spread between seeds.
         if ended:
             self._train_fresh(ended)
-        # Every look at the test split uses it up, so an answer that may change is worth none.
-        self.unsettled = self.provisional(rankings)
-        reads_test = self.wanted.test and not self.unsettled
-        return {each.arm.name: self._judged(each, reads_test) for each in ended}
+        return {each.arm.name: self._judged(each) for each in ended}
 
-    def _judged(self, found: ArmFinalists, reads_test: bool) -> ArmConclusion:
+    @property
+    def _reads_test(self) -> bool:
+        return self.wanted.test and not self.unsettled
+
+    def _judged(self, found: ArmFinalists) -> ArmConclusion:
         assert found.ranking is not None
         judging = WinnerJudging(
-            self.services, reads_test, found.winner, found.facts, found.fresh or None
+            self.services, self._reads_test, found.winner, found.facts, found.fresh or None
         )
-        return judging.run(found.ranking, self.dispatcher)
+        ended = judging.run(found.ranking, self.dispatcher)
+        recipe = found.recipe
+        if recipe is None or not recipe.fresh:
+            return ended
+        of_recipe = WinnerJudging(
+            self.services, self._reads_test, recipe.candidate, found.facts, recipe.fresh
+        )
+        return ended.with_recipe(of_recipe.run_on_test_split(self.dispatcher))
 
     def _candidates(self, arm: ArmPlan, study: optuna.Study) -> list[Candidate]:
         """Return the best complete trials, each with the trainings that its further seeds need."""
@@ -137,17 +176,7 @@ class FinalistRuns:
                 order = outcome.best_value if minimize else -outcome.best_value
                 found.append((order, trial.number, trial, outcome))
         best = sorted(found, key=lambda item: item[:2])[: self.wanted.top]
-        candidates = [
-            Candidate(
-                arm,
-                number,
-                shown_point(trial),
-                settings_of(arm, trial),
-                arm.settings_at(point_of(trial)).trial,
-                outcome,
-            )
-            for _, number, trial, outcome in best
-        ]
+        candidates = [_candidate(arm, trial) for _, _, trial, _ in best]
         for candidate in candidates:
             first = candidate.settings.seed
             further = 0 if arm.run_id else self.wanted.seeds - 1  # an adopted run is never trained
@@ -187,32 +216,49 @@ class FinalistRuns:
         )
 
     def _train_fresh(self, arms: Sequence[ArmFinalists]) -> None:
-        """Train each winner with fresh seeds, the arms in turn.
-
-        Turns expose all arms to the same load of the machine, so that their times compare.
-        """
+        """Train each winner with fresh seeds, and each arm's best recipe if both will be compared."""
         for found in arms:
-            winner = found.winner
-            # the seeds before this one have chosen the winner
-            first = winner.settings.seed + self.wanted.seeds
-            # An adopted run is never trained.
-            count = 0 if found.arm.run_id else self.wanted.fresh_seeds
-            found.fresh = [
-                self._training(winner, found.study, seed, WINNERS)
-                for seed in range(first, first + count)
-            ]
-        # in turns, so that seeds whose times are compared meet the same load of the machine
-        turns = itertools.zip_longest(*([(f, each) for each in f.fresh] for f in arms))
-        jobs = [pair for turn in turns for pair in turn if pair is not None]
+            found.fresh = self._fresh_trainings(found, found.winner)
+            found.recipe = self._best_recipe(found)
+        recipes = [found.recipe for found in arms if found.recipe is not None]
+        rivals = [recipe.known.name for recipe in recipes if recipe.fresh]
         winners = ", ".join(f"{found.arm.name}/{found.winner.number:04d}" for found in arms)
+        trained = f"them and the recipe {' and '.join(rivals)}" if rivals else "them"
+        # in turns, so that seeds whose times are compared meet the same load of the machine
         self._train(
             WINNERS,
-            jobs,
-            f"the winners are {winners}; training them with {{count}} fresh seeds, which alone "
+            [
+                *_in_turns([[(f, each) for each in f.fresh] for f in arms]),
+                *_in_turns([[(f, each) for each in f.recipe.fresh] for f in arms if f.recipe]),
+            ],
+            f"the winners are {winners}; training {trained} with {{count}} fresh seeds, which alone "
             "judge them",
         )
         for found in arms:
             found.settle()
+
+    def _best_recipe(self, found: ArmFinalists) -> RecipeFinalist | None:
+        """Return an arm's best recipe, with trainings of its own if it will be compared."""
+        known = None if found.arm.run_id else best_recipe(found.arm, found.study)
+        if known is None:
+            return None
+        recipe, trial = known
+        candidate = _candidate(found.arm, trial)
+        judged = self._reads_test and found.facts.rows.get("test", 0) > 0
+        # a recipe that won has the winner's seeds, and one that is not judged needs none
+        compared = judged and candidate.number != found.winner.number
+        fresh = self._fresh_trainings(found, candidate) if compared else []
+        return RecipeFinalist(recipe, candidate, fresh)
+
+    def _fresh_trainings(self, found: ArmFinalists, candidate: Candidate) -> list[FinalistTraining]:
+        """Return the trainings of a configuration with the seeds after those that choose a winner."""
+        first = candidate.settings.seed + self.wanted.seeds
+        # an adopted run is never trained
+        count = 0 if found.arm.run_id else self.wanted.fresh_seeds
+        return [
+            self._training(candidate, found.study, seed, WINNERS)
+            for seed in range(first, first + count)
+        ]
 
     def _train(
         self, title: str, jobs: Sequence[tuple[ArmFinalists, FinalistTraining]], words: str
@@ -275,6 +321,26 @@ class FinalistRuns:
         self.services.board.add(training.view)
         status, cause = STATES[outcome.cause].status or "KILLED", outcome.cause
         self.services.tracker.end(training.record, status, outcome.metrics, {"cause": cause})
+
+
+def _candidate(arm: ArmPlan, trial: FrozenTrial) -> Candidate:
+    """Return the configuration of a complete trial as one that may win its arm."""
+    return Candidate(
+        arm,
+        trial.number,
+        shown_point(trial),
+        settings_of(arm, trial),
+        arm.settings_at(point_of(trial)).trial,
+        Outcome.model_validate(trial.user_attrs["outcome"]),
+    )
+
+
+def _in_turns(
+    jobs: Sequence[Sequence[tuple[ArmFinalists, FinalistTraining]]],
+) -> list[tuple[ArmFinalists, FinalistTraining]]:
+    """Return the jobs of several arms in one list, one of each arm after the other."""
+    turns = itertools.zip_longest(*jobs)
+    return [pair for turn in turns for pair in turn if pair is not None]
 
 
 def _title(arm: str) -> str:

@@ -79,7 +79,8 @@ class ResultsWriter:
         unread = PROVISIONAL if self.unsettled else None
         untested = unread if plan.study.finalists.test else LEFT_ALONE
         settled = settle(results.model_copy(update={"untested": untested}), self.finals)
-        return self._counted(settled) if settled.contrasts else settled
+        looked = settled.contrasts or settled.recipe_contrasts
+        return self._counted(settled) if looked else settled
 
     def _margin(self) -> EquivalenceMargin | None:
         """Return the margin that was fixed before the first trial of the first arm."""
@@ -90,10 +91,12 @@ class ResultsWriter:
 
     def _counted(self, results: StudyResults) -> StudyResults:
         """Count the look at the test split that the contrasts are."""
-        judged = {
-            arm.name: (arm.final.winner, arm.final.test_losses)
-            for arm in results.arms
-            if arm.final is not None
+        finals = {arm.name: arm.final for arm in results.arms if arm.final is not None}
+        judged = {name: (final.winner, final.test_losses) for name, final in finals.items()}
+        judged |= {
+            f"{name} recipe": (final.recipe.number, final.recipe.test_losses)
+            for name, final in finals.items()
+            if final.recipe is not None and final.recipe.test_losses
         }
         # An older worker gives no digest of the test rows. That of all rows differs as they do.
         facts = results.arms[0].facts

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sweeper.config.settings import TrialSettings
 from sweeper.core.errors import ConfigError
 from sweeper.core.outcome import ArmBaseline
 from sweeper.driver.budget import duration
+from sweeper.search.searched_epochs import mean_epochs
 from sweeper.search.study_plan import ArmPlan, StudyPlan
 from sweeper.training.schedule import look_steps, plan_schedule
 from sweeper.workers.worker_count import MachineShare, needed_mib
@@ -21,14 +21,14 @@ TRAINING_FACTOR = 3.0
 """Cost of training on a row in costs of judging the row: a backward pass costs two forward passes."""
 
 
-def estimated_seconds(settings: TrialSettings, facts: ArmBaseline) -> float | None:
+def estimated_seconds(arm: ArmPlan, facts: ArmBaseline) -> float | None:
     """Return the seconds of a trial that runs to its end, or None if the base's judging was not timed.
 
     Args:
-        settings: the arm's, without a point.
+        arm: the arm. A trial of it is taken to have the mean of the searched numbers of epochs.
         facts: the probe's answer.
     """
-    judged = facts.rows.get("validation", 0)
+    judged, settings = facts.rows.get("validation", 0), arm.settings.trial
     if facts.judging_s is None or not judged:
         return None
     try:
@@ -36,7 +36,8 @@ def estimated_seconds(settings: TrialSettings, facts: ArmBaseline) -> float | No
     except ConfigError:  # a point of the space decides the schedule
         return None
     row_s = facts.judging_s / judged
-    trained = schedule.total_steps * settings.training.effective_batch_size
+    longer = mean_epochs(arm) / settings.training.num_train_epochs
+    trained = longer * schedule.total_steps * settings.training.effective_batch_size
     looks = len(look_steps(schedule)) * min(settings.evaluation.look_rows or judged, judged)
     return row_s * (TRAINING_FACTOR * trained + looks + judged)
 
@@ -44,12 +45,13 @@ def estimated_seconds(settings: TrialSettings, facts: ArmBaseline) -> float | No
 def trainings_words(plan: StudyPlan) -> str:
     """Return all trainings of a study by arm, as in "15 in all: lora 12 and 3 with further seeds".
 
-    An arm that tries further points beside the best of its grid makes it a range, "23 to 26 in all".
+    An arm that tries further points beside the best of its grid makes it a range, "23 to 26 in all". So
+    does a recipe, whose seeds are trained unless the recipe itself wins.
     """
     arms = [arm for arm in plan.arms if arm.run_id is None]
     total = sum(arm.n_trials + plan.further_seeds(arm) for arm in arms)
     parts = "; ".join(f"{arm.name} {_parts(plan, arm, arm.n_trials)}" for arm in arms)
-    most = sum(plan.refined_at_most(arm) for arm in arms)
+    most = sum(plan.refined_at_most(arm) + plan.recipe_seeds_at_most(arm) for arm in arms)
     count = f"{total} to {total + most}" if most else str(total)
     return f"{count} in all: {parts}"
 
@@ -59,7 +61,11 @@ def _parts(plan: StudyPlan, arm: ArmPlan, trials: int) -> str:
     seeds = f" and {further} with further seeds" if further else ""
     most = plan.refined_at_most(arm)
     refined = f" (and up to {most} beside the best of its grid)" if most else ""
-    return f"{trials} in the search{refined}{seeds}"
+    of_recipe = plan.recipe_seeds_at_most(arm)
+    recipe = f" (and up to {of_recipe} of its recipe)" if of_recipe else ""
+    # at equal tokens a later arm's trials are more or fewer, because their lengths differ
+    about = "about " if plan.equal_tokens and arm.name != plan.arms[0].name else ""
+    return f"{about}{trials} in the search{refined}{seeds}{recipe}"
 
 
 @dataclass
@@ -91,7 +97,7 @@ class StartForecast:
         if arm.run_id is not None or left <= 0:
             return
         self._untimed.add(arm.name)
-        seconds = estimated_seconds(arm.settings.trial, facts)
+        seconds = estimated_seconds(arm, facts)
         if seconds is None:
             self.say(f"arm {arm.name}: hours unknown until its first finished trial")
         else:
@@ -115,6 +121,7 @@ class StartForecast:
 
     def _time_words(self, arm: ArmPlan, left: int, seconds: float, jobs: int) -> str:
         more = left + self.plan.refined_at_most(arm) + self.plan.further_seeds(arm)
+        more += self.plan.recipe_seeds_at_most(arm)
         beside = f" with {jobs} workers" if jobs > 1 else ""
         return (
             f"arm {arm.name}: about {duration(more * seconds / jobs)}{beside} if no trial ends early: "

@@ -35,6 +35,7 @@ from sweeper.driver.jobs import JobList, JobSource
 from sweeper.driver.results_writer import ResultsWriter
 from sweeper.driver.start_forecast import StartForecast
 from sweeper.driver.study_services import StudyServices
+from sweeper.driver.token_goal import token_goal
 from sweeper.driver.worker_pool import WorkerPool
 from sweeper.reporting.result_tables import describe_data
 from sweeper.search.first_points import fill_study
@@ -49,6 +50,7 @@ from sweeper.search.refinement import (
     twin_warmup,
     warmup_beside_best,
 )
+from sweeper.search.searched_epochs import FEW_ROWS_WORDS, with_few_rows
 from sweeper.search.study import WORKERS, counted, describe_equal_choices, open_study
 from sweeper.search.study_plan import LORA, ArmPlan
 from sweeper.tracking.tracker_factory import make_baselines
@@ -136,7 +138,7 @@ class StudyRun:
         arms = [arm for arm in self._state.plan.arms if self._ran.get(arm.name) != arm.n_trials]
         # an adopted arm costs little, and its problems are best known first
         arms.sort(key=lambda arm: arm.run_id is None)
-        if self._state.plan.study.protocol == "paper":
+        if self._state.plan.study.protocol == "paper" or self._state.plan.equal_tokens:
             return arms[:1]  # how long another arm is searched follows from the whole first search
         return list(itertools.takewhile(lambda arm: _width(arm) == _width(arms[0]), arms))
 
@@ -241,6 +243,11 @@ class StudyRun:
             words = f"arm {arm.name}: batches are padded, because {facts.padded_because}"
             self.services.view.event(words)
         arm = self._state.arm(arm.name)  # a command may have raised its total during the probe
+        longer = with_few_rows(arm, facts.rows["train"])
+        if longer is not arm:
+            arm = longer
+            self._state.replace_arm(arm)
+            self.services.view.event(f"arm {arm.name}: {FEW_ROWS_WORDS}")
         context = self._open_arm(arm, facts, adopted)
         search = ArmSearch(
             context,
@@ -346,6 +353,8 @@ class StudyRun:
         words = fill_study(study, plan, arm, facts, self.storage)
         budget = self._arm_budget(arm)
         words += [left] if (left := budget.left([])) else []
+        goal = token_goal(plan, arm, self._state.studies)
+        words += [] if goal is None else [f"ends at {goal.tokens:,.0f} tokens, as arm {LORA} did"]
         done = counted(study)
         self._announce(arm, facts, done, words)
         self._forecast.open_arm(arm, facts, done, self._workers(_width(arm)))
@@ -360,6 +369,7 @@ class StudyRun:
             services=self.services,
             places=self._places(arm),
             adopted=adopted,
+            goal=goal,
         )
 
     def _adopted(self, arm: ArmPlan) -> BaselineRun | None:

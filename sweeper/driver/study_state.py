@@ -42,6 +42,11 @@ class StudyState:
         """Return an arm's current n_trials."""
         return self.arm(arm).n_trials
 
+    def replace_arm(self, arm: ArmPlan) -> None:
+        """Replace the arm of the same name, once its data have decided its space."""
+        arms = tuple(arm if each.name == arm.name else each for each in self.plan.arms)
+        self.plan = replace(self.plan, arms=arms)
+
     def raise_totals(self, totals: Mapping[str, int]) -> None:
         """Raise each arm's n_trials to at least the given total."""
         arms = tuple(

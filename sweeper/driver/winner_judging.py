@@ -64,6 +64,22 @@ class WinnerJudging:
             self._record(ended, seed, self._files(seeds[seed]))
         return ended
 
+    def run_on_test_split(self, dispatcher: Dispatcher) -> dict[int, HeldOutLosses]:
+        """Return the losses of the fresh seeds on the test split, by seed, as far as it may be read.
+
+        A configuration that is compared with the winner shares its untuned base, and is not served.
+        """
+        kinds: tuple[HeldOutKind, ...] = ("test",)
+        if "test" not in self._kinds():
+            return {}
+        jobs = self._seed_jobs(kinds)
+        self._judge(list(jobs.values()), dispatcher, "the recipe")
+        found = {seed: job.losses for seed, job in jobs.items() if job.losses}
+        for seed, losses in found.items():
+            loss = None if losses.test is None else losses.test.loss
+            self._amend(seed, unseen_metrics(loss, None, None), self._files(jobs[seed]))
+        return found
+
     @property
     def _trial_key(self) -> str:
         return f"{self.winner.arm.name}/{self.winner.number:04d}"
@@ -179,7 +195,9 @@ class WinnerJudging:
         older = earlier / path.name
         return older if older.exists() and not path.exists() else path
 
-    def _judge(self, jobs: Sequence[JudgeJob], dispatcher: Dispatcher) -> None:
+    def _judge(
+        self, jobs: Sequence[JudgeJob], dispatcher: Dispatcher, judged: str = "the winner"
+    ) -> None:
         """Read the judgements that are stored, run the others, and store each as it ends."""
         metric = self.winner.settings.objective.metric
         stored = {job.key: _stored(self._files(job), metric) for job in jobs}
@@ -189,7 +207,7 @@ class WinnerJudging:
         missing = [job for job in jobs if job.losses is None]
         if missing:
             words = " and ".join(KIND_NAMES[kind] for kind in missing[0].kinds)
-            self.services.view.event(f"arm {self.winner.arm.name}: judging the winner on {words}")
+            self.services.view.event(f"arm {self.winner.arm.name}: judging {judged} on {words}")
         dispatcher.run(JobList(missing, lambda job: self._ended(job, stored[job.key])))
 
     def _ended(self, job: JudgeJob, stored: Mapping[str, ExampleLosses]) -> None:
@@ -206,15 +224,21 @@ class WinnerJudging:
                 write_atomic(path, examples.model_dump_json())
 
     def _record(self, ended: ArmConclusion, seed: int, files: Mapping[HeldOutKind, Path]) -> None:
-        """Add a seed's figures to its run, dated by the files, so that a repeat adds nothing."""
-        trainings = (*self.winner.trainings, *(self.fresh or ()))
-        trained = {training.settings.seed: training.record for training in trainings}
-        record = trained.get(seed) or self.winner.record(self.services.folder)
+        """Add a seed's figures to its run."""
         metrics = unseen_metrics(
             ended.final.test_losses.get(seed),
             ended.final.general_losses.get(seed),
             ended.final.untuned_general_loss,
         )
+        self._amend(seed, metrics, files)
+
+    def _amend(
+        self, seed: int, metrics: dict[str, float], files: Mapping[HeldOutKind, Path]
+    ) -> None:
+        """Add metrics to a seed's run, dated by the files, so that a repeat adds nothing."""
+        trainings = (*self.winner.trainings, *(self.fresh or ()))
+        trained = {training.settings.seed: training.record for training in trainings}
+        record = trained.get(seed) or self.winner.record(self.services.folder)
         judged_at = max(path.stat().st_mtime for path in files.values())
         self.services.tracker.amend(record, metrics, judged_at)
 

@@ -5,20 +5,24 @@ The decision rests on the records of earlier nights and on the studies' storage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+import optuna
+
 from sweeper.config.settings import changed_parts, kept_defaults
 from sweeper.core.paths import StudyFolder
 from sweeper.driver.device_time import spent_seconds
+from sweeper.driver.token_goal import token_goal
 from sweeper.nightly.night_record import EntryDecision, EntryRecord, NightRecord
 from sweeper.nightly.nightly_set import LoadedSet, SetEntry
 from sweeper.nightly.study_identity import identity, question_of, with_templates
-from sweeper.search.stored_defaults import named_keys
+from sweeper.search.record_prefix import ARRIVED, next_turn
+from sweeper.search.stored_defaults import kept_domains, named_keys, with_stored_defaults
 from sweeper.search.study import counted, find_study, open_storage
-from sweeper.search.study_plan import StudyPlan
+from sweeper.search.study_plan import ArmPlan, StudyPlan
 
 WINNERS = 3
 """Number of earlier studies whose winners a new study tries first."""
@@ -49,10 +53,12 @@ def progress(plan: StudyPlan) -> StudySoFar:
         return StudySoFar(0, missing, 0.0, {arm.name: [] for arm in plan.arms})
     storage = open_storage(plan.study.storage, folder)
     studies = {arm.name: find_study(plan, arm, storage) for arm in plan.arms}
-    counts = {name: counted(study) if study else 0 for name, study in studies.items()}
+    stored = {name: study for name, study in studies.items() if study is not None}
+    plan, _ = with_stored_defaults(plan, stored, storage)
+    first = studies[plan.arms[0].name]
     return StudySoFar(
-        counted=counts[plan.arms[0].name],
-        missing=sum(max(0, arm.n_trials - counts[arm.name]) for arm in plan.arms),
+        counted=0 if first is None else counted(first),
+        missing=sum(_missing(plan, arm, studies) for arm in plan.arms),
         seconds=spent_seconds(studies, folder),
         ended={
             name: [trial.number for trial in study.get_trials() if trial.state.is_finished()]
@@ -61,6 +67,17 @@ def progress(plan: StudyPlan) -> StudySoFar:
             for name, study in studies.items()
         },
     )
+
+
+def _missing(plan: StudyPlan, arm: ArmPlan, studies: Mapping[str, optuna.Study | None]) -> int:
+    """Return how many trials an arm still lacks. One that ended at equal tokens lacks none."""
+    study = studies[arm.name]
+    if study is None:
+        return arm.n_trials
+    goal, trials = token_goal(plan, arm, studies), study.get_trials(deepcopy=False)
+    if goal is not None and goal.reached(trials, next_turn(trials, ARRIVED)):
+        return 0
+    return max(0, arm.n_trials - counted(study))
 
 
 def decide(
@@ -82,7 +99,7 @@ def decide(
     past = _trained_nights(entry, history)
     last = past[0] if past else None
     if entry.policy == "continue" and last is not None and last.decided is not None:
-        parts |= _kept_parts(plan, last.decided.identity, parts)
+        parts = _with_kept_parts(plan, last.decided.identity, parts)
     choice, reason = _choose(entry, parts, last)
     if choice == "skip" and last is not None and last.decided is not None:
         return last.decided.model_copy(update={"choice": "skip", "reason": reason})
@@ -135,9 +152,11 @@ def _choose(entry: SetEntry, parts: dict[str, str], last: EntryRecord | None) ->
     return "skip", f"nothing changed since study {last.decided.study_name}"
 
 
-def _kept_parts(plan: StudyPlan, before: dict[str, str], parts: dict[str, str]) -> dict[str, str]:
-    """Return the parts of the last night that only differ from today's because a default has changed."""
-    found: dict[str, str] = {}
+def _with_kept_parts(
+    plan: StudyPlan, before: dict[str, str], parts: dict[str, str]
+) -> dict[str, str]:
+    """Return today's parts, with those of the last night where only a default has changed since."""
+    found = dict(parts)
     for arm in plan.arms:
         prefix = f"{arm.name}: "
         then, now = (
@@ -146,6 +165,10 @@ def _kept_parts(plan: StudyPlan, before: dict[str, str], parts: dict[str, str]) 
         )
         kept = kept_defaults(then, now, named_keys(arm))
         found |= {f"{prefix}{key}": text for key, text in kept.items()}
+        for key, domain in kept_domains(arm, then).items():
+            del found[f"{prefix}space {key}"]
+            if domain is not None:
+                found[f"{prefix}space {key}"] = str(domain)
     return found
 
 

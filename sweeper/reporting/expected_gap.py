@@ -26,7 +26,8 @@ def smallest_gap(rows: int, seeds: int, comparisons: int = 1) -> float | None:
     Args:
         rows: rows of the test split.
         seeds: fresh seeds of each arm.
-        comparisons: arms that are compared with the reference, by which the strictest level is divided.
+        comparisons: arms that are compared with the reference and winners that are compared with a
+            recipe, by which the strictest level is divided.
     """
     if rows < 2 or seeds < FEWEST_SEEDS:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import Field
 
@@ -75,6 +75,26 @@ def impossible(repeats: Sequence[SeedRepeat]) -> int:
     return sum(STATES[outcome.cause].infeasible for outcome in ended)
 
 
+class RecipeResult(FrozenValue):
+    """The best known point of an arm, with which the winner of its search is compared."""
+
+    name: str
+    source: str
+    """Where the point was read."""
+    number: int
+    """The number of the trial in which the search tried it."""
+    judged: tuple[SeedRepeat, ...] = ()
+    """Its fresh seeds. Empty if the recipe itself won, because the winner's seeds are its own, or if
+    the test split stayed unread."""
+    test_losses: dict[int, float] = Field(default_factory=dict)
+    """Its loss on the test split, by seed, in nats per target token."""
+
+    @property
+    def values(self) -> list[float]:
+        """The objective's value of each fresh seed whose training ended by itself."""
+        return [repeat.value for repeat in self.judged if repeat.value is not None]
+
+
 class FinalistRanking(FrozenValue):
     """The results of an arm's finalists."""
 
@@ -91,6 +111,9 @@ class FinalistRanking(FrozenValue):
     """The winner's loss on general text, by seed, in nats per token."""
     untuned_general_loss: float | None = None
     """The base's loss on general text, quantized as in the winner's trials."""
+    recipe: RecipeResult | None = None
+    """The best known point that was tried to its end. None: there was none, or an older version stored
+    the ranking."""
 
     @property
     def of_winner(self) -> FinalistResult:
@@ -132,6 +155,17 @@ class ArmConclusion:
     untuned: HeldOutLosses = field(default_factory=HeldOutLosses)
     served: Mapping[ServeForm, HeldOutLosses] = field(default_factory=dict)
     """Losses of one model of the winner in each form in which it can be served."""
+    recipe_seeds: Mapping[int, HeldOutLosses] = field(default_factory=dict)
+    """Losses of the recipe's fresh seeds on the test split."""
+
+    def with_recipe(self, seeds: Mapping[int, HeldOutLosses]) -> ArmConclusion:
+        """Return the end with the losses of the recipe's fresh seeds."""
+        recipe = self.final.recipe
+        assert recipe is not None, "only a recipe that was a finalist is judged"
+        losses = {seed: found.test.loss for seed, found in seeds.items() if found.test}
+        judged = recipe.model_copy(update={"test_losses": losses})
+        final = self.final.model_copy(update={"recipe": judged})
+        return replace(self, final=final, recipe_seeds=seeds)
 
     @classmethod
     def judged(
@@ -152,6 +186,11 @@ class ArmConclusion:
         """Return the losses of those of the winner's seeds that were judged on one kind of text."""
         found = (getattr(unseen, kind) for unseen in self.seeds.values())
         return [examples for examples in found if examples is not None]
+
+    @property
+    def recipe_losses(self) -> list[ExampleLosses]:
+        """The losses of those of the recipe's seeds that were judged on the test split."""
+        return [unseen.test for unseen in self.recipe_seeds.values() if unseen.test is not None]
 
 
 def unseen_metrics(

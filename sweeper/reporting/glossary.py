@@ -10,6 +10,8 @@ TERMS: Mapping[str, str] = {
     "arm": "one training method of the study, such as QLoRA, LoRA or full fine-tuning, with a search "
     "that is separate from the other arms'.",
     "trial": "one training run with one choice of settings.",
+    "recipe": "a known point with a name and an origin, which a search tries first. Its winner is "
+    "compared with it.",
     "untuned": "the base model before any training.",
     "eval loss": "mean negative log-likelihood of the target tokens of the validation split, in nats. "
     "Lower is better.",

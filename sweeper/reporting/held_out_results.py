@@ -70,6 +70,9 @@ def settle(results: StudyResults, finals: Mapping[str, ArmConclusion]) -> StudyR
     judged = (finals[arm.name] for arm in compared)
     if not all(final.losses("test") and final.untuned.test is not None for final in judged):
         return settled.model_copy(update={"untested": NO_FIGURES})
+    of_recipes = [_recipe_contrast(settled, name, final) for name, final in finals.items()]
+    gains = tuple(found for found in of_recipes if found is not None)
+    settled = settled.model_copy(update={"recipe_contrasts": gains})
     reference = reference_arm(settled)
     if reference is None:
         return settled
@@ -117,6 +120,25 @@ def _contrast(
         margin=results.equivalence_margin,
         maximize=results.objective.direction == "maximize",
         fresh=all(finals[name].final.judged for name in (arm, reference)),
+        metric=metric,
+    )
+
+
+def _recipe_contrast(results: StudyResults, arm: str, ended: ArmConclusion) -> ArmContrast | None:
+    """Return the contrast of an arm's winner with its recipe on the test split, or None without one."""
+    recipe, losses, base = ended.final.recipe, ended.recipe_losses, ended.untuned.test
+    if recipe is None or not losses or base is None:
+        return None
+    metric = results.compared_metric
+    return contrast(
+        (arm, recipe.name),
+        _judged(ended, metric),
+        # without the spread over other seeds of the arm: the winner's side has it already
+        example_rows(losses, metric),
+        example_rows([base], metric),
+        margin=results.equivalence_margin,
+        maximize=results.objective.direction == "maximize",
+        fresh=bool(ended.final.judged),
         metric=metric,
     )
 

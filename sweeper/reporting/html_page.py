@@ -233,18 +233,26 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str]]:
         for side in verdict.sides[:1]:
             yield f"{side.value:.4f}", f"best {metric} of {side.label}"
             yield f"{side.base_value:.4f}", f"{metric} of the untuned base"
+    for gain in verdict.recipes:
+        if gain.comparison is not None and gain.comparison.difference.low is not None:
+            yield _difference_tile(gain.comparison)
 
 
-def _duel_tiles(duel: ArmComparison) -> Iterator[tuple[str, str]]:
-    """Yield the figures of a comparison, each with its interval, and no share of what is undecided."""
-    ratios, metric = duel.cost_ratios, duel.objective.metric
+def _difference_tile(duel: ArmComparison) -> tuple[str, str]:
+    """Return the difference of a comparison with its interval and its factor in perplexity."""
     unit = f" {duel.objective.unit}".rstrip()
-    of_split = f"{duel.split} {metric_words(metric).removeprefix('eval ')}"
+    of_split = f"{duel.split} {metric_words(duel.objective.metric).removeprefix('eval ')}"
     names = f"{of_split} of {duel.side.label} minus {duel.reference.label}"
     ends = _interval(duel.difference, "{:+.4f}")
     factor = perplexity_words(duel.difference.value, duel.objective)
     more = f", {factor}" if factor else ""
-    yield f"{duel.difference.value:+.4f}{unit}", f"{names}{ends}{more}"
+    return f"{duel.difference.value:+.4f}{unit}", f"{names}{ends}{more}"
+
+
+def _duel_tiles(duel: ArmComparison) -> Iterator[tuple[str, str]]:
+    """Yield the figures of a comparison, each with its interval, and no share of what is undecided."""
+    ratios = duel.cost_ratios
+    yield _difference_tile(duel)
     if duel.retained is not None and duel.outcome != "undecided":
         ends = _interval(duel.retained, "{:.1f}")
         words = f"of {duel.reference.label}'s improvement retained{ends}"

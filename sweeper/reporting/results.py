@@ -22,9 +22,15 @@ from pydantic import (
 )
 
 from sweeper.config.settings import FairnessRules, LoraAdapter, Objective, flatten, require_arm_name
-from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, keys
+from sweeper.config.space import Choice, Interval, Point, Scalar, Space, grid, keys, locate
 from sweeper.core.errors import StudyError
-from sweeper.core.outcome import ArmBaseline, BaselineRun, Outcome, device_seconds
+from sweeper.core.outcome import (
+    ArmBaseline,
+    BaselineRun,
+    Outcome,
+    device_seconds,
+    trained_tokens,
+)
 from sweeper.core.paths import StudyFolder, read_json
 from sweeper.core.references import referenced_tree
 from sweeper.core.stored_files import damage
@@ -32,9 +38,10 @@ from sweeper.core.value import EquivalenceMargin, FrozenValue, MemoryShortfall
 from sweeper.reporting.finalist_results import FinalistRanking
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.served_forms import ServedContrast
+from sweeper.search.known_points import EARLIER_PRIORS
 from sweeper.search.pruning_audit import PruningAudit, audit
 from sweeper.search.states import STATES
-from sweeper.search.study import REFINES, shown_point
+from sweeper.search.study import RECIPES, REFINES, shown_point
 from sweeper.search.study_plan import ArmPlan
 from sweeper.search.telling import counts
 
@@ -128,6 +135,8 @@ class ArmResult(FrozenValue):
     stored the results."""
     priors: int | None = None
     """Number of known-good points that were tried first. None: an older version stored the results."""
+    recipes: tuple[str, ...] = ()
+    """Names of those of these points that are recipes."""
     refined: int = 0
     """Number of trials beside the best one of the grid."""
 
@@ -173,11 +182,7 @@ class ArmResult(FrozenValue):
     @cached_property
     def tokens(self) -> float:
         """Tokens trained on in all trials."""
-        return sum(
-            trial.outcome.spent.get("cost/tokens_per_second", 0.0)
-            * trial.outcome.spent.get("cost/train_seconds", 0.0)
-            for trial in self.trials
-        )
+        return sum(trained_tokens(trial.outcome.spent) for trial in self.trials)
 
     @property
     def audit(self) -> PruningAudit | None:
@@ -238,6 +243,8 @@ class StudyResults(FrozenValue):
     fairness: FairnessRules
     contrasts: tuple[ArmContrast, ...] = ()
     """Contrasts of arms with their reference on the test split, once finalists were judged on it."""
+    recipe_contrasts: tuple[ArmContrast, ...] = ()
+    """Contrasts of arms' winners with their recipes on the test split. Empty where recipes have won."""
     forgetting: tuple[ArmContrast, ...] = ()
     """Contrasts of arms with their untuned base on general text, once finalists were judged on it."""
     served: tuple[ServedContrast, ...] = ()
@@ -303,6 +310,12 @@ class StudyResults(FrozenValue):
         """Return the contrast of an arm with its reference on the test split."""
         return next((found for found in self.decisive if found.arm == name), None)
 
+    def recipe_contrast(self, name: str) -> ArmContrast | None:
+        """Return the contrast of an arm's winner with its recipe on the test split."""
+        metric = self.compared_metric
+        found = (each for each in self.recipe_contrasts if each.metric == metric)
+        return next((each for each in found if each.arm == name), None)
+
     def forgotten(self, name: str) -> IntervalEstimate | None:
         """Return an arm's forgetting: the increase of its winner's loss on general text, in nats per
         token.
@@ -363,11 +376,28 @@ def collect_arm(
         front=tuple(front),
         adopted=adopted,
         finalist_seconds=finalist_seconds,
-        priors=len(arm.priors),
+        priors=len(arm.priors) + _recipes_tried(arm, study),
+        recipes=tuple(recipe.name for recipe in arm.recipes),
         refined=sum(
             counts(t) and REFINES in t.user_attrs for t in study.get_trials(deepcopy=False)
         ),
     )
+
+
+def _recipes_tried(arm: ArmPlan, study: optuna.Study) -> int:
+    """Return how many known points of the defaults a study began with, whichever version opened it."""
+    if arm.sampler.name == "grid":  # its points have an order of their own
+        return 0
+    if RECIPES in study.user_attrs:
+        return len(arm.recipes) + len(arm.recipe_parts)
+    trials = study.get_trials(deepcopy=False)
+    queued = [trial.system_attrs.get("fixed_params", {}) for trial in trials]
+    earlier = [draw for point in EARLIER_PRIORS if (draw := locate(arm.space, _within(arm, point)))]
+    return sum(draw in queued for draw in earlier)
+
+
+def _within(arm: ArmPlan, point: Point) -> Point:
+    return {key: value for key, value in point.items() if key in keys(arm.space)}
 
 
 def _has_all_of(count: int, points: Iterable[object]) -> bool:

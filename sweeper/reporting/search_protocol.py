@@ -29,7 +29,7 @@ def protocol_sentences(results: StudyResults) -> Iterator[str]:
 
 
 def _arm(arm: ArmResult) -> str:
-    facts = [f"{counted(arm.priors, 'prior')}" if arm.priors else "no prior"]
+    facts = [_known_points(arm)]
     if arm.refined:
         facts.append(f"{arm.refined} beside the best of its grid")
     causes = [trial.outcome.cause for trial in arm.trials]
@@ -39,6 +39,18 @@ def _arm(arm: ArmResult) -> str:
         if cause in causes
     ]
     return f"{label(arm)} {counted(arm.tried, 'trial')} ({', '.join(facts)})"
+
+
+def _known_points(arm: ArmResult) -> str:
+    """Return the number of known points that came first, with the names of the recipes among them."""
+    if not arm.priors:
+        return "no prior"
+    count = counted(arm.priors, "prior")
+    if not arm.recipes:
+        return count
+    among = "" if len(arm.recipes) == arm.priors else "among them "
+    recipes = "recipe" if len(arm.recipes) == 1 else "recipes"
+    return f"{count}: {among}the {recipes} {' and '.join(arm.recipes)}"
 
 
 def _equal_trials(results: StudyResults, searched: list[ArmResult]) -> Iterator[str]:

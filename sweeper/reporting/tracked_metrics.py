@@ -33,6 +33,10 @@ def verdict_metrics(verdict: Verdict) -> dict[str, float]:
         found |= dict(_of_side(side))
     for duel in verdict.duels:
         found |= dict(_of_duel(duel))
+    for gain in verdict.recipes:
+        if gain.comparison is not None:
+            name = f"verdict/{gain.arm}/difference_to_recipe"
+            found |= dict(_estimate(name, gain.comparison.difference))
     found["test/look"] = verdict.look
     # MLflow rejects None.
     return {name: value for name, value in found.items() if value is not None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,8 +24,14 @@ from sweeper.reporting.arm_comparison import (
     ArmSide,
     ComparisonEvidence,
 )
-from sweeper.reporting.finalist_results import FinalistRanking, impossible
+from sweeper.reporting.finalist_results import (
+    FinalistRanking,
+    RecipeResult,
+    SeedRepeat,
+    impossible,
+)
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
+from sweeper.reporting.recipe_gain import RecipeGain
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.search_protocol import protocol_sentences
 from sweeper.reporting.served_forms import ServedContrast, served_sentences, served_warning
@@ -49,6 +55,8 @@ from sweeper.reporting.verdict_words import (
     forgetting_sentences,
     headline,
     look_sentence,
+    recipe_headline,
+    recipe_sentences,
     seed_sentences,
     single_arm_sentence,
     visible_sentence,
@@ -92,6 +100,8 @@ class Verdict:
     """Arms whose winner was compared in another form than the trained one, and that form."""
     protocol: tuple[str, ...] = ()
     """How the arms were searched, in sentences."""
+    recipes: tuple[RecipeGain, ...] = ()
+    """What the search of each arm with a recipe gained over the recipe."""
 
     @property
     def provisional(self) -> bool:
@@ -101,7 +111,13 @@ class Verdict:
     @property
     def headline(self) -> str:
         """The answer in one or two sentences."""
-        return " ".join(filter(None, (self.outcome_line, self.forgetting_line, self.served_line)))
+        lines = (self.outcome_line, self.recipe_line, self.forgetting_line, self.served_line)
+        return " ".join(filter(None, lines))
+
+    @property
+    def recipe_line(self) -> str:
+        """What the searches gained over their recipes, without figures, or ''."""
+        return " ".join(filter(None, map(recipe_headline, self.recipes)))
 
     @property
     def labels(self) -> dict[str, str]:
@@ -137,6 +153,11 @@ class Verdict:
     def settling_words(self) -> str:
         """The smallest gap that an undecided study could have seen, and what would decide it."""
         return " ".join(filter(None, (visible_sentence(duel) for duel in self.duels)))
+
+    def recipe_words(self, arm: str) -> str:
+        """Return what the search of an arm gained over its recipe, or ''."""
+        found = (gain for gain in self.recipes if gain.arm == arm)
+        return " ".join(words for gain in found for words in recipe_sentences(gain))
 
     @property
     def words(self) -> str:
@@ -182,7 +203,9 @@ def judge(results: StudyResults) -> Verdict:
         for name in sides
         if reference is not None and reference.name in sides and name != reference.name
     ]
-    duels = [_timed(results, duel) for duel in _decided(results, duels)]
+    duels, gains = _decided(results, duels, list(_gains(results, sides, settled=not found)))
+    duels = [_timed(results, duel) for duel in duels]
+    looked = bool(results.contrasts or results.recipe_contrasts)
     failed = [(label(arm), _outcomes(arm)) for arm in results.arms if arm.best is None]
     return Verdict(
         results.objective,
@@ -195,11 +218,12 @@ def judge(results: StudyResults) -> Verdict:
         tuple(range_edges(results)),
         # A doubt has a command of its own, and decides what else is worth running.
         () if found else tuple(_settling(results, duels)),
-        results.look if results.contrasts else None,
-        results.other_looks if results.contrasts else 0,
+        results.look if looked else None,
+        results.other_looks if looked else 0,
         results.served,
-        served_as(results) if results.contrasts else (),
+        served_as(results) if looked else (),
         tuple(protocol_sentences(results)),
+        tuple(gains),
     )
 
 
@@ -213,16 +237,34 @@ def served_as(results: StudyResults) -> tuple[tuple[str, ServeForm], ...]:
     return tuple((name, form) for name, form in found if form != "trained")
 
 
-def _decided(results: StudyResults, duels: list[ArmComparison]) -> list[ArmComparison]:
-    """Return the comparisons with what their p values show, given the looks and the number of arms."""
+def _decided(
+    results: StudyResults, duels: list[ArmComparison], gains: list[RecipeGain]
+) -> tuple[list[ArmComparison], list[RecipeGain]]:
+    """Return the comparisons of arms and with recipes with what their p values show.
+
+    All of them are one family, whose error is bounded at the level that the looks leave.
+    """
     # Looks that an older version did not count may have been many. Its seeds are not fresh either.
     alpha = look_alpha(results.look or 1)
-    found = [results.contrast(duel.side.arm) for duel in duels]
-    leads = holm([_p(each.p_value if each else None) for each in found], alpha)
-    same = holm([_p(each.equivalence_p if each else None) for each in found], alpha)
-    return [
-        replace(duel, evidence=replace(duel.evidence, ahead=lead, equivalent=equal, level=alpha))
-        for duel, lead, equal in zip(duels, leads, same, strict=True)
+    of_arms = [results.contrast(duel.side.arm) for duel in duels]
+    # A recipe that was not judged on the test split asks nothing of it, and costs the others nothing
+    judged = {gain.arm: results.recipe_contrast(gain.arm) for gain in gains}
+    family = [*of_arms, *(found for found in judged.values() if found is not None)]
+    leads = holm([_p(each.p_value if each else None) for each in family], alpha)
+    same = holm([_p(each.equivalence_p if each else None) for each in family], alpha)
+    shown = iter(zip(leads, same, strict=True))
+
+    def with_evidence(duel: ArmComparison) -> ArmComparison:
+        lead, equal = next(shown)
+        found = replace(duel.evidence, ahead=lead, equivalent=equal, level=alpha)
+        return replace(duel, evidence=found)
+
+    decided = [with_evidence(duel) for duel in duels]
+    return decided, [
+        gain
+        if gain.comparison is None or judged[gain.arm] is None
+        else replace(gain, comparison=with_evidence(gain.comparison))
+        for gain in gains
     ]
 
 
@@ -276,13 +318,16 @@ def _side(results: StudyResults, arm: ArmResult) -> ArmSide:
         peak_memory_mib=best.metric("cost/peak_memory_mib"),
         artifact_mib=best.metric("cost/artifact_mib"),
         run_id=None if arm.adopted is None else arm.adopted.run_id,
-        failed_seeds="" if arm.final is None else _failed_seeds(label(arm), arm.final),
+        failed_seeds="" if arm.final is None else _failed_seeds(label(arm), _seeds_of(arm.final)),
     )
 
 
-def _failed_seeds(name: str, final: FinalistRanking) -> str:
-    """Return how many of the winner's seeds diverged or ran out of memory, or ''."""
-    repeats = (*final.of_winner.repeats, *final.judged)
+def _seeds_of(final: FinalistRanking) -> tuple[SeedRepeat, ...]:
+    return (*final.of_winner.repeats, *final.judged)
+
+
+def _failed_seeds(name: str, repeats: Sequence[SeedRepeat]) -> str:
+    """Return how many seeds of a configuration diverged or ran out of memory, or ''."""
     failed = impossible(repeats)
     if not failed:
         return ""
@@ -344,6 +389,69 @@ def _compare(
     )
 
 
+def _gains(
+    results: StudyResults, sides: Mapping[str, ArmSide], *, settled: bool
+) -> Iterator[RecipeGain]:
+    """Yield the comparison of each arm's winner with the arm's recipe, where there is one."""
+    for arm in results.arms:
+        recipe = None if arm.final is None else arm.final.recipe
+        if recipe is not None and arm.name in sides:
+            yield _recipe_gain(results, arm, sides[arm.name], recipe, settled=settled)
+
+
+def _recipe_gain(
+    results: StudyResults, arm: ArmResult, side: ArmSide, recipe: RecipeResult, *, settled: bool
+) -> RecipeGain:
+    """Compare an arm's winner with its recipe, on the test split if both were judged there."""
+    gain = RecipeGain(arm.name, side.label, recipe.name, recipe.source, settled)
+    if arm.best is None or recipe.number == arm.best.number:
+        return gain
+    known = _recipe_side(arm, side, recipe)
+    values = _validation(results, side), known.value
+    comparison = ArmComparison(
+        side=side,
+        reference=known,
+        objective=results.objective,
+        split="validation",
+        values=values,
+        difference=IntervalEstimate(value=values[0] - values[1]),
+        retained=None,
+        noise=(None, None),
+        base=side.base_value,
+        evidence=ComparisonEvidence(settled=settled),
+    )
+    found = results.recipe_contrast(arm.name)
+    if found is not None:
+        comparison = replace(
+            comparison,
+            split=found.split,
+            values=found.losses,
+            difference=found.difference,
+            noise=found.noise,
+            base=found.base_loss,
+            evidence=replace(_evidence(results, found), settled=settled),
+        )
+    failed = _failed_seeds(known.label, recipe.judged)
+    return replace(gain, comparison=comparison, failed_seeds=failed)
+
+
+def _recipe_side(arm: ArmResult, side: ArmSide, recipe: RecipeResult) -> ArmSide:
+    """Return the side of an arm's recipe, with which the side of the arm's winner is compared."""
+    trial = next(each for each in arm.trials if each.number == recipe.number)
+    value = statistics.fmean(recipe.values) if recipe.values else trial.value
+    assert value is not None, "a recipe was tried to its end"
+    return replace(
+        side,
+        label=f"the recipe {recipe.name}",
+        point=point_words(trial.params),
+        value=value,
+        test_loss=None,
+        forgetting=None,
+        seeds=len(recipe.test_losses) or len(recipe.values) or 1,
+        failed_seeds="",
+    )
+
+
 def _evidence(results: StudyResults, found: ArmContrast) -> ComparisonEvidence:
     margin = results.equivalence_margin
     size = None
@@ -393,6 +501,8 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
             yield words
     if not verdict.duels:
         yield from (single_arm_sentence(side, verdict.objective) for side in verdict.sides)
+    for gain in verdict.recipes:
+        yield from recipe_sentences(gain)
     yield from adoption_sentences(verdict.sides)
     yield from (f"{capital(edge.reason)}." for edge in verdict.edges)
     yield from forgetting_sentences(verdict.sides)

@@ -80,12 +80,13 @@ def searched_otherwise(
 ) -> str:
     """Return the command under a new name, with one key of an arm given or searched otherwise.
 
-    A key of `training` that the arm does not search is set for every arm: with different schedules the
-    arms would no longer be compared fairly. The learning rate is the exception, because each arm has
-    its own.
+    A key of `training` that the arm does not search, or that every arm does, is set for every arm: with
+    different schedules the arms would no longer be compared fairly. The learning rate is the exception,
+    because each arm has its own.
     """
     command = renamed(results, suffix)
-    for_all = key.startswith("training.") and key not in arm.ranges and key != RATE
+    shared = key not in arm.ranges or all(key in each.ranges for each in results.arms)
+    for_all = key.startswith("training.") and shared and key != RATE
     if arm.name == "lora" or for_all:
         return with_override(command, key, words)
     return with_override(command, f"hydra.sweeper.arms.{arm.name}.params", f'{{{key}: "{words}"}}')

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from sweeper.config.settings import Objective, metric_words
 from sweeper.reporting.arm_comparison import FEWEST_SEEDS, ArmComparison, ArmSide, CostRatios
 from sweeper.reporting.intervals import POWER, IntervalEstimate
+from sweeper.reporting.recipe_gain import RecipeGain
 from sweeper.reporting.text_table import capital, counted, perplexity_factor
 
 
@@ -92,7 +93,7 @@ def comparison_sentences(duel: ArmComparison) -> Iterator[str]:
         yield f"{capital(side.label)} {costs}."
 
 
-def visible_sentence(duel: ArmComparison) -> str | None:
+def visible_sentence(duel: ArmComparison, of_each: str = "of each arm") -> str | None:
     """Return the smallest gap that an undecided comparison could show, and what would decide it."""
     gap, needed = duel.visible_gap, duel.needed
     if duel.outcome != "undecided" or gap is None:
@@ -103,10 +104,64 @@ def visible_sentence(duel: ArmComparison) -> str | None:
     )
     if needed is None:
         return f"{words}."
-    wants = counted(needed.seeds, "fresh seed") + " of each arm"
+    wants = f"{counted(needed.seeds, 'fresh seed')} {of_each}"
     if needed.rows > 1:
         wants += f" and {needed.rows:.1f}× the rows of the test split"
     return f"{words}. To decide a difference of the observed size takes about {wants}."
+
+
+def recipe_headline(gain: RecipeGain) -> str:
+    """Return what the search gained over the recipe in a sentence without figures, or ''.
+
+    The sentence is left out while the answer is PROVISIONAL, because nothing was compared then.
+    """
+    if not gain.settled:
+        return ""
+    return {
+        "gained": f"The search of {gain.label} gained on its recipe.",
+        "enough": f"The recipe was enough for {gain.label}.",
+        "undecided": f"Undecided whether the search of {gain.label} gained on its recipe.",
+    }[gain.outcome]
+
+
+def recipe_sentences(gain: RecipeGain) -> Iterator[str]:
+    """Yield what the search of an arm gained over its recipe, with an interval if both were judged."""
+    found = gain.comparison
+    yield _unbeaten_recipe(gain) if found is None else _recipe_sentence(gain, found)
+    if gain.failed_seeds:
+        yield gain.failed_seeds
+    if found is not None and (words := visible_sentence(found, "of both")) is not None:
+        yield words
+    yield f"Source of {gain.recipe}: {gain.source}."
+
+
+def _unbeaten_recipe(gain: RecipeGain) -> str:
+    """Return what it means that the recipe itself is the winner."""
+    if not gain.settled:
+        return f"So far the search of {gain.label} found no better point than the recipe {gain.recipe}."
+    return f"The recipe was enough: the search of {gain.label} found no better point than {gain.recipe}."
+
+
+def _recipe_sentence(gain: RecipeGain, found: ArmComparison) -> str:
+    """Return the outcome of the comparison of an arm's winner with its recipe."""
+    name, known = gain.label, found.reference.label
+    values = f"{found.split} {_metric(found)} {found.values[0]:.4f} against {found.values[1]:.4f}"
+    own, other = found.evidence.seeds
+    values += f", {own} and {other} fresh seeds"
+    if gain.outcome == "undecided":
+        why = _why_undecided(found, _signed_difference(found))
+        return f"Undecided whether the search of {name} gained on {known}: {why}."
+    if gain.outcome == "gained":
+        return f"The search of {name} gained {_lead(found)} on {known} ({values})."
+    if found.outcome == "ahead":
+        return (
+            f"The recipe was enough: {known} is ahead of the winner of {name} by {_lead(found)} "
+            f"({values})."
+        )
+    return (
+        f"The recipe was enough: the winner of {name} and {known} are equivalent within the margin "
+        f"of {_margin(found)}: the difference is {_signed_difference(found)} ({values})."
+    )
 
 
 def seed_sentences(duel: ArmComparison) -> Iterator[str]:

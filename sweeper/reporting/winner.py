@@ -29,6 +29,7 @@ from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
 from sweeper.reporting.serve_lines import ServedAdapter, whole_serving
 from sweeper.reporting.served_forms import ServedContrast, served_sentences, served_warning
 from sweeper.reporting.text_table import point_words
+from sweeper.reporting.verdict import judge
 from sweeper.reporting.verdict_doubts import label
 
 
@@ -42,6 +43,8 @@ class WinningTrial:
     folder: TrialFolder
     served: tuple[ServedContrast, ...] = ()
     """The test losses of the arm's winner as it is served, empty for any other trial."""
+    gain: str = ""
+    """What the search gained over the arm's recipe, "" for any other trial than the arm's winner."""
 
     @cached_property
     def settings(self) -> TrialSettings:
@@ -121,7 +124,10 @@ def find_winner(
         raise StudyError(reason)
     chosen = trial.number if found.final is None else found.final.winner
     served = tuple(each for each in results.served if each.arm == name and trial.number == chosen)
-    return WinningTrial(results.study_name, found, trial, folder.trial(name, trial.number), served)
+    compared = found.final is not None and found.final.recipe is not None
+    gain = judge(results).recipe_words(name) if compared and trial.number == chosen else ""
+    place = folder.trial(name, trial.number)
+    return WinningTrial(results.study_name, found, trial, place, served, gain)
 
 
 def experiment_yaml(winner: WinningTrial) -> str:
@@ -143,6 +149,7 @@ def usage(winner: WinningTrial) -> str:
     parts = [
         winner.words,
         f"in {path}",
+        *filter(None, [winner.gain]),
         *_warnings(winner),
         *filter(None, [served_warning(winner.served, names)]),
         *served_sentences(winner.served, names),

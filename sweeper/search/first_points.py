@@ -16,7 +16,7 @@ from sweeper.search.warm_start import fork, winners
 def fill_study(
     study: optuna.Study, plan: StudyPlan, arm: ArmPlan, facts: ArmBaseline, storage: BaseStorage
 ) -> list[str]:
-    """Copy the trials of a fork, and enqueue the first points: earlier winners, then priors.
+    """Copy the trials of a fork, and enqueue the first points: winners, recipes, and then priors.
 
     Returns:
         Messages about this search for the user, one line each.
@@ -32,7 +32,8 @@ def fill_study(
         words += said
     points = enqueue(study, first_draws(arm))
     if points and arm.sampler.name != "grid":
-        words.append(f"{points} known-good points first")
+        names = ", ".join(recipe.name for recipe in arm.recipes)
+        words.append(f"{points} known-good points first" + (f" ({names})" if names else ""))
     return [
         *words,
         *_about_sampling(arm, plan.study.costs),

@@ -11,10 +11,18 @@ from dataclasses import replace
 import optuna
 from optuna.storages import BaseStorage
 
-from sweeper.config import compose
+from sweeper.config import compose, grammar
 from sweeper.config.settings import PrunerSettings, RunSettings, kept_defaults, validate
-from sweeper.search.study import settings_as_json
-from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.config.space import Choice, Domain, Interval, Space, grid
+from sweeper.search.study import recipes_of, settings_as_json
+from sweeper.search.study_plan import (
+    BATCH,
+    EPOCHS,
+    ArmPlan,
+    StudyPlan,
+    shareable_batches,
+    with_fair_budget,
+)
 from sweeper.search.warm_start import forked_study
 
 EARLIER_RUNGS: Mapping[str, list[int]] = {
@@ -23,6 +31,15 @@ EARLIER_RUNGS: Mapping[str, list[int]] = {
     "successive_halving": [340, 680],
 }
 """Default rungs of earlier versions, by pruner."""
+EARLIER_SPACES: Mapping[str, tuple[str, ...]] = {
+    "adapter.alpha_over_r": ("choice(1, 2, 4)",),
+    "training.learning_rate": ("choice(3e-06, 8.6e-06, 2.4e-05, 7e-05, 0.0002)",),
+    # the default for few training rows, which the plan does not know yet
+    EPOCHS: ("int(interval(1, 5))",),
+}
+"""Domains that were defaults when studies were stored, as these have them, by key."""
+SEARCHED_SINCE = (EPOCHS, BATCH)
+"""Keys that the defaults search now and earlier versions did not."""
 
 
 def with_stored_defaults(
@@ -40,14 +57,16 @@ def with_stored_defaults(
     """
     arms, notes = [], []
     for arm in plan.arms:
-        stored = studies.get(arm.name) or forked_study(plan, arm, storage)
+        own = studies.get(arm.name)
+        stored = own or forked_study(plan, arm, storage)
         kept = {} if stored is None else _kept(arm, stored)
-        arms.append(_with_values(arm, kept) if kept else arm)
-        if kept:
-            notes.append(
-                f"arm {arm.name} keeps {_in_words(kept)}, its defaults when it was started"
-            )
-    plan = replace(plan, arms=tuple(arms))
+        spaces = {} if own is None else kept_domains(arm, own.user_attrs.get("question", {}))
+        arm = _with_values(arm, kept) if kept else arm
+        arm = _with_space(arm, spaces) if spaces else arm
+        arms.append(arm if own is None else _with_recipes(arm, own))
+        if words := _in_words(kept, spaces):
+            notes.append(f"arm {arm.name} keeps {words}, its defaults when it was started")
+    plan = with_fair_budget(replace(plan, arms=tuple(arms)))
     pruner = _stored_pruner(plan, studies)
     if pruner != plan.study.pruner:
         plan = replace(plan, study=plan.study.model_copy(update={"pruner": pruner}))
@@ -71,8 +90,74 @@ def _with_values(arm: ArmPlan, kept: Mapping[str, str]) -> ArmPlan:
     return replace(arm, overrides=overrides, settings=settings)
 
 
-def _in_words(kept: Mapping[str, str]) -> str:
-    return ", ".join(f"{key}={text}" for key, text in kept.items())
+def _with_recipes(arm: ArmPlan, stored: optuna.Study) -> ArmPlan:
+    """Return the arm with the recipes that its study began with. An earlier version had none."""
+    found = recipes_of(stored)
+    if found is None:
+        return replace(arm, recipes=(), recipe_parts=())
+    return replace(arm, recipes=found)
+
+
+def kept_domains(arm: ArmPlan, question: Mapping[str, str]) -> dict[str, Domain | None]:
+    """Return the domains that a stored study keeps because only their defaults have changed.
+
+    Args:
+        arm: the arm as today's defaults make it.
+        question: the parts of the stored question, in which `space KEY` has the domain of a key.
+
+    Returns:
+        The domains by key. None stands for a key that the study does not search.
+    """
+    if not question:
+        return {}
+    today = _default_domains(arm)
+    kept: dict[str, Domain | None] = {}
+    for key, domain in arm.space.items():
+        before = question.get(f"space {key}")
+        # A domain of the user's own is another question, which is refused with the ways out
+        if before == str(domain) or str(domain) not in today:
+            continue
+        if before is None and key in SEARCHED_SINCE:
+            kept[key] = None
+        elif before in EARLIER_SPACES.get(key, ()):
+            found = grammar.parse_domain(key, before)
+            assert isinstance(found, Choice | Interval), f"{key}={before} is a stored domain"
+            kept[key] = found
+    return kept
+
+
+def _default_domains(arm: ArmPlan) -> set[str]:
+    """Return the domains that the presets of the space offer, as stored studies have them."""
+    space = arm.settings.space
+    texts = (space.learning_rate, space.r, space.alpha_over_r, space.full_learning_rate)
+    given = [*texts, *space.shared_params.values()]
+    training = arm.settings.training
+    size, devices = training.per_device_train_batch_size, training.devices_per_trial
+    if isinstance(batches := space.shared_params.get(BATCH), str):
+        given.append(shareable_batches(batches, size, devices))
+    return {str(grammar.parse_domain("space", text)) for text in given}
+
+
+def _with_space(arm: ArmPlan, kept: Mapping[str, Domain | None]) -> ArmPlan:
+    """Return the arm with the kept domains, and with a grid where they make its space one."""
+    both = {**arm.space, **kept}
+    changed: Space = {key: domain for key, domain in both.items() if domain is not None}
+    arm = replace(arm, space=changed)
+    rates = kept.get("training.learning_rate")
+    if not isinstance(rates, Choice) or set(changed) != {"training.learning_rate"}:
+        return arm
+    sampler = arm.sampler.model_copy(update={"name": "grid", "class_name": None, "kwargs": {}})
+    count = min(arm.n_trials, sum(1 for _ in grid(changed)))
+    return replace(arm, sampler=sampler, n_trials=count, priors=(), refine=True)
+
+
+def _in_words(kept: Mapping[str, str], spaces: Mapping[str, Domain | None]) -> str:
+    """Return what an arm keeps as text, or '' if nothing of it differs from today's defaults."""
+    values = [f"{key}={text}" for key, text in kept.items()]
+    domains = [
+        f"{key} as it is" if domain is None else f"{key}={domain}" for key, domain in spaces.items()
+    ]
+    return ", ".join([*values, *domains])
 
 
 def _stored_pruner(plan: StudyPlan, studies: Mapping[str, optuna.Study]) -> PrunerSettings:

@@ -41,6 +41,7 @@ from sweeper.core.outcome import ArmBaseline, Outcome
 from sweeper.core.paths import StudyFolder
 from sweeper.core.references import referenced_tree
 from sweeper.core.stored_files import damage
+from sweeper.search.known_points import STORED_RECIPES, KnownRecipe
 from sweeper.search.ownership import database_url
 from sweeper.search.pruning import make_pruner
 from sweeper.search.record_prefix import (
@@ -78,6 +79,8 @@ MARGIN = "equivalence_margin"
 """User attribute of an arm's study: the margin of equivalence that was fixed before its first trial."""
 ORDERED = "ordered_choices"
 """User attribute of an arm's study: True if its samplers see choices between numbers in their order."""
+RECIPES = "recipes"
+"""User attribute of an arm's study: the recipes that were fixed before its first trial."""
 REFINES = "refines"
 """User attribute of a trial beside a grid: the values that replace or join those of its draw."""
 WORKERS = "workers"
@@ -158,6 +161,7 @@ def open_study(
     _fix_order(study)
     context = sampler_context(plan, arm, ordered=study.user_attrs[ORDERED])
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, context)
+    _fix_recipes(study, arm)
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     # last: find_study ignores a study without facts, and the next start would choose another UUID
     if study_uuid(study) is None:
@@ -193,6 +197,27 @@ def _fix_margin(study: optuna.Study, plan: StudyPlan) -> None:
     study.set_user_attr(MARGIN, margin.model_dump() if margin is not None and fixed else None)
 
 
+def _fix_recipes(study: optuna.Study, arm: ArmPlan) -> None:
+    """Store the recipes of an arm before its first trial, and never change them afterwards."""
+    # A recipe that is added to a running search would be compared with a winner it did not precede
+    if RECIPES not in study.user_attrs and not study.get_trials(deepcopy=False):
+        study.set_user_attr(RECIPES, STORED_RECIPES.dump_python(arm.recipes, mode="json"))
+
+
+def recipes_of(study: optuna.Study) -> tuple[KnownRecipe, ...] | None:
+    """Return the recipes that an arm's study began with, or None if an older version opened it.
+
+    Raises:
+        StudyError: they are damaged.
+    """
+    if RECIPES not in study.user_attrs:
+        return None
+    try:
+        return STORED_RECIPES.validate_python(study.user_attrs[RECIPES])
+    except ValidationError as error:
+        raise _damaged(study, f"{RECIPES}: {damage(error)}") from None
+
+
 def study_uuid(study: optuna.Study) -> str | None:
     """Return the UUID of the study that an arm belongs to, or None if an older version stored it."""
     # in the storage, so that a copied or moved database keeps its folder
@@ -222,6 +247,7 @@ def require_readable(study: optuna.Study) -> None:
             ArmBaseline.model_validate(study.user_attrs["facts"])
         except ValidationError as error:
             raise _damaged(study, f"facts: {damage(error)}") from None
+    recipes_of(study)
     outcomes_in(study)
 
 
@@ -357,10 +383,11 @@ def draw_of(trial: FrozenTrial) -> Draw:
 
 
 def first_draws(arm: ArmPlan) -> list[Draw]:
-    """Return the draws that precede the sampler's: the whole grid, or the priors inside the space."""
+    """Return the draws before the sampler's: the whole grid, or the recipes and then the priors."""
     if arm.sampler.name == "grid":
         return list(itertools.islice(grid(arm.space), arm.n_trials))
-    return [draw for point in arm.priors if (draw := locate(arm.space, point))]
+    points = (*(recipe.point for recipe in arm.recipes), *arm.recipe_parts, *arm.priors)
+    return [draw for point in points if (draw := locate(arm.space, point))]
 
 
 def suggest(trial: BaseTrial, space: Space) -> Point:

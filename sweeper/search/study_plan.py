@@ -20,16 +20,19 @@ from sweeper.config.override_hints import moved
 from sweeper.config.settings import (
     ArmSettings,
     Objective,
+    RecipeSettings,
     RunSettings,
     SamplerSettings,
     StudySettings,
     describe,
+    flatten,
     validate,
 )
 from sweeper.config.space import Choice, Point, Scalar, Space, decided_twice, grid, keys, probes
 from sweeper.core.errors import ConfigError
 from sweeper.core.regular_files import irregular_in
 from sweeper.data.sources import path_problems
+from sweeper.search.known_points import KnownRecipe, known_points
 from sweeper.search.paper_protocol import under_protocol, with_protocol
 from sweeper.search.pruning import make_pruner
 from sweeper.search.samplers import make_sampler
@@ -43,6 +46,8 @@ FULL_OVERRIDES = ("adapter=none", "quantization=none")
 """Overrides of the full arm where the experiment gives none."""
 
 
+EPOCHS = "training.num_train_epochs"
+BATCH = "training.gradient_accumulation_steps"
 PER_TOKEN = ("eval/loss", "eval/perplexity")
 """Metrics that depend on the tokenizer, so their values do not compare across base models."""
 _OTHER_QUESTION = "decides what is compared, so it cannot be searched. Make it an arm or a study"
@@ -77,6 +82,10 @@ class ArmPlan:
     """The MLflow run whose model is judged instead of trainings."""
     refine: bool = False
     """True if points beside the best one of the arm's grid are tried as well."""
+    recipes: tuple[KnownRecipe, ...] = ()
+    """Named known points, which are tried before all others and compared with the winner."""
+    recipe_parts: tuple[Point, ...] = ()
+    """Points of the recipes that the arm cannot try as they are, as far as it offers their values."""
 
     def overrides_at(self, point: Mapping[str, Scalar]) -> list[str]:
         """Return the arm's overrides followed by those of a point."""
@@ -131,12 +140,29 @@ class StudyPlan:
         wanted = self.study.finalists
         return wanted.top * (wanted.seeds - 1) + (wanted.fresh_seeds if wanted.top else 0)
 
+    def recipe_seeds_at_most(self, arm: ArmPlan) -> int:
+        """Count the trainings of an arm's recipe, which follow unless the recipe itself wins."""
+        wanted = self.study.finalists
+        compared = bool(arm.recipes) and arm.run_id is None and wanted.top > 0 and wanted.test
+        return wanted.fresh_seeds if compared else 0
+
     def refined_at_most(self, arm: ArmPlan) -> int:
         """Return how many trials may follow beside the best one of an arm's grid."""
         rates = arm.space.get("training.learning_rate")
         whole = isinstance(rates, Choice) and arm.n_trials >= len(rates.values)
         # two rates beside the best one, and then the best with the warm-up of the LoRA winner
         return 3 if arm.refine and whole and arm.run_id is None else 0
+
+    @property
+    def searches_epochs(self) -> bool:
+        """True if the trials of an arm differ in their number of epochs."""
+        return any(EPOCHS in arm.space for arm in self.arms)
+
+    @property
+    def equal_tokens(self) -> bool:
+        """True if arms get equal tokens because the length of a trial is searched."""
+        several = len(self.arms) > 1
+        return self.study.fairness.equal == "tokens" and self.searches_epochs and several
 
     @property
     def dry_run(self) -> bool:
@@ -209,7 +235,19 @@ def _plan(overrides: Sequence[str]) -> StudyPlan:
         for group in compose.AUTO_GROUPS
     }
     command = _command([*overrides, *naming.overrides])
-    return StudyPlan(experiment, study, arms, presets, command, naming.note)
+    return with_fair_budget(StudyPlan(experiment, study, arms, presets, command, naming.note))
+
+
+def with_fair_budget(plan: StudyPlan) -> StudyPlan:
+    """Return the plan with equal trials if its preset asks for equal tokens and no epochs are searched.
+
+    All trials then train on the same rows, and what a pruner saves in an arm is no smaller search.
+    """
+    preset = plan.settings.space.equal == plan.study.fairness.equal == "tokens"
+    if not preset or plan.searches_epochs or "fairness.equal=" in plan.command:
+        return plan
+    fairness = plan.study.fairness.model_copy(update={"equal": "trials"})
+    return replace(plan, study=plan.study.model_copy(update={"fairness": fairness}))
 
 
 def _untracked_baseline(study: StudySettings, config: Mapping[str, Any]) -> list[str]:
@@ -319,15 +357,23 @@ def _arms(
     own = [text for text in fixed if compose.key_of(text) in searched]
     shared = [text for text in fixed if text not in own]
     params = {key: searched[key] for key in searched if key not in set(map(compose.key_of, own))}
+    common = _shared_params(study, fixed, swept, composition)
     problems: list[str] = []
     arms: list[ArmPlan] = []
     blueprints = [
-        (LORA, [*shared, *own], params, study.priors, study.n_trials, study.sampler),
+        (
+            LORA,
+            [*shared, *own],
+            _with_shared(params, common),
+            study.priors,
+            study.n_trials,
+            study.sampler,
+        ),
         *(
             (
                 name,
                 [*_without_replaced_groups(shared, arm.overrides), *arm.overrides],
-                arm.params,
+                _with_shared(arm.params, {} if _is_adopted(study, name) else common),
                 arm.priors,
                 arm.n_trials,
                 _arm_sampler(study.sampler, arm.sampler),
@@ -348,6 +394,54 @@ def _arms(
     run_id, rivals = study.baseline.run_id, _rivals(study)
     arms = [replace(arm, refine=arm.name in rivals and rivals[arm.name].refine) for arm in arms]
     return tuple(replace(arm, run_id=run_id) if arm.name == FULL else arm for arm in arms)
+
+
+def _with_shared(params: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of an arm, followed by those that every arm searches and it does not name."""
+    return {**params, **{key: words for key, words in common.items() if key not in params}}
+
+
+def _shared_params(
+    study: StudySettings,
+    fixed: Sequence[str],
+    swept: Mapping[str, str],
+    composition: compose.Composition,
+) -> dict[str, Any]:
+    """Return the keys that every arm searches, as the command line changes them."""
+    given, training = set(map(compose.key_of, fixed)), composition.config["training"]
+    if training["max_steps"] is not None:
+        given.add(EPOCHS)  # the steps decide how long a trial trains
+    shared = {key: words for key, words in study.shared_params.items() if key not in given}
+    if isinstance(shared.get(BATCH), str):
+        size, devices = training["per_device_train_batch_size"], training["devices_per_trial"]
+        shared[BATCH] = shareable_batches(shared[BATCH], size, devices)
+    return {key: swept.get(key, words) for key, words in shared.items()}
+
+
+def shareable_batches(words: str, size: int, devices: int) -> str:
+    """Return the batches of a choice that the devices of a trial can share evenly.
+
+    Args:
+        words: the choice of training.gradient_accumulation_steps, in the words of a search space.
+        size: examples of a step without accumulation.
+        devices: devices of a trial.
+    """
+    try:
+        domain = grammar.parse_domain(BATCH, words)
+    except ValueError:  # the space's own message says what is wrong with it
+        return words
+    if not isinstance(domain, Choice):
+        return words
+    fitting = [
+        steps for steps in domain.values if isinstance(steps, int) and size * steps % devices == 0
+    ]
+    # Without any, the settings' own message says what does not fit
+    return str(Choice(tuple(fitting))) if fitting else words
+
+
+def _is_adopted(study: StudySettings, name: str) -> bool:
+    """Return True if an earlier run replaces an arm, which then searches nothing."""
+    return study.baseline.run_id is not None and name == FULL
 
 
 def _rivals(study: StudySettings) -> dict[str, ArmSettings]:
@@ -428,7 +522,9 @@ def _arm(
         objective = validate(Objective, composition.config["objective"])
         problems += _incomparable_models(space, objective)
     problems += _never_searched(space)
-    points = [_prior(prior, space) for prior in priors]
+    named, plain, wrong = _read_priors(priors)
+    problems += wrong
+    points = [_prior(prior, space) for prior in plain]
     if points and sampler.name == "grid":
         problems.append(
             "sampler=grid tries every point, so priors change nothing. Set hydra.sweeper.priors=[]"
@@ -440,7 +536,34 @@ def _arm(
         )
     texts = (*overrides, *_as_overrides(fixed))
     settings = validate(RunSettings, compose.compose(texts).config)
-    return ArmPlan(name, texts, space, tuple(points), count, sampler, settings)
+    values = flatten(settings.trial.model_dump(mode="json"))
+    recipes, parts = known_points(named, space, values)
+    return ArmPlan(
+        name,
+        texts,
+        space,
+        tuple(points),
+        count,
+        sampler,
+        settings,
+        recipes=tuple(recipes),
+        recipe_parts=tuple(parts),
+    )
+
+
+def _read_priors(
+    priors: Sequence[Mapping[str, Any]],
+) -> tuple[list[RecipeSettings], list[Mapping[str, Any]], list[str]]:
+    """Return the recipes among an arm's priors, its plain points, and the problems found."""
+    named: list[RecipeSettings] = []
+    problems: list[str] = []
+    for index, prior in enumerate(priors):
+        if "point" in prior:
+            try:
+                named.append(validate(RecipeSettings, prior, f"priors[{index}]"))
+            except ConfigError as error:
+                problems += error.problems
+    return named, [prior for prior in priors if "point" not in prior], problems
 
 
 def _never_searched(space: Space) -> list[str]:

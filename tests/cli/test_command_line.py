@@ -222,7 +222,8 @@ def test_a_misspelt_verb_lists_the_verbs(in_process: Program) -> None:
 
 def test_priors_need_not_name_every_key() -> None:
     """A prior is a partial point: another searched key is drawn for it."""
-    overrides = ["+experiment=lr_rank_sweep", "space=real", "training.weight_decay=0.0,0.1"]
+    prior = "hydra.sweeper.priors=[{training.learning_rate: 1e-3}]"
+    overrides = ["+experiment=lr_rank_sweep", prior, "training.weight_decay=0.0,0.1"]
     lora = studies(overrides)[0].arms[0]
     assert "training.weight_decay" not in lora.priors[0]
     assert "training.weight_decay" in lora.space

@@ -120,9 +120,12 @@ def test_points_are_those_that_the_study_would_try(tmp_path: Path) -> None:
 def test_priors_and_grids_come_first() -> None:
     """Known-good points are the first a study tries; a grid is walked in its order."""
     lora, full = _plan("space=real", "model.base_model=some/model").arms
-    assert first_asked(lora, 5)[0]["training.learning_rate"] == 2e-4
-    rates = [point["training.learning_rate"] for point in first_asked(full, 9)]
-    assert rates == [3e-6, 8.6e-6, 2.4e-5, 7e-5, 2e-4]
+    rates = [point["training.learning_rate"] for point in first_asked(lora, 5)]
+    assert rates[:2] == [3e-4, 1e-3]
+    assert first_asked(full, 5)[0]["training.learning_rate"] == 3e-5
+    (_, grid) = _plan().arms
+    rates = [point["training.learning_rate"] for point in first_asked(grid, 9)]
+    assert rates == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
 
 
 def test_sizes_of_spaces() -> None:
@@ -144,7 +147,8 @@ def test_a_study_is_shown_with_arms_points_sizes_and_the_command() -> None:
     assert "adapter.method = none" in text
     assert "1,024 MiB" in text
     assert "then 3 more: the winner with 3 fresh seeds" in text
-    assert "30.0 MiB of artifacts" in text
+    assert "then up to 3 more: the recipe default, unless it wins" in text
+    assert "36.0 MiB of artifacts" in text
     assert "run it:     python -m sweeper +experiment=lr_rank_sweep -m" in text
     assert text.index("trainings:") < text.index("arm lora:") < text.index("base_model: embedded")
 
@@ -156,10 +160,10 @@ def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "mine.jsonl: 90 train / 10 validation / 321 test rows" in text
     assert "dropped 3: 3 echo" in text
     assert "columns not read: label (7 rows)" in text
-    assert "23 to 26 in all: lora 12 in the search and 3 with further seeds; full 5 in" in text
-    # each of at most 26 trainings 40 s, and for each arm 15 s of loading and 5 s of judging the base
+    assert "23 to 29 in all: lora 12 in the search and 3 with further seeds (and up to 3" in text
+    # each of at most 29 trainings 40 s, and for each arm 15 s of loading and 5 s of judging the base
     assert (
-        "time:       about 18.0 min if no trial ends early: lora 15 × 40.0 s; full 11 × 40.0 s"
+        "time:       about 20.0 min if no trial ends early: lora 18 × 40.0 s; full 11 × 40.0 s"
         in text
     )
     assert "arm full needs about 1,500 MiB of 2,000 MiB free" in text
@@ -180,8 +184,8 @@ def test_the_forecast_counts_the_workers_of_n_jobs_auto(tmp_path: Path) -> None:
 
     plan, console = _plan(f"output_dir={tmp_path}"), Console(file=io.StringIO(), width=160)
     show_study(plan, console, _estimate, timer, lambda: replace(MACHINE, cores=2))
-    # 6 + 4 rounds of the searches, 3 + 3 seeds by two workers, twice the start and the base
-    assert "about 9.3 min with 2 workers" in console.file.getvalue()  # type: ignore[attr-defined]
+    # 6 + 4 rounds of the searches, 3 + 3 seeds and 3 of the recipe by two workers, twice the start
+    assert "about 10.3 min with 2 workers" in console.file.getvalue()  # type: ignore[attr-defined]
     assert threads == [1]
 
 
@@ -285,8 +289,18 @@ def test_timed_steps_are_those_of_the_trial(rows_file: Path, tiny_base: Path) ->
     assert found.training_s > 30 * (found.step_s or 0)
 
 
+def test_the_time_counts_the_mean_of_the_searched_epochs() -> None:
+    """Few rows: one to five epochs, so a trial has 30 steps of 2 s where the timed one has 10."""
+    text = _shown(_plan("space=real", "training=real"))
+    assert "epochs:     up to 5 epochs, because there are fewer than 2,000 training rows" in text
+    assert "lora 18 × 80.0 s; full 15 × 80.0 s (from a few timed steps" in text
+    assert "largest point, at the mean number of epochs)" in text
+    fixed = _shown(_plan("space=real", "training=real", "training.num_train_epochs=1"))
+    assert "epochs" not in fixed.partition("arm lora:")[0]
+
+
 def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
-    """Ten more trials of 10 s, four of 30 s and three fresh seeds of each, by two workers: 170 s."""
+    """Ten trials and six seeds of 10 s, four trials and three seeds of 30 s, by two workers: 185 s."""
     folder = StudyFolder(tmp_path / "lr_rank_sweep")
     full_costs = {**LORA_COSTS, "cost/seconds": 30.0}
     results = make_results(
@@ -295,7 +309,7 @@ def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
     )
     write_json(folder.results, to_document(results))
     plan = _plan(f"output_dir={tmp_path}", "hydra.sweeper.n_jobs=2")
-    assert "about 2.8 min with 2 workers" in _shown(plan)
+    assert "about 3.1 min with 2 workers" in _shown(plan)
     only = make_results(results.arms[0])
     assert "cannot be known before the first finished trial of arm full" in forecast(
         plan, only, planned_workers(plan)

@@ -33,6 +33,7 @@ NAME = "mine"
 FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
     *("workers.engine=inline", "workers.fake.step_seconds=0.0", "pruner=none"),
+    "hydra.sweeper.priors=[]",
     *("hydra.sweeper.n_trials=3", "hydra.sweeper.arms.full.n_trials=3"),
     *("hydra.sweeper.finalists.seeds=2", "hydra.sweeper.finalists.fresh_seeds=1"),
     *("hydra.sweeper.fairness.min_finished=1", "hydra.sweeper.fairness.tolerance=0.9"),

@@ -177,9 +177,10 @@ def test_grid_ends_at_exhaustion(tmp_path: Path) -> None:
 def test_priors_are_tried_first(tmp_path: Path) -> None:
     """Known-good points of the real space come before the sampler's own."""
     _run(tmp_path, ONLY_LORA, "space=real", "hydra.sweeper.n_trials=3")
-    first = _trials(tmp_path)[0].params
-    assert first["training.learning_rate"] == 2e-4
-    assert first["adapter.r"] == 64
+    first, second = _trials(tmp_path)[:2]
+    rates = [trial.params["training.learning_rate"] for trial in (first, second)]
+    assert rates == [3e-4, 1e-3]
+    assert first.params["adapter.r"] == second.params["adapter.r"] == 64
 
 
 def test_a_twin_is_not_trained_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +313,8 @@ def test_a_continued_trial_keeps_the_rungs_it_had_passed(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_interrupt_in_the_grid_arm_loses_no_point(tmp_path: Path) -> None:
     """Stopped in the middle of the full arm and started again, every rate of the grid is trained."""
-    few = (*SLOW[:3], "hydra.sweeper.n_trials=1")
+    # From the recipe, LoRA's winner would have the warm-up of the full arm
+    few = (*SLOW[:3], "hydra.sweeper.n_trials=1", "hydra.sweeper.priors=[]")
     process = _start(tmp_path, *few)
     spool = tmp_path / "lr_rank_sweep" / "full" / "trial_0001" / "metrics.jsonl"
     deadline = time.monotonic() + 60

@@ -32,7 +32,7 @@ FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "tracking=none", "finalists=none"),
     # Of fewer steps, the warm-up of the LoRA winner would be that of the full arm.
     *("++workers.fake.steps=40", "pruner=none"),
-    *("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3"),
+    *("hydra.sweeper.n_jobs=2", "hydra.sweeper.n_trials=3", "hydra.sweeper.priors=[]"),
 )
 LAST = "lora/0002"
 SETTINGS = make_settings("workers=fake").trial

@@ -20,7 +20,7 @@ from sweeper.tracking.tracking_server import local_uri
 
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "pruner=none"),
-    *("workers.fake.step_seconds=0.0", "hydra.sweeper.n_trials=4"),
+    *("workers.fake.step_seconds=0.0", "hydra.sweeper.n_trials=4", "hydra.sweeper.priors=[]"),
 )
 
 

@@ -30,6 +30,7 @@ NAME = "mine"
 FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
     *("workers.engine=inline", "workers.fake.step_seconds=0.0", "pruner=none", "verbosity=quiet"),
+    "hydra.sweeper.priors=[]",
     *("~hydra.sweeper.arms.full", "hydra.sweeper.n_trials=2"),
     *("hydra.sweeper.finalists.seeds=2", "hydra.sweeper.finalists.fresh_seeds=2"),
     "hydra.sweeper.fairness.min_finished=1",

@@ -33,6 +33,7 @@ N_TRIALS = 3
 FAKE = (
     *("+experiment=lr_rank_sweep", f"hydra.sweeper.study_name={NAME}", "workers=fake"),
     *("workers.engine=inline", "workers.fake.step_seconds=0.0", "tracking=none", "pruner=none"),
+    "hydra.sweeper.priors=[]",
     *("~hydra.sweeper.arms.full", f"hydra.sweeper.n_trials={N_TRIALS}", "sampler=random"),
     *("hydra.sweeper.finalists.top=1", "hydra.sweeper.finalists.seeds=2"),
 )

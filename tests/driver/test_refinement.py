@@ -27,7 +27,9 @@ def _run(folder: Path, *overrides: str) -> StudyResults:
 
 def test_a_grid_is_refined_around_its_best_rate(tmp_path: Path) -> None:
     """Two rates beside the best, then the best with LoRA's warm-up. A second start adds nothing."""
+    # From the recipe, LoRA's winner would have the warm-up of the full arm
     overrides = ("hydra.sweeper.n_trials=2", "pruner=none", "finalists=none")
+    overrides += ("hydra.sweeper.priors=[]",)
     # Of fewer steps, both warm-ups would be the same.
     overrides += ("workers.fake.steps=200",)
     results = _run(tmp_path, *overrides)
@@ -83,7 +85,9 @@ def test_points_beside_the_best_have_a_part_of_a_limited_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A study that was stopped after its grid still tries them when it is continued for an hour."""
+    # From the recipe, LoRA's winner would have the warm-up of the full arm
     overrides = ("hydra.sweeper.n_trials=2", "pruner=none", "finalists=none")
+    overrides += ("hydra.sweeper.priors=[]",)
     overrides += ("workers.fake.steps=200",)
     with monkeypatch.context() as patch:
         patch.setattr(StudyRun, "_refinement", _interrupted)

@@ -10,6 +10,7 @@ import pytest
 from sweeper.commands.run_study import run_study
 from sweeper.core.outcome import ArmBaseline
 from sweeper.driver.start_forecast import StartForecast, estimated_seconds
+from sweeper.search.searched_epochs import with_few_rows
 from sweeper.search.study_plan import ArmPlan, StudyPlan, studies
 from sweeper.workers.devices import DeviceSurvey
 from sweeper.workers.fake_runner import FakeRunner
@@ -46,14 +47,15 @@ def test_trainings_memory_and_hours_come_at_the_start() -> None:
     plan = _plan()
     total, memory, unknown, told = _said(plan, _facts(plan.arms[0]))
     assert total == (
-        "trainings: 23 to 26 in all: lora 12 in the search and 3 with further seeds; "
+        "trainings: 23 to 29 in all: lora 12 in the search and 3 with further seeds "
+        "(and up to 3 of its recipe); "
         "full 5 in the search (and up to 3 beside the best of its grid) and 3 with further seeds"
     )
     assert "8,000 MiB are free" in memory
     assert unknown == "arm lora: hours unknown until its first finished trial"
-    # 13 more trainings of a minute by two workers
+    # 16 more trainings of a minute by two workers, 3 of them only if the recipe does not win
     assert told.startswith(
-        "arm lora: about 6 min 30 s with 2 workers if no trial ends early: 10 in"
+        "arm lora: about 8 min 00 s with 2 workers if no trial ends early: 10 in"
     )
 
 
@@ -70,7 +72,18 @@ def test_hours_come_from_the_probes_judging_time() -> None:
     arm = _plan("training.max_steps=100", "training.eval_steps=100").arms[0]
     facts = _facts(arm, judging_s=2.0, rows={"train": 500, "validation": 40})
     rows = 3 * 100 * arm.settings.training.effective_batch_size + 40 + 40
-    assert estimated_seconds(arm.settings.trial, facts) == pytest.approx(rows * 2.0 / 40)
+    assert estimated_seconds(arm, facts) == pytest.approx(rows * 2.0 / 40)
+
+
+def test_hours_count_the_mean_of_the_searched_epochs() -> None:
+    """Between one and five epochs of few rows, a trial trains three times as long as with one."""
+    plan = _plan("space=real", "training=real")
+    one = _plan("space=real", "training=real", "training.num_train_epochs=1").arms[0]
+    facts = _facts(one, judging_s=2.0, rows={"train": 640, "validation": 40})
+    once, mean = (estimated_seconds(with_few_rows(arm, 640), facts) for arm in (one, plan.arms[0]))
+    assert once is not None
+    assert mean is not None
+    assert mean - once == pytest.approx(2 * 3 * 640 * 2.0 / 40)
 
 
 def test_a_resumed_study_says_only_what_is_left() -> None:

@@ -61,7 +61,7 @@ NAME = "lr_rank_sweep"
 FAKE = (
     *("+experiment=lr_rank_sweep", "workers=fake", "workers.engine=inline", "tracking=none"),
     *("pruner=none", "sampler=random", "finalists=none", "hydra.sweeper.n_trials=3"),
-    "workers.fake.step_seconds=0.02",
+    *("workers.fake.step_seconds=0.02", "hydra.sweeper.priors=[]"),
 )
 ONLY_LORA = "~hydra.sweeper.arms.full"
 SLOWLY = "workers.fake.step_seconds=0.1"

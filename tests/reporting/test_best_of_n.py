@@ -61,3 +61,14 @@ def test_a_curve_begins_with_the_mean_and_ends_with_the_best() -> None:
     assert curve[0] == (1.0, pytest.approx(statistics.fmean([4.0, 4.01, 4.02, 4.03, 4.04, 4.3])))
     assert curve[-1] == (6.0, pytest.approx(4.0))
     assert len(best_of_n(arm, most=2)) == 2
+
+
+def test_the_verdict_names_the_recipes_that_came_first() -> None:
+    """A known point with an origin is named, and plain points are counted."""
+    results = _study()
+    lora = results.arms[0].model_copy(update={"recipes": ("one",)})
+    words = judge(results.model_copy(update={"arms": (lora, results.arms[1])})).words
+    assert "QLoRA 6 trials (2 priors: among them the recipe one, 1 pruned)" in words
+    lora = results.arms[0].model_copy(update={"recipes": ("one", "two")})
+    words = judge(results.model_copy(update={"arms": (lora, results.arms[1])})).words
+    assert "QLoRA 6 trials (2 priors: the recipes one and two, 1 pruned)" in words

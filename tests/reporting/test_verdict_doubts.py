@@ -10,6 +10,7 @@ from sweeper.config.settings import FairnessRules
 from sweeper.config.space import Choice
 from sweeper.reporting.results import ArmResult, SearchedRange, StudyResults
 from sweeper.reporting.verdict import judge
+from sweeper.reporting.verdict_doubts import searched_otherwise
 from sweeper.search.study_plan import studies
 from tests.reporting.studies import FULL_COSTS, LORA_COSTS, RATE, make_arm, make_results, make_trial
 
@@ -102,6 +103,24 @@ def test_rates_are_counted_and_not_trials() -> None:
     assert "QLoRA was tried with 2 learning rates, fewer than fairness.min_finished=4" in (
         doubt.reason
     )
+
+
+@pytest.mark.parametrize(("searching", "for_all"), [(("lora", "full"), True), (("full",), False)])
+def test_a_key_that_all_arms_search_is_changed_in_all(
+    searching: tuple[str, ...], for_all: bool
+) -> None:
+    """Epochs that differ between arms would be no fair comparison. A key of one arm stays that arm's."""
+    searched = {"training.num_train_epochs": SearchedRange(values=(1, 3), continuous=True)}
+    arms = [
+        make_arm(name, [make_trial(name, 0, "finished", 4.0)]).model_copy(
+            update={"ranges": searched if name in searching else {}}
+        )
+        for name in ("lora", "full")
+    ]
+    results = make_results(*arms)
+    command = searched_otherwise(results, arms[1], "shorter", "training.num_train_epochs", "0.5")
+    assert ("training.num_train_epochs=0.5" in command) == for_all
+    assert ("hydra.sweeper.arms.full.params" in command) != for_all
 
 
 def _with_ranges(values: tuple[float, ...], tried: tuple[float, ...], key: str) -> ArmResult:

@@ -188,7 +188,11 @@ def test_the_same_seed_draws_the_same_in_a_new_study() -> None:
             "unexpected keyword argument 'gama'",
         ),
         (["pruner=optuna", "hydra.sweeper.pruner.class_name=Nop"], "no such class. Valid: .*Hyper"),
-        (["sampler=grid", "space=real"], "priors change nothing"),
+        (
+            ["sampler=grid", "hydra.sweeper.priors=[{training.learning_rate: 1e-3}]"],
+            "priors change nothing",
+        ),
+        (["sampler=grid", "space=real"], "needs choice"),
         (["sampler=grid"], "needs choice"),
     ],
 )
