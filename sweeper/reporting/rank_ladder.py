@@ -21,6 +21,11 @@ from sweeper.reporting.results import ArmResult, StudyResults, TrialResult, equa
 from sweeper.reporting.study_progress import short_names
 from sweeper.reporting.text_table import TextTable, counted, duration, number, perplexity_factor
 
+MOST_STEPS = 8
+"""Ranks up to which the sentences name each gain. Of more, only the table does."""
+MOST_LEADS = 6
+"""Pairs of ranks that the sentences name. Forty of them are not read."""
+
 
 @dataclass(frozen=True)
 class RankStep:
@@ -78,18 +83,24 @@ class RankLadder:
     @property
     def words(self) -> str:
         """The gains, and what they show, as sentences."""
-        steps = " → ".join(str(rung.r) for rung in self.rungs)
+        like = f" with {', '.join(self.like)}" if self.like else ""
+        text = f"Ranks {self._gains(like)}. {self._findings()}"
+        if not self.left_out:
+            return text
+        ranks = ", ".join(f"r={rank}" for rank in self.left_out)
+        return f"{text} Not compared, because it was tried with other choices only: {ranks}."
+
+    def _gains(self, like: str) -> str:
+        """Return the ranks and their gains, or only how many ranks there are if they are many."""
+        ranks = [str(rung.r) for rung in self.rungs]
+        if len(ranks) > MOST_STEPS:
+            return f"{ranks[0]} to {ranks[-1]}{like}: {len(ranks)} were tried"
         gains = ", ".join(
             f"{rung.per_doubling:+.4f} at r={rung.r}{self._factor(rung.per_doubling)}"
             for rung in self.rungs
             if rung.per_doubling is not None
         )
-        like = f" with {', '.join(self.like)}" if self.like else ""
-        text = f"Ranks {steps}{like}: gain per doubling in {self.unit}: {gains}. {self._findings()}"
-        if not self.left_out:
-            return text
-        ranks = ", ".join(f"r={rank}" for rank in self.left_out)
-        return f"{text} Not compared, because it was tried with other choices only: {ranks}."
+        return f"{' → '.join(ranks)}{like}: gain per doubling in {self.unit}: {gains}"
 
     def _findings(self) -> str:
         chance = self.chance
@@ -121,11 +132,14 @@ class RankLadder:
         over = f"Over all {found.trials} trials{allowed}"
         if not found.leads:
             return f"{over}, {none}."
+        largest = sorted(found.leads, key=lambda lead: -lead.gain.value)[:MOST_LEADS]
         leads = "; ".join(
             f"r={lead.better} is better than r={lead.worse} by {lead.words(self.objective)}"
-            for lead in found.leads
+            for lead in largest
         )
-        return f"{over}: {leads}."
+        others = len(found.leads) - len(largest)
+        more = f". So it is of {counted(others, 'other pair')}, by less" if others else ""
+        return f"{over}: {leads}{more}."
 
 
 def rank_ladders(results: StudyResults) -> list[RankLadder]:

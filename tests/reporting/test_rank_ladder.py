@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from sweeper.reporting.next_steps import next_steps
-from sweeper.reporting.rank_ladder import RankLadder, rank_ladder, rank_ladders, rank_sheet
+from sweeper.reporting.rank_ladder import (
+    MOST_LEADS,
+    RankLadder,
+    rank_ladder,
+    rank_ladders,
+    rank_sheet,
+)
 from sweeper.reporting.report_evidence import ReportEvidence
 from sweeper.reporting.results import ArmResult, TrialResult
 from tests.reporting.studies import (
@@ -154,6 +160,20 @@ def test_a_much_better_rank_is_found_with_its_interval() -> None:
     )
     assert "95 % interval" in ladder.words
     assert "perplexity" in ladder.words
+
+
+def test_of_many_ranks_only_the_clearest_leads_are_told() -> None:
+    """Fourteen ranks have 91 pairs, of which no reader takes in more than a few."""
+    random = np.random.default_rng(1)
+    offsets = {r: 1.0 / r for r in range(2, 16)}
+    arm = _searched(random, offsets, dict.fromkeys(offsets, 4), deviation=0.001)
+    ladder = rank_ladder(arm, None)
+    assert ladder is not None
+    assert len(ladder.effects.leads) > 30
+    assert ladder.words.count("is better than") == MOST_LEADS
+    assert "r=15 is better than r=2 by" in ladder.words
+    assert f"{len(ladder.effects.leads) - MOST_LEADS} other pairs, by less" in ladder.words
+    assert ladder.words.startswith("Ranks 2 to 15: 14 were tried. ")
 
 
 def test_ranks_are_compared_where_two_rates_were_tried() -> None:

@@ -21,7 +21,7 @@ FAKE = (
 REGION = (
     *("training.learning_rate=interval(4e-3, 6e-3)", "training.warmup_ratio=0.03"),
     *("adapter.r=int(interval(1, 64))", "adapter.alpha_over_r=1", "adapter.target_modules=mlp"),
-    *("workers.fake.room_mib=0.49", "hydra.sweeper.n_trials=20"),
+    *("workers.fake.room_mib=0.49", "hydra.sweeper.n_trials=20", "hydra.sweeper.priors=[]"),
 )
 """16,000 bytes for each of r: beyond r = 32, where the fake loss would be lower still, nothing fits."""
 

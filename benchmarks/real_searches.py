@@ -1,0 +1,195 @@
+"""Search with two samplers in real trainings, not replayed, and compare the best loss by CPU time.
+
+    python -m benchmarks.real_searches [FOLDER]     # outputs/real_searches by default
+
+Two searches of ten trials for each of five seeds of the sampler, on the embedded base with its own rows
+and with conversations: the default before sampler=lora (TPE and the median pruner) and what replays
+chose. No search has a known point, because both would begin with the same one. The seed of training
+stays, so that a point is worth the same in every search. Searches with the same seed are a pair and run
+at the same time, one thread each, so that both have the same machine.
+
+The sign of the paired differences is tested exactly (two-sided binomial test, equal pairs left out).
+About 40 CPU minutes on two cores. The same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from scipy.stats import binomtest
+
+from benchmarks.curves.curve_bank import HERE as CURVES
+from benchmarks.curves.make_curves import CHAT
+from benchmarks.record import record
+from sweeper.core.outcome import Outcome
+from sweeper.reporting.chart import ChartLine, number_axis, plot, standalone
+from sweeper.search.telling import counts
+
+STUDY = "lr_rank_sweep"
+N_TRIALS = 10
+SEEDS = (0, 100, 200, 300, 400)
+"""Seeds of the sampler, far apart: a resumed study adds the number of values drawn so far."""
+COMMON = (
+    *(f"+experiment={STUDY}", "~hydra.sweeper.arms.full", "hydra.sweeper.priors=[]"),
+    *("finalists=none", "tracking=none", "hydra.sweeper.n_jobs=1"),
+    *("data=tiny", "evaluation=tiny", "training=tiny", "space=tiny"),
+)
+SEARCHES = {
+    "TPE, median": ("sampler=tpe", "pruner=median"),
+    "lora, gap": ("sampler=lora", "pruner=gap"),
+}
+DATA = {
+    "embedded": (),
+    "chat": (CHAT[0], f"data.template={CURVES / 'chat_turns.jinja'}", *CHAT[2:]),
+}
+MINUTE = 60.0
+
+Curve = list[tuple[float, float]]
+"""CPU seconds spent in all, and the best loss until then, after each trial."""
+
+
+def search(folder: Path, words: Sequence[str]) -> Curve:
+    """Run a search, or continue it, and return how its best loss fell."""
+    if len(ended(folder)) < N_TRIALS:
+        folder.mkdir(parents=True, exist_ok=True)
+        given = (*COMMON, *words, f"hydra.sweeper.n_trials={N_TRIALS}", "-m")
+        with (folder / "log.txt").open("a") as log:
+            subprocess.run(
+                [sys.executable, "-m", "sweeper", *given],
+                cwd=folder,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+                check=True,
+            )
+    return curve(ended(folder))
+
+
+def ended(folder: Path) -> list[FrozenTrial]:
+    """Return the trials of a search that count, in the order in which they were asked."""
+    database = folder / "outputs" / STUDY / "study.db"
+    storage, name = f"sqlite:///{database}", f"{STUDY}/lora"
+    if not database.exists() or name not in optuna.get_all_study_names(storage):
+        return []
+    study = optuna.load_study(study_name=name, storage=storage)
+    return [trial for trial in study.get_trials() if counts(trial) and trial.state.is_finished()]
+
+
+def curve(trials: Sequence[FrozenTrial]) -> Curve:
+    """Return the best loss after each trial. A pruned trial costs time and has no loss of its own."""
+    spent, best, found = 0.0, math.inf, []
+    for trial in trials:
+        outcome = Outcome.model_validate(trial.user_attrs["outcome"])
+        spent += float(outcome.metrics["cost/cpu_seconds"])
+        if trial.state is TrialState.COMPLETE:
+            best = min(best, trial.values[0])
+        found.append((spent, best))
+    return found
+
+
+def best_within(curve: Curve, seconds: float) -> float:
+    """Return the best loss of the trials that ended within so many CPU seconds, or infinity."""
+    return min((best for spent, best in curve if spent <= seconds), default=math.inf)
+
+
+def sign_test(before: Sequence[float], now: Sequence[float]) -> dict[str, Any]:
+    """Return how many pairs are better, equal and worse, with the exact two-sided p value."""
+    better = sum(new < old for old, new in zip(before, now, strict=True))
+    worse = sum(new > old for old, new in zip(before, now, strict=True))
+    decided = better + worse
+    p_value = float(binomtest(better, decided).pvalue) if decided else 1.0
+    pairs = {"better": better, "equal": len(before) - decided, "worse": worse}
+    return {**pairs, "p, two-sided": round(p_value, 4)}
+
+
+def compare(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
+    """Return the best losses of two searches after each CPU minute that all of them have."""
+    last = min(curve[-1][0] for each in curves.values() for curve in each)
+    minutes = range(1, int(last // MINUTE) + 1)
+    old, new = SEARCHES
+    rows = {}
+    for minute in minutes:
+        best = {name: [best_within(c, minute * MINUTE) for c in curves[name]] for name in curves}
+        means = {
+            name: round(statistics.fmean(values), 4) if all(map(math.isfinite, values)) else None
+            for name, values in best.items()
+        }
+        rows[minute] = {"mean": means, "signs": sign_test(best[old], best[new])}
+    whole = {name: [curve[-1][1] for curve in each] for name, each in curves.items()}
+    return {
+        "after CPU minutes": rows,
+        "after all trials": {
+            "best": {name: [round(value, 4) for value in each] for name, each in whole.items()},
+            "mean": {name: round(statistics.fmean(each), 4) for name, each in whole.items()},
+            "signs": sign_test(whole[old], whole[new]),
+        },
+        "CPU seconds": {
+            name: [round(curve[-1][0], 1) for curve in each] for name, each in curves.items()
+        },
+        "curves": {
+            name: [[(round(spent, 1), round(best, 5)) for spent, best in curve] for curve in each]
+            for name, each in curves.items()
+        },
+    }
+
+
+def picture(data: str, curves: Mapping[str, Sequence[Curve]]) -> str:
+    """Return the best loss of each search over CPU minutes as an SVG file."""
+    lines = []
+    for place, (name, each) in enumerate(curves.items()):
+        for seed, points in zip(SEEDS, each, strict=True):
+            known = [(spent / MINUTE, best) for spent, best in points if math.isfinite(best)]
+            lines.append(ChartLine(stairs(known), f"{name}, seed {seed}", place))
+    points = [point for line in lines for point in line.points]
+    axes = (
+        number_axis("CPU minutes", [0.0, *(minute for minute, _ in points)]),
+        number_axis("best loss so far", [loss for _, loss in points]),
+    )
+    about = f"Five seeds of each search, ten trials each: {data}"
+    return standalone(plot(f"Best loss by CPU time, {data}", about, axes, (), lines, tuple(curves)))
+
+
+def stairs(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Return the corners of a line that holds each value until the next one."""
+    corners = list(points[:1])
+    for (_, before), (minute, loss) in itertools.pairwise(points):
+        corners += [(minute, before), (minute, loss)]
+    return tuple(corners)
+
+
+def main(root: Path) -> None:
+    """Run the searches that are missing, write the figures, and draw the pictures."""
+    figures = {}
+    for data, overrides in DATA.items():
+        curves: dict[str, list[Curve]] = {name: [] for name in SEARCHES}
+        for seed in SEEDS:
+            with ThreadPoolExecutor(len(SEARCHES)) as pool:
+                jobs = {
+                    name: pool.submit(
+                        search,
+                        root / data / f"{seed}_{place}",
+                        (*overrides, *words, f"sampler.seed={seed}"),
+                    )
+                    for place, (name, words) in enumerate(SEARCHES.items())
+                }
+            for name, job in jobs.items():
+                curves[name].append(job.result())
+        figures[data] = compare(curves)
+        image = Path(__file__).with_name(f"real_searches_{data}.svg")
+        image.write_text(picture(data, curves), encoding="utf-8")
+    record("real_searches", figures)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/real_searches").resolve())
