@@ -1,8 +1,11 @@
 """A smooth surface through a bank: the worth of points without the luck of the seed that chose them.
 
-A policy chooses by the values of seed 0, so those values flatter the points that it chose. A point with
-trainings of further seeds is worth the surface through their means. Any other point is worth the surface
-through all other points (leave one out), so its own value of seed 0 has no say.
+A policy chooses by the values of seed 0, so those values flatter the points that it chose. The best
+points of a bank therefore have trainings of further seeds, and the surface goes through their means. At
+any other point it goes through the value of seed 0, as near as the fitted noise says.
+
+*Rejected:* for points without further seeds, the surface through all others. On a bank of 96 points it
+is wrong by 0.04 nats in the better half, seven times the spread of a seed.
 
 Values are warped by their logarithm above the best, because far from the best a surface of losses is
 steep and its details do not matter. The Gaussian process is scikit-learn's.
@@ -71,7 +74,6 @@ def fit_surface(
         fresh: the mean over other seeds of each point, or None where there are none.
     """
     seen = np.array(values)
-    repeated = np.array([mean is not None for mean in fresh])
     pairs = zip(values, fresh, strict=True)
     targets = np.array([value if mean is None else mean for value, mean in pairs])
     floor = float(targets.min()) - BELOW
@@ -87,7 +89,7 @@ def fit_surface(
         warnings.simplefilter("ignore", ConvergenceWarning)
         process.fit(coordinates, warped)
     inside, outside = _posteriors(process, coordinates, warped)
-    worth = np.exp(np.where(repeated, inside, outside)) + floor
+    worth = np.exp(inside) + floor
     errors = (np.exp(outside) + floor - seen)[np.argsort(seen)[: max(1, len(seen) // 2)]]
     return BankSurface(worth, float(np.sqrt(np.mean(errors**2))), process, floor)
 

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.curves.bank_points import RANK, RATE, RATIO, TARGETS, WARMUP, is_factorial
 from benchmarks.curves.curve_bank import HERE, write_bank
-from benchmarks.curves.make_curves import OUTPUTS, SEEDS, cpu_seconds, ended_folders
+from benchmarks.curves.make_curves import OUTPUTS, REPEATED, SEEDS, cpu_seconds, ended_folders
 from sweeper.core.paths import StudyFolder, TrialFolder
 from sweeper.core.spool import read_spool
 from sweeper.evaluation.judge import draw_rows
@@ -53,14 +53,17 @@ class BankFile:
 FILES = (
     BankFile("embedded", (("curves_embedded", "lora"),), LORA_KEYS),
     BankFile("full", (("curves_embedded", "full"),), FULL_KEYS),
-    BankFile(
-        "seeds",
-        tuple((f"curves_seed_{seed}", "lora") for seed in SEEDS),
-        LORA_KEYS,
-        chosen_after=True,
-    ),
     BankFile("base", (("curves_base", "lora"),), LORA_KEYS),
     BankFile("chat", (("curves_chat", "lora"),), LORA_KEYS),
+    *(
+        BankFile(
+            f"{bank}_seeds",
+            tuple((f"curves_{bank}_seed_{seed}", "lora") for seed in SEEDS),
+            LORA_KEYS,
+            chosen_after=True,
+        )
+        for bank in REPEATED
+    ),
 )
 
 

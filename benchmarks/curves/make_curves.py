@@ -1,9 +1,9 @@
 """Train the points of the bank of curves, as ordinary studies that the same command continues.
 
     python -m benchmarks.curves.make_curves embedded     # 540 LoRA points, 24 full fine-tunes
-    python -m benchmarks.curves.make_curves seeds        # three further seeds of its best 40 points
     python -m benchmarks.curves.make_curves base         # 96 points on a base of 3.5 times the size
     python -m benchmarks.curves.make_curves chat         # 96 points on conversations
+    python -m benchmarks.curves.make_curves chat_seeds   # three further seeds of its best points
     python -m benchmarks.curves.make_curves embedded budget.wall_clock=45m    # stop after that
 
 The overrides after the part are the studies' as well. A part is trained in waves, each by one run of
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ ENDED = ("finished", "diverged")
 """Causes of trainings that belong to the bank."""
 SEEDS = (1, 2, 3)
 """Seeds of the repeats. The bank itself has seed 0, which chose the repeated points."""
-REPEATED = 40
+REPEATED = {"embedded": 40, "base": 12, "chat": 12}
+"""Points of each bank that are trained with further seeds: about the best eighth."""
 LARGER_BASE = OUTPUTS / "base"
 LARGER_WIDTH = 256
 FULL_TRIALS = 24
@@ -140,21 +142,29 @@ def embedded_study() -> CurveStudy:
     return CurveStudy("curves_embedded", embedded_points(), full=True)
 
 
-def seed_studies() -> list[CurveStudy]:
-    """Return the studies of the repeats, one for each seed.
+def seed_studies(bank: str) -> list[CurveStudy]:
+    """Return the studies of a bank's repeats, one for each seed.
 
     Raises:
-        SystemExit: the first bank is not complete, so its best points are not known.
+        SystemExit: the bank is not complete, so its best points are not known.
     """
-    first = embedded_study()
+    (first,) = PARTS[bank]()
     if first.lacks(len(first.points)):
         there = ended(first.folder, "lora")
         raise SystemExit(
-            "the best points are known when the part `embedded` is complete: it has "
+            f"the best points are known when the part `{bank}` is complete: it has "
             f"{there} of {len(first.points)}"
         )
-    best = best_points(first.folder, REPEATED)
-    return [CurveStudy(f"curves_seed_{seed}", best, (f"seed={seed}",)) for seed in SEEDS]
+    best = best_points(first.folder, REPEATED[bank])
+    return [
+        CurveStudy(
+            f"{first.name}_seed_{seed}",
+            best,
+            (*first.overrides, f"seed={seed}"),
+            expected_cpu_s=first.expected_cpu_s,
+        )
+        for seed in SEEDS
+    ]
 
 
 def base_studies() -> list[CurveStudy]:
@@ -169,9 +179,9 @@ def base_studies() -> list[CurveStudy]:
 
 PARTS: dict[str, Callable[[], list[CurveStudy]]] = {
     "embedded": lambda: [embedded_study()],
-    "seeds": seed_studies,
     "base": base_studies,
-    "chat": lambda: [CurveStudy("curves_chat", held_out_points(), CHAT, expected_cpu_s=25.0)],
+    "chat": lambda: [CurveStudy("curves_chat", held_out_points(), CHAT, expected_cpu_s=13.0)],
+    **{f"{bank}_seeds": partial(seed_studies, bank) for bank in REPEATED},
 }
 
 

@@ -63,8 +63,8 @@ def bank_task(name: str, folder: Path = HERE) -> tuple[PolicyTask, dict[str, Any
     of_grid = [trial for trial in trials if trial["role"] == "factorial"]
     table = CurveTable(recorded_curves(header, of_grid), header["total_steps"])
     values = [curve.value() for curve in table.curves]
-    repeated = name == "embedded" and has_bank("seeds", folder)
-    fresh = fresh_means(table.curves, folder) if repeated else {}
+    repeats = f"{name}_seeds"
+    fresh = fresh_means(table.curves, repeats, folder) if has_bank(repeats, folder) else {}
     finite = [index for index, value in enumerate(values) if math.isfinite(value)]
     surface = fit_surface(
         [table.curves[index].point for index in finite],
@@ -81,7 +81,7 @@ def bank_task(name: str, folder: Path = HERE) -> tuple[PolicyTask, dict[str, Any
         "curves": len(values),
         "diverged": len(values) - len(finite),
         "points with further seeds": len(fresh),
-        "surface, error of the best half": round(surface.error_of_best_half, 4),
+        "surface, error of the best half left out": round(surface.error_of_best_half, 4),
         "surface, error between its points": _of_better_half(between, surface),
         "points within .01 of the best": int((worth <= worth.min() + NEAR).sum()),
     }
@@ -100,9 +100,11 @@ def _of_better_half(between: Sequence[Mapping[str, Any]], surface: BankSurface) 
     return round(float(np.sqrt(np.mean((predicted - values) ** 2))), 4)
 
 
-def fresh_means(curves: Sequence[RecordedCurve], folder: Path = HERE) -> dict[int, float]:
+def fresh_means(
+    curves: Sequence[RecordedCurve], repeats: str, folder: Path = HERE
+) -> dict[int, float]:
     """Return the mean value over further seeds of each curve that has any, by its index."""
-    header, trials = read_bank("seeds", folder)
+    header, trials = read_bank(repeats, folder)
     found: dict[int, list[float]] = {}
     index_of = {_key(curve.point): index for index, curve in enumerate(curves)}
     for curve in recorded_curves(header, trials):

@@ -44,7 +44,7 @@ from sweeper.training.look_losses import read_looks
 from tests.conftest import Program
 
 COMBINATIONS = 60
-EMBEDDED, FULL, SEEDS, BASE, CHAT = FILES
+EMBEDDED, FULL, BASE, CHAT, *SEEDS = FILES
 
 
 def test_the_first_bank_is_a_full_factorial_with_points_between() -> None:
@@ -222,10 +222,10 @@ def test_trainings_of_another_question_are_refused(outputs: Path, tmp_path: Path
 def test_repeats_are_marked_as_chosen_afterwards(tmp_path: Path) -> None:
     """Three seeds of a point are three lines of a file that says when its points were chosen."""
     for seed in make_curves.SEEDS:
-        folder = tmp_path / f"curves_seed_{seed}" / "lora" / "trial_0000"
+        folder = tmp_path / f"curves_base_seed_{seed}" / "lora" / "trial_0000"
         _end(folder, embedded_points()[0], "finished", 3.25, seed)
-    export(SEEDS, tmp_path, tmp_path)
-    header, trials = read_bank("seeds", tmp_path)
+    export(SEEDS[1], tmp_path, tmp_path)
+    header, trials = read_bank("base_seeds", tmp_path)
     assert header["chosen_after"] is True
     assert [trial["seed"] for trial in trials] == [1, 2, 3]
 
@@ -289,7 +289,7 @@ def test_repeats_wait_for_the_whole_first_bank(
     monkeypatch.setattr(make_curves, "OUTPUTS", tmp_path)
     _end(embedded_study().folder.trial("lora", 0).path, embedded_points()[0], "finished", 3.0)
     with pytest.raises(SystemExit, match="1 of 540"):
-        make_curves.seed_studies()
+        make_curves.seed_studies("embedded")
 
 
 def test_the_best_points_are_words_that_the_program_reads() -> None:

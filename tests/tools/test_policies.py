@@ -260,13 +260,13 @@ def test_nothing_is_reported_beyond_the_budget(task: PolicyTask) -> None:
 
 
 def test_a_lucky_value_of_the_choosing_seed_is_not_worth_its_luck() -> None:
-    """The worth of a point follows from its neighbours or its further seeds, not from its own value."""
+    """Further seeds say what a point is worth. Without them its neighbours take part of its luck."""
     values = [_loss(point) for point in POINTS]
     best = int(np.argmin(values))
     lucky = [value - (0.03 if index == best else 0.0) for index, value in enumerate(values)]
     none: list[float | None] = [None] * len(values)
     alone = fit_surface(POINTS, lucky, none).values[best]
-    assert alone == pytest.approx(values[best], abs=0.012)
+    assert lucky[best] + 0.003 < alone <= values[best]
     fresh = [values[best] if index == best else None for index in range(len(values))]
     repeated = fit_surface(POINTS, lucky, fresh).values[best]
     assert repeated == pytest.approx(values[best], abs=0.006)
