@@ -7,14 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 import optuna
 from optuna.storages import BaseStorage
 
 from sweeper.config import compose, grammar
-from sweeper.config.settings import PrunerSettings, RunSettings, kept_defaults, validate
+from sweeper.config.settings import (
+    PrunerSettings,
+    RunSettings,
+    SamplerSettings,
+    kept_defaults,
+    validate,
+)
 from sweeper.config.space import Choice, Domain, Interval, Space, grid
-from sweeper.search.study import recipes_of, settings_as_json
+from sweeper.search.study import METHODS, recipes_of, settings_as_json
 from sweeper.search.study_plan import (
     BATCH,
     EPOCHS,
@@ -38,6 +45,9 @@ EARLIER_SPACES: Mapping[str, tuple[str, ...]] = {
     EPOCHS: ("int(interval(1, 5))",),
 }
 """Domains that were defaults when studies were stored, as these have them, by key."""
+EARLIER_METHODS = {"sampler": "tpe", "pruner": "median"}
+"""Defaults of the versions that did not store which sampler and pruner a study began with."""
+Method = TypeVar("Method", SamplerSettings, PrunerSettings)
 SEARCHED_SINCE = (EPOCHS, BATCH)
 """Keys that the defaults search now and earlier versions did not."""
 
@@ -67,6 +77,8 @@ def with_stored_defaults(
         if words := _in_words(kept, spaces):
             notes.append(f"arm {arm.name} keeps {words}, its defaults when it was started")
     plan = with_fair_budget(replace(plan, arms=tuple(arms)))
+    plan, methods = _with_stored_methods(plan, studies)
+    notes += methods
     pruner = _stored_pruner(plan, studies)
     if pruner != plan.study.pruner:
         plan = replace(plan, study=plan.study.model_copy(update={"pruner": pruner}))
@@ -158,6 +170,48 @@ def _in_words(kept: Mapping[str, str], spaces: Mapping[str, Domain | None]) -> s
         f"{key} as it is" if domain is None else f"{key}={domain}" for key, domain in spaces.items()
     ]
     return ", ".join([*values, *domains])
+
+
+def _with_stored_methods(
+    plan: StudyPlan, studies: Mapping[str, optuna.Study]
+) -> tuple[StudyPlan, list[str]]:
+    """Return the plan with the samplers and the pruner that its study began with, and sentences.
+
+    A method that the command names is the user's, and one that an experiment chooses is no default.
+    """
+    notes, arms = [], []
+    for arm in plan.arms:
+        kept = _stored_method(plan, arm, studies, "sampler", arm.sampler)
+        if kept.name != arm.sampler.name:
+            notes.append(f"arm {arm.name} keeps sampler={kept.name}, with which it was started")
+            arm = replace(arm, sampler=kept.model_copy(update={"seed": arm.sampler.seed}))
+        arms.append(arm)
+    plan = replace(plan, arms=tuple(arms))
+    today = plan.study.pruner
+    pruner = _stored_method(plan, plan.arms[0], studies, "pruner", today)
+    if pruner.name == today.name:
+        return plan, notes
+    pruner = pruner.model_copy(update={"audit_fraction": today.audit_fraction})
+    notes.append(f"the study keeps pruner={pruner.name}, with which it was started")
+    return replace(plan, study=plan.study.model_copy(update={"pruner": pruner})), notes
+
+
+def _stored_method(
+    plan: StudyPlan,
+    arm: ArmPlan,
+    studies: Mapping[str, optuna.Study],
+    group: str,
+    today: Method,
+) -> Method:
+    """Return the method that an arm's study began with, or today's where nothing says otherwise."""
+    named = {key for each in plan.arms for key in named_keys(each)}
+    given = named & {group, f"{group}.name", f"hydra.sweeper.{group}.name"}
+    if arm.name not in studies or given or today.name != compose.compose(()).choices[group]:
+        return today
+    stored = studies[arm.name].user_attrs.get(METHODS, {}).get(group)
+    if stored is None:
+        stored = compose.compose((f"{group}={EARLIER_METHODS[group]}",)).sweeper[group]
+    return validate(type(today), stored)
 
 
 def _stored_pruner(plan: StudyPlan, studies: Mapping[str, optuna.Study]) -> PrunerSettings:

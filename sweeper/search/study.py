@@ -81,6 +81,8 @@ ORDERED = "ordered_choices"
 """User attribute of an arm's study: True if its samplers see choices between numbers in their order."""
 RECIPES = "recipes"
 """User attribute of an arm's study: the recipes that were fixed before its first trial."""
+METHODS = "methods"
+"""User attribute of an arm's study: the sampler and the pruner that its first trial was chosen by."""
 REFINES = "refines"
 """User attribute of a trial beside a grid: the values that replace or join those of its draw."""
 WORKERS = "workers"
@@ -162,6 +164,7 @@ def open_study(
     context = sampler_context(plan, arm, ordered=study.user_attrs[ORDERED])
     study.sampler = make_sampler(arm.sampler, arm.space, arm.n_trials, context)
     _fix_recipes(study, arm)
+    _fix_methods(study, plan, arm)
     study.set_user_attr("facts", facts.model_dump(mode="json"))
     # last: find_study ignores a study without facts, and the next start would choose another UUID
     if study_uuid(study) is None:
@@ -202,6 +205,14 @@ def _fix_recipes(study: optuna.Study, arm: ArmPlan) -> None:
     # A recipe that is added to a running search would be compared with a winner it did not precede
     if RECIPES not in study.user_attrs and not study.get_trials(deepcopy=False):
         study.set_user_attr(RECIPES, STORED_RECIPES.dump_python(arm.recipes, mode="json"))
+
+
+def _fix_methods(study: optuna.Study, plan: StudyPlan, arm: ArmPlan) -> None:
+    """Store before the first trial which sampler and pruner an arm has, so that both can be kept."""
+    if METHODS not in study.user_attrs and not study.get_trials(deepcopy=False):
+        found = {"sampler": arm.sampler, "pruner": plan.study.pruner}
+        stored = {name: settings.model_dump(mode="json") for name, settings in found.items()}
+        study.set_user_attr(METHODS, stored)
 
 
 def recipes_of(study: optuna.Study) -> tuple[KnownRecipe, ...] | None:
