@@ -66,6 +66,12 @@ REFUSALS = (HydraException, OmegaConfBaseException, ValueError, KeyError)
 """Errors that Hydra raises for a wrong override. ValueError: a group that is given a number or a list,
 KeyError: a missing variable in hydra.job.env_copy.
 """
+EXISTS_ALREADY = (
+    "Could not append",
+    "more than once in the final defaults list",
+    "Multiple values for",  # of a group whose choice would change
+)
+"""Words of Hydra's refusals of a + before something that has a value."""
 TARGETS = frozenset(
     {
         "hydra_plugins.sweeper_study.study_sweeper.StudySweeper",
@@ -679,7 +685,7 @@ def _explain(override: str, error: Exception, valid: Composition) -> str:
         return f"{override}: {hints.unknown_choice(found[1], found[2], _options(text))}"
     if "must be a string or a list" in text:
         return f"{override}: {hints.unknown_choice(key, value, group_choices(key))}"
-    if "Could not append" in text or "more than once in the final defaults list" in text:
+    if any(words in text for words in EXISTS_ALREADY):
         return f"{override}: {key} exists already. Write it without the +: {key}={value}"
     if "No match in the defaults list" in text and group_choices(key):
         return f"{override}: {key} has no default to replace. Write +{key}={value}"

@@ -44,6 +44,9 @@ COPIES = 60
 SPREADS = (0.1, 0.03, 0.01)
 """Standard deviations of these, round by round, as shares of a key's range."""
 
+MODELLED = 500
+"""Most points with a cost that the model holds: its time grows with their third power."""
+
 
 class GeometrySampler(BaseSampler):
     """Draws a trial's values together, by expected improvement, for one space without branches."""
@@ -158,15 +161,25 @@ def distribution_of(domain: Domain) -> BaseDistribution:
 
 def _surface(geometry: AdapterGeometry, seen: ObservedTrials) -> FittedSurface:
     """Return the surface of the costs on their log scale."""
-    values = log_above_best(seen.costs)
-    surface = FittedSurface(
-        geometry, choose_shape(geometry, seen.valued, values), seen.valued, values
-    )
+    kept = modelled(seen.costs)
+    values = log_above_best(seen.costs)[kept]
+    valued = {key: column[kept] for key, column in seen.valued.items()}
+    surface = FittedSurface(geometry, choose_shape(geometry, valued, values), valued, values)
     if impossible := count_of(seen.infeasible):
         # the mean: a worse value would keep the search far from a border at which the best points may
         # lie, and a smooth border of its own never learns that r=33 is too much where r=32 is not
         surface = surface.with_values(seen.infeasible, np.zeros(impossible))
     return surface.believing(seen.pending) if count_of(seen.pending) else surface
+
+
+def modelled(costs: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the indices of the points to model: the best half, and others from good to bad."""
+    order = np.argsort(costs, kind="stable")
+    if len(order) <= MODELLED:
+        return np.sort(order)
+    best, others = order[: MODELLED // 2], order[MODELLED // 2 :]
+    places = np.linspace(0, len(others) - 1, MODELLED - len(best)).round().astype(int)
+    return np.sort(np.concatenate([best, others[places]]))
 
 
 def _best_of(seen: ObservedTrials) -> Columns:

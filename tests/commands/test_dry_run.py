@@ -140,7 +140,7 @@ def test_a_study_is_shown_with_arms_points_sizes_and_the_command() -> None:
     """Settings, both spaces, first points, disk for all trainings, and how to run it."""
     text = _shown(_plan())
     assert "base_model: embedded" in text
-    assert "arm lora: 12 trials by tpe" in text
+    assert "arm lora: 12 trials by lora" in text
     assert "training.learning_rate: tag(log, interval(0.0003, 0.03))" in text
     assert "45 combinations and 2 continuous keys" in text
     assert "arm full: 5 trials by grid" in text

@@ -27,7 +27,7 @@ def test_one_word_removes_priors_and_stops_from_every_arm() -> None:
         assert arm.settings.training.early_stopping_patience is None
     full = plan.arms[1]
     assert full.space[RATE] == Interval(3e-5, 3e-3, log=True)
-    assert (full.sampler.name, full.n_trials) == ("tpe", 24)
+    assert (full.sampler.name, full.n_trials) == ("lora", 24)
 
 
 def test_without_it_a_study_is_its_own() -> None:
