@@ -3,10 +3,10 @@
     python -m benchmarks.real_searches [FOLDER]     # outputs/real_searches by default
 
 Two searches of ten trials for each of five seeds of the sampler, on the embedded base with its own rows
-and with conversations: the default before sampler=lora (TPE and the median pruner) and what replays
-chose. No search has a known point, because both would begin with the same one. The seed of training
-stays, so that a point is worth the same in every search. Searches with the same seed are a pair and
-run at the same time, one thread each, so that both have the same machine.
+and with conversations: with the default sampler, and with the one that was the default before it. Both
+have the default pruner. No search has a known point, because both would begin with the same one. The
+seed of training stays, so that a point is worth the same in every search. Searches with the same seed
+are a pair and run at the same time, one thread each, so that both have the same machine.
 
 The sign of the paired differences is tested exactly (two-sided binomial test, equal pairs left out).
 About 40 CPU minutes on two cores. The same command continues where it was stopped.
