@@ -3,9 +3,9 @@
     python -m benchmarks.full_rates      # full_rates.json, in seconds
 
 Replays searches on the recorded full fine-tunes of the bank (curves/README.md), whose rates are ninths
-of a decade apart. A search gets the recorded value of the nearest rate. The regret of a search is that of
-its best-looking rate on a curve smoothed over seven rates, so that the luck of one training counts for
-little. The grids are placed at every ninth of a decade, because the best rate of another base falls
+of a decade apart. A search gets the recorded value of the nearest rate. The regret of a search is that
+of its best-looking rate on a curve smoothed over seven rates, so that the luck of one training counts
+for little. The grids are placed at every ninth of a decade, because the best rate of another base falls
 anywhere between the points of a grid. `sampler=lora` searches the same range, 60 seeds.
 """
 
