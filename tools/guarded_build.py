@@ -44,8 +44,9 @@ def built_folder(out: Path, kind: str, mark: str) -> Iterator[Path]:
         fresh = Path(folder, "fresh")
         fresh.mkdir()
         yield fresh
-        for file in fresh.iterdir():
-            file.chmod(0o644)  # safetensors writes 0600, which a wheel would carry along
+        for file in fresh.rglob("*"):
+            if file.is_file():  # a folder without the x bit could not be entered
+                file.chmod(0o644)  # safetensors writes 0600, which a wheel would carry along
         if out.exists():
             out.rename(Path(folder, "earlier"))
         fresh.rename(out)

@@ -44,6 +44,16 @@ def test_a_later_build_replaces_an_earlier_one(tmp_path: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_everybody_reads_a_build(tmp_path: Path) -> None:
+    """Files can be read by all, also in folders of the build, and the folders can be entered."""
+    out = tmp_path / "out"
+    with built_folder(out, "an example", MARK) as fresh:
+        (fresh / "parts").mkdir()
+        (fresh / "parts" / "weights").touch(0o600)
+    assert (out / "parts" / "weights").stat().st_mode & 0o777 == 0o644
+    assert (out / "parts").stat().st_mode & 0o100
+
+
 def test_a_build_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
     """An error in the middle keeps the earlier folder and removes the new files."""
     out = tmp_path / "out"
