@@ -50,6 +50,7 @@ from sweeper.search.refinement import (
     twin_warmup,
     warmup_beside_best,
 )
+from sweeper.search.search_outlook import store_outlook
 from sweeper.search.searched_epochs import FEW_ROWS_WORDS, with_few_rows
 from sweeper.search.study import WORKERS, counted, describe_equal_choices, open_study
 from sweeper.search.study_plan import LORA, ArmPlan
@@ -222,6 +223,8 @@ class StudyRun:
         self._ran[name] = self._state.total(name)
         if search is not None:
             search.conclude()
+            # once, because it takes as long as several draws of the sampler
+            store_outlook(self._state.studies[name], self._state.plan, self._state.arm(name))
         if name not in self._probed and name not in self.results.misfits:
             words = "the time is used up, and its base and data were not loaded"
             self.services.view.event(f"arm {name} is not run: {words}")

@@ -18,7 +18,7 @@ from sweeper.reporting.arm_comparison import ArmComparison
 from sweeper.reporting.intervals import IntervalEstimate
 from sweeper.reporting.result_tables import describe_data
 from sweeper.reporting.results import ArmResult, StudyResults
-from sweeper.reporting.search_protocol import protocol_sentences
+from sweeper.reporting.search_protocol import outlook_sentences, protocol_sentences
 from sweeper.reporting.split_looks import holm, look_alpha
 from sweeper.reporting.text_table import capital
 from sweeper.reporting.verdict import Verdict, judge
@@ -218,6 +218,7 @@ def _sentences(results: StudyResults, verdict: Verdict) -> Iterator[str]:
     arm = results.arms[0]
     yield f"Data: {describe_data(arm.facts)}."
     yield from protocol_sentences(results)
+    yield from outlook_sentences(results)
     margin = results.equivalence_margin
     if margin is not None:
         yield f"Margin of equivalence, fixed before the first trial: {margin}."

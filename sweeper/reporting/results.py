@@ -40,6 +40,7 @@ from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.served_forms import ServedContrast
 from sweeper.search.known_points import EARLIER_PRIORS
 from sweeper.search.pruning_audit import PruningAudit, audit
+from sweeper.search.search_outlook import SearchOutlook, stored_outlook
 from sweeper.search.states import STATES
 from sweeper.search.study import RECIPES, REFINES, shown_point
 from sweeper.search.study_plan import ArmPlan
@@ -139,6 +140,9 @@ class ArmResult(FrozenValue):
     """Names of those of these points that are recipes."""
     refined: int = 0
     """Number of trials beside the best one of the grid."""
+    outlook: SearchOutlook | None = None
+    """A guess of what further trials would bring. None: the search has not ended, no model describes it,
+    or an older version ended it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -381,6 +385,7 @@ def collect_arm(
         refined=sum(
             counts(t) and REFINES in t.user_attrs for t in study.get_trials(deepcopy=False)
         ),
+        outlook=stored_outlook(study),
     )
 
 

@@ -33,7 +33,7 @@ from sweeper.reporting.finalist_results import (
 from sweeper.reporting.intervals import ArmContrast, IntervalEstimate
 from sweeper.reporting.recipe_gain import RecipeGain
 from sweeper.reporting.results import ArmResult, StudyResults, TrialResult
-from sweeper.reporting.search_protocol import protocol_sentences
+from sweeper.reporting.search_protocol import outlook_sentences, protocol_sentences
 from sweeper.reporting.served_forms import ServedContrast, served_sentences, served_warning
 from sweeper.reporting.split_looks import holm, look_alpha
 from sweeper.reporting.text_table import capital, point_words
@@ -99,7 +99,7 @@ class Verdict:
     served_as: tuple[tuple[str, ServeForm], ...] = ()
     """Arms whose winner was compared in another form than the trained one, and that form."""
     protocol: tuple[str, ...] = ()
-    """How the arms were searched, in sentences."""
+    """How the arms were searched, and what more trials would be expected to bring, in sentences."""
     recipes: tuple[RecipeGain, ...] = ()
     """What the search of each arm with a recipe gained over the recipe."""
 
@@ -222,7 +222,7 @@ def judge(results: StudyResults) -> Verdict:
         results.other_looks if looked else 0,
         results.served,
         served_as(results) if looked else (),
-        tuple(protocol_sentences(results)),
+        (*protocol_sentences(results), *outlook_sentences(results)),
         tuple(gains),
     )
 

@@ -110,7 +110,7 @@ class GeometrySampler(BaseSampler):
             if key in self._geometry.space and self._geometry.allows(key, value)
         }
         candidates = CandidatePoints(self._geometry, np.random.default_rng(self._seed), given)
-        known = candidates.rows(_best_of(seen))
+        known = candidates.rows(best_of(seen))
         rows = np.concatenate(
             [candidates.anywhere(ANYWHERE), candidates.near(known, COPIES, SPREADS[0])]
         )
@@ -135,16 +135,16 @@ class PointPromise:
             seen: what is known.
             allowed: points to which a user's values confine the choice, or None without any.
         """
-        self._surface = _surface(geometry, seen)
+        self._surface = surface_of(geometry, seen)
         self._best = _within_reach(self._surface, allowed)
-        self._tried = _rows(seen)
+        self._tried = tried_rows(seen)
 
     def of(self, columns: Columns) -> NDArray[np.float64]:
         """Return the promise of each point. That of a point that was tried is below every other."""
         found = self._surface.expected_improvement(columns, self._best)
         # a point that was tried is answered from the record, so it would teach nothing. The ends of a
         # range come again, too
-        again = np.array([row in self._tried for row in _tuples(columns)])
+        again = np.array([row in self._tried for row in as_rows(columns)])
         return np.where(again, -1.0, found)
 
 
@@ -159,7 +159,7 @@ def distribution_of(domain: Domain) -> BaseDistribution:
     return FloatDistribution(domain.low, domain.high, log=domain.log, step=domain.step)
 
 
-def _surface(geometry: AdapterGeometry, seen: ObservedTrials) -> FittedSurface:
+def surface_of(geometry: AdapterGeometry, seen: ObservedTrials) -> FittedSurface:
     """Return the surface of the costs on their log scale."""
     kept = modelled(seen.costs)
     values = log_above_best(seen.costs)[kept]
@@ -182,9 +182,9 @@ def modelled(costs: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.sort(np.concatenate([best, others[places]]))
 
 
-def _best_of(seen: ObservedTrials) -> Columns:
+def best_of(seen: ObservedTrials, count: int = KEPT) -> Columns:
     """Return the points of lowest cost, near which the best candidates often lie."""
-    best = np.argsort(seen.costs, kind="stable")[:KEPT]
+    best = np.argsort(seen.costs, kind="stable")[:count]
     return {key: column[best] for key, column in seen.valued.items()}
 
 
@@ -197,14 +197,15 @@ def _within_reach(surface: FittedSurface, allowed: Columns | None) -> float:
     return max(surface.best, float(mean.min()))
 
 
-def _rows(seen: ObservedTrials) -> set[tuple[float, ...]]:
+def tried_rows(seen: ObservedTrials) -> set[tuple[float, ...]]:
     """Return every point of the record as a row of values."""
     return {
-        row for columns in (seen.valued, seen.infeasible, seen.pending) for row in _tuples(columns)
+        row for columns in (seen.valued, seen.infeasible, seen.pending) for row in as_rows(columns)
     }
 
 
-def _tuples(columns: Columns) -> list[tuple[float, ...]]:
+def as_rows(columns: Columns) -> list[tuple[float, ...]]:
+    """Return each point as a row of values that can be compared with those of other points."""
     # low + n * step has rounding errors
     rounded = (np.round(column, 12).tolist() for column in columns.values())
     return list(zip(*rounded, strict=True))

@@ -136,18 +136,43 @@ class MeasuredEnds:
         return min(pairs, key=lambda pair: abs(pair[0] - look))[1]
 
 
-def log_above_best(costs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return costs on a log scale above the best, centred and of unit spread.
+@dataclass(frozen=True)
+class CostScale:
+    """A log scale above the best cost, centred and of unit spread.
 
     Differences near the best then count as much as those between bad points, and a diverged point no
     more than a bad one. Costs that are shifted, or multiplied by a positive number, give the same.
-
-    Args:
-        costs: in the order in which the points were asked.
     """
-    unit = log_unit(costs)
-    logs = np.log(np.minimum(costs - costs.min(), REACH * unit) + unit)
-    return np.asarray((logs - logs.mean()) / (logs.std() + 1e-6))
+
+    best: float
+    unit: float
+    """See `log_unit`."""
+    mean: float
+    spread: float
+
+    @classmethod
+    def of(cls, costs: NDArray[np.float64]) -> CostScale:
+        """Return the scale of costs in the order in which the points were asked."""
+        best, unit = float(costs.min()), log_unit(costs)
+        logs = _logs(costs, best, unit)
+        return cls(best, unit, float(logs.mean()), float(logs.std()) + 1e-6)
+
+    def values(self, costs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return costs on the scale."""
+        return (_logs(costs, self.best, self.unit) - self.mean) / self.spread
+
+    def costs(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the costs that have these values. None is a unit or more below the best."""
+        return self.best + np.exp(values * self.spread + self.mean) - self.unit
+
+
+def _logs(costs: NDArray[np.float64], best: float, unit: float) -> NDArray[np.float64]:
+    return np.asarray(np.log(np.minimum(costs - best, REACH * unit) + unit))
+
+
+def log_above_best(costs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return costs, in the order in which the points were asked, on their scale."""
+    return CostScale.of(costs).values(costs)
 
 
 def log_unit(costs: NDArray[np.float64]) -> float:

@@ -93,6 +93,17 @@ class FittedSurface:
         mean, deviation = self._process.predict(coordinates, return_std=True)
         return mean, np.maximum(deviation, 1e-6) * np.sqrt(self.variance)
 
+    def joint(self, columns: Columns) -> tuple[Column, NDArray[np.float64]]:
+        """Return the means and the covariance matrix of the surface at points, without the noise."""
+        coordinates = self._geometry.coordinates(columns, self.shape.gamma)
+        mean, covariance = self._process.predict(coordinates, return_cov=True)
+        return mean, covariance * self.variance
+
+    @property
+    def noise(self) -> float:
+        """The variance of the noise of a value."""
+        return self.shape.noise * self.variance
+
     @property
     def best(self) -> float:
         """The lowest value."""
@@ -101,9 +112,7 @@ class FittedSurface:
     def expected_improvement(self, columns: Columns, best: float) -> Column:
         """Return by how much each point is expected to be below `best`, counting no loss."""
         mean, deviation = self.predict(columns)
-        gain = best - mean
-        ratio = gain / deviation
-        return np.asarray(gain * norm.cdf(ratio) + deviation * norm.pdf(ratio))
+        return expected_improvement(mean, deviation, best)
 
     def believing(self, pending: Columns) -> FittedSurface:
         """Return the surface that also passes through its own means at points without a value."""
@@ -118,6 +127,13 @@ class FittedSurface:
         }
         all_values = np.concatenate([self._values, values])
         return FittedSurface(self._geometry, self.shape, all_columns, all_values, self.variance)
+
+
+def expected_improvement(mean: Column, deviation: Column, best: Column | float) -> Column:
+    """Return by how much normal values are expected to be below `best`, counting no loss."""
+    gain = best - mean
+    ratio = gain / deviation
+    return np.asarray(gain * norm.cdf(ratio) + deviation * norm.pdf(ratio))
 
 
 def choose_shape(geometry: AdapterGeometry, columns: Columns, values: Column) -> SurfaceShape:
