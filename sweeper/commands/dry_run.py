@@ -8,15 +8,11 @@ finished trials is forecast from these instead.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 from rich.console import Console
@@ -29,10 +25,11 @@ from sweeper.commands.study_forecast import (
     side_by_side,
     trainings_line,
 )
+from sweeper.commands.torch_process import Tell, ask
 from sweeper.config import compose
 from sweeper.config.settings import RunSettings, TrialSettings, flatten
 from sweeper.config.space import Branches, Choice, Point, Space
-from sweeper.core.errors import ConfigError, WorkerError
+from sweeper.core.errors import ConfigError
 from sweeper.core.outcome import TrialFootprint, TrialTiming
 from sweeper.core.paths import StudyFolder
 from sweeper.reporting.console import make_console, say
@@ -73,8 +70,8 @@ ESTIMATE_SECONDS = 900.0
 """Time limit of counting, which takes a second for each model and may fetch its configuration first."""
 TIMING_SECONDS = 3600.0
 """Time limit of timing, which loads each arm's base and takes a few steps."""
-Timer = Callable[[Sequence[TrialSettings], int], list[TrialTiming]]
-"""Times trials with a number of CPU threads."""
+Timer = Callable[[Sequence[TrialSettings], int, Tell], list[TrialTiming]]
+"""Times trials with a number of CPU threads, and tells what it does."""
 Estimator = Callable[[Sequence[TrialSettings]], list[TrialFootprint]]
 
 
@@ -84,56 +81,24 @@ def estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     Raises:
         WorkerError: that process died or gave no answer.
     """
-    documents = _ask("sweeper.modeling.footprint", settings, "counts parameters", ESTIMATE_SECONDS)
+    documents = ask("sweeper.modeling.footprint", settings, "counts parameters", ESTIMATE_SECONDS)
     return [TrialFootprint.model_validate(document) for document in documents]
 
 
-def time_steps(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
+def time_steps(settings: Sequence[TrialSettings], threads: int, tell: Tell) -> list[TrialTiming]:
     """Train a few steps of trials in a process with torch, and return one timing each.
 
     Args:
         settings: the trials.
         threads: CPU threads that a worker of the study has.
+        tell: receives words on what is being timed.
 
     Raises:
         WorkerError: that process died or gave no answer.
     """
     module = "sweeper.commands.step_timing"
-    documents = _ask(module, settings, "times steps", TIMING_SECONDS, str(threads))
+    documents = ask(module, settings, "times steps", TIMING_SECONDS, str(threads), tell=tell)
     return [TrialTiming.model_validate(document) for document in documents]
-
-
-def _ask(
-    module: str,
-    settings: Sequence[TrialSettings],
-    activity: str,
-    limit_s: float,
-    *arguments: str,
-) -> list[Any]:
-    """Return the answer of a process with torch to some trials' settings.
-
-    Raises:
-        WorkerError: the process died or gave no answer.
-    """
-    asked = json.dumps([one.model_dump(mode="json") for one in settings])
-    try:
-        answer = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            input=asked,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=limit_s,
-        )
-    except subprocess.TimeoutExpired:
-        raise WorkerError(
-            f"the process that {activity} gave no answer for {limit_s / 60:g} min"
-        ) from None
-    if answer.returncode != 0:
-        raise WorkerError(f"the process that {activity} died:\n{answer.stderr.strip()}")
-    # the last line, because libraries may print others before it
-    found: list[Any] = json.loads(answer.stdout.splitlines()[-1])
-    return found
 
 
 def show(plans: Sequence[StudyPlan | RunSettings]) -> None:
@@ -193,7 +158,7 @@ def forecasts(
     """Return the forecast of each arm, after timing its largest trial."""
     timed = [trial for trial in largest if trial is not None]
     _line(console, f"timing a few steps of {len(timed)} trials, of which nothing is kept …")
-    timings = iter(timer(timed, threads))
+    timings = iter(timer(timed, threads, lambda words: _line(console, words)))
     return [
         _forecast_of(plan, arm, trial, None if trial is None else next(timings))
         for arm, trial in zip(plan.arms, largest, strict=True)
@@ -208,8 +173,7 @@ def _forecast_of(
         arm = with_few_rows(arm, timing.rows["train"])
         longer = mean_epochs(arm) / trial.training.num_train_epochs
         timing = timing.model_copy(update={"steps": round(longer * timing.steps)})
-    further = plan.further_seeds(arm) + plan.recipe_seeds_at_most(arm)
-    return ArmForecast(arm, plan.refined_at_most(arm), further, timing)
+    return ArmForecast.of(plan, arm, timing)
 
 
 def _largest(
@@ -246,13 +210,14 @@ def show_single(
     _line(console, "dry run of one trial: nothing is trained, stored or tracked")
     (found,) = estimator([settings.trial])
     _line(console, "timing a few steps of the trial …")
-    (timing,) = timer([settings.trial], usable_cores())
+    (timing,) = timer([settings.trial], usable_cores(), lambda words: _line(console, words))
     if timing.rows:
         _line(console, *data_lines(timing))
     _line(console, f"size:       {describe(found)}", disk(settings, [found.artifact_mib]))
-    seconds = timing.training_s
     words = timing.problem or "the trial does not fit the device's memory"
-    about = f"unknown: {words}" if seconds is None else f"about {duration(seconds)}"
+    about = f"unknown: {words}"
+    if timing.training_s is not None:
+        about = f"about {duration((timing.start_s or 0.0) + timing.untuned_s + timing.training_s)}"
     _line(console, f"time:       {about}", "")
     _show_settings(console, settings)
 

@@ -10,13 +10,16 @@ from sweeper.core.outcome import TrialTiming
 from sweeper.driver.start_forecast import trainings_words
 from sweeper.reporting.expected_gap import gap_line
 from sweeper.reporting.text_table import duration
-from sweeper.search.study_plan import ArmPlan, StudyPlan
+from sweeper.search.study_plan import ArmPlan, JudgedModels, StudyPlan
 from sweeper.workers.worker_count import (
     MachineShare,
     WorkerCount,
     count_workers,
     this_machine,
 )
+
+ALONE = 0.8
+"""Share of the forecast below which the time without other programs is said. A judgement."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,15 @@ class ArmForecast:
     """Trials beside the best one of the arm's grid, at most."""
     further: int
     """Trainings with further seeds after the search."""
+    judged: JudgedModels
+    """Models that are judged after the search."""
     timing: TrialTiming | None
+
+    @classmethod
+    def of(cls, plan: StudyPlan, arm: ArmPlan, timing: TrialTiming | None) -> ArmForecast:
+        """Return the forecast of an arm of a study."""
+        further = plan.further_seeds(arm) + plan.recipe_seeds_at_most(arm)
+        return cls(arm, plan.refined_at_most(arm), further, plan.judged_at_most(arm), timing)
 
     @property
     def trainings(self) -> int:
@@ -50,10 +61,21 @@ class ArmForecast:
             return 0.0
         if timing is None or timing.training_s is None:
             return None
-        # One worker judges the untuned base on the validation split before the first trial
-        judged = (timing.row_s or 0.0) * timing.rows.get("validation", 0)
+        # One worker judges the untuned base before the first trial
+        begin_s = (timing.start_s or 0.0) + timing.untuned_s
         rounds = math.ceil(self._searched / jobs) + self.further / jobs
-        return (timing.start_s or 0.0) + judged + rounds * timing.training_s
+        return begin_s + rounds * timing.training_s + self.judging_s / jobs
+
+    @property
+    def judging_s(self) -> float:
+        """Seconds of judging models after the search, all together."""
+        timing = self.timing
+        if timing is None:
+            return 0.0
+        tested = self.judged.test if timing.rows.get("test") else 0
+        loads = max(tested, self.judged.general)
+        judged_s = tested * timing.test_s + self.judged.general * timing.general_s
+        return judged_s + loads * timing.load_s
 
 
 def trainings_line(plan: StudyPlan) -> str:
@@ -95,6 +117,8 @@ def forecast_lines(
     """Yield the trainings, the time, the memory and the smallest gap of a study."""
     yield trainings_line(plan)
     yield _time_line(plan, arms, workers)
+    yield from _busy_line(plan, arms, workers)
+    yield from (line for each in arms for line in _part_lines(each))
     yield from (line for each in arms for line in _memory_lines(each))
     yield from _gap_lines(plan, arms)
 
@@ -143,6 +167,50 @@ def _time_line(plan: StudyPlan, arms: Sequence[ArmForecast], workers: WorkerCoun
         f"time:       about {duration(total)}{beside} if no trial ends early: {parts} (from a few "
         f"timed steps of each arm's largest point{mean})"
     )
+
+
+def _busy_line(plan: StudyPlan, arms: Sequence[ArmForecast], workers: WorkerCount) -> Iterator[str]:
+    """Yield the time without other programs, if they took CPU time from the timed steps."""
+    jobs = side_by_side(plan, workers)
+    found = [(each.seconds_with(jobs), each.timing) for each in arms if each.trainings]
+    alone = [
+        seconds * min(1.0, timing.cpu_share or 1.0)
+        for seconds, timing in found
+        if seconds is not None and timing is not None
+    ]
+    total = sum(seconds or 0.0 for seconds, _ in found)
+    if len(alone) == len(found) and sum(alone) < ALONE * total:
+        yield (
+            f"            other programs took CPU time from the timed steps: without them at most "
+            f"{duration(sum(alone))}"
+        )
+
+
+def _part_lines(forecast: ArmForecast) -> Iterator[str]:
+    """Yield the parts of an arm's time, so that a reader sees which setting to change."""
+    timing, judged = forecast.timing, forecast.judged
+    if timing is None or timing.training_s is None or not forecast.trainings:
+        return
+    parts = {
+        "of steps": timing.setup_s + timing.steps * (timing.step_s or 0.0),
+        "of looks": timing.looks * timing.look_s,
+        "of judging": timing.judgement_s,
+        "of answers as long as their references": timing.answers_s,
+        "of loading and storing": timing.load_s + timing.save_s,
+    }
+    words = ", ".join(f"{duration(seconds)} {name}" for name, seconds in parts.items() if seconds)
+    yield f"            a training of arm {forecast.arm.name}: {words}"
+    texts = [
+        f"{count} models on {rows:,} {name}"
+        for count, rows, name in (
+            (judged.test, timing.rows.get("test", 0), "test rows"),
+            (judged.general, timing.windows, "windows of general text"),
+        )
+        if count and rows
+    ]
+    before = f"            before the search: {duration(timing.untuned_s)} of judging the base"
+    after = f"; after it: {duration(forecast.judging_s)} of judging {' and '.join(texts)}"
+    yield before + (after if texts else "")
 
 
 def _memory_lines(forecast: ArmForecast) -> Iterator[str]:

@@ -246,6 +246,8 @@ class RunSettings(TrialSettings):
     tracking: TrackingSettings
     space: SpaceSettings
     stand_in: StandInSettings
+    made_by: dict[str, Annotated[str, Field(pattern=r"^[ -~]{1,200}$")]]
+    """Commands that make the files below a path, named where one of the files is missing."""
     output_dir: str = Field(min_length=1)
     verbosity: Literal["quiet", "normal", "verbose"]
     dry_run: bool

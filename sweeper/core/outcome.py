@@ -46,6 +46,10 @@ StopCause = Literal["pruned", "cancelled"]
 
 LOOK_ROWS = "best/look_rows"
 """Metric of a trial whose other best/ metrics were measured on a sample: the sample's rows."""
+ANSWER_RATE = "cost/generated_tokens_per_second"
+"""Metric of a judgement: tokens of its generated answers per second."""
+ANSWERING_SECONDS = "cost/answering_seconds"
+"""Metric of a judgement: seconds of its generated answers."""
 
 
 def device_seconds(metrics: Mapping[str, float]) -> float:
@@ -250,7 +254,9 @@ class ArmBaseline(FrozenValue):
     padded_because: str | None = LATER
     """Reason why batches are padded although they need not be on this device, or None."""
     judging_s: float | None = Field(default=None, exclude_if=lambda found: found is None)
-    """Seconds of judging the untuned base by losses alone, or None if it wrote answers too."""
+    """Seconds of judging the untuned base by losses alone, or None if an older version stored the facts.
+
+    Those of its answers are among `base_metrics`."""
     base_remarks: tuple[str, ...] = Field(default=(), exclude_if=lambda found: not found)
     """Sentences on what loading the base had to change, or could not do as asked."""
     equal_presets: dict[str, str] = Field(default_factory=dict, exclude_if=lambda found: not found)
@@ -315,6 +321,8 @@ class TrialTiming(FrozenValue):
     """Origin of the training rows."""
     rows: dict[str, int] = Field(default_factory=dict)
     """Rows by split."""
+    windows: int = 0
+    """Windows of general text."""
     dropped: dict[str, int] = Field(default_factory=dict)
     """Dropped rows by reason."""
     unread: dict[str, int] = Field(default_factory=dict)
@@ -328,13 +336,25 @@ class TrialTiming(FrozenValue):
     setup_s: float = 0.0
     """Seconds of a training besides its steps: the optimiser, and what the first step prepares."""
     look_s: float = 0.0
-    """Seconds of one evaluation inside the schedule."""
+    """Seconds of one evaluation inside the schedule, with answers if the objective needs them."""
     judgement_s: float = 0.0
-    """Seconds of the judgement of the kept checkpoint on the whole validation split."""
-    row_s: float | None = None
-    """Seconds of judging one row."""
+    """Seconds of judging the kept checkpoint on the whole validation split, without answers."""
+    answers_s: float = 0.0
+    """Seconds of the answers of the kept checkpoint, those to evaluation.prompts included."""
     save_s: float = 0.0
-    """Seconds of storing the model."""
+    """Seconds of storing the checkpoints and the model."""
+    load_s: float = 0.0
+    """Seconds of loading the base again for each training, if a training changes its weights."""
+    row_s: float | None = None
+    """Seconds of judging one row of the validation split."""
+    untuned_s: float = 0.0
+    """Seconds of judging the untuned base on the validation split, with its answers."""
+    test_s: float = 0.0
+    """Seconds of judging one model on the test split."""
+    general_s: float = 0.0
+    """Seconds of judging one model on general text."""
+    cpu_share: float | None = None
+    """CPU seconds in a second of the timed steps, or None on a GPU. Other programs make it small."""
     start_s: float | None = None
     """Seconds of loading base and data, once for a worker, with its libraries for the first arm."""
     need_mib: float | None = None
@@ -349,8 +369,8 @@ class TrialTiming(FrozenValue):
         """Seconds of a training that runs to the end of its schedule, or None if it was not timed."""
         if self.step_s is None:
             return None
-        evaluated = self.looks * self.look_s + self.judgement_s
-        return self.setup_s + self.steps * self.step_s + evaluated + self.save_s
+        judged_s = self.looks * self.look_s + self.judgement_s + self.answers_s
+        return self.setup_s + self.steps * self.step_s + judged_s + self.save_s + self.load_s
 
 
 GATE_BASE = "base"

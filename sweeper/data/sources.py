@@ -13,7 +13,7 @@ import io
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,18 @@ def path_problem(path: str) -> str | None:
     return None
 
 
+def not_made(path: str, made_by: Mapping[str, str]) -> str | None:
+    """Return that a path is missing and which command makes it, or None if it exists or none does."""
+    # A name such as folder/model could be one of the hub too, which is not asked for it
+    place = Path(path).expanduser()
+    roots = [root for root in made_by if place.is_relative_to(root)]
+    if not roots or place.exists():
+        return None
+    # A path below several of them is made by the command of the deepest one
+    command = made_by[max(roots, key=lambda root: len(Path(root).parts))]
+    return f"{path}: no such file or folder. Make it first with `{command}`"
+
+
 def all_sources(
     data: DataSettings, general: GeneralTextSettings
 ) -> Iterator[tuple[str, str, DataSource]]:
@@ -128,9 +140,20 @@ def all_sources(
         yield f"{GENERAL_TEXT}.source", GENERAL_SPLIT, source
 
 
-def path_problems(data: DataSettings, general: GeneralTextSettings) -> list[str]:
-    """Return a message for each invalid path of a configuration. Nothing is opened."""
-    found = [(key, path_problem(source.path)) for key, _, source in all_sources(data, general)]
+def path_problems(
+    data: DataSettings, general: GeneralTextSettings, made_by: Mapping[str, str]
+) -> list[str]:
+    """Return a message for each invalid path of a configuration. Nothing is opened.
+
+    Args:
+        data: Data settings.
+        general: Settings of the general text.
+        made_by: Commands that make the files below a path.
+    """
+    found = [
+        (key, not_made(source.path, made_by) or path_problem(source.path))
+        for key, _, source in all_sources(data, general)
+    ]
     found.append(("data.template", irregular(Path(data.template).expanduser())))
     return [f"{key}={problem}" for key, problem in found if problem]
 

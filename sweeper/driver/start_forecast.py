@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sweeper.core.errors import ConfigError
-from sweeper.core.outcome import ArmBaseline
+from sweeper.core.outcome import ANSWERING_SECONDS, ArmBaseline
 from sweeper.driver.budget import duration
 from sweeper.search.searched_epochs import mean_epochs
 from sweeper.search.study_plan import ArmPlan, StudyPlan
@@ -38,8 +38,12 @@ def estimated_seconds(arm: ArmPlan, facts: ArmBaseline) -> float | None:
     row_s = facts.judging_s / judged
     longer = mean_epochs(arm) / settings.training.num_train_epochs
     trained = longer * schedule.total_steps * settings.training.effective_batch_size
-    looks = len(look_steps(schedule)) * min(settings.evaluation.look_rows or judged, judged)
-    return row_s * (TRAINING_FACTOR * trained + looks + judged)
+    looks = len(look_steps(schedule))
+    looked_at = looks * min(settings.evaluation.look_rows or judged, judged)
+    # the base's answers are the longer ones if it does not know when to stop
+    answered = 1 + (looks if settings.objective.is_costly else 0)
+    answers_s = answered * facts.base_metrics.get(ANSWERING_SECONDS, 0.0)
+    return row_s * (TRAINING_FACTOR * trained + looked_at + judged) + answers_s
 
 
 def trainings_words(plan: StudyPlan) -> str:

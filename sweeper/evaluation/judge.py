@@ -15,7 +15,7 @@ import torch
 
 from sweeper.config.settings import LOSS_METRICS, EvaluationSettings
 from sweeper.core.errors import ConfigError
-from sweeper.core.outcome import ExampleScores
+from sweeper.core.outcome import ANSWER_RATE, ANSWERING_SECONDS, ExampleScores
 from sweeper.core.stage_words import stage
 from sweeper.data.padding_free import batch_collator
 from sweeper.data.tokens import EncodedPrompt, Tokens
@@ -194,7 +194,8 @@ class ModelJudge:
                 **judgement.metrics,
                 **{f"eval/{kind}": mean for kind, mean in scores.means.items()},
                 **length_metrics(written.answers, held_out.references),
-                "cost/generated_tokens_per_second": written.tokens_per_second,
+                ANSWER_RATE: written.tokens_per_second,
+                ANSWERING_SECONDS: written.seconds,
                 **own,
             },
             answers=written.answers,

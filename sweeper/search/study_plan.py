@@ -31,7 +31,7 @@ from sweeper.config.settings import (
 from sweeper.config.space import Choice, Point, Scalar, Space, decided_twice, grid, keys, probes
 from sweeper.core.errors import ConfigError
 from sweeper.core.regular_files import irregular_in
-from sweeper.data.sources import path_problems
+from sweeper.data.sources import not_made, path_problems
 from sweeper.search.known_points import KnownRecipe, known_points
 from sweeper.search.paper_protocol import under_protocol, with_protocol
 from sweeper.search.pruning import make_pruner
@@ -110,6 +110,16 @@ def _as_overrides(point: Mapping[str, Scalar]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class JudgedModels:
+    """Numbers of models that are judged on unseen texts."""
+
+    test: int
+    """Models on the test split, if there is one."""
+    general: int
+    """Models on general text."""
+
+
+@dataclass(frozen=True)
 class StudyPlan:
     """A validated study: the question, and everything needed to answer it."""
 
@@ -152,6 +162,21 @@ class StudyPlan:
         whole = isinstance(rates, Choice) and arm.n_trials >= len(rates.values)
         # two rates beside the best one, and then the best with the warm-up of the LoRA winner
         return 3 if arm.refine and whole and arm.run_id is None else 0
+
+    def judged_at_most(self, arm: ArmPlan) -> JudgedModels:
+        """Count the models of an arm that are judged on unseen texts when all searches have ended."""
+        wanted, trial = self.study.finalists, arm.settings.trial
+        if wanted.top == 0:
+            return JudgedModels(test=0, general=0)
+        fresh = 0 if arm.run_id is not None else wanted.fresh_seeds
+        own_seeds = 1 if arm.run_id is not None else wanted.seeds
+        # without fresh seeds, the winner's own model is judged as one of the seeds that chose it
+        forms = [form for form in trial.serve_forms if fresh or form != trial.evaluation.serve_as]
+        # the untuned base is judged once, for the winner and its recipe
+        seeds = 1 + (fresh or own_seeds)
+        tested = seeds + len(forms) + self.recipe_seeds_at_most(arm)
+        general = trial.evaluation.general_text.source is not None
+        return JudgedModels(test=tested if wanted.test else 0, general=seeds if general else 0)
 
     @property
     def searches_epochs(self) -> bool:
@@ -304,9 +329,12 @@ def _setting_problems(config: Mapping[str, Any]) -> list[str]:
     # The fake trainer reads no data, so a missing file is no mistake there.
     if settings.workers.trainer == "fake":
         return []
-    problems = path_problems(settings.data, settings.evaluation.general_text)
-    if problem := irregular_in(Path(settings.model.base_model).expanduser()):
-        problems.append(f"model.base_model={settings.model.base_model}: {problem}")
+    problems = path_problems(settings.data, settings.evaluation.general_text, settings.made_by)
+    base = settings.model.base_model
+    if missing := not_made(base, settings.made_by):
+        problems.append(f"model.base_model={missing}")
+    elif problem := irregular_in(Path(base).expanduser()):
+        problems.append(f"model.base_model={base}: {problem}")
     return problems
 
 

@@ -39,6 +39,7 @@ from sweeper.core.errors import (
 from sweeper.core.input_digests import InputDigests
 from sweeper.core.manifest import verify_manifest
 from sweeper.core.outcome import (
+    ANSWERING_SECONDS,
     SELF_ENDED,
     ArmBaseline,
     Cause,
@@ -208,8 +209,8 @@ class TransformersRunner:
             raise ModelError(f"{settings.model.base_model}: the untuned base's loss is {loss}")
         facts = self._arm_baseline(settings, base, prepared, judgement)
         # Generated answers cost more than the losses, and say nothing about a training step
-        timed = None if judgement.answers else judging_s
-        return facts.model_copy(update={"general_digest": windows, "judging_s": timed})
+        judging_s -= judgement.metrics.get(ANSWERING_SECONDS, 0.0)
+        return facts.model_copy(update={"general_digest": windows, "judging_s": judging_s})
 
     def check(self, settings: TrialSettings, expected: InputDigests | None = None) -> TrialSize:
         """Return the size of a trial without loading any weights.

@@ -28,6 +28,7 @@ from sweeper.commands.dry_run import (
 from sweeper.commands.run_study import run_study
 from sweeper.commands.step_timing import StepClock, time_trial
 from sweeper.commands.study_forecast import planned_workers
+from sweeper.commands.torch_process import Tell
 from sweeper.config.settings import TrialSettings, flatten
 from sweeper.config.space import Branch, Branches, Choice, Interval, Space
 from sweeper.core.outcome import TrialFootprint, TrialTiming
@@ -46,6 +47,8 @@ from tests.reporting.studies import FACTS, LORA_COSTS, make_arm, make_results, m
 
 MACHINE = MachineShare(1, 8000.0, DeviceSurvey(), {})
 """A machine of one core."""
+NO_ANSWERS = {"evaluation": {"generation": {"num_examples": 0}}}
+"""Settings of a trial as far as the timing process looks at them itself."""
 STUDY = ["+experiment=lr_rank_sweep", "dry_run=true"]
 
 
@@ -68,7 +71,7 @@ def _estimate(settings: Sequence[TrialSettings]) -> list[TrialFootprint]:
     ]
 
 
-def _time(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
+def _time(settings: Sequence[TrialSettings], threads: int, tell: Tell) -> list[TrialTiming]:
     """A timer for tests: ten steps of 2 s and two looks of 5 s, 10 s of judging and storing."""
     return [
         TrialTiming(
@@ -80,9 +83,14 @@ def _time(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
             looks=2,
             step_s=2.0,
             look_s=5.0,
-            judgement_s=4.0,
+            judgement_s=1.0,
+            answers_s=3.0,
             save_s=6.0,
             row_s=0.5,
+            untuned_s=5.0,
+            test_s=2.0,
+            general_s=1.0,
+            windows=16,
             start_s=15.0,
             need_mib=1500.0,
             free_mib=2000.0,
@@ -91,7 +99,7 @@ def _time(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
     ]
 
 
-def _misfit(settings: Sequence[TrialSettings], threads: int) -> list[TrialTiming]:
+def _misfit(settings: Sequence[TrialSettings], threads: int, tell: Tell) -> list[TrialTiming]:
     """A timer for tests: no trial fits."""
     return [TrialTiming(need_mib=9000.0, free_mib=2000.0) for _ in settings]
 
@@ -161,10 +169,19 @@ def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert "dropped 3: 3 echo" in text
     assert "columns not read: label (7 rows)" in text
     assert "23 to 29 in all: lora 12 in the search and 3 with further seeds (and up to 3" in text
-    # each of at most 29 trainings 40 s, and for each arm 15 s of loading and 5 s of judging the base
+    # each of at most 29 trainings 40 s, for each arm 15 s of loading and 5 s of judging the base, for 14
+    # models 2 s on the test split, and for 8 models a second on general text
     assert (
-        "time:       about 20.0 min if no trial ends early: lora 18 × 40.0 s; full 11 × 40.0 s"
+        "time:       about 20.6 min if no trial ends early: lora 18 × 40.0 s; full 11 × 40.0 s"
         in text
+    )
+    assert (
+        "a training of arm full: 20.0 s of steps, 10.0 s of looks, 1.0 s of judging, 3.0 s of answers "
+        "as long as their references, 6.0 s of loading and storing" in text
+    )
+    assert (
+        "before the search: 5.0 s of judging the base; after it: 24.0 s of judging 10 models on 321 "
+        "test rows and 4 models on 16 windows of general text" in text
     )
     assert "arm full needs about 1,500 MiB of 2,000 MiB free" in text
     assert re.search(
@@ -174,18 +191,30 @@ def test_a_forecast_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     )
 
 
+def test_a_busy_machine_is_said() -> None:
+    """A timed trial that got a fifth of a core would take a fifth of the time alone."""
+
+    def busy(settings: Sequence[TrialSettings], count: int, tell: Tell) -> list[TrialTiming]:
+        timings = _time(settings, count, tell)
+        return [timing.model_copy(update={"cpu_share": 0.2}) for timing in timings]
+
+    assert "other programs" not in _shown(_plan())
+    assert "without them at most 4.1 min" in _shown(_plan(), busy)
+
+
 def test_the_forecast_counts_the_workers_of_n_jobs_auto(tmp_path: Path) -> None:
     """Two cores run two trials at a time with a thread each, and the timing has that thread."""
     threads: list[int] = []
 
-    def timer(settings: Sequence[TrialSettings], count: int) -> list[TrialTiming]:
+    def timer(settings: Sequence[TrialSettings], count: int, tell: Tell) -> list[TrialTiming]:
         threads.append(count)
-        return _time(settings, count)
+        return _time(settings, count, tell)
 
     plan, console = _plan(f"output_dir={tmp_path}"), Console(file=io.StringIO(), width=160)
     show_study(plan, console, _estimate, timer, lambda: replace(MACHINE, cores=2))
-    # 6 + 4 rounds of the searches, 3 + 3 seeds and 3 of the recipe by two workers, twice the start
-    assert "about 10.3 min with 2 workers" in console.file.getvalue()  # type: ignore[attr-defined]
+    # 6 + 4 rounds of the searches, 3 + 3 seeds and 3 of the recipe and 36 s of judging by two workers,
+    # twice the start
+    assert "about 10.6 min with 2 workers" in console.file.getvalue()  # type: ignore[attr-defined]
     assert threads == [1]
 
 
@@ -259,10 +288,14 @@ def test_an_arm_that_does_not_fit_is_said_first(
 
 def test_the_first_step_is_not_taken_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step takes what the later ones took, and what the first one took more is once a training."""
-    times = iter((12.0, 13.0, 14.0, 15.0, 40.0))
+    times = iter((12.0, 13.0, 34.0, 35.0, 56.0, 57.0))
     clock = StepClock(lambda: next(times))
-    for _ in range(5):  # the last one is asked for after the evaluation
-        assert clock.stop_cause() is None
+    causes = []
+    for step in range(1, 7):  # a look of 20 s follows every second step
+        causes.append(clock.stop_cause())
+        if step % 2 == 0:
+            clock.evaluated(step, 7, 1.0)
+            causes.append(clock.stop_cause())
     assert clock.step_s == 1.0
     timing = TrialTiming(steps=100, step_s=clock.step_s, setup_s=11.0, save_s=2.0)
     assert timing.training_s == 113.0
@@ -273,7 +306,8 @@ def test_the_first_arm_pays_for_the_libraries(monkeypatch: pytest.MonkeyPatch) -
     timing = TrialTiming(step_s=1.0, start_s=3.0)
     monkeypatch.setattr(step_timing, "timing_or_problem", lambda *_: timing)
     monkeypatch.setattr(step_timing.time, "process_time", lambda: 8.0)
-    assert [each.start_s for each in step_timing.timings([{}, {}], 1)] == [11.0, 3.0]
+    found = step_timing.timings([NO_ANSWERS, NO_ANSWERS], 1, print)
+    assert [each.start_s for each in found] == [11.0, 3.0]
 
 
 @pytest.mark.slow
@@ -362,7 +396,8 @@ def test_one_trial_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "80 of 1,000 parameters trained (8 %), memory about 1,024 MiB" in text
     assert "2.0 MiB of artifacts" in text
-    assert "time:       about 40.0 s" in text
+    # 15 s of loading, 5 s of judging the base, and the training
+    assert "time:       about 60.0 s" in text
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ def own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).write_text("A book.\n")
     rows = tmp_path / "real_model" / "docstrings"  # what `make real-model` makes
     rows.mkdir(parents=True)
+    (tmp_path / "real_model" / "SmolLM2-135M-Instruct").mkdir()
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "general.txt"):
         (rows / name).write_text("{}\n")
     monkeypatch.chdir(tmp_path)

@@ -92,7 +92,7 @@ def test_rows_of_another_kind_are_refused(
 def test_a_missing_file_is_found_before_anything_runs(tmp_path: Path) -> None:
     """The path is checked with those of data.*; weights and formats are none of general text."""
     missing = _settings(str(tmp_path / "gone.txt"))
-    (problem,) = path_problems(make_data(), missing)
+    (problem,) = path_problems(make_data(), missing, {})
     assert problem.startswith("evaluation.general_text.source=")
     assert "gone.txt: no such file or folder" in problem
     with pytest.raises(ConfigError, match="Leave its weight and format out"):

@@ -197,7 +197,7 @@ def test_paths_are_checked_before_anything_is_opened(tmp_path: Path) -> None:
         validation="gone",
         test="some-org/some-set",
     )
-    first, second, third = path_problems(data, make_settings().evaluation.general_text)
+    first, second, third = path_problems(data, make_settings().evaluation.general_text, {})
     assert first == (
         f"data.train={tmp_path}/train.json: no such file or folder. Did you mean {tmp_path}/train.jsonl?"
     )
@@ -223,7 +223,7 @@ def test_what_is_no_file_is_refused_unopened(tmp_path: Path) -> None:
         f"evaluation.general_text.source={tmp_path}/zeros.csv is a link to /dev/zero, a device",
         f"data.template={tmp_path}/rows.jsonl is a named pipe (FIFO)",
     ]
-    problems = path_problems(settings.data, settings.evaluation.general_text)
+    problems = path_problems(settings.data, settings.evaluation.general_text, {})
     assert [problem.partition(", not a regular file")[0] for problem in problems] == words
     with pytest.raises(DataError, match="is a named pipe"):
         read_source(DataSource(path=f"{tmp_path}/rows.jsonl"), "train", DropCounts())

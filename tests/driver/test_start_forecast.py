@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sweeper.commands.run_study import run_study
-from sweeper.core.outcome import ArmBaseline
+from sweeper.core.outcome import ANSWERING_SECONDS, ArmBaseline
 from sweeper.driver.start_forecast import StartForecast, estimated_seconds
 from sweeper.search.searched_epochs import with_few_rows
 from sweeper.search.study_plan import ArmPlan, StudyPlan, studies
@@ -73,6 +73,19 @@ def test_hours_come_from_the_probes_judging_time() -> None:
     facts = _facts(arm, judging_s=2.0, rows={"train": 500, "validation": 40})
     rows = 3 * 100 * arm.settings.training.effective_batch_size + 40 + 40
     assert estimated_seconds(arm, facts) == pytest.approx(rows * 2.0 / 40)
+
+
+@pytest.mark.parametrize(("objective", "times"), [("loss", 1), ("rougeL", 1 + 2)])
+def test_hours_count_answers_as_often_as_they_are_written(objective: str, times: int) -> None:
+    """A trial writes them at its end, and at its looks only if they choose it."""
+    names = ("training.max_steps=100", "training.eval_steps=50", f"objective={objective}")
+    arm = _plan(*names, "evaluation.generation.num_examples=10").arms[0]
+    facts = _facts(arm, judging_s=2.0, rows={"train": 500, "validation": 40})
+    measured = {**facts.base_metrics, ANSWERING_SECONDS: 100.0}
+    writing = facts.model_copy(update={"base_metrics": measured})
+    without, seconds = estimated_seconds(arm, facts), estimated_seconds(arm, writing)
+    assert without is not None
+    assert seconds == pytest.approx(without + times * 100.0)
 
 
 def test_hours_count_the_mean_of_the_searched_epochs() -> None:

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from sweeper.config.settings import DIRECTIONS, EvaluationSettings, validate
 from sweeper.core.errors import ConfigError
+from sweeper.core.outcome import ANSWER_RATE, ANSWERING_SECONDS
 from sweeper.data.encode import encode_evaluation, encode_prompts
 from sweeper.data.tokens import PaddingCollator
 from sweeper.evaluation.judge import (
@@ -96,8 +97,7 @@ def test_base_lora_and_merged_are_judged_alike(base: LoadedBase) -> None:
         model.unmerge_adapter()
     finally:
         model.unload()
-    speed = "cost/generated_tokens_per_second"
-    for name in set(untuned.metrics) - {speed}:
+    for name in set(untuned.metrics) - {ANSWER_RATE, ANSWERING_SECONDS}:
         assert again.metrics[name] == pytest.approx(untuned.metrics[name], abs=1e-5)
         assert merged.metrics[name] == pytest.approx(tuned.metrics[name], rel=1e-4)
     assert abs(tuned.value("eval/loss") - untuned.value("eval/loss")) > 0.01
@@ -148,7 +148,7 @@ def test_smaller_batches_change_no_figure(base: LoadedBase) -> None:
     assert sizes == [32, 16, 8, 4, 2, 1]
     assert smallest.settings.generation.batch_size == 1
     alone = smallest(base.model, JudgementReader.RESULT)
-    for name in set(whole.metrics) - {"cost/generated_tokens_per_second"}:
+    for name in set(whole.metrics) - {ANSWER_RATE, ANSWERING_SECONDS}:
         assert alone.metrics[name] == pytest.approx(whole.metrics[name], abs=1e-5)
     assert [answer.text for answer in alone.answers] == [answer.text for answer in whole.answers]
 
