@@ -1,6 +1,6 @@
 """Search with two samplers in real trainings, not replayed, and compare the best loss by CPU time.
 
-    python -m benchmarks.real_searches [FOLDER]     # outputs/real_searches by default
+    python -m benchmarks.real_searches FOLDER [embedded|chat]     # both data sets by default
 
 Two searches of ten trials for each of five seeds of the sampler, on the embedded base with its own rows
 and with conversations: with the default sampler, and with the one that was the default before it. Both
@@ -9,7 +9,7 @@ seed of training stays, so that a point is worth the same in every search. Searc
 are a pair and run at the same time, one thread each, so that both have the same machine.
 
 The sign of the paired differences is tested exactly (two-sided binomial test, equal pairs left out).
-About 40 CPU minutes on two cores. The same command continues where it was stopped.
+About 15 CPU minutes for each data set. The same command continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,12 @@ N_TRIALS = 10
 SEEDS = (0, 100, 200, 300, 400)
 """Seeds of the sampler, far apart: a resumed study adds the number of values drawn so far."""
 COMMON = (
-    *(f"+experiment={STUDY}", "~hydra.sweeper.arms.full", "hydra.sweeper.priors=[]"),
+    *(
+        f"+experiment={STUDY}",
+        f"hydra.sweeper.study_name={STUDY}",
+        "~hydra.sweeper.arms.full",
+        "hydra.sweeper.priors=[]",
+    ),
     *("finalists=none", "tracking=none", "hydra.sweeper.n_jobs=1"),
     *("data=tiny", "evaluation=tiny", "training=tiny", "space=tiny"),
 )
@@ -168,10 +173,11 @@ def stairs(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], 
     return tuple(corners)
 
 
-def main(root: Path) -> None:
+def main(root: Path, names: Sequence[str]) -> None:
     """Run the searches that are missing, write the figures, and draw the pictures."""
     figures = {}
-    for data, overrides in DATA.items():
+    for data in names or DATA:
+        overrides = DATA[data]
         curves: dict[str, list[Curve]] = {name: [] for name in SEARCHES}
         for seed in SEEDS:
             with ThreadPoolExecutor(len(SEARCHES)) as pool:
@@ -192,4 +198,6 @@ def main(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/real_searches").resolve())
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]).resolve(), sys.argv[2:])
