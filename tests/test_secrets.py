@@ -94,6 +94,7 @@ TEXT_SETTINGS = (
     f"data.ignore_columns=['{BY_REFERENCE}']",
     f"++data.chat_template_kwargs={{note: '{BY_REFERENCE}'}}",
     f"stand_in.validation={BY_REFERENCE}",
+    f"++made_by={{rows: '{BY_REFERENCE}'}}",
 )
 NO_FREE_TEXT = {
     **dict.fromkeys(
