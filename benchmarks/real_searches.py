@@ -59,6 +59,8 @@ DATA = {
     "chat": (CHAT[0], f"data.template={CURVES / 'chat_turns.jinja'}", *CHAT[2:]),
 }
 MINUTE = 60.0
+SHOWN = 0.08
+"""Nats above the best loss up to which the picture reaches."""
 
 Curve = list[tuple[float, float]]
 """CPU seconds spent in all, and the best loss until then, after each trial."""
@@ -150,19 +152,32 @@ def compare(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
 
 
 def picture(data: str, curves: Mapping[str, Sequence[Curve]]) -> str:
-    """Return the best loss of each search over CPU minutes as an SVG file."""
+    """Return the best loss of each search over CPU minutes as an SVG file, with the means in front."""
+    ends = [curve[-1][1] for each in curves.values() for curve in each]
     lines = []
     for place, (name, each) in enumerate(curves.items()):
         for seed, points in zip(SEEDS, each, strict=True):
-            known = [(spent / MINUTE, best) for spent, best in points if math.isfinite(best)]
-            lines.append(ChartLine(stairs(known), f"{name}, seed {seed}", place))
+            # from a random first point on, the differences at the end would be too small to see
+            near = [(spent / MINUTE, best) for spent, best in points if best <= min(ends) + SHOWN]
+            lines.append(ChartLine(stairs(near), f"{name}, seed {seed}", place))
+        mean = [(minute, loss) for minute, loss in mean_curve(each) if loss <= min(ends) + SHOWN]
+        lines.append(ChartLine(stairs(mean), f"{name}, mean", place, strong=True))
     points = [point for line in lines for point in line.points]
     axes = (
         number_axis("CPU minutes", [0.0, *(minute for minute, _ in points)]),
         number_axis("best loss so far", [loss for _, loss in points]),
     )
-    about = f"Five seeds of each search, ten trials each: {data}"
-    return standalone(plot(f"Best loss by CPU time, {data}", about, axes, (), lines, tuple(curves)))
+    about = f"Five seeds of each search, ten trials each, and their means: {data}"
+    drawn = [line for line in lines if line.points]
+    return standalone(plot(f"Best loss by CPU time, {data}", about, axes, (), drawn, tuple(curves)))
+
+
+def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
+    """Return the mean of the best losses at each CPU minute at which one of the searches found one."""
+    last = min(curve[-1][0] for curve in curves)
+    times = sorted({spent for curve in curves for spent, _ in curve if spent <= last})
+    means = [(at, statistics.fmean(best_within(curve, at) for curve in curves)) for at in times]
+    return [(at / MINUTE, mean) for at, mean in means if math.isfinite(mean)]
 
 
 def stairs(points: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:

@@ -7,7 +7,15 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks.real_searches import SEARCHES, best_within, compare, picture, sign_test, stairs
+from benchmarks.real_searches import (
+    SEARCHES,
+    best_within,
+    compare,
+    mean_curve,
+    picture,
+    sign_test,
+    stairs,
+)
 
 OLD, NEW = SEARCHES
 FALLING = [(50.0, math.inf), (70.0, 3.7), (130.0, 3.6), (190.0, 3.6)]
@@ -44,6 +52,11 @@ def test_searches_are_compared_at_minutes_that_all_have() -> None:
 def test_the_picture_is_svg_with_a_line_for_each_search() -> None:
     """A curve holds its value until a better one is found, so it has two corners for each trial."""
     assert stairs([(1.0, 3.7), (2.0, 3.6)]) == ((1.0, 3.7), (2.0, 3.7), (2.0, 3.6))
+    assert mean_curve([[(60.0, 3.8), (120.0, 3.6)], [(90.0, 3.6), (150.0, 3.5)]]) == [
+        (1.5, pytest.approx(3.7)),
+        (2.0, pytest.approx(3.6)),
+    ]
     drawn = picture("chat", {OLD: [FALLING] * 5, NEW: [FALLING] * 5})
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
     assert f"{NEW}, seed 400" in drawn
+    assert f"{NEW}, mean" in drawn
