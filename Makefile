@@ -97,7 +97,7 @@ bench: $(READY)  ## Measure what benchmarks/README.md ticks; the last, of the se
 	$(BIN)/python -m benchmarks.padding_left_out
 	$(BIN)/python -m benchmarks.frozen_linear
 	$(BIN)/python benchmarks/oom_region.py
-	$(BIN)/python benchmarks/search_quality.py
+	$(BIN)/python -m benchmarks.search_quality
 
 wheel: $(READY)  ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel

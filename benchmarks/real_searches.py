@@ -16,38 +16,28 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 from scipy.stats import binomtest
 
 from benchmarks.curves.curve_bank import HERE as CURVES
 from benchmarks.curves.make_curves import CHAT
 from benchmarks.record import record
+from benchmarks.searched_folder import sweep
 from sweeper.core.outcome import Outcome
 from sweeper.reporting.chart import ChartLine, number_axis, plot, standalone
-from sweeper.search.telling import counts
 
-STUDY = "lr_rank_sweep"
 N_TRIALS = 10
 SEEDS = (0, 100, 200, 300, 400)
 """Seeds of the sampler, far apart: a resumed study adds the number of values drawn so far."""
 COMMON = (
-    *(
-        f"+experiment={STUDY}",
-        f"hydra.sweeper.study_name={STUDY}",
-        "~hydra.sweeper.arms.full",
-        "hydra.sweeper.priors=[]",
-    ),
-    *("finalists=none", "tracking=none", "hydra.sweeper.n_jobs=1"),
+    *("hydra.sweeper.priors=[]", "hydra.sweeper.n_jobs=1"),
     *("data=tiny", "evaluation=tiny", "training=tiny", "space=tiny"),
 )
 SEARCHES = {
@@ -64,33 +54,6 @@ SHOWN = 0.08
 
 Curve = list[tuple[float, float]]
 """CPU seconds spent in all, and the best loss until then, after each trial."""
-
-
-def search(folder: Path, words: Sequence[str]) -> Curve:
-    """Run a search, or continue it, and return how its best loss fell."""
-    if len(ended(folder)) < N_TRIALS:
-        folder.mkdir(parents=True, exist_ok=True)
-        given = (*COMMON, *words, f"hydra.sweeper.n_trials={N_TRIALS}", "-m")
-        with (folder / "log.txt").open("a") as log:
-            subprocess.run(
-                [sys.executable, "-m", "sweeper", *given],
-                cwd=folder,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=log,
-                check=True,
-            )
-    return curve(ended(folder))
-
-
-def ended(folder: Path) -> list[FrozenTrial]:
-    """Return the trials of a search that count, in the order in which they were asked."""
-    database = folder / "outputs" / STUDY / "study.db"
-    storage, name = f"sqlite:///{database}", f"{STUDY}/lora"
-    if not database.exists() or name not in optuna.get_all_study_names(storage):
-        return []
-    study = optuna.load_study(study_name=name, storage=storage)
-    return [trial for trial in study.get_trials() if counts(trial) and trial.state.is_finished()]
 
 
 def curve(trials: Sequence[FrozenTrial]) -> Curve:
@@ -198,14 +161,15 @@ def main(root: Path, names: Sequence[str]) -> None:
             with ThreadPoolExecutor(len(SEARCHES)) as pool:
                 jobs = {
                     name: pool.submit(
-                        search,
+                        sweep,
                         root / data / f"{seed}_{place}",
-                        (*overrides, *words, f"sampler.seed={seed}"),
+                        N_TRIALS,
+                        *(*COMMON, *overrides, *words, f"sampler.seed={seed}"),
                     )
                     for place, (name, words) in enumerate(SEARCHES.items())
                 }
             for name, job in jobs.items():
-                curves[name].append(job.result())
+                curves[name].append(curve(job.result()))
         figures[data] = compare(curves)
         image = Path(__file__).with_name(f"real_searches_{data}.svg")
         image.write_text(picture(data, curves), encoding="utf-8")

@@ -1,19 +1,19 @@
-"""What the default search is worth on the embedded default: against random search, and unpruned.
+"""What TPE and the median pruner are worth on the embedded default: against random search, and unpruned.
 
 Three searches with the same number of training steps, five seeds of the sampler each, all by the
 program's own command line:
 
     random     points drawn uniformly, every trial to its own end: the yardstick
-    unpruned   the default sampler, every trial to its own end
-    default    the default sampler and the default pruner
+    unpruned   TPE, every trial to its own end
+    default    TPE and the median pruner, the defaults until sampler=lora became one
 
 The seed of training stays, so that a point is worth the same in every search; what varies is what is
-asked. The default sampler's first trials are random draws anyway: they are made once per seed and the
+asked. TPE's first trials are random draws anyway: they are made once per seed and the
 study's folder is copied, so that the three searches of a seed start alike (and nothing is trained
 three times). No search gets the known points of conf/space/tiny.yaml, so none is told apart.
 
 The two searches without pruning run under `pruner.audit_fraction=1.0`: their trials go on where the
-default pruner would have stopped them, which changes nothing that a sampler is told and counts the
+median pruner would have stopped them, which changes nothing that a sampler is told and counts the
 wrong kills. In service the pruner is stricter, since its median is that of survivors; so the points
 that the default search pruned are trained to their end afterwards, in a study of their own. The
 default search gets more trials until it has spent the others' steps; curves are cut at the number of
@@ -24,7 +24,7 @@ A trial is half the default schedule, half its batch, and looks at a third of th
 while it trains (the kept checkpoint is judged on all of it). That this ranks points as the default
 does is measured too: ten of the random points are trained under both.
 
-    python benchmarks/search_quality.py [FOLDER [SEARCHES AT ONCE]]
+    python -m benchmarks.search_quality [FOLDER [SEARCHES AT ONCE]]
 
 About forty CPU minutes; started again it goes on where it was stopped.
 """
@@ -32,10 +32,8 @@ About forty CPU minutes; started again it goes on where it was stopped.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,17 +41,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
-from record import record
 from scipy.stats import spearmanr
 
+from benchmarks.record import record
+from benchmarks.searched_folder import sweep, trials
 from sweeper.config.settings import Objective
 from sweeper.search.pruning_audit import PruningAudit, audit
-from sweeper.search.telling import counts
 
-STUDY = "lr_rank_sweep"
-COMMON = (f"+experiment={STUDY}", "~hydra.sweeper.arms.full", "finalists=none", "tracking=none")
 SHORT = (
     *("training.max_steps=32", "training.per_device_train_batch_size=8"),
     "evaluation.look_rows=111",
@@ -69,41 +64,13 @@ SEEDS = (0, 100, 200, 300, 400)
 N_TRIALS = 12
 """The experiment's own."""
 START = 4
-"""How many of them the default sampler draws at random (conf/sampler/tpe.yaml)."""
+"""How many of them TPE draws at random (conf/sampler/tpe.yaml)."""
 CHECKED = 2
 """Of these, trained with the whole default schedule as well."""
 LOSS = Objective(metric="eval/loss", direction="minimize", pruning_metric=None)
 
 Curve = list[tuple[int, float]]
 """Steps spent in all, and the best final loss until then, after each trial."""
-
-
-def sweep(folder: Path, n_trials: int, *arguments: str) -> list[FrozenTrial]:
-    """Run a search, or extend it, to n_trials; at once where it has them."""
-    if len(done := trials(folder)) >= n_trials:
-        return done
-    folder.mkdir(parents=True, exist_ok=True)
-    words = (*COMMON, *arguments, f"hydra.sweeper.n_trials={n_trials}", "-m")
-    with (folder / "log.txt").open("a") as log:
-        subprocess.run(
-            [sys.executable, "-m", "sweeper", *words],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-            check=True,
-        )
-    return trials(folder)
-
-
-def trials(folder: Path) -> list[FrozenTrial]:
-    """The trials of a search that count, in the order they were asked."""
-    database, name = folder / "outputs" / STUDY / "study.db", f"{STUDY}/lora"
-    storage = f"sqlite:///{database}"
-    if not database.exists() or name not in optuna.get_all_study_names(storage):
-        return []
-    study = optuna.load_study(study_name=name, storage=storage)
-    return [trial for trial in study.get_trials() if counts(trial)]
 
 
 def steps(trial: FrozenTrial) -> int:

@@ -40,6 +40,7 @@ from sweeper.reporting.verdict_doubts import with_override
 from sweeper.search.largest_point import largest_trials
 from sweeper.search.samplers import make_sampler
 from sweeper.search.searched_epochs import FEW_ROWS_WORDS, mean_epochs, with_few_rows
+from sweeper.search.stored_defaults import with_stored_defaults
 from sweeper.search.study import (
     WORKERS,
     enqueue,
@@ -126,7 +127,9 @@ def show_study(
     if plan.name_note:
         _line(console, plan.name_note)
     earlier = _earlier(plan)
-    workers = planned_workers(plan, machine, _stored_workers(plan))
+    plan, kept, stored_workers = _as_stored(plan)
+    _line(console, *kept)
+    workers = planned_workers(plan, machine, stored_workers)
     drafts = [draft(arm) for arm in plan.arms]
     largest = [[] if arm.run_id is not None else largest_trials(arm) for arm in plan.arms]
     first = [trial for found in drafts for trial in found.settings]
@@ -392,14 +395,19 @@ def _earlier(plan: StudyPlan) -> StudyResults | None:
     return load_results(plan.study.study_name, output_dir)
 
 
-def _stored_workers(plan: StudyPlan) -> list[dict[str, int] | None]:
-    """Return what each arm that was opened before has stored about its workers, None for nothing."""
+def _as_stored(plan: StudyPlan) -> tuple[StudyPlan, list[str], list[dict[str, int] | None]]:
+    """Return the plan with what its stored study keeps, sentences on that, and its arms' workers.
+
+    An arm that has stored nothing about its workers has None.
+    """
     folder = StudyFolder(Path(plan.settings.output_dir) / plan.study.study_name)
     if not (folder.database if plan.study.storage is None else folder.path).exists():
-        return []  # a study that never ran, whose storage would be created by opening it
+        return plan, [], []  # a study that never ran, whose storage would be created by opening it
     storage = share_cache(open_storage(plan.study.storage, folder))
-    found = (find_study(plan, arm, storage) for arm in plan.arms)
-    return [study.user_attrs.get(WORKERS) for study in found if study is not None]
+    found = {arm.name: find_study(plan, arm, storage) for arm in plan.arms}
+    studies = {name: study for name, study in found.items() if study is not None}
+    kept, notes = with_stored_defaults(plan, studies, storage)
+    return kept, notes, [study.user_attrs.get(WORKERS) for study in studies.values()]
 
 
 def _of_arm(results: StudyResults | None, arm: ArmPlan) -> ArmResult | None:

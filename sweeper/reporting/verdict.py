@@ -116,7 +116,7 @@ class Verdict:
 
     @property
     def recipe_line(self) -> str:
-        """What the searches gained over their recipes, without figures, or ''."""
+        """The gain of each search over its recipe without figures, or '' without recipes."""
         return " ".join(filter(None, map(recipe_headline, self.recipes)))
 
     @property

@@ -1,4 +1,4 @@
-"""What further trials of an ended search would be expected to bring: a guess, stored with its study.
+"""Guess the gain of further trials when a search has ended, and store the guess with its study.
 
 The guess is made once, when a search has ended. It follows from the record alone, whatever sampler has
 chosen the trials. A study whose trials have become more shows no guess until its search has ended again.
@@ -29,7 +29,7 @@ RANGE = (10, 90)
 
 
 class SearchOutlook(FrozenValue):
-    """By how much further trials would be expected to improve the best value of an arm."""
+    """The improvement of an arm's best value that further trials are expected to bring."""
 
     after: int
     """Number of trials that had used up n_trials when the guess was made."""

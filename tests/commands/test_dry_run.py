@@ -333,6 +333,15 @@ def test_the_time_counts_the_mean_of_the_searched_epochs() -> None:
     assert "epochs" not in fixed.partition("arm lora:")[0]
 
 
+def test_what_a_stored_study_keeps_is_shown(tmp_path: Path) -> None:
+    """A resumed study goes on with its own sampler, so the forecast names no other one."""
+    words = ["workers.engine=inline", "workers.fake.step_seconds=0", f"output_dir={tmp_path}"]
+    run_study(_plan("workers=fake", "tracking=none", *words, "sampler=random", "finalists=none"))
+    text = _shown(_plan("workers=fake", "tracking=none", *words, "finalists=none"))
+    assert "arm lora keeps sampler=random, with which it was started" in text
+    assert "arm lora: 12 trials by random" in text
+
+
 def test_time_comes_from_the_studys_earlier_trials(tmp_path: Path) -> None:
     """Ten trials and six seeds of 10 s, four trials and three seeds of 30 s, by two workers: 185 s."""
     folder = StudyFolder(tmp_path / "lr_rank_sweep")
